@@ -1,0 +1,302 @@
+"""Every option of a run: its name, default and meaning; presets and other YAML files."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+PRESETS = Path(__file__).parent / "configs"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a transformer. The defaults are Llama's choices; configs/gpt2-small.yaml has GPT-2's."""
+
+    vocab_size: int = 1024
+    """Size of the vocabulary. `--tokenizer bpe` learns one of this size; other tokenizers bring their own."""
+    context_length: int = 256
+    """The most tokens that the model sees at once."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    n_layers: int = 4
+    """Number of transformer blocks."""
+    n_heads: int = 4
+    """Attention heads in a block; each has d_model / n_heads features."""
+    n_kv_heads: int | None = None
+    """Key and value heads in a block, shared by groups of query heads. None: as many as n_heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward network. None: 4 d_model; for swiglu 8/3 d_model, rounded up to 64s."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Normalization: rms (Llama) or layer (GPT-2)."""
+    norm_eps: float = 1e-5
+    """Added to the variance before the square root."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Normalize the input of each sublayer (pre) or its sum with the residual (post)."""
+    position: Literal["rope", "learned", "none"] = "rope"
+    """Where tokens stand: rotary embeddings (Llama), learned ones (GPT-2), or not told."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    ffn: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "silu"] = "swiglu"
+    """Feed-forward network: gated (swiglu), or plain with this activation. GPT-2 has gelu_tanh."""
+    qk_norm: bool = False
+    """Normalize queries and keys before attention."""
+    tie_embeddings: bool = False
+    """Use the token embeddings as the output projection as well."""
+    bias: bool = False
+    """Give linear layers and LayerNorm a bias. swiglu has none."""
+    dropout: float = 0.0
+    """Share of activations zeroed while training."""
+    init: Literal["truncated", "gpt2"] = "truncated"
+    """Initial weights: normal of variance 2 / (d_in + d_out) cut at 3 std, or GPT-2's 0.02."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        if self.d_model % self.n_heads:
+            near = self.d_model // self.n_heads * self.n_heads
+            raise ValueError(
+                f"model.d_model must be divisible by model.n_heads, got {self.d_model} and {self.n_heads}; "
+                f"try d_model {near or self.n_heads} or {near + self.n_heads}"
+            )
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                "model.n_heads must be divisible by model.n_kv_heads, "
+                f"got {self.n_heads} and {self.n_kv_heads}"
+            )
+        if self.position == "rope" and self.d_head % 2:
+            raise ValueError(
+                f"RoPE needs an even d_model / n_heads, got {self.d_head} "
+                f"from d_model {self.d_model} and n_heads {self.n_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.ffn == "swiglu" and self.bias:
+            raise ValueError("model.bias goes with ffn gelu, gelu_tanh, relu2 or silu; swiglu has no biases")
+
+    @property
+    def d_head(self) -> int:
+        """Features of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_hidden(self) -> int:
+        """Width of the feed-forward network, chosen if `d_ff` is None."""
+        if self.d_ff is not None:
+            return self.d_ff
+        # three matrices of 8/3 hold as many weights as two of 4 (arXiv 2002.05202)
+        return -(-self.d_model * 8 // 3 // 64) * 64 if self.ffn == "swiglu" else 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model learns."""
+
+    steps: int = 1000
+    """Number of optimizer steps."""
+    batch_size: int = 16
+    """Sequences in one forward pass."""
+    grad_accumulation_steps: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    lr: float = 3e-4
+    """Peak learning rate, reached after the warm-up."""
+    min_lr: float | None = None
+    """Learning rate at the end. None: a tenth of lr."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0 to lr."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients that are longer together are shortened to this norm."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer in the loss; keeps logits from drifting."""
+    seed: int = 0
+    """Fixes initial weights, data order, dropout and samples."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first of these that is there."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32. Weights stay float32."""
+    log_every: int = 10
+    """Steps between lines of training loss."""
+    eval_every: int = 250
+    """Steps between evaluations on held-out text."""
+    eval_batches: int = 20
+    """Batches in an evaluation during training; the one at the end takes ten times as many."""
+    sample_every: int = 500
+    """Steps between samples of generated text. 0: only at the end."""
+    sample_tokens: int = 200
+    """Tokens in a sample."""
+    sample_prompt: str | None = None
+    """Text that a sample continues. None: the first words of the held-out text."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints. 0: only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "grad_accumulation_steps",
+            "log_every",
+            "eval_every",
+            "eval_batches",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "lr", "weight_decay", "eps", "sample_every", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"train.min_lr must be from 0 to lr ({self.lr}), got {self.min_lr}")
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the cosine."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a language model, by default on the source code of Python's standard library."""
+
+    config: str = "tiny"
+    """A preset (tiny, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m) or a YAML file of options."""
+    data: str = "stdlib"
+    """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
+    on_bad_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8: stop and say where, or replace them by U+FFFD."""
+    val_fraction: float = 0.1
+    """Share of the documents held out for validation; of a single document, its end."""
+    tokenizer: str = "bpe"
+    """bpe (learned from the data), bytes, gpt2 (fetched by tiktoken), or a folder with a saved tokenizer."""
+    data_dir: str = "data"
+    """Folder for tokenized data, reused by later runs on the same text."""
+    run_dir: str | None = None
+    """Folder for everything the run writes. None: runs/ with date, time and the name of the config."""
+    resume: str | None = None
+    """Go on with the run in this folder, or with the newest under runs/ (auto)."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases too; offline without an account."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Let a trained model write."""
+
+    run_dir: tyro.conf.Positional[str] = "newest"
+    """The folder of a run; newest is the one under runs/ that was written to last."""
+    prompt: str = ""
+    """Text to continue. Empty: begin a new document."""
+    max_new_tokens: int = 200
+    """The most tokens to write; the end of the document stops earlier."""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: as the model has learned; above: more surprising."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """The same seed writes the same text."""
+    samples: int = 1
+    """How many texts to write, with seeds counting up."""
+    device: str = "cpu"
+    """Where to run the model: cpu, cuda or mps."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def load(name_or_path: str) -> Config:
+    """The config of a preset (`tiny`) or of a YAML file. Raises ValueError, naming the file and the key.
+
+    >>> load("gpt2-small").model.n_heads
+    12
+    """
+    return update(Config(), read_yaml(name_or_path), origin=name_or_path)
+
+
+def read_yaml(name_or_path: str) -> dict[str, Any]:
+    """The options that a preset or YAML file sets, as nested dictionaries."""
+    path = PRESETS / f"{name_or_path}.yaml"
+    if not path.exists():
+        path = Path(name_or_path)
+    if not path.is_file():
+        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise ValueError(f"--config must be a preset ({presets}) or a YAML file, got {name_or_path}")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML; {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
+    return {"config": name_or_path, **options}
+
+
+def update(config: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
+    """A copy of `config` with `options` set; nested dictionaries update nested configs.
+
+    >>> update(Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
+    2
+    """
+    hints = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in hints:
+            raise ValueError(unknown_option(f"{prefix}{name}", [prefix + hint for hint in hints], origin))
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{name} must hold options of its own, got {value!r} ({origin})")
+            values[name] = update(getattr(config, name), value, origin, f"{prefix}{name}.")
+        else:
+            values[name] = _check(value, hints[name], f"{prefix}{name}", origin)
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
+    """`value` as the type `hint`, or ValueError. YAML reads 1e-3 as text; a whole number may be a float."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            if value in typing.get_args(choice):
+                return value
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, list | tuple) and len(value) == len(typing.get_args(choice)):
+                return tuple(
+                    _check(v, h, name, origin) for v, h in zip(value, typing.get_args(choice), strict=True)
+                )
+        elif choice is float and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return value
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{name} must be {expected}, got {value!r} ({origin})")
+
+
+def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
+    """What to say of an option that is not known: the one that was probably meant."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"unknown option {name} ({origin}); the closest is {near[0]}"
