@@ -1,0 +1,282 @@
+"""Byte-pair encoding: learn a vocabulary by merging the most frequent pair of neighbors, again and again.
+
+The text is cut at special tokens, then into pre-tokens (words with their leading space, numbers,
+punctuation, runs of white space), across which nothing ever merges; then every pre-token is a sequence of
+bytes, and merges make longer ones (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, Radford et al. 2019).
+
+    >>> vocab, merges = learn_merges(Counter({b"low": 5, b"lower": 2}), vocab_size=258, special_tokens=[])
+    >>> merges
+    [(b'o', b'w'), (b'l', b'ow')]
+"""
+
+import heapq
+import multiprocessing
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import regex
+
+T = TypeVar("T", int, bytes)
+
+# GPT-2's pattern: contractions; letters, digits or other signs, each with one leading space; white space,
+# whose last character is left to the word behind it
+SPLIT_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+# below this size, starting processes costs more than they save
+PARALLEL_BYTES = 32_000_000
+
+# --------------------------------------------------------------------------------------------------
+# Cutting text into pre-tokens
+
+
+def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
+    """A pattern that finds any of the special tokens; where two begin together, the longer.
+
+    >>> special_pattern(["<a>", "<a><b>"]).findall("<a><b>")
+    ['<a><b>']
+    """
+    if not special_tokens:
+        return regex.compile(r"(?!)")
+    return regex.compile("|".join(regex.escape(t) for t in sorted(special_tokens, key=len, reverse=True)))
+
+
+def pretokenize(text: str, special_tokens: Sequence[str] = ()) -> Iterator[str]:
+    """The pieces of `text` inside which merges may happen, in order, special tokens left out.
+
+    >>> list(pretokenize("It's  10 mice.<|endoftext|>Run", ["<|endoftext|>"]))
+    ['It', "'s", ' ', ' 10', ' mice', '.', 'Run']
+    """
+    for segment in special_pattern(special_tokens).splititer(text):
+        for match in SPLIT_PATTERN.finditer(segment):
+            yield match.group()
+
+
+def count_pretokens(
+    input_path: str | os.PathLike[str], special_tokens: Sequence[str], n_workers: int | None = None
+) -> Counter[bytes]:
+    """How often each pre-token occurs in a UTF-8 file.
+
+    The file is cut at special tokens into parts that `n_workers` processes count; None means one process a
+    core for large files, else none.
+    """
+    size = Path(input_path).stat().st_size
+    if n_workers is None:
+        n_workers = (os.cpu_count() or 1) if size >= PARALLEL_BYTES else 1
+    # a part a worker, but never more than fits into memory comfortably
+    boundaries = chunk_boundaries(input_path, special_tokens, max(n_workers, size // 2**28 + 1))
+    chunks = [(input_path, start, end, special_tokens) for start, end in pairwise(boundaries)]
+    if n_workers == 1 or len(chunks) < 2:
+        return _sum(map(_count_chunk, chunks))
+    # fork would copy the locks of torch's threads in whatever state they are in
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, mp_context=spawn) as pool:
+        return _sum(pool.map(_count_chunk, chunks))
+
+
+def chunk_boundaries(
+    input_path: str | os.PathLike[str], special_tokens: Sequence[str], n_chunks: int
+) -> list[int]:
+    """Byte offsets that cut a file into at most `n_chunks` parts, which begin at special tokens.
+
+    Where no special token cuts cleanly (one may lie inside or across another), the file stays whole.
+    """
+    size = Path(input_path).stat().st_size
+    delimiter = _clean_delimiter([token.encode() for token in special_tokens])
+    if delimiter is None:
+        return [0, size]
+    boundaries = {0, size}
+    with open(input_path, "rb") as file:
+        for i in range(1, n_chunks):
+            boundaries.add(_find_from(file, delimiter, size * i // n_chunks, size))
+    return sorted(boundaries)
+
+
+def _clean_delimiter(tokens: Sequence[bytes]) -> bytes | None:
+    """A special token that, wherever its bytes stand, is that token: it shares no bytes with another."""
+    for delimiter in tokens:
+        inside = any(delimiter in other for other in tokens if other != delimiter)
+        across = any(
+            other.endswith(delimiter[:k])
+            for other in tokens
+            for k in range(1, min(len(delimiter), len(other)))
+        )
+        if not inside and not across:
+            return delimiter
+    return None
+
+
+def _find_from(file: BinaryIO, delimiter: bytes, offset: int, size: int) -> int:
+    """The offset of the next `delimiter` at or after `offset`; `size` if there is none."""
+    file.seek(offset)
+    tail = b""
+    while block := file.read(1 << 20):
+        found = (tail + block).find(delimiter)
+        if found >= 0:
+            return file.tell() - len(tail) - len(block) + found
+        tail = (tail + block)[-(len(delimiter) - 1) :] if len(delimiter) > 1 else b""
+    return size
+
+
+def _count_chunk(chunk: tuple[str | os.PathLike[str], int, int, Sequence[str]]) -> Counter[bytes]:
+    path, start, end, special_tokens = chunk
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise ValueError(
+            f"{path} must be UTF-8, got byte 0x{byte:02x} at offset {start + error.start}"
+        ) from None
+    words = Counter(pretokenize(text, special_tokens))
+    return Counter({word.encode("utf-8"): count for word, count in words.items()})
+
+
+def _sum(counters: Iterable[Counter[bytes]]) -> Counter[bytes]:
+    total: Counter[bytes] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning merges
+
+
+def train_bpe(
+    input_path: str | os.PathLike[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    n_workers: int | None = None,
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Learn a vocabulary of `vocab_size` tokens from a UTF-8 file.
+
+    Returns the vocabulary, id -> bytes (special tokens first, then the 256 bytes, then one entry a merge),
+    and the merges in the order in which they were learned. It ends early when no pair is left to merge. The
+    same text gives the same result, whatever the number of workers.
+    """
+    special_tokens = list(dict.fromkeys(special_tokens))
+    check_vocab_size(vocab_size, special_tokens)
+    return learn_merges(count_pretokens(input_path, special_tokens, n_workers), vocab_size, special_tokens)
+
+
+def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
+    """Raise ValueError unless `vocab_size` has room for the 256 bytes and the special tokens."""
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size must be at least {least} (256 bytes and {len(special_tokens)} special tokens), "
+            f"got {vocab_size}"
+        )
+
+
+def learn_merges(
+    pretokens: Mapping[bytes, int], vocab_size: int, special_tokens: Sequence[str]
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Merge the most frequent pair until the vocabulary is full.
+
+    Of equally frequent pairs the lexicographically greater pair of byte strings goes first. A merge changes
+    only the words that hold the pair, and only their counts are renewed.
+    """
+    vocab = dict(
+        enumerate([token.encode("utf-8") for token in special_tokens] + [bytes([b]) for b in range(256)])
+    )
+    n_special = len(special_tokens)
+    words = [[byte + n_special for byte in word] for word in pretokens]
+    pairs = PairCounts(words, list(pretokens.values()), vocab)
+    merges: list[tuple[bytes, bytes]] = []
+    while len(vocab) < vocab_size and (pair := pairs.most_frequent()) is not None:
+        new_id = len(vocab)
+        merges.append((vocab[pair[0]], vocab[pair[1]]))
+        vocab[new_id] = vocab[pair[0]] + vocab[pair[1]]
+        pairs.merge(pair, new_id)
+    return vocab, merges
+
+
+class PairCounts:
+    """How often each pair of neighboring tokens occurs in the words, kept up to date while pairs merge."""
+
+    def __init__(self, words: list[list[int]], frequencies: list[int], vocab: Mapping[int, bytes]) -> None:
+        self.words = words
+        self.frequencies = frequencies
+        self.vocab = vocab
+        self.counts: Counter[tuple[int, int]] = Counter()
+        self.occurrences: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+        for index, word in enumerate(words):
+            for pair in pairwise(word):
+                self.add(pair, index, frequencies[index])
+        # entries may be out of date; `most_frequent` looks the count up again
+        self.heap = [self._entry(pair) for pair in self.counts]
+        heapq.heapify(self.heap)
+
+    def add(self, pair: tuple[int, int], index: int, count: int) -> None:
+        """Count `pair` in word number `index` `count` times more, or less."""
+        self.counts[pair] += count
+        if count > 0:
+            self.occurrences[pair].add(index)
+
+    def most_frequent(self) -> tuple[int, int] | None:
+        """The pair with the highest count, or None if no pair is left."""
+        while self.heap:
+            negative_count, *_, pair = self.heap[0]
+            count = self.counts[pair]
+            if count == -negative_count:
+                return pair
+            # the count fell since the entry was made: put it back where it belongs
+            heapq.heappop(self.heap)
+            if count > 0:
+                heapq.heappush(self.heap, self._entry(pair))
+        return None
+
+    def merge(self, pair: tuple[int, int], new_id: int) -> None:
+        """Replace `pair` by `new_id` in every word, from left to right, and count the new neighbors."""
+        made: set[tuple[int, int]] = set()
+        for index in self.occurrences.pop(pair):
+            old = self.words[index]
+            new = merge_pair(old, pair, new_id)
+            if len(new) == len(old):
+                continue  # an earlier merge took the pair apart here
+            frequency = self.frequencies[index]
+            for neighbors in pairwise(old):
+                self.add(neighbors, index, -frequency)
+            for neighbors in pairwise(new):
+                self.add(neighbors, index, frequency)
+                if new_id in neighbors:
+                    made.add(neighbors)
+            self.words[index] = new
+        del self.counts[pair]
+        for neighbors in made:
+            heapq.heappush(self.heap, self._entry(neighbors))
+
+    def _entry(self, pair: tuple[int, int]) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, int]]:
+        """What the heap sorts by: high counts first, then lexicographically great pairs."""
+        left, right = pair
+        return -self.counts[pair], _descending(self.vocab[left]), _descending(self.vocab[right]), pair
+
+
+def merge_pair(tokens: list[T], pair: tuple[T, T], merged: T) -> list[T]:
+    """Replace each occurrence of `pair` by `merged`, from left to right.
+
+    >>> merge_pair([1, 1, 1, 2, 1], (1, 1), 9)
+    [9, 1, 2, 1]
+    """
+    result, i = [], 0
+    while i < len(tokens):
+        if i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair:
+            result.append(merged)
+            i += 2
+        else:
+            result.append(tokens[i])
+            i += 1
+    return result
+
+
+def _descending(token: bytes) -> tuple[int, ...]:
+    """A key that sorts byte strings from the lexicographically greatest to the least."""
+    return (*(-byte for byte in token), 1)
