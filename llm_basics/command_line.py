@@ -1,0 +1,105 @@
+"""The command line of the programs.
+
+An option's value comes from the command line, else from the file that `--config` names or the run that
+`--resume` names, else from `config`. Loads without torch, so that `--help` and mistakes answer at once.
+"""
+
+import contextlib
+import dataclasses
+import io
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from llm_basics import config, run
+
+T = TypeVar("T")
+
+
+def train_options(arguments: Sequence[str]) -> config.Config:
+    """The config that a training run is started with. For a mistake, prints one line and exits with 2."""
+    with exit_on_mistake():
+        resumed = _value_of("--resume", arguments)
+        if resumed is None:
+            base = config.load(_value_of("--config", arguments) or config.Config().config)
+        else:
+            folder = run.newest_folder() if resumed == "auto" else Path(resumed)
+            base = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
+        options = parse(base, arguments, prog="python -m llm_basics.train")
+        return options if resumed is None else dataclasses.replace(options, resume=str(folder))
+
+
+def generate_options(arguments: Sequence[str]) -> config.GenerateConfig:
+    """What text generation is started with. For a mistake, prints one line and exits with 2."""
+    with exit_on_mistake():
+        return parse(config.GenerateConfig(), arguments, prog="python -m llm_basics.generate")
+
+
+def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
+    """A copy of `defaults` with the command line's values set.
+
+    Prints the options and exits for `--help`; raises ValueError for what it does not understand.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(
+                type(defaults),
+                default=defaults,
+                args=arguments,
+                prog=prog,
+                return_unknown_args=True,
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_message_in_frame(complaint.getvalue())) from None
+    if unknown:
+        raise ValueError(
+            config.unknown_option(unknown[0].split("=")[0], _flags(type(defaults)), "command line")
+        )
+    return typing.cast(T, parsed)
+
+
+@contextlib.contextmanager
+def exit_on_mistake() -> Iterator[None]:
+    """Where something that was asked for cannot be done, say so in one line and exit with status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """What stands behind `flag`: it decides which defaults the whole command line is laid over."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def _flags(cls: Any, prefix: str = "--") -> list[str]:
+    flags = []
+    for name, hint in typing.get_type_hints(cls).items():
+        flags += _flags(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return flags
+
+
+def _message_in_frame(frame: str) -> str:
+    """The message that tyro draws a frame around, as one line: what stands between title and next rule."""
+    words: list[str] = []
+    for line in frame.splitlines()[1:]:
+        content = line.strip("\u2502\u2570\u256f ")
+        is_rule = not content.strip("\u2500-")
+        if is_rule and words:
+            break
+        words += [] if is_rule else content.split()
+    return " ".join(words).removeprefix("Error parsing model: ").removeprefix("Error parsing train: ")

@@ -1,0 +1,181 @@
+"""Let a trained model write.
+
+uv run python -m llm_basics.generate runs/NAME --prompt "def "
+"""
+
+import sys
+
+from llm_basics import command_line, config
+
+if __name__ == "__main__":
+    # before torch is loaded, which takes seconds: --help and mistakes answer at once
+    OPTIONS = command_line.generate_options(sys.argv[1:])
+
+import codecs
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_basics import checkpoint, run
+from llm_basics import functional as F
+from llm_basics import model as models
+from llm_basics import tokenizer as tokenizers
+
+# --------------------------------------------------------------------------------------------------
+# Choosing the next token
+
+
+def next_token_probabilities(
+    logits: Float[Tensor, "... vocab"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Tensor, "... vocab"]:
+    """The distribution to draw the next token from.
+
+    `temperature` divides the logits: below 1 the likely become likelier, at 0 only the likeliest is left.
+    `top_k` keeps the k likeliest tokens. `top_p` keeps the likeliest that together reach the probability p,
+    the one that crosses it included (nucleus sampling, arXiv 1904.09751). Of equals, lower ids go first.
+
+    >>> next_token_probabilities(torch.tensor([0.5, 0.2, 0.3]).log(), top_p=0.6)
+    tensor([0.6250, 0.0000, 0.3750])
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    probabilities, ids = F.softmax(logits.float() / temperature).sort(descending=True, stable=True)
+    if top_k is not None:
+        probabilities[..., top_k:] = 0
+    if top_p is not None:
+        total = probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= top_p * total] = 0
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, ids, probabilities)
+
+
+@torch.no_grad()
+def generate(
+    model: models.TransformerLM,
+    prompt: Int[Tensor, " seq"],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Continue `prompt` token by token, until `stop_id`, which is not given out, or `max_new_tokens`.
+
+    Keys and values of earlier tokens are kept. Once the text is longer than the model's context, the last
+    `context_length` tokens are read again for each new one.
+    """
+    if prompt.numel() == 0:
+        raise ValueError("the prompt must have at least one token, got none")
+    was_training = model.training
+    model.eval()
+    context_length = model.config.context_length
+    tokens = prompt[None]
+    caches = model.new_caches(batch=1)
+    try:
+        for _ in range(max_new_tokens):
+            if tokens.shape[-1] <= context_length:
+                logits = model(tokens[:, caches[0].length :], caches=caches)
+            else:
+                logits = model(tokens[:, -context_length:])
+            probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
+            # drawn on the CPU, where a seed means the same on every machine
+            token = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+            if token.item() == stop_id:
+                return
+            tokens = torch.cat([tokens, token[None].to(tokens.device)], dim=-1)
+            yield int(token.item())
+    finally:
+        model.train(was_training)
+
+
+# --------------------------------------------------------------------------------------------------
+# From tokens to text
+
+
+def stream_text(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of `ids` as it comes. A character of several tokens is held back until it is whole.
+
+    >>> list(stream_text(tokenizers.Tokenizer.of_bytes(), [72, 0xC3, 0xA9, 33]))
+    ['H', '\\xe9', '!']
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for id in ids:
+        if text := decoder.decode(tokenizer.decode_bytes([id])):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def complete(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue the text `prompt` to the end of the document; an empty one begins a new document."""
+    end = tokenizer.special_id(tokenizers.END_OF_TEXT)
+    ids = tokenizer.encode_ordinary(prompt) or [end]
+    tokens = torch.tensor(ids, device=model.lm_head.weight.device)
+    generator = torch.Generator().manual_seed(seed)
+    new = generate(model, tokens, max_new_tokens, temperature, top_k, top_p, stop_id=end, generator=generator)
+    return stream_text(tokenizer, new)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def load_run(
+    folder: str | Path, device: torch.device | str = "cpu"
+) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
+    """The model of a run directory at its newest checkpoint, and its tokenizer."""
+    options = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
+    model = models.TransformerLM(options.model, device=device)
+    found = run.checkpoints(folder)
+    if not found:
+        raise ValueError(
+            f"{folder} must have a checkpoint, got none; train it further with --resume {folder}"
+        )
+    checkpoint.load_checkpoint(found[0], model)
+    return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
+
+
+def main(options: config.GenerateConfig) -> None:
+    with command_line.exit_on_mistake():
+        folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
+        model, tokenizer = load_run(folder, options.device)
+        for sample in range(options.samples):
+            print(options.prompt, end="")
+            for text in complete(
+                model,
+                tokenizer,
+                options.prompt,
+                options.max_new_tokens,
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.seed + sample,
+            ):
+                print(text, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main(OPTIONS)

@@ -1,0 +1,29 @@
+"""A run directory -> figures."""
+
+import os
+from pathlib import Path
+
+from matplotlib import figure
+
+from llm_basics import run
+
+
+def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = None) -> Path:
+    """Draw training and validation loss over the steps of a run to `loss.png`, and return its path.
+
+    `unigram_entropy`, in nats, is drawn as a line: a model that only counts tokens stays above it.
+    """
+    metrics = run.read_metrics(folder)
+    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    for name, style in (("train_loss", {"alpha": 0.6, "lw": 1}), ("val_loss", {"marker": "o", "ms": 4})):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], label=name, **style)
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="gray", ls="--", lw=1, label="unigram entropy")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(folder).name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(folder) / "loss.png"
+    canvas.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,128 @@
+"""From raw text to token files: find it, split it, learn a vocabulary on it, encode it, once.
+
+The result is kept under `data/` in a folder named by everything that decides its content, so that a second
+run on the same text starts at once.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_basics import bpe, config, data, tokenizer
+
+# changes when the same text would be prepared differently
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text as a model needs it."""
+
+    folder: Path
+    tokenizer: tokenizer.Tokenizer
+    train: list[data.Shard]
+    val: list[data.Shard]
+
+
+def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepared:
+    """Tokenize the text that `options` names, or find it already tokenized."""
+    if options.tokenizer == "bpe":
+        bpe.check_vocab_size(options.model.vocab_size, [data.DOCUMENT_SEPARATOR])
+    files = data.find_files(options.data)
+    documents = data.read_documents(files, options.on_bad_utf8)
+    if not documents:
+        raise ValueError(f"--data must hold text, but {options.data} is empty ({len(files)} files)")
+    train, val = data.split_documents(documents, options.val_fraction)
+    folder = Path(options.data_dir) / _key(options, documents)
+    if not (folder / "meta.json").exists():
+        size = sum(len(document.text) for document in documents)
+        say(f"reading {options.data}: {len(documents):,} documents, {size:,} characters")
+        chosen = _make_tokenizer(options, train, say)
+        say(f"encoding with {chosen.vocab_size:,} tokens")
+        for name, part in (("train", train), ("val", val)):
+            encoded = _encode(chosen, part)
+            data.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint())
+        chosen.save(folder / "tokenizer")
+        # written last: a folder without it was interrupted and is made again
+        (folder / "meta.json").write_text(
+            json.dumps({"data": options.data, "documents": len(documents)}) + "\n"
+        )
+    return load(folder)
+
+
+def load(folder: str | os.PathLike[str]) -> Prepared:
+    """Open what `prepare` has written. Raises ValueError if files and tokenizer do not belong together."""
+    folder = Path(folder)
+    chosen = tokenizer.Tokenizer.load(folder / "tokenizer")
+    fingerprint = chosen.fingerprint()
+    shards = {
+        name: [data.read_shard(path, fingerprint) for path in sorted(folder.glob(f"{name}_*.bin"))]
+        for name in ("train", "val")
+    }
+    return Prepared(folder, chosen, shards["train"], shards["val"])
+
+
+def _key(options: config.Config, documents: Sequence[data.Document]) -> str:
+    """A folder name that changes with the text, the split and the tokenizer."""
+    digest = hashlib.sha256()
+    settings = [VERSION, options.tokenizer, options.val_fraction]
+    if options.tokenizer == "bpe":
+        settings.append(options.model.vocab_size)
+    elif Path(options.tokenizer).is_dir():
+        settings.append(tokenizer.Tokenizer.load(options.tokenizer).fingerprint())
+    digest.update(json.dumps(settings).encode())
+    for document in documents:
+        digest.update(hashlib.sha256(document.text.encode("utf-8")).digest())
+    names = [Path(options.data).stem.strip("*") or "text", Path(options.tokenizer).name]
+    return "-".join([*names, digest.hexdigest()[:12]])
+
+
+def _make_tokenizer(
+    options: config.Config, train: Sequence[data.Document], say: Callable[[str], None]
+) -> tokenizer.Tokenizer:
+    specials = [data.DOCUMENT_SEPARATOR]
+    match options.tokenizer:
+        case "bytes":
+            return tokenizer.Tokenizer.of_bytes(specials)
+        case "gpt2":
+            return _gpt2()
+        case "bpe":
+            say(f"learning a vocabulary of {options.model.vocab_size:,} tokens")
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "train.txt"
+                path.write_bytes(data.DOCUMENT_SEPARATOR.join(d.text for d in train).encode("utf-8"))
+                return tokenizer.Tokenizer(*bpe.train_bpe(path, options.model.vocab_size, specials), specials)
+        case folder:
+            if not Path(folder).is_dir():
+                raise ValueError(
+                    f"--tokenizer must be bpe, bytes, gpt2 or a folder with a tokenizer in it, got {folder}"
+                )
+            chosen = tokenizer.Tokenizer.load(folder)
+            return tokenizer.Tokenizer(chosen.vocab, chosen.merges, [*chosen.special_tokens, *specials])
+
+
+def _gpt2() -> tokenizer.Tokenizer:
+    """Our own tokenizer with GPT-2's vocabulary, which tiktoken fetches or has in TIKTOKEN_CACHE_DIR."""
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ValueError(
+            f"--tokenizer gpt2 must be downloaded once by tiktoken, which failed ({type(error).__name__}); "
+            "connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        ) from None
+    return tokenizer.Tokenizer.from_ranks(encoding._mergeable_ranks, {"<|endoftext|>": encoding.eot_token})
+
+
+def _encode(
+    chosen: tokenizer.Tokenizer, documents: Sequence[data.Document]
+) -> Iterator[tuple[list[int], int]]:
+    """The ids of each document with the end-of-text token behind it, and its size in bytes."""
+    end = chosen.special_id(data.DOCUMENT_SEPARATOR)
+    for document in documents:
+        yield [*chosen.encode_ordinary(document.text), end], len(document.text.encode("utf-8"))

@@ -1,0 +1,260 @@
+"""The run directory: where a training run writes all it knows, and all that reads a run looks.
+
+    config.json         every option, resolved
+    metrics.jsonl       one flat object a line, appended
+    samples.jsonl       generated texts
+    log.txt             what was said on the terminal
+    tokenizer/          vocab.json, merges.txt
+    checkpoints/        step_00000500.safetensors
+    loss.png
+
+Followers (the terminal, Weights & Biases) are told of everything and may fail without harm to the run.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+
+
+class Follower:
+    """What is told of a run as it goes on."""
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Numbers were measured; `values` is a line of metrics.jsonl."""
+
+    def message(self, text: str) -> None:
+        """Something was said."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class Run:
+    """A run directory that is being written."""
+
+    def __init__(self, folder: str | os.PathLike[str], followers: Sequence[Follower] = ()) -> None:
+        self.folder = Path(folder)
+        self.followers = list(followers)
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, options: dict[str, Any]) -> None:
+        """Store the options that the run was started with."""
+        _write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Record numbers measured after `step` updates. One that is not finite becomes null, and is named."""
+        entry: dict[str, Any] = {"step": step, **values}
+        nonfinite = [name for name, value in entry.items() if not math.isfinite(value)]
+        if nonfinite:
+            entry |= {name: None for name in nonfinite} | {"nonfinite": nonfinite}
+        self._append("metrics.jsonl", entry)
+        for follower in self.followers:
+            follower.metrics(entry)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record and show a text that the model wrote after `step` updates."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        self.say(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
+
+    def say(self, text: str = "") -> None:
+        """Tell people, on the terminal and in log.txt."""
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        for follower in self.followers:
+            follower.message(text)
+
+    def close(self) -> None:
+        for follower in self.followers:
+            follower.close()
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step_{step:08d}.safetensors"
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading runs
+
+
+def new_folder(name: str) -> Path:
+    """A folder under runs/ that does not exist yet, named by time and `name`."""
+    folder = RUNS / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    number = 2
+    while folder.exists():
+        folder = folder.with_name(f"{folder.name.rsplit('~')[0]}~{number}")
+        number += 1
+    return folder
+
+
+def newest_folder() -> Path:
+    """The run under runs/ that was written to last."""
+    folders = [config.parent for config in RUNS.glob("*/config.json")]
+    if not folders:
+        raise ValueError(f"there must be a run under {RUNS}/ to go on with, got none; train one first")
+    return max(folders, key=lambda folder: max(file.stat().st_mtime_ns for file in folder.iterdir()))
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"a run directory must hold config.json, got {folder}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl; after a resume, the last word on each step."""
+    entries: dict[tuple[int, bool], dict[str, Any]] = {}
+    with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            entries[entry["step"], "val_loss" in entry] = entry
+    return [entries[key] for key in sorted(entries)]
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((Path(folder) / "checkpoints").glob("step_*.safetensors"), reverse=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Followers
+
+
+class Terminal(Follower):
+    """A progress bar for people, plain lines for pipes and files."""
+
+    def __init__(self, total_steps: int, step: int = 0) -> None:
+        self.total_steps = total_steps
+        self.progress: Any = None
+        if sys.stdout.isatty():
+            from rich import progress
+
+            columns = [
+                progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                progress.BarColumn(bar_width=None),
+                progress.TextColumn("{task.fields[numbers]}"),
+                progress.TimeRemainingColumn(),
+            ]
+            self.progress = progress.Progress(*columns, expand=True)
+            self.task = self.progress.add_task("training", total=total_steps, completed=step, numbers="")
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        numbers = " ".join(f"{name}={_short(value)}" for name, value in values.items() if name in _SHOWN)
+        if self.progress is None:
+            print(f"step={values['step']}/{self.total_steps} {numbers}", flush=True)
+        elif "train_loss" in values:
+            self.progress.start()
+            self.progress.update(
+                self.task, completed=values["step"], numbers=numbers.replace("_per_second", "/s")
+            )
+        else:
+            self.progress.console.print(f"step {values['step']}: {numbers}", highlight=False)
+
+    def message(self, text: str) -> None:
+        if self.progress is None:
+            print(text, flush=True)
+        else:
+            self.progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+_SHOWN = {
+    "train_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "eta_seconds",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+}
+
+
+class WandbFollower(Follower):
+    """Weights & Biases as a second reader of the metrics. Its failures end its following, not the run."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.run: Any = None
+        self._attempt(self._start, folder, options)
+
+    def _start(self, folder: Path, options: dict[str, Any]) -> None:
+        import wandb
+
+        if not wandb.api.api_key:
+            os.environ.setdefault("WANDB_MODE", "offline")
+        self.run = wandb.init(project="llm_basics", name=folder.name, dir=folder, config=options)
+        # a resumed run counts steps again from its checkpoint, which wandb's own counter forbids
+        self.run.define_metric("*", step_metric="step")
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        if self.run is not None:
+            self._attempt(self.run.log, values)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self._attempt(self.run.finish)
+
+    def _attempt(self, action: Any, *arguments: Any) -> None:
+        # whatever a foreign service throws, from network to login to a bad install, the run goes on
+        try:
+            action(*arguments)
+        except Exception as error:
+            self.run = None
+            print(f"warning: wandb stopped following ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Measures seconds of work, without those of interruptions."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the beginning, without pauses."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def total(self) -> float:
+        """Seconds since the beginning, pauses included."""
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count for the lap."""
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nan"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)

@@ -1,0 +1,166 @@
+"""Checkpoints: all state comes back, damage is seen. Alone: uv run pytest tests/test_checkpoint.py"""
+
+import io
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from llm_basics import checkpoint, config, model, optim
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.second = nn.Linear(width, 2)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def train(network, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        network(torch.randn(4, 3, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def make(optimizer_class, seed=0):
+    torch.manual_seed(seed)
+    network = TwoLayers()
+    groups = [{"params": network.first.parameters()}, {"params": network.second.parameters(), "lr": 0.02}]
+    return network, optimizer_class(groups, lr=0.01, betas=(0.8, 0.91), weight_decay=0.3)
+
+
+@pytest.mark.parametrize("optimizer_class", [optim.AdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", ["path", "file"])
+def test_going_on_from_a_checkpoint_changes_nothing(adapters, optimizer_class, kind, tmp_path):
+    network, optimizer = make(optimizer_class)
+    train(network, optimizer, 5, seed=1)
+    out = tmp_path / "checkpoint" if kind == "path" else io.BytesIO()
+    adapters.run_save_checkpoint(network, optimizer, 5, out)
+    train(network, optimizer, 5, seed=2)
+
+    other, other_optimizer = make(optimizer_class, seed=9)
+    source = out if kind == "path" else io.BytesIO(out.getvalue())
+    assert adapters.run_load_checkpoint(source, other, other_optimizer) == 5
+    train(other, other_optimizer, 5, seed=2)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_settings_of_the_optimizer_come_back(adapters):
+    network, optimizer = make(optim.AdamW)
+    optimizer.param_groups[1]["lr"] = 0.5
+    out = io.BytesIO()
+    adapters.run_save_checkpoint(network, optimizer, 0, out)
+    other, other_optimizer = make(optim.AdamW)
+    assert adapters.run_load_checkpoint(io.BytesIO(out.getvalue()), other, other_optimizer) == 0
+    assert [group["lr"] for group in other_optimizer.param_groups] == [0.01, 0.5]
+    assert other_optimizer.param_groups[0]["betas"] == (0.8, 0.91)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(adapters, change, tmp_path):
+    network, optimizer = make(optim.AdamW)
+    train(network, optimizer, 2, seed=1)
+    adapters.run_save_checkpoint(network, optimizer, 2, tmp_path / "checkpoint")
+    other = TwoLayers(width=6 if change == "shape" else 5)
+    if change == "missing":
+        other.third = nn.Linear(2, 2)
+    if change == "extra":
+        del other.second
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        adapters.run_load_checkpoint(tmp_path / "checkpoint", other, optim.AdamW(other.parameters()))
+    assert {"missing": "third", "extra": "second", "shape": "first"}[change] in str(error.value)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_shape_difference_is_told():
+    out = io.BytesIO()
+    checkpoint.save_checkpoint(*make(optim.AdamW), 0, out)
+    with pytest.raises(ValueError, match=r"first.weight must be \(6, 3\), got \(5, 3\)"):
+        checkpoint.load_checkpoint(io.BytesIO(out.getvalue()), TwoLayers(width=6))
+
+
+def test_random_state_comes_back(tmp_path):
+    network, optimizer = make(optim.AdamW)
+    checkpoint.save_checkpoint(network, optimizer, 0, tmp_path / "checkpoint")
+    expected = torch.rand(3)
+    checkpoint.load_checkpoint(tmp_path / "checkpoint", network, optimizer, restore_rng=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    shape = config.ModelConfig(
+        vocab_size=90, context_length=8, d_model=16, n_layers=1, n_heads=2, tie_embeddings=True
+    )
+    lm, other = model.TransformerLM(shape), model.TransformerLM(shape)
+    checkpoint.save_checkpoint(lm, optim.AdamW(lm.parameters()), 3, tmp_path / "checkpoint", note="hello")
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint", other)["note"] == "hello"
+    assert other.lm_head.weight is other.token_embeddings.weight
+    assert torch.equal(other.lm_head.weight, lm.lm_head.weight)
+    names = [
+        name
+        for name in safetensors.torch.load_file(tmp_path / "checkpoint")
+        if "lm_head" in name or "token" in name
+    ]
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_come_back_bitwise(dtype):
+    network = TwoLayers().to(dtype)
+    out = io.BytesIO()
+    checkpoint.save_checkpoint(network, optim.AdamW(network.parameters()), 0, out)
+    other = TwoLayers().to(dtype)
+    checkpoint.load_checkpoint(io.BytesIO(out.getvalue()), other)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_every_flipped_bit_is_seen(tmp_path):
+    network, optimizer = make(optim.AdamW)
+    train(network, optimizer, 1, seed=0)
+    path = tmp_path / "checkpoint"
+    checkpoint.save_checkpoint(network, optimizer, 1, path)
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    for offset in range(8 + header, len(content), 97):
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 4]) + content[offset + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.read_checkpoint(path)
+    for end in (0, 7, 100, header, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match="checkpoint"):
+            checkpoint.read_checkpoint(path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    network, optimizer = make(optim.AdamW)
+    path = tmp_path / "checkpoint"
+    checkpoint.save_checkpoint(network, optimizer, 1, path)
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_checkpoint(network, optimizer, 2, path)
+    assert checkpoint.read_checkpoint(path)[1]["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="must be a checkpoint of llm_basics"):
+        checkpoint.read_checkpoint(tmp_path / "foreign")
+
+
+def test_file_is_plain_safetensors_with_json(tmp_path):
+    network, optimizer = make(optim.AdamW)
+    checkpoint.save_checkpoint(network, optimizer, 7, tmp_path / "checkpoint")
+    with safetensors.safe_open(tmp_path / "checkpoint", "pt") as file:
+        assert json.loads(file.metadata()["llm_basics"])["step"] == 7
+        assert {name.split(".")[0] for name in file.keys()} == {"model", "rng"}  # noqa: SIM118

@@ -1,0 +1,183 @@
+"""Options: defaults, presets, YAML, command line, and what is said of mistakes.
+
+Alone: uv run pytest tests/test_config.py
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import pytest
+
+from llm_basics import command_line, config
+
+PRESETS = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+
+
+def fields(cls, prefix=""):
+    """Every option of a config class, as `train.lr`."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from fields(field.type, f"{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def help_text(read, arguments=("--help",)):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        read(list(arguments))
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def complaint(capsys, *arguments):
+    """The one line that a wrong command line is answered with."""
+    with pytest.raises(SystemExit) as stop:
+        command_line.train_options(list(arguments))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_presets_that_must_be_there():
+    assert set(PRESETS) >= {"tiny", "gpt2-nano", "gpt2-small", "gpt2-medium", "llama-tiny", "ts-17m"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_and_set_only_what_differs(name):
+    def same(options, defaults):
+        for key, value in options.items():
+            default = getattr(defaults, key)
+            if isinstance(value, dict):
+                yield from same(value, default)
+            elif value == default:
+                yield key
+
+    assert config.load(name).config == name
+    assert list(same(config.read_yaml(name), config.Config(config=""))) == []
+
+
+def test_command_line_wins_over_file_over_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "data: book.txt\nmodel: {n_layers: 7, d_model: 96}\ntrain: {lr: 1e-2, betas: [0.8, 0.9]}\n"
+    )
+    options = command_line.train_options(["--config", str(path), "--model.n_layers", "6", "--train.steps=5"])
+    assert (options.data, options.model.n_layers, options.model.d_model) == ("book.txt", 6, 96)
+    assert (options.train.lr, options.train.betas, options.train.steps) == (0.01, (0.8, 0.9), 5)
+    assert options.train.weight_decay == config.TrainConfig().weight_decay
+
+
+def test_options_from_parameters_file_and_json_are_the_same(tmp_path):
+    written = config.load("gpt2-nano")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(written)))
+    assert config.update(config.Config(), json.loads(path.read_text()), "here") == written
+    made = config.Config(model=config.ModelConfig(n_layers=3))
+    assert config.update(config.Config(), {"model": {"n_layers": 3}}, "here") == made
+
+
+@pytest.mark.parametrize("spelling", ["--model.n_layers", "--model.n-layers"])
+def test_both_spellings_of_a_flag(spelling):
+    assert command_line.train_options([spelling, "3"]).model.n_layers == 3
+
+
+def test_help_has_every_option_with_its_default_and_meaning():
+    text = " ".join(help_text(command_line.train_options).replace("\u2502", " ").split())
+    for name in fields(config.Config):
+        assert f"--{name}" in text, name
+    assert text.count("(default: ") == len(list(fields(config.Config)))
+    assert "Peak learning rate" in text
+
+
+@pytest.mark.parametrize(
+    "cls", [config.ModelConfig, config.TrainConfig, config.Config, config.GenerateConfig]
+)
+def test_every_option_is_documented(cls):
+    source = config.__file__
+    with open(source) as file:
+        body = file.read().split(f"class {cls.__name__}:")[1].split("@dataclass")[0]
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(field.type):
+            line = body.split(f"    {field.name}: ")[1].split("\n")[1]
+            assert line.startswith('    """') and len(line) > 20, field.name
+
+
+def test_adamw_defaults():
+    train = config.TrainConfig()
+    assert (train.lr, train.weight_decay, train.betas) == (3e-4, 0.1, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--model.n_layer", "3"],
+            "unknown option --model.n_layer (command line); the closest is --model.n_layers",
+        ),
+        (["--trian.lr", "3"], "the closest is --train.lr"),
+        (["--steps=3"], "the closest is --train.steps"),
+        (["--train.lr", "fast"], "--train.lr: could not convert string to float: 'fast'"),
+        (["--train.lr"], "Missing value for argument '--train.lr'"),
+        (["--model.norm", "batch"], "Expected one of ('rms', 'layer')"),
+        (["--model.d_model", "100", "--model.n_heads", "3"], "got 100 and 3; try d_model 99 or 102"),
+        (["--model.d_model", "12", "--model.n_heads", "4"], "RoPE needs an even d_model / n_heads, got 3"),
+        (["--model.n_kv_heads", "4"], "model.n_heads must be divisible by model.n_kv_heads, got 6 and 4"),
+        (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
+        (["--train.min_lr", "9"], "train.min_lr must be from 0 to lr"),
+        (["--val_fraction", "1"], "val_fraction must be above 0 and below 1, got 1.0"),
+        (["--config", "tini"], "--config must be a preset (gpt2-medium, "),
+        (["--resume", "nowhere"], "a run directory must hold config.json, got nowhere"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, arguments, said):
+    assert said in complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: {n_layer: 3}", "unknown option model.n_layer ({path}); the closest is model.n_layers"),
+        ("train: {lr: fast}", "train.lr must be float, got 'fast' ({path})"),
+        ("train: {steps: 1.5}", "train.steps must be int, got 1.5 ({path})"),
+        ("train: {betas: 0.9}", "train.betas must be tuple[float, float], got 0.9 ({path})"),
+        ("wandb: 1", "wandb must be bool, got 1 ({path})"),
+        ("model: 3", "model must hold options of its own, got 3 ({path})"),
+        ("- a\n- b", "{path} must hold `option: value` lines, got list"),
+        ("a: [", "{path} must be YAML"),
+        ("model: {norm: batch}", "model.norm must be Literal['rms', 'layer'], got 'batch' ({path})"),
+    ],
+)
+def test_mistakes_in_a_file(capsys, tmp_path, content, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    assert said.format(path=path) in complaint(capsys, "--config", str(path))
+
+
+def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    options = dataclasses.replace(config.load("gpt2-nano"), data="book.txt")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
+    for named in (str(folder), "auto"):
+        resumed = command_line.train_options(["--resume", named, "--train.steps", "9"])
+        assert (resumed.data, resumed.model, resumed.train.steps) == ("book.txt", options.model, 9)
+        assert resumed.resume is not None and resumed.resume.endswith("old")
+
+
+def test_generate_has_its_own_options(capsys):
+    options = command_line.generate_options(["runs/x", "--prompt", "def ", "--temperature", "0"])
+    assert (options.run_dir, options.prompt, options.temperature, options.top_k) == (
+        "runs/x",
+        "def ",
+        0.0,
+        None,
+    )
+    assert "--top_p" in help_text(command_line.generate_options)
+    with pytest.raises(SystemExit):
+        command_line.generate_options(["--promt", "x"])
+    assert "the closest is --prompt" in capsys.readouterr().err

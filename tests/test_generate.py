@@ -1,0 +1,211 @@
+"""Generation: what is drawn, and how it becomes text. Alone: uv run pytest tests/test_generate.py"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_basics import config, generate, model, tokenizer
+
+SHAPE = {"vocab_size": 23, "context_length": 9, "d_model": 24, "num_layers": 2, "num_heads": 3, "d_ff": 40}
+LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0])
+
+
+@pytest.fixture
+def lm():
+    shape = config.ModelConfig(23, 9, 24, 2, 3, d_ff=40, rope_theta=50.0)
+    lm = model.TransformerLM(shape, dtype=torch.float64)
+    with torch.no_grad():  # far from uniform, so that a wrong context shows in the likeliest token
+        for parameter in lm.parameters():
+            parameter.mul_(3)
+    return lm
+
+
+@pytest.fixture
+def write(adapters, lm):
+    """Generate with the implementation under test and the weights of `lm`."""
+
+    def run(prompt, max_new_tokens, **options):
+        return adapters.run_generate(
+            **SHAPE,
+            rope_theta=50.0,
+            weights=lm.state_dict(),
+            prompt=torch.tensor(prompt),
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+
+    return run
+
+
+def greedy_without_cache(lm, tokens, n):
+    tokens = list(tokens)
+    for _ in range(n):
+        window = torch.tensor(tokens[-lm.config.context_length :])
+        tokens.append(lm(window)[-1].argmax().item())
+    return tokens[-n:]
+
+
+# --------------------------------------------------------------------------------------------------
+# The distribution
+
+
+def kept(probabilities):
+    return probabilities.nonzero().flatten().tolist()
+
+
+def test_temperature_divides_the_logits():
+    found = generate.next_token_probabilities(LOGITS, temperature=0.7)
+    torch.testing.assert_close(found, torch.softmax(LOGITS / 0.7, -1))
+
+
+def test_temperature_zero_leaves_the_likeliest():
+    assert generate.next_token_probabilities(LOGITS, temperature=0.0).tolist() == [0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (6, list(range(6))), (99, list(range(6)))]
+)
+def test_top_k_keeps_k_tokens_in_their_proportions(k, expected):
+    found = generate.next_token_probabilities(LOGITS, temperature=0.5, top_k=k)
+    assert kept(found) == expected
+    expected_probabilities = torch.softmax(LOGITS[expected] / 0.5, -1)
+    torch.testing.assert_close(found[expected], expected_probabilities)
+
+
+def test_top_k_among_equals_keeps_exactly_k():
+    assert kept(generate.next_token_probabilities(torch.zeros(7), top_k=3)) == [0, 1, 2]
+
+
+def test_top_p_keeps_the_token_that_crosses_the_threshold():
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15], dtype=torch.float64).log()
+    for p, expected in [
+        (0.1, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.72, [1, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ]:
+        found = generate.next_token_probabilities(logits, top_p=p)
+        assert kept(found) == expected, p
+        assert found.sum().item() == pytest.approx(1)
+    assert found[1] / found[3] == pytest.approx(4 / 3)
+
+
+def test_top_p_counts_what_top_k_left():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert kept(generate.next_token_probabilities(logits, top_k=2, top_p=0.5)) == [0]
+
+
+def test_distributions_of_a_batch_do_not_mix():
+    logits = torch.stack([LOGITS, LOGITS.flip(0)])
+    found = generate.next_token_probabilities(logits, top_k=2, top_p=0.9)
+    torch.testing.assert_close(found[0], found[1].flip(0))
+
+
+def test_inputs_are_not_changed():
+    logits = LOGITS.clone()
+    generate.next_token_probabilities(logits, 0.5, 2, 0.5)
+    assert torch.equal(logits, LOGITS)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be .*, got"):
+        generate.next_token_probabilities(LOGITS, **wrong)
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole texts
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("prompt", [[4], [1, 2, 3, 4, 5], list(range(9)), list(range(14))])
+def test_greedy_equals_reading_everything_again_for_each_token(write, lm, prompt, settings):
+    """Also past the context length: then the last 9 tokens count, and their positions begin at 0."""
+    with torch.no_grad():
+        expected = greedy_without_cache(lm, prompt, 12)
+    assert len(set(expected)) > 2
+    assert list(write(prompt, 12, **settings)) == expected
+
+
+def test_seed_decides(write):
+    def texts(seed):
+        return list(write([1, 2], 7, temperature=1.5, generator=torch.Generator().manual_seed(seed)))
+
+    assert texts(1) == texts(1)
+    assert len({tuple(texts(seed)) for seed in range(5)}) > 1
+
+
+def test_draws_follow_the_distribution(write, lm):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        expected = generate.next_token_probabilities(lm(torch.tensor([3, 8]))[-1], 9.0, top_k=5)
+    draws = torch.tensor(
+        [write([3, 8], 1, temperature=9.0, top_k=5, generator=generator)[0] for _ in range(600)]
+    )
+    found = torch.bincount(draws, minlength=23) / 600
+    assert kept(found) == kept(expected)
+    assert (found - expected).abs().max() < 5 * (0.25 / 600) ** 0.5
+
+
+def test_stop_token_ends_the_text_and_is_not_given_out(lm):
+    with torch.no_grad():
+        expected = greedy_without_cache(lm, [1, 2, 3], 12)
+    stop = expected[4]
+    found = list(generate.generate(lm, torch.tensor([1, 2, 3]), 12, temperature=0.0, stop_id=stop))
+    assert found == expected[: expected.index(stop)]
+
+
+def test_generating_leaves_the_model_in_its_mode(lm):
+    lm.train()
+    stream = generate.generate(lm, torch.tensor([1]), 5)
+    next(stream)
+    assert not lm.training
+    stream.close()
+    assert lm.training
+
+
+def test_dropout_is_off():
+    torch.manual_seed(0)
+    lm = model.TransformerLM(config.ModelConfig(23, 9, 24, 2, 3, dropout=0.5)).train()
+    texts = {tuple(generate.generate(lm, torch.tensor([1]), 5, temperature=0.0)) for _ in range(5)}
+    assert len(texts) == 1
+
+
+def test_empty_prompt_is_refused(lm):
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate.generate(lm, torch.tensor([], dtype=torch.long), 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
+
+
+@given(st.text())
+def test_streamed_text_is_the_text_and_never_half_a_character(text):
+    text = text.encode("utf-8", "replace").decode()
+    pieces = list(generate.stream_text(tokenizer.Tokenizer.of_bytes(), list(text.encode())))
+    assert "".join(pieces) == text
+    assert all(len(piece) == 1 for piece in pieces)
+
+
+def test_streaming_waits_only_for_the_character():
+    ids = iter(b"a\xe2\x82\xacb")
+    stream = generate.stream_text(tokenizer.Tokenizer.of_bytes(), ids)
+    assert next(stream) == "a" and list(ids)[:1] == [0xE2]
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    assert "".join(generate.stream_text(tokenizer.Tokenizer.of_bytes(), b"ok\xe2\x82")) == "ok\ufffd"
+
+
+def test_complete_ends_with_the_document():
+    torch.manual_seed(0)
+    lm = model.TransformerLM(config.ModelConfig(257, 16, 16, 1, 2))
+    text = "".join(generate.complete(lm, tokenizer.Tokenizer.of_bytes(), "", 40, seed=1))
+    assert text and "<|endoftext|>" not in text
+    with torch.no_grad():
+        lm.ln_final.weight.zero_()  # all tokens equally likely; the lowest id, NUL, is first
+    assert "".join(generate.complete(lm, tokenizer.Tokenizer.of_bytes(), "x", 3, temperature=0.0)) == "\0\0\0"

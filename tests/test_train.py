@@ -1,0 +1,381 @@
+"""The training loop: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as tF
+
+from llm_basics import checkpoint, command_line, config, generate, model, prepare, run, train
+
+SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
+SETTINGS = config.TrainConfig(
+    steps=8,
+    batch_size=4,
+    lr=1e-2,
+    warmup_steps=2,
+    log_every=1,
+    eval_every=3,
+    eval_batches=2,
+    sample_every=4,
+    sample_tokens=5,
+    checkpoint_every=3,
+    device="cpu",
+)
+
+
+@pytest.fixture
+def options(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(300)))
+    return config.Config(
+        data=str(text),
+        tokenizer="bytes",
+        data_dir=str(tmp_path / "data"),
+        run_dir=str(tmp_path / "run"),
+        model=SHAPE,
+        train=SETTINGS,
+    )
+
+
+@pytest.fixture
+def lm():
+    torch.manual_seed(0)
+    return model.TransformerLM(SHAPE)
+
+
+def random_batch(rows, length=16, seed=0):
+    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, 257, (rows, length + 1)))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def weights(network):
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
+
+
+def test_a_step_is_forward_loss_backward_clip_update(lm):
+    """Compared with the same step written with torch's own loss, clipping and optimizer."""
+    other = model.TransformerLM(SHAPE).double()
+    other.load_state_dict(lm.double().state_dict())
+    optimizer = train.make_optimizer(lm, SETTINGS)
+    inputs, targets = random_batch(4)
+    result = train.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
+
+    loss = tF.cross_entropy(other(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(other.parameters(), SETTINGS.max_grad_norm)
+    decayed = [p for p in other.parameters() if p.dim() > 1]
+    kept = [p for p in other.parameters() if p.dim() == 1]
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
+        lr=SETTINGS.lr / 2,
+        betas=(0.9, 0.95),
+    )
+    reference.step()
+    assert result.train_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    assert result.lr == SETTINGS.lr / 2
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(lm.state_dict()[name], parameter.detach(), rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_every_parameter_learns(lm):
+    before = weights(lm)
+    optimizer = train.make_optimizer(lm, SETTINGS)
+    train.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
+    assert all(not torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
+
+
+def test_gradients_do_not_add_up_over_steps(lm):
+    still = dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
+    optimizer = train.make_optimizer(lm, still)
+    norms = [train.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)]
+    assert norms[0] == pytest.approx(norms[1]) == pytest.approx(norms[2])
+
+
+@pytest.mark.parametrize("rows", [(6,), (3, 3), (2, 2, 2), (1,) * 6, (1, 5), (3, 1, 2)])
+def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
+    inputs, targets = random_batch(6)
+    whole = lm.double()
+    optimizer = train.make_optimizer(whole, SETTINGS)
+    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    expected = train.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
+    gradients = [p.grad.clone() for p in whole.parameters()]
+    after = weights(whole)
+
+    whole.load_state_dict(start)
+    parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
+    found = train.train_step(whole, train.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
+    torch.testing.assert_close(found.train_loss, expected.train_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close([p.grad for p in whole.parameters()], gradients, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(weights(whole), after, rtol=1e-8, atol=1e-8)
+
+
+def test_z_loss_reaches_the_loss(lm):
+    batch = random_batch(2)
+    plain = train.train_step(lm, train.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
+    lm.load_state_dict(model_of_seed_0().state_dict())
+    heavy = dataclasses.replace(SETTINGS, z_loss=0.5)
+    with_z = train.train_step(lm, train.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
+    expected = model_of_seed_0()(batch[0]).logsumexp(-1).square().mean() * 0.5
+    assert (with_z - plain).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def model_of_seed_0():
+    torch.manual_seed(0)
+    return model.TransformerLM(SHAPE)
+
+
+def test_optimizer_defaults_and_groups(lm):
+    optimizer = train.make_optimizer(lm, config.TrainConfig())
+    assert all((g["lr"], g["betas"]) == (3e-4, (0.9, 0.95)) for g in optimizer.param_groups)
+    decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in lm.named_parameters():
+        assert decay_of[id(parameter)] == (0.0 if "ln" in name else 0.1), name
+
+
+def test_biases_do_not_decay():
+    gpt2 = model.TransformerLM(dataclasses.replace(config.load("gpt2-nano").model, n_layers=1))
+    optimizer = train.make_optimizer(gpt2, config.TrainConfig())
+    decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert sorted(decay_of) == sorted(id(p) for p in gpt2.parameters())
+    for name, parameter in gpt2.named_parameters():
+        assert decay_of[id(parameter)] == (0.0 if "ln" in name or "bias" in name else 0.1), name
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update(lm):
+    with torch.no_grad():
+        lm.layers[1].ffn.w1.weight[0, 0] = math.inf
+    before = weights(lm)
+    with pytest.raises(FloatingPointError, match="step 5, loss nan, lr 0.00.*must be finite"):
+        train.train_step(lm, train.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
+    assert all(torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
+
+
+def test_loss_falls_on_a_pattern(lm):
+    """A text of period 7 is predicted with certainty after a few steps; at first it is ln 257."""
+    tokens = torch.arange(17).repeat(8, 1) % 7
+    settings = dataclasses.replace(SETTINGS, steps=60)
+    optimizer = train.make_optimizer(lm, settings)
+    batch = (tokens[:, :-1], tokens[:, 1:])
+    losses = [train.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
+    assert abs(losses[0] - math.log(257)) < 1.0
+    assert losses[-1] < 0.05
+
+
+def test_random_tokens_cannot_be_learned():
+    """What sees its targets would fall far below ln 23 on tokens that nothing predicts."""
+    torch.manual_seed(0)
+    lm = model.TransformerLM(dataclasses.replace(SHAPE, vocab_size=23))
+    settings = dataclasses.replace(SETTINGS, steps=80)
+    optimizer = train.make_optimizer(lm, settings)
+    for step in range(1, 81):
+        inputs, targets = random_batch(8, seed=step)
+        loss = train.train_step(
+            lm, optimizer, [(inputs % 23, targets % 23)], step, settings
+        ).train_loss.item()
+    assert math.log(23) - 0.1 < loss < math.log(23) + 0.4
+
+
+def test_devices():
+    assert train.choose_device("cpu").type == "cpu"
+    assert train.choose_device("auto").type in ("cpu", "cuda", "mps")
+    for wrong in ("abacus", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"train.device must be there and usable, got {wrong}"):
+            train.choose_device(wrong)
+
+
+def test_bfloat16_on_request(lm):
+    settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
+    seen = []
+    lm.layers[0].attn.q_proj.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    result = train.train_step(lm, train.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
+    assert seen == [torch.bfloat16] and result.train_loss.isfinite()
+    assert all(p.dtype == torch.float32 for p in lm.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def losses(folder):
+    return {m["step"]: m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m}
+
+
+def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
+    assert train.main(options) == 0
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "log.txt",
+        "loss.png",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tokenizer",
+    }
+    assert [path.name for path in run.checkpoints(folder)] == [
+        f"step_{step:08d}.safetensors" for step in (8, 6, 3)
+    ]
+    metrics = run.read_metrics(folder)
+    assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 9))
+    assert [m["step"] for m in metrics if "val_loss" in m] == [3, 6, 8]
+    assert set(metrics[0]) == {"step", "train_loss", "lr", "grad_norm", "tokens_per_second", "eta_seconds"}
+    said = capsys.readouterr().out
+    assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
+    restored, tokenizer = generate.load_run(folder)
+    assert restored.config == SHAPE and tokenizer.vocab_size == 257
+
+
+def test_logged_losses_are_the_computed_ones(options):
+    prepared = prepare.prepare(options)
+    session = train.Session(options, prepared)
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    inputs, targets = session.batches_of_step(1)[0]
+    train.main(options)
+    session.model.load_state_dict(before)
+    expected = tF.cross_entropy(session.model(inputs).flatten(0, 1), targets.flatten()).item()
+    assert losses(options.run_dir)[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_count_by_one_and_see_new_batches_each(options):
+    accumulating = dataclasses.replace(SETTINGS, grad_accumulation_steps=3, steps=4)
+    session = train.Session(dataclasses.replace(options, train=accumulating), prepare.prepare(options))
+    seen = [inputs for step in range(1, 5) for inputs, _ in session.batches_of_step(step)]
+    assert len(seen) == 12
+    assert all(torch.equal(seen[i], session.batches[i][0]) for i in range(12))
+    train.fit(session, run.Run(options.run_dir))
+    assert session.step == 4
+    assert session.optimizer.state[session.model.lm_head.weight]["step"] == 4
+
+
+def test_validation_text_is_not_trained_on(options):
+    prepared = prepare.prepare(options)
+    train_text = prepared.tokenizer.decode(prepared.train[0].tokens.tolist())
+    val_text = prepared.tokenizer.decode(prepared.val[0].tokens.tolist())
+    assert not set(train_text.splitlines()) & set(val_text.removesuffix("<|endoftext|>").splitlines())
+
+
+def test_evaluation_and_sampling_do_not_change_the_course(options):
+    """Neither weights nor dropout's random numbers depend on how often one looks."""
+    rough = dataclasses.replace(options, model=dataclasses.replace(SHAPE, dropout=0.2))
+    train.main(dataclasses.replace(rough, run_dir=options.run_dir + "1"))
+    quiet = dataclasses.replace(SETTINGS, eval_every=100, sample_every=0, checkpoint_every=0)
+    train.main(dataclasses.replace(rough, run_dir=options.run_dir + "2", train=quiet))
+    assert losses(options.run_dir + "1") == losses(options.run_dir + "2")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("stop_at", [1, 3, 7])
+def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout, tmp_path):
+    settings = dataclasses.replace(SETTINGS, grad_accumulation_steps=2, checkpoint_every=1)
+    options = dataclasses.replace(options, model=dataclasses.replace(SHAPE, dropout=dropout), train=settings)
+    train.main(options)
+    whole, folder = losses(options.run_dir), tmp_path / "interrupted"
+    reference = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])[0]
+
+    interrupted = dataclasses.replace(options, run_dir=str(folder))
+    train.main(interrupted)
+    for path in run.checkpoints(folder)[: 8 - stop_at]:
+        path.unlink()
+    torch.manual_seed(12345)
+    assert train.main(command_line.train_options(["--resume", str(folder)])) == 0
+    assert losses(folder) == whole
+    found = checkpoint.read_checkpoint(run.checkpoints(folder)[0])[0]
+    assert found.keys() == reference.keys()
+    assert all(torch.equal(found[name], reference[name]) for name in found)
+
+
+def test_resume_refuses_another_text(options):
+    train.main(options)
+    with open(options.data, "a") as file:
+        file.write("more")
+    bpe = dataclasses.replace(options, tokenizer="bpe", model=dataclasses.replace(SHAPE, vocab_size=300))
+    with pytest.raises(SystemExit) as stop:
+        train.main(dataclasses.replace(bpe, resume=options.run_dir))
+    assert stop.value.code == 2
+
+
+def test_interrupting_says_how_to_go_on(options, capsys, monkeypatch):
+    train_step = train.train_step
+
+    def interrupted(*arguments):
+        if arguments[3] == 5:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.main(options) == 130
+    assert f"interrupted after step 4; go on with --resume {options.run_dir}" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        ("", [], "--data must hold text, but {data} is empty"),
+        ("short", [], "the training text must have more tokens than model.context_length 16"),
+        ("long enough\n" * 10, [], "the held-out text must have more tokens than model.context_length 16"),
+        (None, [], "--data must name a file, a folder or a glob"),
+        (b"caf\xe9 " * 500, [], "{data} must be UTF-8, got byte 0xe9 at offset 3"),
+        ("x " * 500, ["--tokenizer", "bpe", "--model.vocab_size", "200"], "vocab_size must be at least 257"),
+        ("x " * 500, ["--train.device", "abacus"], "train.device must be there and usable, got abacus"),
+    ],
+)
+def test_input_that_cannot_be_trained_on(tmp_path, capsys, content, arguments, said):
+    """One line, exit status 2, and no run directory."""
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    fixed = ["--tokenizer=bytes", "--model.context_length=16", f"--data={path}"]
+    places = [f"--data_dir={tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(command_line.train_options([*fixed, *places, *arguments]))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.startswith("error: " + said.format(data=path)) and captured.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_is_not_overwritten(options, capsys):
+    train.main(options)
+    with pytest.raises(SystemExit):
+        train.main(options)
+    assert f"--run_dir must be new, got {options.run_dir}" in capsys.readouterr().err
+
+
+def test_programs_from_the_command_line(options, tmp_path):
+    """As a user runs them: train, then generate from the run."""
+
+    def program(name, *arguments):
+        command = [sys.executable, "-m", f"llm_basics.{name}", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    trained = program(
+        "train",
+        f"--data={options.data}",
+        "--tokenizer=bytes",
+        "--train.steps=3",
+        "--model.n_layers=1",
+        "--run_dir=r",
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "step=3/3 train_loss=" in trained.stdout and "val_loss=" in trained.stdout
+    written = program("generate", "r", "--prompt", "12 times", "--max_new_tokens=9")
+    assert written.returncode == 0 and written.stdout.startswith("12 times"), written.stderr
+    wrong = program("generate", "nowhere")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: a run directory must hold config.json, got nowhere\n",
+    )
