@@ -7,6 +7,7 @@ Read it in this order; a file imports only from the floors below it.
                 bpe.py            learn a vocabulary from text
                 data.py           documents -> token files on disk -> batches
                 config.py         every option, its default and its meaning; presets in configs/
+                device.py         where to compute, and how precisely
                 run.py            the run directory: where a training run writes all it knows
     floor 1     layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 tokenizer.py      text <-> token ids with a learned vocabulary

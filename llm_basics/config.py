@@ -221,8 +221,8 @@ class GenerateConfig:
     """The same seed writes the same text."""
     samples: int = 1
     """How many texts to write, with seeds counting up."""
-    device: str = "cpu"
-    """Where to run the model: cpu, cuda or mps."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first of these that is there."""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -200,17 +200,17 @@ def read_shard(path: str | os.PathLike[str], tokenizer: str | None = None) -> Sh
         raise ValueError(f"{path} must begin with {MAGIC!r}, got {start[:8]!r}: this is not a token file")
     try:
         header = json.loads(start[len(MAGIC) :])
-        dtype, n_tokens = np.dtype(header["dtype"]), int(header["n_tokens"])
+        dtype, n_tokens = np.dtype(header["dtype"]).newbyteorder("<"), int(header["n_tokens"])
         about = {name: header[name] for name in ("vocab_size", "n_documents", "n_bytes", "tokenizer")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the header of {path} is damaged ({error}); delete the file and prepare it again"
+            f"the header of {path} is damaged ({error}); delete {path.parent} and start again"
         ) from None
     expected = HEADER_BYTES + n_tokens * dtype.itemsize
     if path.stat().st_size != expected:
         raise ValueError(
             f"{path} must have {expected} bytes for {n_tokens} tokens, got {path.stat().st_size}; "
-            "delete the file and prepare it again"
+            f"delete {path.parent} and start again"
         )
     if tokenizer is not None and about["tokenizer"] != tokenizer:
         raise ValueError(

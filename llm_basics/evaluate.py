@@ -30,8 +30,7 @@ def evaluate(
     n_tokens = 0
     for inputs, targets in batches:
         logits = model(inputs)
-        # sums of many float32 losses would lose digits
-        loss += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(-1) == targets).sum().item()
         n_bytes += token_bytes[targets].sum().item()
         n_tokens += targets.numel()

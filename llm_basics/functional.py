@@ -71,14 +71,16 @@ def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     >>> log_softmax(torch.tensor([0.0, 1000.0]))
     tensor([-1000.,     0.])
     """
-    scores = _widen(x)
-    return (scores - _logsumexp(scores, dim)).to(x.dtype)
+    shifted, log_sum = _shifted_and_log_sum(_widen(x), dim)
+    return (shifted - log_sum).to(x.dtype)
 
 
-def _logsumexp(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
-    """`log sum_j exp(x_j)` along `dim`, which is kept with size 1."""
-    largest = x.amax(dim, keepdim=True).detach()
-    return largest + (x - largest).exp().sum(dim, keepdim=True).log()
+def _shifted_and_log_sum(
+    x: Float[Tensor, "..."], dim: int
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """`x` less its maximum along `dim`, and `log sum_j exp` of that: small numbers, which lose no digits."""
+    shifted = x - x.amax(dim, keepdim=True).detach()
+    return shifted, shifted.exp().sum(dim, keepdim=True).log()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,11 +305,12 @@ def cross_entropy(
     """
     wide = _widen(logits)
     counted = targets != ignore_index
-    normalizer = _logsumexp(wide, dim=-1).squeeze(-1)
-    safe_targets = targets.masked_fill(~counted, 0).long()
-    losses = normalizer - wide.gather(-1, safe_targets.unsqueeze(-1)).squeeze(-1)
+    shifted, log_sum = _shifted_and_log_sum(wide, dim=-1)
+    safe_targets = targets.masked_fill(~counted, 0).long().unsqueeze(-1)
+    losses = (log_sum - shifted.gather(-1, safe_targets)).squeeze(-1)
     if z_loss:
-        losses = losses + z_loss * normalizer.square()
+        normalizer = log_sum + wide.amax(-1, keepdim=True).detach()
+        losses = losses + z_loss * normalizer.square().squeeze(-1)
     losses = losses.masked_fill(~counted, 0.0)
     if reduction == "none":
         return losses.to(logits.dtype)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import checkpoint, run
+from llm_basics import checkpoint, device, run
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -143,11 +143,11 @@ def complete(
 
 
 def load_run(
-    folder: str | Path, device: torch.device | str = "cpu"
+    folder: str | Path, place: torch.device | str = "cpu"
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """The model of a run directory at its newest checkpoint, and its tokenizer."""
     options = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
-    model = models.TransformerLM(options.model, device=device)
+    model = models.TransformerLM(options.model, device=place)
     found = run.checkpoints(folder)
     if not found:
         raise ValueError(
@@ -160,7 +160,7 @@ def load_run(
 def main(options: config.GenerateConfig) -> None:
     with command_line.exit_on_mistake():
         folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
-        model, tokenizer = load_run(folder, options.device)
+        model, tokenizer = load_run(folder, device.choose(options.device))
         for sample in range(options.samples):
             print(options.prompt, end="")
             for text in complete(

@@ -24,8 +24,9 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
     >>> [cosine_schedule(step, 1.0, 0.5, warmup_steps=2, total_steps=4) for step in (0, 1, 2, 3, 4, 9)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.5]
     """
+    step = max(step, 0)
     if step < warmup_steps:
-        return max_lr * max(step, 0) / warmup_steps
+        return max_lr * step / warmup_steps
     if step >= total_steps:
         return min_lr
     progress = (step - warmup_steps) / (total_steps - warmup_steps)

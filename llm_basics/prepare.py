@@ -7,6 +7,7 @@ run on the same text starts at once.
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Prepared:
     folder: Path
     tokenizer: tokenizer.Tokenizer
     train: list[data.Shard]
-    val: list[data.Shard]
+    val: data.Shard
 
 
 def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepared:
@@ -39,13 +40,13 @@ def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepa
     train, val = data.split_documents(documents, options.val_fraction)
     folder = Path(options.data_dir) / _key(options, documents)
     if not (folder / "meta.json").exists():
-        size = sum(len(document.text) for document in documents)
-        say(f"reading {options.data}: {len(documents):,} documents, {size:,} characters")
+        characters = sum(len(document.text) for document in documents)
+        say(f"reading {options.data}: {len(documents):,} documents, {characters:,} characters")
         chosen = _make_tokenizer(options, train, say)
         say(f"encoding with {chosen.vocab_size:,} tokens")
-        for name, part in (("train", train), ("val", val)):
+        for name, part, size in (("train", train, data.SHARD_TOKENS), ("val", val, sys.maxsize)):
             encoded = _encode(chosen, part)
-            data.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint())
+            data.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint(), size)
         chosen.save(folder / "tokenizer")
         # written last: a folder without it was interrupted and is made again
         (folder / "meta.json").write_text(
@@ -59,11 +60,8 @@ def load(folder: str | os.PathLike[str]) -> Prepared:
     folder = Path(folder)
     chosen = tokenizer.Tokenizer.load(folder / "tokenizer")
     fingerprint = chosen.fingerprint()
-    shards = {
-        name: [data.read_shard(path, fingerprint) for path in sorted(folder.glob(f"{name}_*.bin"))]
-        for name in ("train", "val")
-    }
-    return Prepared(folder, chosen, shards["train"], shards["val"])
+    train = [data.read_shard(path, fingerprint) for path in sorted(folder.glob("train_*.bin"))]
+    return Prepared(folder, chosen, train, data.read_shard(folder / "val_0000.bin", fingerprint))
 
 
 def _key(options: config.Config, documents: Sequence[data.Document]) -> str:

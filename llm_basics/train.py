@@ -12,18 +12,16 @@ if __name__ == "__main__":
     # before torch is loaded, which takes seconds: --help and mistakes answer at once
     OPTIONS = command_line.train_options(sys.argv[1:])
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_basics import checkpoint, data, evaluate, generate, optim, plot, prepare, run
+from llm_basics import checkpoint, data, device, evaluate, generate, optim, plot, prepare, run
 from llm_basics import functional as F
 from llm_basics import model as models
 
@@ -63,7 +61,7 @@ def train_step(
     for inputs, targets in batches:
         # a batch counts by its targets: a mean of means would favor those of a smaller batch
         share = targets.numel() / n_targets
-        with forward_precision(inputs.device, options.dtype):
+        with device.precision(inputs.device, options.dtype):
             loss = F.cross_entropy(model(inputs), targets, z_loss=options.z_loss) * share
         loss.backward()
         train_loss += loss.detach()
@@ -85,25 +83,6 @@ def make_optimizer(model: nn.Module, options: config.TrainConfig) -> optim.AdamW
     return optim.AdamW(groups, options.lr, options.betas, options.eps, options.weight_decay)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" the fastest kind that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train.device must be there and usable, got {name} ({reason}); try auto") from None
-    return torch.device(name)
-
-
-def forward_precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 where `dtype` or the device asks for it; weights and sums stay float32."""
-    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------------------------------
 # All steps
 
@@ -115,9 +94,9 @@ class Session:
         train, model = options.train, options.model
         self.options = options
         self.tokenizer = prepared.tokenizer
-        self.device = choose_device(train.device)
+        self.device = device.choose(train.device)
         texts = [shard.tokens for shard in prepared.train]
-        self.held_out = np.concatenate([shard.tokens for shard in prepared.val])
+        self.held_out = prepared.val.tokens
         data.check_length(max(map(len, texts), default=0), model.context_length, "the training text")
         data.check_length(len(self.held_out), model.context_length, "the held-out text")
         self.batches = data.Batches(texts, train.batch_size, model.context_length, train.seed, self.device)
@@ -136,7 +115,7 @@ class Session:
         """Loss and its relatives on the held-out text."""
         train, length = self.options.train, self.options.model.context_length
         batches = data.sequential_batches(self.held_out, train.batch_size, length, max_batches, self.device)
-        with forward_precision(self.device, train.dtype):
+        with device.precision(self.device, train.dtype):
             return evaluate.evaluate(self.model, batches, self.token_bytes)
 
     def sample(self) -> tuple[str, str]:
@@ -222,7 +201,7 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
     folder = Path(options.resume or options.run_dir or run.new_folder(Path(options.config).stem))
     if options.resume is None and (folder / "config.json").exists():
         raise ValueError(f"--run_dir must be new, got {folder}; go on with it by --resume {folder}")
-    choose_device(options.train.device)
+    device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     session = Session(dataclasses.replace(options, model=model, run_dir=str(folder)), prepared)
@@ -231,10 +210,9 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
         if not found:
             raise ValueError(f"--resume needs a checkpoint, but {folder} has none")
         session.resume(found[0])
-    followers: list[run.Follower] = [run.Terminal(options.train.steps, session.step)]
+    output = run.Run(folder, [run.Terminal(options.train.steps, session.step)])
     if options.wandb:
-        followers.append(run.WandbFollower(folder, dataclasses.asdict(session.options)))
-    output = run.Run(folder, followers)
+        output.followers.append(run.WandbFollower(folder, dataclasses.asdict(session.options)))
     output.write_config(dataclasses.asdict(session.options))
     session.tokenizer.save(folder / "tokenizer")
     return session, output

@@ -38,11 +38,11 @@ def texts(prepared, shards):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_every_document_arrives_whole_on_one_side(folder, options, kind):
     prepared = prepare.prepare(options(tokenizer=kind))
-    train, val = texts(prepared, prepared.train), texts(prepared, prepared.val)
+    train, val = texts(prepared, prepared.train), texts(prepared, [prepared.val])
     expected = [(folder / "text" / f"{i}.txt").read_bytes().decode() for i in range(20)]
     assert sorted(train + val) == sorted(expected) and train and val
     assert prepared.tokenizer.vocab_size == {"bytes": 257, "bpe": 270}[kind]
-    assert sum(s.n_bytes for s in prepared.train + prepared.val) == sum(map(len, expected))
+    assert sum(s.n_bytes for s in [*prepared.train, prepared.val]) == sum(map(len, expected))
 
 
 def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch):
@@ -92,7 +92,7 @@ def test_saved_tokenizer_can_be_used_for_other_text(folder, options):
 def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(folder, options):
     (folder / "text" / "0.txt").write_text("one<|endoftext|>two")
     prepared = prepare.prepare(options(tokenizer="bytes"))
-    both = texts(prepared, prepared.train) + texts(prepared, prepared.val)
+    both = texts(prepared, prepared.train) + texts(prepared, [prepared.val])
     assert {"one", "two"} <= set(both) and len(both) == 21
 
 

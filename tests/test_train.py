@@ -1,4 +1,4 @@
-"""The training loop: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
+"""Training: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as tF
 
-from llm_basics import checkpoint, command_line, config, generate, model, prepare, run, train
+from llm_basics import checkpoint, command_line, config, device, generate, model, prepare, run, train
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
 SETTINGS = config.TrainConfig(
@@ -186,11 +186,11 @@ def test_random_tokens_cannot_be_learned():
 
 
 def test_devices():
-    assert train.choose_device("cpu").type == "cpu"
-    assert train.choose_device("auto").type in ("cpu", "cuda", "mps")
+    assert device.choose("cpu").type == "cpu"
+    assert device.choose("auto").type in ("cpu", "cuda", "mps")
     for wrong in ("abacus", *([] if torch.cuda.is_available() else ["cuda"])):
-        with pytest.raises(ValueError, match=f"train.device must be there and usable, got {wrong}"):
-            train.choose_device(wrong)
+        with pytest.raises(ValueError, match=f"the device must be there and usable, got {wrong}"):
+            device.choose(wrong)
 
 
 def test_bfloat16_on_request(lm):
@@ -260,7 +260,7 @@ def test_steps_count_by_one_and_see_new_batches_each(options):
 def test_validation_text_is_not_trained_on(options):
     prepared = prepare.prepare(options)
     train_text = prepared.tokenizer.decode(prepared.train[0].tokens.tolist())
-    val_text = prepared.tokenizer.decode(prepared.val[0].tokens.tolist())
+    val_text = prepared.tokenizer.decode(prepared.val.tokens.tolist())
     assert not set(train_text.splitlines()) & set(val_text.removesuffix("<|endoftext|>").splitlines())
 
 
@@ -294,14 +294,14 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
     assert all(torch.equal(found[name], reference[name]) for name in found)
 
 
-def test_resume_refuses_another_text(options):
+def test_resume_refuses_another_text(options, capsys):
     train.main(options)
     with open(options.data, "a") as file:
         file.write("more")
     bpe = dataclasses.replace(options, tokenizer="bpe", model=dataclasses.replace(SHAPE, vocab_size=300))
     with pytest.raises(SystemExit) as stop:
         train.main(dataclasses.replace(bpe, resume=options.run_dir))
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and "of another model" in capsys.readouterr().err
 
 
 def test_interrupting_says_how_to_go_on(options, capsys, monkeypatch):
@@ -330,7 +330,7 @@ def test_interrupting_says_how_to_go_on(options, capsys, monkeypatch):
         (None, [], "--data must name a file, a folder or a glob"),
         (b"caf\xe9 " * 500, [], "{data} must be UTF-8, got byte 0xe9 at offset 3"),
         ("x " * 500, ["--tokenizer", "bpe", "--model.vocab_size", "200"], "vocab_size must be at least 257"),
-        ("x " * 500, ["--train.device", "abacus"], "train.device must be there and usable, got abacus"),
+        ("x " * 500, ["--train.device", "abacus"], "the device must be there and usable, got abacus"),
     ],
 )
 def test_input_that_cannot_be_trained_on(tmp_path, capsys, content, arguments, said):

@@ -1,0 +1,312 @@
+"""The sockets between this package and the tests: one function a piece, plumbing only.
+
+Names and parameters are those that the public CS336 assignment made a standard, so that its suite runs on
+this file and this suite on anybody's: `uv run pytest --adapters PATH`. Weights that are handed in are used
+as they are, not copied into a layer, so that gradients reach them.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llm_basics import bpe, checkpoint, config, data, generate, layers, model, optim, tokenizer
+from llm_basics import functional as F
+
+
+def call_with(module: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
+    """`module(*inputs)` with `weights` in the place of its parameters, all of them."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    return functional_call(module, {**buffers, **weights}, inputs, strict=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lookup and projection
+
+
+def run_linear(
+    d_in: int, d_out: int, weights: Float[Tensor, "d_out d_in"], in_features: Float[Tensor, "... d_in"]
+) -> Float[Tensor, "... d_out"]:
+    layer = layers.Linear(d_in, d_out, device=weights.device, dtype=weights.dtype)
+    return call_with(layer, {"weight": weights}, in_features)
+
+
+def run_embedding(
+    vocab_size: int,
+    d_model: int,
+    weights: Float[Tensor, "vocab_size d_model"],
+    token_ids: Int[Tensor, "..."],
+) -> Float[Tensor, "... d_model"]:
+    layer = layers.Embedding(vocab_size, d_model, device=weights.device, dtype=weights.dtype)
+    return call_with(layer, {"weight": weights}, token_ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores and activations
+
+
+def run_softmax(in_features: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    return F.softmax(in_features, dim)
+
+
+def run_log_softmax(in_features: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    return F.log_softmax(in_features, dim)
+
+
+def run_silu(in_features: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return F.silu(in_features)
+
+
+def run_gelu(in_features: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
+    return F.gelu(in_features, approximate)
+
+
+def run_relu2(in_features: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return F.relu2(in_features)
+
+
+def run_swiglu(
+    d_model: int,
+    d_ff: int,
+    w1_weight: Float[Tensor, "d_ff d_model"],
+    w2_weight: Float[Tensor, "d_model d_ff"],
+    w3_weight: Float[Tensor, "d_ff d_model"],
+    in_features: Float[Tensor, "... d_model"],
+) -> Float[Tensor, "... d_model"]:
+    layer = layers.SwiGLU(d_model, d_ff, device=w1_weight.device, dtype=w1_weight.dtype)
+    weights = {"w1.weight": w1_weight, "w2.weight": w2_weight, "w3.weight": w3_weight}
+    return call_with(layer, weights, in_features)
+
+
+# --------------------------------------------------------------------------------------------------
+# Normalization
+
+
+def run_rmsnorm(
+    d_model: int, eps: float, weights: Float[Tensor, " d_model"], in_features: Float[Tensor, "... d_model"]
+) -> Float[Tensor, "... d_model"]:
+    layer = layers.RMSNorm(d_model, eps, device=weights.device, dtype=weights.dtype)
+    return call_with(layer, {"weight": weights}, in_features)
+
+
+def run_layernorm(
+    d_model: int,
+    eps: float,
+    weights: Float[Tensor, " d_model"],
+    bias: Float[Tensor, " d_model"],
+    in_features: Float[Tensor, "... d_model"],
+) -> Float[Tensor, "... d_model"]:
+    layer = layers.LayerNorm(d_model, eps, device=weights.device, dtype=weights.dtype)
+    return call_with(layer, {"weight": weights, "bias": bias}, in_features)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def run_rope(
+    d_k: int,
+    theta: float,
+    max_seq_len: int,
+    in_query_or_key: Float[Tensor, "... seq d_k"],
+    token_positions: Int[Tensor, "... seq"],
+) -> Float[Tensor, "... seq d_k"]:
+    rope = layers.RotaryEmbedding(d_k, max_seq_len, theta, device=in_query_or_key.device)
+    return rope(in_query_or_key, token_positions)
+
+
+def run_scaled_dot_product_attention(
+    Q: Float[Tensor, "... queries d_k"],
+    K: Float[Tensor, "... keys d_k"],
+    V: Float[Tensor, "... keys d_v"],
+    mask: Bool[Tensor, "... queries keys"] | None = None,
+) -> Float[Tensor, "... queries d_v"]:
+    return F.scaled_dot_product_attention(Q, K, V, mask)
+
+
+def run_multihead_self_attention(
+    d_model: int,
+    num_heads: int,
+    q_proj_weight: Float[Tensor, "d_model d_in"],
+    k_proj_weight: Float[Tensor, "d_model d_in"],
+    v_proj_weight: Float[Tensor, "d_model d_in"],
+    o_proj_weight: Float[Tensor, "d_in d_model"],
+    in_features: Float[Tensor, "... seq d_in"],
+) -> Float[Tensor, "... seq d_model"]:
+    kind = {"device": q_proj_weight.device, "dtype": q_proj_weight.dtype}
+    layer = layers.MultiHeadSelfAttention(d_model, num_heads, **kind)
+    weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
+    return call_with(layer, weights, in_features)
+
+
+def run_multihead_self_attention_with_rope(
+    d_model: int,
+    num_heads: int,
+    max_seq_len: int,
+    theta: float,
+    q_proj_weight: Float[Tensor, "d_model d_in"],
+    k_proj_weight: Float[Tensor, "d_model d_in"],
+    v_proj_weight: Float[Tensor, "d_model d_in"],
+    o_proj_weight: Float[Tensor, "d_in d_model"],
+    in_features: Float[Tensor, "... seq d_in"],
+    token_positions: Int[Tensor, "... seq"] | None = None,
+) -> Float[Tensor, "... seq d_model"]:
+    kind = {"device": q_proj_weight.device, "dtype": q_proj_weight.dtype}
+    rope = layers.RotaryEmbedding(d_model // num_heads, max_seq_len, theta, device=kind["device"])
+    layer = layers.MultiHeadSelfAttention(d_model, num_heads, rope=rope, **kind)
+    weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
+    return call_with(layer, weights, in_features, token_positions)
+
+
+def attention_weights(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> dict[str, Tensor]:
+    return {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "output_proj.weight": o}
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+def run_transformer_block(
+    d_model: int,
+    num_heads: int,
+    d_ff: int,
+    max_seq_len: int,
+    theta: float,
+    weights: dict[str, Tensor],
+    in_features: Float[Tensor, "batch seq d_model"],
+) -> Float[Tensor, "batch seq d_model"]:
+    settings = config.ModelConfig(d_model=d_model, n_heads=num_heads, d_ff=d_ff, context_length=max_seq_len)
+    kind = {"device": in_features.device, "dtype": in_features.dtype}
+    rope = layers.RotaryEmbedding(settings.d_head, max_seq_len, theta, device=in_features.device)
+    return call_with(model.TransformerBlock(settings, rope, **kind), weights, in_features)
+
+
+def run_transformer_lm(
+    vocab_size: int,
+    context_length: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    d_ff: int,
+    rope_theta: float,
+    weights: dict[str, Tensor],
+    in_indices: Int[Tensor, "batch seq"],
+) -> Float[Tensor, "batch seq vocab_size"]:
+    settings = config.ModelConfig(
+        vocab_size, context_length, d_model, num_layers, num_heads, d_ff=d_ff, rope_theta=rope_theta
+    )
+    kind = {"device": in_indices.device, "dtype": weights["lm_head.weight"].dtype}
+    return call_with(model.TransformerLM(settings, **kind), weights, in_indices)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def run_cross_entropy(
+    inputs: Float[Tensor, "... vocab_size"], targets: Int[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    return F.cross_entropy(inputs, targets)
+
+
+def run_masked_cross_entropy(
+    inputs: Float[Tensor, "... vocab_size"], targets: Int[Tensor, "..."], ignore_index: int
+) -> Float[Tensor, ""]:
+    return F.cross_entropy(inputs, targets, ignore_index)
+
+
+def run_linear_cross_entropy(
+    in_features: Float[Tensor, "... d_model"],
+    weights: Float[Tensor, "vocab_size d_model"],
+    targets: Int[Tensor, "..."],
+) -> Float[Tensor, ""]:
+    return F.linear_cross_entropy(in_features, weights, targets)
+
+
+def run_gradient_clipping(parameters: Iterable[nn.Parameter], max_l2_norm: float) -> None:
+    optim.clip_grad_norm_(parameters, max_l2_norm)
+
+
+def get_adamw_cls() -> type[torch.optim.Optimizer]:
+    return optim.AdamW
+
+
+def run_get_lr_cosine_schedule(
+    it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
+) -> float:
+    return optim.cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def get_tokenizer(
+    vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]], special_tokens: list[str] | None = None
+) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer(vocab, merges, special_tokens)
+
+
+def run_train_bpe(
+    input_path: str | os.PathLike[str], vocab_size: int, special_tokens: list[str], **kwargs: Any
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    return bpe.train_bpe(input_path, vocab_size, special_tokens, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+def run_get_batch(
+    dataset: np.ndarray, batch_size: int, context_length: int, device: str
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    return data.get_batch(dataset, batch_size, context_length, device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def run_save_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: str | os.PathLike | BinaryIO
+) -> None:
+    checkpoint.save_checkpoint(model, optimizer, iteration, out)
+
+
+def run_load_checkpoint(
+    src: str | os.PathLike | BinaryIO, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    return checkpoint.load_checkpoint(src, model, optimizer)["step"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+def run_generate(
+    vocab_size: int,
+    context_length: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    d_ff: int,
+    rope_theta: float,
+    weights: dict[str, Tensor],
+    prompt: Int[Tensor, " seq"],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    shape = config.ModelConfig(
+        vocab_size, context_length, d_model, num_layers, num_heads, d_ff=d_ff, rope_theta=rope_theta
+    )
+    lm = model.TransformerLM(shape, dtype=weights["lm_head.weight"].dtype)
+    lm.load_state_dict(weights)
+    return list(generate.generate(lm, prompt, max_new_tokens, temperature, top_k, top_p, generator=generator))

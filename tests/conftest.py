@@ -1,0 +1,208 @@
+"""What the tests share: the adapters under test, the snapshots, random tensors and one way to compare."""
+
+import importlib.util
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as tF
+
+TESTS = Path(__file__).parent
+
+# before anything of the package is imported: from here on every shape in a signature is checked
+jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--adapters", default=str(TESTS / "adapters.py"), help="the implementation to test")
+    parser.addoption("--update-snapshots", action="store_true", help="make tests/fixtures/snapshots again")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-snapshots"):
+        runpy.run_path(str(TESTS / "fixtures" / "make_fixtures.py"), run_name="__main__")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and not config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What is tested
+
+
+class Adapters:
+    """The functions of an adapters file; the use of one that it does not have skips the test."""
+
+    def __init__(self, module: ModuleType, path: Path) -> None:
+        self._module = module
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(self._module, name):
+            pytest.skip(f"{name} is not in {self._path}")
+        return getattr(self._module, name)
+
+
+@pytest.fixture(scope="session")
+def adapters(pytestconfig: pytest.Config) -> Adapters:
+    """The sockets of the file that `--adapters` names."""
+    path = Path(pytestconfig.getoption("--adapters")).resolve()
+    if not path.is_file():
+        raise pytest.UsageError(f"--adapters must be a Python file, got {path}")
+    # an adapters file imports what stands beside it, or the package whose tests folder it lives in
+    sys.path[:0] = [
+        folder for folder in (str(path.parent), str(path.parent.parent)) if folder not in sys.path
+    ]
+    spec = importlib.util.spec_from_file_location("adapters", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["adapters"] = module
+    spec.loader.exec_module(module)
+    return Adapters(module, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inputs
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def randn() -> Callable[..., Tensor]:
+    """Normal random numbers in float64, the same in every run of the test."""
+    generator = torch.Generator().manual_seed(1)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def snapshot() -> Callable[[str], dict[str, Tensor]]:
+    """The inputs and results that an independent library froze under a name."""
+
+    def load(name: str) -> dict[str, Tensor]:
+        with np.load(TESTS / "fixtures" / "snapshots" / f"{name}.npz") as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays}
+
+    return load
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparisons
+
+
+@pytest.fixture(params=["output", "gradients"])
+def assert_matches(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Compare two functions of the same tensors: once their outputs, once all gradients of these.
+
+    The gradients are those of a random weighting of the output: a plain sum would let softmax, whose
+    rows always sum to 1, through with any.
+    """
+
+    def outputs_match(
+        piece: Callable[..., Tensor],
+        oracle: Callable[..., Tensor],
+        rtol: float = 1e-5,
+        atol: float = 1e-7,
+        **tensors: Tensor,
+    ) -> None:
+        torch.testing.assert_close(piece(**tensors), oracle(**tensors), rtol=rtol, atol=atol)
+
+    def gradients_match(
+        piece: Callable[..., Tensor],
+        oracle: Callable[..., Tensor],
+        rtol: float = 1e-5,
+        atol: float = 1e-7,
+        **tensors: Tensor,
+    ) -> None:
+        actual, expected = gradients(piece, tensors), gradients(oracle, tensors)
+        for name in expected:
+            assert actual[name] is not None, f"no gradient reaches {name}: it was copied or detached"
+            torch.testing.assert_close(
+                actual[name],
+                expected[name],
+                rtol=rtol,
+                atol=atol,
+                msg=lambda m, n=name: f"gradient of {n}: {m}",
+            )
+
+    return outputs_match if request.param == "output" else gradients_match
+
+
+def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()}
+    output = function(**leaves)
+    assert output.requires_grad, "the output has no gradient: it was detached"
+    weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(output, list(wanted.values()), weighting, allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Oracles that torch has no single name for
+
+
+class Oracle:
+    """Rotary attention and the Llama block, from torch's own functions."""
+
+    @staticmethod
+    def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+        """Each pair (2i, 2i+1) as a complex number, turned by its angle."""
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        frequencies = theta ** -(torch.arange(0, x.shape[-1], 2, dtype=x.dtype) / x.shape[-1])
+        angles = positions[..., None].to(x.dtype) * frequencies
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    @staticmethod
+    def attention(
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        n_heads: int,
+        theta: float | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Causal multi-head attention with the weights q, k, v and o, rotary if `theta` is given."""
+        queries, keys, values = (
+            tF.linear(x, w).unflatten(-1, (n_heads, -1)).transpose(-3, -2) for w in (q, k, v)
+        )
+        if theta is not None:
+            positions = torch.arange(x.shape[-2]) if positions is None else positions.unsqueeze(-2)
+            queries, keys = (Oracle.rope(t, positions, theta) for t in (queries, keys))
+        mixed = tF.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return tF.linear(mixed.transpose(-3, -2).flatten(-2), o)
+
+    @staticmethod
+    def ffn(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        return tF.linear(tF.silu(tF.linear(x, w1)) * tF.linear(x, w3), w2)
+
+    @staticmethod
+    def block(x: Tensor, weights: dict[str, Tensor], n_heads: int, theta: float, eps: float = 1e-5) -> Tensor:
+        """A pre-norm block; `weights` named as in a state dict below `layers.N.`."""
+        norm1 = tF.rms_norm(x, x.shape[-1:], weights["ln1.weight"], eps)
+        projections = [weights[f"attn.{name}_proj.weight"] for name in ("q", "k", "v", "output")]
+        x = x + Oracle.attention(norm1, *projections, n_heads, theta)
+        norm2 = tF.rms_norm(x, x.shape[-1:], weights["ln2.weight"], eps)
+        return x + Oracle.ffn(norm2, *(weights[f"ffn.{name}.weight"] for name in ("w1", "w2", "w3")))
+
+
+@pytest.fixture(scope="session")
+def oracle() -> type[Oracle]:
+    return Oracle
