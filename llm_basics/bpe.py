@@ -40,6 +40,8 @@ def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
     >>> special_pattern(["<a>", "<a><b>"]).findall("<a><b>")
     ['<a><b>']
     """
+    if "" in special_tokens:
+        raise ValueError("a special token must have at least one character, got ''")
     if not special_tokens:
         return regex.compile(r"(?!)")
     return regex.compile("|".join(regex.escape(t) for t in sorted(special_tokens, key=len, reverse=True)))

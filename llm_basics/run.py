@@ -149,18 +149,20 @@ class Terminal(Follower):
                 progress.TextColumn("{task.fields[numbers]}"),
                 progress.TimeRemainingColumn(),
             ]
-            self.progress = progress.Progress(*columns, expand=True)
+            self.progress = progress.Progress(*columns, expand=True, refresh_per_second=2)
             self.task = self.progress.add_task("training", total=total_steps, completed=step, numbers="")
 
     def metrics(self, values: dict[str, Any]) -> None:
-        numbers = " ".join(f"{name}={_short(value)}" for name, value in values.items() if name in _SHOWN)
+        # the bar shows the step and the time that is left by itself
+        left_out = {"step", "nonfinite"} if self.progress is None else {"step", "nonfinite", "eta_seconds"}
+        numbers = " ".join(
+            f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
+        )
         if self.progress is None:
             print(f"step={values['step']}/{self.total_steps} {numbers}", flush=True)
         elif "train_loss" in values:
             self.progress.start()
-            self.progress.update(
-                self.task, completed=values["step"], numbers=numbers.replace("_per_second", "/s")
-            )
+            self.progress.update(self.task, completed=values["step"], numbers=numbers)
         else:
             self.progress.console.print(f"step {values['step']}: {numbers}", highlight=False)
 
@@ -173,19 +175,6 @@ class Terminal(Follower):
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
-
-
-_SHOWN = {
-    "train_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "eta_seconds",
-    "val_loss",
-    "perplexity",
-    "bits_per_byte",
-    "accuracy",
-}
 
 
 class WandbFollower(Follower):

@@ -12,6 +12,7 @@ encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`.
 import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -46,8 +47,7 @@ class Tokenizer:
         self.vocab = dict(vocab)
         self.merges = list(merges)
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
-        if "" in self.special_tokens:
-            raise ValueError("a special token must have at least one character, got ''")
+        self._special_pattern = bpe.special_pattern(self.special_tokens)
         self._ids = {token: id for id, token in self.vocab.items()}
         for special in self.special_tokens:
             if special.encode("utf-8") not in self._ids:
@@ -62,7 +62,6 @@ class Tokenizer:
             )
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._special_ids = {special: self._ids[special.encode("utf-8")] for special in self.special_tokens}
-        self._special_pattern = bpe.special_pattern(self.special_tokens)
         self._encode_pretoken = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
 
     @classmethod
@@ -119,17 +118,15 @@ class Tokenizer:
     def _safe_cut(self, text: str) -> int:
         """An offset in `text` where tokens end, whatever follows; 0 if there is none.
 
-        No pre-token has white space behind another character, so it ends where white space begins. Only a
-        special token may lie across, perhaps one that is not yet complete.
+        No pre-token has white space behind another character, so it ends where white space begins, and at a
+        special token. Only of the last characters it is not known yet whether a special token begins there.
         """
-        longest = max(map(len, self.special_tokens), default=0)
-        boundary = SPACE_BEGINS.search(text, endpos=max(len(text) - longest, 0))
-        if boundary is None:
-            return 0
-        cut = boundary.start()
+        known = len(text) - max(map(len, self.special_tokens), default=0)
+        boundary = SPACE_BEGINS.search(text, endpos=max(known, 0))
+        cut = boundary.start() if boundary else 0
         for match in self._special_pattern.finditer(text):
-            if match.start() < cut < match.end():
-                return match.start()
+            if match.start() <= known:
+                cut = max(cut, match.end())
         return cut
 
     def _apply_merges(self, piece: str) -> list[int]:
@@ -177,11 +174,15 @@ class Tokenizer:
         """The tokenizer that `save` has written to `folder`."""
         folder = Path(folder)
         specials = folder / "special_tokens.json"
-        return cls.from_gpt2_files(
-            folder / "vocab.json",
-            folder / "merges.txt",
-            json.loads(specials.read_text(encoding="utf-8")) if specials.exists() else None,
-        )
+        try:
+            special_tokens = json.loads(specials.read_text(encoding="utf-8")) if specials.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{specials} must be JSON; {error}") from None
+        if special_tokens is not None and not (
+            isinstance(special_tokens, list) and all(isinstance(t, str) and t for t in special_tokens)
+        ):
+            raise ValueError(f"{specials} must be a list of texts, got {special_tokens!r}")
+        return cls.from_gpt2_files(folder / "vocab.json", folder / "merges.txt", special_tokens)
 
     @classmethod
     def from_gpt2_files(
@@ -197,20 +198,18 @@ class Tokenizer:
         byte_of = {character: byte for byte, character in _byte_to_character().items()}
         try:
             spellings = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
-            vocab = {id: _unspell(spelling, byte_of) for spelling, id in spellings.items()}
+            vocab = {operator.index(id): _unspell(spelling, byte_of) for spelling, id in spellings.items()}
             lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
             merges = [(_unspell(left, byte_of), _unspell(right, byte_of)) for left, right in pairs]
+            if special_tokens is None:
+                learned = {bytes([b]) for b in range(256)} | {left + right for left, right in merges}
+                special_tokens = [token.decode("utf-8") for token in vocab.values() if token not in learned]
+            return cls(vocab, merges, special_tokens)
         except FileNotFoundError as error:
-            raise ValueError(
-                f"a tokenizer needs vocab.json and merges.txt; {error.filename} is missing"
-            ) from None
-        except (ValueError, AttributeError) as error:
+            raise ValueError(f"a tokenizer needs both of its files; {error.filename} is missing") from None
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{vocab_path} and {merges_path} must be in GPT-2's format; {error}") from None
-        if special_tokens is None:
-            learned = {bytes([b]) for b in range(256)} | {left + right for left, right in merges}
-            special_tokens = [token.decode("utf-8") for token in vocab.values() if token not in learned]
-        return cls(vocab, merges, special_tokens)
 
     @classmethod
     def from_ranks(cls, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> "Tokenizer":
