@@ -40,8 +40,6 @@ def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
     >>> special_pattern(["<a>", "<a><b>"]).findall("<a><b>")
     ['<a><b>']
     """
-    if "" in special_tokens:
-        raise ValueError("a special token must have at least one character, got ''")
     if not special_tokens:
         return regex.compile(r"(?!)")
     return regex.compile("|".join(regex.escape(t) for t in sorted(special_tokens, key=len, reverse=True)))
@@ -163,9 +161,19 @@ def train_bpe(
     and the merges in the order in which they were learned. It ends early when no pair is left to merge. The
     same text gives the same result, whatever the number of workers.
     """
+    check_special_tokens(special_tokens)
     special_tokens = list(dict.fromkeys(special_tokens))
     check_vocab_size(vocab_size, special_tokens)
     return learn_merges(count_pretokens(input_path, special_tokens, n_workers), vocab_size, special_tokens)
+
+
+def check_special_tokens(special_tokens: Sequence[str]) -> None:
+    """Raise ValueError for special tokens that could not be told from ordinary ones."""
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special tokens must be a list of texts, got the text {special_tokens!r}")
+    for special in special_tokens:
+        if len(special.encode("utf-8")) < 2:
+            raise ValueError(f"a special token must have at least two bytes, got {special!r}")
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
@@ -228,7 +236,7 @@ class PairCounts:
         while self.heap:
             negative_count, *_, pair = self.heap[0]
             count = self.counts[pair]
-            if count == -negative_count:
+            if 0 < count == -negative_count:
                 return pair
             # the count fell since the entry was made: put it back where it belongs
             heapq.heappop(self.heap)

@@ -12,6 +12,7 @@ encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`.
 import functools
 import hashlib
 import json
+import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ class Tokenizer:
     ) -> None:
         self.vocab = dict(vocab)
         self.merges = list(merges)
+        bpe.check_special_tokens(special_tokens or ())
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
         self._special_pattern = bpe.special_pattern(self.special_tokens)
         self._ids = {token: id for id, token in self.vocab.items()}
@@ -60,6 +62,10 @@ class Tokenizer:
             raise ValueError(
                 f"the vocabulary must hold all 256 bytes and every merge, but lacks {missing[0]!r}"
             )
+        learned = {left + right for left, right in self.merges}
+        for special in self.special_tokens:
+            if special.encode("utf-8") in learned:
+                raise ValueError(f"a special token must not be made by a merge too, got {special!r}")
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._special_ids = {special: self._ids[special.encode("utf-8")] for special in self.special_tokens}
         self._encode_pretoken = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
@@ -106,10 +112,13 @@ class Tokenizer:
         >>> list(Tokenizer.of_bytes().encode_iterable(["on", "e <|end", "oftext|>"]))
         [111, 110, 101, 32, 256]
         """
-        waiting = ""
+        waiting, searched = "", 0
         for text in texts:
             waiting += text
+            if len(waiting) < 2 * searched:
+                continue  # a search for every character of a long word would be quadratic
             cut = self._safe_cut(waiting)
+            searched = 0 if cut else len(waiting)
             if cut:
                 yield from self.encode(waiting[:cut])
                 waiting = waiting[cut:]
@@ -197,10 +206,12 @@ class Tokenizer:
         """
         byte_of = {character: byte for byte, character in _byte_to_character().items()}
         try:
-            spellings = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
+            spellings = json.loads(Path(vocab_path).read_text(encoding="utf-8-sig"))
             vocab = {operator.index(id): _unspell(spelling, byte_of) for spelling, id in spellings.items()}
-            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            lines = Path(merges_path).read_text(encoding="utf-8-sig").split("\n")
+            if lines[0].startswith("#version"):
+                lines = lines[1:]
+            pairs = [line.split(" ") for line in lines if line]
             merges = [(_unspell(left, byte_of), _unspell(right, byte_of)) for left, right in pairs]
             if special_tokens is None:
                 learned = {bytes([b]) for b in range(256)} | {left + right for left, right in merges}
@@ -262,7 +273,7 @@ def _unspell(spelling: str, byte_of: Mapping[str, int]) -> bytes:
 def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pair = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], len(ranks)))
+        pair = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], math.inf))
         parts = bpe.merge_pair(parts, pair, pair[0] + pair[1])
     return parts[0], parts[1]
 

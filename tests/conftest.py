@@ -51,6 +51,8 @@ class Adapters:
         self._path = path
 
     def __getattr__(self, name: str) -> Any:
+        if not name.startswith(("run_", "get_")):
+            raise AttributeError(name)
         if not hasattr(self._module, name):
             pytest.skip(f"{name} is not in {self._path}")
         return getattr(self._module, name)

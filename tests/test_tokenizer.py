@@ -440,6 +440,12 @@ def test_untrusted_text_never_becomes_a_special_token(mine):
     assert mine.decode(mine.encode_ordinary(text)) == text
 
 
+def test_the_ids_of_ordinary_text_belong_to_the_caller(mine):
+    ids = mine.encode_ordinary("the")
+    ids.append(-1)
+    assert mine.encode_ordinary("the") == ids[:-1]
+
+
 @many
 @given(texts_with_specials)
 def test_ordinary_text_gets_the_ids_of_tiktoken(mine, text):
@@ -491,7 +497,7 @@ def test_a_special_token_given_twice_counts_once():
 
 
 def test_an_empty_special_token_is_refused():
-    with pytest.raises(ValueError, match="special token must have at least one character"):
+    with pytest.raises(ValueError, match="special token must have at least two bytes"):
         tokenizer.Tokenizer(VOCAB, MERGES, [END_OF_TEXT, ""])
 
 
@@ -536,7 +542,7 @@ def test_the_fingerprint_is_the_same_for_the_same_ids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "specials", [None, [], [END_OF_TEXT], SPECIALS, ["\u6f22 \U0001f643", "\u0120", "a b", "\t"]]
+    "specials", [None, [], [END_OF_TEXT], SPECIALS, ["\u6f22 \U0001f643", "\u0120", "a b", "\t\t"]]
 )
 def test_saved_and_loaded_is_the_same(tmp_path, specials):
     model = tokenizer.Tokenizer(VOCAB, MERGES, specials)
@@ -700,3 +706,44 @@ def test_a_book_gets_the_ids_of_gpt2(gpt2_ours, gpt2, data, name):
     ids = gpt2_ours.encode(text)
     assert ids == gpt2.encode(text)
     assert gpt2_ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("special", ["", ".", "ab"])
+def test_special_tokens_that_are_ordinary_ones_too_are_refused(special):
+    """Else text that nobody trusts could spell one."""
+    vocab = {**{i: bytes([i]) for i in range(256)}, 256: b"ab"}
+    with pytest.raises(ValueError, match="a special token must"):
+        tokenizer.Tokenizer(vocab, [(b"a", b"b")], [special])
+
+
+def test_a_text_is_no_list_of_special_tokens():
+    with pytest.raises(ValueError, match="must be a list of texts, got the text '<s>'"):
+        tokenizer.Tokenizer.of_bytes("<s>")
+
+
+def test_merges_are_recovered_from_ranks_with_gaps():
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 1000, b"cd": 1001, b"bc": 1002, b"abcd": 1003}
+    found = tokenizer.Tokenizer.from_ranks(ranks, {"<|endoftext|>": 2000})
+    assert found.merges == [(b"a", b"b"), (b"c", b"d"), (b"b", b"c"), (b"ab", b"cd")]
+    assert found.encode("abcd<|endoftext|>bc") == [1003, 2000, 1002]
+
+
+def test_merges_that_look_like_the_first_line_and_a_byte_order_mark_are_read(tmp_path):
+    merges = [
+        (b"#", b"v"),
+        (b"#v", b"e"),
+        (b"#ve", b"r"),
+        (b"#ver", b"s"),
+        (b"#vers", b"i"),
+        (b"#versi", b"on"),
+    ]
+    merges.insert(5, (b"o", b"n"))
+    merges.append((b"#version", b":"))
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: a + b for i, (a, b) in enumerate(merges)}
+    tokenizer.Tokenizer(vocab, merges).save(tmp_path)
+    assert tokenizer.Tokenizer.load(tmp_path).merges == merges
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text(
+            "\ufeff" + (tmp_path / name).read_text(encoding="utf-8"), encoding="utf-8"
+        )
+    assert tokenizer.Tokenizer.load(tmp_path).merges == merges

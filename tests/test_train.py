@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -379,3 +380,15 @@ def test_programs_from_the_command_line(options, tmp_path):
         2,
         "error: a run directory must hold config.json, got nowhere\n",
     )
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_python(tmp_path):
+    """The command that README begins with, on the text that every machine has."""
+    command = [sys.executable, "-m", "llm_basics.train", "--run_dir=r"]
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert trained.returncode == 0, trained.stderr
+    entropy = float(re.search(r"unigram entropy.*: ([\d.]+)\)", trained.stdout)[1])
+    assert run.read_metrics(tmp_path / "r")[-1]["val_loss"] < 0.65 * entropy
+    sample = (tmp_path / "r" / "samples.jsonl").read_text().splitlines()[-1]
+    assert sum(word in sample for word in ("def ", "self", "return", "import", "if ", "):")) >= 3
