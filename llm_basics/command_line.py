@@ -7,6 +7,7 @@ An option's value comes from the command line, else from the file that `--config
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -78,8 +79,8 @@ def exit_on_mistake() -> Iterator[None]:
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """What stands behind `flag`: it decides which defaults the whole command line is laid over."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == flag:
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        if argument == flag and not following.startswith("--"):
             return following
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")

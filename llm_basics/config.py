@@ -22,7 +22,7 @@ T = TypeVar("T")
 class ModelConfig:
     """The shape of a transformer. The defaults are Llama's choices; configs/gpt2-small.yaml has GPT-2's."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     """Size of the vocabulary. `--tokenizer bpe` learns one of this size; other tokenizers bring their own."""
     context_length: int = 256
     """The most tokens that the model sees at once."""
@@ -142,7 +142,7 @@ class TrainConfig:
     sample_tokens: int = 200
     """Tokens in a sample."""
     sample_prompt: str | None = None
-    """Text that a sample continues. None: the first words of the held-out text."""
+    """Text that a sample continues. None: a held-out line, if possible one that ends with a colon."""
     checkpoint_every: int = 500
     """Steps between checkpoints. 0: only at the end."""
 

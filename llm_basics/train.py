@@ -126,7 +126,7 @@ class Session:
         train = self.options.train
         prompt = train.sample_prompt
         if prompt is None:
-            prompt = self.tokenizer.decode(self.held_out[:12].tolist()).split(data.DOCUMENT_SEPARATOR)[0]
+            prompt = opening_line(self.tokenizer.decode(self.held_out[:5000].tolist()))
         pieces = generate.complete(
             self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
         )
@@ -151,6 +151,16 @@ class Session:
                 f"{path} must be of the same tokenizer as the data, got another; did the text change?"
             )
         self.step = about["step"]
+
+
+def opening_line(text: str) -> str:
+    """The first line that ends with a colon, and so asks for more, in code as in a play; else the first line.
+
+    >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
+    'ROMEO:'
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if line.endswith(":")), lines[0])
 
 
 def fit(session: Session, output: run.Run) -> None:

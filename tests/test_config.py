@@ -80,6 +80,10 @@ def test_options_from_parameters_file_and_json_are_the_same(tmp_path):
     assert config.update(config.Config(), {"model": {"n_layers": 3}}, "here") == made
 
 
+def test_without_options_the_tiny_preset_is_trained():
+    assert command_line.train_options([]) == config.load("tiny")
+
+
 @pytest.mark.parametrize("spelling", ["--model.n_layers", "--model.n-layers"])
 def test_both_spellings_of_a_flag(spelling):
     assert command_line.train_options([spelling, "3"]).model.n_layers == 3
@@ -125,10 +129,11 @@ def test_adamw_defaults():
         (["--model.norm", "batch"], "Expected one of ('rms', 'layer')"),
         (["--model.d_model", "100", "--model.n_heads", "3"], "got 100 and 3; try d_model 99 or 102"),
         (["--model.d_model", "12", "--model.n_heads", "4"], "RoPE needs an even d_model / n_heads, got 3"),
-        (["--model.n_kv_heads", "4"], "model.n_heads must be divisible by model.n_kv_heads, got 6 and 4"),
+        (["--model.n_kv_heads", "2"], "model.n_heads must be divisible by model.n_kv_heads, got 3 and 2"),
         (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
         (["--train.min_lr", "9"], "train.min_lr must be from 0 to lr"),
         (["--val_fraction", "1"], "val_fraction must be above 0 and below 1, got 1.0"),
+        (["--config"], "Missing value for argument '--config'"),
         (["--config", "tini"], "--config must be a preset (gpt2-medium, "),
         (["--resume", "nowhere"], "a run directory must hold config.json, got nowhere"),
     ],
