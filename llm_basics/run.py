@@ -187,9 +187,15 @@ class WandbFollower(Follower):
     def _start(self, folder: Path, options: dict[str, Any]) -> None:
         import wandb
 
-        if not wandb.api.api_key:
-            os.environ.setdefault("WANDB_MODE", "offline")
-        self.run = wandb.init(project="llm_basics", name=folder.name, dir=folder, config=options)
+        has_key = wandb.login(prompt=False, verify=False)
+        self.run = wandb.init(
+            project="llm_basics",
+            name=folder.name,
+            dir=folder,
+            config=options,
+            mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
+            settings=wandb.Settings(init_timeout=20),  # seconds that an unreachable server may take
+        )
         # a resumed run counts steps again from its checkpoint, which wandb's own counter forbids
         self.run.define_metric("*", step_metric="step")
 
@@ -207,7 +213,8 @@ class WandbFollower(Follower):
             action(*arguments)
         except Exception as error:
             self.run = None
-            print(f"warning: wandb stopped following ({type(error).__name__}: {error})", file=sys.stderr)
+            reason = str(error).split("\n")[0]
+            print(f"warning: wandb stopped following ({type(error).__name__}: {reason})", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

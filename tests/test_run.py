@@ -79,7 +79,9 @@ def fake_wandb(monkeypatch, **functions):
         if name != "init":
             setattr(tracked, name, function)
     module = types.SimpleNamespace(
-        api=types.SimpleNamespace(api_key=None), init=functions.get("init", lambda **options: tracked)
+        login=lambda **options: False,
+        Settings=lambda **options: None,
+        init=functions.get("init", lambda **options: calls.append(options["mode"]) or tracked),
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -91,7 +93,7 @@ def test_wandb_follows(tmp_path, monkeypatch):
     output = run.Run(tmp_path, [run.WandbFollower(tmp_path, {})])
     output.metrics(1, train_loss=2.0)
     output.close()
-    assert calls == [{"step": 1, "train_loss": 2.0}, "finish"]
+    assert calls == ["offline", {"step": 1, "train_loss": 2.0}, "finish"]
 
 
 def fail(*_, **__):
