@@ -62,11 +62,12 @@ def count_pretokens(
     """How often each pre-token occurs in a UTF-8 file.
 
     The file is cut at special tokens into parts that `n_workers` processes count; None means one process a
-    core for large files, else none.
+    core, at most 8, for large files, else none. Programs that use processes need an
+    `if __name__ == "__main__"` guard.
     """
     size = Path(input_path).stat().st_size
     if n_workers is None:
-        n_workers = (os.cpu_count() or 1) if size >= PARALLEL_BYTES else 1
+        n_workers = _usable_cores() if size >= PARALLEL_BYTES else 1
     # a part a worker, but never more than fits into memory comfortably
     boundaries = chunk_boundaries(input_path, special_tokens, max(n_workers, size // 2**28 + 1))
     chunks = [(input_path, start, end, special_tokens) for start, end in pairwise(boundaries)]
@@ -76,6 +77,11 @@ def count_pretokens(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_workers, mp_context=spawn) as pool:
         return _sum(pool.map(_count_chunk, chunks))
+
+
+def _usable_cores() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, 8)
 
 
 def chunk_boundaries(

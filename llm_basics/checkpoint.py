@@ -1,9 +1,10 @@
 """A model and its optimizer in one file, without pickle: safetensors with JSON beside the tensors.
 
 Tensors are named `model.*`, `optimizer.*` and `rng.*`. The file's metadata holds the rest as JSON, with a
-SHA-256 over all tensors. A file takes its name only when it is complete and on disk.
+SHA-256 over everything. A file takes its name only when it is complete and on disk.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -40,7 +41,8 @@ def save_checkpoint(
     tensors["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    # cloned, since tensors that share some of their memory cannot be stored as they are
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
     about = {
         "schema": SCHEMA,
         "step": step,
@@ -50,8 +52,10 @@ def save_checkpoint(
         "threads": torch.get_num_threads(),
         **state,
     }
-    metadata = {"llm_basics": json.dumps(about), "sha256": _digest(tensors)}
-    content = safetensors.torch.save(tensors, metadata)
+    described = json.dumps(about)
+    content = safetensors.torch.save(
+        tensors, {"llm_basics": described, "sha256": _digest(tensors, described)}
+    )
     if isinstance(out, str | os.PathLike):
         _write_durably(Path(out), content)
     else:
@@ -62,9 +66,10 @@ def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     """Tensors without those that share all memory with another, and the names of both for each of these."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    owners: dict[tuple[int, torch.Size], str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        owner = owners.setdefault(place, name) if tensor.numel() else name
         if owner == name:
             kept[name] = tensor
         else:
@@ -87,14 +92,15 @@ def _write_durably(path: Path, content: bytes) -> None:
     if os.name == "posix":  # the new name, too, must reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is safe
+                os.fsync(folder)
         finally:
             os.close(folder)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], described: str) -> str:
+    """SHA-256 over the description, and over names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(described.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -113,12 +119,12 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = safetensors.torch.load(content)
         header_bytes = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
-        about = json.loads(metadata["llm_basics"])
-        expected = metadata["sha256"]
+        described, expected = metadata["llm_basics"], metadata["sha256"]
+        about = json.loads(described)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{name} must be a checkpoint of llm_basics; {error}") from None
-    if _digest(tensors) != expected:
-        raise ValueError(f"{name} is damaged: its tensors do not have the SHA-256 that was written with them")
+    if _digest(tensors, described) != expected:
+        raise ValueError(f"{name} is damaged: it does not have the SHA-256 that was written with it")
     if about["schema"] != SCHEMA:
         raise ValueError(f"{name} must have schema {SCHEMA}, got {about['schema']}")
     return tensors, about

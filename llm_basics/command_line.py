@@ -25,6 +25,11 @@ def train_options(arguments: Sequence[str]) -> config.Config:
     """The config that a training run is started with. For a mistake, prints one line and exits with 2."""
     with exit_on_mistake():
         resumed = _value_of("--resume", arguments)
+        for other in ("--config", "--run_dir"):
+            if resumed is not None and _value_of(other, arguments) is not None:
+                raise ValueError(
+                    f"--resume must stand without {other}: the run has its options and its folder"
+                )
         if resumed is None:
             base = config.load(_value_of("--config", arguments) or config.Config().config)
         else:
@@ -79,7 +84,7 @@ def exit_on_mistake() -> Iterator[None]:
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """What stands behind `flag`: it decides which defaults the whole command line is laid over."""
-    for argument, following in itertools.pairwise([*arguments, "--"]):
+    for argument, following in reversed(list(itertools.pairwise([*arguments, "--"]))):
         if argument == flag and not following.startswith("--"):
             return following
         if argument.startswith(f"{flag}="):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -80,6 +81,9 @@ class ModelConfig:
                 f"RoPE needs an even d_model / n_heads, got {self.d_head} "
                 f"from d_model {self.d_model} and n_heads {self.n_heads}"
             )
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
@@ -157,9 +161,14 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lr", "weight_decay", "eps", "sample_every", "sample_tokens"):
+        nonnegative = ("warmup_steps", "lr", "weight_decay", "eps", "z_loss", "seed")
+        for name in (*nonnegative, "sample_every", "sample_tokens", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.lr):
+            raise ValueError(f"train.lr must be finite, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must be at least 0 and below 1, got {self.betas}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
@@ -223,6 +232,16 @@ class GenerateConfig:
     """How many texts to write, with seeds counting up."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first of these that is there."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 0 or self.samples < 1:
+            raise ValueError(f"nothing to write: got {self.max_new_tokens} tokens in {self.samples} samples")
 
 
 # --------------------------------------------------------------------------------------------------

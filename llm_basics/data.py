@@ -108,6 +108,11 @@ def split_documents(
     # of a few documents perhaps none falls below the fraction: then the nearest does
     threshold = max(val_fraction, min(shares, default=0.0))
     train = [d for d, share in zip(documents, shares, strict=True) if share > threshold]
+    if not train:
+        raise ValueError(
+            f"val_fraction must leave documents to train on, but {val_fraction} holds out all {len(documents)}; "
+            "lower it, or give more documents than copies of one"
+        )
     return train, [d for d, share in zip(documents, shares, strict=True) if share <= threshold]
 
 
@@ -165,7 +170,7 @@ def write_shards(
             "n_bytes": n_bytes,
             "tokenizer": tokenizer,
         }
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".tmp-{os.getpid()}")
         with open(temporary, "wb") as file:
             file.write((MAGIC + json.dumps(header).encode()).ljust(HEADER_BYTES))
             file.write(tokens.tobytes())

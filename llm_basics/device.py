@@ -13,7 +13,7 @@ def choose(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the device must be there and usable, got {name} ({reason}); try auto") from None
@@ -21,7 +21,8 @@ def choose(name: str) -> torch.device:
 
 
 def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Inside, multiply in bfloat16 if `dtype` says so, or is "auto" on CUDA; weights stay float32."""
-    if dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda"):
+    """Inside, multiply in bfloat16 if `dtype` says so, or is "auto" and CUDA can; weights stay float32."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" or (dtype == "auto" and has_bfloat16):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

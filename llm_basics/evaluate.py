@@ -29,7 +29,7 @@ def evaluate(
     loss = correct = n_bytes = 0.0
     n_tokens = 0
     for inputs, targets in batches:
-        logits = model(inputs)
+        logits = F.widen(model(inputs))
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(-1) == targets).sum().item()
         n_bytes += token_bytes[targets].sum().item()

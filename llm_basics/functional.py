@@ -1,9 +1,9 @@
 """The mathematics of a language model, as pure functions of tensors.
 
 Everything here is built from tensor arithmetic and autograd alone. The functions are ordered as the
-ideas build on each other; none keeps state, none changes its input. Reductions over float16 and bfloat16
-inputs (softmax, norms, cross-entropy) are computed in float32, and the result is given back in the
-input's dtype.
+ideas build on each other; none keeps state, none changes its input. What would lose
+digits in float16 and bfloat16 (softmax, norms, GELU, cross-entropy) is computed in float32 and given back in
+the input's dtype.
 
     >>> softmax(torch.tensor([0.0, math.log(3.0)]), dim=0)
     tensor([0.2500, 0.7500])
@@ -15,6 +15,16 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def widen(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Float32 for half precisions: float16 overflows at 65,504, and bfloat16 has 8 bits to add with.
+
+    >>> widen(torch.ones(1, dtype=torch.bfloat16)).dtype, widen(torch.ones(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
 
 # --------------------------------------------------------------------------------------------------
 # Lookup and projection
@@ -37,13 +47,15 @@ def linear(
 def embedding(
     token_ids: Int[Tensor, "..."], weight: Float[Tensor, "vocab d_model"]
 ) -> Float[Tensor, "... d_model"]:
-    """Look up one row of `weight` for each id. Raises IndexError where an id is not below `vocab`.
+    """Look up one row of `weight` for each id. Raises IndexError where an id is not from 0 to `vocab - 1`.
 
     >>> embedding(torch.tensor([2, 0]), torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
     tensor([[4., 5.],
             [0., 1.]])
     """
-    return weight[token_ids]
+    # plain indexing would take -1 for the last row
+    rows = weight.index_select(0, token_ids.flatten())
+    return rows.reshape(*token_ids.shape, weight.shape[-1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +70,7 @@ def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     >>> softmax(torch.tensor([1000.0, 1000.0]))
     tensor([0.5000, 0.5000])
     """
-    scores = _widen(x)
+    scores = widen(x)
     exponentials = (scores - scores.amax(dim, keepdim=True).detach()).exp()
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -71,7 +83,7 @@ def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     >>> log_softmax(torch.tensor([0.0, 1000.0]))
     tensor([-1000.,     0.])
     """
-    shifted, log_sum = _shifted_and_log_sum(_widen(x), dim)
+    shifted, log_sum = _shifted_and_log_sum(widen(x), dim)
     return (shifted - log_sum).to(x.dtype)
 
 
@@ -104,11 +116,14 @@ def gelu(x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, ".
     >>> gelu(torch.tensor([1.0])), gelu(torch.tensor([1.0]), approximate="tanh")
     (tensor([0.8413]), tensor([0.8412]))
     """
+    wide = widen(x)
     if approximate == "none":
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    if approximate == "tanh":
-        return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+        phi = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
+    elif approximate == "tanh":
+        phi = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    else:
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    return (wide * phi).to(x.dtype)
 
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -166,7 +181,7 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, -3.0]), weight=torch.tensor([1.0, 2.0]), eps=0.0)
     tensor([ 1., -2.])
     """
-    wide = _widen(x)
+    wide = widen(x)
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normalized * weight).to(x.dtype)
 
@@ -184,7 +199,7 @@ def layer_norm(
     >>> layer_norm(torch.tensor([1.0, 3.0]), weight=torch.ones(2), bias=torch.tensor([0.0, 1.0]), eps=0.0)
     tensor([-1.,  2.])
     """
-    wide = _widen(x)
+    wide = widen(x)
     centered = wide - wide.mean(-1, keepdim=True)
     normalized = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     scaled = normalized * weight
@@ -303,7 +318,7 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(3, 4), torch.tensor([0, 3, -100]))  # log 4
     tensor(1.3863)
     """
-    wide = _widen(logits)
+    wide = widen(logits)
     counted = targets != ignore_index
     shifted, log_sum = _shifted_and_log_sum(wide, dim=-1)
     safe_targets = targets.masked_fill(~counted, 0).long().unsqueeze(-1)
@@ -334,8 +349,3 @@ def linear_cross_entropy(
     tensor(1.3863)
     """
     return cross_entropy(linear(x, weight), targets, ignore_index, z_loss)
-
-
-def _widen(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Float32 for half precisions: float16 overflows at 65,504, and bfloat16 has 8 bits to add with."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

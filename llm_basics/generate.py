@@ -51,7 +51,10 @@ def next_token_probabilities(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    probabilities, ids = F.softmax(logits.float() / temperature).sort(descending=True, stable=True)
+    shifted = logits.float() - logits.float().amax(
+        -1, keepdim=True
+    )  # a tiny temperature keeps the maximum at 0
+    probabilities, ids = F.softmax(shifted / temperature).sort(descending=True, stable=True)
     if top_k is not None:
         probabilities[..., top_k:] = 0
     if top_p is not None:
@@ -157,10 +160,12 @@ def load_run(
     return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
 
 
-def main(options: config.GenerateConfig) -> None:
+def main(options: config.GenerateConfig) -> int:
+    """Write as `options` say. Returns the exit status."""
     with command_line.exit_on_mistake():
         folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
         model, tokenizer = load_run(folder, device.choose(options.device))
+    try:
         for sample in range(options.samples):
             print(options.prompt, end="")
             for text in complete(
@@ -175,7 +180,12 @@ def main(options: config.GenerateConfig) -> None:
             ):
                 print(text, end="", flush=True)
             print()
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main(OPTIONS)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a model may write any character
+    sys.exit(main(OPTIONS))

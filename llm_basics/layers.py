@@ -269,6 +269,7 @@ class MultiHeadSelfAttention(nn.Module):
         rope: RotaryEmbedding | None = None,
         bias: bool = False,
         qk_norm: bool = False,
+        norm_eps: float = 1e-5,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -288,8 +289,8 @@ class MultiHeadSelfAttention(nn.Module):
         self.k_proj = Linear(d_model, d_kv, bias, device=device, dtype=dtype)
         self.v_proj = Linear(d_model, d_kv, bias, device=device, dtype=dtype)
         self.output_proj = Linear(d_model, d_model, bias, device=device, dtype=dtype)
-        self.q_norm = RMSNorm(self.d_head, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = RMSNorm(self.d_head, device=device, dtype=dtype) if qk_norm else None
+        self.q_norm = RMSNorm(self.d_head, norm_eps, device, dtype) if qk_norm else None
+        self.k_norm = RMSNorm(self.d_head, norm_eps, device, dtype) if qk_norm else None
 
     def forward(
         self,

@@ -23,28 +23,29 @@ class TransformerBlock(nn.Module):
 
     def __init__(
         self,
-        config: config.ModelConfig,
+        shape: config.ModelConfig,
         rope: layers.RotaryEmbedding | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm_placement = config.norm_placement
-        self.ln1 = make_norm(config, device, dtype)
+        self.norm_placement = shape.norm_placement
+        self.ln1 = make_norm(shape, device, dtype)
         self.attn = layers.MultiHeadSelfAttention(
-            config.d_model,
-            config.n_heads,
-            config.n_kv_heads,
+            shape.d_model,
+            shape.n_heads,
+            shape.n_kv_heads,
             rope,
-            config.bias,
-            config.qk_norm,
-            config.dropout,
+            shape.bias,
+            shape.qk_norm,
+            shape.norm_eps,
+            shape.dropout,
             device=device,
             dtype=dtype,
         )
-        self.ln2 = make_norm(config, device, dtype)
-        self.ffn = make_ffn(config, device, dtype)
-        self.dropout = layers.Dropout(config.dropout)
+        self.ln2 = make_norm(shape, device, dtype)
+        self.ffn = make_ffn(shape, device, dtype)
+        self.dropout = layers.Dropout(shape.dropout)
 
     def forward(
         self,
@@ -69,34 +70,34 @@ class TransformerLM(nn.Module):
 
     def __init__(
         self,
-        config: config.ModelConfig,
+        shape: config.ModelConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.token_embeddings = layers.Embedding(config.vocab_size, config.d_model, device, dtype)
+        self.config = shape
+        self.token_embeddings = layers.Embedding(shape.vocab_size, shape.d_model, device, dtype)
         self.position_embeddings = (
-            layers.Embedding(config.context_length, config.d_model, device, dtype)
-            if config.position == "learned"
+            layers.Embedding(shape.context_length, shape.d_model, device, dtype)
+            if shape.position == "learned"
             else None
         )
         # one table serves all blocks
         rope = (
-            layers.RotaryEmbedding(config.d_head, config.context_length, config.rope_theta, device)
-            if config.position == "rope"
+            layers.RotaryEmbedding(shape.d_head, shape.context_length, shape.rope_theta, device)
+            if shape.position == "rope"
             else None
         )
-        self.dropout = layers.Dropout(config.dropout)
+        self.dropout = layers.Dropout(shape.dropout)
         self.layers = nn.ModuleList(
-            TransformerBlock(config, rope, device, dtype) for _ in range(config.n_layers)
+            TransformerBlock(shape, rope, device, dtype) for _ in range(shape.n_layers)
         )
-        self.ln_final = make_norm(config, device, dtype)
-        self.lm_head = layers.Linear(config.d_model, config.vocab_size, device=device, dtype=dtype)
-        if config.tie_embeddings:
+        self.ln_final = make_norm(shape, device, dtype)
+        self.lm_head = layers.Linear(shape.d_model, shape.vocab_size, device=device, dtype=dtype)
+        if shape.tie_embeddings:
             # started as an output projection: with std 1 the first loss would be far above ln V
             self.token_embeddings.weight = self.lm_head.weight
-        if config.init == "gpt2":
+        if shape.init == "gpt2":
             init_gpt2_(self)
 
     def forward(
@@ -163,21 +164,21 @@ class TransformerLM(nn.Module):
 
 
 def make_norm(
-    config: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The normalization that `config.norm` names."""
-    if config.norm == "rms":
-        return layers.RMSNorm(config.d_model, config.norm_eps, device, dtype)
-    return layers.LayerNorm(config.d_model, config.norm_eps, config.bias, device, dtype)
+    """The normalization that `shape.norm` names."""
+    if shape.norm == "rms":
+        return layers.RMSNorm(shape.d_model, shape.norm_eps, device, dtype)
+    return layers.LayerNorm(shape.d_model, shape.norm_eps, shape.bias, device, dtype)
 
 
 def make_ffn(
-    config: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The feed-forward network that `config.ffn` names."""
-    if config.ffn == "swiglu":
-        return layers.SwiGLU(config.d_model, config.d_hidden, device, dtype)
-    return layers.MLP(config.d_model, config.d_hidden, config.ffn, config.bias, device, dtype)
+    """The feed-forward network that `shape.ffn` names."""
+    if shape.ffn == "swiglu":
+        return layers.SwiGLU(shape.d_model, shape.d_hidden, device, dtype)
+    return layers.MLP(shape.d_model, shape.d_hidden, shape.ffn, shape.bias, device, dtype)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ run on the same text starts at once.
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,7 @@ def _key(options: config.Config, documents: Sequence[data.Document]) -> str:
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode("utf-8")).digest())
     names = [Path(options.data).stem.strip("*") or "text", Path(options.tokenizer).name]
-    return "-".join([*names, digest.hexdigest()[:12]])
+    return re.sub(r"[^\w.-]+", "_", "-".join([*names, digest.hexdigest()[:12]]))
 
 
 def _make_tokenizer(
@@ -99,8 +100,13 @@ def _make_tokenizer(
                 raise ValueError(
                     f"--tokenizer must be bpe, bytes, gpt2 or a folder with a tokenizer in it, got {folder}"
                 )
-            chosen = tokenizer.Tokenizer.load(folder)
-            return tokenizer.Tokenizer(chosen.vocab, chosen.merges, [*chosen.special_tokens, *specials])
+            found = tokenizer.Tokenizer.load(folder)
+            chosen = tokenizer.Tokenizer(found.vocab, found.merges, [*found.special_tokens, *specials])
+            if len(chosen.vocab) != chosen.vocab_size:
+                raise ValueError(
+                    f"the ids of {folder} must go from 0 to {len(chosen.vocab) - 1} without gaps"
+                )
+            return chosen
 
 
 def _gpt2() -> tokenizer.Tokenizer:

@@ -13,6 +13,7 @@ Followers (the terminal, Weights & Biases) are told of everything and may fail w
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -46,6 +47,7 @@ class Run:
         self.folder = Path(folder)
         self.followers = list(followers)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self.folder / "metrics.jsonl")
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
@@ -89,13 +91,14 @@ class Run:
 # Reading runs
 
 
-def new_folder(name: str) -> Path:
-    """A folder under runs/ that does not exist yet, named by time and `name`."""
-    folder = RUNS / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    number = 2
-    while folder.exists():
-        folder = folder.with_name(f"{folder.name.rsplit('~')[0]}~{number}")
-        number += 1
+def make_folder(name: str) -> Path:
+    """A new folder under runs/, named by time and `name`; nobody else gets the same one."""
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    for number in itertools.count(1):
+        folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
@@ -120,6 +123,8 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
     with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
         for line in file:
+            if not line.endswith("\n"):
+                break  # being written, or torn when the run was killed
             entry = json.loads(line)
             entries[entry["step"], "val_loss" in entry] = entry
     return [entries[key] for key in sorted(entries)]
@@ -159,18 +164,18 @@ class Terminal(Follower):
             f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
         )
         if self.progress is None:
-            print(f"step={values['step']}/{self.total_steps} {numbers}", flush=True)
+            _print(f"step={values['step']}/{self.total_steps} {numbers}")
         elif "train_loss" in values:
             self.progress.start()
             self.progress.update(self.task, completed=values["step"], numbers=numbers)
         else:
-            self.progress.console.print(f"step {values['step']}: {numbers}", highlight=False)
+            self.progress.console.print(f"step {values['step']}: {numbers}", highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         if self.progress is None:
-            print(text, flush=True)
+            _print(text)
         else:
-            self.progress.console.print(text, markup=False, highlight=False)
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -242,6 +247,21 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         self.last += time.perf_counter() - began
+
+
+def _print(text: str) -> None:
+    """Print, as long as somebody reads: a closed pipe (`| head`) does not end the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed run did not finish."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _short(value: Any) -> str:

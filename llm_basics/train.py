@@ -15,8 +15,11 @@ if __name__ == "__main__":
     # threads that wait for each other let go of their core sooner, which beside other programs saves time
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import signal
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +68,7 @@ def train_step(
         # a batch counts by its targets: a mean of means would favor those of a smaller batch
         share = targets.numel() / n_targets
         with device.precision(inputs.device, options.dtype):
-            loss = F.cross_entropy(model(inputs), targets, z_loss=options.z_loss) * share
+            loss = F.cross_entropy(F.widen(model(inputs)), targets, z_loss=options.z_loss) * share
         loss.backward()
         train_loss += loss.detach()
     try:
@@ -107,7 +110,9 @@ class Session:
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
         self.optimizer = make_optimizer(self.model, train)
+        self.prepared_in = prepared.folder.name
         self.step = 0
+        self.stop_requested = False
 
     def batches_of_step(self, step: int) -> list[Batch]:
         """The batches whose gradients make up step number `step`."""
@@ -140,16 +145,19 @@ class Session:
             self.step,
             path,
             config=dataclasses.asdict(self.options),
-            tokenizer=self.tokenizer.fingerprint(),
+            data=self.prepared_in,
         )
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError if it is damaged, or of another model or tokenizer."""
-        about = checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
-        if about["tokenizer"] != self.tokenizer.fingerprint():
-            raise ValueError(
-                f"{path} must be of the same tokenizer as the data, got another; did the text change?"
-            )
+        """Go on from a checkpoint. Raises ValueError if it is damaged, or of another model or other data."""
+        _, about = checkpoint.read_checkpoint(path)
+        ours, theirs = dataclasses.asdict(self.options.model), about["config"]["model"]
+        differences = [f"{k} was {theirs[k]}, now {ours[k]}" for k in ours if theirs.get(k) != ours[k]]
+        if differences:
+            raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
+        if about["data"] != self.prepared_in:
+            raise ValueError(f"{path} was trained on {about['data']}, now the data is {self.prepared_in}")
+        checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
         self.step = about["step"]
 
 
@@ -159,17 +167,17 @@ def opening_line(text: str) -> str:
     >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
     'ROMEO:'
     """
-    lines = [line for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if line.endswith(":")), lines[0])
+    lines = [line for line in text.split(data.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
+    return next((line for line in lines if line.endswith(":")), lines[0] if lines else "")
 
 
 def fit(session: Session, output: run.Run) -> None:
-    """Train to the last step. On the way, record, evaluate, sample and save."""
+    """Train to the last step, or until a stop is requested. On the way, record, evaluate, sample and save."""
     options = session.options.train
     watch = run.Stopwatch()
     timed_steps = 0
     session.model.train()
-    while session.step < options.steps:
+    while session.step < options.steps and not session.stop_requested:
         step = session.step + 1
         batches = session.batches_of_step(step)
         result = train_step(session.model, session.optimizer, batches, step, options)
@@ -211,23 +219,26 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
 
     Raises ValueError or OSError for what cannot be done.
     """
-    folder = Path(options.resume or options.run_dir or run.new_folder(Path(options.config).stem))
-    if options.resume is None and (folder / "config.json").exists():
-        raise ValueError(f"--run_dir must be new, got {folder}; go on with it by --resume {folder}")
+    if options.run_dir and not options.resume and (Path(options.run_dir) / "config.json").exists():
+        raise ValueError(
+            f"--run_dir must be new, got {options.run_dir}; go on with --resume {options.run_dir}"
+        )
     device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
-    session = Session(dataclasses.replace(options, model=model, run_dir=str(folder)), prepared)
+    session = Session(dataclasses.replace(options, model=model), prepared)
     if options.resume is not None:
-        found = run.checkpoints(folder)
+        found = run.checkpoints(options.resume)
         if not found:
-            raise ValueError(f"--resume needs a checkpoint, but {folder} has none")
+            raise ValueError(f"--resume needs a checkpoint, but {options.resume} has none")
         session.resume(found[0])
+    folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
+    session.options = dataclasses.replace(session.options, run_dir=str(folder))
     output = run.Run(folder, [run.Terminal(options.train.steps, session.step)])
     if options.wandb:
-        output.followers.append(run.WandbFollower(folder, dataclasses.asdict(session.options)))
+        output.followers.append(run.WandbFollower(output.folder, dataclasses.asdict(session.options)))
     output.write_config(dataclasses.asdict(session.options))
-    session.tokenizer.save(folder / "tokenizer")
+    session.tokenizer.save(output.folder / "tokenizer")
     return session, output
 
 
@@ -244,8 +255,8 @@ def introduce(session: Session, output: run.Run) -> None:
     )
 
 
-def conclude(session: Session, output: run.Run, seconds: float) -> None:
-    """Measure what was learned, and say where it is."""
+def conclude(session: Session, output: run.Run, steps: int, seconds: float) -> None:
+    """Measure what was learned, and say where it is. This run made `steps` steps in `seconds`, all told."""
     options = session.options.train
     metrics = session.evaluate(10 * options.eval_batches)
     output.metrics(session.step, **metrics)
@@ -253,7 +264,7 @@ def conclude(session: Session, output: run.Run, seconds: float) -> None:
     entropy = evaluate.unigram_entropy(session.held_out)
     figure = plot.plot_loss(output.folder, entropy)
     output.say(
-        f"\n{session.step} steps in {seconds:.0f} s\n"
+        f"\n{steps} steps in {seconds:.0f} s\n"
         f"validation loss   {metrics['val_loss']:.3f} nats per token "
         f"(unigram entropy, which counting tokens would reach: {entropy:.3f})\n"
         f"perplexity        {metrics['perplexity']:.1f}\n"
@@ -265,18 +276,35 @@ def conclude(session: Session, output: run.Run, seconds: float) -> None:
     )
 
 
+@contextlib.contextmanager
+def stop_on_interrupt(session: Session) -> Iterator[None]:
+    """Inside, a first Ctrl-C lets the step end and the run be saved; a second one leaves at once."""
+
+    def request_stop(number: int, frame: types.FrameType | None) -> None:
+        session.stop_requested = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, request_stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(options: config.Config) -> int:
     """Train as `options` say. Returns the exit status."""
     watch = run.Stopwatch()
     with command_line.exit_on_mistake():
         session, output = start(options)
+    first_step = session.step
     try:
         introduce(session, output)
-        fit(session, output)
-        conclude(session, output, watch.total())
-    except KeyboardInterrupt:
-        output.say(f"interrupted after step {session.step}; go on with --resume {output.folder}")
-        return 130
+        with stop_on_interrupt(session):
+            fit(session, output)
+        if session.stop_requested:
+            output.say(f"stopped after step {session.step}; go on with --resume {output.folder}")
+            return 130
+        conclude(session, output, session.step - first_step, watch.total())
     except FloatingPointError as error:
         output.say(f"error: {error}; the weights are as they were after step {session.step}")
         return 1
@@ -286,4 +314,5 @@ def main(options: config.Config) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples may hold any character
     sys.exit(main(OPTIONS))

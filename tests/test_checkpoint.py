@@ -114,6 +114,19 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     assert len(names) == 1
 
 
+def test_a_transposed_view_is_not_taken_for_the_same_weight(tmp_path):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.arange(4.0).reshape(2, 2))
+            self.b = nn.Parameter(self.a.detach().T)
+
+    views, other = Views(), Views()
+    checkpoint.save_checkpoint(views, optim.AdamW(views.parameters()), 0, tmp_path / "checkpoint")
+    checkpoint.load_checkpoint(tmp_path / "checkpoint", other)
+    assert torch.equal(other.b, views.b) and torch.equal(other.a, views.a)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_come_back_bitwise(dtype):
     network = TwoLayers().to(dtype)
@@ -131,9 +144,11 @@ def test_every_flipped_bit_is_seen(tmp_path):
     checkpoint.save_checkpoint(network, optimizer, 1, path)
     content = path.read_bytes()
     header = int.from_bytes(content[:8], "little")
-    for offset in range(8 + header, len(content), 97):
+    changed = [offset for offset in range(8 + header, len(content), 97)]
+    changed.append(content.index(b"step") + 8)  # the step itself, in the description
+    for offset in changed:
         path.write_bytes(content[:offset] + bytes([content[offset] ^ 4]) + content[offset + 1 :])
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match="damaged|must be a checkpoint"):
             checkpoint.read_checkpoint(path)
     for end in (0, 7, 100, header, len(content) - 1):
         path.write_bytes(content[:end])

@@ -133,6 +133,11 @@ def test_adamw_defaults():
         (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
         (["--train.min_lr", "9"], "train.min_lr must be from 0 to lr"),
         (["--val_fraction", "1"], "val_fraction must be above 0 and below 1, got 1.0"),
+        (["--train.seed", "-1"], "train.seed must be at least 0, got -1"),
+        (["--model.rope_theta", "0"], "model.rope_theta must be above 0, got 0.0"),
+        (["--train.lr", "nan"], "train.lr must be"),
+        (["--train.betas", "2", "3"], "train.betas must be at least 0 and below 1"),
+        (["--resume", "r", "--run_dir", "x"], "--resume must stand without --run_dir"),
         (["--config"], "Missing value for argument '--config'"),
         (["--config", "tini"], "--config must be a preset (gpt2-medium, "),
         (["--resume", "nowhere"], "a run directory must hold config.json, got nowhere"),
@@ -186,3 +191,12 @@ def test_generate_has_its_own_options(capsys):
     with pytest.raises(SystemExit):
         command_line.generate_options(["--promt", "x"])
     assert "the closest is --prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--temperature", "-1"), ("--top_k", "0"), ("--top_p", "2"), ("--samples", "0")]
+)
+def test_generation_that_cannot_work_is_refused_at_once(capsys, wrong):
+    with pytest.raises(SystemExit) as stop:
+        command_line.generate_options(list(wrong))
+    assert stop.value.code == 2 and "got" in capsys.readouterr().err

@@ -581,3 +581,15 @@ SNAPSHOTS = {
 def test_snapshot(adapters, snapshot, name, result, piece):
     arrays = snapshot(name)
     torch.testing.assert_close(piece(adapters, arrays), arrays[result], **SNAPSHOT_TOLERANCE)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_half_precision_loses_no_digits_far_from_zero(adapters, approximate):
+    x = torch.tensor([-3.0, -2.5, -1.0, 2.0], dtype=torch.bfloat16)
+    expected = tF.gelu(x.double(), approximate=approximate)
+    torch.testing.assert_close(adapters.run_gelu(x, approximate).double(), expected, rtol=4e-3, atol=0)
+
+
+def test_embedding_refuses_negative_ids(adapters):
+    with pytest.raises(IndexError):
+        adapters.run_embedding(5, 2, torch.zeros(5, 2), torch.tensor([-1]))

@@ -116,11 +116,17 @@ def test_wandb_cannot_stop_a_run(tmp_path, monkeypatch, capsys, broken):
 
 def test_folders_get_new_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = run.new_folder("tiny")
-    first.mkdir(parents=True)
-    second = run.new_folder("tiny")
-    second.mkdir()
-    assert first.name.endswith("-tiny") and len({first, second, run.new_folder("tiny")}) == 3
+    folders = {run.make_folder("tiny") for _ in range(4)}
+    assert len(folders) == 4 and all(folder.is_dir() and "-tiny" in folder.name for folder in folders)
+
+
+def test_a_torn_last_line_loses_at_most_itself(tmp_path):
+    run.Run(tmp_path).metrics(1, train_loss=2.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "tr')
+    assert [m["step"] for m in run.read_metrics(tmp_path)] == [1]
+    run.Run(tmp_path).metrics(3, train_loss=1.0)
+    assert [m["step"] for m in run.read_metrics(tmp_path)] == [1, 3]
 
 
 def test_newest_folder_is_the_last_written(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Training: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
 
 import dataclasses
+import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -194,6 +197,15 @@ def test_devices():
             device.choose(wrong)
 
 
+def test_loss_is_not_rounded_to_bfloat16(lm):
+    settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
+    batch = random_batch(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tF.cross_entropy(lm(batch[0]).double().flatten(0, 1), batch[1].flatten())
+    result = train.train_step(lm, train.make_optimizer(lm, settings), [batch], 1, settings)
+    assert result.train_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_bfloat16_on_request(lm):
     settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
     seen = []
@@ -287,6 +299,9 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
     train.main(interrupted)
     for path in run.checkpoints(folder)[: 8 - stop_at]:
         path.unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= stop_at]
+    (folder / "metrics.jsonl").write_text("".join(kept))
     torch.manual_seed(12345)
     assert train.main(command_line.train_options(["--resume", str(folder)])) == 0
     assert losses(folder) == whole
@@ -295,27 +310,48 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
     assert all(torch.equal(found[name], reference[name]) for name in found)
 
 
-def test_resume_refuses_another_text(options, capsys):
+@pytest.mark.parametrize("change", ["text", "heads", "theta"])
+def test_resume_refuses_other_data_and_another_model(options, capsys, change):
+    """Also where every shape still fits."""
     train.main(options)
-    with open(options.data, "a") as file:
-        file.write("more")
-    bpe = dataclasses.replace(options, tokenizer="bpe", model=dataclasses.replace(SHAPE, vocab_size=300))
+    if change == "text":
+        with open(options.data, "a") as file:
+            file.write("more\n")
+    shapes = {"heads": {"n_heads": 4}, "theta": {"rope_theta": 99.0}, "text": {}}
+    other = dataclasses.replace(options, model=dataclasses.replace(SHAPE, **shapes[change]))
     with pytest.raises(SystemExit) as stop:
-        train.main(dataclasses.replace(bpe, resume=options.run_dir))
-    assert stop.value.code == 2 and "of another model" in capsys.readouterr().err
+        train.main(dataclasses.replace(other, resume=options.run_dir))
+    said = {
+        "text": "now the data is",
+        "heads": "n_heads was 2, now 4",
+        "theta": "rope_theta was 10000.0, now 99.0",
+    }
+    assert stop.value.code == 2 and said[change] in capsys.readouterr().err
 
 
-def test_interrupting_says_how_to_go_on(options, capsys, monkeypatch):
-    train_step = train.train_step
+def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, capsys, monkeypatch, tmp_path):
+    train.main(options)
+    whole, train_step = losses(options.run_dir), train.train_step
 
     def interrupted(*arguments):
         if arguments[3] == 5:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return train_step(*arguments)
 
+    folder = str(tmp_path / "interrupted")
     monkeypatch.setattr(train, "train_step", interrupted)
-    assert train.main(options) == 130
-    assert f"interrupted after step 4; go on with --resume {options.run_dir}" in capsys.readouterr().out
+    assert train.main(dataclasses.replace(options, run_dir=folder)) == 130
+    assert f"stopped after step 5; go on with --resume {folder}" in capsys.readouterr().out
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert max(losses(folder)) == 5
+    assert train.main(command_line.train_options(["--resume", folder])) == 0
+    assert losses(folder) == whole
+
+
+def test_a_sample_begins_with_a_line_that_asks_for_more():
+    assert train.opening_line("a\n  def f(x):\n    return x") == "  def f(x):"
+    assert train.opening_line("\n\nonly this\n") == "only this"
+    assert train.opening_line(" \n<|endoftext|>def f(x):") == ""
 
 
 # --------------------------------------------------------------------------------------------------
