@@ -110,8 +110,8 @@ def split_documents(
     train = [d for d, share in zip(documents, shares, strict=True) if share > threshold]
     if not train:
         raise ValueError(
-            f"val_fraction must leave documents to train on, but {val_fraction} holds out all {len(documents)}; "
-            "lower it, or give more documents than copies of one"
+            f"val_fraction {val_fraction} must leave text to train on, but all documents are held out "
+            f"({len(documents)}); lower it, or give more than copies of one document"
         )
     return train, [d for d, share in zip(documents, shares, strict=True) if share <= threshold]
 

@@ -1,9 +1,8 @@
 """The mathematics of a language model, as pure functions of tensors.
 
-Everything here is built from tensor arithmetic and autograd alone. The functions are ordered as the
-ideas build on each other; none keeps state, none changes its input. What would lose
-digits in float16 and bfloat16 (softmax, norms, GELU, cross-entropy) is computed in float32 and given back in
-the input's dtype.
+Everything here is built from tensor arithmetic and autograd alone. The functions stand as the ideas build on
+each other; none keeps state, none changes its input. What would lose digits in float16 and bfloat16
+(softmax, norms, GELU, cross-entropy) is computed in float32 and given back in the input's dtype.
 
     >>> softmax(torch.tensor([0.0, math.log(3.0)]), dim=0)
     tensor([0.2500, 0.7500])
