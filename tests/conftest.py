@@ -20,6 +20,9 @@ TESTS = Path(__file__).parent
 # before anything of the package is imported: from here on every shape in a signature is checked
 jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
 
+# the tensors here are small: several threads would only wait for each other
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", default=str(TESTS / "adapters.py"), help="the implementation to test")
