@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -108,4 +109,4 @@ def _message_in_frame(frame: str) -> str:
         if is_rule and words:
             break
         words += [] if is_rule else content.split()
-    return " ".join(words).removeprefix("Error parsing model: ").removeprefix("Error parsing train: ")
+    return re.sub(r"^Error parsing (?:(?:model|train|\w*Config): )?", "", " ".join(words))

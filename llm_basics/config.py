@@ -284,7 +284,10 @@ def update(config: T, options: dict[str, Any], origin: str, prefix: str = "") ->
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in hints:
-            raise ValueError(unknown_option(f"{prefix}{name}", [prefix + hint for hint in hints], origin))
+            inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
+            raise ValueError(
+                unknown_option(f"{prefix}{name}", [prefix + n for n in [*hints, *inner]], origin)
+            )
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{name} must hold options of its own, got {value!r} ({origin})")
@@ -292,6 +295,10 @@ def update(config: T, options: dict[str, Any], origin: str, prefix: str = "") ->
         else:
             values[name] = _check(value, hints[name], f"{prefix}{name}", origin)
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _fields(hint: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
 
 
 def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
@@ -317,5 +324,7 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
 
 def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
     """What to say of an option that is not known: the one that was probably meant."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown option {name} ({origin}); the closest is {near[0]}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown option {name} ({origin}); " + (
+        f"the closest is {near[0]}" if near else "--help lists all"
+    )

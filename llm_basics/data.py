@@ -263,7 +263,7 @@ def check_length(n_tokens: int, context_length: int, what: str = "the text") -> 
     if n_tokens < context_length + 1:
         raise ValueError(
             f"{what} must have more tokens than model.context_length {context_length}, got {n_tokens}; "
-            "give more text or a smaller --model.context_length"
+            "give more text, a smaller --model.context_length or another --val_fraction"
         )
 
 

@@ -103,10 +103,10 @@ def make_folder(name: str) -> Path:
 
 
 def newest_folder() -> Path:
-    """The run under runs/ that was written to last."""
-    folders = [config.parent for config in RUNS.glob("*/config.json")]
+    """The run under runs/ that was written to last, of those that have a checkpoint."""
+    folders = [config.parent for config in RUNS.glob("*/config.json") if checkpoints(config.parent)]
     if not folders:
-        raise ValueError(f"there must be a run under {RUNS}/ to go on with, got none; train one first")
+        raise ValueError(f"there must be a run with a checkpoint under {RUNS}/, got none; train one first")
     return max(folders, key=lambda folder: max(file.stat().st_mtime_ns for file in folder.iterdir()))
 
 
@@ -115,7 +115,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"a run directory must hold config.json, got {folder}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON; {error}") from None
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -219,10 +219,9 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
 
     Raises ValueError or OSError for what cannot be done.
     """
-    if options.run_dir and not options.resume and (Path(options.run_dir) / "config.json").exists():
-        raise ValueError(
-            f"--run_dir must be new, got {options.run_dir}; go on with --resume {options.run_dir}"
-        )
+    given = Path(options.run_dir or "")
+    if options.run_dir and not options.resume and given.is_dir() and any(given.iterdir()):
+        raise ValueError(f"--run_dir must be new or empty, got {given}; go on with a run by --resume {given}")
     device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
@@ -235,10 +234,10 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
     folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
     session.options = dataclasses.replace(session.options, run_dir=str(folder))
     output = run.Run(folder, [run.Terminal(options.train.steps, session.step)])
-    if options.wandb:
-        output.followers.append(run.WandbFollower(output.folder, dataclasses.asdict(session.options)))
     output.write_config(dataclasses.asdict(session.options))
     session.tokenizer.save(output.folder / "tokenizer")
+    if options.wandb:
+        output.followers.append(run.WandbFollower(output.folder, dataclasses.asdict(session.options)))
     return session, output
 
 

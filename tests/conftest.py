@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not Path(config.getoption("--adapters")).is_file():
+        raise pytest.UsageError(f"--adapters must be a Python file, got {config.getoption('--adapters')}")
     if config.getoption("--update-snapshots"):
         runpy.run_path(str(TESTS / "fixtures" / "make_fixtures.py"), run_name="__main__")
 
@@ -65,8 +67,6 @@ class Adapters:
 def adapters(pytestconfig: pytest.Config) -> Adapters:
     """The sockets of the file that `--adapters` names."""
     path = Path(pytestconfig.getoption("--adapters")).resolve()
-    if not path.is_file():
-        raise pytest.UsageError(f"--adapters must be a Python file, got {path}")
     # an adapters file imports what stands beside it, or the package whose tests folder it lives in
     sys.path[:0] = [
         folder for folder in (str(path.parent), str(path.parent.parent)) if folder not in sys.path

@@ -151,6 +151,8 @@ def test_mistakes_on_the_command_line(capsys, arguments, said):
     ("content", "said"),
     [
         ("model: {n_layer: 3}", "unknown option model.n_layer ({path}); the closest is model.n_layers"),
+        ("steps: 20", "unknown option steps ({path}); the closest is train.steps"),
+        ("zebra: 20", "unknown option zebra ({path}); --help lists all"),
         ("train: {lr: fast}", "train.lr must be float, got 'fast' ({path})"),
         ("train: {steps: 1.5}", "train.steps must be int, got 1.5 ({path})"),
         ("train: {betas: 0.9}", "train.betas must be tuple[float, float], got 0.9 ({path})"),
@@ -173,6 +175,8 @@ def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     options = dataclasses.replace(config.load("gpt2-nano"), data="book.txt")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step_00000001.safetensors").touch()
     for named in (str(folder), "auto"):
         resumed = command_line.train_options(["--resume", named, "--train.steps", "9"])
         assert (resumed.data, resumed.model, resumed.train.steps) == ("book.txt", options.model, 9)

@@ -133,8 +133,11 @@ def test_newest_folder_is_the_last_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="train one first"):
         run.newest_folder()
-    for name in ("b", "a"):
-        run.Run(run.RUNS / name).write_config({"name": name})
+    for name in ("b", "a", "without checkpoint"):
+        output = run.Run(run.RUNS / name)
+        output.write_config({"name": name})
+        if len(name) == 1:
+            output.checkpoint_path(1).touch()
     run.Run(run.RUNS / "b").metrics(1, train_loss=1.0)
     assert run.newest_folder().name == "b"
     assert run.read_config(run.RUNS / "a") == {"name": "a"}

@@ -389,7 +389,7 @@ def test_a_run_directory_is_not_overwritten(options, capsys):
     train.main(options)
     with pytest.raises(SystemExit):
         train.main(options)
-    assert f"--run_dir must be new, got {options.run_dir}" in capsys.readouterr().err
+    assert f"--run_dir must be new or empty, got {options.run_dir}" in capsys.readouterr().err
 
 
 def test_programs_from_the_command_line(options, tmp_path):
