@@ -167,6 +167,15 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_content_is_on_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(checkpoint.os, name)
+        monkeypatch.setattr(checkpoint.os, name, lambda *a, n=name, r=real: calls.append(n) or r(*a))
+    checkpoint.save_checkpoint(*make(optim.AdamW), 1, tmp_path / "checkpoint")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_foreign_safetensors_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="must be a checkpoint of llm_basics"):

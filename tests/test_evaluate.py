@@ -62,3 +62,12 @@ def test_unigram_entropy():
     assert evaluate.unigram_entropy(np.array([1, 1, 1, 7])) == pytest.approx(
         -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     )
+
+
+def test_loss_is_not_rounded_to_bfloat16():
+    model, targets = Bigrams(), torch.tensor([[1, 2, 3]])
+    inputs = torch.tensor([[0, 1, 2]])
+    model.logits.data = model.logits.data.bfloat16()
+    found = evaluate.evaluate(model, [(inputs, targets)], torch.ones(5))["val_loss"]
+    expected = torch.nn.functional.cross_entropy(model.logits.detach().double()[inputs[0]], targets[0]).item()
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -527,3 +527,9 @@ def test_caches_follow_the_model(settings):
     for cache in caches:
         assert cache.keys.shape == (3, settings.n_kv_heads or settings.n_heads, CONTEXT, 4)
         assert (cache.keys.device.type, cache.keys.dtype) == ("meta", torch.bfloat16)
+
+
+def test_every_norm_has_the_eps_of_the_config():
+    shape = config.ModelConfig(50, 8, 16, 2, 2, norm_eps=1e-2, qk_norm=True)
+    eps = [module.eps for module in model.TransformerLM(shape).modules() if hasattr(module, "eps")]
+    assert eps == [1e-2] * (2 * 4 + 1)

@@ -1,5 +1,6 @@
 """From raw text to token files. Alone: uv run pytest tests/test_prepare.py"""
 
+import dataclasses
 import os
 
 import pytest
@@ -68,9 +69,10 @@ def test_other_text_split_or_tokenizer_goes_to_another_folder(folder, options):
     folders = {
         prepare.prepare(o).folder for o in (options(), options(vocab_size=271), options(tokenizer="bytes"))
     }
+    folders.add(prepare.prepare(dataclasses.replace(options(), val_fraction=0.4)).folder)
     (folder / "text" / "3.txt").write_text("changed")
     folders.add(prepare.prepare(options()).folder)
-    assert len(folders) == 4
+    assert len(folders) == 5
 
 
 def test_interrupted_preparation_is_done_again(options, monkeypatch):

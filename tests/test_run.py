@@ -138,7 +138,8 @@ def test_newest_folder_is_the_last_written(tmp_path, monkeypatch):
         output.write_config({"name": name})
         if len(name) == 1:
             output.checkpoint_path(1).touch()
-    run.Run(run.RUNS / "b").metrics(1, train_loss=1.0)
+    for name in ("b", "without checkpoint"):
+        run.Run(run.RUNS / name).metrics(1, train_loss=1.0)
     assert run.newest_folder().name == "b"
     assert run.read_config(run.RUNS / "a") == {"name": "a"}
 
