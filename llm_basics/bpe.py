@@ -9,11 +9,12 @@ bytes, and merges make longer ones (Sennrich et al., arXiv 1508.07909; on bytes:
     [(b'o', b'w'), (b'l', b'ow')]
 """
 
+import contextlib
 import heapq
 import multiprocessing
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +28,24 @@ T = TypeVar("T", int, bytes)
 # whose last character is left to the word behind it
 SPLIT_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
+# what cl100k_base has, as tiktoken writes it: contractions in any case, at most three digits; a sign
+# in front of a word joins it, line ends join the signs before them
+CL100K_PATTERN = regex.compile(
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+# who goes first among equally frequent pairs: the lexicographically greater pair of byte strings, or, as in
+# Hugging Face's trainer, the lower pair of ids, where bytes have the ids that GPT-2 gives them
+GREATEST, LOWEST_ID = "greatest", "lowest-id"
+
 # below this size, starting processes costs more than they save
 PARALLEL_BYTES = 32_000_000
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """What reports of progress go to if nobody asks for them."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Cutting text into pre-tokens
@@ -45,19 +62,25 @@ def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
     return regex.compile("|".join(regex.escape(t) for t in sorted(special_tokens, key=len, reverse=True)))
 
 
-def pretokenize(text: str, special_tokens: Sequence[str] = ()) -> Iterator[str]:
+def pretokenize(
+    text: str, special_tokens: Sequence[str] = (), pattern: regex.Pattern = SPLIT_PATTERN
+) -> Iterator[str]:
     """The pieces of `text` inside which merges may happen, in order, special tokens left out.
 
     >>> list(pretokenize("It's  10 mice.<|endoftext|>Run", ["<|endoftext|>"]))
     ['It', "'s", ' ', ' 10', ' mice', '.', 'Run']
     """
     for segment in special_pattern(special_tokens).splititer(text):
-        for match in SPLIT_PATTERN.finditer(segment):
+        for match in pattern.finditer(segment):
             yield match.group()
 
 
 def count_pretokens(
-    input_path: str | os.PathLike[str], special_tokens: Sequence[str], n_workers: int | None = None
+    input_path: str | os.PathLike[str],
+    special_tokens: Sequence[str],
+    n_workers: int | None = None,
+    pattern: regex.Pattern = SPLIT_PATTERN,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> Counter[bytes]:
     """How often each pre-token occurs in a UTF-8 file.
 
@@ -67,19 +90,26 @@ def count_pretokens(
     """
     size = Path(input_path).stat().st_size
     if n_workers is None:
-        n_workers = _usable_cores() if size >= PARALLEL_BYTES else 1
+        n_workers = usable_cores() if size >= PARALLEL_BYTES else 1
     # a part a worker, but never more than fits into memory comfortably
     boundaries = chunk_boundaries(input_path, special_tokens, max(n_workers, size // 2**28 + 1))
-    chunks = [(input_path, start, end, special_tokens) for start, end in pairwise(boundaries)]
-    if n_workers == 1 or len(chunks) < 2:
-        return _sum(map(_count_chunk, chunks))
-    # fork would copy the locks of torch's threads in whatever state they are in
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, mp_context=spawn) as pool:
-        return _sum(pool.map(_count_chunk, chunks))
+    chunks = [(input_path, start, end, special_tokens, pattern) for start, end in pairwise(boundaries)]
+    total: Counter[bytes] = Counter()
+    with contextlib.ExitStack() as stack:
+        counted: Iterable[Counter[bytes]] = map(_count_chunk, chunks)
+        if n_workers > 1 and len(chunks) > 1:
+            # fork would copy the locks of torch's threads in whatever state they are in
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(n_workers, mp_context=spawn))
+            counted = pool.map(_count_chunk, chunks)
+        for counter, end in zip(counted, boundaries[1:], strict=False):
+            total.update(counter)
+            progress("counting", end, size)
+    return total
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may use, at most 8."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, 8)
 
@@ -128,31 +158,39 @@ def _find_from(file: BinaryIO, delimiter: bytes, offset: int, size: int) -> int:
     return size
 
 
-def _count_chunk(chunk: tuple[str | os.PathLike[str], int, int, Sequence[str]]) -> Counter[bytes]:
-    path, start, end, special_tokens = chunk
+def _count_chunk(
+    chunk: tuple[str | os.PathLike[str], int, int, Sequence[str], regex.Pattern],
+) -> Counter[bytes]:
+    path, start, end, special_tokens, pattern = chunk
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(end - start)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise ValueError(
-            f"{path} must be UTF-8, got byte 0x{byte:02x} at offset {start + error.start}"
-        ) from None
-    words = Counter(pretokenize(text, special_tokens))
+    words = Counter(pretokenize(check_utf8(data, path, start), special_tokens, pattern))
     return Counter({word.encode("utf-8"): count for word, count in words.items()})
 
 
-def _sum(counters: Iterable[Counter[bytes]]) -> Counter[bytes]:
-    total: Counter[bytes] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
+def check_utf8(data: bytes, path: str | os.PathLike[str], offset: int) -> str:
+    """The text of `data`, which stands in a file at `offset`. Raises ValueError if it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = offset + error.start
+        raise ValueError(
+            f"{path} must be UTF-8, got byte 0x{data[error.start]:02x} at offset {place}"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
 # Learning merges
+
+
+def alphabet(ties: str = GREATEST) -> list[bytes]:
+    """All bytes in the order of their ids: as they are, or, for `lowest-id`, GPT-2's printable ones first."""
+    if ties not in (GREATEST, LOWEST_ID):
+        raise ValueError(f"ties must be {GREATEST} or {LOWEST_ID}, got {ties}")
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [bytes([byte]) for byte in (range(256) if ties == GREATEST else printable + others)]
 
 
 def train_bpe(
@@ -160,6 +198,9 @@ def train_bpe(
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     n_workers: int | None = None,
+    pattern: regex.Pattern = SPLIT_PATTERN,
+    ties: str = GREATEST,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Learn a vocabulary of `vocab_size` tokens from a UTF-8 file.
 
@@ -167,19 +208,20 @@ def train_bpe(
     and the merges in the order in which they were learned. It ends early when no pair is left to merge. The
     same text gives the same result, whatever the number of workers.
     """
-    check_special_tokens(special_tokens)
-    special_tokens = list(dict.fromkeys(special_tokens))
+    special_tokens = check_special_tokens(special_tokens)
     check_vocab_size(vocab_size, special_tokens)
-    return learn_merges(count_pretokens(input_path, special_tokens, n_workers), vocab_size, special_tokens)
+    pretokens = count_pretokens(input_path, special_tokens, n_workers, pattern, progress)
+    return learn_merges(pretokens, vocab_size, special_tokens, ties, progress)
 
 
-def check_special_tokens(special_tokens: Sequence[str]) -> None:
-    """Raise ValueError for special tokens that could not be told from ordinary ones."""
+def check_special_tokens(special_tokens: Sequence[str]) -> list[str]:
+    """Each of the special tokens once. Raises ValueError if one could not be told from ordinary ones."""
     if isinstance(special_tokens, str):
         raise ValueError(f"special tokens must be a list of texts, got the text {special_tokens!r}")
     for special in special_tokens:
         if len(special.encode("utf-8")) < 2:
             raise ValueError(f"a special token must have at least two bytes, got {special!r}")
+    return list(dict.fromkeys(special_tokens))
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
@@ -193,35 +235,42 @@ def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
 
 
 def learn_merges(
-    pretokens: Mapping[bytes, int], vocab_size: int, special_tokens: Sequence[str]
+    pretokens: Mapping[bytes, int],
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    ties: str = GREATEST,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Merge the most frequent pair until the vocabulary is full.
 
-    Of equally frequent pairs the lexicographically greater pair of byte strings goes first. A merge changes
-    only the words that hold the pair, and only their counts are renewed.
+    Of equally frequent pairs the lexicographically greater pair of byte strings goes first, or what else
+    `ties` says. A merge changes only the words that hold the pair, and only their counts are renewed.
     """
-    vocab = dict(
-        enumerate([token.encode("utf-8") for token in special_tokens] + [bytes([b]) for b in range(256)])
-    )
-    n_special = len(special_tokens)
-    words = [[byte + n_special for byte in word] for word in pretokens]
-    pairs = PairCounts(words, list(pretokens.values()), vocab)
+    vocab = dict(enumerate([token.encode("utf-8") for token in special_tokens] + alphabet(ties)))
+    ids = {byte: id for id, byte in vocab.items() if len(byte) == 1}
+    words = [[ids[bytes([byte])] for byte in word] for word in pretokens]
+    pairs = PairCounts(words, list(pretokens.values()), vocab, ties)
     merges: list[tuple[bytes, bytes]] = []
+    n_merges = vocab_size - len(vocab)
     while len(vocab) < vocab_size and (pair := pairs.most_frequent()) is not None:
         new_id = len(vocab)
         merges.append((vocab[pair[0]], vocab[pair[1]]))
         vocab[new_id] = vocab[pair[0]] + vocab[pair[1]]
         pairs.merge(pair, new_id)
+        progress("merging", len(merges), n_merges)
     return vocab, merges
 
 
 class PairCounts:
     """How often each pair of neighboring tokens occurs in the words, kept up to date while pairs merge."""
 
-    def __init__(self, words: list[list[int]], frequencies: list[int], vocab: Mapping[int, bytes]) -> None:
+    def __init__(
+        self, words: list[list[int]], frequencies: list[int], vocab: Mapping[int, bytes], ties: str = GREATEST
+    ) -> None:
         self.words = words
         self.frequencies = frequencies
         self.vocab = vocab
+        self.ties = ties
         self.counts: Counter[tuple[int, int]] = Counter()
         self.occurrences: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
         for index, word in enumerate(words):
@@ -271,7 +320,9 @@ class PairCounts:
             heapq.heappush(self.heap, self._entry(neighbors))
 
     def _entry(self, pair: tuple[int, int]) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, int]]:
-        """What the heap sorts by: high counts first, then lexicographically great pairs."""
+        """What the heap sorts by: high counts first, then what the rule for ties puts first."""
+        if self.ties == LOWEST_ID:
+            return -self.counts[pair], (), (), pair
         left, right = pair
         return -self.counts[pair], _descending(self.vocab[left]), _descending(self.vocab[right]), pair
 

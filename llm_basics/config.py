@@ -190,10 +190,12 @@ class Config:
     """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """What to do with bytes that are not UTF-8: stop and say where, or replace them by U+FFFD."""
+    fast: Literal["on", "off"] = "on"
+    """Use the fast twins of the pieces where there are some; off: the readable reference alone."""
     val_fraction: float = 0.1
     """Share of the documents held out for validation; of a single document, its end."""
     tokenizer: str = "bpe"
-    """bpe (learned from the data), bytes, gpt2 (fetched by tiktoken), or a folder with a saved tokenizer."""
+    """bpe (learned from the data), bytes, gpt2 (fetched by tiktoken), a saved folder or a tokenizer.json."""
     data_dir: str = "data"
     """Folder for tokenized data, reused by later runs on the same text."""
     run_dir: str | None = None
@@ -306,6 +308,8 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
     choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         if typing.get_origin(choice) is Literal:
+            # YAML reads on and off as true and false
+            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
             if value in typing.get_args(choice):
                 return value
         elif typing.get_origin(choice) is tuple:

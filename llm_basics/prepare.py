@@ -4,6 +4,7 @@ The result is kept under `data/` in a folder named by everything that decides it
 run on the same text starts at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_basics import bpe, config, data, tokenizer
+from llm_basics import bpe, config, corpus, run, shards, swap, tokenizer
 
 # changes when the same text would be prepared differently
 VERSION = 1
@@ -26,29 +27,25 @@ class Prepared:
 
     folder: Path
     tokenizer: tokenizer.Tokenizer
-    train: list[data.Shard]
-    val: data.Shard
+    train: list[shards.Shard]
+    val: shards.Shard
 
 
 def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepared:
     """Tokenize the text that `options` names, or find it already tokenized."""
     if options.tokenizer == "bpe":
-        bpe.check_vocab_size(options.model.vocab_size, [data.DOCUMENT_SEPARATOR])
-    files = data.find_files(options.data)
-    documents = data.read_documents(files, options.on_bad_utf8)
+        bpe.check_vocab_size(options.model.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+    files = corpus.find_files(options.data)
+    documents = corpus.read_documents(files, options.on_bad_utf8)
     if not documents:
         raise ValueError(f"--data must hold text, but {options.data} is empty ({len(files)} files)")
-    train, val = data.split_documents(documents, options.val_fraction)
+    train, val = corpus.split_documents(documents, options.val_fraction)
     folder = Path(options.data_dir) / _key(options, documents)
     if not (folder / "meta.json").exists():
         characters = sum(len(document.text) for document in documents)
         say(f"reading {options.data}: {len(documents):,} documents, {characters:,} characters")
-        chosen = _make_tokenizer(options, train, say)
-        say(f"encoding with {chosen.vocab_size:,} tokens")
-        for name, part, size in (("train", train, data.SHARD_TOKENS), ("val", val, sys.maxsize)):
-            encoded = _encode(chosen, part)
-            data.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint(), size)
-        chosen.save(folder / "tokenizer")
+        with swap.using("fast", say) if options.fast == "on" else contextlib.nullcontext():
+            _tokenize(options, train, val, folder, say)
         # written last: a folder without it was interrupted and is made again
         (folder / "meta.json").write_text(
             json.dumps({"data": options.data, "documents": len(documents)}) + "\n"
@@ -56,22 +53,38 @@ def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepa
     return load(folder)
 
 
+def _tokenize(
+    options: config.Config,
+    train: Sequence[corpus.Document],
+    val: Sequence[corpus.Document],
+    folder: Path,
+    say: Callable[[str], None],
+) -> None:
+    chosen = _make_tokenizer(options, train, say)
+    say(f"encoding with {chosen.vocab_size:,} tokens")
+    for name, part, size in (("train", train, shards.SHARD_TOKENS), ("val", val, sys.maxsize)):
+        with run.progress_bar() as progress:
+            encoded = _encode(chosen, part, progress)
+            shards.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint(), size)
+    chosen.save(folder / "tokenizer")
+
+
 def load(folder: str | os.PathLike[str]) -> Prepared:
     """Open what `prepare` has written. Raises ValueError if files and tokenizer do not belong together."""
     folder = Path(folder)
     chosen = tokenizer.Tokenizer.load(folder / "tokenizer")
     fingerprint = chosen.fingerprint()
-    train = [data.read_shard(path, fingerprint) for path in sorted(folder.glob("train_*.bin"))]
-    return Prepared(folder, chosen, train, data.read_shard(folder / "val_0000.bin", fingerprint))
+    train = [shards.read_shard(path, fingerprint) for path in sorted(folder.glob("train_*.bin"))]
+    return Prepared(folder, chosen, train, shards.read_shard(folder / "val_0000.bin", fingerprint))
 
 
-def _key(options: config.Config, documents: Sequence[data.Document]) -> str:
+def _key(options: config.Config, documents: Sequence[corpus.Document]) -> str:
     """A folder name that changes with the text, the split and the tokenizer."""
     digest = hashlib.sha256()
     settings = [VERSION, options.tokenizer, options.val_fraction]
     if options.tokenizer == "bpe":
         settings.append(options.model.vocab_size)
-    elif Path(options.tokenizer).is_dir():
+    elif Path(options.tokenizer).exists():
         settings.append(tokenizer.Tokenizer.load(options.tokenizer).fingerprint())
     digest.update(json.dumps(settings).encode())
     for document in documents:
@@ -81,9 +94,9 @@ def _key(options: config.Config, documents: Sequence[data.Document]) -> str:
 
 
 def _make_tokenizer(
-    options: config.Config, train: Sequence[data.Document], say: Callable[[str], None]
+    options: config.Config, train: Sequence[corpus.Document], say: Callable[[str], None]
 ) -> tokenizer.Tokenizer:
-    specials = [data.DOCUMENT_SEPARATOR]
+    specials = [corpus.DOCUMENT_SEPARATOR]
     match options.tokenizer:
         case "bytes":
             return tokenizer.Tokenizer.of_bytes(specials)
@@ -93,15 +106,19 @@ def _make_tokenizer(
             say(f"learning a vocabulary of {options.model.vocab_size:,} tokens")
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "train.txt"
-                path.write_bytes(data.DOCUMENT_SEPARATOR.join(d.text for d in train).encode("utf-8"))
-                return tokenizer.Tokenizer(*bpe.train_bpe(path, options.model.vocab_size, specials), specials)
+                path.write_bytes(corpus.DOCUMENT_SEPARATOR.join(d.text for d in train).encode("utf-8"))
+                with run.progress_bar() as progress:
+                    learned = bpe.train_bpe(path, options.model.vocab_size, specials, progress=progress)
+                return tokenizer.Tokenizer(*learned, specials)
         case folder:
-            if not Path(folder).is_dir():
+            if not Path(folder).exists():
                 raise ValueError(
-                    f"--tokenizer must be bpe, bytes, gpt2 or a folder with a tokenizer in it, got {folder}"
+                    "--tokenizer must be bpe, bytes, gpt2, or a folder or a tokenizer.json with a tokenizer, "
+                    f"got {folder}"
                 )
             found = tokenizer.Tokenizer.load(folder)
-            chosen = tokenizer.Tokenizer(found.vocab, found.merges, [*found.special_tokens, *specials])
+            everything = [*found.special_tokens, *specials]
+            chosen = tokenizer.Tokenizer(found.vocab, found.merges, everything, found.pattern)
             if len(chosen.vocab) != chosen.vocab_size:
                 raise ValueError(
                     f"the ids of {folder} must go from 0 to {len(chosen.vocab) - 1} without gaps"
@@ -124,9 +141,12 @@ def _gpt2() -> tokenizer.Tokenizer:
 
 
 def _encode(
-    chosen: tokenizer.Tokenizer, documents: Sequence[data.Document]
+    chosen: tokenizer.Tokenizer,
+    documents: Sequence[corpus.Document],
+    progress: Callable[[str, int, int], None] = bpe.silent,
 ) -> Iterator[tuple[list[int], int]]:
     """The ids of each document with the end-of-text token behind it, and its size in bytes."""
-    end = chosen.special_id(data.DOCUMENT_SEPARATOR)
-    for document in documents:
+    end = chosen.special_id(corpus.DOCUMENT_SEPARATOR)
+    for number, document in enumerate(documents, start=1):
         yield [*chosen.encode_ordinary(document.text), end], len(document.text.encode("utf-8"))
+        progress("encoding", number, len(documents))

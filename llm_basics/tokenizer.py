@@ -12,31 +12,38 @@ encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`.
 import functools
 import hashlib
 import json
-import math
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import regex
 
-from llm_basics import bpe
+from llm_basics import bpe, exchange, shards, vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 
 # pre-tokens whose ids are remembered
 CACHE_SIZE = 1 << 18
 
-# searched from the end: where white space begins
-SPACE_BEGINS = regex.compile(r"(?r)(?<=\S)(?=\s)")
+# what a file is encoded by
+PART_BYTES = 1 << 24
+
+# where a pre-token ends whatever follows, searched from the end; for other patterns nothing is known
+BOUNDARIES = {
+    bpe.SPLIT_PATTERN: regex.compile(r"(?r)(?<=\S)(?=\s)"),
+    bpe.CL100K_PATTERN: regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=\s)"),
+}
+NOWHERE = regex.compile(r"(?!)")
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer.
 
     `vocab` maps ids to bytes, `merges` stands in the order of learning. Special tokens that the vocabulary
-    lacks get new ids behind it.
+    lacks get new ids behind it. `pattern` cuts text into pre-tokens.
     """
 
     def __init__(
@@ -44,11 +51,12 @@ class Tokenizer:
         vocab: Mapping[int, bytes],
         merges: Sequence[tuple[bytes, bytes]],
         special_tokens: Sequence[str] | None = None,
+        pattern: regex.Pattern = bpe.SPLIT_PATTERN,
     ) -> None:
         self.vocab = dict(vocab)
         self.merges = list(merges)
-        bpe.check_special_tokens(special_tokens or ())
-        self.special_tokens = list(dict.fromkeys(special_tokens or ()))
+        self.special_tokens = bpe.check_special_tokens(special_tokens or ())
+        self.pattern = vocabulary.own_pattern(pattern)
         self._special_pattern = bpe.special_pattern(self.special_tokens)
         self._ids = {token: id for id, token in self.vocab.items()}
         for special in self.special_tokens:
@@ -56,24 +64,18 @@ class Tokenizer:
                 id = max(self.vocab, default=-1) + 1
                 self.vocab[id] = special.encode("utf-8")
                 self._ids[self.vocab[id]] = id
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in self._ids]
-        missing += [left + right for left, right in self.merges if left + right not in self._ids]
-        if missing:
-            raise ValueError(
-                f"the vocabulary must hold all 256 bytes and every merge, but lacks {missing[0]!r}"
-            )
-        learned = {left + right for left, right in self.merges}
-        for special in self.special_tokens:
-            if special.encode("utf-8") in learned:
-                raise ValueError(f"a special token must not be made by a merge too, got {special!r}")
+        _check(self._ids, self.merges, self.special_tokens)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._special_ids = {special: self._ids[special.encode("utf-8")] for special in self.special_tokens}
-        self._encode_pretoken = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
+        self._remembered = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
 
     @classmethod
     def of_bytes(cls, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> "Tokenizer":
         """The tokenizer that has learned nothing: one token a byte, and the special tokens behind."""
         return cls({b: bytes([b]) for b in range(256)}, [], special_tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vocab, self.merges, self.special_tokens, self.pattern)
 
     @property
     def vocab_size(self) -> int:
@@ -87,7 +89,11 @@ class Tokenizer:
     # -- encoding ---------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, in which the tokenizer's own special tokens count as such."""
+        """The token ids of `text`, in which the tokenizer's own special tokens count as such.
+
+        A surrogate without its other half, which UTF-8 cannot write, becomes U+FFFD.
+        """
+        text = mend(text)
         ids: list[int] = []
         end = 0
         for match in self._special_pattern.finditer(text):
@@ -98,10 +104,21 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The token ids of `text`, in which special tokens are ordinary text: what untrusted text needs."""
+        return self.encode_bytes(mend(text).encode("utf-8"))
+
+    def encode_bytes(self, content: bytes) -> list[int]:
+        """The token ids of any bytes, special tokens being ordinary text: `decode_bytes` gives them back.
+
+        A byte that is not UTF-8 counts as a sign, neither letter, number nor white space.
+        """
         ids: list[int] = []
-        for piece in bpe.pretokenize(text):
-            ids += self._encode_pretoken(piece)
+        for piece in bpe.pretokenize(content.decode("utf-8", "surrogateescape"), (), self.pattern):
+            ids += self._remembered(piece)
         return ids
+
+    def encode_batch(self, texts: Sequence[str], n_threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text. Threads serve where encoding does not hold Python's lock; here it does."""
+        return [self.encode(text) for text in texts]
 
     def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
         """The ids of the texts joined together, read only as far as needed: for a file larger than memory.
@@ -127,20 +144,53 @@ class Tokenizer:
     def _safe_cut(self, text: str) -> int:
         """An offset in `text` where tokens end, whatever follows; 0 if there is none.
 
-        No pre-token has white space behind another character, so it ends where white space begins, and at a
-        special token. Only of the last characters it is not known yet whether a special token begins there.
+        Of the last characters it is not known yet whether a special token begins there.
         """
         known = len(text) - max(map(len, self.special_tokens), default=0)
-        boundary = SPACE_BEGINS.search(text, endpos=max(known, 0))
+        boundary = BOUNDARIES.get(self.pattern, NOWHERE).search(text, endpos=max(known, 0))
         cut = boundary.start() if boundary else 0
         for match in self._special_pattern.finditer(text):
             if match.start() <= known:
                 cut = max(cut, match.end())
         return cut
 
+    def encode_to_file(
+        self,
+        input_path: str | os.PathLike[str],
+        folder: str | os.PathLike[str],
+        prefix: str,
+        n_threads: int | None = None,
+        shard_tokens: int = shards.SHARD_TOKENS,
+        progress: Callable[[str, int, int], None] = bpe.silent,
+    ) -> list[Path]:
+        """Encode a UTF-8 file of any size into token files `folder/prefix_0000.bin` and on.
+
+        Documents are what END_OF_TEXT separates; each keeps it, and the last one gets it.
+        """
+        end, last = self.special_id(END_OF_TEXT), -1
+        size = Path(input_path).stat().st_size
+        with shards.ShardWriter(folder, prefix, self.vocab_size, self.fingerprint(), shard_tokens) as writer:
+            for ids, offset, n_bytes in self._encode_file(input_path, n_threads):
+                writer.write(ids, int((ids == end).sum()), n_bytes)
+                progress("encoding", offset + n_bytes, size)
+                last = int(ids[-1]) if len(ids) else last
+            if last != end:
+                writer.write([end], 1, 0)
+        return writer.paths
+
+    def _encode_file(
+        self, path: str | os.PathLike[str], n_threads: int | None
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
+        """The ids of a file part by part, with the offset and the number of bytes of each part."""
+        n_parts = Path(path).stat().st_size // PART_BYTES + 1
+        with open(path, "rb") as file:
+            for start, end in pairwise(bpe.chunk_boundaries(path, self.special_tokens, n_parts)):
+                text = bpe.check_utf8(file.read(end - start), path, start)
+                yield np.array(self.encode(text), np.int32), start, end - start
+
     def _apply_merges(self, piece: str) -> list[int]:
         """Merge the bytes of one pre-token, always the pair that was learned first, until none is left."""
-        parts = [bytes([byte]) for byte in piece.encode("utf-8")]
+        parts = [bytes([byte]) for byte in piece.encode("utf-8", "surrogateescape")]
         unranked = len(self._ranks)
         while len(parts) > 1:
             pair = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, unranked))
@@ -155,6 +205,10 @@ class Tokenizer:
         """The text of `ids`. Bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
+        """`decode` of each sequence of ids."""
+        return [self.decode(ids) for ids in batch]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`. Raises ValueError for an id that the vocabulary does not have."""
         try:
@@ -166,32 +220,36 @@ class Tokenizer:
 
     # -- files ------------------------------------------------------------------------------------
 
+    @classmethod
+    def of_vocabulary(cls, found: vocabulary.Vocabulary) -> "Tokenizer":
+        """The tokenizer of a vocabulary that was read from somewhere."""
+        return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
+
+    def as_vocabulary(self) -> vocabulary.Vocabulary:
+        """All that makes this tokenizer what it is: what the functions of `vocabulary` write."""
+        return vocabulary.Vocabulary(self.vocab, self.merges, self.special_tokens, self.pattern)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `vocab.json` and `merges.txt` in GPT-2's format, and `special_tokens.json`, a list."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        printable = _byte_to_character()
-        spell = functools.partial(_spell, printable=printable)
-        vocab = {spell(token): id for id, token in sorted(self.vocab.items())}
-        merges = "".join(f"{spell(left)} {spell(right)}\n" for left, right in self.merges)
-        _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, indent=0) + "\n")
-        _write(folder / "merges.txt", "#version: 0.2\n" + merges)
-        _write(folder / "special_tokens.json", json.dumps(self.special_tokens, ensure_ascii=False) + "\n")
+        vocabulary.write_gpt2(self.as_vocabulary(), folder)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer that `save` has written to `folder`."""
-        folder = Path(folder)
-        specials = folder / "special_tokens.json"
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer that `save` has written to a folder, or that stands in a `tokenizer.json`."""
+        path = Path(path)
+        # what others keep in a folder stands whole in tokenizer.json alone
+        if (path / "tokenizer.json").is_file() and not (path / "special_tokens.json").exists():
+            path = path / "tokenizer.json"
+        if path.is_file():
+            return cls._named(exchange.read_tokenizer_json(path), str(path))
+        return cls._named(vocabulary.read_gpt2_folder(path), f"vocab.json and merges.txt in {path}")
+
+    @classmethod
+    def _named(cls, found: vocabulary.Vocabulary, source: str) -> "Tokenizer":
         try:
-            special_tokens = json.loads(specials.read_text(encoding="utf-8")) if specials.exists() else None
+            return cls.of_vocabulary(found)
         except ValueError as error:
-            raise ValueError(f"{specials} must be JSON; {error}") from None
-        if special_tokens is not None and not (
-            isinstance(special_tokens, list) and all(isinstance(t, str) and t for t in special_tokens)
-        ):
-            raise ValueError(f"{specials} must be a list of texts, got {special_tokens!r}")
-        return cls.from_gpt2_files(folder / "vocab.json", folder / "merges.txt", special_tokens)
+            raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
 
     @classmethod
     def from_gpt2_files(
@@ -200,83 +258,58 @@ class Tokenizer:
         merges_path: str | os.PathLike[str],
         special_tokens: Sequence[str] | None = None,
     ) -> "Tokenizer":
-        """A tokenizer from a vocabulary and merges in GPT-2's format.
-
-        Unless special tokens are named, they are the entries that are neither a byte nor made by a merge.
-        """
-        byte_of = {character: byte for byte, character in _byte_to_character().items()}
-        try:
-            spellings = json.loads(Path(vocab_path).read_text(encoding="utf-8-sig"))
-            vocab = {operator.index(id): _unspell(spelling, byte_of) for spelling, id in spellings.items()}
-            lines = Path(merges_path).read_text(encoding="utf-8-sig").split("\n")
-            if lines[0].startswith("#version"):
-                lines = lines[1:]
-            pairs = [line.split(" ") for line in lines if line]
-            merges = [(_unspell(left, byte_of), _unspell(right, byte_of)) for left, right in pairs]
-            if special_tokens is None:
-                learned = {bytes([b]) for b in range(256)} | {left + right for left, right in merges}
-                special_tokens = [token.decode("utf-8") for token in vocab.values() if token not in learned]
-            return cls(vocab, merges, special_tokens)
-        except FileNotFoundError as error:
-            raise ValueError(f"a tokenizer needs both of its files; {error.filename} is missing") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{vocab_path} and {merges_path} must be in GPT-2's format; {error}") from None
+        """A tokenizer from a vocabulary and merges in GPT-2's format: `vocabulary.read_gpt2`."""
+        found = vocabulary.read_gpt2(vocab_path, merges_path, special_tokens)
+        return cls._named(found, f"{vocab_path} and {merges_path}")
 
     @classmethod
-    def from_ranks(cls, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> "Tokenizer":
-        """A tokenizer from tiktoken's form: the rank, which is also the id, of every token.
-
-        The pair that a token was merged from is what the merges before it leave of its bytes.
-        """
-        merges = [
-            _last_pair(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1
-        ]
-        vocab = {id: token for token, id in ranks.items()}
-        return cls(
-            vocab | {id: special.encode() for special, id in special_ids.items()}, merges, list(special_ids)
-        )
+    def from_ranks(
+        cls,
+        ranks: Mapping[bytes, int],
+        special_ids: Mapping[str, int],
+        pattern: regex.Pattern = bpe.SPLIT_PATTERN,
+    ) -> "Tokenizer":
+        """A tokenizer from tiktoken's form, the rank of every token: `exchange.from_ranks`."""
+        return cls.of_vocabulary(exchange.from_ranks(ranks, special_ids, pattern))
 
     def fingerprint(self) -> str:
         """A SHA-256 over all that decides which ids a text gets."""
-        content = [sorted(self._special_ids.items()), sorted((id, t.hex()) for id, t in self.vocab.items())]
+        content: list[Any] = [sorted(self._special_ids.items())]
+        content.append(sorted((id, token.hex()) for id, token in self.vocab.items()))
         content.append([(left.hex(), right.hex()) for left, right in self.merges])
+        if self.pattern != bpe.SPLIT_PATTERN:
+            content.append([self.pattern.pattern, self.pattern.flags])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------
-# GPT-2's spelling of bytes
+def mend(text: str) -> str:
+    """The text with the halves of surrogate pairs joined; one without its other half becomes U+FFFD.
 
-
-@functools.cache
-def _byte_to_character() -> dict[int, str]:
-    """One printable character for each byte: itself where it has one in Latin-1, else one from U+0100 on.
-
-    >>> _byte_to_character()[ord("A")], hex(ord(_byte_to_character()[ord(" ")]))
-    ('A', '0x120')
+    >>> mend("\\ud83d\\ude00 \\ud83d") == "\\U0001f600 \\ufffd"
+    True
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _spell(token: bytes, printable: Mapping[int, str]) -> str:
-    return "".join(printable[byte] for byte in token)
-
-
-def _unspell(spelling: str, byte_of: Mapping[str, int]) -> bytes:
-    """The bytes that `spelling` stands for; a special token with other characters stands for itself."""
-    if all(character in byte_of for character in spelling):
-        return bytes(byte_of[character] for character in spelling)
-    return spelling.encode("utf-8")
-
-
-def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pair = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], math.inf))
-        parts = bpe.merge_pair(parts, pair, pair[0] + pair[1])
-    return parts[0], parts[1]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+def _check(
+    ids: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Sequence[str]
+) -> None:
+    """Raise ValueError unless each token is a byte, a special token, or what earlier tokens merge to."""
+    missing = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
+    missing += [left + right for left, right in merges if left + right not in ids]
+    if missing:
+        raise ValueError(f"the vocabulary must hold all 256 bytes and every merge, but lacks {missing[0]!r}")
+    made = {bytes([b]) for b in range(256)}
+    for left, right in merges:
+        if left not in made or right not in made:
+            raise ValueError(f"a merge must join bytes or earlier merges, got {left!r} and {right!r}")
+        if left + right in made:
+            raise ValueError(f"a token must be made by one merge, got a second one for {left + right!r}")
+        made.add(left + right)
+    for special in special_tokens:
+        if special.encode("utf-8") in made:
+            raise ValueError(f"a special token must not be made by a merge too, got {special!r}")

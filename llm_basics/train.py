@@ -7,7 +7,7 @@ uv run python -m llm_basics.train --data book.txt --tokenizer bytes --train.step
 import os
 import sys
 
-from llm_basics import command_line, config
+from llm_basics import command_line, config, corpus
 
 if __name__ == "__main__":
     # before torch is loaded, which takes seconds: --help and mistakes answer at once
@@ -167,7 +167,7 @@ def opening_line(text: str) -> str:
     >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
     'ROMEO:'
     """
-    lines = [line for line in text.split(data.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
+    lines = [line for line in text.split(corpus.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
     return next((line for line in lines if line.endswith(":")), lines[0] if lines else "")
 
 

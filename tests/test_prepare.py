@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from llm_basics import config, data, prepare, tokenizer
+from llm_basics import config, corpus, prepare, tokenizer
 
 DATA = os.environ.get("LLM_BASICS_DATA")
 
@@ -33,7 +33,7 @@ def options(folder):
 def texts(prepared, shards):
     """The documents in token files, decoded again."""
     ids = [int(i) for shard in shards for i in shard.tokens]
-    return prepared.tokenizer.decode(ids).split(data.DOCUMENT_SEPARATOR)[:-1]
+    return prepared.tokenizer.decode(ids).split(corpus.DOCUMENT_SEPARATOR)[:-1]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -52,16 +52,16 @@ def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch
     monkeypatch.setattr(
         prepare.bpe,
         "train_bpe",
-        lambda path, *args: seen.append(path.read_bytes().decode()) or train_bpe(path, *args),
+        lambda path, *args, **kw: seen.append(path.read_bytes().decode()) or train_bpe(path, *args, **kw),
     )
     prepared = prepare.prepare(options())
-    assert seen == [data.DOCUMENT_SEPARATOR.join(texts(prepared, prepared.train))]
+    assert seen == [corpus.DOCUMENT_SEPARATOR.join(texts(prepared, prepared.train))]
 
 
 def test_second_time_finds_what_the_first_has_made(options, monkeypatch):
     first = prepare.prepare(options())
     monkeypatch.setattr(prepare.bpe, "train_bpe", pytest.fail)
-    monkeypatch.setattr(prepare.data, "write_shards", pytest.fail)
+    monkeypatch.setattr(prepare.shards, "write_shards", pytest.fail)
     assert prepare.prepare(options()).folder == first.folder
 
 
@@ -104,7 +104,7 @@ def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(fold
         ({"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 257"),
         (
             {"tokenizer": "nothing"},
-            "--tokenizer must be bpe, bytes, gpt2 or a folder with a tokenizer in it, got nothing",
+            "must be bpe, bytes, gpt2, or a folder or a tokenizer.json with a tokenizer, got nothing",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import llm_basics
+from llm_basics import fast
 
 PACKAGE = Path(llm_basics.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -24,15 +25,22 @@ ALLOWED_OF_OPTIM = {"Optimizer"}
 LONG_FUNCTIONS = {"fit": 90}
 
 
-def floors() -> dict[str, int]:
-    """The floor of each module, as the map in the package's docstring has it."""
-    floor_of, floor = {}, -1
-    for line in (llm_basics.__doc__ or "").splitlines():
-        found = re.fullmatch(r"\s+(?:floor (\d+)\s+)?(\w+)\.py\s+.*", line)
-        if found:
-            floor = int(found[1] or floor)
-            floor_of[found[2]] = floor
+def floors() -> dict[str, tuple[int, int]]:
+    """The floor of each module, as the maps in the packages' docstrings have it; twins stand on floor 3."""
+    floor_of = {}
+    for doc, folder in ((llm_basics.__doc__, ""), (fast.__doc__, "fast/")):
+        floor = -1
+        for line in (doc or "").splitlines():
+            found = re.fullmatch(r"\s+(?:floor (\d+)\s+)?(\w+)\.py\s+.*", line)
+            if found:
+                floor = int(found[1] or floor)
+                floor_of[folder + found[2]] = (3, floor) if folder else (floor, 0)
     return floor_of
+
+
+def name_of(path: Path) -> str:
+    """`model`, or `fast/bpe`: what a module is called here."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
 def own_imports(path: Path) -> list[str]:
@@ -40,10 +48,11 @@ def own_imports(path: Path) -> list[str]:
     imported = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("llm_basics")):
-            assert node.module == "llm_basics" and not node.level, (
+            assert node.module in ("llm_basics", "llm_basics.fast") and not node.level, (
                 f"{path.name}:{node.lineno} imports names out of {node.module}; import the module"
             )
-            imported += [alias.name for alias in node.names]
+            folder = "" if node.module == "llm_basics" else "fast/"
+            imported += [folder + alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             assert not any(a.name.startswith("llm_basics") for a in node.names), f"{path.name}:{node.lineno}"
     return imported
@@ -58,14 +67,21 @@ def dotted(node: ast.AST) -> str:
 
 
 def test_the_map_has_every_module():
-    assert set(floors()) == {path.stem for path in MODULES}
+    assert set(floors()) == {name_of(path) for path in MODULES}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_down_and_name_modules(path):
     for name in own_imports(path):
         assert name in floors(), f"{path.name} imports {name}, which is no module"
-        assert floors()[name] < floors()[path.stem], f"{path.name} imports {name}, which is not below it"
+        assert floors()[name] < floors()[name_of(path)], f"{path.name} imports {name}, which is not below it"
+
+
+def test_nothing_but_the_seam_knows_of_the_fast_twins():
+    for path in MODULES:
+        if path.parent == PACKAGE and path.stem != "swap":
+            assert "fast" not in re.findall(r"\bfast\b(?=[./])", path.read_text()), path.name
+            assert not any(name.startswith("fast") for name in own_imports(path)), path.name
 
 
 def test_package_imports_nothing():
@@ -92,7 +108,7 @@ def test_pieces_are_written_by_hand(name):
             raise AssertionError(f"{line} uses {path or '(...).' + node.attr}")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_and_functions_are_short(path):
     source = path.read_text()
     assert len(source.splitlines()) <= 350
@@ -102,7 +118,7 @@ def test_files_and_functions_are_short(path):
             assert length <= LONG_FUNCTIONS.get(node.name, 60), f"{path.name}: {node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_public_names_are_documented(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
@@ -113,7 +129,7 @@ def test_public_names_are_documented(path):
             )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_source_is_ascii_and_finished(path):
     source = path.read_text(encoding="utf-8")
     assert source.isascii()

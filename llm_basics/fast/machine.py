@@ -1,0 +1,83 @@
+"""Python to machine code: Numba, told where to keep it, and two things that it cannot say by itself.
+
+Numba counts the users of an array like Python does, with an atomic operation each time it hands one on. In
+a loop over words that takes longer than the work, and threads wait for each other: what runs for each word
+works on `borrowed` arrays, which are not counted. The caller of the outermost function keeps them alive.
+"""
+
+import functools
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in machine code: made at the first call, kept on disk, and run without Python's lock."""
+    kept, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or _cache_folder()
+    try:
+        # tests wrap functions to check their annotations; machine code has no use for that
+        return numba.njit(cache=True, nogil=True)(inspect.unwrap(function))
+    finally:
+        numba.config.CACHE_DIR = kept
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` copied into the machine code of its callers: for what is short and runs for each word."""
+    return numba.njit(inline="always")(inspect.unwrap(function))
+
+
+@functools.cache
+def _cache_folder() -> str:
+    """A folder for machine code that changes with any source file here; "" for where Numba keeps it.
+
+    Numba looks at the file of a function alone, and would keep what was inlined into it from another one.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()
+    return str(here / "__pycache__" / digest[:12]) if os.access(here, os.W_OK) else ""
+
+
+def used_before() -> bool:
+    """Whether machine code of this version is there already."""
+    return any(Path(_cache_folder()).rglob("*.nbc")) if _cache_folder() else True
+
+
+@intrinsic
+def borrowed(_context, value):  # type: ignore[no-untyped-def]
+    """An array, or a named tuple of arrays, that is not counted as in use."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def borrow(kind, one):  # type: ignore[no-untyped-def]
+            array = context.make_array(kind)(context, builder, one)
+            array.meminfo = cgutils.get_null_value(array.meminfo.type)
+            array.parent = cgutils.get_null_value(array.parent.type)
+            return array._getvalue()
+
+        (kind,), (one,) = signature.args, arguments
+        if not isinstance(kind, types.BaseTuple):
+            return borrow(kind, one)
+        members = [borrow(k, a) for k, a in zip(kind, cgutils.unpack_tuple(builder, one), strict=True)]
+        return context.make_tuple(builder, kind, members)
+
+    return value(value), generate
+
+
+@intrinsic
+def eight_bytes(_context, array, index):  # type: ignore[no-untyped-def]
+    """The eight bytes from `index` on as one number, the first lowest; an array needs padding."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        number = context.get_value_type(types.uint64).as_pointer()
+        loaded = builder.load(builder.bitcast(builder.gep(data, [arguments[1]]), number))
+        loaded.align = 1
+        return loaded
+
+    return types.uint64(array, index), generate

@@ -1,0 +1,75 @@
+"""Finding, reading and splitting texts. Alone: uv run pytest tests/test_corpus.py"""
+
+import pytest
+
+from llm_basics import corpus
+
+
+def test_file_folder_and_glob(tmp_path):
+    for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden/d.txt", "deep/e.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def names(source):
+        return [path.relative_to(tmp_path).as_posix() for path in corpus.find_files(str(source))]
+
+    assert names(tmp_path / "b.txt") == ["b.txt"]
+    assert names(tmp_path) == ["a.txt", "b.txt", "deep/c.txt", "deep/e.md"]
+    assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "deep/c.txt"]
+    with pytest.raises(ValueError, match="--data must name a file"):
+        corpus.find_files(str(tmp_path / "none*"))
+
+
+def test_standard_library_is_python_source_without_tests():
+    files = corpus.stdlib_files()
+    names = {file.name for file in files}
+    assert {"argparse.py", "json", "dataclasses.py"} & names >= {"argparse.py", "dataclasses.py"}
+    assert not any({"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files)
+    assert len(files) > 300
+    documents = corpus.read_documents(files)
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_text_is_kept_to_the_byte(tmp_path):
+    text = "a\r\n\r\nb_c\t\u00e9\u2028\n"
+    (tmp_path / "text").write_bytes(text.encode())
+    assert [d.text for d in corpus.read_documents([tmp_path / "text"])] == [text]
+
+
+def test_separator_divides_documents(tmp_path):
+    (tmp_path / "text").write_text("one<|endoftext|>\ntwo<|endoftext|><|endoftext|> \n")
+    assert [d.text for d in corpus.read_documents([tmp_path / "text"])] == ["one", "\ntwo"]
+
+
+def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("caf\u00e9 noir".encode("latin-1"))
+    with pytest.raises(ValueError, match="0xe9 at offset 3") as error:
+        corpus.read_documents([path])
+    assert str(path) in str(error.value)
+    assert corpus.read_documents([path], on_bad_utf8="replace")[0].text == "caf\ufffd noir"
+
+
+def test_split_depends_on_the_text_alone():
+    documents = [corpus.Document(str(i), f"text number {i}") for i in range(1000)]
+    train, val = corpus.split_documents(documents, 0.1)
+    assert len(train) + len(val) == 1000 and 70 < len(val) < 130
+    more = [corpus.Document("new", f"another {i}") for i in range(500)] + documents[::-1]
+    train_of_more, val_of_more = corpus.split_documents(more, 0.1)
+    assert set(val) <= set(val_of_more) and set(train) <= set(train_of_more)
+
+
+def test_split_leaves_no_side_empty():
+    for n in (2, 3, 5):
+        documents = [corpus.Document(str(i), f"text {i}") for i in range(n)]
+        train, val = corpus.split_documents(documents, 0.001)
+        assert val and train
+
+
+def test_a_single_document_is_cut_at_a_line():
+    text = "".join(f"line {i}\n" for i in range(100))
+    (train,), (val,) = corpus.split_documents([corpus.Document("book", text)], 0.1)
+    assert train.text + val.text == text
+    assert train.text.endswith("\n") and 0.08 < len(val.text) / len(text) < 0.12
+    (train,), (val,) = corpus.split_documents([corpus.Document("line", "x" * 100)], 0.1)
+    assert (len(train.text), len(val.text)) == (90, 10)
