@@ -55,7 +55,7 @@ class Words:
 
     def enlarge(self, n_pool: int) -> None:
         """Make room: twice the slots if three quarters are taken, and `n_pool` more bytes in the pool."""
-        if 4 * len(self) >= 3 * len(self.slots):
+        if 4 * (len(self) + 1) > 3 * len(self.slots):
             slots = _slots(2 * len(self.slots))
             rehash(self.slots, slots)
             self.slots = slots
@@ -184,7 +184,7 @@ def insert(
     high: np.uint64,
 ) -> bool:
     """Write a new key into the empty slot `place`; False if the table needs to be enlarged first."""
-    if 4 * used[TAKEN] >= 3 * len(slots) or (n > SHORT and used[POOLED] + n > len(pool)):
+    if 4 * (used[TAKEN] + 1) > 3 * len(slots) or (n > SHORT and used[POOLED] + n > len(pool)):
         return False
     slots[place, LOW], slots[place, HIGH], slots[place, LENGTH] = low, high, np.uint64(n)
     used[TAKEN] += 1
