@@ -54,6 +54,7 @@ class Tokenizer:
         pattern: regex.Pattern = bpe.SPLIT_PATTERN,
     ) -> None:
         self.vocab = dict(vocab)
+        vocabulary.check_ids(self.vocab)
         self.merges = list(merges)
         self.special_tokens = bpe.check_special_tokens(special_tokens or ())
         self.pattern = vocabulary.own_pattern(pattern)

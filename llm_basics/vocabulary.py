@@ -39,16 +39,19 @@ class Vocabulary:
     pattern: regex.Pattern = bpe.SPLIT_PATTERN
 
     def __post_init__(self) -> None:
-        for id, token in self.vocab.items():
-            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
-                raise ValueError(
-                    f"an id must be a whole number from 0 to 2**31 - 1, got {id!r} for {token!r}"
-                )
+        check_ids(self.vocab)
 
     def special_ids(self) -> dict[str, int]:
         """The id of each special token."""
         ids = {token: id for id, token in self.vocab.items()}
         return {special: ids[special.encode("utf-8")] for special in self.special_tokens}
+
+
+def check_ids(vocab: Mapping[int, bytes]) -> None:
+    """Raise ValueError unless a token file can hold every id."""
+    for id, token in vocab.items():
+        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
+            raise ValueError(f"an id must be a whole number from 0 to 2**31 - 1, got {id!r} for {token!r}")
 
 
 def compile_pattern(pattern: str) -> regex.Pattern:

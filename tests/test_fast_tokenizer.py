@@ -861,6 +861,18 @@ def test_ids_need_not_be_in_the_order_of_learning(learned):
     assert_same(varied_texts(500, 21), compiled.encode, reference.encode)
 
 
+@pytest.mark.parametrize("high", [1 << 22, (1 << 31) - 1])
+def test_one_high_id_takes_no_memory(learned, high):
+    vocab, merges = learned("gpt2")
+    vocab = {(high if token == b"the" else id): token for id, token in vocab.items()}
+    reference, compiled = (cls(vocab, merges, [END_OF_TEXT]) for cls in CLASSES.values())
+    assert compiled.vocab_size == high + 1
+    assert_same(varied_texts(100, 22), compiled.encode, reference.encode)
+    assert compiled.decode([high]) == reference.decode([high])
+    ids = compiled.encode("the")
+    assert ids == [high] and type(ids[0]) is int
+
+
 # --------------------------------------------------------------------------------------------------
 # Property: files
 

@@ -68,6 +68,18 @@ def test_terminal_shows_a_bar(tmp_path, monkeypatch, capsys):
     assert "[not] markup" in out and "step 2/4" in out and "train_loss=3" in out
 
 
+def test_long_work_shows_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsys):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        with run.progress_bar() as report:
+            report("reading", 1, 4)
+            report("reading", 2, 4)
+            report("merging", 1, 1)
+        out = capsys.readouterr().out
+        assert [word in out for word in ("reading", "50%", "merging", "100%")] == [terminal] * 4, out
+
+
 def fake_wandb(monkeypatch, **functions):
     calls = []
     tracked = types.SimpleNamespace(

@@ -22,6 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_basics import tokenizer
+from llm_basics.fast import tokenizer as fast
+
+either = pytest.mark.parametrize("cls", [tokenizer.Tokenizer, fast.Tokenizer], ids=["reference", "fast"])
 
 FIXTURES = Path(__file__).parent / "fixtures"
 END_OF_TEXT = "<|endoftext|>"
@@ -506,6 +509,24 @@ def test_a_vocabulary_without_a_byte_or_a_merge_is_refused():
         tokenizer.Tokenizer({id: token for id, token in VOCAB.items() if token != b"b"}, MERGES)
     with pytest.raises(ValueError, match=r"lacks b'zz'"):
         tokenizer.Tokenizer(bytes_and([]), [(b"z", b"z")])
+
+
+@pytest.mark.parametrize("id", [-1, 2**31, 1.5, "7"])
+@either
+def test_an_id_that_no_token_file_can_hold_is_refused(cls, id):
+    with pytest.raises(
+        ValueError, match=r"an id must be a whole number from 0 to 2\*\*31 - 1, got .* for b'xy'"
+    ):
+        cls({**bytes_and([]), id: b"xy"}, [(b"x", b"y")])
+
+
+@either
+def test_merges_that_do_not_tell_where_a_token_comes_from_are_refused(cls):
+    vocab = bytes_and([(b"a", b"b"), (b"b", b"c"), (b"ab", b"c")])
+    with pytest.raises(ValueError, match=r"must join bytes or earlier merges, got b'ab' and b'c'"):
+        cls(vocab, [(b"ab", b"c"), (b"a", b"b")])
+    with pytest.raises(ValueError, match=r"made by one merge, got a second one for b'abc'"):
+        cls(vocab, [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"a", b"bc")])
 
 
 def test_the_fingerprint_tells_tokenizers_apart():

@@ -690,8 +690,6 @@ def test_ids_below_those_of_bytes_are_good_for_tiktoken():
         ([(b"a", b"b")], {257: b"abab"}, "abab"),
         # ... of any two tokens
         ([(b"a", b"b"), (b"b", b"c"), (b"a", b"bc")], {}, "abc"),
-        # ... and counts in 32 bits
-        ([(b"a", b"b")], {2**33: b"<x>"}, "ab"),
     ],
 )
 def test_what_tiktoken_would_merge_differently_is_refused(merges, more, text):

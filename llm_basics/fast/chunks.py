@@ -142,7 +142,7 @@ def count_file(
         except IndexError:
             table = words.Words.empty()
         text, at = scanner.padded(chunk.text), np.zeros(2, np.int64)
-        while not words.count(text, chunk.spans, at, classes, kind, table.slots, table.pool, table.used):
+        while not words.count(text, chunk.spans, at, classes, kind, *table.arrays):
             table.enlarge(len(chunk.text))
         idle.append(table)
         return chunk.offset + len(chunk.text)

@@ -252,27 +252,3 @@ def remember(
         memory[first + k] = ids[symbols[k]]
     counts[N_REMEMBERED] += n
     return np.uint64(n) << N_IDS_SHIFT | np.uint64(first)
-
-
-@machine.compiled
-def remember_all(
-    text: np.ndarray,
-    ends: np.ndarray,
-    merges: Merges,
-    slots: np.ndarray,
-    pool: np.ndarray,
-    used: np.ndarray,
-    memory: np.ndarray,
-    counts: np.ndarray,
-) -> None:
-    """Remember each piece of `text`; there must be room for them."""
-    symbols, found = np.empty(REMEMBERED_BYTES, np.int64), np.empty(REMEMBERED_BYTES, np.int64)
-    start = 0
-    for k in range(len(ends)):
-        n = ends[k] - start
-        low, high = words.key_of(text, start, n)
-        place = words.find(slots, pool, text, start, n, low, high)
-        if words.insert(slots, pool, used, place, text, start, n, low, high):
-            n_left = merge_short(text, start, n, merges, symbols, found)
-            slots[place, words.VALUE] = remember(n_left, symbols, merges.ids, memory, counts)
-        start = ends[k]

@@ -21,6 +21,9 @@ PIECE_CHARACTERS = 1 << 16
 # slots for remembered pre-tokens, at 32 bytes each, beyond which a memory begins anew
 MOST_SLOTS = 1 << 21
 
+# a vocabulary with higher ids has gaps, and its numbers are made as they come
+MOST_NUMBERS = 1 << 22
+
 # searched from the end: where a letter or a number has something else behind it
 BOUNDARY = regex.compile(r"(?r)(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})")
 
@@ -34,6 +37,12 @@ class Memory:
         self.counts = counts
         self.text = np.zeros(PIECE_CHARACTERS + scanner.PADDING, np.uint8)
         self.out = np.zeros(PIECE_CHARACTERS, np.int32)
+
+    @classmethod
+    def for_tokens(cls, n: int) -> "Memory":
+        """A memory without entries, with room for those that `n` tokens and a text will bring."""
+        table = words.Words.empty(1 << (4 * n).bit_length())
+        return cls(table, np.zeros(8 * n, np.int32), np.zeros(2, np.int64))
 
     def copy(self) -> "Memory":
         """Another memory of the same."""
@@ -68,10 +77,12 @@ class Tokenizer(tokenizer.Tokenizer):
         self._scanner = scanner.SCANNERS.get(self.pattern)
         self._merges = _merges(self.merges, self._ids)
         self._special_bytes = {special.encode("utf-8"): id for special, id in self._special_ids.items()}
-        self._learned = _learned(self._ids, self._merges)
-        self._idle = [self._learned.copy()]
         # one Python number for each id, to be used again and again instead of making new ones
-        self._numbers = np.array(range(self.vocab_size), object)
+        self._numbers = np.array(range(min(self.vocab_size, MOST_NUMBERS)), object)
+        self._learned = Memory.for_tokens(len(self._ids))
+        if self._scanner is not None:
+            self._remember(list(self._ids))
+        self._idle = [self._learned.copy()]
 
     def encode(self, text: str) -> list[int]:
         if self._scanner is None:
@@ -126,12 +137,19 @@ class Tokenizer(tokenizer.Tokenizer):
         try:
             for piece in pieces:
                 found = self._ids_of(memory, piece, *chunks.split(piece, special_ids))
-                ids[n : n + len(found)] = self._numbers[found].tolist()
+                numbers = self._numbers[found] if self.vocab_size <= MOST_NUMBERS else found
+                ids[n : n + len(found)] = numbers.tolist()
                 n += len(found)
         finally:
             self._idle.append(memory)
         del ids[n:]
         return ids
+
+    def _remember(self, tokens: Sequence[bytes]) -> None:
+        """Encode all tokens: they are the most frequent words of the text that was learned from."""
+        ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+        self._ids_of(self._learned, b"".join(tokens), spans, np.full(len(tokens), -1, np.int64))
 
     def _borrow(self) -> Memory:
         """A memory that no other thread uses."""
@@ -152,7 +170,7 @@ class Tokenizer(tokenizer.Tokenizer):
             scanner.classes(),
             self._scanner,
             self._merges,
-            *memory.table,
+            *memory.table.arrays,
             memory.ids,
             memory.counts,
             memory.out,
@@ -203,16 +221,3 @@ def _merges(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> 
     rights = np.array([symbols[right] for _, right in merges], np.int64)
     encoding.put_merges(lefts, rights, table, of_bytes)
     return encoding.Merges(table, of_bytes, np.array(made, np.int64), of_symbol)
-
-
-def _learned(vocab: Iterable[bytes], merges: encoding.Merges) -> Memory:
-    """A memory of all tokens as pre-tokens: the most frequent words of the text that was learned from."""
-    tokens = [token for token in vocab if len(token) <= encoding.REMEMBERED_BYTES]
-    n_slots = 1 << (4 * len(tokens)).bit_length()
-    text = scanner.padded(b"".join(tokens))
-    memory = Memory(
-        words.Words.empty(n_slots, len(text)), np.zeros(2 * len(text), np.int32), np.zeros(2, np.int64)
-    )
-    ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
-    encoding.remember_all(text, ends, merges, *memory.table, memory.ids, memory.counts)
-    return memory

@@ -6,7 +6,6 @@ seldom leaves the slot. When three quarters of the slots are taken, or the pool 
 and its caller enlarges the table.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +42,10 @@ class Words:
         """A table without entries."""
         return cls(_slots(n_slots), np.empty(n_pool, np.uint8), np.zeros(2, np.int64))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter((self.slots, self.pool, self.used))
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What machine code is handed."""
+        return self.slots, self.pool, self.used
 
     def __len__(self) -> int:
         return int(self.used[TAKEN])
@@ -68,7 +69,7 @@ class Words:
         """Add what `other` has counted."""
         done = 0
         while done < len(other.slots):
-            done = add(other.slots, other.pool, done, self.slots, self.pool, self.used)
+            done = add(other.slots, other.pool, done, *self.arrays)
             self.enlarge(int(other.used[POOLED]))
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
