@@ -78,11 +78,13 @@ class Tokenizer(tokenizer.Tokenizer):
         self._merges = _merges(self.merges, self._ids)
         self._special_bytes = {special.encode("utf-8"): id for special, id in self._special_ids.items()}
         # one Python number for each id, to be used again and again instead of making new ones
-        self._numbers = np.array(range(min(self.vocab_size, MOST_NUMBERS)), object)
+        few = self.vocab_size <= MOST_NUMBERS
+        self._numbers = np.array(range(self.vocab_size), object) if few else None
         self._learned = Memory.for_tokens(len(self._ids))
         if self._scanner is not None:
             self._remember(list(self._ids))
-        self._idle = [self._learned.copy()]
+        # for two threads; others copy when they need one
+        self._idle = [self._learned.copy(), self._learned.copy()]
 
     def encode(self, text: str) -> list[int]:
         if self._scanner is None:
@@ -137,7 +139,7 @@ class Tokenizer(tokenizer.Tokenizer):
         try:
             for piece in pieces:
                 found = self._ids_of(memory, piece, *chunks.split(piece, special_ids))
-                numbers = self._numbers[found] if self.vocab_size <= MOST_NUMBERS else found
+                numbers = found if self._numbers is None else self._numbers[found]
                 ids[n : n + len(found)] = numbers.tolist()
                 n += len(found)
         finally:
