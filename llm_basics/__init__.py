@@ -25,6 +25,7 @@ Read it in this order; a file imports only from the floors below it.
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
     floor 6     train.py          all of it together
+                tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
 """
 
 __version__ = "0.1.0"

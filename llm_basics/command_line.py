@@ -51,26 +51,39 @@ def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
 
     Prints the options and exits for `--help`; raises ValueError for what it does not understand.
     """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed, unknown = tyro.cli(
-                type(defaults),
-                default=defaults,
-                args=arguments,
-                prog=prog,
-                return_unknown_args=True,
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(_message_in_frame(complaint.getvalue())) from None
+    with _complaints_are_errors():
+        parsed, unknown = tyro.cli(
+            type(defaults),
+            default=defaults,
+            args=arguments,
+            prog=prog,
+            return_unknown_args=True,
+            use_underscores=True,
+        )
     if unknown:
         raise ValueError(
             config.unknown_option(unknown[0].split("=")[0], _flags(type(defaults)), "command line")
         )
     return typing.cast(T, parsed)
+
+
+def parse_command(commands: Any, arguments: Sequence[str], prog: str) -> Any:
+    """The options of one of several commands: `commands` is a union of their classes."""
+    with _complaints_are_errors():
+        return tyro.cli(commands, args=arguments, prog=prog)
+
+
+@contextlib.contextmanager
+def _complaints_are_errors() -> Iterator[None]:
+    """What tyro prints in a frame before it exits becomes a ValueError of one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_message_in_frame(complaint.getvalue())) from None
 
 
 @contextlib.contextmanager

@@ -98,10 +98,6 @@ def _make_tokenizer(
 ) -> tokenizer.Tokenizer:
     specials = [corpus.DOCUMENT_SEPARATOR]
     match options.tokenizer:
-        case "bytes":
-            return tokenizer.Tokenizer.of_bytes(specials)
-        case "gpt2":
-            return _gpt2()
         case "bpe":
             say(f"learning a vocabulary of {options.model.vocab_size:,} tokens")
             with tempfile.TemporaryDirectory() as folder:
@@ -110,20 +106,27 @@ def _make_tokenizer(
                 with run.progress_bar() as progress:
                     learned = bpe.train_bpe(path, options.model.vocab_size, specials, progress=progress)
                 return tokenizer.Tokenizer(*learned, specials)
-        case folder:
-            if not Path(folder).exists():
-                raise ValueError(
-                    "--tokenizer must be bpe, bytes, gpt2, or a folder or a tokenizer.json with a tokenizer, "
-                    f"got {folder}"
-                )
-            found = tokenizer.Tokenizer.load(folder)
+        case name:
+            found = load_tokenizer(name)
             everything = [*found.special_tokens, *specials]
             chosen = tokenizer.Tokenizer(found.vocab, found.merges, everything, found.pattern)
             if len(chosen.vocab) != chosen.vocab_size:
-                raise ValueError(
-                    f"the ids of {folder} must go from 0 to {len(chosen.vocab) - 1} without gaps"
-                )
+                raise ValueError(f"the ids of {name} must go from 0 to {len(chosen.vocab) - 1} without gaps")
             return chosen
+
+
+def load_tokenizer(name: str) -> tokenizer.Tokenizer:
+    """The tokenizer that somebody names: `bytes`, `gpt2`, a folder, or a tokenizer.json."""
+    if name == "bytes":
+        return tokenizer.Tokenizer.of_bytes([corpus.DOCUMENT_SEPARATOR])
+    if name == "gpt2":
+        return _gpt2()
+    if not Path(name).exists():
+        raise ValueError(
+            "a tokenizer must be bytes, gpt2, a folder or a tokenizer.json with one, or in training bpe, "
+            f"got {name}"
+        )
+    return tokenizer.Tokenizer.load(name)
 
 
 def _gpt2() -> tokenizer.Tokenizer:

@@ -2,7 +2,8 @@
 
 Encoding repeats what training did: cut the text at special tokens and into pre-tokens, then apply the merges
 to each pre-token, always the one that was learned first. Any text can be encoded, and decoding what was
-encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`.
+encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`. As a program:
+`uv run python -m llm_basics.tokenizer --help`.
 
     >>> tokenizer = Tokenizer.of_bytes()
     >>> tokenizer.encode("Hi!<|endoftext|>")
@@ -11,8 +12,10 @@ encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`.
 
 import functools
 import hashlib
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -190,15 +193,23 @@ class Tokenizer:
                 yield np.array(self.encode(text), np.int32), start, end - start
 
     def _apply_merges(self, piece: str) -> list[int]:
-        """Merge the bytes of one pre-token, always the pair that was learned first, until none is left."""
-        parts = [bytes([byte]) for byte in piece.encode("utf-8", "surrogateescape")]
+        *_, parts = self.merge_steps(piece.encode("utf-8", "surrogateescape"))
+        return [self._ids[part] for part in parts]
+
+    def merge_steps(self, piece: bytes) -> Iterator[list[bytes]]:
+        """The bytes of one pre-token, and what is left after each merge.
+
+        Always the pair that was learned first is merged, wherever it stands, until none is left.
+        """
+        parts = [bytes([byte]) for byte in piece]
+        yield parts
         unranked = len(self._ranks)
         while len(parts) > 1:
             pair = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, unranked))
             if pair not in self._ranks:
                 break
             parts = bpe.merge_pair(parts, pair, pair[0] + pair[1])
-        return [self._ids[part] for part in parts]
+            yield parts
 
     # -- decoding ---------------------------------------------------------------------------------
 
@@ -314,3 +325,8 @@ def _check(
     for special in special_tokens:
         if special.encode("utf-8") in made:
             raise ValueError(f"a special token must not be made by a merge too, got {special!r}")
+
+
+if __name__ == "__main__":
+    # the program uses what stands on the floors above this one
+    importlib.import_module("llm_basics.tokenizer_cli").main(sys.argv[1:])
