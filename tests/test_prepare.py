@@ -104,7 +104,7 @@ def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(fold
         ({"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 257"),
         (
             {"tokenizer": "nothing"},
-            "must be bpe, bytes, gpt2, or a folder or a tokenizer.json with a tokenizer, got nothing",
+            "must be bytes, gpt2, a folder or a tokenizer.json with one, or in training bpe, got nothing",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def test_encode_writes_token_files_that_decode_to_the_text(learned, tmp_path, ca
     )
     own = tokenizer.Tokenizer.load(tmp_path / "tokenizer")
     shard = shards.read_shard(tmp_path / "tokens_0000.bin", own.fingerprint())
-    assert own.decode(shard.tokens.tolist()) == CORPUS.read_bytes().decode("utf-8") + END_OF_TEXT
+    assert own.decode(shard.tokens.tolist()) == CORPUS.read_bytes().decode("utf-8")
     assert f"encoded {CORPUS.stat().st_size:,} bytes" in capsys.readouterr().out
 
 
