@@ -10,13 +10,14 @@ Read it in this order; a file imports only from the floors below it.
                 data.py           token files -> batches
                 config.py         every option, its default and its meaning; presets in configs/
                 device.py         where to compute, and how precisely
-                run.py            the run directory: where a training run writes all it knows
-    floor 1     vocabulary.py     a learned vocabulary, and its files
+                followers.py      who is told of a run as it goes on: the terminal, Weights & Biases
+    floor 1     run.py            the run directory: where a training run writes all it knows
+                vocabulary.py     a learned vocabulary, and its files
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
-                command_line.py   the options that somebody typed
+    floor 2     command_line.py   the options that somebody typed
                 plot.py           a run directory -> figures
-    floor 2     model.py          TransformerLM, Llama-style and GPT-2-style from one config
+                model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
     fast        fast/             twins of bpe and tokenizer in machine code, with a map of their own

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_basics import bpe, config, corpus, run, shards, swap, tokenizer
+from llm_basics import bpe, config, corpus, followers, shards, swap, tokenizer
 
 # changes when the same text would be prepared differently
 VERSION = 1
@@ -63,7 +63,7 @@ def _tokenize(
     chosen = _make_tokenizer(options, train, say)
     say(f"encoding with {chosen.vocab_size:,} tokens")
     for name, part, size in (("train", train, shards.SHARD_TOKENS), ("val", val, sys.maxsize)):
-        with run.progress_bar() as progress:
+        with followers.progress_bar() as progress:
             encoded = _encode(chosen, part, progress)
             shards.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint(), size)
     chosen.save(folder / "tokenizer")
@@ -103,7 +103,7 @@ def _make_tokenizer(
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "train.txt"
                 path.write_bytes(corpus.DOCUMENT_SEPARATOR.join(d.text for d in train).encode("utf-8"))
-                with run.progress_bar() as progress:
+                with followers.progress_bar() as progress:
                     learned = bpe.train_bpe(path, options.model.vocab_size, specials, progress=progress)
                 return tokenizer.Tokenizer(*learned, specials)
         case name:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 from rich import box, console, table, text
 
-from llm_basics import bpe, command_line, corpus, prepare, run, swap, tokenizer
+from llm_basics import bpe, command_line, corpus, followers, prepare, swap, tokenizer
 
 PATTERNS = {"gpt2": bpe.SPLIT_PATTERN, "cl100k": bpe.CL100K_PATTERN}
 
@@ -114,7 +114,7 @@ def train(options: Train) -> None:
     specials = bpe.check_special_tokens(options.special_tokens)
     bpe.check_vocab_size(options.vocab_size, specials)
     pattern = PATTERNS[options.pattern]
-    with _pieces(options.fast), _one_file(options.data) as path, run.progress_bar() as progress:
+    with _pieces(options.fast), _one_file(options.data) as path, followers.progress_bar() as progress:
         began = time.perf_counter()
         vocab, merges = bpe.train_bpe(
             path,
@@ -142,7 +142,7 @@ def encode(options: Encode) -> None:
         if corpus.DOCUMENT_SEPARATOR not in chosen.special_tokens:
             specials = [*chosen.special_tokens, corpus.DOCUMENT_SEPARATOR]
             chosen = tokenizer.Tokenizer(chosen.vocab, chosen.merges, specials, chosen.pattern)
-        with run.progress_bar() as progress:
+        with followers.progress_bar() as progress:
             began = time.perf_counter()
             written = chosen.encode_to_file(path, options.out, "tokens", progress=progress)
             seconds, size = time.perf_counter() - began, path.stat().st_size

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_basics import checkpoint, data, device, evaluate, generate, optim, plot, prepare, run
+from llm_basics import checkpoint, data, device, evaluate, followers, generate, optim, plot, prepare, run
 from llm_basics import functional as F
 from llm_basics import model as models
 
@@ -233,11 +233,11 @@ def start(options: config.Config) -> tuple[Session, run.Run]:
         session.resume(found[0])
     folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
     session.options = dataclasses.replace(session.options, run_dir=str(folder))
-    output = run.Run(folder, [run.Terminal(options.train.steps, session.step)])
+    output = run.Run(folder, [followers.Terminal(options.train.steps, session.step)])
     output.write_config(dataclasses.asdict(session.options))
     session.tokenizer.save(output.folder / "tokenizer")
     if options.wandb:
-        output.followers.append(run.WandbFollower(output.folder, dataclasses.asdict(session.options)))
+        output.followers.append(followers.WandbFollower(output.folder, dataclasses.asdict(session.options)))
     return session, output
 
 

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from llm_basics import plot, run
+from llm_basics import followers, plot, run
 
 
 def test_metrics_are_flat_json_lines_and_nan_is_null(tmp_path):
@@ -33,7 +33,7 @@ def test_after_a_resume_each_step_is_read_once_and_the_last_word_counts(tmp_path
 
 
 def test_samples_and_messages_are_kept(tmp_path, capsys):
-    output = run.Run(tmp_path, [run.Terminal(total_steps=5)])
+    output = run.Run(tmp_path, [followers.Terminal(total_steps=5)])
     output.sample(3, "def ", "f():\n    pass")
     output.say("done")
     assert json.loads((tmp_path / "samples.jsonl").read_text()) == {
@@ -46,7 +46,7 @@ def test_samples_and_messages_are_kept(tmp_path, capsys):
 
 
 def test_piped_output_is_one_greppable_line_a_measurement(tmp_path, capsys):
-    output = run.Run(tmp_path, [run.Terminal(total_steps=1000)])
+    output = run.Run(tmp_path, [followers.Terminal(total_steps=1000)])
     output.metrics(
         10, train_loss=3.14159, lr=3e-4, grad_norm=0.5, tokens_per_second=12345.6, eta_seconds=61.0
     )
@@ -60,7 +60,7 @@ def test_piped_output_is_one_greppable_line_a_measurement(tmp_path, capsys):
 def test_terminal_shows_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    terminal = run.Terminal(total_steps=4)
+    terminal = followers.Terminal(total_steps=4)
     terminal.metrics({"step": 2, "train_loss": 3.0, "lr": 0.1, "tokens_per_second": 5.0})
     terminal.message("[not] markup")
     terminal.close()
@@ -72,7 +72,7 @@ def test_long_work_shows_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsy
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setenv("TERM", "xterm")
-        with run.progress_bar() as report:
+        with followers.progress_bar() as report:
             report("reading", 1, 4)
             report("reading", 2, 4)
             report("merging", 1, 1)
@@ -102,7 +102,7 @@ def fake_wandb(monkeypatch, **functions):
 
 def test_wandb_follows(tmp_path, monkeypatch):
     calls = fake_wandb(monkeypatch)
-    output = run.Run(tmp_path, [run.WandbFollower(tmp_path, {})])
+    output = run.Run(tmp_path, [followers.WandbFollower(tmp_path, {})])
     output.metrics(1, train_loss=2.0)
     output.close()
     assert calls == ["offline", {"step": 1, "train_loss": 2.0}, "finish"]
@@ -118,7 +118,7 @@ def test_wandb_cannot_stop_a_run(tmp_path, monkeypatch, capsys, broken):
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
         fake_wandb(monkeypatch, **{broken: fail})
-    output = run.Run(tmp_path, [run.WandbFollower(tmp_path, {})])
+    output = run.Run(tmp_path, [followers.WandbFollower(tmp_path, {})])
     for step in range(3):
         output.metrics(step, train_loss=2.0)
     output.close()
