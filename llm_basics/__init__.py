@@ -10,7 +10,9 @@ Read it in this order; a file imports only from the floors below it.
                 data.py           token files -> batches
                 config.py         every option, its default and its meaning; presets in configs/
                 device.py         where to compute, and how precisely
+                signals.py        being asked to stop
                 followers.py      who is told of a run as it goes on: the terminal, Weights & Biases
+                watch.py          what goes wrong in a step, and where it began
     floor 1     run.py            the run directory: where a training run writes all it knows
                 vocabulary.py     a learned vocabulary, and its files
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
@@ -25,8 +27,12 @@ Read it in this order; a file imports only from the floors below it.
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
-    floor 6     train.py          all of it together
+                memory.py         how much memory will training take?
+    floor 6     session.py        a training run as it stands
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
+                checkpoint_cli.py the program of checkpoints: verify, list, prune
+    floor 7     launch.py         from options to a run that can take its first step
+    floor 8     train.py          all of it together
 """
 
 __version__ = "0.1.0"

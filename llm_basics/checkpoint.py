@@ -1,23 +1,31 @@
 """A model and its optimizer in one file, without pickle: safetensors with JSON beside the tensors.
 
 Tensors are named `model.*`, `optimizer.*` and `rng.*`. The file's metadata holds the rest as JSON, with a
-SHA-256 over everything. A file takes its name only when it is complete and on disk.
+SHA-256 over everything. A file takes its name only when it is complete and on disk. A folder of checkpoints
+has no pointers that could dangle: the latest and the best are found by looking. As a program:
+`uv run python -m llm_basics.checkpoint --help`.
 """
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-SCHEMA = 1
+SCHEMA = 2
+
+PATTERN = "step_*.safetensors"
 
 Target = str | os.PathLike[str] | io.BufferedIOBase
 
@@ -38,18 +46,14 @@ def save_checkpoint(
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    tensors["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    # cloned, since tensors that share some of their memory cannot be stored as they are
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
+    random_tensors, random_numbers = _random_state()
+    tensors = _separate(tensors | random_tensors)
     about = {
         "schema": SCHEMA,
         "step": step,
         "tied": tied,
         "optimizer": {"state": numbers, "param_groups": saved["param_groups"]},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "random": random_numbers,
         **state,
     }
     described = json.dumps(about)
@@ -75,6 +79,18 @@ def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
         else:
             tied[name] = owner
     return kept, tied
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, by name; those that share memory with one before are copied."""
+    result, seen = {}, set()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        result[name] = tensor.clone() if place in seen or not whole else tensor
+        seen.add(place)
+    return result
 
 
 def _write_durably(path: Path, content: bytes) -> None:
@@ -108,13 +124,49 @@ def _digest(tensors: dict[str, Tensor], described: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every random generator that a training step may draw from: tensors, and the rest."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "rng.torch": torch.get_rng_state(),
+        "rng.python": torch.tensor(numbers, dtype=torch.int64),
+        "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
+    return tensors, {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
+
+
+def _restore_random_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["rng.python"].tolist()), gauss))
+    kind, *numbers = rest["numpy"]
+    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), *numbers))
+    for name, state in _section(tensors, "rng.cuda.").items():
+        if torch.cuda.is_available() and int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name))
+    if "rng.mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["rng.mps"])
+
+
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of a checkpoint. Raises ValueError unless all is as it was written."""
-    content = Path(src).read_bytes() if isinstance(src, str | os.PathLike) else src.read()
     name = src if isinstance(src, str | os.PathLike) else "the checkpoint"
+    try:
+        content = Path(src).read_bytes() if isinstance(src, str | os.PathLike) else src.read()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     try:
         tensors = safetensors.torch.load(content)
         header_bytes = int.from_bytes(content[:8], "little")
@@ -145,10 +197,20 @@ def load_checkpoint(
         optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
     model.load_state_dict(weights)
     if restore_rng:
-        torch.set_rng_state(tensors["rng.torch"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        _restore_random_state(tensors, about["random"])
     return about
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The state alone, from the head of the file; nothing is verified. Raises ValueError if there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError("it ends within its header")
+            return json.loads(json.loads(file.read(size))["__metadata__"]["llm_basics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a checkpoint of llm_basics; {error}") from None
 
 
 def _optimizer_state(
@@ -185,3 +247,84 @@ def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _strip(name: str) -> str:
     return name.removeprefix("model.")
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of checkpoints
+
+
+def files(folder: str | os.PathLike[str]) -> list[Path]:
+    """What looks like a checkpoint, newest first."""
+    return sorted(Path(folder).glob(PATTERN), reverse=True)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises ValueError unless all of it is there, under the name it was given."""
+    if path.is_symlink():
+        raise ValueError(f"{path} must be a file, got a link")
+    _, about = read_checkpoint(path)
+    if path.name != f"step_{about['step']:08d}.safetensors":
+        raise ValueError(f"{path} has another name than it was given: it is of step {about['step']}")
+    return about
+
+
+def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None, and why each newer one does not."""
+    rejected: list[str] = []
+    for path in files(folder):
+        try:
+            verify(path)
+            return path, rejected
+        except ValueError as error:
+            rejected.append(str(error))
+    return None, rejected
+
+
+def best(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those that were measured; of equals, the oldest."""
+    losses = {}
+    for path in reversed(files(folder)):
+        with contextlib.suppress(ValueError):
+            if (loss := read_about(path).get("val_loss")) is not None:
+                losses[path] = loss
+    return min(losses, key=lambda path: losses[path], default=None)
+
+
+def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
+    """The checkpoint called `latest`, `best`, or by its number of steps. Raises ValueError if none is."""
+    if which == "latest":
+        found, rejected = newest_valid(folder)
+        reasons = "".join(f"\n  {reason}" for reason in rejected)
+    elif which == "best":
+        found, reasons = best(folder), " with a validation loss"
+    elif which.isdecimal():
+        found, reasons = Path(folder) / f"step_{int(which):08d}.safetensors", f" of step {which}"
+    else:
+        raise ValueError(f"a checkpoint must be latest, best or a number of steps, got {which}")
+    if found is None or not found.exists():
+        raise ValueError(f"{folder} must hold a checkpoint, got none{reasons}")
+    return found
+
+
+def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
+    """Delete all but the `keep` newest and the best, and what killed saves left. Returns what was deleted.
+
+    The newest that verifies counts as the first: an older one is what it would be needed for otherwise.
+    """
+    if keep < 1:
+        raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
+    found = files(folder)
+    valid, _ = newest_valid(folder)
+    if valid is None:
+        return []
+    lowest = best(folder)
+    unneeded = [path for path in found[found.index(valid) + keep :] if path != lowest]
+    unneeded += Path(folder).glob(f"{PATTERN}.tmp-*")
+    for path in unneeded:
+        path.unlink(missing_ok=True)
+    return unneeded
+
+
+if __name__ == "__main__":
+    # the program uses what stands on the floors above this one
+    importlib.import_module("llm_basics.checkpoint_cli").main(sys.argv[1:])

@@ -149,6 +149,14 @@ class TrainConfig:
     """Text that a sample continues. None: a held-out line, if possible one that ends with a colon."""
     checkpoint_every: int = 500
     """Steps between checkpoints. 0: only at the end."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep, beside the best. 0: all."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where loss or gradient is not finite: stop, or go on without that step."""
+    on_spike: Literal["log", "skip"] = "log"
+    """Where the loss is far above those before it: say so, or go on without that step too."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """Where a checkpoint or a log cannot be written: stop, or warn and train on."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -162,7 +170,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         nonnegative = ("warmup_steps", "lr", "weight_decay", "eps", "z_loss", "seed")
-        for name in (*nonnegative, "sample_every", "sample_tokens", "checkpoint_every"):
+        for name in (*nonnegative, "sample_every", "sample_tokens", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
         if not math.isfinite(self.lr):
@@ -202,6 +210,8 @@ class Config:
     """Folder for everything the run writes. None: runs/ with date, time and the name of the config."""
     resume: str | None = None
     """Go on with the run in this folder, or with the newest under runs/ (auto)."""
+    deterministic: bool = False
+    """Only algorithms that give the same result each time, where a GPU has faster ones that do not."""
     wandb: bool = False
     """Send metrics to Weights & Biases too; offline without an account."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -218,6 +228,8 @@ class GenerateConfig:
 
     run_dir: tyro.conf.Positional[str] = "newest"
     """The folder of a run; newest is the one under runs/ that was written to last."""
+    checkpoint: str = "latest"
+    """latest, best (the lowest validation loss), or a number of steps."""
     prompt: str = ""
     """Text to continue. Empty: begin a new document."""
     max_new_tokens: int = 200

@@ -85,7 +85,10 @@ class Batches:
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __getitem__(self, number: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        first = number * self.batch_size
+        return self.starting_at(number * self.batch_size)
+
+    def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """The batch whose first window is number `first` since the beginning of training."""
         return _to_batch([self._window(i) for i in range(first, first + self.batch_size)], self.device)
 
     def _window(self, number: int) -> np.ndarray:

@@ -1,6 +1,10 @@
 """Where to compute, and how precisely."""
 
 import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,3 +30,61 @@ def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextMan
     if dtype == "bfloat16" or (dtype == "auto" and has_bfloat16):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the last bit of a result depends on besides program and settings."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return {
+        "device": f"{device.type} ({name})",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def make_deterministic() -> None:
+    """Allow only algorithms that give the same result each time; others raise RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is not enough; on a CPU torch has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def free_memory(place: torch.device) -> int | None:
+    """How many bytes of memory can still be taken on a device; None where the system does not say."""
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    if place.type != "cpu":
+        return None
+    found = [_free_of_machine(), _free_of_group()]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _free_of_machine() -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _free_of_group() -> int | None:
+    """What a container may still take; both versions of control groups."""
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            group = Path("/sys/fs/cgroup")
+            return int((group / most).read_text()) - int((group / used).read_text())
+    return None

@@ -5,10 +5,16 @@ They may fail without harm to the run.
 
 import contextlib
 import os
+import queue
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+CLOSE_SECONDS = 10.0  # that wandb may take at the end of a run
+QUEUE_LINES = 10_000  # that may wait for wandb; more are dropped
 
 
 class Follower:
@@ -69,7 +75,7 @@ class Terminal(Follower):
 
     def metrics(self, values: dict[str, Any]) -> None:
         # the bar shows the step and the time that is left by itself
-        left_out = {"step", "nonfinite"} if self.progress is None else {"step", "nonfinite", "eta_seconds"}
+        left_out = {"step", "attempt", "nonfinite"} | ({"eta_seconds"} if self.progress else set())
         numbers = " ".join(
             f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
         )
@@ -93,43 +99,92 @@ class Terminal(Follower):
 
 
 class WandbFollower(Follower):
-    """Weights & Biases as a second reader of the metrics. Its failures end its following, not the run."""
+    """Weights & Biases as a second reader of the metrics, on a thread of its own.
+
+    A service that is down, slow, missing or broken costs the run one warning, and no time but CLOSE_SECONDS.
+    """
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.run: Any = None
-        self._attempt(self._start, folder, options)
+        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None after the last one
+        self.dropped = 0
+        self.stopped = False
+        self.lock = threading.Lock()
+        self.forget_exit_hook: Callable[[], None] = lambda: None
+        self.thread = threading.Thread(target=self._follow, args=(folder, options), daemon=True, name="wandb")
+        self.thread.start()
 
-    def _start(self, folder: Path, options: dict[str, Any]) -> None:
+    def metrics(self, values: dict[str, Any]) -> None:
+        if self.lines.qsize() < QUEUE_LINES:
+            self.lines.put(values)
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        self.lines.put(None)
+        try:
+            self.thread.join(CLOSE_SECONDS)
+        finally:  # a Ctrl-C ends the waiting, too
+            if self.thread.is_alive():
+                self._stop("it did not finish in time")
+        if self.dropped:
+            self._stop("it was too slow")
+
+    def _follow(self, folder: Path, options: dict[str, Any]) -> None:
+        # whatever a foreign service throws, from network to login to a bad install, the run goes on;
+        # no Ctrl-C comes to this thread: one raised here would be wandb's own
+        try:
+            run = self._start(folder, options)
+            while (values := self.lines.get()) is not None:
+                if self.stopped:
+                    return
+                run.log(values)
+            run.finish()
+        except BaseException as error:
+            reason = str(error).split("\n")[0]
+            self._stop(f"{type(error).__name__}: {reason}")
+
+    def _start(self, folder: Path, options: dict[str, Any]) -> Any:
         import wandb
 
+        settings = wandb.Settings(
+            silent=True,  # the terminal is the run's
+            console="off",  # and so are its streams
+            init_timeout=20,  # seconds that an unreachable server may take; wandb adds 10
+        )
+        # at the interpreter's exit wandb waits for its helper process, for as long as that tries its server;
+        # forgotten, the helper ends by itself some seconds after the run
+        service = wandb.setup(settings).ensure_service()
+        self.forget_exit_hook = getattr(service, "_cleanup", None) or self.forget_exit_hook
+        if self.stopped:
+            self.forget_exit_hook()
         has_key = wandb.login(prompt=False, verify=False)
-        self.run = wandb.init(
+        name = folder.resolve().name
+        run = wandb.init(
             project="llm_basics",
-            name=folder.name,
+            name=name,
+            id=re.sub(r"[^\w.-]", "-", name),  # a resumed run goes on with its curves
+            resume="allow",
             dir=folder,
             config=options,
             mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
-            settings=wandb.Settings(init_timeout=20),  # seconds that an unreachable server may take
+            settings=settings,
         )
         # a resumed run counts steps again from its checkpoint, which wandb's own counter forbids
-        self.run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric="step")
+        return run
 
-    def metrics(self, values: dict[str, Any]) -> None:
-        if self.run is not None:
-            self._attempt(self.run.log, values)
-
-    def close(self) -> None:
-        if self.run is not None:
-            self._attempt(self.run.finish)
-
-    def _attempt(self, action: Any, *arguments: Any) -> None:
-        # whatever a foreign service throws, from network to login to a bad install, the run goes on
-        try:
-            action(*arguments)
-        except Exception as error:
-            self.run = None
-            reason = str(error).split("\n")[0]
-            print(f"warning: wandb stopped following ({type(error).__name__}: {reason})", file=sys.stderr)
+    def _stop(self, reason: str) -> None:
+        """Follow no more, and say why, once."""
+        with self.lock:
+            if self.stopped:
+                return
+            self.stopped = True
+        with contextlib.suppress(Exception):
+            self.forget_exit_hook()
+        if self.dropped:
+            reason += f"; it missed {self.dropped} lines"
+        with contextlib.suppress(OSError):  # nobody reads the warnings
+            print(f"warning: wandb stopped following ({reason})", file=sys.stderr)
 
 
 def _print(text: str) -> None:

@@ -146,17 +146,12 @@ def complete(
 
 
 def load_run(
-    folder: str | Path, place: torch.device | str = "cpu"
+    folder: str | Path, place: torch.device | str = "cpu", which: str = "latest"
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
-    """The model of a run directory at its newest checkpoint, and its tokenizer."""
+    """The model of a run directory at its checkpoint `which` (`checkpoint.find`), and its tokenizer."""
     options = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
     model = models.TransformerLM(options.model, device=place)
-    found = run.checkpoints(folder)
-    if not found:
-        raise ValueError(
-            f"{folder} must have a checkpoint, got none; train it further with --resume {folder}"
-        )
-    checkpoint.load_checkpoint(found[0], model)
+    checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run.CHECKPOINTS, which), model)
     return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
 
 
@@ -164,7 +159,7 @@ def main(options: config.GenerateConfig) -> int:
     """Write as `options` say. Returns the exit status."""
     with command_line.exit_on_mistake():
         folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
-        model, tokenizer = load_run(folder, device.choose(options.device))
+        model, tokenizer = load_run(folder, device.choose(options.device), options.checkpoint)
     try:
         for sample in range(options.samples):
             print(options.prompt, end="")

@@ -18,7 +18,7 @@ from pathlib import Path
 from llm_basics import bpe, config, corpus, followers, shards, swap, tokenizer
 
 # changes when the same text would be prepared differently
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The run directory: where a training run writes all it knows, and all that reads a run looks.
 
     config.json         every option, resolved
-    metrics.jsonl       one flat object a line, appended
+    metrics.jsonl       one flat object a line, appended; `attempt` counts the starts of the run
     samples.jsonl       generated texts
     log.txt             what was said on the terminal
     tokenizer/          vocab.json, merges.txt
     checkpoints/        step_00000500.safetensors
+    lock                held by the process that writes here
     loss.png
 
 Followers are told of everything that happens.
@@ -25,54 +26,108 @@ from typing import Any
 
 from llm_basics import followers
 
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
 RUNS = Path("runs")
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 
 
 class Run:
-    """A run directory that is being written."""
+    """A run directory that is being written, by one process at a time.
 
-    def __init__(self, folder: str | os.PathLike[str], listeners: Sequence[followers.Follower] = ()) -> None:
+    Raises ValueError if another has it. Where `tolerant`, a log that cannot be written is a warning.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        listeners: Sequence[followers.Follower] = (),
+        tolerant: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.followers = list(listeners)
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.folder / "metrics.jsonl")
+        self.tolerant = tolerant
+        self.checkpoints = self.folder / CHECKPOINTS
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(locked(self.folder))
+        self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
+        # where a line may have been torn, the next begins a new one
+        self._torn = {METRICS, "samples.jsonl", "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
         _write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
 
+    def resumed(self, step: int) -> None:
+        """Record that what an earlier attempt measured after `step` is no longer so."""
+        self._append(METRICS, json.dumps({"step": step, "attempt": self.attempt, "resumed": True}))
+
     def metrics(self, step: int, **values: float) -> None:
         """Record numbers measured after `step` updates. One that is not finite becomes null, and is named."""
-        entry: dict[str, Any] = {"step": step, **values}
+        entry: dict[str, Any] = {"step": step, "attempt": self.attempt, **values}
         nonfinite = [name for name, value in entry.items() if not math.isfinite(value)]
         if nonfinite:
             entry |= {name: None for name in nonfinite} | {"nonfinite": nonfinite}
-        self._append("metrics.jsonl", entry)
+        self._append(METRICS, json.dumps(entry, allow_nan=False))
         for follower in self.followers:
             follower.metrics(entry)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record and show a text that the model wrote after `step` updates."""
-        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
+        self._append("samples.jsonl", json.dumps(entry, ensure_ascii=False))
         self.say(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
 
     def say(self, text: str = "") -> None:
         """Tell people, on the terminal and in log.txt."""
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
         for follower in self.followers:
             follower.message(text)
+        self._append("log.txt", text)
 
     def close(self) -> None:
         for follower in self.followers:
             follower.close()
+        self._held.close()
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.folder / "checkpoints" / f"step_{step:08d}.safetensors"
+        return checkpoint_path(self.folder, step)
 
-    def _append(self, name: str, entry: dict[str, Any]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+    def _append(self, name: str, line: str) -> None:
+        path = self.folder / name
+        try:
+            if name in self._torn and _is_torn(path):
+                line = "\n" + line
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self._torn.discard(name)
+        except OSError as error:
+            self._torn.add(name)
+            if not self.tolerant:
+                raise
+            for follower in self.followers:
+                follower.message(f"warning: {path} could not be written ({error.strerror})")
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the run in `folder`: raises ValueError if another process does. Ends with the process, however."""
+    with open(Path(folder) / "lock", "a+") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                owner = file.read().strip()
+                raise ValueError(f"the run {folder} is locked by pid {owner}, which is writing it") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,20 +165,38 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl; after a resume, the last word on each step."""
+    """The measurements of a run, each step once: what the last attempt that got there measured.
+
+    A torn line, and what an attempt measured after the step from which a later one went on, are left out.
+    """
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    with open(Path(folder) / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                break  # being written, or torn when the run was killed
-            entry = json.loads(line)
+    for entry in _lines(Path(folder) / METRICS):
+        if "resumed" in entry:
+            entries = {key: kept for key, kept in entries.items() if key[0] <= entry["step"]}
+        else:
             entries[entry["step"], "val_loss" in entry] = entry
     return [entries[key] for key in sorted(entries)]
 
 
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; one that was torn when a run was killed is no object."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and line.endswith("\n"):
+                        yield entry
+
+
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    return sorted((Path(folder) / "checkpoints").glob("step_*.safetensors"), reverse=True)
+    return sorted((Path(folder) / CHECKPOINTS).glob("step_*.safetensors"), reverse=True)
+
+
+def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """Where a run keeps the checkpoint after `step` updates."""
+    return Path(folder) / CHECKPOINTS / f"step_{step:08d}.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,11 +226,13 @@ class Stopwatch:
         self.last += time.perf_counter() - began
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a killed run did not finish."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+def _is_torn(path: Path) -> bool:
+    """Whether the last line of a file lacks its end."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _write(path: Path, text: str) -> None:

@@ -175,11 +175,11 @@ class Tokenizer:
         size = Path(input_path).stat().st_size
         with shards.ShardWriter(folder, prefix, self.vocab_size, self.fingerprint(), shard_tokens) as writer:
             for ids, offset, n_bytes in self._encode_file(input_path, n_threads):
-                writer.write(ids, int((ids == end).sum()), n_bytes)
+                writer.write(ids, np.flatnonzero(ids == end) + 1, n_bytes)
                 progress("encoding", offset + n_bytes, size)
                 last = int(ids[-1]) if len(ids) else last
             if last != end:
-                writer.write([end], 1, 0)
+                writer.write([end], [1], 0)
         return writer.paths
 
     def _encode_file(

@@ -2,13 +2,15 @@
 
 import io
 import json
+import random
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, config, model, optim
+from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run
 
 
 class TwoLayers(nn.Module):
@@ -92,9 +94,23 @@ def test_shape_difference_is_told():
 def test_random_state_comes_back(tmp_path):
     network, optimizer = make(optim.AdamW)
     checkpoint.save_checkpoint(network, optimizer, 0, tmp_path / "checkpoint")
-    expected = torch.rand(3)
+    np.random.randn()  # leaves a second number waiting, and so does the next line
+    random.gauss(0, 1)
+    checkpoint.save_checkpoint(network, optimizer, 0, tmp_path / "checkpoint")
+
+    def draw():
+        return [
+            torch.rand(1).item(),
+            random.gauss(0, 1),
+            random.random(),
+            np.random.randn(),
+            np.random.rand(),
+        ]
+
+    expected = draw()
+    assert draw() != expected
     checkpoint.load_checkpoint(tmp_path / "checkpoint", network, optimizer, restore_rng=True)
-    assert torch.equal(torch.rand(3), expected)
+    assert draw() == expected
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
@@ -188,3 +204,105 @@ def test_file_is_plain_safetensors_with_json(tmp_path):
     with safetensors.safe_open(tmp_path / "checkpoint", "pt") as file:
         assert json.loads(file.metadata()["llm_basics"])["step"] == 7
         assert {name.split(".")[0] for name in file.keys()} == {"model", "rng"}  # noqa: SIM118
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of them
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with checkpoints after 1 to 6 steps, of which 2 was the best and 5 is damaged."""
+    (tmp_path / "checkpoints").mkdir()
+    for step, loss in enumerate([3.0, 1.5, None, 2.0, 1.5, None], start=1):
+        path = run.checkpoint_path(tmp_path, step)
+        checkpoint.save_checkpoint(*make(optim.AdamW), step, path, val_loss=loss)
+    with open(run.checkpoint_path(tmp_path, 5), "rb+") as file:
+        file.seek(-3, 2)
+        file.write(b"abc")
+    return tmp_path
+
+
+def steps_in(folder):
+    return [int(path.stem[5:]) for path in run.checkpoints(folder)]
+
+
+@pytest.mark.parametrize(("which", "step"), [("latest", 6), ("best", 2), ("4", 4)])
+def test_a_checkpoint_is_found_by_name_or_step(folder, which, step):
+    assert checkpoint.find(folder / "checkpoints", which) == run.checkpoint_path(folder, step)
+
+
+@pytest.mark.parametrize(("which", "said"), [("7", "of step 7"), ("newest", "latest, best or a number")])
+def test_a_checkpoint_that_is_not_there_is_an_error(folder, which, said):
+    with pytest.raises(ValueError, match=said):
+        checkpoint.find(folder / "checkpoints", which)
+    with pytest.raises(ValueError, match="got none"):
+        checkpoint.find(folder, "latest")
+
+
+def test_the_newest_and_the_best_are_kept(folder):
+    (folder / "checkpoints" / "step_00000003.safetensors.tmp-99").touch()
+    checkpoint.prune(folder / "checkpoints", 2)
+    assert steps_in(folder) == [6, 5, 2]
+    assert not list((folder / "checkpoints").glob("*.tmp*"))
+
+
+def test_a_damaged_one_does_not_count_as_kept(folder):
+    run.checkpoint_path(folder, 6).unlink()
+    checkpoint.prune(folder / "checkpoints", 1)
+    assert steps_in(folder) == [5, 4, 2]
+    with pytest.raises(ValueError, match="at least 1"):
+        checkpoint.prune(folder / "checkpoints", 0)
+
+
+def test_1000_turns_of_saving_killing_and_pruning_never_leave_less_than_one_whole(tmp_path):
+    chance, step, best = random.Random(0), 0, {}
+    network, optimizer = make(optim.AdamW)
+    for _ in range(1000):
+        match chance.choice(["save", "kill", "prune", "damage"]):
+            case "save":
+                step += 1
+                best[step] = chance.choice([None, chance.random()])
+                path = tmp_path / f"step_{step:08d}.safetensors"
+                checkpoint.save_checkpoint(network, optimizer, step, path, val_loss=best[step])
+            case "kill":
+                (tmp_path / f"step_{step + 1:08d}.safetensors.tmp-1").write_bytes(b"half")
+            case "damage" if len(found := checkpoint.files(tmp_path)) > 1:
+                if checkpoint.newest_valid(tmp_path) == (found[0], []):
+                    found[1].write_bytes(found[1].read_bytes()[:-5])
+            case "prune":
+                checkpoint.prune(tmp_path, chance.randint(1, 3))
+        if step:
+            assert checkpoint.newest_valid(tmp_path)[0] is not None
+            readable = {s: loss for s, loss in best.items() if loss is not None and is_readable(tmp_path, s)}
+            if readable:
+                assert min(readable.values()) == best[int(checkpoint.best(tmp_path).stem[5:])]
+
+
+def is_readable(folder, step):
+    path = folder / f"step_{step:08d}.safetensors"
+    try:
+        return bool(checkpoint.read_about(path))
+    except ValueError:
+        return False
+
+
+def test_the_program_verifies_lists_and_prunes(folder, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        checkpoint_cli.main(["verify", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["whole", "damaged", *["whole"] * 4] and "SHA-256" in out[1]
+    checkpoint_cli.main(["list", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[1] == "6" and out[0].endswith("latest")
+    assert "1.5000" in out[4] and out[4].endswith("best") and "MB" in out[4]
+    with run.locked(folder), pytest.raises(SystemExit, match="2"):
+        checkpoint_cli.main(["prune", str(folder)])
+    assert "locked by pid" in capsys.readouterr().err
+    checkpoint_cli.main(["prune", str(folder), "--keep", "1"])
+    assert steps_in(folder) == [6, 2]
+    checkpoint_cli.main(["list", str(folder)])
+    with pytest.raises(SystemExit, match="0"):
+        checkpoint_cli.main(["verify", str(folder)])
+    with pytest.raises(SystemExit, match="2"):
+        checkpoint_cli.main(["list", str(folder / "checkpoints")])

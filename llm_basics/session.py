@@ -1,0 +1,231 @@
+"""A training run as it stands: what `train.fit` works on, and what a checkpoint holds of it."""
+
+import dataclasses
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llm_basics import (
+    checkpoint,
+    config,
+    corpus,
+    data,
+    device,
+    evaluate,
+    generate,
+    optim,
+    prepare,
+    shards,
+    signals,
+    swap,
+    watch,
+)
+from llm_basics import model as models
+
+# inputs and targets; the batches of a step may differ in size
+Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
+
+# settings that change nothing about what is learned
+HARMLESS = {
+    *(
+        "config",
+        "run_dir",
+        "resume",
+        "wandb",
+        "data_dir",
+        "train.log_every",
+        "train.eval_every",
+        "train.eval_batches",
+    ),
+    *("train.sample_every", "train.sample_tokens", "train.sample_prompt", "train.checkpoint_every"),
+    *("train.keep_checkpoints", "train.on_save_error", "train.on_nonfinite"),
+}
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> optim.AdamW:
+    """AdamW that decays matrices and embeddings towards 0, but neither norms nor biases."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return optim.AdamW(groups, options.lr, options.betas, options.eps, options.weight_decay)
+
+
+class Session:
+    """Model, optimizer, data and how far they have come.
+
+    Raises ValueError if the data cannot be trained on: too short, or with ids that the model does not have.
+    """
+
+    def __init__(self, options: config.Config, prepared: prepare.Prepared) -> None:
+        train, model = options.train, options.model
+        self.options = options
+        self.tokenizer = prepared.tokenizer
+        self.device = device.choose(train.device)
+        if options.deterministic:
+            device.make_deterministic()
+        for shard in (*prepared.train, prepared.val):
+            shards.check_ids(shard)
+        texts = [shard.tokens for shard in prepared.train]
+        self.held_out = prepared.val.tokens
+        data.check_length(max(map(len, texts), default=0), model.context_length, "the training text")
+        data.check_length(len(self.held_out), model.context_length, "the held-out text")
+        self.batches = data.Batches(texts, train.batch_size, model.context_length, train.seed, self.device)
+        self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
+        # not drawn from here; but a piece of somebody else's may
+        random.seed(train.seed)
+        np.random.seed(train.seed)
+        torch.manual_seed(train.seed)
+        self.model = models.TransformerLM(model).to(self.device)
+        self.optimizer = make_optimizer(self.model, train)
+        self.prepared_in = prepared.folder.name
+        self.step = 0
+        # windows of text that were trained on: with the seed, the position in the data
+        self.windows = 0
+        # whether evaluation and sample that are due after `step` were made
+        self.looked = True
+        # of these weights, and the lowest so far; None where not measured
+        self.val_loss: float | None = None
+        self.best_loss: float | None = None
+        # step and validation loss of the last checkpoint
+        self.saved: tuple[int, float | None] | None = None
+        self.spikes = watch.SpikeDetector()
+
+    def next_batches(self) -> list[Batch]:
+        """The batches whose gradients make up the next step."""
+        train = self.options.train
+        firsts = range(self.windows, self.windows + self.windows_per_step, train.batch_size)
+        return [self.batches.starting_at(first) for first in firsts]
+
+    def finish_step(self) -> None:
+        """Count a step that was made."""
+        self.step, self.windows = self.step + 1, self.windows + self.windows_per_step
+        self.looked, self.val_loss = False, None
+
+    def is_best(self, val_loss: float) -> bool:
+        """Note the validation loss of the weights as they are: is none of those before as low?"""
+        if not math.isfinite(val_loss):
+            return False
+        self.val_loss = val_loss
+        if self.best_loss is not None and val_loss >= self.best_loss:
+            return False
+        self.best_loss = val_loss
+        return True
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.options.train.batch_size * self.options.train.grad_accumulation_steps
+
+    def evaluate(self, max_batches: int) -> dict[str, float]:
+        """Loss and its relatives on the held-out text. A request to stop is answered between batches."""
+        train, length = self.options.train, self.options.model.context_length
+        batches = data.sequential_batches(self.held_out, train.batch_size, length, max_batches, self.device)
+        with device.precision(self.device, train.dtype):
+            return evaluate.evaluate(self.model, signals.polled(batches), self.token_bytes)
+
+    def sample(self) -> tuple[str, str]:
+        """A prompt, and how the model continues it. A request to stop is answered between tokens."""
+        train = self.options.train
+        prompt = train.sample_prompt
+        if prompt is None:
+            prompt = opening_line(self.tokenizer.decode(self.held_out[:5000].tolist()))
+        pieces = generate.complete(
+            self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
+        )
+        return prompt, "".join(signals.polled(pieces))
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write everything that going on from here needs. Raises SaveError if that fails."""
+        try:
+            checkpoint.save_checkpoint(
+                self.model,
+                self.optimizer,
+                self.step,
+                path,
+                config=dataclasses.asdict(self.options),
+                data=self.prepared_in,
+                tokenizer=self.tokenizer.fingerprint(),
+                origins=swap.origins(),
+                environment=device.describe(self.device),
+                windows=self.windows,
+                tokens=self.windows * self.options.model.context_length,
+                looked=self.looked,
+                val_loss=self.val_loss,
+                best_loss=self.best_loss,
+                spikes=self.spikes.state(),
+            )
+            self.saved = self.step, self.val_loss
+        except OSError as error:
+            raise SaveError(
+                f"the checkpoint of step {self.step} could not be written to {path} ({error.strerror}): "
+                f"it needs {self.checkpoint_bytes():,} bytes, {free_bytes(path.parent):,} are free"
+            ) from None
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, and AdamW's two means of each."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 3 * weights
+
+    def resume(self, path: Path) -> list[str]:
+        """Go on from a checkpoint. Returns what is different now, and may change the last bit of the result.
+
+        Raises ValueError if the checkpoint is damaged, or of another model or other data.
+        """
+        about = checkpoint.verify(path)
+        now, then = dataclasses.asdict(self.options), about["config"]
+        differences = _differences(now["model"], then["model"])
+        if differences:
+            raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
+        if about["data"] != self.prepared_in:
+            raise ValueError(f"{path} was trained on {about['data']}, now the data is {self.prepared_in}")
+        checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
+        self.step, self.windows = about["step"], about["windows"]
+        self.looked, self.val_loss, self.best_loss = about["looked"], about["val_loss"], about["best_loss"]
+        self.saved = self.step, self.val_loss
+        self.spikes.load(about["spikes"])
+        settings = _differences(_flat(now), _flat(then))
+        settings = [line for line in settings if line.split(" ")[0] not in HARMLESS]
+        return settings + _differences(device.describe(self.device), about["environment"])
+
+
+def free_bytes(folder: Path) -> int:
+    """How much more the disk of `folder` can hold."""
+    return shutil.disk_usage(folder).free
+
+
+def opening_line(text: str) -> str:
+    """The first line that ends with a colon, and so asks for more, in code as in a play; else the first line.
+
+    >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
+    'ROMEO:'
+    """
+    lines = [line for line in text.split(corpus.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
+    return next((line for line in lines if line.endswith(":")), lines[0] if lines else "")
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """What has another value `now`, JSON having lists where Python has tuples."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
+    return [f"{k} was {then.get(k)}, now {v}" for k, v in plain.items() if then.get(k) != v]

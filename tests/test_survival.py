@@ -1,0 +1,506 @@
+"""Runs that are killed, stopped, starved of disk and damaged: nothing is lost, and they go on bit for bit.
+
+Short versions run by default; all of it with `uv run pytest -m slow tests/test_survival.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_basics import checkpoint, command_line, config, optim, run, session, signals, train
+
+TESTS = Path(__file__).parent
+STEPS = 10
+SETTINGS = {
+    "model.d_model": 16,
+    "model.n_layers": 1,
+    "model.n_heads": 2,
+    "model.context_length": 16,
+    "model.dropout": 0.1,
+    "train.steps": STEPS,
+    "train.batch_size": 4,
+    "train.warmup_steps": 2,
+    "train.log_every": 1,
+    "train.eval_every": 3,
+    "train.eval_batches": 3,
+    "train.sample_every": 4,
+    "train.sample_tokens": 5,
+    "train.checkpoint_every": 1,
+    "train.device": "cpu",
+}
+INSIDE_A_SAVE = ["open", "write", "flush", "replace", "folder", "done"]
+
+
+class Trainers:
+    """Starts training programs, to which something may happen, and waits until they have ended."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home / "log.txt"
+        text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(200))
+        (home / "text.txt").write_text(text)
+        environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "fixtures" / "nursery.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.seconds: float | None = None
+
+    def train(self, folder: Path, settings: dict[str, Any] | None = None, **plan: Any) -> int:
+        """Train in a new folder. Returns the exit status."""
+        options = SETTINGS | (settings or {})
+        arguments = [f"--data={self.home / 'text.txt'}", "--tokenizer=bytes", "--fast=off"]
+        arguments += [f"--data_dir={self.home / 'data'}", f"--run_dir={folder}"]
+        return self.start([*arguments, *(f"--{name}={value}" for name, value in options.items())], **plan)
+
+    def resume(self, folder: Path, *arguments: str, **plan: Any) -> int:
+        """Go on with a run. Returns the exit status."""
+        return self.start(["--resume", str(folder), *arguments], **plan)
+
+    def start(self, arguments: Sequence[str], **plan: Any) -> int:
+        self.log.write_text("")
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"arguments": arguments, "log": str(self.log), **plan}) + "\n")
+        self.process.stdin.flush()
+        status, self.seconds = json.loads(self.process.stdout.readline())
+        return status
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
+    trainers = Trainers(tmp_path_factory.mktemp("nursery"))
+    yield trainers
+    assert trainers.process.stdin
+    trainers.process.stdin.close()
+    trainers.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to which nothing happened."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert trainers.train(folder, here=True) == 0, trainers.said
+    return folder
+
+
+def learned(folder: Path) -> tuple[str, dict[int, Any]]:
+    """The SHA-256 of weights, optimizer and random state after the last step, and all losses, exactly."""
+    (path,) = [path for path in run.checkpoints(folder) if f"{STEPS:08d}" in path.name]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.read_checkpoint(path)[0].items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    losses: dict[Any, Any] = {}
+    for entry in run.read_metrics(folder):
+        key = "train_loss" if "train_loss" in entry else "val_loss"
+        losses[entry["step"], key] = entry[key]
+    return digest.hexdigest(), losses
+
+
+def go_on_to_the_end(trainers: Trainers, folder: Path) -> None:
+    """What a user would do: go on where there is a checkpoint, else begin again."""
+    if run.checkpoints(folder):
+        status = trainers.resume(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        status = trainers.train(folder)
+    assert status == 0, trainers.said
+
+
+def count(quick: int, full: int) -> Any:
+    """So many trials by default, and so many if all is asked for."""
+    return pytest.mark.parametrize("n_trials", [quick, pytest.param(full, marks=pytest.mark.slow)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed
+
+
+@count(20, 300)
+def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
+    trainers, undisturbed, tmp_path, n_trials
+):
+    chance, expected, inside = random.Random(n_trials), learned(undisturbed), 0
+    for trial in range(n_trials):
+        folder = tmp_path / str(trial)
+        if trial % 2:
+            plan: dict[str, Any] = {"after": chance.uniform(0.01, 0.3)}
+        else:
+            plan = {"phase": chance.choice(INSIDE_A_SAVE), "at": chance.randint(1, STEPS)}
+        status = trainers.train(folder, signal=signal.SIGKILL, **plan)
+        if status == -signal.SIGKILL:
+            inside += "phase" in plan
+            # a step is recorded, then saved: the last may be missing, the one before must be there
+            last = max((e["step"] for e in run.read_metrics(folder)), default=0)
+            found, rejected = checkpoint.newest_valid(folder / run.CHECKPOINTS)
+            assert not rejected
+            assert (checkpoint.verify(found)["step"] if found else 0) >= last - 1, plan
+            go_on_to_the_end(trainers, folder)
+        else:
+            assert status == 0, trainers.said  # it was faster than the clock
+        assert learned(folder) == expected, plan
+        assert not list((folder / run.CHECKPOINTS).glob("*.tmp*"))
+        shutil.rmtree(folder)
+    assert inside >= n_trials // 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopped
+
+PHASES = [
+    "startup",
+    "data",
+    "step",
+    "backward",
+    "evaluation",
+    "evaluation batch",
+    "sampling",
+    "save",
+    "flush",
+]
+PHASES += ["prune", "conclusion"]
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+@count(2 * len(PHASES), 4 * len(PHASES))
+def test_a_signal_in_any_phase_saves_and_says_why(trainers, undisturbed, tmp_path, n_trials):
+    chance, expected = random.Random(n_trials), learned(undisturbed)
+    for trial in range(n_trials):
+        phase, number, folder = PHASES[trial % len(PHASES)], STOPS[trial % 3], tmp_path / str(trial)
+        once = phase in ("startup", "conclusion")
+        plan = {"phase": phase, "at": 1 if once else chance.randint(1, 2), "signal": number}
+        status = trainers.train(folder, **plan)
+        assert status == 128 + number, (plan, trainers.said)
+        assert trainers.seconds is not None and trainers.seconds < 5, plan
+        assert f"stopped by {signal.Signals(number).name}" in trainers.said
+        if phase != "startup":
+            found = checkpoint.newest_valid(folder / run.CHECKPOINTS)[0]
+            last = max(entry["step"] for entry in run.read_metrics(folder))
+            assert found and checkpoint.verify(found)["step"] == last, plan
+        go_on_to_the_end(trainers, folder)
+        assert learned(folder) == expected, plan
+        shutil.rmtree(folder)
+
+
+def test_a_second_interrupt_leaves_at_once(trainers, tmp_path):
+    assert trainers.train(tmp_path / "run", {"train.steps": 100000}, phase="twice", at=1, signal=2) < 0
+    found, rejected = checkpoint.newest_valid(tmp_path / "run" / run.CHECKPOINTS)
+    assert found is None and not rejected
+
+
+def test_a_signal_is_answered_at_the_next_poll_and_forgotten_afterwards():
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(signals.Stopped, match="SIGTERM") as stop:
+            list(signals.polled([1]))
+        assert stop.value.status == 143
+    signals.poll()
+    with pytest.raises(signals.Stopped), signals.listening(), signals.anywhere():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        pytest.fail("went on")
+
+
+# --------------------------------------------------------------------------------------------------
+# Resumed
+
+
+@pytest.mark.parametrize(
+    ("dropout", "accumulation"),
+    [(0.1, 3), *(pytest.param(d, a, marks=pytest.mark.slow) for d, a in ((0.0, 1), (0.0, 3), (0.1, 1)))],
+)
+def test_resumed_once_twice_or_five_times_is_the_same_to_the_last_bit(
+    trainers, tmp_path, dropout, accumulation
+):
+    settings = {"model.dropout": dropout, "train.grad_accumulation_steps": accumulation}
+    # with 12 windows to an epoch, a step of 4 or 12 windows ends within an epoch and at its end
+    settings |= {"model.context_length": 240, "train.checkpoint_every": 100, "train.sample_every": 0}
+    assert trainers.train(tmp_path / "whole", settings) == 0
+    expected = learned(tmp_path / "whole")
+    for stops in ([1], [2], [3], [9], [4, 6], [1, 2, 3, 5, 9]):
+        folder, before = tmp_path / "-".join(map(str, stops)), 0
+        for stop in stops:
+            plan = {"phase": "step", "at": stop - before, "signal": signal.SIGTERM}
+            status = trainers.resume(folder, **plan) if before else trainers.train(folder, settings, **plan)
+            assert status == 143, trainers.said
+            assert [path.name for path in run.checkpoints(folder)][0] == f"step_{stop:08d}.safetensors"
+            before = stop
+        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
+        assert learned(folder) == expected, stops
+
+
+def test_what_is_different_after_a_resume_is_said(trainers, tmp_path):
+    folder = tmp_path / "run"
+    assert trainers.train(folder, phase="step", at=4, signal=signal.SIGTERM) == 143
+    assert trainers.resume(folder, "--train.lr=0.5", "--train.batch_size=2", "--train.log_every=2") == 0
+    assert "different: train.lr was 0.006, now 0.5" in trainers.said
+    assert "different: train.batch_size was 4, now 2" in trainers.said
+    assert "log_every" not in trainers.said and "not to the last bit" in trainers.said
+    # the data goes on where it was: 4 steps of 4 windows, then 6 of 2
+    about = checkpoint.verify(run.checkpoints(folder)[0])
+    assert about["windows"] == 4 * 4 + 6 * 2 and about["tokens"] == 16 * about["windows"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Damaged
+
+
+def damage(path: Path, other: Path, chance: random.Random) -> str:
+    """Do something to a checkpoint that must be seen."""
+    content = bytearray(path.read_bytes())
+    kind = chance.choice(["flip", "cut", "empty", "junk", "grow", "swap", "link", "folder", "zeros"])
+    match kind:
+        case "flip":
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        case "cut":
+            content = content[: chance.randrange(len(content))]
+        case "empty":
+            content = bytearray()
+        case "junk":
+            content = bytearray(chance.randbytes(chance.randrange(1, 2000)))
+        case "grow":
+            content += chance.randbytes(chance.randrange(1, 100))
+        case "swap":
+            content = bytearray(other.read_bytes())
+        case "zeros":
+            start = chance.randrange(len(content) - 64)
+            content[start : start + 64] = bytes(64) if any(content[start : start + 64]) else b"\1" * 64
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(chance.choice([other, path, Path("/dev/zero"), Path("nowhere")]))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    return kind
+
+
+def test_500_damaged_checkpoints_are_seen_and_the_one_before_is_found(undisturbed, tmp_path):
+    newest, older = run.checkpoints(undisturbed)[:2]
+    chance, kinds = random.Random(0), set()
+    for trial in range(500):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        for path in (newest, older):
+            shutil.copy(path, folder)
+        kind = damage(folder / newest.name, folder / older.name, chance)
+        kinds.add(kind)
+        found, (reason,) = checkpoint.newest_valid(folder)
+        assert found == folder / older.name and str(folder / newest.name) in reason, kind
+        assert checkpoint.prune(folder, 1) == [] and found.exists()
+        shutil.rmtree(folder)
+    assert len(kinds) == 9
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_why(trainers, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert trainers.train(folder, phase="step", at=6, signal=signal.SIGTERM) == 143
+    with open(run.checkpoints(folder)[0], "rb+") as file:
+        file.truncate(1000)
+    assert trainers.resume(folder) == 0
+    assert "not used" in trainers.said and "going on from" in trainers.said
+    assert (folder / "checkpoints" / "step_00000006.safetensors.damaged").exists()
+    assert learned(folder) == learned(undisturbed)
+
+
+def test_the_newest_and_the_best_are_kept(undisturbed):
+    steps = [int(path.stem.removeprefix("step_")) for path in run.checkpoints(undisturbed)]
+    measured = {e["step"]: e["val_loss"] for e in run.read_metrics(undisturbed) if "val_loss" in e}
+    best = min(measured, key=lambda step: measured[step])
+    assert steps == sorted({10, 9, 8, best}, reverse=True)
+    assert checkpoint.find(undisturbed / "checkpoints", "best").name == f"step_{best:08d}.safetensors"
+
+
+# --------------------------------------------------------------------------------------------------
+# No room
+
+
+@count(4, 20)
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainers, tmp_path, n_trials):
+    chance = random.Random(n_trials)
+    begun = tmp_path / "begun"
+    assert trainers.train(begun, phase="step", at=4, signal=signal.SIGTERM) == 143
+    size = run.checkpoints(begun)[0].stat().st_size
+    for trial in range(n_trials):
+        folder = tmp_path / str(trial)
+        shutil.copytree(begun, folder)
+        warns = trial % 2
+        room = chance.randrange(8000, size)
+        choice = f"--train.on_save_error={'warn' if warns else 'stop'}"
+        status = trainers.resume(folder, choice, file_bytes=room)
+        assert status == (0 if warns else 3), (room, trainers.said)
+        assert "could not be written" in trainers.said and "File too large" in trainers.said
+        assert "bytes, " in trainers.said and "are free" in trainers.said and "Traceback" not in trainers.said
+        found, rejected = checkpoint.newest_valid(folder / run.CHECKPOINTS)
+        assert found and not rejected and found.name == "step_00000004.safetensors"
+        assert not list((folder / run.CHECKPOINTS).glob("*.tmp*"))
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(trainers, tmp_path):
+    status = trainers.train(tmp_path / "run", {"train.checkpoint_every": 1}, phase="no room", at=1, signal=0)
+    assert status == 3 and "a checkpoint needs" in trainers.said and "train without" in trainers.said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_memory_that_is_not_enough_is_said_with_what_would_need_less(trainers, tmp_path):
+    settings = {
+        "model.d_model": 512,
+        "model.n_layers": 8,
+        "model.context_length": 128,
+        "train.batch_size": 64,
+    }
+    status = trainers.train(tmp_path / "run", settings, address_bytes=600_000_000)
+    assert status == 4, trainers.said
+    assert "memory is not enough" in trainers.said and "Traceback" not in trainers.said
+    assert all(flag in trainers.said for flag in ("--train.batch_size", "--model.context_length"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Not finite
+
+
+@pytest.fixture
+def options(trainers: Trainers, tmp_path: Path) -> config.Config:
+    """What the trainers train, to be trained here."""
+    arguments = [f"--data={trainers.home / 'text.txt'}", "--tokenizer=bytes", "--fast=off"]
+    arguments += [f"--data_dir={trainers.home / 'data'}", f"--run_dir={tmp_path / 'run'}"]
+    return command_line.train_options(
+        [*arguments, *(f"--{name}={value}" for name, value in SETTINGS.items())]
+    )
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) -> None:
+    """Let a value that is not finite come up in step number `at`."""
+    next_batches, step = session.Session.next_batches, train.train_step
+
+    def batches(training: session.Session) -> Any:
+        ffn = training.model.layers[0].ffn
+        if training.step + 1 == at and kind == "weight":
+            with torch.no_grad():
+                ffn.w2.weight[0, 0] = value
+        elif training.step + 1 == at and kind == "output":
+            spoil = ffn.register_forward_hook(lambda module, given, output: output + value)
+            training.spoil = spoil  # type: ignore[attr-defined]
+        elif training.step + 1 == at and kind == "gradient":
+            training.spoil = ffn.w2.weight.register_hook(lambda gradient: gradient * value)  # type: ignore
+        return next_batches(training)
+
+    def stepped(model: Any, optimizer: Any, batches: Any, number: int, *rest: Any) -> Any:
+        if kind == "loss" and number == at:
+            with monkeypatch.context() as patch:
+                cross_entropy = train.F.cross_entropy
+                patch.setattr(train.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * value)
+                return step(model, optimizer, batches, number, *rest)
+        return step(model, optimizer, batches, number, *rest)
+
+    monkeypatch.setattr(session.Session, "next_batches", batches)
+    monkeypatch.setattr(train, "train_step", stepped)
+
+
+NAMED = {
+    "weight": "the weight layers.0.ffn.w2.weight",
+    "output": "layers.0.ffn (",
+    "gradient": "layers.0.ffn.w2.weight",
+    "loss": "loss",
+}
+
+
+@pytest.mark.parametrize("at", [1, 5, 10])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", NAMED)
+def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
+    options, monkeypatch, capsys, kind, value, at
+):
+    applied = []
+    update = optim.AdamW.step
+    monkeypatch.setattr(optim.AdamW, "step", lambda self: applied.append(1) or update(self))
+    monkeypatch.setattr(train.launch, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
+    inject(monkeypatch, kind, value, at)
+    assert train.main(options) == train.NOT_FINITE
+    error = capsys.readouterr().err
+    assert f"step {at}: loss" in error and "lr 0." in error and NAMED[kind] in error, error
+    assert len(applied) == at - 1
+    found, rejected = checkpoint.newest_valid(Path(options.run_dir) / run.CHECKPOINTS)
+    assert not rejected and (checkpoint.verify(found)["step"] if found else 0) == at - 1
+    assert all(
+        torch.isfinite(t).all() for t in (checkpoint.read_checkpoint(found)[0].values() if found else [])
+    )
+
+
+@pytest.mark.parametrize("kind", ["output", "gradient", "loss"])
+def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys, kind):
+    inject(monkeypatch, kind, float("nan"), 4)
+    step = train.train_step
+
+    def mended(model: Any, *rest: Any) -> Any:
+        try:
+            return step(model, *rest)
+        finally:
+            model.layers[0].ffn._forward_hooks.clear()
+            model.layers[0].ffn.w2.weight._backward_hooks = None
+
+    monkeypatch.setattr(train, "train_step", mended)
+    skipping = dataclasses.replace(options.train, on_nonfinite="skip")
+    assert train.main(dataclasses.replace(options, train=skipping)) == 0
+    said = capsys.readouterr().out
+    assert "step 4: loss" in said and "the step is left out" in said
+    by_step = {m["step"]: m for m in run.read_metrics(options.run_dir) if "train_loss" in m}
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    assert by_step[4]["train_loss"] is None and by_step[5]["train_loss"] is not None
+    tensors, about = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])
+    assert about["optimizer"]["state"]["0"]["step"] == STEPS - 1
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, capsys):
+    inject(monkeypatch, "weight", float("inf"), 4)
+    skipping = dataclasses.replace(options.train, on_nonfinite="skip")
+    assert train.main(dataclasses.replace(options, train=skipping)) == train.NOT_FINITE
+    assert "to leave out steps does not help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["log", "skip"])
+def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys, choice):
+    many = dataclasses.replace(options.train, steps=60, eval_every=100, checkpoint_every=0, on_spike=choice)
+    inject(monkeypatch, "loss", 50.0, 50)
+    assert train.main(dataclasses.replace(options, train=many)) == 0
+    said = capsys.readouterr().out
+    assert "step 50: the loss" in said and "is a spike" in said
+    assert ("the step is left out" in said) == (choice == "skip")
+    about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
+    assert about["optimizer"]["state"]["0"]["step"] == (59 if choice == "skip" else 60)
+
+
+# --------------------------------------------------------------------------------------------------
+# One process at a time
+
+
+def test_a_run_belongs_to_one_process_until_it_ends_however(tmp_path):
+    (tmp_path / run.CHECKPOINTS).mkdir()
+    code = f"import time; from llm_basics import run; h = run.locked({str(tmp_path)!r}); h.__enter__(); "
+    code += "print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"is locked by pid {holder.pid}"):
+        run.Run(tmp_path)
+    holder.kill()
+    holder.wait()
+    run.Run(tmp_path).close()
+    run.Run(tmp_path).close()
