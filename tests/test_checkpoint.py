@@ -3,14 +3,19 @@
 import io
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fixtures import make_checkpoint
 from torch import nn
 
-from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run
+from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, session
+from llm_basics import train as training
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class TwoLayers(nn.Module):
@@ -204,6 +209,24 @@ def test_file_is_plain_safetensors_with_json(tmp_path):
     with safetensors.safe_open(tmp_path / "checkpoint", "pt") as file:
         assert json.loads(file.metadata()["llm_basics"])["step"] == 7
         assert {name.split(".")[0] for name in file.keys()} == {"model", "rng"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FIXTURES.glob("checkpoint_schema_*.safetensors")), ids=lambda p: p.stem
+)
+def test_checkpoints_of_every_version_so_far_can_be_gone_on_with(path):
+    about = checkpoint.read_about(path)
+    shape, settings = config.ModelConfig(**about["config"]["model"]), about["config"]["train"]
+    settings = config.TrainConfig(**settings | {"betas": tuple(settings["betas"])})
+    lm = model.TransformerLM(shape)
+    optimizer = session.make_optimizer(lm, settings)
+    assert checkpoint.load_checkpoint(path, lm, optimizer, restore_rng=True)["step"] == 3
+    steps = [(step, make_checkpoint.batch(step)) for step in (4, 5)]
+    found = [
+        training.train_step(lm, optimizer, [batch], step, settings).train_loss.item() for step, batch in steps
+    ]
+    # dropout's random numbers included; the last bits are those of the machine
+    assert found == pytest.approx(about["next_losses"], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
