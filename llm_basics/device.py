@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,33 +57,3 @@ def make_deterministic() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is not enough; on a CPU torch has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
-def free_memory(place: torch.device) -> int | None:
-    """How many bytes of memory can still be taken on a device; None where the system does not say."""
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
-    if place.type != "cpu":
-        return None
-    found = [_free_of_machine(), _free_of_group()]
-    return min((free for free in found if free is not None), default=None)
-
-
-def _free_of_machine() -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _free_of_group() -> int | None:
-    """What a container may still take; both versions of control groups."""
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            group = Path("/sys/fs/cgroup")
-            return int((group / most).read_text()) - int((group / used).read_text())
-    return None

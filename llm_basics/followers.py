@@ -26,8 +26,8 @@ class Follower:
     def message(self, text: str) -> None:
         """Something was said."""
 
-    def close(self) -> None:
-        """The run has ended."""
+    def close(self, seconds: float | None = None) -> None:
+        """The run has ended, and waits no longer than `seconds`; None means as long as is usual."""
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ class Terminal(Follower):
         else:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
         if self.progress is not None:
             self.progress.stop()
 
@@ -119,10 +119,10 @@ class WandbFollower(Follower):
         else:
             self.dropped += 1
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
         self.lines.put(None)
         try:
-            self.thread.join(CLOSE_SECONDS)
+            self.thread.join(CLOSE_SECONDS if seconds is None else seconds)
         finally:  # a Ctrl-C ends the waiting, too
             if self.thread.is_alive():
                 self._stop("it did not finish in time")

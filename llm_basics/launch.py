@@ -73,9 +73,9 @@ def introduce(training: session.Session, output: run.Run) -> None:
         f"{memory.explain(estimate, options)}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
-    there = device.free_memory(training.device)
-    if there is not None and estimate.total > there:
-        output.say(f"warning: {estimate.total:,} bytes of memory may be needed, {there:,} are free")
+    there, more = memory.available(training.device), estimate.total - estimate.parameters
+    if there is not None and more > there:
+        output.say(f"warning: {more:,} bytes of memory are needed beside the weights, {there:,} are free")
     needed, free = training.checkpoint_bytes(), session.free_bytes(output.folder)
     n_kept = options.train.keep_checkpoints + 2  # the best, and the one that is being written
     if free < needed and options.train.on_save_error == "stop":

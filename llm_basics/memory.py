@@ -1,13 +1,16 @@
 """How much memory will training take? Known before the first step, and without taking any.
 
-The real model is trained for a step on tensors that have shapes but no content, and every piece of memory
+The real model is trained for two steps on tensors that have shapes but no content, and each piece of memory
 that they would have had is entered in a ledger when it is made and when it dies.
 """
 
+import re
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +28,13 @@ from llm_basics import model as models
 
 @dataclass(frozen=True)
 class Estimate:
-    """What lives when the most memory is taken, in bytes; a kind that is not alive just then counts 0."""
+    """What lives at the moment when the most does, in bytes; what does not live just then counts 0."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    """All the rest: what the forward pass keeps for the backward one, and what is only passed through."""
+    """All other tensors: what the forward pass keeps for the backward one, and what is soon gone."""
 
     @property
     def total(self) -> int:
@@ -39,113 +42,186 @@ class Estimate:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
+# with these autograd adds up gradients: in place, unless it is watched
+aten = torch.ops.aten
+IN_PLACE = {aten.add.Tensor, aten.scatter_add.default, aten.index_add.default, aten.index_put.default}
+
+
 class Ledger(_python_dispatch.TorchDispatchMode):
     """Inside, notes each storage that an operation makes, and when the last tensor that uses it is gone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[tuple[int, int]] = []  # storage number, bytes; negative where it dies
+        self.entries: list[tuple[int, int]] = []  # number of the storage, and its bytes; negative at its end
+        self.late: list[tuple[int, int]] = []
         self.kinds: dict[int, str] = {}
-        self.numbers: dict[int, int] = {}  # of the living, by identity
+        self.numbers: dict[int, int] = {}  # of the storages that live, by identity
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        self._settle()
+        if func is aten._local_scalar_dense.default:
             return 0  # what tensors without content answer when a program asks for a number
         result = func(*args, **(kwargs or {}))
+        # the sum is entered after the end of its terms
+        in_place = func in IN_PLACE and torch._C._current_graph_task_id() != -1
         for tensor in _pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.numbers:
+                entry = (len(self.entries) + len(self.late), storage.nbytes())
+                self.numbers[id(storage)] = entry[0]
+                (self.late if in_place else self.entries).append(entry)
+                weakref.finalize(storage, self._forget, id(storage), entry).atexit = False
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) not in self.numbers:
-            number = self.numbers[id(storage)] = len(self.entries)
-            self.entries.append((number, storage.nbytes()))
-            weakref.finalize(storage, self._forget, id(storage), storage.nbytes()).atexit = False
+    def _forget(self, identity: int, entry: tuple[int, int]) -> None:
+        del self.numbers[identity]
+        if entry in self.late:
+            self._settle()
+        self.entries.append((entry[0], -entry[1]))
 
-    def _forget(self, identity: int, size: int) -> None:
-        self.entries.append((self.numbers.pop(identity), -size))
+    def _settle(self) -> None:
+        self.entries += self.late
+        self.late = []
 
-    def label(self, kind: str, tensors: Iterable[Any]) -> None:
-        """Say what `tensors`, alive now, are; what nobody labels is an activation."""
+    def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+        """Say what `tensors`, which live now, are; what has no label is an activation."""
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
+            if tensor is not None:
                 self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
     def peak(self) -> Estimate:
         """What lived when the most did."""
         live: Counter[str] = Counter()
-        most: Counter[str] = Counter()
+        most: dict[str, int] = {}
+        total = highest = 0
         for number, size in self.entries:
             live[self.kinds.get(number, "activations")] += size
-            if live.total() > most.total():
-                most = live.copy()
-        return Estimate(most["parameters"], most["gradients"], most["optimizer"], most["activations"])
+            total += size
+            if total > highest:
+                highest, most = total, dict(live)
+        return Estimate(*(most.get(k, 0) for k in ("parameters", "gradients", "optimizer", "activations")))
 
 
-def estimate(options: config.Config) -> Estimate:
-    """The memory of a training step where it takes most; `options.model.vocab_size` must be the final one.
+def trial(options: config.Config) -> Ledger:
+    """The ledger of two training steps as `options` have it; the second finds an optimizer with a state.
 
-    Counts tensors. Not counted are the program itself (torch and CUDA's context: what is taken before a model
-    is made), and what libraries and allocators set aside. Raises ValueError if the device cannot be used.
+    Raises ValueError if the device cannot be used.
     """
     train = options.train
     half = isinstance(device.precision(device.choose(train.device), train.dtype), torch.autocast)
-    # tensors without content play the CPU on every device: what they are asked for is the same
+    # tensors without content say that they are on the CPU, whatever the device: autocast must know one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = optim.AdamW(parameters)
+        optimizer = optim.AdamW(model.parameters())
         ledger.label("parameters", model.parameters())
-        shape = (train.batch_size, options.model.context_length)
-        batch = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-
-        def accumulate() -> None:
-            # as in train.train_step
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                loss = F.cross_entropy(F.widen(model(batch[0])), batch[1], z_loss=train.z_loss) * 1.0
-            loss.backward()
-            ledger.label("gradients", [p.grad for p in parameters])
-
-        def update() -> None:
+        inputs = torch.zeros(train.batch_size, options.model.context_length, dtype=torch.long)
+        targets = torch.zeros_like(inputs)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            # the second batch finds gradients, and those that follow find the same
+            for _ in range(min(train.grad_accumulation_steps, 2)):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):  # from here, as train.train_step
+                    loss = F.cross_entropy(F.widen(model(inputs)), targets, z_loss=train.z_loss) * 1.0
+                loss.backward()
+                ledger.label("gradients", [p.grad for p in model.parameters()])
             optimizer.step()
-            ledger.label("optimizer", [x for s in optimizer.state.values() for x in s.values()])
+            # a list of these with a name would keep them alive
+            ledger.label(
+                "optimizer",
+                (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
+            )
+    ledger._settle()
+    return ledger
 
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        ledger.label("gradients", [p.grad for p in parameters])
-        update()  # from here on the optimizer has its state, as in every step but the first
-        optimizer.zero_grad(set_to_none=True)
-        accumulate()
-        if train.grad_accumulation_steps > 1:
-            accumulate()  # once more, beside the gradients of the first; all others are like this one
-        update()
-    return ledger.peak()
+
+def estimate(options: config.Config) -> Estimate:
+    """The memory at the peak of a training step; `options.model.vocab_size` must be the final one.
+
+    Counts tensors. Not counted is what is taken before there is a model (the program, torch, CUDA's context),
+    and the holes that an allocator leaves between tensors: on Linux the heap of a process on the CPU was
+    measured to be 1.2 to 2 times as large. Raises ValueError if the device cannot be used.
+    """
+    return trial(options).peak()
+
+
+def explain(estimate: Estimate, options: config.Config) -> str:
+    """A line on what takes how much memory, and a line on the options that change it, the strongest first.
+
+    >>> print(explain(Estimate(10**9, 0, 2 * 10**9, 10**8), config.Config()))
+    memory    3.1 GB of tensors at the peak: 1.0 parameters, 2.0 optimizer, 0.1 activations
+              less with a smaller --model.d_model or --model.n_layers, --train.batch_size (more \
+--train.grad_accumulation_steps keep the batch), --model.context_length
+    """
+    unit, name = (10**9, "GB") if estimate.total >= 10**8 else (10**6, "MB")
+    parts = {k: getattr(estimate, k) / unit for k in ("parameters", "gradients", "optimizer", "activations")}
+    shown = ", ".join(f"{size:.1f} {part}" for part, size in parts.items() if size >= 0.05)
+    flags = ["--model.context_length", "--model.d_model or --model.n_layers"]
+    if options.train.batch_size > 1:
+        batch = "--train.batch_size (more --train.grad_accumulation_steps keep the batch)"
+        flags.insert(0, batch)
+    if estimate.parameters + estimate.gradients + estimate.optimizer > estimate.activations:
+        flags.insert(0, flags.pop())
+    less = ", ".join(flags)
+    total = f"{estimate.total / unit:.1f} {name}"
+    return f"memory    {total} of tensors at the peak: {shown}\n          less with a smaller {less}"
 
 
 # --------------------------------------------------------------------------------------------------
-# What there is, and what to say
+# What there is
 
 
-def explain(estimated: Estimate, options: config.Config) -> str:
-    """What a step takes, and the three flags that would make it less, the first being worth most."""
-    kinds = ("parameters", "gradients", "optimizer", "activations")
-    parts = ", ".join(f"{_megabytes(getattr(estimated, kind))} {kind}" for kind in kinds)
-    train, model = options.train, options.model
-    of_text = [
-        f"--train.batch_size (now {train.batch_size}; more --train.grad_accumulation_steps make up for it)",
-        f"--model.context_length (now {model.context_length})",
-    ]
-    of_weights = [f"--model.d_model (now {model.d_model})", f"--model.n_layers (now {model.n_layers})"]
-    is_text = estimated.activations > estimated.total / 2
-    flags = [*of_text, of_weights[1]] if is_text else [*of_weights, of_text[0]]
-    return (
-        f"memory    {_megabytes(estimated.total)} at the peak: {parts};\n"
-        f"          less with a smaller {', '.join(flags[:2])} or {flags[2]}"
-    )
+def available(device: torch.device) -> int | None:
+    """Bytes that this program may still take on `device`; None where nobody says.
+
+    On a CPU the least of what the machine has, what its control groups (containers) allow and what
+    `ulimit -v` leaves; on CUDA what is free, and what torch has set aside without using it.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return None
+    import resource  # which only Unix has
+
+    limits = []
+    if found := re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo"))):
+        limits.append(int(found[1]) * 1024)
+    limits += _left_in_groups(Path("/sys/fs/cgroup"), _read(Path("/proc/self/cgroup")))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        limits.append(limit - int(_read(Path("/proc/self/statm")).split()[0]) * resource.getpagesize())
+    return max(min(limits), 0) if limits else None
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+def _left_in_groups(root: Path, memberships: str) -> list[int]:
+    """What each control group around a process has left, of version 2 or 1, in bytes; files count as free."""
+    names = {
+        "": (root, "memory.max", "memory.current", r"^inactive_file (\d+)"),
+        "memory": (
+            root / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            r"^total_inactive_file (\d+)",
+        ),
+    }
+    left = []
+    for line in memberships.splitlines():
+        _, kinds, path = line.split(":", 2)
+        for kind in names.keys() & set(kinds.split(",")):
+            base, limit, usage, pattern = names[kind]
+            inner = base / path.lstrip("/")
+            for folder in (inner, *inner.parents):
+                most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+                if folder.is_relative_to(base) and most.isdigit() and used.isdigit():
+                    cached = re.search(pattern, _read(folder / "memory.stat"), re.MULTILINE)
+                    left.append(int(most) - int(used) + (int(cached[1]) if cached else 0))
+    return left
+
+
+def _read(path: Path) -> str:
+    """The text of a file, "" if there is none or it may not be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -89,9 +89,10 @@ class Run:
             follower.message(text)
         self._append("log.txt", text)
 
-    def close(self) -> None:
-        for follower in self.followers:
-            follower.close()
+    def close(self, seconds: float | None = None) -> None:
+        """End the writing. Followers that want to finish have `seconds`, or as long as is usual."""
+        while self.followers:
+            self.followers.pop().close(seconds)
         self._held.close()
 
     def checkpoint_path(self, step: int) -> Path:

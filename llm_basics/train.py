@@ -41,6 +41,9 @@ from llm_basics import functional as F
 # steps in a row that may be left out because something was not finite
 MOST_SKIPPED = 10
 
+# what followers have to finish when the run was asked to stop
+HASTE_SECONDS = 2.0
+
 # exit statuses beside 0 and those of signals; 2 is a mistake in what was asked for
 NOT_FINITE, NOT_SAVED, NO_MEMORY = 1, 3, 4
 
@@ -264,6 +267,7 @@ def main(options: config.Config) -> int:
             return 0
         except signals.Stopped as stop:
             print(f"stopped by {stop.name} after step {training.step}; go on with --resume {output.folder}")
+            output.close(seconds=HASTE_SECONDS)
             return stop.status
         except FloatingPointError as error:
             print(f"error: {error}; the weights are as they were after step {training.step}", file=sys.stderr)
