@@ -307,7 +307,7 @@ def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
 
 
 def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Delete all but the `keep` newest and the best, and what killed saves left. Returns what was deleted.
+    """Delete all but the `keep` newest and the best. Returns what was deleted.
 
     The newest that verifies counts as the first: an older one is what it would be needed for otherwise.
     """
@@ -318,11 +318,17 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
     if valid is None:
         return []
     lowest = best(folder)
-    unneeded = [path for path in found[found.index(valid) + keep :] if path != lowest]
-    unneeded += Path(folder).glob(f"{PATTERN}.tmp-*")
+    older = found[found.index(valid) + keep :]
+    unneeded = [path for path in older if path != lowest and not path.is_dir()]
     for path in unneeded:
         path.unlink(missing_ok=True)
     return unneeded
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Delete what saves left that were killed; nobody else may be writing."""
+    for path in Path(folder).glob(f"{PATTERN}.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

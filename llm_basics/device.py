@@ -54,6 +54,18 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """Where the random numbers of a step begin: on the CPU, and on `device` if it is a GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    """Begin there again."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is not enough; on a CPU torch has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

@@ -80,7 +80,7 @@ class Terminal(Follower):
             f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
         )
         if self.progress is None:
-            _print(f"step={values['step']}/{self.total_steps} {numbers}")
+            tell(f"step={values['step']}/{self.total_steps} {numbers}")
         elif "train_loss" in values:
             self.progress.start()
             self.progress.update(self.task, completed=values["step"], numbers=numbers)
@@ -89,7 +89,7 @@ class Terminal(Follower):
 
     def message(self, text: str) -> None:
         if self.progress is None:
-            _print(text)
+            tell(text)
         else:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -187,11 +187,11 @@ class WandbFollower(Follower):
             print(f"warning: wandb stopped following ({reason})", file=sys.stderr)
 
 
-def _print(text: str) -> None:
-    """Print, as long as somebody reads: a closed pipe (`| head`) does not end the run."""
+def tell(text: str) -> None:
+    """Print, as long as somebody reads: a closed pipe (`| head`) or a lost terminal does not end the run."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 

@@ -1,6 +1,8 @@
 """From options to a training run that can take its first step: data, model, directory, checkpoint."""
 
+import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 
 from llm_basics import checkpoint, config, device, followers, memory, prepare, run, session
@@ -13,25 +15,38 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
     """
     given = Path(options.run_dir or "")
     if options.run_dir and not options.resume and given.is_dir() and any(given.iterdir()):
-        raise ValueError(f"--run_dir must be new or empty, got {given}; go on with a run by --resume {given}")
+        advice = f"go on with a run by --resume {given}" if run.checkpoints(given) else "or delete it"
+        raise ValueError(f"--run_dir must be new or empty, got {given}; {advice}")
     if options.resume is not None and not run.checkpoints(options.resume):
-        raise ValueError(f"--resume needs a checkpoint, but {options.resume} has none")
+        raise ValueError(
+            f"--resume needs a checkpoint, but {options.resume} has none; delete it and begin again"
+        )
     device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     training = session.Session(dataclasses.replace(options, model=model), prepared)
     folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))
-    output = run.Run(folder, tolerant=options.train.on_save_error == "warn")
+    try:
+        output = run.Run(folder, tolerant=options.train.on_save_error == "warn")
+        checkpoint.sweep(output.checkpoints)
+    except OSError as error:
+        raise session.SaveError(f"the run {folder} could not be written ({error.strerror})") from None
     try:
         if options.resume is not None:
             go_on(training, output)
         output.followers.append(followers.Terminal(options.train.steps, training.step))
         output.write_config(dataclasses.asdict(training.options))
-        training.tokenizer.save(output.folder / "tokenizer")
+        if options.resume is None:
+            training.tokenizer.save(output.folder / "tokenizer")
         if options.wandb:
             about = dataclasses.asdict(training.options)
             output.followers.append(followers.WandbFollower(output.folder, about))
+    except OSError as error:
+        output.close()
+        raise session.SaveError(
+            f"{error.filename or folder} could not be written ({error.strerror})"
+        ) from None
     except BaseException:
         output.close()
         raise
@@ -39,22 +54,40 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
 
 
 def go_on(training: session.Session, output: run.Run) -> None:
-    """Restore the newest checkpoint that is whole, and say what is not as it was."""
-    found, rejected = checkpoint.newest_valid(output.checkpoints)
-    lines = [f"not used: {reason}" for reason in rejected]
-    if found is None:
-        raise ValueError("--resume needs a whole checkpoint, but none is\n" + "\n".join(lines))
-    differences = training.resume(found)
-    # what is not whole must not count as one of the newest; it is kept for whoever wants to look at it
+    """Restore the newest checkpoint that is whole and of this run, and say what is not as it was."""
+    unused = {}
+    found = None
     for path in checkpoint.files(output.checkpoints):
-        if path.name > found.name:
-            path.rename(path.with_name(path.name + ".damaged"))
+        try:
+            if found is None:
+                differences = training.resume(path)
+                found = path
+            else:
+                checkpoint.verify(path)
+        except ValueError as error:
+            unused[path] = f"not used: {error}"
+    if found is None:
+        raise ValueError("\n".join(["--resume needs a whole checkpoint of this run", *unused.values()]))
+    if training.step > training.options.train.steps:
+        raise ValueError(
+            f"--train.steps must be at least {training.step}, where the run {output.folder} stands"
+        )
+    # what cannot be gone on from must not count as one of the newest, or as the best
+    for path in unused:
+        set_aside(path)
     output.resumed(training.step)
-    lines += [f"different: {difference}" for difference in differences]
     promise = (
         "not to the last bit what it would have been" if differences else "bit for bit as if never stopped"
     )
-    print("\n".join([*lines, f"going on from {found}, {promise}"]))
+    lines = [*unused.values(), *(f"different: {difference}" for difference in differences)]
+    followers.tell("\n".join([*lines, f"going on from {found}, {promise}"]))
+
+
+def set_aside(path: Path) -> None:
+    """Give a file a name that is no checkpoint's, for whoever wants to look at it."""
+    names = (path.with_name(f"{path.name}.unused-{number}") for number in itertools.count(1))
+    with contextlib.suppress(OSError):
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def introduce(training: session.Session, output: run.Run) -> None:

@@ -61,7 +61,8 @@ class Run:
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
-        _write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
+        with self._tolerating(self.folder / "config.json"):
+            _write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
 
     def resumed(self, step: int) -> None:
         """Record that what an earlier attempt measured after `step` is no longer so."""
@@ -100,14 +101,20 @@ class Run:
 
     def _append(self, name: str, line: str) -> None:
         path = self.folder / name
-        try:
-            if name in self._torn and _is_torn(path):
-                line = "\n" + line
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            self._torn.discard(name)
-        except OSError as error:
+        with self._tolerating(path):
+            # what was torn is ended first; should this line be torn, the next one finds it so
+            is_torn = name in self._torn and _is_torn(path)
             self._torn.add(name)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n" * is_torn + line + "\n")
+            self._torn.discard(name)
+
+    @contextlib.contextmanager
+    def _tolerating(self, path: Path) -> Iterator[None]:
+        """Where that was asked for, an error inside is a warning."""
+        try:
+            yield
+        except OSError as error:
             if not self.tolerant:
                 raise
             for follower in self.followers:
@@ -238,5 +245,11 @@ def _is_torn(path: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

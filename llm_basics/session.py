@@ -49,6 +49,13 @@ HARMLESS = {
 }
 
 
+# random state and descriptions in a checkpoint
+REST_BYTES = 32_000
+
+# what a checkpoint of a training run says of it
+KEPT = {"config", "data", "environment", "windows", "looked", "val_loss", "best_loss", "spikes"}
+
+
 class SaveError(Exception):
     """A checkpoint could not be written; the ones before it are as they were."""
 
@@ -172,13 +179,18 @@ class Session:
         except OSError as error:
             raise SaveError(
                 f"the checkpoint of step {self.step} could not be written to {path} ({error.strerror}): "
-                f"it needs {self.checkpoint_bytes():,} bytes, {free_bytes(path.parent):,} are free"
+                f"it needs about {self.checkpoint_bytes():,} bytes, {free_bytes(path.parent):,} are free"
             ) from None
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of the weights as they are."""
+        return self.saved is not None and self.saved[0] == self.step
+
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, and AdamW's two means of each."""
+        """About how large a checkpoint is: the weights, AdamW's two means of each, and some for the rest."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return 3 * weights
+        return 3 * weights + REST_BYTES
 
     def resume(self, path: Path) -> list[str]:
         """Go on from a checkpoint. Returns what is different now, and may change the last bit of the result.
@@ -186,6 +198,10 @@ class Session:
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
         about = checkpoint.verify(path)
+        if missing := KEPT - about.keys():
+            raise ValueError(
+                f"{path} must be of a training run, but does not say {', '.join(sorted(missing))}"
+            )
         now, then = dataclasses.asdict(self.options), about["config"]
         differences = _differences(now["model"], then["model"])
         if differences:
@@ -204,7 +220,8 @@ class Session:
 
 def free_bytes(folder: Path) -> int:
     """How much more the disk of `folder` can hold."""
-    return shutil.disk_usage(folder).free
+    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def opening_line(text: str) -> str:

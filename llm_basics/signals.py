@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, SIGTERM (a scheduler's last call), SIGUSR1 (its early warning).
+"""Being asked to stop: Ctrl-C, SIGTERM (a scheduler's last call), SIGUSR1 (its early warning), SIGHUP.
 
 A signal only sets a flag. Where nothing is half done, `poll` turns it into `Stopped`; so a run ends with a
 checkpoint, and with 128 plus the signal's number as its exit status. A second Ctrl-C ends it at once.
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 
 
 class Stopped(BaseException):
@@ -38,9 +38,13 @@ class _State:
 
 def install() -> dict[int, Any]:
     """Set the handlers, and return those that were there; none in a thread, where Python allows none."""
+    before = {}
     with contextlib.suppress(ValueError):
-        return {number: signal.signal(number, _receive) for number in SIGNALS}
-    return {}
+        for number in SIGNALS:
+            # nohup has a lost terminal ignored, and so it stays
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _receive)
+    return before
 
 
 @contextlib.contextmanager

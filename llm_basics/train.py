@@ -16,6 +16,7 @@ if __name__ == "__main__":
     # threads that wait for each other let go of their core sooner, which beside other programs saves time
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from llm_basics import (
     checkpoint,
     device,
     evaluate,
+    followers,
     launch,
     memory,
     optim,
@@ -130,6 +132,7 @@ def fit(training: session.Session, output: run.Run) -> None:
             if training.step == options.steps:
                 break
             step, batches = training.step + 1, training.next_batches()
+            random_state = device.random_state(training.device)
             try:
                 result = train_step(
                     training.model, training.optimizer, batches, step, options, _judge(training, output)
@@ -137,6 +140,7 @@ def fit(training: session.Session, output: run.Run) -> None:
                 skipped = 0
             except FloatingPointError as error:
                 skipped += 1
+                device.set_random_state(random_state, training.device)
                 result = _leave_out(training, output, error, skipped)
             training.finish_step()
             timed_steps += 1
@@ -155,6 +159,12 @@ def fit(training: session.Session, output: run.Run) -> None:
     except signals.Stopped:
         save(training, output)
         raise
+    except (FloatingPointError, OSError):
+        # the weights are those of the last step; but what began this may be in them, or in the way
+        if all(torch.isfinite(p).all() for p in training.model.parameters()):
+            with contextlib.suppress(session.SaveError, OSError):
+                save(training, output)
+        raise
     save(training, output)
 
 
@@ -165,12 +175,18 @@ def look(training: session.Session, output: run.Run) -> None:
         if _due(step, options.eval_every):
             metrics = training.evaluate(options.eval_batches)
             output.metrics(step, **metrics)
-            is_best = training.is_best(metrics["val_loss"])
+            is_best = _is_best(training, output, metrics["val_loss"])
         if _due(step, options.sample_every):
             output.sample(step, *training.sample())
     training.looked = True
     if is_best or (step < options.steps and _due(step, options.checkpoint_every)):
         save(training, output)
+
+
+def _is_best(training: session.Session, output: run.Run, val_loss: float) -> bool:
+    if not math.isfinite(val_loss):
+        output.say(f"warning: the validation loss after step {training.step} is {val_loss}")
+    return training.is_best(val_loss)
 
 
 def save(training: session.Session, output: run.Run) -> None:
@@ -180,12 +196,16 @@ def save(training: session.Session, output: run.Run) -> None:
         return
     try:
         training.save(output.checkpoint_path(training.step))
-        if options.keep_checkpoints:
-            checkpoint.prune(output.checkpoints, options.keep_checkpoints)
     except session.SaveError as error:
         if options.on_save_error == "stop":
             raise
         output.say(f"warning: {error}; training goes on")
+        return
+    try:
+        if options.keep_checkpoints:
+            checkpoint.prune(output.checkpoints, options.keep_checkpoints)
+    except OSError as error:
+        output.say(f"warning: old checkpoints could not be deleted ({error})")
 
 
 def _judge(training: session.Session, output: run.Run) -> Callable[[float], bool]:
@@ -231,11 +251,16 @@ def conclude(training: session.Session, output: run.Run, steps: int, seconds: fl
     options = training.options.train
     metrics = training.evaluate(10 * options.eval_batches)
     output.metrics(training.step, **metrics)
-    training.is_best(metrics["val_loss"])
+    _is_best(training, output, metrics["val_loss"])
     save(training, output)
     output.sample(training.step, *training.sample())
     entropy = evaluate.unigram_entropy(training.held_out)
-    figure = plot.plot_loss(output.folder, entropy)
+    figure: object = "not drawn"
+    try:
+        figure = plot.plot_loss(output.folder, entropy)
+    except OSError as error:
+        output.say(f"warning: the loss curve could not be written ({error.strerror})")
+    saved = output.checkpoint_path(training.step) if training.is_saved else "not saved"
     output.say(
         f"\n{steps} steps in {seconds:.0f} s\n"
         f"validation loss   {metrics['val_loss']:.3f} nats per token "
@@ -244,7 +269,7 @@ def conclude(training: session.Session, output: run.Run, steps: int, seconds: fl
         f"bits per byte     {metrics['bits_per_byte']:.3f}\n"
         f"accuracy          {metrics['accuracy']:.1%} of next tokens\n"
         f"loss curve        {figure}\n"
-        f"checkpoint        {output.checkpoint_path(training.step)}\n"
+        f"checkpoint        {saved}\n"
         f"let it write      uv run python -m llm_basics.generate {output.folder}"
     )
 
@@ -257,16 +282,20 @@ def main(options: config.Config) -> int:
             with command_line.exit_on_mistake(), signals.anywhere():
                 training, output = launch.start(options)
         except signals.Stopped as stop:
-            print(f"stopped by {stop.name} before the first step")
+            followers.tell(f"stopped by {stop.name} before the first step")
             return stop.status
+        except session.SaveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_SAVED
         first_step = training.step
         try:
             launch.introduce(training, output)
             fit(training, output)
             conclude(training, output, training.step - first_step, clock.total())
-            return 0
+            return 0 if training.is_saved else NOT_SAVED
         except signals.Stopped as stop:
-            print(f"stopped by {stop.name} after step {training.step}; go on with --resume {output.folder}")
+            advice = f"go on with --resume {output.folder}"
+            followers.tell(f"stopped by {stop.name} after step {training.step}; {advice}")
             output.close(seconds=HASTE_SECONDS)
             return stop.status
         except FloatingPointError as error:

@@ -264,10 +264,15 @@ def test_a_checkpoint_that_is_not_there_is_an_error(folder, which, said):
 
 
 def test_the_newest_and_the_best_are_kept(folder):
-    (folder / "checkpoints" / "step_00000003.safetensors.tmp-99").touch()
+    (folder / "checkpoints" / "step_00000000.safetensors").mkdir()
     checkpoint.prune(folder / "checkpoints", 2)
-    assert steps_in(folder) == [6, 5, 2]
-    assert not list((folder / "checkpoints").glob("*.tmp*"))
+    assert steps_in(folder) == [6, 5, 2, 0]
+
+
+def test_what_killed_saves_left_is_swept(folder):
+    (folder / "checkpoints" / "step_00000003.safetensors.tmp-99").touch()
+    checkpoint.sweep(folder / "checkpoints")
+    assert not list((folder / "checkpoints").glob("*.tmp*")) and len(steps_in(folder)) == 6
 
 
 def test_a_damaged_one_does_not_count_as_kept(folder):

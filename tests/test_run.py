@@ -86,6 +86,22 @@ def test_a_log_that_cannot_be_written_is_a_warning_where_that_is_asked_for(tmp_p
         output.say("lost")
 
 
+def test_a_line_torn_by_a_full_disk_is_ended_by_the_next(tmp_path, monkeypatch):
+    output = run.Run(tmp_path, tolerant=True)
+    output.metrics(1, train_loss=2.0)
+
+    def full(path, mode, **options):
+        with open(path, mode, **options) as file:
+            file.write('{"step": 2, "tr')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "open", full, raising=False)
+        output.metrics(2, train_loss=1.0)
+    output.metrics(3, train_loss=0.5)
+    assert [m["step"] for m in run.read_metrics(tmp_path)] == [1, 3]
+
+
 def test_newest_folder_is_the_last_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="train one first"):

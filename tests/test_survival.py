@@ -177,14 +177,14 @@ PHASES = [
     "flush",
 ]
 PHASES += ["prune", "conclusion"]
-STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @count(2 * len(PHASES), 4 * len(PHASES))
 def test_a_signal_in_any_phase_saves_and_says_why(trainers, undisturbed, tmp_path, n_trials):
     chance, expected = random.Random(n_trials), learned(undisturbed)
     for trial in range(n_trials):
-        phase, number, folder = PHASES[trial % len(PHASES)], STOPS[trial % 3], tmp_path / str(trial)
+        phase, number, folder = PHASES[trial % len(PHASES)], STOPS[trial % 4], tmp_path / str(trial)
         once = phase in ("startup", "conclusion")
         plan = {"phase": phase, "at": 1 if once else chance.randint(1, 2), "signal": number}
         status = trainers.train(folder, **plan)
@@ -316,8 +316,24 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_why(trainers, und
         file.truncate(1000)
     assert trainers.resume(folder) == 0
     assert "not used" in trainers.said and "going on from" in trainers.said
-    assert (folder / "checkpoints" / "step_00000006.safetensors.damaged").exists()
+    assert (folder / "checkpoints" / "step_00000006.safetensors.unused-1").exists()
     assert learned(folder) == learned(undisturbed)
+
+
+def test_what_an_attempt_measured_beyond_its_last_checkpoint_is_not_read_after_a_resume(trainers, tmp_path):
+    folder, seldom = tmp_path / "run", {"train.checkpoint_every": 5, "train.eval_every": 20}
+    assert trainers.train(folder, seldom, phase="step", at=9, signal=signal.SIGKILL) == -signal.SIGKILL
+    assert max(entry["step"] for entry in run.read_metrics(folder)) == 8
+    assert trainers.resume(folder, phase="step", at=1, signal=signal.SIGTERM) == 143
+    read = run.read_metrics(folder)
+    assert [(entry["step"], entry["attempt"]) for entry in read] == [*((s, 1) for s in range(1, 6)), (6, 2)]
+
+
+def test_fewer_steps_than_were_made_are_refused(trainers, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert trainers.resume(tmp_path / "run", "--train.steps=5") == 2
+    assert "--train.steps must be at least 10" in trainers.said
+    assert trainers.resume(tmp_path / "run", "--train.steps=12") == 0
 
 
 def test_the_newest_and_the_best_are_kept(undisturbed):
@@ -341,11 +357,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainer
     for trial in range(n_trials):
         folder = tmp_path / str(trial)
         shutil.copytree(begun, folder)
-        warns = trial % 2
+        warns = bool(trial % 2)
         room = chance.randrange(8000, size)
         choice = f"--train.on_save_error={'warn' if warns else 'stop'}"
         status = trainers.resume(folder, choice, file_bytes=room)
-        assert status == (0 if warns else 3), (room, trainers.said)
+        assert status == 3 and ("step=10/10" in trainers.said) == warns, (room, trainers.said)
         assert "could not be written" in trainers.said and "File too large" in trainers.said
         assert "bytes, " in trainers.said and "are free" in trainers.said and "Traceback" not in trainers.said
         found, rejected = checkpoint.newest_valid(folder / run.CHECKPOINTS)
@@ -467,6 +483,57 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
     tensors, about = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])
     assert about["optimizer"]["state"]["0"]["step"] == STEPS - 1
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkeypatch):
+    monkeypatch.setattr(train, "MOST_SKIPPED", 1)
+    skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
+    step = train.train_step
+    for bad, status in (({2, 4, 6}, 0), ({2, 3}, train.NOT_FINITE)):
+
+        def sometimes(
+            model: Any, optimizer: Any, batches: Any, number: int, *rest: Any, bad: Any = bad
+        ) -> Any:
+            if number in bad:
+                raise FloatingPointError(f"step {number}")
+            return step(model, optimizer, batches, number, *rest)
+
+        monkeypatch.setattr(train, "train_step", sometimes)
+        folder = f"{options.run_dir}-{len(bad)}"
+        assert train.main(dataclasses.replace(skipping, run_dir=folder)) == status
+
+
+def test_what_was_learned_is_saved_before_an_error_ends_the_run(options, monkeypatch, capsys):
+    seldom = dataclasses.replace(options.train, checkpoint_every=0, eval_every=100)
+    with monkeypatch.context() as patch:
+        inject(patch, "loss", float("nan"), 6)
+        assert train.main(dataclasses.replace(options, train=seldom)) == train.NOT_FINITE
+    assert checkpoint.verify(run.checkpoints(options.run_dir)[0])["step"] == 5
+    # and can be gone on with as if nothing had been tried
+    whole = str(Path(options.run_dir).with_name("whole"))
+    assert train.main(dataclasses.replace(options, train=seldom, run_dir=whole)) == 0
+    assert train.main(command_line.train_options(["--resume", str(options.run_dir)])) == 0
+    assert weights_of(options.run_dir) == weights_of(whole)
+
+
+def weights_of(folder: Any) -> str:
+    tensors = checkpoint.read_checkpoint(run.checkpoints(folder)[0])[0]
+    return repr([(name, t.tolist()) for name, t in sorted(tensors.items()) if not name.startswith("rng")])
+
+
+def test_what_was_seen_before_a_resume_is_known_after_it(options):
+    many = dataclasses.replace(options.train, steps=40, eval_every=7, checkpoint_every=0)
+    assert train.main(dataclasses.replace(options, train=many)) == 0
+    about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
+    resumed = command_line.train_options(["--resume", str(options.run_dir)])
+    training, output = train.launch.start(resumed)
+    output.close()
+    assert training.spikes.state() == about["spikes"] and len(about["spikes"]["losses"]) == 40
+    assert (
+        training.best_loss
+        == about["best_loss"]
+        == min(m["val_loss"] for m in run.read_metrics(options.run_dir) if "val_loss" in m)
+    )
 
 
 def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, capsys):
