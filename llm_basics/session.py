@@ -5,12 +5,12 @@ import math
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_basics import (
     checkpoint,
@@ -96,6 +96,9 @@ class Session:
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
+        # the same weights under the same names; evaluation and samples, of other shapes, do without
+        compiled = torch.compile(self.model) if train.compile else self.model
+        self.trained = cast(nn.Module, compiled)
         self.optimizer = make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
@@ -215,6 +218,10 @@ class Session:
         self.spikes.load(about["spikes"])
         settings = _differences(_flat(now), _flat(then))
         settings = [line for line in settings if line.split(" ")[0] not in HARMLESS]
+        if self.options.train.compile and not self.options.deterministic and torch.get_num_threads() > 1:
+            settings.append(
+                "each run: compiled code on several threads adds up in any order (see --deterministic)"
+            )
         return settings + _differences(device.describe(self.device), about["environment"])
 
 

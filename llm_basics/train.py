@@ -135,7 +135,7 @@ def fit(training: session.Session, output: run.Run) -> None:
             random_state = device.random_state(training.device)
             try:
                 result = train_step(
-                    training.model, training.optimizer, batches, step, options, _judge(training, output)
+                    training.trained, training.optimizer, batches, step, options, _judge(training, output)
                 )
                 skipped = 0
             except FloatingPointError as error:

@@ -66,7 +66,8 @@ class Trainers:
         options = SETTINGS | (settings or {})
         arguments = [f"--data={self.home / 'text.txt'}", "--tokenizer=bytes", "--fast=off"]
         arguments += [f"--data_dir={self.home / 'data'}", f"--run_dir={folder}"]
-        return self.start([*arguments, *(f"--{name}={value}" for name, value in options.items())], **plan)
+        flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+        return self.start([*arguments, *flags], **plan)
 
     def resume(self, folder: Path, *arguments: str, **plan: Any) -> int:
         """Go on with a run. Returns the exit status."""
@@ -244,6 +245,24 @@ def test_resumed_once_twice_or_five_times_is_the_same_to_the_last_bit(
             before = stop
         assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
         assert learned(folder) == expected, stops
+
+
+@pytest.mark.slow
+def test_compiled_is_resumed_to_the_last_bit_too(trainers, tmp_path):
+    settings = {"train.compile": True, "train.eval_every": 100, "train.checkpoint_every": 100}
+    assert trainers.train(tmp_path / "whole", settings) == 0, trainers.said
+    assert {"model", "optimizer", "rng"} == {
+        name.split(".")[0] for name in checkpoint.read_checkpoint(run.checkpoints(tmp_path / "whole")[0])[0]
+    }
+    for stops in ([3], [2, 5]):
+        folder, before = tmp_path / "-".join(map(str, stops)), 0
+        for stop in stops:
+            plan = {"phase": "step", "at": stop - before, "signal": signal.SIGTERM}
+            status = trainers.resume(folder, **plan) if before else trainers.train(folder, settings, **plan)
+            assert status == 143, trainers.said
+            before = stop
+        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
+        assert learned(folder) == learned(tmp_path / "whole"), stops
 
 
 def test_what_is_different_after_a_resume_is_said(trainers, tmp_path):
@@ -534,6 +553,18 @@ def test_what_was_seen_before_a_resume_is_known_after_it(options):
         == about["best_loss"]
         == min(m["val_loss"] for m in run.read_metrics(options.run_dir) if "val_loss" in m)
     )
+
+
+def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, monkeypatch, capsys):
+    assert train.main(options) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
+        try:
+            arguments = ["--resume", str(options.run_dir), "--train.compile", flag]
+            train.launch.start(command_line.train_options(arguments))[1].close()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert ("adds up in any order" in capsys.readouterr().out) == said
 
 
 def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, capsys):
