@@ -11,7 +11,7 @@ from llm_basics import checkpoint, config, device, followers, memory, prepare, r
 def start(options: config.Config) -> tuple[session.Session, run.Run]:
     """Check and make everything that a run needs, and only then its directory.
 
-    Raises ValueError or OSError for what cannot be done.
+    Raises ValueError or OSError for what cannot be done, session.SaveError if the directory is not writable.
     """
     given = Path(options.run_dir or "")
     if options.run_dir and not options.resume and given.is_dir() and any(given.iterdir()):

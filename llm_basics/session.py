@@ -34,20 +34,11 @@ Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # settings that change nothing about what is learned
 HARMLESS = {
-    *(
-        "config",
-        "run_dir",
-        "resume",
-        "wandb",
-        "data_dir",
-        "train.log_every",
-        "train.eval_every",
-        "train.eval_batches",
-    ),
-    *("train.sample_every", "train.sample_tokens", "train.sample_prompt", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.on_save_error", "train.on_nonfinite"),
+    *("config", "run_dir", "resume", "wandb", "data_dir"),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
+    *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
+    *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
 }
-
 
 # random state and descriptions in a checkpoint
 REST_BYTES = 32_000

@@ -227,7 +227,9 @@ def _in_colors(chosen: tokenizer.Tokenizer, ids: Sequence[int]) -> text.Text:
     for number, id in enumerate(ids):
         if number and not sys.stdout.isatty():
             line.append("|")
-        line.append(show(chosen.vocab[id]).strip("'\""), style=COLORS[number % len(COLORS)])
+        shown = show(chosen.vocab[id])
+        bare = shown[1:-1] if shown[0] in "'\"" else shown
+        line.append(bare, style=COLORS[number % len(COLORS)])
     return line
 
 

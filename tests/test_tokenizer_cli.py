@@ -80,6 +80,12 @@ def test_inspect_shows_tokens_and_each_merge(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("text", ["it's", "''", 'say "\'" it', "'<"])
+def test_quotes_are_shown(text, capsys):
+    tokenizer_cli.main(["inspect", text, "--tokenizer", "bytes"])
+    assert capsys.readouterr().out.splitlines()[0] == "|".join(text)
+
+
 def test_on_a_terminal_tokens_have_colors(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
