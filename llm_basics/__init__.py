@@ -8,6 +8,7 @@ Read it in this order; a file imports only from the floors below it.
                 corpus.py         where texts are found, how they are split
                 shards.py         token files on disk
                 data.py           token files -> batches
+                theirs.py         a file of somebody's own: which pieces it has, whether they fit
                 config.py         every option, its default and its meaning; presets in configs/
                 device.py         where to compute, and how precisely
                 signals.py        being asked to stop
@@ -23,7 +24,7 @@ Read it in this order; a file imports only from the floors below it.
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
     fast        fast/             twins of bpe and tokenizer in machine code, with a map of their own
-    floor 4     swap.py           whose pieces are in use: the reference, or its twins
+    floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
@@ -31,7 +32,8 @@ Read it in this order; a file imports only from the floors below it.
     floor 6     session.py        a training run as it stands
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
-    floor 7     launch.py         from options to a run that can take its first step
+    floor 7     update.py         one step of training
+                launch.py         from options to a run that can take its first step
     floor 8     train.py          all of it together
 """
 

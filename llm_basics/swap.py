@@ -1,7 +1,8 @@
-"""The seam: whose pieces are in use, the reference or its fast twins.
+"""The seam: whose pieces are in use, the reference, its fast twins, or yours.
 
 Every call goes through a module's attribute, so to replace a piece is to set that attribute. A twin has the
-name and the signature of its reference, and the same results.
+name and the signature of its reference, and the same results; a piece of yours has the name and the
+signature, and is what the tests are for. Yours goes before any twin.
 
     >>> with using("fast", say=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -12,46 +13,168 @@ name and the signature of its reference, and the same results.
 
 import contextlib
 import importlib
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from llm_basics import bpe, tokenizer
+from llm_basics import bpe, theirs, tokenizer
 
 # where the twins of a module are
 TWINS = {bpe: "llm_basics.fast.bpe", tokenizer: "llm_basics.fast.tokenizer"}
 
+# what somebody can write in a file of their own, by the module that calls it
+PIECES = {
+    "functional": "linear embedding softmax log_softmax silu gelu relu2 swiglu dropout rms_norm layer_norm "
+    "rope_tables apply_rope causal_mask scaled_dot_product_attention cross_entropy linear_cross_entropy",
+    "layers": "Linear Embedding Dropout RMSNorm LayerNorm SwiGLU MLP RotaryEmbedding MultiHeadSelfAttention",
+    "model": "TransformerBlock TransformerLM",
+    "optim": "cosine_schedule clip_grad_norm_ adamw_update AdamW",
+    "bpe": "pretokenize count_pretokens learn_merges train_bpe",
+    "tokenizer": "Tokenizer",
+    "data": "get_batch",
+    "evaluate": "evaluate",
+    "generate": "next_token_probabilities generate",
+    "session": "make_optimizer",
+    "update": "train_step",
+}
+HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 
-def use(what: str, say: Callable[[str], None] = print) -> None:
-    """Put the fast twins in the place of the reference pieces, until the program ends."""
-    if what != "fast":
-        raise ValueError(f"what to use must be fast, got {what!r}")
-    machine = importlib.import_module("llm_basics.fast.machine")
-    if not machine.used_before():
-        say("compiling the fast tokenizer, which takes about 10 s and is done once (--fast off does without)")
-    for module, name, twin in _twins():
-        # a piece that somebody else has put there wins
-        if getattr(module, name).__module__ == module.__name__:
-            setattr(module, name, twin)
+# the reference's own pieces, kept from the moment they were first replaced
+_REFERENCE: dict[str, Any] = {}
+
+
+def use(what: str | Path, say: Callable[[str], None] = print) -> None:
+    """Put the fast twins, or the pieces of a Python file, in their places, until the program ends.
+
+    Raises ValueError, with nothing replaced, for a file that cannot be run or has a piece that does not fit.
+    """
+    if str(what) == "fast":
+        _use_twins(say)
+        return
+    if not str(what).endswith(".py"):
+        raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
+    for piece, own in load(what, say).items():
+        put(piece, own)
+
+
+def load(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The pieces of a Python file, fit to be put in place: `functional.softmax` -> the function.
+
+    While the file is run, the reference's versions of what it defines are not there to be had.
+    """
+    defined = {name: f"{HOMES[name]}.{name}" for name in theirs.names(path) if name in HOMES}
+    references = {piece: reference(piece) for piece in defined.values()}
+    with replaced({piece: theirs.withheld(piece, path) for piece in references}):
+        module = theirs.run(path)
+    found = {}
+    for name, piece in defined.items():
+        own = getattr(module, name)
+        if theirs.is_written_in(module, own, path):
+            found[piece] = theirs.fit(name, own, references[piece], path)
+        else:
+            say(f"{name} of {path} comes from {own.__module__}: not used, since it was not written there")
+    if not found:
+        raise ValueError(f"{path} must define a piece (such as softmax or RMSNorm), but has none")
+    return found
+
+
+def reference(piece: str) -> Any:
+    """The reference's own version of `functional.softmax`, whatever is in its place."""
+    home, name = piece.split(".")
+    return _REFERENCE.get(piece) or getattr(_modules(home)[0], name)
+
+
+def put(piece: str, replacement: Any) -> None:
+    """Set a piece in the module that calls it."""
+    home, name = piece.split(".")
+    _REFERENCE.setdefault(piece, reference(piece))
+    for module in _modules(home):
+        setattr(module, name, replacement)
 
 
 @contextlib.contextmanager
-def using(what: str, say: Callable[[str], None] = print) -> Iterator[None]:
-    """`use` for the length of a block."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in _twins()]
-    use(what, say)
+def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
+    """`put` all of `pieces` for the length of a block."""
+    before = {piece: getattr(_modules(piece.split(".")[0])[0], piece.split(".")[1]) for piece in pieces}
+    for piece, replacement in pieces.items():
+        put(piece, replacement)
     try:
         yield
     finally:
-        for module, name, piece in before:
-            setattr(module, name, piece)
+        for piece, earlier in before.items():
+            put(piece, earlier)
+
+
+def the_reference_alone() -> contextlib.AbstractContextManager[None]:
+    """All pieces as they were before any was replaced, for the length of a block."""
+    return replaced(dict(_REFERENCE))
+
+
+@contextlib.contextmanager
+def using(what: str | Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """`use` for the length of a block."""
+    now = {piece: getattr(_modules(piece.split(".")[0])[0], piece.split(".")[1]) for piece in _all_pieces()}
+    with replaced(now):
+        use(what, say)
+        yield
 
 
 def origins() -> dict[str, str]:
-    """For each piece that has a twin, the module whose version is in use."""
+    """For each piece in modules that are loaded, the module or the file whose version is in use."""
     return {
-        f"{module.__name__.removeprefix('llm_basics.')}.{name}": getattr(module, name).__module__
-        for module, name, _ in _twins()
+        f"{home}.{name}": theirs.origin(getattr(_modules(home)[0], name))
+        for home, names in PIECES.items()
+        if f"llm_basics.{home}" in sys.modules
+        for name in names.split()
     }
+
+
+def yours() -> dict[str, str]:
+    """The pieces in use that are from somebody's file, and which file that is."""
+    return {piece: origin for piece, origin in origins().items() if not origin.startswith("llm_basics.")}
+
+
+def explain() -> str:
+    """Whose pieces are in use, as a line: those of files by name."""
+    files: dict[str, list[str]] = {}
+    for piece, origin in yours().items():
+        files.setdefault(origin, []).append(piece.split(".")[1])
+    told = [f"{', '.join(names)} from {origin}" for origin, names in files.items()]
+    return "; ".join([*told, "the others are the reference's"]) if told else "all are the reference's"
+
+
+def _modules(home: str) -> list[types.ModuleType]:
+    """The module of that name; and the program that runs, if it is that one under the name `__main__`."""
+    path = f"llm_basics.{home}"
+    main = sys.modules["__main__"]
+    runs_as_main = getattr(getattr(main, "__spec__", None), "name", None) == path
+    return [importlib.import_module(path), *([main] if runs_as_main else [])]
+
+
+def _all_pieces() -> list[str]:
+    """Those that can have been replaced: of the modules that are loaded, and all that have twins."""
+    return sorted({*origins(), *(f"{_home(module)}.{name}" for module, name, _ in _twins())})
+
+
+# --------------------------------------------------------------------------------------------------
+# Fast twins
+
+
+def _use_twins(say: Callable[[str], None]) -> None:
+    machine = importlib.import_module("llm_basics.fast.machine")
+    if not machine.used_before():
+        say("compiling the fast tokenizer, which takes about 10 s and is done once (--fast off does without)")
+    own = set(yours())
+    for module, name, twin in _twins():
+        piece = f"{_home(module)}.{name}"
+        bypassed = own & _needs(piece)
+        if bypassed - {piece}:
+            say(f"the fast twin of {name} is not used: it would go past your {', '.join(sorted(bypassed))}")
+        # a piece that somebody else has put there wins
+        elif getattr(module, name).__module__ == module.__name__:
+            put(piece, twin)
 
 
 def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
@@ -65,3 +188,17 @@ def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
                 and hasattr(module, name)
             ):
                 yield module, name, twin
+
+
+def _home(module: types.ModuleType) -> str:
+    return module.__name__.removeprefix("llm_basics.")
+
+
+def _needs(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The pieces that the reference of `piece` calls, and those that they call; itself included."""
+    mentioned = theirs.mentioned(reference(piece))
+    names = {name for name in mentioned if name in HOMES and f"{HOMES[name]}.{name}" not in seen | {piece}}
+    needed = {piece}
+    for name in names:
+        needed |= _needs(f"{HOMES[name]}.{name}", seen | {piece} | needed)
+    return needed

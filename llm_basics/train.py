@@ -18,12 +18,9 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from llm_basics import (
     checkpoint,
@@ -32,13 +29,11 @@ from llm_basics import (
     followers,
     launch,
     memory,
-    optim,
     plot,
     run,
     session,
-    watch,
+    update,
 )
-from llm_basics import functional as F
 
 # steps in a row that may be left out because something was not finite
 MOST_SKIPPED = 10
@@ -48,66 +43,6 @@ HASTE_SECONDS = 2.0
 
 # exit statuses beside 0 and those of signals; 2 is a mistake in what was asked for
 NOT_FINITE, NOT_SAVED, NO_MEMORY = 1, 3, 4
-
-# --------------------------------------------------------------------------------------------------
-# One step
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step measured: the loss before the update, the norm of the gradient before clipping, and
-    whether there was an update."""
-
-    train_loss: Float[Tensor, ""]
-    grad_norm: Float[Tensor, ""]
-    lr: float
-    updated: bool = True
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[session.Batch],
-    step: int,
-    options: config.TrainConfig,
-    accepts: Callable[[float], bool] = lambda loss: True,
-) -> StepResult:
-    """Update the weights once, on the mean loss over all targets of all `batches`; `step` counts from 1.
-
-    A step whose loss `accepts` refuses leaves the weights as they were. Raises FloatingPointError, with the
-    weights unchanged, where loss or gradient is not finite.
-    """
-    lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    n_targets = sum(targets.numel() for _, targets in batches)
-
-    def loss_of(batch: session.Batch) -> Float[Tensor, ""]:
-        inputs, targets = batch
-        # a batch counts by its targets: a mean of means would favor those of a smaller batch
-        share = targets.numel() / n_targets
-        with device.precision(inputs.device, options.dtype):
-            return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=options.z_loss) * share
-
-    train_loss = torch.zeros((), device=batches[0][0].device)
-    for batch in batches:
-        loss = loss_of(batch)
-        loss.backward()
-        train_loss += loss.detach()
-    try:
-        grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm, error_if_nonfinite=True)
-        reason = "" if torch.isfinite(train_loss) else "the gradient is finite"
-    except RuntimeError as error:
-        reason = str(error)
-    if reason:
-        origin = watch.find_nonfinite(model, lambda: torch.stack([loss_of(batch) for batch in batches]))
-        raise FloatingPointError(f"step {step}: loss {train_loss.item():g}, lr {lr:g}, {reason}; {origin}")
-    updated = accepts(train_loss.item())
-    if updated:
-        optimizer.step()
-    return StepResult(train_loss, grad_norm, lr, updated)
-
 
 # --------------------------------------------------------------------------------------------------
 # All steps
@@ -134,7 +69,7 @@ def fit(training: session.Session, output: run.Run) -> None:
             step, batches = training.step + 1, training.next_batches()
             random_state = device.random_state(training.device)
             try:
-                result = train_step(
+                result = update.train_step(
                     training.trained, training.optimizer, batches, step, options, _judge(training, output)
                 )
                 skipped = 0
@@ -227,7 +162,7 @@ def _judge(training: session.Session, output: run.Run) -> Callable[[float], bool
 
 def _leave_out(
     training: session.Session, output: run.Run, error: FloatingPointError, in_a_row: int
-) -> StepResult:
+) -> update.StepResult:
     """What a step was that is left out for `error`, where the options allow that; else raises it."""
     if training.options.train.on_nonfinite == "stop":
         raise error
@@ -235,7 +170,7 @@ def _leave_out(
         raise FloatingPointError(f"{error}; to leave out steps does not help, {in_a_row} in a row were")
     output.say(f"warning: {error}; the step is left out")
     nan = torch.full((), math.nan)
-    return StepResult(nan, nan, training.optimizer.param_groups[0]["lr"], updated=False)
+    return update.StepResult(nan, nan, training.optimizer.param_groups[0]["lr"], updated=False)
 
 
 def _due(step: int, every: int) -> bool:

@@ -15,7 +15,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llm_basics import bpe, checkpoint, config, data, generate, layers, model, optim, tokenizer
+from llm_basics import (
+    bpe,
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    generate,
+    layers,
+    model,
+    optim,
+    session,
+    tokenizer,
+    update,
+)
 from llm_basics import functional as F
 
 
@@ -129,6 +142,14 @@ def run_scaled_dot_product_attention(
     return F.scaled_dot_product_attention(Q, K, V, mask)
 
 
+def run_causal_attention(
+    Q: Float[Tensor, "... queries d_k"],
+    K: Float[Tensor, "... keys d_k"],
+    V: Float[Tensor, "... keys d_v"],
+) -> Float[Tensor, "... queries d_v"]:
+    return F.scaled_dot_product_attention(Q, K, V, is_causal=True)
+
+
 def run_multihead_self_attention(
     d_model: int,
     num_heads: int,
@@ -161,6 +182,43 @@ def run_multihead_self_attention_with_rope(
     layer = layers.MultiHeadSelfAttention(d_model, num_heads, rope=rope, **kind)
     weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
     return call_with(layer, weights, in_features, token_positions)
+
+
+def run_grouped_query_attention(
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    q_proj_weight: Float[Tensor, "d_model d_in"],
+    k_proj_weight: Float[Tensor, "d_kv d_in"],
+    v_proj_weight: Float[Tensor, "d_kv d_in"],
+    o_proj_weight: Float[Tensor, "d_in d_model"],
+    in_features: Float[Tensor, "... seq d_in"],
+) -> Float[Tensor, "... seq d_model"]:
+    kind = {"device": q_proj_weight.device, "dtype": q_proj_weight.dtype}
+    layer = layers.MultiHeadSelfAttention(d_model, num_heads, num_kv_heads, **kind)
+    weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
+    return call_with(layer, weights, in_features)
+
+
+def run_cached_attention(
+    d_model: int,
+    num_heads: int,
+    max_seq_len: int,
+    theta: float,
+    q_proj_weight: Float[Tensor, "d_model d_in"],
+    k_proj_weight: Float[Tensor, "d_model d_in"],
+    v_proj_weight: Float[Tensor, "d_model d_in"],
+    o_proj_weight: Float[Tensor, "d_in d_model"],
+    chunks: list[Float[Tensor, "batch _ d_in"]],
+) -> Float[Tensor, "batch seq d_model"]:
+    """Rotary attention that is given a text in pieces, and keeps the keys and values of the earlier ones."""
+    d_head = d_model // num_heads
+    rope = layers.RotaryEmbedding(d_head, max_seq_len, theta)
+    layer = layers.MultiHeadSelfAttention(d_model, num_heads, rope=rope)
+    weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
+    layer.load_state_dict(weights)
+    cache = layers.KVCache(chunks[0].shape[0], num_heads, max_seq_len, d_head)
+    return torch.cat([layer(chunk, cache=cache) for chunk in chunks], dim=1)
 
 
 def attention_weights(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> dict[str, Tensor]:
@@ -204,6 +262,39 @@ def run_transformer_lm(
     return call_with(model.TransformerLM(settings, **kind), weights, in_indices)
 
 
+def get_linear(d_in: int, d_out: int) -> nn.Module:
+    """With the weights that it starts with; so are the next ones."""
+    return layers.Linear(d_in, d_out)
+
+
+def get_embedding(vocab_size: int, d_model: int) -> nn.Module:
+    return layers.Embedding(vocab_size, d_model)
+
+
+def get_transformer_lm(
+    vocab_size: int,
+    context_length: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    d_ff: int,
+    rope_theta: float,
+    **choices: Any,
+) -> nn.Module:
+    """`choices` are further fields of the model's config, such as position="learned"."""
+    settings = config.ModelConfig(
+        vocab_size,
+        context_length,
+        d_model,
+        num_layers,
+        num_heads,
+        d_ff=d_ff,
+        rope_theta=rope_theta,
+        **choices,
+    )
+    return model.TransformerLM(settings)
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
 
@@ -236,6 +327,31 @@ def get_adamw_cls() -> type[torch.optim.Optimizer]:
     return optim.AdamW
 
 
+def get_optimizer(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """AdamW over a model's parameters, in groups; `options` are fields of the training config."""
+    return session.make_optimizer(model, config.TrainConfig(**options))
+
+
+def run_train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]],
+    it: int,
+    **options: Any,
+) -> dict[str, float]:
+    """One step on all batches together; `it` counts from 1, `options` are fields of the training config."""
+    result = update.train_step(model, optimizer, batches, it, config.TrainConfig(**options))
+    return {"train_loss": float(result.train_loss), "grad_norm": float(result.grad_norm), "lr": result.lr}
+
+
+def run_evaluate(
+    model: nn.Module,
+    batches: list[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]],
+    token_bytes: Float[Tensor, " vocab"],
+) -> dict[str, float]:
+    return evaluate.evaluate(model, batches, token_bytes)
+
+
 def run_get_lr_cosine_schedule(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:
@@ -250,6 +366,10 @@ def get_tokenizer(
     vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]], special_tokens: list[str] | None = None
 ) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer(vocab, merges, special_tokens)
+
+
+def run_pretokenize(text: str, special_tokens: list[str]) -> list[str]:
+    return list(bpe.pretokenize(text, special_tokens))
 
 
 def run_train_bpe(
@@ -286,6 +406,15 @@ def run_load_checkpoint(
 
 # --------------------------------------------------------------------------------------------------
 # Generation
+
+
+def run_next_token_probabilities(
+    logits: Float[Tensor, "... vocab"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Tensor, "... vocab"]:
+    return generate.next_token_probabilities(logits, temperature, top_k, top_p)
 
 
 def run_generate(

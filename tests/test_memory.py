@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import profiler
 
-from llm_basics import config, memory, model, session, train
+from llm_basics import config, memory, model, session, update
 
 SMALL = {"vocab_size": 300, "context_length": 32, "d_model": 64, "n_layers": 2, "n_heads": 4}
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True, "tie_embeddings": True}
@@ -36,7 +36,7 @@ def train_steps(options, steps):
             tuple(torch.randint(shape.vocab_size, (settings.batch_size, shape.context_length)).chunk(1) * 2)
             for _ in range(settings.grad_accumulation_steps)
         ]
-        train.train_step(network, optimizer, batches, step, settings)
+        update.train_step(network, optimizer, batches, step, settings)
 
 
 # --------------------------------------------------------------------------------------------------

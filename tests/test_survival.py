@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_basics import checkpoint, command_line, config, optim, run, session, signals, train
+from llm_basics import checkpoint, command_line, config, optim, run, session, signals, train, update
 
 TESTS = Path(__file__).parent
 STEPS = 10
@@ -423,7 +423,7 @@ def options(trainers: Trainers, tmp_path: Path) -> config.Config:
 
 def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) -> None:
     """Let a value that is not finite come up in step number `at`."""
-    next_batches, step = session.Session.next_batches, train.train_step
+    next_batches, step = session.Session.next_batches, update.train_step
 
     def batches(training: session.Session) -> Any:
         ffn = training.model.layers[0].ffn
@@ -446,7 +446,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) ->
         return step(model, optimizer, batches, number, *rest)
 
     monkeypatch.setattr(session.Session, "next_batches", batches)
-    monkeypatch.setattr(train, "train_step", stepped)
+    monkeypatch.setattr(update, "train_step", stepped)
 
 
 NAMED = {
@@ -464,8 +464,8 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
     options, monkeypatch, capsys, kind, value, at
 ):
     applied = []
-    update = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self: applied.append(1) or update(self))
+    apply = optim.AdamW.step
+    monkeypatch.setattr(optim.AdamW, "step", lambda self: applied.append(1) or apply(self))
     monkeypatch.setattr(train.launch, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
     inject(monkeypatch, kind, value, at)
     assert train.main(options) == train.NOT_FINITE
@@ -482,7 +482,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
 @pytest.mark.parametrize("kind", ["output", "gradient", "loss"])
 def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys, kind):
     inject(monkeypatch, kind, float("nan"), 4)
-    step = train.train_step
+    step = update.train_step
 
     def mended(model: Any, *rest: Any) -> Any:
         try:
@@ -491,7 +491,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
             model.layers[0].ffn._forward_hooks.clear()
             model.layers[0].ffn.w2.weight._backward_hooks = None
 
-    monkeypatch.setattr(train, "train_step", mended)
+    monkeypatch.setattr(update, "train_step", mended)
     skipping = dataclasses.replace(options.train, on_nonfinite="skip")
     assert train.main(dataclasses.replace(options, train=skipping)) == 0
     said = capsys.readouterr().out
@@ -507,7 +507,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
 def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkeypatch):
     monkeypatch.setattr(train, "MOST_SKIPPED", 1)
     skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
-    step = train.train_step
+    step = update.train_step
     for bad, status in (({2, 4, 6}, 0), ({2, 3}, train.NOT_FINITE)):
 
         def sometimes(
@@ -517,7 +517,7 @@ def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkey
                 raise FloatingPointError(f"step {number}")
             return step(model, optimizer, batches, number, *rest)
 
-        monkeypatch.setattr(train, "train_step", sometimes)
+        monkeypatch.setattr(update, "train_step", sometimes)
         folder = f"{options.run_dir}-{len(bad)}"
         assert train.main(dataclasses.replace(skipping, run_dir=folder)) == status
 

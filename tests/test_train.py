@@ -26,6 +26,7 @@ from llm_basics import (
     session,
     shards,
     train,
+    update,
 )
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
@@ -83,7 +84,7 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
     other.load_state_dict(lm.double().state_dict())
     optimizer = session.make_optimizer(lm, SETTINGS)
     inputs, targets = random_batch(4)
-    result = train.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
+    result = update.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
 
     loss = tF.cross_entropy(other(inputs).flatten(0, 1), targets.flatten())
     loss.backward()
@@ -106,14 +107,16 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
 def test_every_parameter_learns(lm):
     before = weights(lm)
     optimizer = session.make_optimizer(lm, SETTINGS)
-    train.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
+    update.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
     assert all(not torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
 def test_gradients_do_not_add_up_over_steps(lm):
     still = dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
     optimizer = session.make_optimizer(lm, still)
-    norms = [train.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)]
+    norms = [
+        update.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)
+    ]
     assert norms[0] == pytest.approx(norms[1]) == pytest.approx(norms[2])
 
 
@@ -123,13 +126,13 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
     whole = lm.double()
     optimizer = session.make_optimizer(whole, SETTINGS)
     start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-    expected = train.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
+    expected = update.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
     gradients = [p.grad.clone() for p in whole.parameters()]
     after = weights(whole)
 
     whole.load_state_dict(start)
     parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
-    found = train.train_step(whole, session.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
+    found = update.train_step(whole, session.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
     torch.testing.assert_close(found.train_loss, expected.train_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close([p.grad for p in whole.parameters()], gradients, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(weights(whole), after, rtol=1e-8, atol=1e-8)
@@ -138,7 +141,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
 @pytest.mark.parametrize("lengths", [(16, 5), (3, 16, 1, 9), (1, 1, 2)])
 def test_accumulated_gradient_counts_each_target_once_where_lengths_differ(lm, lengths):
     parts = [random_batch(2, length, seed=length) for length in lengths]
-    train.train_step(
+    update.train_step(
         lm, session.make_optimizer(lm, SETTINGS), parts, 1, dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
     )
     found = [p.grad.clone() for p in lm.parameters()]
@@ -167,10 +170,10 @@ def test_deterministic_runs_repeat_bit_for_bit(options, monkeypatch, capsys):
 
 def test_z_loss_reaches_the_loss(lm):
     batch = random_batch(2)
-    plain = train.train_step(lm, session.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
+    plain = update.train_step(lm, session.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
     lm.load_state_dict(model_of_seed_0().state_dict())
     heavy = dataclasses.replace(SETTINGS, z_loss=0.5)
-    with_z = train.train_step(lm, session.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
+    with_z = update.train_step(lm, session.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
     expected = model_of_seed_0()(batch[0]).logsumexp(-1).square().mean() * 0.5
     assert (with_z - plain).item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -205,7 +208,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(lm):
         FloatingPointError,
         match="step 5: loss nan, lr 0.00.*must be finite.*the weight layers.1.ffn.w1.weight",
     ):
-        train.train_step(lm, session.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
+        update.train_step(lm, session.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
     assert all(torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
@@ -215,7 +218,7 @@ def test_loss_falls_on_a_pattern(lm):
     settings = dataclasses.replace(SETTINGS, steps=60)
     optimizer = session.make_optimizer(lm, settings)
     batch = (tokens[:, :-1], tokens[:, 1:])
-    losses = [train.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
+    losses = [update.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
     assert abs(losses[0] - math.log(257)) < 1.0
     assert losses[-1] < 0.05
 
@@ -228,7 +231,7 @@ def test_random_tokens_cannot_be_learned():
     optimizer = session.make_optimizer(lm, settings)
     for step in range(1, 81):
         inputs, targets = random_batch(8, seed=step)
-        loss = train.train_step(
+        loss = update.train_step(
             lm, optimizer, [(inputs % 23, targets % 23)], step, settings
         ).train_loss.item()
     assert math.log(23) - 0.1 < loss < math.log(23) + 0.4
@@ -247,7 +250,7 @@ def test_loss_is_not_rounded_to_bfloat16(lm):
     batch = random_batch(4)
     with torch.autocast("cpu", torch.bfloat16):
         expected = tF.cross_entropy(lm(batch[0]).double().flatten(0, 1), batch[1].flatten())
-    result = train.train_step(lm, session.make_optimizer(lm, settings), [batch], 1, settings)
+    result = update.train_step(lm, session.make_optimizer(lm, settings), [batch], 1, settings)
     assert result.train_loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -255,7 +258,7 @@ def test_bfloat16_on_request(lm):
     settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
     seen = []
     lm.layers[0].attn.q_proj.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    result = train.train_step(lm, session.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
+    result = update.train_step(lm, session.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
     assert seen == [torch.bfloat16] and result.train_loss.isfinite()
     assert all(p.dtype == torch.float32 for p in lm.parameters())
 
@@ -387,7 +390,7 @@ def test_resume_refuses_other_data_and_another_model(options, capsys, change):
 
 def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, capsys, monkeypatch, tmp_path):
     train.main(options)
-    whole, train_step = losses(options.run_dir), train.train_step
+    whole, train_step = losses(options.run_dir), update.train_step
 
     def interrupted(*arguments):
         if arguments[3] == 5:
@@ -395,10 +398,10 @@ def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, cap
         return train_step(*arguments)
 
     folder = str(tmp_path / "interrupted")
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(update, "train_step", interrupted)
     assert train.main(dataclasses.replace(options, run_dir=folder)) == 130
     assert f"stopped by SIGINT after step 5; go on with --resume {folder}" in capsys.readouterr().out
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(update, "train_step", train_step)
     assert max(losses(folder)) == 5
     assert train.main(command_line.train_options(["--resume", folder])) == 0
     assert losses(folder) == whole

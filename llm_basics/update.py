@@ -1,0 +1,67 @@
+"""One step of training: from batches to weights that are a little better."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_basics import config, device, optim, session, watch
+from llm_basics import functional as F
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured: the loss before the update, the norm of the gradient before clipping, and
+    whether there was an update."""
+
+    train_loss: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]
+    lr: float
+    updated: bool = True
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[session.Batch],
+    step: int,
+    options: config.TrainConfig,
+    accepts: Callable[[float], bool] = lambda loss: True,
+) -> StepResult:
+    """Update the weights once, on the mean loss over all targets of all `batches`; `step` counts from 1.
+
+    A step whose loss `accepts` refuses leaves the weights as they were. Raises FloatingPointError, with the
+    weights unchanged, where loss or gradient is not finite.
+    """
+    lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    n_targets = sum(targets.numel() for _, targets in batches)
+
+    def loss_of(batch: session.Batch) -> Float[Tensor, ""]:
+        inputs, targets = batch
+        # a batch counts by its targets: a mean of means would favor those of a smaller batch
+        share = targets.numel() / n_targets
+        with device.precision(inputs.device, options.dtype):
+            return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=options.z_loss) * share
+
+    train_loss = torch.zeros((), device=batches[0][0].device)
+    for batch in batches:
+        loss = loss_of(batch)
+        loss.backward()
+        train_loss += loss.detach()
+    try:
+        grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm, error_if_nonfinite=True)
+        reason = "" if torch.isfinite(train_loss) else "the gradient is finite"
+    except RuntimeError as error:
+        reason = str(error)
+    if reason:
+        origin = watch.find_nonfinite(model, lambda: torch.stack([loss_of(batch) for batch in batches]))
+        raise FloatingPointError(f"step {step}: loss {train_loss.item():g}, lr {lr:g}, {reason}; {origin}")
+    updated = accepts(train_loss.item())
+    if updated:
+        optimizer.step()
+    return StepResult(train_loss, grad_norm, lr, updated)
