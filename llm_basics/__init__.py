@@ -35,6 +35,7 @@ Read it in this order; a file imports only from the floors below it.
     floor 7     update.py         one step of training
                 launch.py         from options to a run that can take its first step
     floor 8     train.py          all of it together
+    learn       learn/            write the pieces yourself, with a map of its own
 """
 
 __version__ = "0.1.0"

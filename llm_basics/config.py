@@ -161,14 +161,7 @@ class TrainConfig:
     """Where a checkpoint or a log cannot be written: stop, or warn and train on."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "grad_accumulation_steps",
-            "log_every",
-            "eval_every",
-            "eval_batches",
-        ):
+        for name in "steps batch_size grad_accumulation_steps log_every eval_every eval_batches".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         nonnegative = ("warmup_steps", "lr", "weight_decay", "eps", "z_loss", "seed")
@@ -208,6 +201,8 @@ class Config:
     """bpe (learned from the data), bytes, gpt2 (fetched by tiktoken), a saved folder or a tokenizer.json."""
     data_dir: str = "data"
     """Folder for tokenized data, reused by later runs on the same text."""
+    mine: str | None = None
+    """A Python file with pieces of your own, which are used in the place of the reference's."""
     run_dir: str | None = None
     """Folder for everything the run writes. None: runs/ with date, time and the name of the config."""
     resume: str | None = None
@@ -248,6 +243,8 @@ class GenerateConfig:
     """How many texts to write, with seeds counting up."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first of these that is there."""
+    mine: str | None = None
+    """A Python file with pieces of your own, which are used in the place of the reference's."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:

@@ -30,7 +30,7 @@ def evaluate(
     n_tokens = 0
     for inputs, targets in batches:
         logits = F.widen(model(inputs))
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        loss += F.cross_entropy(logits, targets).item() * targets.numel()
         correct += (logits.argmax(-1) == targets).sum().item()
         n_bytes += token_bytes[targets].sum().item()
         n_tokens += targets.numel()

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import checkpoint, device, run
+from llm_basics import checkpoint, device, run, swap
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -158,6 +158,9 @@ def load_run(
 def main(options: config.GenerateConfig) -> int:
     """Write as `options` say. Returns the exit status."""
     with command_line.exit_on_mistake():
+        if options.mine is not None:
+            swap.use(options.mine)
+            print(f"pieces    {swap.explain()}", file=sys.stderr)
         folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
         model, tokenizer = load_run(folder, device.choose(options.device), options.checkpoint)
     try:

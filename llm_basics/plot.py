@@ -1,6 +1,7 @@
 """A run directory -> figures."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import figure
@@ -25,5 +26,24 @@ def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = No
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(folder) / "loss.png"
+    canvas.savefig(path, dpi=120)
+    return path
+
+
+def plot_runs(folders: Mapping[str, Path], path: Path) -> Path:
+    """Draw the training and validation losses of several runs, named, over their steps."""
+    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    for number, (label, folder) in enumerate(folders.items()):
+        metrics = run.read_metrics(folder)
+        # the first is drawn wide, so that a second on top of it is seen
+        width, color = 4 / (number + 1), f"C{number}"
+        for name, style in (("train_loss", "-"), ("val_loss", "o")):
+            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), style, color=color, lw=width, ms=3 + width, alpha=0.7)
+        axes.plot([], [], color=color, lw=width, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (line) and validation (points)")
+    axes.grid(alpha=0.3)
+    axes.legend()
     canvas.savefig(path, dpi=120)
     return path

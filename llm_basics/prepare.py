@@ -86,6 +86,8 @@ def _key(options: config.Config, documents: Sequence[corpus.Document]) -> str:
         settings.append(options.model.vocab_size)
     elif Path(options.tokenizer).exists():
         settings.append(tokenizer.Tokenizer.load(options.tokenizer).fingerprint())
+    # what pieces of somebody's own have made must be made by them
+    settings += [origin for piece, origin in swap.yours().items() if piece.startswith(("bpe.", "tokenizer."))]
     digest.update(json.dumps(settings).encode())
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode("utf-8")).digest())

@@ -35,6 +35,9 @@ RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
+# in config.json, beside the options: which pieces were somebody's own
+ORIGINS = "origins"
+
 
 class Run:
     """A run directory that is being written, by one process at a time.
@@ -167,9 +170,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"a run directory must hold config.json, got {folder}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON; {error}") from None
+    options.pop(ORIGINS, None)
+    return options
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

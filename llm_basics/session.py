@@ -25,6 +25,7 @@ from llm_basics import (
     shards,
     signals,
     swap,
+    theirs,
     watch,
 )
 from llm_basics import model as models
@@ -51,7 +52,7 @@ class SaveError(Exception):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
-def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> optim.AdamW:
+def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> torch.optim.Optimizer:
     """AdamW that decays matrices and embeddings towards 0, but neither norms nor biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -213,6 +214,8 @@ class Session:
             settings.append(
                 "each run: compiled code on several threads adds up in any order (see --deterministic)"
             )
+        before = {k: origin for k, origin in about.get("origins", {}).items() if theirs.is_of_file(origin)}
+        settings += _differences(dict.fromkeys(before, "the reference's") | swap.yours(), before)
         return settings + _differences(device.describe(self.device), about["environment"])
 
 

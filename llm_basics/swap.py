@@ -45,21 +45,28 @@ HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 _REFERENCE: dict[str, Any] = {}
 
 
-def use(what: str | Path, say: Callable[[str], None] = print) -> None:
+def use(
+    what: str | Path,
+    say: Callable[[str], None] = print,
+    prepare: Callable[[types.ModuleType], None] = lambda module: None,
+) -> None:
     """Put the fast twins, or the pieces of a Python file, in their places, until the program ends.
 
-    Raises ValueError, with nothing replaced, for a file that cannot be run or has a piece that does not fit.
+    `prepare` is given the module that the file makes, before its pieces are taken from it. Raises ValueError,
+    with nothing replaced, for a file that cannot be run or has a piece that does not fit.
     """
     if str(what) == "fast":
         _use_twins(say)
         return
     if not str(what).endswith(".py"):
         raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
-    for piece, own in load(what, say).items():
+    for piece, own in _load(what, say, prepare).items():
         put(piece, own)
 
 
-def load(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def _load(
+    path: str | Path, say: Callable[[str], None], prepare: Callable[[types.ModuleType], None]
+) -> dict[str, Any]:
     """The pieces of a Python file, fit to be put in place: `functional.softmax` -> the function.
 
     While the file is run, the reference's versions of what it defines are not there to be had.
@@ -68,6 +75,7 @@ def load(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]
     references = {piece: reference(piece) for piece in defined.values()}
     with replaced({piece: theirs.withheld(piece, path) for piece in references}):
         module = theirs.run(path)
+        prepare(module)
     found = {}
     for name, piece in defined.items():
         own = getattr(module, name)
@@ -82,8 +90,7 @@ def load(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]
 
 def reference(piece: str) -> Any:
     """The reference's own version of `functional.softmax`, whatever is in its place."""
-    home, name = piece.split(".")
-    return _REFERENCE.get(piece) or getattr(_modules(home)[0], name)
+    return _REFERENCE.get(piece) or _current(piece)
 
 
 def put(piece: str, replacement: Any) -> None:
@@ -95,16 +102,23 @@ def put(piece: str, replacement: Any) -> None:
 
 
 @contextlib.contextmanager
-def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
-    """`put` all of `pieces` for the length of a block."""
-    before = {piece: getattr(_modules(piece.split(".")[0])[0], piece.split(".")[1]) for piece in pieces}
-    for piece, replacement in pieces.items():
-        put(piece, replacement)
+def restored() -> Iterator[None]:
+    """Whatever is put in place in the block, at its end all pieces are what they were before."""
+    before = {piece: _current(piece) for piece in _REFERENCE}
     try:
         yield
     finally:
-        for piece, earlier in before.items():
-            put(piece, earlier)
+        for piece, original in _REFERENCE.items():
+            put(piece, before.get(piece, original))
+
+
+@contextlib.contextmanager
+def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
+    """`put` all of `pieces` for the length of a block."""
+    with restored():
+        for piece, replacement in pieces.items():
+            put(piece, replacement)
+        yield
 
 
 def the_reference_alone() -> contextlib.AbstractContextManager[None]:
@@ -115,8 +129,7 @@ def the_reference_alone() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def using(what: str | Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """`use` for the length of a block."""
-    now = {piece: getattr(_modules(piece.split(".")[0])[0], piece.split(".")[1]) for piece in _all_pieces()}
-    with replaced(now):
+    with restored():
         use(what, say)
         yield
 
@@ -124,7 +137,7 @@ def using(what: str | Path, say: Callable[[str], None] = print) -> Iterator[None
 def origins() -> dict[str, str]:
     """For each piece in modules that are loaded, the module or the file whose version is in use."""
     return {
-        f"{home}.{name}": theirs.origin(getattr(_modules(home)[0], name))
+        f"{home}.{name}": theirs.origin(_current(f"{home}.{name}"))
         for home, names in PIECES.items()
         if f"llm_basics.{home}" in sys.modules
         for name in names.split()
@@ -133,7 +146,7 @@ def origins() -> dict[str, str]:
 
 def yours() -> dict[str, str]:
     """The pieces in use that are from somebody's file, and which file that is."""
-    return {piece: origin for piece, origin in origins().items() if not origin.startswith("llm_basics.")}
+    return {piece: origin for piece, origin in origins().items() if theirs.is_of_file(origin)}
 
 
 def explain() -> str:
@@ -153,9 +166,9 @@ def _modules(home: str) -> list[types.ModuleType]:
     return [importlib.import_module(path), *([main] if runs_as_main else [])]
 
 
-def _all_pieces() -> list[str]:
-    """Those that can have been replaced: of the modules that are loaded, and all that have twins."""
-    return sorted({*origins(), *(f"{_home(module)}.{name}" for module, name, _ in _twins())})
+def _current(piece: str) -> Any:
+    home, name = piece.split(".")
+    return getattr(_modules(home)[0], name)
 
 
 # --------------------------------------------------------------------------------------------------

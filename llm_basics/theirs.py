@@ -99,6 +99,11 @@ def origin(piece: Any) -> str:
     return _FILES.get(piece.__module__, piece.__module__)
 
 
+def is_of_file(origin: str) -> bool:
+    """Whether an `origin` is a file of somebody's own."""
+    return origin.endswith(")")
+
+
 # --------------------------------------------------------------------------------------------------
 # Does it fit?
 

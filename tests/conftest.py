@@ -1,11 +1,8 @@
 """What the tests share: the adapters under test, the snapshots, random tensors and one way to compare."""
 
-import importlib.util
 import runpy
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jaxtyping
@@ -17,8 +14,7 @@ from torch.nn import functional as tF
 
 TESTS = Path(__file__).parent
 
-# before anything of the package is imported: from here on every shape in a signature is checked
-jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
+EXAMINER = pytest.StashKey[Any]()
 
 # the tensors here are small: several threads would only wait for each other
 torch.set_num_threads(1)
@@ -26,14 +22,46 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", default=str(TESTS / "adapters.py"), help="the implementation to test")
+    parser.addoption("--mine", help="a Python file with pieces of your own to test")
+    parser.addoption("--fast", action="store_true", help="test the fast twins")
+    parser.addoption("--report", help="write what was found to this JSON file, and to a Markdown page")
     parser.addoption("--update-snapshots", action="store_true", help="make tests/fixtures/snapshots again")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not Path(config.getoption("--adapters")).is_file():
-        raise pytest.UsageError(f"--adapters must be a Python file, got {config.getoption('--adapters')}")
+    path = Path(config.getoption("--adapters"))
+    if not path.is_file():
+        raise pytest.UsageError(f"--adapters must be a Python file, got {path}")
+    if config.getoption("--report") and not Path(config.getoption("--report")).resolve().parent.is_dir():
+        raise pytest.UsageError(
+            f"--report must be in a folder that exists, got {config.getoption('--report')}"
+        )
     if config.getoption("--update-snapshots"):
         runpy.run_path(str(TESTS / "fixtures" / "make_fixtures.py"), run_name="__main__")
+    mine = config.getoption("--mine")
+    if not mine:
+        # before anything of the package is imported: from here on every shape in a signature is checked;
+        # and types, which is why somebody's own classes do without
+        jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
+    import examiner
+
+    from llm_basics import swap
+    from llm_basics.learn import checks
+
+    try:
+        if mine:
+            swap.use(mine, prepare=checks.check_shapes)
+        if config.getoption("--fast"):
+            swap.use("fast")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[EXAMINER] = examiner.Examiner(config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    from llm_basics import swap
+
+    return [f"pieces: {swap.explain()}"] if config.getoption("--mine") else []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,41 +70,50 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and not config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+    if config.stash[EXAMINER].examines_others:
+        # the other tests are about this package, not about pieces
+        reached = {"adapters", "judged"}
+        about_pieces = [item for item in items if reached & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in about_pieces])
+        items[:] = about_pieces
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from item.config.stash[EXAMINER].run(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    report = yield
+    item.config.stash[EXAMINER].examine(item, call, report)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[EXAMINER].write()
 
 
 # --------------------------------------------------------------------------------------------------
 # What is tested
 
 
-class Adapters:
-    """The functions of an adapters file; the use of one that it does not have skips the test."""
-
-    def __init__(self, module: ModuleType, path: Path) -> None:
-        self._module = module
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith(("run_", "get_")):
-            raise AttributeError(name)
-        if not hasattr(self._module, name):
-            pytest.skip(f"{name} is not in {self._path}")
-        return getattr(self._module, name)
+@pytest.fixture(scope="session")
+def adapters(pytestconfig: pytest.Config) -> Any:
+    """The sockets of the file that `--adapters` names; the use of one that it lacks skips the test."""
+    return pytestconfig.stash[EXAMINER].adapters
 
 
 @pytest.fixture(scope="session")
-def adapters(pytestconfig: pytest.Config) -> Adapters:
-    """The sockets of the file that `--adapters` names."""
-    path = Path(pytestconfig.getoption("--adapters")).resolve()
-    # an adapters file imports what stands beside it, or the package whose tests folder it lives in
-    sys.path[:0] = [
-        folder for folder in (str(path.parent), str(path.parent.parent)) if folder not in sys.path
-    ]
-    spec = importlib.util.spec_from_file_location("adapters", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["adapters"] = module
-    spec.loader.exec_module(module)
-    return Adapters(module, path)
+def judged(pytestconfig: pytest.Config) -> Callable[[str], Any]:
+    """How the implementation under test does a step."""
+    return pytestconfig.stash[EXAMINER].judged
+
+
+@pytest.fixture(scope="session")
+def how_to_go_on(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """What to try next, for a step that is not right."""
+    return pytestconfig.stash[EXAMINER].how_to_go_on
 
 
 # --------------------------------------------------------------------------------------------------

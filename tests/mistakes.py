@@ -10,9 +10,9 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import itertools
-import math
+import importlib.util
 import random
+import re
 import sys
 import threading
 import time
@@ -24,18 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import wording
 from torch import Tensor
 
 from llm_basics import swap
+from llm_basics.learn import lessons
 
 TESTS = Path(__file__).parent
 
 # in learning order
-STEPS = (
-    "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention multi_head "
-    "block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation sampling "
-    "checkpoint"
-).split()
+STEPS = [*lessons.ORDER, "checkpoint"]
 
 # for one probe; far more than any needs
 LIMIT_SECONDS = 10.0
@@ -46,6 +44,27 @@ Observation = dict[str, Any]
 
 class NotThere(Exception):
     """An adapters file has no function of this name."""
+
+
+class Adapters:
+    """The functions of an adapters file. What to do about one that it lacks, `missing` says."""
+
+    def __init__(self, module: ModuleType, missing: Callable[[str], Any] | None = None) -> None:
+        self._module = module
+        self._missing = missing
+        self.used: set[str] = set()
+        # a foreign one may copy them into layers, and then no gradient reaches them
+        self.takes_weights_as_they_are = getattr(module, "__file__", None) == str(TESTS / "adapters.py")
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith(("run_", "get_")):
+            raise AttributeError(name)
+        self.used.add(name)
+        if not hasattr(self._module, name):
+            if self._missing is not None:
+                self._missing(name)
+            raise NotThere(name)
+        return getattr(self._module, name)
 
 
 class TookTooLong(BaseException):
@@ -67,6 +86,9 @@ class Probe:
     atol: float
     axes: tuple[str, ...] = ()
     words: Callable[[Any, Any], str] | None = None
+    function: Callable[..., Tensor] | None = None
+    """Where tensors are compared: what is called with the adapters and these tensors."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,9 @@ class Step:
         def expected() -> Observation:
             return _observe_tensors(right, tensors, tensors if gradients else {})
 
-        self.probes.append(Probe(about, observe, expected, rtol, atol, tuple(axes.split()), words))
+        names = tuple(axes.split())
+        differentiable = tensors if gradients else {}
+        self.probes.append(Probe(about, observe, expected, rtol, atol, names, words, ours, differentiable))
 
     def value(
         self,
@@ -171,20 +195,39 @@ def numbers(seed: int) -> Callable[..., Tensor]:
 
 @functools.cache
 def load(name: str) -> Step:
-    """A step of the catalogue."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
-    return importlib.import_module(f"catalogue.{name}").step
+    """A step of the catalogue, whose wrong classes are made from the reference's, whatever is in place."""
+    with swap.the_reference_alone():
+        return importlib.import_module(f"catalogue.{name}").step
+
+
+def sockets(step: str) -> list[str]:
+    """The adapters that a step is reached through, that of its first probe first."""
+    source = (TESTS / "catalogue" / f"{step}.py").read_text(encoding="utf-8")
+    return list(dict.fromkeys(re.findall(r"\ba\.((?:run|get)_\w+)", source)))
 
 
 @functools.cache
-def own_adapters() -> ModuleType:
+def step_of(adapter: str) -> str | None:
+    """The first step in learning order that an adapter is used in."""
+    return next((step for step in STEPS if adapter in sockets(step)), None)
+
+
+@functools.cache
+def own_adapters() -> Adapters:
     """The sockets of this package."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
-    spec = importlib.util.spec_from_file_location("own_adapters", TESTS / "adapters.py")
+    return Adapters(load_adapters(TESTS / "adapters.py"))
+
+
+def load_adapters(path: Path) -> ModuleType:
+    """An adapters file, which finds what stands beside it, or the package whose tests folder it is in."""
+    for folder in (str(path.parent), str(path.parent.parent)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    name = f"adapters_{abs(hash(path))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -203,7 +246,7 @@ def _observe_tensors(
     seen: Observation = {
         "output": output.detach().clone(),
         "dtype": str(output.dtype).removeprefix("torch."),
-        "changed": [name for name, tensor in tensors.items() if not _same(tensor, handed[name], 0, 0)],
+        "changed": [name for name, tensor in tensors.items() if not wording.same(tensor, handed[name], 0, 0)],
     }
     learned = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     if not learned:
@@ -276,27 +319,11 @@ def observations_of(step: str, mistake: str | None) -> tuple[Observation, ...]:
 # Comparing
 
 
-def _same(a: Any, b: Any, rtol: float, atol: float) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-            return False
-        if not a.is_floating_point():
-            return torch.equal(a, b)
-        return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True)
-    if isinstance(a, float) and isinstance(b, float | int) and not isinstance(b, bool):
-        return math.isclose(a, b, rel_tol=rtol, abs_tol=atol) or (math.isnan(a) and math.isnan(b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k], rtol, atol) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_same(x, y, rtol, atol) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
-
-
 def alike(probe: Probe, one: Observation, other: Observation) -> bool:
     """Whether two observations are the same. Any two errors are; facets that only one has do not count."""
     if "error" in one or "error" in other:
         return "error" in one and "error" in other
-    return all(_same(one[k], other[k], probe.rtol, probe.atol) for k in one.keys() & other.keys())
+    return all(wording.same(one[k], other[k], probe.rtol, probe.atol) for k in one.keys() & other.keys())
 
 
 @dataclass(frozen=True)
@@ -328,6 +355,7 @@ def judge(step: Step, adapters: Any) -> Verdict:
             return Verdict(step.name, "not started")
         except NotThere as name:
             missing.append(str(name))
+    missing = list(dict.fromkeys(missing))
     if not seen:
         return Verdict(step.name, "missing", missing=tuple(missing))
     seconds = time.perf_counter() - started
@@ -336,8 +364,8 @@ def judge(step: Step, adapters: Any) -> Verdict:
         return Verdict(step.name, "passed", missing=tuple(missing), seconds=seconds)
     first = step.probes[wrong[0]]
     mistake, sure = _which(step, seen, wrong)
-    words = tuple(explain_difference(first, _expected(step.name, wrong[0]), seen[wrong[0]]))
-    return Verdict(step.name, "failed", first.about, words, mistake, sure, tuple(missing), seconds)
+    told = tuple(wording.differences(first, _expected(step.name, wrong[0]), seen[wrong[0]]))
+    return Verdict(step.name, "failed", first.about, told, mistake, sure, tuple(missing), seconds)
 
 
 def _which(step: Step, seen: dict[int, Observation], wrong: Sequence[int]) -> tuple[Mistake | None, bool]:
@@ -354,87 +382,25 @@ def _which(step: Step, seen: dict[int, Observation], wrong: Sequence[int]) -> tu
     return best, False
 
 
-# --------------------------------------------------------------------------------------------------
-# In words
-
-
-def explain_difference(probe: Probe, expected: Observation, actual: Observation) -> Iterator[str]:
-    """What is wrong in `actual`, most telling first."""
-    if "error" in actual:
-        yield f"it failed: {actual['error']}"
-        return
-    if "error" in expected:
-        yield "it must refuse this with an error, but gave a result"
-        return
-    wrong = [k for k in expected if k in actual and not _same(expected[k], actual[k], probe.rtol, probe.atol)]
-    for facet in wrong:
-        right, found = expected[facet], actual[facet]
-        if facet in ("output", "result") and probe.words is not None:
-            yield probe.words(right, found)
-        elif facet == "changed":
-            yield f"it changes its input {', '.join(found)} in place"
-        elif facet == "dtype":
-            yield f"the result must be {right}, got {found}"
-        elif facet.startswith("gradient") and found is None:
-            yield f"no gradient reaches {facet.removeprefix('gradient of ')}: it was copied or detached"
-        else:
-            name = "" if facet in ("output", "result") else f"{facet}: "
-            yield name + _first_difference(right, found, probe, probe.axes if not name else ())
-    if wrong and all(facet.startswith("gradient") for facet in wrong):
-        yield "the output is right; only the gradient is wrong"
-
-
-def _first_difference(right: Any, found: Any, probe: Probe, axes: Sequence[str]) -> str:
-    if isinstance(right, Tensor) and isinstance(found, Tensor):
-        if right.shape != found.shape:
-            return f"the shape must be {tuple(right.shape)}, got {tuple(found.shape)}"
-        close = torch.isclose(
-            right.double(), found.double(), rtol=probe.rtol, atol=probe.atol, equal_nan=True
-        )
-        places = (~close).nonzero()
-        if not len(places):
-            return f"it must be {right.dtype}, got {found.dtype}"
-        first = tuple(places[0].tolist())
-        text = f"{_place(first, axes)}expected {_number(right[first])}, got {_number(found[first])}"
-        if close.numel() > 1:
-            text += f" ({len(places)} of {close.numel()} are wrong"
-            off = (right.double() - found.double()).abs().nan_to_num(0, 0, 0) * ~close
-            if off.max() > 0:
-                largest = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
-                text += f", by up to {_number(off.max())} {_place(largest, axes).rstrip(' :')}"
-            text += ")"
-        return text
-    if isinstance(right, list | tuple) and isinstance(found, list | tuple):
-        for i, (x, y) in enumerate(itertools.zip_longest(right, found, fillvalue="nothing")):
-            if not _same(x, y, probe.rtol, probe.atol):
-                place = f"{axes[0]} {i}" if axes else f"place {i}"
-                if isinstance(x, list | tuple | dict | Tensor) and type(x) is type(y):
-                    return f"at {place}: " + _first_difference(x, y, probe, axes[1:])
-                return f"at {place}: expected {_short(x)}, got {_short(y)}"
-    if isinstance(right, dict) and isinstance(found, dict):
-        for key in [*right, *(k for k in found if k not in right)]:
-            x, y = right.get(key, "nothing"), found.get(key, "nothing")
-            if not _same(x, y, probe.rtol, probe.atol):
-                if isinstance(x, list | tuple | dict | Tensor) and type(x) is type(y):
-                    return f"{key}: " + _first_difference(x, y, probe, axes)
-                return f"{key}: expected {_short(x)}, got {_short(y)}"
-    return f"expected {_short(right)}, got {_short(found)}"
-
-
-def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:
-    """`at batch 0, query 3: ` for named axes, counted from the last; else `at [0, 3]: `."""
-    if not index:
+def gradient_error(probe: Probe) -> str:
+    """How the gradients of a probe differ from finite differences in float64; "" where they do not."""
+    floats = {k: t.double() for k, t in probe.tensors.items() if t.is_floating_point()}
+    if probe.function is None or not floats:
         return ""
-    if len(axes) != len(index):
-        return f"at {list(index)}: "
-    return "at " + ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True)) + ": "
+    function = probe.function
+
+    def of_floats(*values: Tensor) -> Tensor:
+        return function(own_adapters(), **probe.tensors | dict(zip(floats, values, strict=True)))
+
+    try:
+        torch.autograd.gradcheck(of_floats, [t.clone().requires_grad_() for t in floats.values()])
+    except Exception as error:
+        return " ".join(str(error).split())[:100]
+    return ""
 
 
-def _number(value: Any) -> str:
-    number = value.item() if isinstance(value, Tensor) else value
-    return f"{number:.4g}" if isinstance(number, float) else str(number)
-
-
-def _short(value: Any) -> str:
-    text = _number(value) if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def pieces_of(step: str) -> list[str]:
+    """The names that somebody writes in a step."""
+    if step in lessons.ORDER:
+        return lessons.load(step).pieces
+    return sorted({mistake.piece.split(".")[1] for mistake in load(step).mistakes})

@@ -440,8 +440,8 @@ def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) ->
     def stepped(model: Any, optimizer: Any, batches: Any, number: int, *rest: Any) -> Any:
         if kind == "loss" and number == at:
             with monkeypatch.context() as patch:
-                cross_entropy = train.F.cross_entropy
-                patch.setattr(train.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * value)
+                cross_entropy = update.F.cross_entropy
+                patch.setattr(update.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * value)
                 return step(model, optimizer, batches, number, *rest)
         return step(model, optimizer, batches, number, *rest)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import regex
+import torch
 
 import llm_basics
-from llm_basics import bpe, config, prepare, swap, tokenizer
+from llm_basics import bpe, config, model, prepare, session, swap, tokenizer, update
+from llm_basics import functional as F
 from llm_basics.fast import machine
 
 
@@ -106,3 +108,182 @@ def test_machine_code_of_this_version_is_known():
     tokenizer_twin = __import__("llm_basics.fast.tokenizer", fromlist=["Tokenizer"])
     tokenizer_twin.Tokenizer.of_bytes().encode("compiled now at the latest")
     assert machine.used_before()
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces of somebody's own file
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Write a file of pieces; whatever is used of it, all is as before when the test ends."""
+
+    def write(source):
+        path = tmp_path / "mine.py"
+        path.write_text("import torch\nfrom torch import nn\n" + source)
+        return path
+
+    with swap.restored():
+        yield write
+
+
+HALF = "def softmax(x, dim=-1):\n    return torch.full_like(x, 0.5)\n"
+
+
+def test_own_pieces_are_called_from_inside_too(mine):
+    q = torch.randn(2, 3, 4)
+    swap.use(mine(HALF))
+    assert torch.equal(F.softmax(q), torch.full_like(q, 0.5))
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), 0.5 * q.sum(1, True).expand_as(q))
+    origin = swap.origins()["functional.softmax"]
+    assert origin.startswith("mine.py (") and swap.yours() == {"functional.softmax": origin}
+    assert swap.explain() == f"softmax from {origin}; the others are the reference's"
+
+
+def test_any_subset_and_kind_of_piece_can_be_replaced(mine):
+    source = (
+        "class Linear(nn.Module):\n"
+        "    def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):\n"
+        "        super().__init__()\n"
+        "        self.weight = nn.Parameter(torch.ones(out_features, in_features))\n"
+        "    def forward(self, x):\n"
+        "        return x @ self.weight.T\n"
+        "def cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps):\n    return 0.125\n"
+        "class AdamW(torch.optim.SGD):\n"
+        "    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):\n"
+        "        super().__init__(params, lr)\n"
+    )
+    swap.use(mine(source))
+    tiny = config.ModelConfig(vocab_size=11, context_length=4, d_model=8, n_layers=1, n_heads=2)
+    lm = model.TransformerLM(tiny)
+    assert (lm.lm_head.weight == 1).all() and (lm.layers[0].attn.q_proj.weight == 1).all()
+    optimizer = session.make_optimizer(lm, config.TrainConfig())
+    assert isinstance(optimizer, torch.optim.SGD)
+    batch = torch.zeros(2, 4, dtype=torch.long)
+    assert update.train_step(lm, optimizer, [(batch, batch)], 1, config.TrainConfig()).lr == 0.125
+
+
+def test_what_a_class_lacks_is_the_reference_s(mine):
+    source = (
+        "from llm_basics import layers\n"
+        "class TransformerLM(nn.Module):\n"
+        "    def __init__(self, shape, device=None, dtype=None):\n"
+        "        super().__init__()\n"
+        "        self.config = shape\n"
+        "        self.lm_head = layers.Linear(3, 5)\n"
+        "    def forward(self, tokens, token_positions=None, caches=None):\n        return tokens\n"
+    )
+    swap.use(mine(source))
+    assert model.TransformerLM(config.ModelConfig()).n_parameters() == 15
+
+
+def test_own_tokenizer_does_the_work_and_the_reference_the_files(mine, tmp_path):
+    source = (
+        "class Tokenizer:\n"
+        "    def __init__(self, vocab, merges, special_tokens=None):\n        self.vocab = vocab\n"
+        "    def encode(self, text):\n        return [ord(c) + 1 for c in text]\n"
+        "    def decode(self, ids):\n        return ''.join(chr(i - 1) for i in ids)\n"
+    )
+    swap.use(mine(source))
+    made = tokenizer.Tokenizer.of_bytes()
+    assert made.encode("ab") == made.encode_ordinary("ab") == [98, 99]
+    assert made.decode([98, 99]) == "ab" and made.encode_batch(["a"]) == [[98]]
+    made.save(tmp_path / "saved")
+    assert tokenizer.Tokenizer.load(tmp_path / "saved").encode("ab") == [98, 99]
+
+
+def test_a_parameter_that_is_left_out_is_missed_only_when_it_is_needed(mine):
+    swap.use(mine("def cross_entropy(logits, targets):\n    return logits.sum()\n"))
+    logits, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    assert F.cross_entropy(logits, targets, -100, z_loss=0.0, reduction="mean") == 0
+    message = "cross_entropy of .*mine.py has no parameter reduction, but is called with 'sum'; add it"
+    with pytest.raises(ValueError, match=message):
+        F.cross_entropy(logits, targets, reduction="sum")
+    with pytest.raises(ValueError, match="no parameter ignore_index, but is called with 2"):
+        F.cross_entropy(logits, targets, 2)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (
+            "def softmax(x, axis):\n    pass\n",
+            r"yours +softmax\(x, axis\)\n +reference +softmax\(x, dim=-1\)",
+        ),
+        ("def softmax(x, dim, more):\n    pass\n", "must take the parameters of the reference"),
+        ("def softmax():\n    pass\n", "must take the parameters of the reference"),
+        ("class softmax:\n    pass\n", "softmax of .*mine.py must be a function"),
+        ("def Linear(x):\n    pass\n", "Linear of .*mine.py must be a class"),
+        (
+            "class RMSNorm(nn.Module):\n    def forward(self, y):\n        pass\n",
+            r"RMSNorm.forward\(self, x\)",
+        ),
+        ("def softmax(x, dim=-1:\n", r"mine.py:3 is not Python"),
+        ("import math\n\n1 / 0\ndef silu(x):\n    pass\n", "mine.py:5 could not be run: ZeroDivisionError"),
+        ("def my_softmax(x):\n    pass\n", "must define a piece .such as softmax or RMSNorm., but has none"),
+        ("from llm_basics.functional import softmax\n", "takes one from llm_basics.withheld: write it"),
+        ("from llm_basics import functional\nsoftmax = functional.softmax\n", "withheld: write it"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_replaced(mine, source, message):
+    before = swap.origins()
+    with pytest.raises(ValueError, match=message):
+        swap.use(mine(source))
+    assert swap.origins() == before
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no .*none.py"):
+        swap.use(tmp_path / "none.py")
+    (tmp_path / "bytes.py").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="bytes.py.* is not Python"):
+        swap.use(tmp_path / "bytes.py")
+
+
+def test_the_reference_of_what_a_file_defines_is_not_to_be_had(mine):
+    source = "from llm_basics import functional as F\nhidden = F.softmax\n"
+    swap.use(mine(source + "def softmax(x, dim=-1):\n    return hidden(x, dim)\n"))
+    with pytest.raises(ValueError, match="asks for the reference's functional.softmax, .* write it"):
+        F.softmax(torch.ones(2))
+
+
+def test_what_was_written_elsewhere_is_not_used_and_said(mine):
+    said = []
+    with pytest.raises(ValueError, match="has none"):
+        swap.use(mine("from torch.nn.functional import softmax\n"), said.append)
+    assert "softmax of" in said[0] and "torch.nn.functional: not used" in said[0]
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_own_pieces_go_before_their_fast_twins(mine, order):
+    path = mine("def train_bpe(input_path, vocab_size, special_tokens=()):\n    return {}, []\n")
+    if order == "first":
+        swap.use(path)
+    with swap.using("fast", lambda line: None):
+        if order == "second":
+            swap.use(path)
+        assert bpe.train_bpe("nothing", 300, [], progress=print) == ({}, [])
+        assert bpe.learn_merges.__module__ == "llm_basics.fast.bpe"
+
+
+def test_a_twin_that_would_go_past_an_own_piece_is_off_and_that_is_said(mine):
+    said = []
+    swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {7: b'mine'}, []\n"))
+    with swap.using("fast", said.append):
+        assert bpe.train_bpe.__module__ == "llm_basics.bpe"
+        assert bpe.count_pretokens.__module__ == "llm_basics.fast.bpe"
+    assert said[-1] == "the fast twin of train_bpe is not used: it would go past your bpe.learn_merges"
+
+
+def test_prepared_tokens_are_made_again_by_another_tokenizer(mine, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 200)
+    shape = config.ModelConfig(vocab_size=270, context_length=8)
+    options = config.Config(data=str(text), data_dir=str(tmp_path / "data"), fast="off", model=shape)
+    usual = prepare.prepare(options, lambda line: None).folder
+    swap.use(
+        mine("def pretokenize(text, special_tokens=(), pattern=None):\n    raise RuntimeError('mine')\n")
+    )
+    with pytest.raises(RuntimeError, match="mine"):
+        prepare.prepare(options, lambda line: None)
+    assert usual.exists()

@@ -9,16 +9,37 @@ from llm_basics import functional as F
 step = Step("rms_norm")
 draw = numbers(seed=1)
 
-# ordinary rows away from mean 0, large ones, tiny ones below sqrt(eps), and zeros
-ROWS = (0.5 + draw(2, 4, 7)) * torch.tensor([1, 50, 3e-3, 0]).reshape(4, 1)
+# away from mean 0
+ROWS = 0.5 + draw(2, 4, 7)
 
 step.compare(
-    "rows of all sizes",
+    "rows of ordinary size",
     lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
     lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
     {"x": ROWS},
     {"weight": draw(7)},
     axes="batch row feature",
+    gradients=False,
+)
+
+# ordinary rows, large ones, small ones, and tiny ones below sqrt(eps)
+step.compare(
+    "rows of all sizes",
+    lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
+    lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
+    {"x": ROWS * torch.tensor([1, 50, 0.1, 3e-3]).reshape(4, 1)},
+    {"weight": draw(7)},
+    axes="batch row feature",
+)
+
+step.compare(
+    "a row of zeros",
+    lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
+    lambda x, weight: torch.zeros(1, 7),
+    {"x": torch.zeros(1, 7)},
+    {"weight": draw(7)},
+    axes="row feature",
+    gradients=False,
 )
 
 # the square of 256 is more than float16 can hold
@@ -35,16 +56,159 @@ step.compare(
 )
 
 
+def normalized(x, eps):
+    wide = F.widen(x)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def epsilon_outside_the_root(x, weight, eps=1e-5):
     """Epsilon is added to the root instead of to the mean square inside it. Rows near zero then come out
     different from what everybody's weights expect; look at where your sqrt closes its parenthesis."""
-    return x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
+    wide = F.widen(x)
+    return (wide / (wide.square().mean(-1, keepdim=True).sqrt() + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def no_epsilon(x, weight, eps=1e-5):
+    """Epsilon is not used, so a row of zeros is 0/0 = NaN and tiny rows are blown up. Add eps to the mean
+    square, inside the root."""
+    return (normalized(x, 0.0) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def epsilon_fixed(x, weight, eps=1e-5):
+    """A fixed epsilon of 1e-5 is used, whatever was asked for. Models differ in it, 1e-5 or 1e-6; use the
+    argument, and check that the layer keeps it as self.eps."""
+    return (normalized(x, 1e-5) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def larger_of_root_and_epsilon(x, weight, eps=1e-5):
+    """The root is only kept from falling below epsilon, as torch's normalize does it. RMSNorm adds epsilon
+    to the mean square, which shrinks small rows as well."""
+    wide = F.widen(x)
+    return (wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def root_forgotten(x, weight, eps=1e-5):
+    """It divides by the mean square, not by its root. Twice as large an input must give the same output,
+    here it gives half of it; take the sqrt, or use rsqrt."""
+    wide = F.widen(x)
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def sum_instead_of_mean(x, weight, eps=1e-5):
+    """The squares are summed, as in a vector's length, so the output is sqrt(d_model) times too small. The
+    root mean square divides the sum by d_model."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def absolute_values_instead_of_squares(x, weight, eps=1e-5):
+    """It divides by the mean of absolute values. The root mean square takes squares, then the mean, then
+    the root, in that order."""
+    wide = F.widen(x)
+    return (wide / (wide.abs().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def mean_over_the_sequence_too(x, weight, eps=1e-5):
+    """One mean is taken over all positions of a text, so that each position depends on the later ones.
+    Take the mean over the last axis only, with keepdim."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def one_mean_for_all(x, weight, eps=1e-5):
+    """The mean has no axis, so one number is made of the whole batch, and texts influence each other. Take
+    it over the last axis: mean(-1, keepdim=True)."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.square().mean() + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def mean_over_the_batch(x, weight, eps=1e-5):
+    """The mean is taken over the first axis, which is what batch normalization does. Each vector is
+    normalized by itself: mean(-1, keepdim=True)."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(0, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def mean_subtracted(x, weight, eps=1e-5):
+    """The mean is subtracted first, which makes it LayerNorm. RMSNorm leaves the mean where it is and only
+    divides by the root mean square."""
+    wide = F.widen(x)
+    return (normalized(wide - wide.mean(-1, keepdim=True), eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def divided_by_the_standard_deviation(x, weight, eps=1e-5):
+    """It divides by the standard deviation, in which the mean is subtracted. The root mean square is taken
+    of x as it is: use x.square().mean(), not x.var() or x.std()."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.var(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def gain_forgotten(x, weight, eps=1e-5):
+    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is
+    only seen after training, or with the weights of others."""
+    return normalized(x, eps).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def one_added_to_the_gain(x, weight, eps=1e-5):
+    """It multiplies with 1 + weight, as Gemma does, whose weights start at 0. Here they start at 1 and are
+    multiplied as they are."""
+    return (normalized(x, eps) * (1 + weight)).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def gain_before_the_mean(x, weight, eps=1e-5):
+    """The gain is multiplied in before the root mean square is taken, which divides most of it out again.
+    Normalize first, then multiply with the weight."""
+    return normalized(F.widen(x) * weight, eps).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336")
+def input_changed_in_place(x, weight, eps=1e-5):
+    """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
+    for *=, /= or a method with a trailing underscore, and make a new tensor instead."""
+    x *= torch.rsqrt(F.widen(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    return x * weight
+
+
+@step.mistake("functional.rms_norm", source="public solutions of CS336; passes its suite")
+def no_float32_for_the_squares(x, weight, eps=1e-5):
+    """The squares are taken in the input's own precision. In float16 the square of 256 is already inf, and
+    the whole row becomes 0; convert x to float32 before squaring."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336; passes its suite")
 def result_left_in_float32(x, weight, eps=1e-5):
     """The mean is rightly taken in float32, but the result stays there. The rest of a half-precision model
     then runs in float32 or fails; convert back to x.dtype at the end."""
+    return normalized(x, eps) * F.widen(weight)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def root_detached(x, weight, eps=1e-5):
+    """The output is right, but the root mean square is treated as a constant in the gradient. It depends on
+    x; look for .detach(), .item() or torch.no_grad() around it."""
     wide = F.widen(x)
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * F.widen(weight)
+    root = torch.sqrt(wide.square().mean(-1, keepdim=True) + eps).detach()
+    return (wide / root * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def gain_read_through_data(x, weight, eps=1e-5):
+    """The output is right, but the gain is read as .data or a copy, so that it gets no gradient and stays
+    at 1. Use the parameter itself."""
+    return (normalized(x, eps) * weight.data).to(x.dtype)

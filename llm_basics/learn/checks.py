@@ -1,0 +1,153 @@
+"""A file of somebody's own, put through the tests: which steps are right, which mistake was made."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from llm_basics import swap, theirs
+from llm_basics.learn import lessons
+
+TESTS = Path(__file__).parents[2] / "tests"
+
+
+def from_tests(name: str) -> Any:
+    """A module of the tests, which are in the repository but not in an installed package."""
+    if not (TESTS / "mistakes.py").exists():
+        raise ValueError(f"learn needs the tests of a clone of the repository, but there is no {TESTS}")
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    return importlib.import_module(name)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a step did. `text` is for the learner."""
+
+    step: str
+    status: str
+    """passed, failed or not started."""
+    text: str
+
+
+def check(path: str | Path, only: str | None = None) -> Iterator[Result]:
+    """Check each step that the file has pieces of, or the one that is asked for, in learning order.
+
+    Raises ValueError if the file cannot be run, or has a piece that does not fit.
+    """
+    mistakes, wording = from_tests("mistakes"), from_tests("wording")
+    # drawn from the same source each time
+    torch.set_num_threads(1)
+    notes: list[str] = []
+    with swap.restored():
+        swap.use(path, notes.append, check_shapes)
+        own = {piece.split(".")[1] for piece in swap.yours()}
+        wrong: set[str] = set()
+        for name in [only] if only else lessons.ORDER:
+            lesson = lessons.load(name)
+            there = own & set(lesson.pieces)
+            if not there:
+                if only:
+                    raise ValueError(
+                        f"{path} has none of {', '.join(lesson.pieces)}; begin with: learn start {name}"
+                    )
+                continue
+            verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+            hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
+            missing = [piece for piece in lesson.needed if piece not in own and _is_missed(piece, there)]
+            if verdict.status == "passed" and missing:
+                yield Result(name, "not started", f"{name}: right so far, {', '.join(missing)} not started")
+            elif verdict.status == "passed":
+                problems = list(_aids(name, path))
+                text = "\n".join([f"{name}: {'not yet' if problems else 'passed'}", *problems])
+                yield Result(name, "failed" if problems else "passed", text)
+            else:
+                used = wrong & set().union(*(_used_by(piece) for piece in there))
+                if used:
+                    hint = f"it uses {', '.join(sorted(used))}, which is not right: mend that first"
+                yield Result(name, verdict.status, wording.message(verdict, hint))
+            if verdict.status != "passed":
+                wrong |= there
+
+
+def _is_missed(piece: str, there: set[str]) -> bool:
+    """Whether a step is not done without a piece: a class that does the work itself stands for it."""
+    classes = [name for name in there if name[0].isupper()]
+    return not classes or any(piece in _used_by(name) for name in classes)
+
+
+def _used_by(piece: str) -> set[str]:
+    own: Any = getattr(importlib.import_module(f"llm_basics.{swap.HOMES[piece]}"), piece)
+    return theirs.mentioned(own) - {piece}
+
+
+# --------------------------------------------------------------------------------------------------
+# Beyond the probes: shapes, and backward passes of one's own
+
+
+def check_shapes(module: ModuleType) -> None:
+    """From here on, every call of a function in the file compares the shapes with its annotations."""
+    try:
+        import beartype
+        import jaxtyping
+    except ImportError:
+        return  # without the tools of the tests, shapes are not checked
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    for name, value in list(vars(module).items()):
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value):
+            setattr(module, name, checked(value))
+        elif inspect.isclass(value) and not issubclass(value, torch.autograd.Function):
+            for method, body in list(vars(value).items()):
+                if inspect.isfunction(body):
+                    setattr(value, method, checked(body))
+
+
+def _aids(name: str, path: str | Path) -> Iterator[str]:
+    """Where somebody wrote a backward pass, compare it with finite differences in float64."""
+    module = sys.modules[f"yours_{Path(path).stem}"]
+    own = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, torch.autograd.Function)]
+    if not any(value.__module__ == module.__name__ for value in own):
+        return
+    mistakes = from_tests("mistakes")
+    for probe in mistakes.load(name).probes:
+        wrong = mistakes.gradient_error(probe)
+        if wrong:
+            yield f"  {probe.about}: your backward pass is not the derivative of your forward pass: {wrong}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The catalogue
+
+
+def print_mistakes(only: str | None = None) -> int:
+    """Plug every known mistake in, and print the table of what was caught and named."""
+    mistakes = from_tests("mistakes")
+    if only is not None and only not in mistakes.STEPS:
+        raise ValueError(f"a step must be one of {', '.join(mistakes.STEPS)}; got {only}")
+    totals = [0, 0, 0]
+    print("| step | mistakes | caught | named |\n|---|---|---|---|")
+    for name in [only] if only else mistakes.STEPS:
+        step = mistakes.load(name)
+        caught = named = 0
+        for mistake in step.mistakes:
+            with swap.replaced({mistake.piece: mistake.wrong}):
+                verdict = mistakes.judge(step, mistakes.own_adapters())
+            caught += verdict.status == "failed"
+            found = verdict.mistake.name if verdict.sure else None
+            named += found == (mistake.same_as or mistake.name)
+        counts = [len(step.mistakes), caught, named]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        print(f"| {name} | {' | '.join(map(str, counts))} |", flush=True)
+        if only:
+            print("\n" + "\n".join(f"- {mistake.name}: {mistake.says}" for mistake in step.mistakes))
+    if not only:
+        print(f"| all | {' | '.join(map(str, totals))} |")
+    return 0 if totals[0] == totals[1] == totals[2] else 1

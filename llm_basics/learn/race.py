@@ -1,0 +1,32 @@
+"""The real run, twice: with somebody's pieces and with the reference's, both curves on one picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from llm_basics import plot, run
+
+
+def run_both(mine: str, data: str, steps: int, out: Path) -> int:
+    """Train in two processes, one after the other; draw, and say how far apart they ended."""
+    folders = {"yours": out / "yours", "the reference": out / "reference"}
+    for name, folder in folders.items():
+        print(f"--- {name}", flush=True)
+        command = [sys.executable, "-m", "llm_basics.train", "--data", data, "--train.steps", str(steps)]
+        command += ["--run_dir", str(folder), *(["--mine", mine] if name == "yours" else [])]
+        status = subprocess.run(command).returncode
+        if status:
+            print(f"error: training with {name} ended with status {status}", file=sys.stderr)
+            return status
+    picture = plot.plot_runs(folders, out / "race.png")
+    losses = [final_loss(folder) for folder in folders.values()]
+    print(
+        f"\nvalidation loss: yours {losses[0]:.4f}, the reference's {losses[1]:.4f} "
+        f"(difference {losses[0] - losses[1]:+.4f} nats per token)\nboth curves      {picture}"
+    )
+    return 0
+
+
+def final_loss(folder: Path) -> float:
+    """The last validation loss of a run."""
+    return [m["val_loss"] for m in run.read_metrics(folder) if m.get("val_loss") is not None][-1]

@@ -1,0 +1,868 @@
+"""AdamW: a step along the mean gradient over its root mean square; decay of the weights apart from it."""
+
+import copy
+import math
+
+import torch
+from mistakes import Step, numbers
+from torch import nn
+
+from llm_basics import optim, swap
+
+step = Step("adamw")
+draw = numbers(seed=5)
+AdamW = swap.reference("optim.AdamW")
+adamw_update = swap.reference("optim.adamw_update")
+
+# --------------------------------------------------------------------------------------------------
+# Probes: the rule
+
+USUAL = {"lr": 0.02, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+WEIGHT = 2 * draw(6)
+# gradients of every size, with changing signs
+GRADIENTS = [draw(6) * torch.tensor([1e-2, 0.1, 1, 1, 10, 100]) for _ in range(5)]
+ZEROS = [torch.zeros(6)] * 4
+
+
+def by_hand(weight, gradients, changes=(), **options):
+    """The weight after each gradient, in float64; `changes[i]` are settings from step i on."""
+    weight, mean, mean_square, count, found = weight.double(), 0, 0, 0, []
+    for i, gradient in enumerate(gradients):
+        options = options | dict(changes).get(i, {})
+        if gradient is not None:
+            (beta1, beta2), count, gradient = options["betas"], count + 1, gradient.double()
+            mean = beta1 * mean + (1 - beta1) * gradient
+            mean_square = beta2 * mean_square + (1 - beta2) * gradient**2
+            length = (mean_square / (1 - beta2**count)).sqrt() + options["eps"]
+            weight = weight - options["lr"] * options["weight_decay"] * weight
+            weight = weight - options["lr"] * mean / (1 - beta1**count) / length
+        found.append(weight)
+    return torch.stack(found).float()
+
+
+def train(optimizer, weights, gradients, before_step=lambda i: None):
+    """The values of each weight after each step; `gradients` has a list for each weight."""
+    found = [[] for _ in weights]
+    for i, of_step in enumerate(zip(*gradients, strict=True)):
+        before_step(i)
+        for weight, gradient in zip(weights, of_step, strict=True):
+            weight.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+        for values, weight in zip(found, weights, strict=True):
+            values.append(weight.detach().clone())
+    return [torch.stack(values) for values in found]
+
+
+def follow(gradients, **options):
+    def ours(a):
+        weight = nn.Parameter(WEIGHT.clone())
+        return train(a.get_adamw_cls()([weight], **options), [weight], [gradients])[0]
+
+    return ours, by_hand(WEIGHT, gradients, **options)
+
+
+step.value(
+    "the first step, which has length lr however long the gradient",
+    *follow(GRADIENTS[:1], **USUAL),
+    axes="step weight",
+)
+step.value("five steps", *follow(GRADIENTS, **USUAL), axes="step weight")
+step.value(
+    "five steps with betas 0.5 and 0.8",
+    *follow(GRADIENTS, **USUAL | {"betas": (0.5, 0.8)}),
+    axes="step weight",
+)
+step.value(
+    "weight decay alone, all gradients being zero",
+    *follow(ZEROS, **USUAL | {"weight_decay": 0.3}),
+    axes="step weight",
+    rtol=1e-5,
+    atol=1e-6,
+)
+# with the second beta 0 there is nothing to correct, so that where epsilon is corrected plays no part
+step.value(
+    "epsilon of 0.1 with small gradients",
+    *follow(GRADIENTS, **USUAL | {"betas": (0.5, 0.0), "eps": 0.1}),
+    axes="step weight",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Probes: the class
+
+
+SEVERAL = [draw(2, 3), draw(4)]
+
+
+def several_weights(a):
+    weights = [nn.Parameter(w.clone()) for w in SEVERAL]
+    gradients = [[g[: w.numel()].reshape(w.shape) for g in GRADIENTS] for w in SEVERAL]
+    found = train(a.get_adamw_cls()(weights, **USUAL), weights, gradients)
+    return [values.flatten(1) for values in found]
+
+
+step.value(
+    "two weights of different shapes",
+    several_weights,
+    [by_hand(w.flatten(), [g[: w.numel()] for g in GRADIENTS], **USUAL) for w in SEVERAL],
+    axes="weight step element",
+)
+
+
+def with_a_schedule(a):
+    weight = nn.Parameter(WEIGHT.clone())
+    optimizer = a.get_adamw_cls()([weight], **USUAL)
+
+    def change(i):
+        if i in (2, 4):
+            optimizer.param_groups[0]["lr"] = {2: 0.1, 4: 0.01}[i]
+
+    return train(optimizer, [weight], [GRADIENTS], change)[0]
+
+
+step.value(
+    "the learning rate changed by a schedule after two and four steps",
+    with_a_schedule,
+    by_hand(WEIGHT, GRADIENTS, {2: {"lr": 0.1}, 4: {"lr": 0.01}}, **USUAL),
+    axes="step weight",
+)
+
+PLAIN, OTHER, DECAYED = (2 * draw(6) for _ in range(3))
+OTHER_OPTIONS = {"lr": 0.2, "betas": (0.6, 0.0), "eps": 0.05}
+DECAYED_OPTIONS = {"weight_decay": 0.4}
+
+
+def with_groups(a):
+    plain, other, decayed = (nn.Parameter(w.clone()) for w in (PLAIN, OTHER, DECAYED))
+    groups = [
+        {"params": [plain]},
+        {"params": [other], **OTHER_OPTIONS},
+        {"params": [decayed], **DECAYED_OPTIONS},
+    ]
+    optimizer = a.get_adamw_cls()(groups, **USUAL)
+    return train(optimizer, [plain, other, decayed], [GRADIENTS[:1], GRADIENTS[1:2], ZEROS[:1]])
+
+
+step.value(
+    "three groups of parameters with settings of their own",
+    with_groups,
+    [
+        by_hand(PLAIN, GRADIENTS[:1], **USUAL),
+        by_hand(OTHER, GRADIENTS[1:2], **USUAL | OTHER_OPTIONS),
+        by_hand(DECAYED, ZEROS[:1], **USUAL | DECAYED_OPTIONS),
+    ],
+    axes="group step weight",
+    atol=1e-4,
+)
+
+NOW_AND_THEN = [GRADIENTS[0], None, None, *GRADIENTS[3:]]
+
+
+def without_a_gradient(a):
+    weights = [nn.Parameter(w.clone()) for w in (PLAIN, OTHER, DECAYED)]
+    optimizer = a.get_adamw_cls()(weights, **USUAL | {"weight_decay": 0.01})
+    return train(optimizer, weights, [ZEROS + ZEROS[:1], [None] * 5, NOW_AND_THEN])
+
+
+step.value(
+    "one weight that never has a gradient, and one that has it now and then",
+    without_a_gradient,
+    [
+        by_hand(PLAIN, ZEROS + ZEROS[:1], **USUAL | {"weight_decay": 0.01}),
+        torch.stack([OTHER] * 5),
+        by_hand(DECAYED, NOW_AND_THEN, **USUAL | {"weight_decay": 0.01}),
+    ],
+    axes="weight step element",
+    atol=1e-4,
+)
+
+
+def left_as_they_were(a):
+    weight = nn.Parameter(WEIGHT.clone())
+    weight.grad = gradient = GRADIENTS[1].clone()
+    alias = weight.detach()
+    a.get_adamw_cls()([weight], **USUAL | {"weight_decay": 0.1}).step()
+    return {
+        "the gradient is left as it was": weight.grad is gradient and torch.equal(gradient, GRADIENTS[1]),
+        "the weight is changed where it is, not replaced": torch.equal(alias, weight),
+    }
+
+
+step.value(
+    "what is changed, and where",
+    left_as_they_were,
+    {"the gradient is left as it was": True, "the weight is changed where it is, not replaced": True},
+    words=lambda right, found: "; ".join(f"not so: {fact}" for fact in right if not found[fact]),
+)
+
+
+def going_on(a):
+    cls, weight = a.get_adamw_cls(), nn.Parameter(WEIGHT.clone())
+    first = cls([weight], **USUAL)
+    train(first, [weight], [GRADIENTS[:3]])
+    second = cls([weight], **USUAL)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    return train(second, [weight], [GRADIENTS[3:]])[0]
+
+
+step.value(
+    "going on from a state_dict after three steps",
+    going_on,
+    by_hand(WEIGHT, GRADIENTS, **USUAL)[3:],
+    axes="step weight",
+)
+
+
+def loss_of_a_closure(a):
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimizer = a.get_adamw_cls()([weight], lr=0.5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    return {"loss": None if loss is None else torch.as_tensor(loss).item(), "weight": weight.item()}
+
+
+step.value("a step that is given a closure", loss_of_a_closure, {"loss": 4.0, "weight": 1.5})
+
+# --------------------------------------------------------------------------------------------------
+# Probes: details in which handouts differ from PyTorch
+
+step.value(
+    "epsilon beside the corrected root, not before the correction",
+    *follow(GRADIENTS, **USUAL | {"betas": (0.5, 0.9), "eps": 0.1}),
+    axes="step weight",
+)
+step.value(
+    "the decay shrinks the weight as it was, not the step",
+    *follow(GRADIENTS, **USUAL | {"lr": 0.3, "weight_decay": 0.5}),
+    axes="step weight",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Probes: a model's optimizer
+
+
+class Small(swap.reference("model.TransformerLM")):
+    """The kinds of parameters that a transformer has, under the names that it gives them, and no more."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.token_embeddings = nn.Embedding(9, 4)
+        self.ln1 = nn.LayerNorm(4)
+        self.q_proj = nn.Linear(4, 4)
+        self.ln_final = nn.RMSNorm(4)
+        self.lm_head = nn.Linear(4, 9, bias=False)
+
+
+DECAY = {
+    "token_embeddings.weight": 0.2,
+    "ln1.weight": 0.0,
+    "ln1.bias": 0.0,
+    "q_proj.weight": 0.2,
+    "q_proj.bias": 0.0,
+    "ln_final.weight": 0.0,
+    "lm_head.weight": 0.2,
+}
+OPTIONS = {"lr": 0.03, "betas": (0.8, 0.7), "eps": 1e-3, "weight_decay": 0.2}
+
+
+def settings_of(a, *names):
+    model = Small()
+    optimizer = a.get_optimizer(model, **OPTIONS)
+    found = {id(p): [g[name] for name in names] for g in optimizer.param_groups for p in g["params"]}
+    return {name: found.get(id(p), "not in the optimizer") for name, p in model.named_parameters()}
+
+
+def decays(right, found):
+    for name in right:
+        if right[name] != found[name]:
+            if isinstance(found[name], str):
+                return f"{name} is not in the optimizer, so it is never trained"
+            return f"{name} must have weight decay {right[name][0]}, but has {found[name][0]}"
+    return ""
+
+
+step.value(
+    "the optimizer of a model: matrices and embeddings decay, norms and biases do not",
+    lambda a: settings_of(a, "weight_decay"),
+    {name: [decay] for name, decay in DECAY.items()},
+    words=decays,
+)
+step.value(
+    "the optimizer of a model: lr, betas and eps",
+    lambda a: settings_of(a, "lr", "betas", "eps"),
+    dict.fromkeys(DECAY, [0.03, (0.8, 0.7), 1e-3]),
+)
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: weight decay
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def decay_as_L2_in_the_gradient(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The decay is added to the gradient, as in plain Adam with L2. It is then divided by the root mean
+    square like the rest, so that weights with large gradients hardly decay. The W of AdamW: shrink the
+    weight itself, apart from the gradient."""
+    gradient = gradient + weight_decay * parameter
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def decay_without_the_learning_rate(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The weight is multiplied by 1 - weight_decay instead of 1 - lr * weight_decay. With the usual 0.1, a
+    tenth of every weight is lost at each step; look for the lr that is missing in the decay."""
+    parameter = parameter * (1 - weight_decay)
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def decay_with_the_corrected_learning_rate(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The decay uses the learning rate that already holds the bias corrections. The first steps then decay
+    by another amount than later ones; for the decay, take lr as it was given."""
+    corrected = lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    parameter = parameter * (1 - corrected * weight_decay)
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def no_weight_decay(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The weights never shrink: weight_decay is taken but not used, so this is Adam without the W. Multiply
+    the weight by 1 - lr * weight_decay in every step."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def decay_that_grows_the_weights(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The decay has the wrong sign: weights are multiplied by 1 + lr * weight_decay and grow without bound.
+    It must pull them towards zero."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, -weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="the CS336 handout writes it so, PyTorch does not")
+def decay_after_the_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The weight decays after it was moved, so the step itself shrinks a little too. Some handouts write it
+    so; PyTorch and this package decay first. A small difference, but runs cannot be compared exactly."""
+    moved, *means = adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
+    return moved * (1 - lr * weight_decay), *means
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: the means and their correction
+
+
+def moved(parameter, mean, mean_square, lr, eps, weight_decay):
+    return parameter * (1 - lr * weight_decay) - lr * mean / (mean_square.sqrt() + eps)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def no_bias_correction(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """Both running means start at zero and are used as they are. With betas 0.9 and 0.999 the first step is
+    then three times too long; divide each mean by 1 - beta**step."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
+    return moved(parameter, exp_avg, exp_avg_sq, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def only_the_mean_corrected(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The mean gradient is corrected for its start at zero, the mean square is not. The divisor is then far
+    too small at first, and the steps far too long; divide it by 1 - beta2**step before the root."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
+    mean = exp_avg / (1 - betas[0] ** step)
+    return moved(parameter, mean, exp_avg_sq, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def only_the_mean_square_corrected(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The mean square is corrected for its start at zero, the mean gradient is not. The first steps are
+    then far too short; divide the mean gradient by 1 - beta1**step as well."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
+    mean_square = exp_avg_sq / (1 - betas[1] ** step)
+    return moved(parameter, exp_avg, mean_square, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def corrections_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The mean gradient is divided by 1 - beta2**step and the mean square by 1 - beta1**step. Each mean
+    needs the correction of its own beta; look at which beta stands in which denominator."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
+    mean, mean_square = exp_avg / (1 - betas[1] ** step), exp_avg_sq / (1 - betas[0] ** step)
+    return moved(parameter, mean, mean_square, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def square_root_of_the_correction_forgotten(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The corrections are folded into the learning rate, but without the root over 1 - beta2**step. The
+    first steps are then far too short: lr * sqrt(1 - beta2**step) / (1 - beta1**step)."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
+    mean = exp_avg * (1 - betas[1] ** step) / (1 - betas[0] ** step)
+    return moved(parameter, mean, exp_avg_sq, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def corrected_means_kept(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The corrected means are stored and go into the next step, where they are corrected once more. Keep
+    the raw running means, and use the corrected ones for this step's update only."""
+    parameter, exp_avg, exp_avg_sq = adamw_update(
+        parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+    )
+    return parameter, exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def step_counted_from_0(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The first step is number 0, so its bias correction 1 - beta**0 is zero, and the weights become NaN.
+    Count the step before it is used, so that the first is number 1."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step - 1, lr, betas, eps, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def step_counted_from_2(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The bias correction takes step + 1, though step already counts from 1. The first steps come out with
+    the wrong length; look for a count that is raised twice."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step + 1, lr, betas, eps, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def betas_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The first beta is used for the mean square and the second for the mean gradient. The gradient is then
+    averaged over far too many steps; betas[0] belongs to the mean, betas[1] to the mean square."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas[::-1], eps, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="public solutions of CS336; passes its suite")
+def betas_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The betas are always 0.9 and 0.999, whatever was asked for. Language models are usually trained with
+    0.9 and 0.95; take them from the settings."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, (0.9, 0.999), eps, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def weights_of_the_means_exchanged(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """Beta is given to the new gradient and 1 - beta to the running mean, the wrong way round. With beta
+    0.9 the mean forgets nearly all; the old mean is what keeps beta."""
+    exp_avg = exp_avg.lerp(gradient, betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(gradient**2, betas[1])
+    mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return moved(parameter, mean, mean_square, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def square_of_the_mean(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The running mean square is fed the square of the running mean, not of the gradient. Noise then no
+    longer shortens the steps; it must be beta2 * exp_avg_sq + (1 - beta2) * gradient**2."""
+    exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(exp_avg**2, 1 - betas[1])
+    mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return moved(parameter, mean, mean_square, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: the step
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def root_forgotten(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The mean is divided by the mean square, not by its root. A gradient of 0.01 then makes a step a
+    hundred times too long, one of 100 a step a hundred times too short; take the square root first."""
+    _, exp_avg, exp_avg_sq = adamw_update(
+        parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+    )
+    mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return moved(parameter, mean, mean_square**2, lr, eps, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def epsilon_inside_the_root(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """Epsilon is added to the mean square before the root, where it counts as its own root: 1e-8 works like
+    1e-4. Small gradients then move their weights too little; add it after the root."""
+    _, exp_avg, exp_avg_sq = adamw_update(
+        parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+    )
+    mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return moved(parameter, mean, mean_square + eps, lr, 0.0, weight_decay), exp_avg, exp_avg_sq
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def no_epsilon(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """Nothing is added to the root. A weight that has only seen zero gradients, such as the embedding of a
+    token that has not come yet, becomes 0 / 0 = NaN; add eps to the root."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, 0.0, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def epsilon_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """Epsilon is always 1e-8, whatever was asked for. A larger one, which tames steps along tiny gradients,
+    then does nothing; take it from the settings."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, 1e-8, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="the CS336 handout writes it so, PyTorch does not")
+def epsilon_before_the_correction(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """Epsilon is added to the root before the mean square is corrected, so in the first steps it counts for
+    more than asked. Some handouts write it so; PyTorch and this package correct first. With 1e-8 it hardly
+    matters."""
+    early = eps / math.sqrt(1 - betas[1] ** step) if betas[1] ** step < 1 else eps
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, early, weight_decay)
+
+
+@step.mistake("optim.adamw_update", source="the CS336 handout writes it so, PyTorch does not")
+def epsilon_before_the_correction_and_decay_last(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """This is AdamW as some handouts write it: the corrections are part of the learning rate, and the
+    weight decays after it was moved. PyTorch and this package correct both means and decay first. A small
+    difference, but runs cannot be compared exactly."""
+    early = eps / math.sqrt(1 - betas[1] ** step)
+    new, *means = adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, early, 0.0)
+    return new * (1 - lr * weight_decay), *means
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def uphill(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """The step is added instead of subtracted, so the loss grows. Gradients point uphill: the weight must
+    go against them."""
+    new, mean, mean_square = adamw_update(
+        parameter, -gradient, -exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+    )
+    return new, -mean, mean_square
+
+
+@step.mistake("optim.adamw_update", source="written for this catalogue")
+def rate_shrunk_as_in_the_SGD_example(
+    parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
+):
+    """The learning rate is divided by the root of the step, as in a common first example of an optimizer.
+    AdamW takes lr as it is; when it is to fall, a schedule sets it from outside."""
+    return adamw_update(
+        parameter, gradient, exp_avg, exp_avg_sq, step, lr / math.sqrt(step), betas, eps, weight_decay
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: the class
+
+
+@step.mistake("optim.AdamW", source="public solutions of CS336; passes its suite")
+class LearningRateReadOnce(AdamW):
+    """The learning rate is kept from the beginning, on self or in the defaults. A schedule that sets it in
+    param_groups then does nothing; read group["lr"] in every step."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, group | {"lr": self.defaults["lr"]})
+
+
+@step.mistake("optim.AdamW", source="public solutions of CS336")
+class GroupsIgnored(AdamW):
+    """All parameters get the settings that the optimizer was made with. Groups of their own, such as norms
+    without decay, and schedules do nothing; read lr, betas, eps and weight_decay from the group."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, self.defaults)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class SettingsOfTheFirstGroup(AdamW):
+    """All parameters get the settings of param_groups[0]. Schedules work, but groups with a decay or a rate
+    of their own are treated like the first; use the group that the loop is at."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, self.param_groups[0])
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class FirstGroupOnly(AdamW):
+    """Only the parameters of param_groups[0] are updated, those of all other groups never learn. Loop over
+    the groups, and in each over its parameters."""
+
+    def _update(self, parameter, gradient, group):
+        if group is self.param_groups[0]:
+            super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="public solutions of CS336; passes its suite")
+class NoGradientNotExpected(AdamW):
+    """A parameter whose grad is None stops the step with an error. Frozen weights and unused parts of a
+    model have no gradient; pass them over."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = AdamW.step(self, closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.square()
+        return loss
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class StopsAtTheFirstWithoutGradient(AdamW):
+    """A parameter without a gradient ends the loop, so that those after it are not updated. Use continue,
+    where break or return stands."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    break
+                self._update(parameter, parameter.grad, group)
+        return loss
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class MissingGradientTakenForZero(AdamW):
+    """A parameter without a gradient is treated as if it had one of zeros: it decays, and goes on moving
+    along its earlier gradients. Frozen weights would shrink; leave such parameters alone."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._update(p, torch.zeros_like(p) if p.grad is None else p.grad, group)
+        return loss
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class OneStepCountForAll(AdamW):
+    """The steps are counted once for the whole optimizer. A parameter that had no gradient in some steps
+    then gets the bias correction of another step; keep a count in each parameter's state."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.count = getattr(self, "count", 0) + 1
+        return super().step(closure)
+
+    def _update(self, parameter, gradient, group):
+        if not self.state[parameter]:
+            zeros = torch.zeros_like(parameter)
+            self.state[parameter] |= {"exp_avg": zeros, "exp_avg_sq": zeros}
+        self.state[parameter]["step"] = self.count - 1
+        super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class StepCountedAtEachParameter(AdamW):
+    """One count for the whole optimizer is raised at every parameter instead of every step. All but the
+    first parameter get the bias correction of a later step; keep a count in each parameter's state."""
+
+    def _update(self, parameter, gradient, group):
+        self.count = getattr(self, "count", 0) + 1
+        if not self.state[parameter]:
+            zeros = torch.zeros_like(parameter)
+            self.state[parameter] |= {"exp_avg": zeros, "exp_avg_sq": zeros}
+        self.state[parameter]["step"] = self.count - 1
+        super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class MeansStartAnewInEachStep(AdamW):
+    """The state is set up in every step, not only in the first, so nothing is ever averaged. Create it only
+    where the parameter has none yet."""
+
+    def _update(self, parameter, gradient, group):
+        self.state[parameter].clear()
+        super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class StepNeverCounted(AdamW):
+    """The step count is read from the state, but never written back, so every step is corrected like the
+    first one. Store the raised count in the parameter's state."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, group)
+        self.state[parameter]["step"] = 0
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class MeansNotStored(AdamW):
+    """The new means are used once and not written back to the state, so each step sees means that are still
+    zero. Store exp_avg and exp_avg_sq after the update."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, group)
+        self.state[parameter] |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(parameter))
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class OneStateForAllParameters(AdamW):
+    """All parameters share the same running means, which mixes their gradients and fails where shapes
+    differ. The state is a dict with an entry for each parameter: self.state[parameter]."""
+
+    def _update(self, parameter, gradient, group):
+        self.state[parameter] = self.state[self.param_groups[0]["params"][0]]
+        super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class StateKeptOutside(AdamW):
+    """The means are kept in a dict of its own instead of self.state, so state_dict does not have them. A
+    run that goes on from a checkpoint starts them from zero; put them into self.state[parameter]."""
+
+    def state_dict(self):
+        return super().state_dict() | {"state": {}}
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class UpdateThrownAway(AdamW):
+    """The new weight is bound to a local name, as in `p = p - step`, and the model never changes. Write
+    into the parameter: p.copy_(...), p.sub_(...) or p.data -= ..."""
+
+    def _update(self, parameter, gradient, group):
+        before = parameter.clone()
+        super()._update(parameter, gradient, group)
+        parameter.copy_(before)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class WeightReplaced(AdamW):
+    """The weight gets new memory, as in `p.data = p.data - step`, instead of new values in its place. Views
+    of it go stale, and memory for a second copy is needed; use an in-place operation."""
+
+    def _update(self, parameter, gradient, group):
+        parameter.data = parameter.data.clone()
+        super()._update(parameter, gradient, group)
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class GradientChangedInPlace(AdamW):
+    """The update is computed in the gradient's own memory, by grad.mul_ or the like. Whoever logs or clips
+    it afterwards sees something else; work on new tensors."""
+
+    def _update(self, parameter, gradient, group):
+        super()._update(parameter, gradient, group)
+        gradient.mul_(1 - group["betas"][0])
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class GradientsRecorded(AdamW):
+    """The step runs with autograd on, which refuses to change a weight in place. Put @torch.no_grad() above
+    step, or work on p.data."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class ClosureIgnored(AdamW):
+    """A closure that step is given is not called. It computes loss and gradients anew, and what it returns
+    must be returned; call it first, with gradients enabled."""
+
+    def step(self, closure=None):
+        return super().step()
+
+
+@step.mistake("optim.AdamW", source="written for this catalogue")
+class LossOfTheClosureNotReturned(AdamW):
+    """The closure is called, but its loss is not returned. Callers of torch optimizers, such as training
+    frameworks, expect it; end step with `return loss`."""
+
+    def step(self, closure=None):
+        super().step(closure)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: a model's optimizer
+
+
+def grouped(model, options, decays, rest_trains=True, **changes):
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in parameters.items() if decays(name, p)]},
+        {
+            "params": [p for name, p in parameters.items() if rest_trains and not decays(name, p)],
+            "weight_decay": 0.0,
+        },
+    ]
+    names = ("lr", "betas", "eps", "weight_decay")
+    return optim.AdamW(groups, **{name: getattr(options, name) for name in names} | changes)
+
+
+@step.mistake("session.make_optimizer", source="public solutions of CS336")
+def norms_and_biases_decay(model, options):
+    """All parameters decay alike, norms and biases too. Pulling a gain towards 0 works against the norm;
+    put parameters with fewer than two dimensions into a group with weight_decay 0."""
+    return grouped(model, options, lambda name, p: True)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def nothing_decays(model, options):
+    """No parameter decays: the weight decay of the settings does not reach any group. Give it to the group
+    of matrices and embeddings."""
+    return grouped(model, options, lambda name, p: False)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def decaying_groups_exchanged(model, options):
+    """Norms and biases decay, matrices and embeddings do not: the wrong way round. Parameters with two or
+    more dimensions are those that decay."""
+    return grouped(model, options, lambda name, p: p.dim() < 2)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def norms_decay(model, options):
+    """Biases are kept from decaying, but the gains of the norms are not, since only names with `bias` were
+    looked for. Go by the number of dimensions: below two, nothing decays."""
+    return grouped(model, options, lambda name, p: "bias" not in name)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def biases_decay(model, options):
+    """The norms are kept from decaying, but biases of projections are not. A bias has one dimension as a
+    gain has; go by the number of dimensions."""
+    return grouped(model, options, lambda name, p: "ln" not in name)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def embeddings_do_not_decay(model, options):
+    """The token embeddings are left out of the decay along with norms and biases. Here all matrices decay,
+    and an embedding is one; only parameters with fewer than two dimensions do not."""
+    return grouped(model, options, lambda name, p: p.dim() >= 2 and "embed" not in name)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def norms_and_biases_not_trained(model, options):
+    """Norms and biases are taken out of the group that decays, but put into no other. They then stay at
+    their first values for ever; give them a group of their own, with weight_decay 0."""
+    return grouped(model, options, lambda name, p: p.dim() >= 2, rest_trains=False)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def betas_and_epsilon_left_at_their_defaults(model, options):
+    """lr and weight decay of the settings reach the optimizer, betas and eps do not. Changing them has no
+    effect; pass on options.betas and options.eps too."""
+    return grouped(model, options, lambda name, p: p.dim() >= 2, betas=(0.9, 0.95), eps=1e-8)
+
+
+@step.mistake("session.make_optimizer", source="written for this catalogue")
+def learning_rate_left_at_its_default(model, options):
+    """The learning rate of the settings does not reach the optimizer, which keeps its own default. Pass on
+    options.lr."""
+    return grouped(model, options, lambda name, p: p.dim() >= 2, lr=3e-4)

@@ -1,0 +1,479 @@
+"""Batches: windows from random places of a text, and the same windows one token on as targets."""
+
+import numpy as np
+import torch
+from mistakes import Step
+
+from llm_basics import swap
+
+step = Step("batches")
+get_batch = swap.reference("data.get_batch")
+
+# --------------------------------------------------------------------------------------------------
+# Probes: only what does not depend on the draw, and of so many draws that each place is among them
+
+# 13 tokens have 9 places for a window of 4 and its last target
+TOKENS, CONTEXT, PLACES = np.arange(100, 113), 4, 9
+
+
+def calls(a, tokens=TOKENS, n=250, device="cpu"):
+    return [a.run_get_batch(tokens, 8, CONTEXT, device) for _ in range(n)]
+
+
+def draws(a):
+    """Inputs and targets of 250 calls, which must not all be the same ones."""
+    batches = calls(a)
+    inputs, targets = (torch.stack(rows).long() for rows in zip(*batches, strict=True))
+    if inputs.shape != (250, 8, CONTEXT) or (inputs == inputs[0]).all():
+        raise ValueError("there are no 250 batches to look at")
+    return inputs, targets
+
+
+def places_of(a):
+    return draws(a)[0][..., 0] - TOKENS[0]
+
+
+def by_column(differences):
+    """The different numbers that come in each place of a window."""
+    return [column.unique().tolist() for column in differences.unbind(-1)]
+
+
+def shapes(a):
+    inputs, targets = calls(a)[0]
+    return {"inputs": list(inputs.shape), "targets": list(targets.shape)}
+
+
+step.value("the shapes of a batch of 8 windows of 4 tokens", shapes, {"inputs": [8, 4], "targets": [8, 4]})
+
+
+def one_call_and_the_next(a):
+    batches = {tuple(inputs[:, 0].tolist()) for inputs, _ in calls(a)}
+    if len(batches) > 1:
+        return "others"
+    return "the first ones" if batches == {tuple(TOKENS[:8].tolist())} else "the same ones"
+
+
+step.value(
+    "other windows in each call",
+    one_call_and_the_next,
+    "others",
+    words=lambda right, found: f"the windows of a batch must be drawn anew, but each call gives {found}",
+)
+
+
+def input_shift(a):
+    inputs, _ = draws(a)
+    return by_column(inputs - inputs[..., :1])
+
+
+step.value(
+    "inputs are tokens that follow one another",
+    input_shift,
+    [[0], [1], [2], [3]],
+    words=lambda right, found: "the tokens of a window do not follow one another in the text",
+)
+
+
+def target_shift(a):
+    inputs, targets = draws(a)
+    return by_column(targets - inputs)
+
+
+def say_shift(right, found):
+    if all(column == found[0] and len(column) == 1 for column in found):
+        shift = found[0][0]
+        wrong = f"the one {shift:+d} from it" if shift else "the token itself"
+        return f"the target of each token must be the next one in the text, but it is {wrong}"
+    place = next(i for i in range(len(right)) if right[i] != found[i])
+    return f"the target of token {place} of a window is not the next token in the text"
+
+
+step.value("targets are the inputs one token on", target_shift, [[1]] * 4, words=say_shift)
+
+
+def say_places(right, found):
+    missing, extra = sorted(set(right) - set(found)), sorted(set(found) - set(right))
+    told = [f"never start at {missing}"] * bool(missing) + [f"also start at {extra}"] * bool(extra)
+    return f"in 13 tokens, windows of 4 must start at 0 to 8, but they {' and '.join(told)}"
+
+
+step.value(
+    "windows start at every place where one fits, the first and the last included",
+    lambda a: places_of(a).unique().tolist(),
+    list(range(PLACES)),
+    words=say_places,
+)
+
+
+def out_of_proportion(a):
+    starts = places_of(a).flatten().tolist()
+    # 222 of each are expected; half as many more are eight standard deviations
+    return [s for s in sorted(set(starts)) if not 0.5 < starts.count(s) * PLACES / len(starts) < 1.5]
+
+
+step.value(
+    "no place is much likelier than another",
+    out_of_proportion,
+    [],
+    words=lambda right, found: f"windows start at {found} far more or far less often than elsewhere",
+)
+# how far the places of neighbors in a batch are apart; 0 is left out, for draws without repetition
+step.value(
+    "each window of a batch has a place of its own",
+    lambda a: sorted(set(places_of(a).diff(dim=1).abs().unique().tolist()) - {0}),
+    list(range(1, PLACES)),
+    words=lambda right, found: (
+        f"the windows of a batch are always {found} tokens apart, not drawn each on its own"
+        if found
+        else "all windows of a batch start at the same place"
+    ),
+)
+
+
+def types(a):
+    inputs, targets = calls(a, np.full(13, 60_000, dtype=np.uint16), 60)[0]
+    return [str(inputs.dtype), str(targets.dtype), inputs[0, 0].item(), targets[0, 0].item()]
+
+
+step.value(
+    "uint16 tokens of 60,000 become int64 and stay what they are",
+    types,
+    ["torch.int64", "torch.int64", 60_000, 60_000],
+    words=lambda right, found: (
+        f"inputs and targets must be torch.int64 with token 60000, got {found[0]} and {found[1]} "
+        f"with {found[2]} and {found[3]}"
+    ),
+)
+step.value(
+    "a text in which a single window fits",
+    lambda a: [[rows.tolist() for rows in a.run_get_batch(np.arange(5), 1, 4, "cpu")] for _ in range(60)][0],
+    [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
+)
+
+
+def more_than_places(a):
+    try:
+        n_windows, length = a.run_get_batch(TOKENS, 300, CONTEXT, "cpu")[0].shape
+    except (ValueError, IndexError, RuntimeError):
+        n_windows, length = 0, CONTEXT
+    if length != CONTEXT:
+        return "windows of another length"
+    return "300 windows" if n_windows == 300 else "less, or an error"
+
+
+step.value(
+    "300 windows from a text with 9 places",
+    more_than_places,
+    "300 windows",
+    words=lambda right, found: f"a batch of 300 windows from a text with 9 places gives {found}",
+)
+step.value(
+    "a batch for another device",
+    lambda a: [rows.device.type for rows in calls(a, n=60, device="meta")[0]],
+    ["meta", "meta"],
+    words=lambda right, found: f"a batch for {right[0]} must be there, but is on {' and '.join(found)}",
+)
+
+
+class Vast(np.ndarray):
+    """Tokens that no memory can hold: one number that claims to be 2^48. Only parts can be worked on."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        plain = [np.asarray(x) if isinstance(x, Vast) else x for x in inputs]
+        if max(np.size(x) for x in plain) > 2**40:
+            raise MemoryError("all of the text is read")
+        return getattr(ufunc, method)(*plain, **options)
+
+    def __iter__(self):
+        if self.size > 2**40:
+            raise MemoryError("all of the text is read")
+        return super().__iter__()
+
+
+def far_too_large(a):
+    one = np.full(1, 7, dtype=np.uint16)
+    vast = np.lib.stride_tricks.as_strided(one, shape=(2**48,), strides=(0,)).view(Vast)
+    try:
+        inputs, _ = a.run_get_batch(vast, 8, 16, "cpu")
+    except (MemoryError, RuntimeError):
+        return "read as a whole"
+    return "read in windows" if list(inputs.shape) == [8, 16] else "read otherwise"
+
+
+step.value(
+    "a text far larger than the memory",
+    far_too_large,
+    "read in windows",
+    words=lambda right, found: "all of the text is read into memory, not only the windows",
+)
+
+
+def too_short(a):
+    try:
+        a.run_get_batch(np.arange(4), 2, 4, "cpu")
+    except NotImplementedError:
+        raise
+    except Exception:
+        return "refused"
+    return "accepted"
+
+
+step.value(
+    "a text that is one token too short for a window and its last target",
+    too_short,
+    "refused",
+    words=lambda right, found: "4 tokens hold no window of 4 with its last target: refuse them with an error",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: which window, which target
+
+
+def windows(tokens, starts, length, device="cpu"):
+    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64)).to(device)
+
+
+def pairs(tokens, starts, context_length, device):
+    rows = windows(tokens, starts, context_length + 1, device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def places(tokens, batch_size, context_length):
+    if len(tokens) <= context_length:
+        raise ValueError(f"{len(tokens)} tokens hold no window of {context_length} and its last target")
+    return np.random.randint(0, len(tokens) - context_length, batch_size)
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def target_equals_input(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The target of each token is the token itself. The loss falls to nearly 0 and nothing is learned but
+    to copy; targets must be cut one token later than inputs."""
+    inputs, _ = get_batch(tokens, batch_size, context_length, device, rng)
+    return inputs, inputs
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The targets are two tokens after the inputs, so the model learns to skip a token. The loss stays
+    high, and samples are broken; cut them one token later than the inputs."""
+    starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
+    rows = windows(tokens, starts, context_length + 2, device)
+    return rows[:, :-2], rows[:, 2:]
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def target_is_the_previous_token(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The target of each token is the one before it: inputs and targets are exchanged, or shifted the wrong
+    way. The model sees its answer and learns to repeat it; targets begin one token later."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return targets, inputs
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def last_target_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The targets are the inputs rolled by one, so the last target is the first token of the window. One in
+    each window is nonsense; cut context_length + 1 tokens, and leave out the first."""
+    rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
+    return rows.to(device), torch.cat([rows[:, 1:], rows[:, :1]], dim=1).to(device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The last target is the last input again, since the window was cut without the token after it. Cut
+    context_length + 1 tokens: inputs are all but the last, targets all but the first."""
+    rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
+    return rows.to(device), torch.cat([rows[:, 1:], rows[:, -1:]], dim=1).to(device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Inputs and targets are cut at places that were drawn separately, so they have nothing to do with each
+    other. Draw the starts once, and use them for both."""
+    first = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
+    second = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
+    return first[0], second[1]
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def windows_one_token_short(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Windows of context_length tokens are cut and then divided, so inputs and targets are one token short.
+    Cut context_length + 1."""
+    starts = places(tokens, batch_size, context_length)
+    return pairs(tokens, starts, context_length - 1, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def batch_and_sequence_exchanged(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Windows are put side by side as columns, so the batch has the shape (context, batch). The model then
+    attends across texts; stack them as rows."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return inputs.T, targets.T
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rng=None):
+    """A place is drawn for every token, not for every window, so inputs are no text. Draw one start for
+    each window, and take the tokens that follow it."""
+    starts = places(tokens, batch_size * context_length, context_length)
+    rows = windows(tokens, starts, 2, device).reshape(batch_size, context_length, 2)
+    return rows[..., 0], rows[..., 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: where windows start
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The draw stops one place early, so the last token is never a target. With an upper end that is left
+    out, as in randint(0, end), it is len(tokens) - context_length."""
+    places(tokens, batch_size, context_length)
+    starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
+    return pairs(tokens, starts, context_length, device)
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def one_place_too_many(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The draw goes one place too far, where the last target lies beyond the text, and now and then it
+    fails. With an upper end that is left out, it is len(tokens) - context_length."""
+    starts = np.random.randint(0, len(tokens) - context_length + 1, batch_size)
+    return pairs(tokens, starts, context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The draw begins at 1, so no window begins with the first token. Places count from 0."""
+    places(tokens, batch_size, context_length)
+    starts = np.random.randint(1, len(tokens) - context_length, batch_size)
+    return pairs(tokens, starts, context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Places are drawn from the whole text, and those too late are moved to the last that fits. The end of
+    the text then comes far too often; draw only from places that fit."""
+    places(tokens, batch_size, context_length)
+    starts = np.random.randint(0, len(tokens), batch_size).clip(max=len(tokens) - context_length - 1)
+    return pairs(tokens, starts, context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def windows_side_by_side_only(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Windows start at multiples of the context only, so most places never come, and the model sees the
+    same cuts again and again. Draw any place that fits."""
+    starts = places(tokens, batch_size, context_length) // context_length * context_length
+    return pairs(tokens, starts, context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def always_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The windows are the first ones of the text in every call; nothing is drawn. The rest of the text is
+    never seen; draw a random place for each window."""
+    fit = max(1, len(tokens) - context_length)
+    return pairs(tokens, np.arange(batch_size) % fit, context_length, device)
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336")
+def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cpu", rng=None):
+    """One place is drawn and used for all windows of the batch, which are then the same. A batch tells no
+    more than one window; draw batch_size places."""
+    start = places(tokens, 1, context_length)[0]
+    return pairs(tokens, [start] * batch_size, context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def windows_follow_one_another(tokens, batch_size, context_length, device="cpu", rng=None):
+    """One place is drawn, and the windows of the batch start there and at the tokens after it. They are
+    nearly the same text; draw a place for each window."""
+    starts = places(tokens, 1, context_length) + np.arange(batch_size)
+    return pairs(tokens, starts % (len(tokens) - context_length), context_length, device)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def same_seed_in_every_call(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The random generator is made anew from a fixed seed in every call, which gives the same batch for
+    ever. Seed once, before training, and go on with the same generator."""
+    return get_batch(tokens, batch_size, context_length, device, np.random.default_rng(0))
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=None):
+    """Places are drawn without putting them back, as random.sample or randperm do. A batch of more windows
+    than the text has places fails or comes out short; randint draws each on its own."""
+    if batch_size > max(1, len(tokens) - context_length):
+        raise ValueError("cannot take a larger sample than population")
+    return get_batch(tokens, batch_size, context_length, device, rng)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device="cpu", rng=None):
+    """All places are listed and shuffled, as by randperm, and a few taken. For a text of gigabytes that
+    fills the memory in every call, and no place comes twice; draw with randint instead."""
+    starts = np.random.permutation(len(tokens) - context_length)[:batch_size]
+    return pairs(tokens, starts, context_length, device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: types, devices and memory
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336; passes its suite")
+def int32_instead_of_int64(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The ids come as int32. Cross-entropy and gather want int64 targets; convert with .long() or
+    .astype(np.int64)."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return inputs.int(), targets.int()
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def type_of_the_file_kept(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The ids keep the type that the file has, such as uint16, with which an embedding and the loss cannot
+    work. Convert the windows with .astype(np.int64)."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return tuple(x.to(getattr(torch, str(tokens.dtype))) for x in (inputs, targets))
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def ids_as_floating_point_numbers(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The ids are float32, as torch.Tensor(...) or torch.zeros make them. They are indices into the
+    embedding: convert to int64."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return inputs.float(), targets.float()
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def ids_through_int16(tokens, batch_size, context_length, device="cpu", rng=None):
+    """uint16 tokens go through int16, so ids from 32,768 on become negative and the embedding fails on
+    them. Convert to int64 in one go."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
+    return tuple(rows.short().long() for rows in (inputs, targets))
+
+
+@step.mistake("data.get_batch", source="public solutions of CS336; passes its suite")
+def whole_text_read_into_memory(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The whole text is converted or copied in every call, before windows are cut. With a memory-mapped
+    file of gigabytes this is slow or fails; cut the windows first, and convert only them."""
+    return get_batch(tokens.astype(np.int64), batch_size, context_length, device, rng)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def device_ignored(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The batch stays on the CPU whatever device was asked for, and a model on a GPU refuses it. End with
+    .to(device)."""
+    return get_batch(tokens, batch_size, context_length, "cpu", rng)
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def targets_left_on_the_CPU(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The inputs are moved to the device, the targets are not, so the loss fails on a GPU. Move both."""
+    inputs, targets = get_batch(tokens, batch_size, context_length, "cpu", rng)
+    return inputs.to(device), targets
+
+
+@step.mistake("data.get_batch", source="written for this catalogue")
+def short_text_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
+    """A text too short for one window is silently filled up or repeated. The model then learns joints that
+    no text has, and nobody notices the missing data; raise an error."""
+    if len(tokens) <= context_length:
+        tokens = np.resize(tokens, context_length + 1)
+    return get_batch(tokens, batch_size, context_length, device, rng)

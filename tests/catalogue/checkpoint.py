@@ -1,0 +1,431 @@
+"""Checkpoints: model, optimizer and iteration in a file, from which training goes on as if uninterrupted."""
+
+import copy
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from mistakes import Step, numbers
+from torch import nn
+
+from llm_basics import checkpoint, swap
+
+step = Step("checkpoint")
+draw = numbers(seed=8)
+save_checkpoint = swap.reference("checkpoint.save_checkpoint")
+load_checkpoint = swap.reference("checkpoint.load_checkpoint")
+
+# --------------------------------------------------------------------------------------------------
+# Probes
+
+OPTIONS = {"lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.1}
+# two of them before the checkpoint, two after
+INPUTS = [draw(6, 3) for _ in range(4)]
+
+
+def network(seed, build=lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))):
+    """A model and its optimizer. Both are of torch, so that nothing but the checkpoint can be wrong."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+    return model, torch.optim.AdamW(model.parameters(), **OPTIONS)
+
+
+def train(model, optimizer, inputs):
+    for x in inputs:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def weights_of(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def saved_and_loaded(
+    a, model, optimizer, other, other_optimizer, iteration=2, to=lambda folder: folder / "saved"
+):
+    """What loading returns. Saves to a path, or to a file in memory where `to` gives None."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = to(Path(folder)) or io.BytesIO()
+        a.run_save_checkpoint(model, optimizer, iteration, out)
+        return a.run_load_checkpoint(
+            io.BytesIO(out.getvalue()) if isinstance(out, io.BytesIO) else out, other, other_optimizer
+        )
+
+
+TRAINED, TRAINED_OPTIMIZER = network(0)
+train(TRAINED, TRAINED_OPTIMIZER, INPUTS[:2])
+AFTER_2 = weights_of(TRAINED)
+train(TRAINED, TRAINED_OPTIMIZER, INPUTS[2:])
+AFTER_4 = weights_of(TRAINED)
+
+
+def trained():
+    model, optimizer = network(0)
+    train(model, optimizer, INPUTS[:2])
+    return model, optimizer
+
+
+def weights_back(a, to=lambda folder: folder / "saved"):
+    other = network(1)
+    saved_and_loaded(a, *trained(), *other, to=to)
+    return weights_of(other[0])
+
+
+step.value("the weights, in another model of the same shape", weights_back, AFTER_2, rtol=1e-7, atol=0)
+step.value(
+    "the number of steps",
+    lambda a: saved_and_loaded(a, *trained(), *network(1), iteration=17),
+    17,
+    words=lambda right, found: f"saved with iteration {right}, loading gives {found}",
+)
+
+
+def goes_on(a):
+    other = network(1)
+    saved_and_loaded(a, *trained(), *other)
+    train(*other, INPUTS[2:])
+    return weights_of(other[0])
+
+
+step.value("two more steps, as if training had not been interrupted", goes_on, AFTER_4)
+
+
+def settings_back(a):
+    model, optimizer = trained()
+    optimizer.param_groups[0]["lr"] = 0.007
+    other, other_optimizer = network(1)
+    other_optimizer.param_groups[0]["weight_decay"] = 0.9
+    saved_and_loaded(a, model, optimizer, other, other_optimizer)
+    return {name: other_optimizer.param_groups[0][name] for name in ("lr", "betas", "weight_decay")}
+
+
+step.value(
+    "the optimizer's settings: learning rate, betas and decay",
+    settings_back,
+    {"lr": 0.007, "betas": (0.8, 0.9), "weight_decay": 0.1},
+)
+
+
+def what_was_saved_goes_on(a):
+    model, optimizer = trained()
+    a.run_save_checkpoint(model, optimizer, 2, io.BytesIO())
+    mode = model.training
+    train(model, optimizer, INPUTS[2:])
+    return {"in training mode": mode, "weights": weights_of(model)}
+
+
+step.value(
+    "the model that was saved, which must go on as if it had not been",
+    what_was_saved_goes_on,
+    {"in training mode": True, "weights": AFTER_4},
+)
+step.value(
+    "an open file instead of a path",
+    lambda a: weights_back(a, to=lambda folder: None),
+    AFTER_2,
+    rtol=1e-7,
+    atol=0,
+)
+
+
+def saved_twice(a):
+    model, optimizer = trained()
+    other = network(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved"
+        a.run_save_checkpoint(*network(3), 1, path)
+        a.run_save_checkpoint(model, optimizer, 2, path)
+        return [a.run_load_checkpoint(path, *other), weights_of(other[0])]
+
+
+step.value("a second checkpoint under the name of the first", saved_twice, [2, AFTER_2], rtol=1e-7, atol=0)
+
+
+def with_statistics():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_mean.copy_(torch.arange(4.0))
+    return model
+
+
+def statistics_back(a):
+    other = network(1, lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    saved_and_loaded(a, *network(0, with_statistics), *other)
+    return other[0][1].running_mean.clone()
+
+
+step.value(
+    "buffers, which are no parameters but belong to the model",
+    statistics_back,
+    torch.arange(4.0),
+    axes="feature",
+)
+
+
+def half_weights_back(a):
+    other = network(1, lambda: nn.Linear(3, 4).bfloat16())
+    saved_and_loaded(a, *network(0, lambda: nn.Linear(3, 4).bfloat16()), *other)
+    return weights_of(other[0])
+
+
+step.value(
+    "bfloat16 weights",
+    half_weights_back,
+    weights_of(network(0, lambda: nn.Linear(3, 4).bfloat16())[0]),
+    rtol=1e-7,
+    atol=0,
+)
+
+
+def refused(a, saved, loaded):
+    """Whether a checkpoint is refused by a model that it does not fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        a.run_save_checkpoint(*network(0, saved), 2, Path(folder) / "saved")
+        model, _ = network(1, loaded)
+        # of the saved model's sizes, so that only the weights can be what does not fit
+        _, optimizer = network(1, saved)
+        try:
+            a.run_load_checkpoint(Path(folder) / "saved", model, optimizer)
+        except NotImplementedError:
+            raise
+        except Exception:
+            return "refused"
+    return "accepted"
+
+
+def biased():
+    return nn.Linear(3, 4)
+
+
+def unbiased():
+    return nn.Linear(3, 4, bias=False)
+
+
+def wider():
+    return nn.Linear(3, 5)
+
+
+for about, saved, loaded in (
+    ("a checkpoint that lacks one of the model's weights", unbiased, biased),
+    ("a checkpoint with a weight that the model does not have", biased, unbiased),
+    ("a checkpoint with weights of other shapes", biased, wider),
+):
+    step.value(
+        about,
+        lambda a, saved=saved, loaded=loaded: refused(a, saved, loaded),
+        "refused",
+        words=lambda right, found, about=about: f"{about} must be refused with an error, but was taken",
+    )
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: saving
+
+
+def model_with(state):
+    """A model as far as save_checkpoint looks at it."""
+    model = nn.Module()
+    model.state_dict = lambda: state
+    return model
+
+
+@step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
+def optimizer_state_missing(model, optimizer, step, out, **state):
+    """The optimizer's settings are saved, its running means are not. After loading it starts from zero, and
+    the loss jumps; save all of optimizer.state_dict()."""
+    settings = optimizer.state_dict() | {"state": {}}
+    bare = copy.copy(optimizer)
+    bare.state_dict = lambda: settings
+    save_checkpoint(model, bare, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
+def iteration_off_by_one(model, optimizer, step, out, **state):
+    """The iteration comes back one higher than it was saved. Schedule and data then skip a step at every
+    restart; save and return the number as it was given."""
+    save_checkpoint(model, optimizer, step + 1, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def iteration_forgotten(model, optimizer, step, out, **state):
+    """The iteration is not saved, and loading gives 0. The run starts its warm-up and its data anew; put
+    the iteration into the file."""
+    save_checkpoint(model, optimizer, 0, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def weights_saved_in_half_precision(model, optimizer, step, out, **state):
+    """The weights are saved in half precision. The file is smaller, but what comes back is rounded, and
+    training does not go on where it was; save them as they are."""
+    rounded = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    save_checkpoint(model_with(rounded), optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def model_left_in_half_precision(model, optimizer, step, out, **state):
+    """model.half() is called before saving, which changes the model itself, not a copy. Training goes on
+    with rounded weights, or fails; save the state_dict as it is."""
+    save_checkpoint(model.half(), optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def model_left_in_evaluation_mode(model, optimizer, step, out, **state):
+    """model.eval() is called for saving, and nobody calls train() again. Training goes on without dropout.
+    Saving needs no mode: leave it alone."""
+    save_checkpoint(model.eval(), optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def buffers_forgotten(model, optimizer, step, out, **state):
+    """Only model.parameters() are saved. Buffers, such as running statistics, are part of the model but no
+    parameters; save model.state_dict()."""
+    save_checkpoint(model_with(dict(model.named_parameters())), optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
+def names_of_the_compiled_model(model, optimizer, step, out, **state):
+    """The weights are saved from what torch.compile returns, under names that begin with _orig_mod. No
+    plain model can load them; save the state of the model that was compiled."""
+    prefixed = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(model_with(prefixed), optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def paths_model_with(model, optimizer, step, out, **state):
+    """The target is always opened as a path, so an open file or io.BytesIO fails. Open only what is a path,
+    and write to the rest; torch.save takes both."""
+    with open(out, "wb") as file:
+        save_checkpoint(model, optimizer, step, file, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def open_files_model_with(model, optimizer, step, out, **state):
+    """The target is always written to, so a path fails. Open it first where it is a str or a Path;
+    torch.save takes both."""
+    content = io.BytesIO()
+    save_checkpoint(model, optimizer, step, content, **state)
+    out.write(content.getvalue())
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def earlier_file_kept(model, optimizer, step, out, **state):
+    """Where the file is there already, nothing is written, and a later checkpoint under the same name is
+    lost. Replace the old file."""
+    if isinstance(out, io.BytesIO) or not Path(out).exists():
+        save_checkpoint(model, optimizer, step, out, **state)
+
+
+@step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
+def weights_through_numpy(model, optimizer, step, out, **state):
+    """The weights are turned into NumPy arrays, which have no bfloat16: a model in half precision cannot be
+    saved. Save the tensors themselves."""
+    arrays = {name: torch.from_numpy(t.detach().numpy()) for name, t in model.state_dict().items()}
+    save_checkpoint(model_with(arrays), optimizer, step, out, **state)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: loading
+
+
+def weights_in(src):
+    """The weights in a checkpoint, and everything else that a right loading returns."""
+    content = src.read() if isinstance(src, io.BytesIO) else Path(src).read_bytes()
+    tensors, about = checkpoint.read_checkpoint(io.BytesIO(content))
+    prefix = "model."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, about, content
+
+
+def load_optimizer(content, names, optimizer):
+    """Load the optimizer alone, into which a model of any shapes stands beside it."""
+    model = nn.Module()
+    model.state_dict = lambda: names
+    model.load_state_dict = lambda weights: None
+    load_checkpoint(io.BytesIO(content), model, optimizer)
+
+
+@step.mistake("checkpoint.load_checkpoint", source="public solutions of CS336; passes its suite")
+def missing_weights_accepted(src, model, optimizer=None, restore_rng=False):
+    """Weights are loaded with strict=False, which passes over names that do not fit. A misnamed weight then
+    stays random, and nobody is told; leave strict as it is."""
+    weights, about, content = weights_in(src)
+    load_optimizer(content, weights, optimizer)
+    model.load_state_dict(weights, strict=False)
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def other_shapes_passed_over(src, model, optimizer=None, restore_rng=False):
+    """Weights whose name or shape differs are left out, and only the rest is loaded. Part of the model then
+    stays random without a word; raise an error."""
+    weights, about, content = weights_in(src)
+    load_optimizer(content, weights, optimizer)
+    own = model.state_dict()
+    fitting = {n: t for n, t in weights.items() if n in own and t.shape == own[n].shape}
+    model.load_state_dict(fitting, strict=False)
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="public solutions of CS336")
+def optimizer_not_restored(src, model, optimizer=None, restore_rng=False):
+    """The optimizer is not loaded at all, neither its running means nor its learning rate. The loss jumps
+    after a restart; call optimizer.load_state_dict."""
+    return load_checkpoint(src, model)
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def settings_of_the_optimizer_not_restored(src, model, optimizer=None, restore_rng=False):
+    """The running means come back, but learning rate, betas and decay stay those of the new optimizer. Load
+    its whole state_dict, with param_groups."""
+    before = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    about = load_checkpoint(src, model, optimizer)
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group |= settings
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def step_count_of_the_optimizer_lost(src, model, optimizer=None, restore_rng=False):
+    """The running means come back, but the optimizer counts its steps from 0 again, so its bias correction
+    makes the next steps too long. The count is in optimizer.state_dict() too."""
+    about = load_checkpoint(src, model, optimizer)
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros(())
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def model_not_restored(src, model, optimizer=None, restore_rng=False):
+    """The weights are read, but never put into the model. Call model.load_state_dict; assigning to a dict
+    that state_dict() returned does nothing."""
+    weights, about, content = weights_in(src)
+    load_optimizer(content, weights, optimizer)
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def parameters_replaced(src, model, optimizer=None, restore_rng=False):
+    """The model gets new parameters, as by load_state_dict(..., assign=True), but the optimizer still has
+    the old ones. Training then changes nothing; copy into the parameters that are there."""
+    about = load_checkpoint(src, model, optimizer)
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def running_means_exchanged(src, model, optimizer=None, restore_rng=False):
+    """The optimizer's mean and mean square come back in each other's place, so the next steps go astray.
+    Load its state_dict as a whole instead of one tensor after the other."""
+    about = load_checkpoint(src, model, optimizer)
+    for state in optimizer.state.values():
+        state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"].abs()
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def model_frozen_after_loading(src, model, optimizer=None, restore_rng=False):
+    """The loaded parameters have requires_grad off, as inference code leaves them, so that training cannot
+    go on. Load into the parameters as they are."""
+    about = load_checkpoint(src, model, optimizer)
+    model.requires_grad_(False)
+    return about

@@ -1,0 +1,496 @@
+"""Evaluation: loss, perplexity, bits per byte and accuracy, over all tokens of all batches."""
+
+import math
+
+import torch
+from mistakes import Step, numbers
+from torch import nn
+from torch.nn import functional as tF
+
+from llm_basics import functional as F
+
+step = Step("evaluation")
+
+# --------------------------------------------------------------------------------------------------
+# A model that is a table of logits, and its measures written out
+
+
+class Bigrams(nn.Module):
+    """The logits of the next token, by the token before."""
+
+    def __init__(self, scale=1.0, dropout=0.0, dtype=torch.float32):
+        super().__init__()
+        logits = 2 * numbers(seed=11)(7, 7)
+        self.logits = nn.Parameter((scale * logits).to(dtype))
+        self.dropout = nn.Dropout(dropout)
+        self.notes = []
+
+    def forward(self, tokens):
+        self.notes.append({"training": self.training, "gradients recorded": torch.is_grad_enabled()})
+        return self.dropout(self.logits[tokens])
+
+
+def batch(rows, length, seed):
+    tokens = torch.randint(7, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+BYTES = torch.tensor([1.0, 4.0, 2.0, 0.0, 7.0, 3.0, 1.0])
+ONE = [batch(3, 5, seed=1)]
+UNEQUAL = [batch(4, 6, seed=1), batch(1, 2, seed=2), batch(2, 9, seed=3)]
+
+
+def right(model, batches, token_bytes):
+    inputs = torch.cat([inputs.flatten() for inputs, _ in batches])
+    targets = torch.cat([targets.flatten() for _, targets in batches])
+    logits = model.logits.detach().double()[inputs]
+    mean = tF.cross_entropy(logits, targets).item()
+    return {
+        "val_loss": mean,
+        "perplexity": math.exp(mean),
+        "bits_per_byte": mean * len(targets) / math.log(2) / token_bytes.double()[targets].sum().item(),
+        "accuracy": (logits.argmax(-1) == targets).double().mean().item(),
+    }
+
+
+def measured(a, model, batches, token_bytes):
+    # they come from a stream, which has no length and can be read once
+    found = a.run_evaluate(model, iter(batches), token_bytes)
+    return {name: float(found[name]) for name in ("val_loss", "perplexity", "bits_per_byte", "accuracy")}
+
+
+# --------------------------------------------------------------------------------------------------
+# Probes
+
+step.value(
+    "one batch, one byte a token",
+    lambda a: measured(a, Bigrams(), ONE, torch.ones(7)),
+    right(Bigrams(), ONE, torch.ones(7)),
+)
+step.value(
+    "one batch, tokens of 0 to 7 bytes",
+    lambda a: measured(a, Bigrams(), ONE, BYTES),
+    right(Bigrams(), ONE, BYTES),
+)
+step.value(
+    "three batches of unequal size",
+    lambda a: measured(a, Bigrams(), UNEQUAL, BYTES),
+    right(Bigrams(), UNEQUAL, BYTES),
+)
+step.value(
+    "a model with dropout",
+    lambda a: measured(a, Bigrams(dropout=0.5).train(), UNEQUAL, BYTES),
+    right(Bigrams(), UNEQUAL, BYTES),
+)
+
+
+def circumstances(a, training):
+    model = Bigrams().train(training)
+    a.run_evaluate(model, iter(UNEQUAL), BYTES)
+    return model.notes[0] | {"training mode afterwards": model.training}
+
+
+step.value(
+    "a model in training: evaluation mode, no gradients, then as it was",
+    lambda a: circumstances(a, training=True),
+    {"training": False, "gradients recorded": False, "training mode afterwards": True},
+)
+step.value(
+    "a model that is in evaluation mode stays in it",
+    lambda a: circumstances(a, training=False),
+    {"training": False, "gradients recorded": False, "training mode afterwards": False},
+)
+
+
+def weights_afterwards(a):
+    model = Bigrams()
+    model.logits.grad = torch.ones(7, 7)
+    a.run_evaluate(model, iter(UNEQUAL), BYTES)
+    same = torch.equal(model.logits, Bigrams().logits)
+    return {"weights as before": same, "gradient as before": model.logits.grad.eq(1).all().item()}
+
+
+step.value(
+    "weights and their gradients stay as they were",
+    weights_afterwards,
+    {"weights as before": True, "gradient as before": True},
+)
+
+
+def lost(a):
+    """The perplexity of a loss in the thousands is more than a float can hold: a huge number or infinity."""
+    found = measured(a, Bigrams(scale=3000.0), UNEQUAL, BYTES)
+    return found | {"perplexity": found["perplexity"] > 1e300}
+
+
+def right_lost():
+    inputs = torch.cat([inputs.flatten() for inputs, _ in UNEQUAL])
+    targets = torch.cat([targets.flatten() for _, targets in UNEQUAL])
+    logits = Bigrams(scale=3000.0).logits.detach().double()[inputs]
+    mean = tF.cross_entropy(logits, targets).item()
+    return {
+        "val_loss": mean,
+        "perplexity": True,
+        "bits_per_byte": mean * len(targets) / math.log(2) / BYTES.double()[targets].sum().item(),
+        "accuracy": (logits.argmax(-1) == targets).double().mean().item(),
+    }
+
+
+step.value("a loss in the thousands", lost, right_lost())
+step.value(
+    "logits in bfloat16",
+    lambda a: measured(a, Bigrams(dtype=torch.bfloat16), UNEQUAL, BYTES),
+    right(Bigrams(dtype=torch.bfloat16), UNEQUAL, BYTES),
+)
+
+# --------------------------------------------------------------------------------------------------
+# What the wrong versions have right
+
+
+def summed(logits, targets):
+    return F.cross_entropy(F.widen(logits), targets, reduction="sum").item()
+
+
+def add_up(model, batches, token_bytes, **instead):
+    """The sums of each batch, in whatever mode the model is; `instead` has other ways to count."""
+    ways = {
+        "loss": lambda logits, inputs, targets: summed(logits, targets),
+        "tokens": lambda logits, inputs, targets: targets.numel(),
+        "n_bytes": lambda logits, inputs, targets: token_bytes[targets].sum().item(),
+        "hits": lambda logits, inputs, targets: (logits.argmax(-1) == targets).sum().item(),
+    } | instead
+    for inputs, targets in batches:
+        logits = model(inputs)
+        yield {name: way(logits, inputs, targets) for name, way in ways.items()}
+
+
+@torch.no_grad()
+def by_batch(model, batches, token_bytes, **instead):
+    """The same in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    found = list(add_up(model, batches, token_bytes, **instead))
+    model.train(was_training)
+    return found
+
+
+def total(parts):
+    parts = list(parts)
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def sums(model, batches, token_bytes, **instead):
+    return total(by_batch(model, batches, token_bytes, **instead))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def results(sums, **wrong):
+    """The four measures from sums over all tokens, but for those in `wrong`."""
+    measures = {
+        "val_loss": sums["loss"] / sums["tokens"],
+        "perplexity": math.exp(min(sums["loss"] / sums["tokens"], 700.0)),
+        "bits_per_byte": sums["loss"] / math.log(2) / sums["n_bytes"],
+        "accuracy": sums["hits"] / sums["tokens"],
+    }
+    return measures | wrong
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+@torch.no_grad()
+def dropout_left_on(model, batches, token_bytes):
+    """The model is evaluated in training mode, so that dropout disturbs it. The loss is too high and
+    different each time; call model.eval() first."""
+    return results(total(add_up(model, batches, token_bytes)))
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+@torch.no_grad()
+def model_left_in_evaluation_mode(model, batches, token_bytes):
+    """The model is switched to evaluation mode and never back. All training after the first evaluation then
+    runs without dropout; restore the mode at the end."""
+    model.eval()
+    return results(total(add_up(model, batches, token_bytes)))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+@torch.no_grad()
+def always_in_training_mode_afterwards(model, batches, token_bytes):
+    """The model is put into training mode at the end, whatever it was in before. A model that was only to be
+    measured then has dropout on; restore the mode that you found."""
+    model.eval()
+    found = results(total(add_up(model, batches, token_bytes)))
+    model.train()
+    return found
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+def gradients_recorded(model, batches, token_bytes):
+    """The forward passes are recorded for a backward that never comes. That costs as much memory as
+    training; evaluate under torch.no_grad()."""
+    was_training = model.training
+    model.eval()
+    found = results(total(add_up(model, batches, token_bytes)))
+    model.train(was_training)
+    return found
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def gradients_cleared(model, batches, token_bytes):
+    """Evaluation clears the gradients of the model. Between two micro-batches of a training step that loses
+    what was added up; evaluation must change nothing."""
+    model.zero_grad()
+    return results(sums(model, batches, token_bytes))
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+def trained_on_the_validation_data(model, batches, token_bytes):
+    """Evaluation also calls backward, so that the gradients of held-out text stay behind and join the next
+    update. What is learned from is no longer held out; no backward here."""
+
+    def backward_too(logits, inputs, targets):
+        loss = F.cross_entropy(F.widen(logits), targets, reduction="sum")
+        loss.backward()
+        return loss.item()
+
+    was_training = model.training
+    model.eval()
+    found = total(add_up(model, batches, token_bytes, loss=backward_too))
+    model.train(was_training)
+    return results(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def mean_of_batch_means(model, batches, token_bytes):
+    """The means of the batches are averaged as if all were of one size. Tokens of a short last batch count
+    more; add up the losses and divide by the number of tokens."""
+    parts = by_batch(model, batches, token_bytes)
+    loss = mean(part["loss"] / part["tokens"] for part in parts)
+    return results(total(parts), val_loss=loss, perplexity=math.exp(min(loss, 700.0)))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def everything_averaged_over_batches(model, batches, token_bytes):
+    """Loss, bits per byte and accuracy are computed for each batch and averaged. Batches of different size
+    then count alike; add up over all tokens and divide once."""
+    parts = [results(part) for part in by_batch(model, batches, token_bytes)]
+    found = {name: mean(part[name] for part in parts) for name in parts[0]}
+    return found | {"perplexity": math.exp(min(found["val_loss"], 700.0))}
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def only_the_first_batch(model, batches, token_bytes):
+    """The function returns, or breaks, inside of the loop: only the first batch is measured. The result is
+    far noisier than the number of batches promises."""
+    return results(by_batch(model, batches, token_bytes)[0])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def only_the_last_batch(model, batches, token_bytes):
+    """Each batch overwrites the sums of the one before, so only the last is measured. Add to them with +=,
+    and set them to 0 before the loop."""
+    return results(by_batch(model, batches, token_bytes)[-1])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def loss_not_divided(model, batches, token_bytes):
+    """The loss is the sum over all tokens, so it grows with the text and perplexity explodes. Divide by the
+    number of targets."""
+    found = sums(model, batches, token_bytes)
+    return results(found, val_loss=found["loss"], perplexity=math.exp(min(found["loss"], 700.0)))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def divided_by_rows(model, batches, token_bytes):
+    """The sum of the losses is divided by the number of sequences, not of tokens. Loss and accuracy come out
+    larger by the length of a row; count targets.numel()."""
+    return results(sums(model, batches, token_bytes, tokens=lambda logits, inputs, targets: len(targets)))
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+def softmax_before_the_loss(model, batches, token_bytes):
+    """cross_entropy is given probabilities and takes the softmax of them again, so the loss stays above ln V
+    - 1 however good the model is. Give it the logits."""
+
+    def loss(logits, inputs, targets):
+        return summed(F.softmax(F.widen(logits)), targets)
+
+    return results(sums(model, batches, token_bytes, loss=loss))
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+def loss_against_the_inputs(model, batches, token_bytes):
+    """The model is judged by the token that it was given, not by the one that follows. Compare the logits
+    with the targets."""
+    return results(
+        sums(model, batches, token_bytes, loss=lambda logits, inputs, targets: summed(logits, inputs))
+    )
+
+
+@step.mistake("evaluate.evaluate", source="public solutions of CS336")
+def targets_shifted_twice(model, batches, token_bytes):
+    """logits[:, :-1] are compared with targets[:, 1:], though the targets are one token ahead already. That
+    measures the prediction of the token after the next."""
+
+    batches = [(inputs[:, :-1], targets[:, 1:]) for inputs, targets in batches]
+    return results(sums(model, batches, token_bytes))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def loss_in_half_precision(model, batches, token_bytes):
+    """The loss of a half-precision model is computed and added up in half precision, which keeps fewer than
+    three digits. Convert the logits to float32 first."""
+
+    def loss(logits, inputs, targets):
+        return F.cross_entropy(logits, targets, reduction="sum").item()
+
+    return results(sums(model, batches, token_bytes, loss=loss))
+
+
+# --------------------------------------------------------------------------------------------------
+# Perplexity
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def perplexity_to_base_two(model, batches, token_bytes):
+    """Perplexity is taken as 2 to the power of a loss that is in nats. It comes out too small; the
+    exponential must have the base of the logarithm: math.exp."""
+    found = sums(model, batches, token_bytes)
+    return results(found, perplexity=2.0 ** min(found["loss"] / found["tokens"], 1020.0))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def mean_of_perplexities(model, batches, token_bytes):
+    """The perplexities of the batches are averaged. One hard batch then decides, and the number no longer
+    belongs to the loss; take the exponential of the mean loss."""
+    parts = by_batch(model, batches, token_bytes)
+    perplexity = mean(results(part)["perplexity"] for part in parts)
+    return results(total(parts), perplexity=perplexity)
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def perplexity_overflows(model, batches, token_bytes):
+    """math.exp of a loss above 709 raises OverflowError. A run that has gone wrong then ends in a crash of
+    its evaluation, which hides why; limit the exponent."""
+    found = sums(model, batches, token_bytes)
+    return results(found, perplexity=math.exp(found["loss"] / found["tokens"]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Bits per byte
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def bits_per_token(model, batches, token_bytes):
+    """The bits are divided by the number of tokens, not of bytes. Models with different tokenizers then
+    cannot be compared; add up token_bytes of the targets."""
+    found = sums(model, batches, token_bytes)
+    return results(found, bits_per_byte=found["loss"] / math.log(2) / found["tokens"])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def nats_per_byte(model, batches, token_bytes):
+    """The loss is divided by the bytes but stays in nats. A bit is ln 2 nats; divide by math.log(2)."""
+    found = sums(model, batches, token_bytes)
+    return results(found, bits_per_byte=found["loss"] / found["n_bytes"])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def bits_multiplied_by_ln_two(model, batches, token_bytes):
+    """Nats are turned into bits by multiplying with ln 2. A bit is smaller than a nat, so there must be more
+    of them; divide by math.log(2)."""
+    found = sums(model, batches, token_bytes)
+    return results(found, bits_per_byte=found["loss"] * math.log(2) / found["n_bytes"])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def bytes_of_the_inputs(model, batches, token_bytes):
+    """The bytes are counted on the inputs, but the loss is about the targets. The first token is counted and
+    the last is not; use token_bytes[targets]."""
+
+    def n_bytes(logits, inputs, targets):
+        return token_bytes[inputs].sum().item()
+
+    return results(sums(model, batches, token_bytes, n_bytes=n_bytes))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def mean_bytes_of_the_vocabulary(model, batches, token_bytes):
+    """The loss per token is divided by the mean length of the vocabulary's entries. Text uses some tokens
+    far more often than others; count the bytes of the targets that occur."""
+    found = sums(model, batches, token_bytes)
+    nats = found["loss"] / found["tokens"]
+    return results(found, bits_per_byte=nats / math.log(2) / token_bytes.mean().item())
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def tokens_without_bytes_counted_as_one(model, batches, token_bytes):
+    """Special tokens, which stand for no text, are counted as one byte each. Bits per byte then come out too
+    low; a length of 0 is meant as it is."""
+    return results(sums(model, batches, token_bytes.clamp(min=1)))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def loss_of_tokens_without_bytes_left_out(model, batches, token_bytes):
+    """The loss at special tokens is left out of bits per byte because they have no bytes. The model still
+    has to predict where a text ends; count their loss."""
+
+    def loss_of_text(logits, inputs, targets):
+        return summed(logits, targets.masked_fill(token_bytes[targets] == 0, -100))
+
+    found = sums(model, batches, token_bytes, of_text=loss_of_text)
+    return results(found, bits_per_byte=found["of_text"] / math.log(2) / found["n_bytes"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Accuracy
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def accuracy_against_the_inputs(model, batches, token_bytes):
+    """The likeliest token is compared with the one that was given, not with the one that follows. Compare
+    logits.argmax(-1) with the targets."""
+
+    def hits(logits, inputs, targets):
+        return (logits.argmax(-1) == inputs).sum().item()
+
+    return results(sums(model, batches, token_bytes, hits=hits))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def accuracy_averaged_over_batches(model, batches, token_bytes):
+    """The accuracies of the batches are averaged as if all were of one size. Count the hits and divide once,
+    by the number of all targets."""
+    parts = by_batch(model, batches, token_bytes)
+    return results(total(parts), accuracy=mean(part["hits"] / part["tokens"] for part in parts))
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def accuracy_in_percent(model, batches, token_bytes):
+    """Accuracy is given in percent, where a share from 0 to 1 is asked for. Whoever prints it as a share
+    gets 100 times too much; leave the factor out."""
+    found = sums(model, batches, token_bytes)
+    return results(found, accuracy=100 * found["hits"] / found["tokens"])
+
+
+@step.mistake("evaluate.evaluate", source="written for this catalogue")
+def accuracy_of_the_last_position(model, batches, token_bytes):
+    """Only the last position of each row is looked at for the accuracy. That is a small and not typical
+    sample, the one with most context; compare at all positions."""
+
+    def last(logits, inputs, targets):
+        return (logits[:, -1].argmax(-1) == targets[:, -1]).sum().item()
+
+    found = sums(model, batches, token_bytes, last=last, rows=lambda logits, inputs, targets: len(targets))
+    return results(found, accuracy=found["last"] / found["rows"])

@@ -1,0 +1,254 @@
+"""LayerNorm: `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis."""
+
+import torch
+from mistakes import Step, numbers
+from torch.nn import functional as tF
+
+from llm_basics import functional as F
+
+step = Step("layer_norm")
+draw = numbers(seed=3)
+
+# away from mean 0
+ROWS = 0.5 + draw(2, 4, 7)
+
+
+def by_torch(x, weight, bias):
+    return tF.layer_norm(x, (7,), weight, bias, eps=1e-2)
+
+
+step.compare(
+    "rows of ordinary size",
+    lambda a, x, weight, bias: a.run_layernorm(7, 1e-2, weight, bias, x),
+    by_torch,
+    {"x": ROWS},
+    {"weight": draw(7), "bias": draw(7)},
+    axes="batch row feature",
+    gradients=False,
+)
+
+# ordinary rows, large ones, small ones, and tiny ones below sqrt(eps)
+step.compare(
+    "rows of all sizes",
+    lambda a, x, weight, bias: a.run_layernorm(7, 1e-2, weight, bias, x),
+    by_torch,
+    {"x": ROWS * torch.tensor([1, 50, 0.1, 3e-3]).reshape(4, 1)},
+    {"weight": draw(7), "bias": draw(7)},
+    axes="batch row feature",
+)
+
+step.compare(
+    "a row in which all numbers are equal",
+    lambda a, x, weight, bias: a.run_layernorm(8, 1e-2, weight, bias, x),
+    lambda x, weight, bias: bias.expand(1, 8).clone(),
+    {"x": torch.full((1, 8), 3.0)},
+    {"weight": draw(8), "bias": draw(8)},
+    axes="row feature",
+    gradients=False,
+)
+
+# in float32 the squares of these numbers keep nothing of what is added to 2^14, in whatever order they are
+# summed, while their mean is exact
+step.compare(
+    "numbers close together and far from zero",
+    lambda a, x, weight, bias: a.run_layernorm(8, 1e-5, weight, bias, x),
+    lambda x, weight, bias: tF.layer_norm(x.double(), (8,), weight.double(), bias.double(), eps=1e-5).float(),
+    {"x": 2.0**14 + torch.tensor([[1.0, -1, 2, -2, 1, 1, -1, -1], [2, 2, -2, -1, -1, 1, 1, -2]])},
+    {"weight": draw(8), "bias": draw(8)},
+    axes="row feature",
+    rtol=1e-3,
+    atol=1e-3,
+    gradients=False,
+)
+
+# the square of 256 is more than float16 can hold
+step.compare(
+    "float16 numbers of 300 and more",
+    lambda a, x, weight, bias: a.run_layernorm(64, 1e-5, weight, bias, x),
+    lambda x, weight, bias: tF.layer_norm(x.float(), (64,), weight.float(), bias.float(), eps=1e-5).half(),
+    {"x": (300 * draw(3, 64)).half()},
+    {"weight": (1 + 0.1 * draw(64)).half(), "bias": draw(64).half()},
+    axes="row feature",
+    rtol=4e-3,
+    atol=4e-3,
+    gradients=False,
+)
+
+
+def centered(x):
+    wide = F.widen(x)
+    return wide - wide.mean(-1, keepdim=True)
+
+
+def divisor(x, eps):
+    return torch.sqrt(centered(x).square().mean(-1, keepdim=True) + eps)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def variance_divided_by_one_less(x, weight, bias=None, eps=1e-5):
+    """x.var() and x.std() divide by d_model - 1 if nothing else is said. LayerNorm divides by d_model: pass
+    correction=0 (or unbiased=False)."""
+    root = torch.sqrt(F.widen(x).var(-1, keepdim=True) + eps)
+    return (centered(x) / root * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="The Annotated Transformer (Harvard NLP, 2018)")
+def standard_deviation_plus_epsilon(x, weight, bias=None, eps=1e-5):
+    """It divides by x.std() + eps. That is wrong twice: x.std() divides by d_model - 1, and epsilon belongs
+    to the variance, inside the root."""
+    return (centered(x) / (F.widen(x).std(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def epsilon_outside_the_root(x, weight, bias=None, eps=1e-5):
+    """Epsilon is added to the root instead of to the variance inside it. Rows that hardly vary then come
+    out different; look at where your sqrt closes its parenthesis."""
+    return (centered(x) / (divisor(x, 0.0) + eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def no_epsilon(x, weight, bias=None, eps=1e-5):
+    """Epsilon is not used, so a row of equal numbers is 0/0 = NaN and rows that hardly vary are blown up.
+    Add eps to the variance, inside the root."""
+    return (centered(x) / divisor(x, 0.0) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def epsilon_fixed(x, weight, bias=None, eps=1e-5):
+    """A fixed epsilon of 1e-5 is used, whatever was asked for. Models differ in it; use the argument, and
+    check that the layer keeps it as self.eps."""
+    return (centered(x) / divisor(x, 1e-5) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def root_forgotten(x, weight, bias=None, eps=1e-5):
+    """It divides by the variance, not by its root. Twice as large an input must give the same output, here
+    it gives half of it; take the sqrt, or use rsqrt."""
+    return (centered(x) / divisor(x, eps).square() * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def sum_instead_of_mean(x, weight, bias=None, eps=1e-5):
+    """The squared deviations are summed and not divided by d_model, so the output is sqrt(d_model) times
+    too small. The variance is their mean."""
+    root = torch.sqrt(centered(x).square().sum(-1, keepdim=True) + eps)
+    return (centered(x) / root * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def mean_not_subtracted(x, weight, bias=None, eps=1e-5):
+    """The variance is right, but the mean stays in the result. Subtract it from x before dividing, as the
+    variance does for itself."""
+    return (F.widen(x) / divisor(x, eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def no_mean_at_all(x, weight, bias=None, eps=1e-5):
+    """This is RMSNorm with a bias: the mean is not subtracted, neither from x nor in the variance.
+    LayerNorm does both."""
+    wide = F.widen(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def mean_missing_in_the_variance(x, weight, bias=None, eps=1e-5):
+    """The mean is subtracted from x, but the variance is the mean of x squared. Take the squares of what is
+    left after the mean is subtracted."""
+    root = torch.sqrt(F.widen(x).square().mean(-1, keepdim=True) + eps)
+    return (centered(x) / root * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def mean_over_the_sequence_too(x, weight, bias=None, eps=1e-5):
+    """Mean and variance are taken over all positions of a text, so that each position depends on the later
+    ones. Take them over the last axis only, with keepdim."""
+    wide = F.widen(x)
+    rest = wide - wide.mean((-2, -1), keepdim=True)
+    root = torch.sqrt(rest.square().mean((-2, -1), keepdim=True) + eps)
+    return (rest / root * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def mean_over_the_batch(x, weight, bias=None, eps=1e-5):
+    """Mean and variance are taken over the first axis, which is batch normalization. LayerNorm treats each
+    vector by itself: use the last axis."""
+    wide = F.widen(x)
+    rest = wide - wide.mean(0)
+    return (rest / torch.sqrt(rest.square().mean(0) + eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def gain_forgotten(x, weight, bias=None, eps=1e-5):
+    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is
+    only seen after training, or with the weights of others."""
+    return (centered(x) / divisor(x, eps) + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def one_added_to_the_gain(x, weight, bias=None, eps=1e-5):
+    """It multiplies with 1 + weight, which fits weights that start at 0. Here they start at 1 and are
+    multiplied as they are."""
+    return (centered(x) / divisor(x, eps) * (1 + weight) + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def bias_forgotten(x, weight, bias=None, eps=1e-5):
+    """The learned bias is not added. It is 0 in a new layer, so this is only seen after training, or with
+    the weights of others."""
+    return (centered(x) / divisor(x, eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def bias_added_before_the_gain(x, weight, bias=None, eps=1e-5):
+    """The bias is added first and then multiplied with the weight too. Scale first, then shift:
+    normalized * weight + bias."""
+    return ((centered(x) / divisor(x, eps) + bias) * weight).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def gain_and_bias_exchanged(x, weight, bias=None, eps=1e-5):
+    """The bias is multiplied and the weight is added. Look at the order in which you hand the two over or
+    assign them in the layer."""
+    return (centered(x) / divisor(x, eps) * bias + weight).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336")
+def input_changed_in_place(x, weight, bias=None, eps=1e-5):
+    """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
+    for -=, /= or a method with a trailing underscore, and make a new tensor instead."""
+    root = divisor(x, eps)
+    x -= F.widen(x).mean(-1, keepdim=True).to(x.dtype)
+    return (F.widen(x) / root * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336; passes its suite")
+def no_float32_for_the_squares(x, weight, bias=None, eps=1e-5):
+    """The squares are taken in the input's own precision. In float16 the square of 256 is already inf, and
+    the whole row loses its values; convert x to float32 first."""
+    rest = x - x.mean(-1, keepdim=True)
+    return rest * torch.rsqrt(rest.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+@step.mistake("functional.layer_norm", source="public solutions of CS336; passes its suite")
+def result_left_in_float32(x, weight, bias=None, eps=1e-5):
+    """Mean and variance are rightly taken in float32, but the result stays there. The rest of a
+    half-precision model then runs in float32 or fails; convert back to x.dtype at the end."""
+    return centered(x) / divisor(x, eps) * weight + bias
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def mean_square_minus_squared_mean(x, weight, bias=None, eps=1e-5):
+    """The variance is made as mean(x^2) - mean(x)^2, a difference of two large, nearly equal numbers, of
+    which float32 keeps few digits or none. Subtract the mean from x first, then square."""
+    wide = F.widen(x)
+    variance = wide.square().mean(-1, keepdim=True) - wide.mean(-1, keepdim=True).square()
+    return (centered(x) * torch.rsqrt(variance + eps) * weight + bias).to(x.dtype)
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
+def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
+    """The output is right, but mean and variance are treated as constants in the gradient. Both depend on
+    x; look for .detach(), .item() or torch.no_grad() around them."""
+    wide = F.widen(x)
+    root = divisor(x, eps).detach()
+    return ((wide - wide.mean(-1, keepdim=True).detach()) / root * weight + bias).to(x.dtype)

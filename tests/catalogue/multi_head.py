@@ -1,0 +1,701 @@
+"""Multi-head self-attention: split into heads, let each look back through the text, merge and project."""
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from mistakes import Step, numbers
+from torch.nn import functional as tF
+
+from llm_basics import functional as F
+from llm_basics import layers
+
+step = Step("multi_head")
+draw = numbers(seed=1)
+
+D_MODEL, N_HEADS, SEQ = 12, 3, 5
+CONTEXT, THETA = 32, 500.0
+
+
+# --------------------------------------------------------------------------------------------------
+# What is right
+
+
+def turned(x, positions, theta):
+    """RoPE: each pair (2i, 2i+1) as a complex number, turned by its angle."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    angles = positions[..., None] * theta ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+def attention(x, q, k, v, o, n_heads=N_HEADS, theta=None, positions=None):
+    """Causal attention of several heads, by torch; keys and values may have fewer heads."""
+    d_head = q.shape[0] // n_heads
+    q, k, v = (tF.linear(x, w).unflatten(-1, (-1, d_head)).transpose(-3, -2) for w in (q, k, v))
+    if theta is not None:
+        positions = torch.arange(x.shape[-2]) if positions is None else positions[:, None]
+        q, k = turned(q, positions, theta), turned(k, positions, theta)
+    k, v = (t.repeat_interleave(n_heads // t.shape[-3], -3) for t in (k, v))
+    mixed = tF.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return tF.linear(mixed.transpose(-3, -2).flatten(-2), o)
+
+
+def weights(d_model=D_MODEL, d_kv=None):
+    d_kv = d_kv or d_model
+    rows = {"q": d_model, "k": d_kv, "v": d_kv, "o": d_model}
+    return {name: draw(n, d_model) * 1.7 / math.sqrt(d_model) for name, n in rows.items()}
+
+
+def who_sees_whom(expected, actual):
+    """The first place in which two tables of [who sees, what is seen] differ, as a sentence."""
+    if actual.shape != expected.shape:
+        return f"expected results for {len(expected)} positions, got them for {len(actual)}"
+    who, whom = (expected != actual).nonzero()[0].tolist()
+    if expected[who, whom]:
+        return f"position {who} does not see {'itself' if who == whom else f'position {whom}'}"
+    return f"position {who} still sees position {whom}, which lies in its future"
+
+
+# --------------------------------------------------------------------------------------------------
+# Probes
+
+
+def seen(function, x):
+    """Which positions of the output, rows, change with which of the input `x`, columns."""
+    changed = x + torch.eye(len(x))[..., None] * CHANGE
+    outputs = function(torch.cat([x[None], changed])).detach()
+    return ((outputs[1:] - outputs[0]).abs().amax(-1) > 1e-4).T
+
+
+CHANGE = 1 + draw(D_MODEL).abs()
+SIGHT_INPUT = draw(8, D_MODEL)
+SIGHT_WEIGHTS = {name: 0.5 * weight for name, weight in weights().items()}
+
+step.value(
+    "which position sees which: itself and all earlier ones",
+    lambda a: seen(
+        lambda x: a.run_multihead_self_attention(D_MODEL, N_HEADS, *SIGHT_WEIGHTS.values(), x), SIGHT_INPUT
+    ),
+    torch.ones(8, 8, dtype=torch.bool).tril(),
+    axes="position seen",
+    words=who_sees_whom,
+)
+
+step.compare(
+    "several heads",
+    lambda a, x, q, k, v, o: a.run_multihead_self_attention(D_MODEL, N_HEADS, q, k, v, o, x),
+    attention,
+    {"x": draw(2, SEQ, D_MODEL)},
+    weights(),
+    axes="batch position feature",
+)
+
+step.compare(
+    "more than one axis before the positions",
+    lambda a, x, q, k, v, o: a.run_multihead_self_attention(D_MODEL, N_HEADS, q, k, v, o, x),
+    attention,
+    {"x": draw(2, 4, SEQ, D_MODEL)},
+    weights(),
+    axes="batch group position feature",
+)
+
+# as long as the context, so that the last position is the last there is
+step.compare(
+    "RoPE, positions from 0, a text that fills the context",
+    lambda a, x, q, k, v, o: a.run_multihead_self_attention_with_rope(
+        D_MODEL, N_HEADS, SEQ, THETA, q, k, v, o, x
+    ),
+    lambda x, q, k, v, o: attention(x, q, k, v, o, theta=THETA),
+    {"x": draw(2, SEQ, D_MODEL)},
+    weights(),
+    axes="batch position feature",
+    atol=5e-5,
+)
+
+step.compare(
+    "RoPE, given positions with gaps",
+    lambda a, x, positions, q, k, v, o: a.run_multihead_self_attention_with_rope(
+        D_MODEL, N_HEADS, CONTEXT, THETA, q, k, v, o, x, positions
+    ),
+    lambda x, positions, q, k, v, o: attention(x, q, k, v, o, theta=THETA, positions=positions),
+    {"x": draw(2, SEQ, D_MODEL), "positions": torch.tensor([[3, 4, 9, 11, 30]])},
+    weights(),
+    axes="batch position feature",
+    atol=5e-5,
+)
+
+# as many texts as heads, so that positions without an axis for the heads broadcast to the wrong one
+step.compare(
+    "RoPE, positions of their own for each text",
+    lambda a, x, positions, q, k, v, o: a.run_multihead_self_attention_with_rope(
+        D_MODEL, N_HEADS, CONTEXT, THETA, q, k, v, o, x, positions
+    ),
+    lambda x, positions, q, k, v, o: attention(x, q, k, v, o, theta=THETA, positions=positions),
+    {
+        "x": draw(3, SEQ, D_MODEL),
+        "positions": torch.tensor([[3, 4, 9, 11, 30], [0, 7, 8, 20, 31], [1, 2, 3, 4, 8]]),
+    },
+    weights(),
+    axes="batch position feature",
+    atol=5e-5,
+)
+
+step.compare(
+    "6 query heads that share 2 key and value heads",
+    lambda a, x, q, k, v, o: a.run_grouped_query_attention(24, 6, 2, q, k, v, o, x),
+    lambda x, q, k, v, o: attention(x, q, k, v, o, n_heads=6),
+    {"x": draw(2, SEQ, 24)},
+    weights(24, d_kv=8),
+    axes="batch position feature",
+)
+
+step.compare(
+    "a text in chunks of 3, 1 and 3 tokens, with a cache",
+    lambda a, x, q, k, v, o: a.run_cached_attention(
+        D_MODEL, N_HEADS, 7, THETA, q, k, v, o, list(x.split([3, 1, 3], dim=1))
+    ),
+    lambda x, q, k, v, o: attention(x, q, k, v, o, theta=THETA),
+    {"x": draw(2, 7, D_MODEL)},
+    weights(),
+    axes="batch position feature",
+    atol=5e-5,
+    gradients=False,
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+class InParts(layers.MultiHeadSelfAttention):
+    """The right attention in parts, of which each mistake replaces one."""
+
+    def forward(self, x, token_positions=None, cache=None):
+        q, k, v = self.project(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        start = cache.length if cache is not None else 0
+        if self.rope is not None:
+            q, k, v = self.turn(q, k, v, self.positions(x, token_positions, start))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mask = self.mask(q.shape[-2], k.shape[-2], start)
+        return self.finish(self.attend(q, self.share(k), self.share(v), mask), x)
+
+    def project(self, x):
+        return self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+
+    def split(self, x):
+        return rearrange(x, "... seq (heads d) -> ... heads seq d", d=self.d_head)
+
+    def positions(self, x, given, start):
+        given = torch.arange(start, start + x.shape[-2]) if given is None else given
+        return rearrange(given, "... seq -> ... 1 seq")
+
+    def turn(self, q, k, v, positions):
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool).tril(start)
+
+    def share(self, x):
+        return repeat(x, "... heads seq d -> ... (heads group) seq d", group=self.n_heads // x.shape[-3])
+
+    def attend(self, q, k, v, mask):
+        return self.probabilities(self.scores(q, k), mask) @ v
+
+    def scores(self, q, k):
+        return q @ k.mT / math.sqrt(self.d_head)
+
+    def probabilities(self, scores, mask):
+        probabilities = tF.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
+        return tF.dropout(probabilities, self.dropout, self.training)
+
+    def finish(self, mixed, x):
+        return self.output_proj(self.merge(mixed))
+
+    def merge(self, mixed):
+        return rearrange(mixed, "... heads seq d -> ... seq (heads d)")
+
+    def theta(self):
+        """Read from the tables: the second pair turns by theta^(-2 / d_head) a position."""
+        return math.asin(self.rope.sin[1, 1]) ** -(self.d_head / 2)
+
+
+# who sees whom
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class NoCausalMask(InParts):
+    """Every position sees the whole text, what it shall predict included. The loss falls to nearly 0 while
+    samples are nonsense, as no future is there to be copied; hide all later keys with a lower triangle."""
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class MaskOneTooFar(InParts):
+    """Each position also sees the next one, which is the very token that it shall predict: the loss falls
+    to nearly 0, samples are nonsense. The triangle of True must end on the diagonal: tril(0), or triu(1)
+    hidden."""
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool).tril(start + 1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class MaskOneTooShort(InParts):
+    """A position does not see itself, and the first one sees nothing at all: its softmax over nothing but
+    -inf is 0/0, NaN. Hide what lies above the diagonal, not the diagonal: triu(diagonal=1)."""
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool).tril(start - 1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class MaskOneTooShortWithoutNan(MaskOneTooShort):
+    """A position does not see itself, and the first one, which then sees nothing, receives zeros. No error
+    and no NaN shows it; the triangle of what may be seen must include the diagonal."""
+
+    def probabilities(self, scores, mask):
+        return super().probabilities(scores, mask).nan_to_num(0.0)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class MaskUpsideDown(InParts):
+    """Each position sees itself and its future instead of its past: triu where tril was meant, or True
+    taken for hidden by one side and for visible by the other. Print the mask of a text of 3 tokens."""
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool).triu(start)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class OnlyItselfIsSeen(InParts):
+    """Each position attends to itself alone, so no information moves along the text and the model is no
+    better than counting pairs. The mask must be a full lower triangle, not the diagonal."""
+
+    def mask(self, queries, keys, start):
+        return torch.eye(queries, keys, dtype=torch.bool)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class OnlyOnePositionBack(InParts):
+    """Each position sees itself and the one before, nothing further back: a band where a triangle was
+    meant. Text stays plausible over short distances only; leave out the second limit of the mask."""
+
+    def mask(self, queries, keys, start):
+        return torch.ones(queries, keys, dtype=torch.bool).tril(start).triu(start - 1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class MaskedAfterTheSoftmax(InParts):
+    """The future is zeroed after the softmax, so it still counts in the denominator: rows do not sum to 1
+    and the future leaks through. Put -inf into the scores before the softmax."""
+
+    def probabilities(self, scores, mask):
+        return tF.softmax(scores, dim=-1) * mask
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class MaskedWithZero(InParts):
+    """The scores of the future are set to 0, which is an ordinary score, e^0 = 1 in the softmax. The future
+    is still seen; set them to -inf."""
+
+    def probabilities(self, scores, mask):
+        return tF.softmax(scores.masked_fill(~mask, 0.0), dim=-1)
+
+
+# heads
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class HeadsSplitByView(InParts):
+    """The projections are viewed as (heads, seq, d_head) at once, which cuts the text into pieces instead
+    of the features. The shape is right, the content is not; view as (seq, heads, d_head), then transpose
+    the two."""
+
+    def split(self, x):
+        return x.reshape(*x.shape[:-2], x.shape[-1] // self.d_head, x.shape[-2], self.d_head)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class HeadsMergedWithoutTranspose(InParts):
+    """The heads' results are reshaped from (heads, seq, d_head) right to (seq, d_model), which mixes
+    positions. Transpose heads and seq back before the reshape."""
+
+    def merge(self, mixed):
+        return mixed.reshape(*mixed.shape[:-3], mixed.shape[-2], -1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class HeadsSplitAndMergedByView(HeadsSplitByView):
+    """Heads are split and merged by a view without any transpose. Nothing fails, yet each head attends
+    within its own piece of the text; the axis of the heads must be moved before that of the positions, and
+    back."""
+
+    def merge(self, mixed):
+        return mixed.reshape(*mixed.shape[:-3], mixed.shape[-2], -1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class HeadsAttendToEachOther(InParts):
+    """The axis of the heads was not moved before that of the positions, so the heads of one token attend to
+    each other and tokens never do. The last two axes of q, k and v must be (positions, d_head)."""
+
+    def attend(self, q, k, v, mask):
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+        return super().attend(q, k, v, torch.ones(q.shape[-2], k.shape[-2]).tril() > 0).transpose(-3, -2)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class HeadsInterleaved(InParts):
+    """A head takes every n_heads-th feature instead of a run of d_head neighbors. A model can learn that
+    way, but weights of others do not fit; the feature axis is (heads, d_head), heads first."""
+
+    def split(self, x):
+        return rearrange(x, "... seq (d heads) -> ... heads seq d", d=self.d_head)
+
+    def merge(self, mixed):
+        return rearrange(mixed, "... heads seq d -> ... seq (d heads)")
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class OneLargeHead(InParts):
+    """All features form one head, so there is one set of attention weights where n_heads were asked for.
+    Check that the scores have shape (batch, heads, queries, keys)."""
+
+    def attend(self, q, k, v, mask):
+        scores = self.merge(q) @ self.merge(k).mT / math.sqrt(self.d_head * self.n_heads)
+        return self.probabilities(scores, mask).unsqueeze(-3) @ v
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class SoftmaxOverTheHeads(InParts):
+    """The softmax runs over the axis of the heads, so that heads compete for each key instead of keys for
+    each query. The weights of one query must sum to 1 over the keys: dim=-1."""
+
+    def probabilities(self, scores, mask):
+        return tF.softmax(scores, dim=-3).masked_fill(~mask, 0.0)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class OnlyOneBatchAxis(InParts):
+    """`batch, seq, d_model = x.shape` fails on inputs with more axes or with none before the sequence. Take
+    the last two and keep the rest as they are: x.shape[:-2], or ... in einops."""
+
+    def forward(self, x, token_positions=None, cache=None):
+        _batch, _seq, _d_model = x.shape
+        return super().forward(x, token_positions, cache)
+
+
+# scale
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class ScaleOfTheModel(InParts):
+    """The scores are divided by sqrt(d_model) instead of sqrt(d_head): too flat by sqrt(n_heads), so
+    attention stays blurred. Take the size of one head."""
+
+    def scores(self, q, k):
+        return q @ k.mT / math.sqrt(self.n_heads * self.d_head)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class NoScale(InParts):
+    """The scores are not divided by sqrt(d_head). They grow with the size of the heads, the softmax
+    saturates and little gradient passes; it still learns, so no loss curve shows it."""
+
+    def scores(self, q, k):
+        return q @ k.mT
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ScaledTwice(InParts):
+    """Queries are divided by sqrt(d_head) before they are given to an attention that divides by it as well.
+    Attention becomes too flat; leave the scale to one of the two."""
+
+    def scores(self, q, k):
+        return (q / math.sqrt(self.d_head)) @ k.mT / math.sqrt(self.d_head)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ScaleByTheNumberOfHeads(InParts):
+    """The scores are divided by sqrt(n_heads), as n_heads was taken from the axis where d_head was meant.
+    Look at the order of axes of q where you read its size."""
+
+    def scores(self, q, k):
+        return q @ k.mT / math.sqrt(self.n_heads)
+
+
+# projections
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class NoOutputProjection(InParts):
+    """The merged heads are returned without the output projection, so what heads have found cannot be mixed
+    and its weights never learn. Apply output_proj at the end."""
+
+    def finish(self, mixed, x):
+        return self.merge(mixed)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class OutputProjectionUntransposed(InParts):
+    """The output weight is used as `x @ W` where `x @ W.T` was meant; it is square, so nothing fails.
+    Weights are stored as (d_out, d_in)."""
+
+    def finish(self, mixed, x):
+        return tF.linear(self.merge(mixed), self.output_proj.weight.mT, self.output_proj.bias)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class KeysAndValuesExchanged(InParts):
+    """Keys come from the value projection and values from the key projection. A new model learns all the
+    same, but weights of others do not fit; compare the order of arguments with that of the parameters."""
+
+    def project(self, x):
+        q, k, v = super().project(x)
+        return q, v, k
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class QueriesAndKeysExchanged(InParts):
+    """Queries come from the key projection and keys from the query projection. A new model learns all the
+    same, but weights of others do not fit, and grouped heads fail; look at where q and k are unpacked."""
+
+    def project(self, x):
+        return self.split(self.k_proj(x)), self.split(self.q_proj(x)), self.split(self.v_proj(x))
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class KeysFromTheQueryProjection(InParts):
+    """The keys are projected with the query's weights, a line that was copied and not changed. The key's
+    weights are never used and never learn."""
+
+    def project(self, x):
+        return self.split(self.q_proj(x)), self.split(self.q_proj(x)), self.split(self.v_proj(x))
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ValuesFromTheKeyProjection(InParts):
+    """The values are projected with the key's weights, a line that was copied and not changed. The value's
+    weights are never used and never learn."""
+
+    def project(self, x):
+        return self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.k_proj(x))
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ValuesAreTheInput(InParts):
+    """The input itself is mixed, not its value projection, whose weights then never learn. Attention needs
+    three projections of x: for asking, for being found, and for what is handed over."""
+
+    def project(self, x):
+        values = x[..., : self.n_kv_heads * self.d_head]
+        return self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(values)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ResidualInside(InParts):
+    """The input is added to the result inside of attention. The block adds it as well, so that it counts
+    twice; leave the residual to the block."""
+
+    def finish(self, mixed, x):
+        return x + super().finish(mixed, x)
+
+
+# gradients
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336; passes its suite")
+class ProbabilitiesDetached(InParts):
+    """The output is right, but no gradient passes through the attention weights, so q_proj and k_proj never
+    learn where to look. The loss still falls; look for detach, .data, no_grad or a numpy copy."""
+
+    def probabilities(self, scores, mask):
+        return super().probabilities(scores, mask).detach()
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class KeysAndValuesDetached(InParts):
+    """Keys and values are detached, as for a cache, in training too: the output is right, but k_proj and
+    v_proj never learn. Detach only what a cache keeps while generating."""
+
+    def project(self, x):
+        q, k, v = super().project(x)
+        return q, k.detach(), v.detach()
+
+
+# RoPE
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class RopeForgotten(InParts):
+    """RoPE is handed in but never applied. Attention then knows no order beyond what the mask gives away;
+    turn queries and keys before their dot products."""
+
+    def turn(self, q, k, v, positions):
+        return q, k, v
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class RopeOnValuesToo(InParts):
+    """Values are turned as well as queries and keys. Only dot products cancel a turn; values are handed on
+    with theirs, which no layer takes back."""
+
+    def turn(self, q, k, v, positions):
+        return self.rope(q, positions), self.rope(k, positions), self.rope(v, positions)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class RopeOnQueriesOnly(InParts):
+    """Queries are turned, keys are not. The scores then depend on where a query stands, not on how far it
+    is from the key; turn both by their positions."""
+
+    def turn(self, q, k, v, positions):
+        return self.rope(q, positions), k, v
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class RopeBeforeTheSplit(InParts):
+    """RoPE runs over all d_model features at once, so each head receives other frequencies, the last one
+    hardly any turn. Split into heads first; each head has all frequencies, from 1 down."""
+
+    def turn(self, q, k, v, positions):
+        positions = positions.squeeze(-2)
+        return self.split(self.whole(q, positions)), self.split(self.whole(k, positions)), v
+
+    def whole(self, x, positions):
+        x = self.merge(x)
+        cos, sin = F.rope_tables(x.shape[-1], len(self.rope.cos), self.theta())
+        return F.apply_rope(x, cos[positions], sin[positions])
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336; passes its suite")
+class GivenPositionsIgnored(InParts):
+    """The positions handed in are not used; it is always 0, 1, 2, ... Texts with gaps, padding or a cache
+    are then turned wrongly. Look them up in the tables of cosine and sine."""
+
+    def positions(self, x, given, start):
+        return super().positions(x, None, start)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class PositionsFromOne(InParts):
+    """Positions count from 1. RoPE sees only distances, so nothing shows until a text fills the context:
+    its last position is not in the tables. Count from 0."""
+
+    def positions(self, x, given, start):
+        return super().positions(x, given, start) + (given is None)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class PositionsOfTheFirstText(InParts):
+    """All texts of the batch are turned by the positions of the first. Those that start elsewhere come out
+    wrong; keep the batch axis of token_positions."""
+
+    def positions(self, x, given, start):
+        return super().positions(x, given[0] if given is not None and given.ndim > 1 else given, start)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class PositionsWithoutHeadAxis(InParts):
+    """Positions of shape (batch, seq) meet queries of shape (batch, heads, seq, d_head): the batch axis is
+    broadcast against the heads. It fails, or is silently wrong if both are alike; unsqueeze at dim -2."""
+
+    def positions(self, x, given, start):
+        return super().positions(x, given, start).squeeze(-2)
+
+
+# grouped heads
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class SharedHeadsTiled(InParts):
+    """Key and value heads are repeated as 0 1 0 1 instead of 0 0 1 1, so that queries meet heads of another
+    group. Use repeat_interleave, not repeat, along the heads."""
+
+    def share(self, x):
+        return repeat(x, "... heads seq d -> ... (group heads) seq d", group=self.n_heads // x.shape[-3])
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class FirstSharedHeadForAll(InParts):
+    """All query heads use the first key and value head; the others are computed and never seen. Repeat each
+    head for its own group of queries."""
+
+    def share(self, x):
+        return super().share(x) if x.shape[-3] == self.n_heads else super().share(x[..., :1, :, :])
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class ValuesSharedInAnotherOrder(InParts):
+    """Keys are repeated as 0 0 1 1 and values as 0 1 0 1, so a query mixes values of a head whose keys it
+    never met. Repeat both with the same repeat_interleave."""
+
+    def attend(self, q, k, v, mask):
+        groups = self.n_heads // self.n_kv_heads
+        return super().attend(q, k, rearrange(v, "... (h g) s d -> ... (g h) s d", g=groups), mask)
+
+
+# cache
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class CachedPositionsRestart(InParts):
+    """The positions of each chunk start at 0 again, although the cache holds earlier tokens. All but the
+    first chunk are turned wrongly; go on from cache.length."""
+
+    def positions(self, x, given, start):
+        return super().positions(x, given, 0)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class CachedMaskWithoutOffset(InParts):
+    """The mask counts the queries from 0 although they follow the cached tokens, so a new token sees only
+    the first ones of the text. Shift the triangle by the number of cached tokens."""
+
+    def mask(self, queries, keys, start):
+        return super().mask(queries, keys, 0)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class NoMaskWithACache(InParts):
+    """With a cache there is no mask at all. That is right for one new token at a time, but in a longer
+    chunk each token sees the later ones; mask inside of the chunk."""
+
+    def mask(self, queries, keys, start):
+        return super().mask(queries, keys, start) if not start else super().mask(queries, keys, keys)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class CachedMaskOneTooShort(InParts):
+    """Behind cached tokens the mask is one too short, so a new token does not see itself. The offset is the
+    number of cached tokens before this chunk was added."""
+
+    def mask(self, queries, keys, start):
+        return super().mask(queries, keys, max(start - 1, 0))
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class CacheIgnored(InParts):
+    """The cache is accepted, but neither filled nor read: each chunk sees itself alone. Append the new keys
+    and values, and attend to all that it returns."""
+
+    def forward(self, x, token_positions=None, cache=None):
+        return super().forward(x, token_positions)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class CachedQueriesStartAtZero(InParts):
+    """The keys of a chunk are turned by their places in the whole text, its queries from 0 again. Distances
+    come out wrong behind the first chunk; both go on from cache.length."""
+
+    def positions(self, x, given, start):
+        self.start = start
+        return super().positions(x, given, start)
+
+    def turn(self, q, k, v, positions):
+        return self.rope(q, positions - self.start), self.rope(k, positions), v

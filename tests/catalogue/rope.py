@@ -1,0 +1,299 @@
+"""RoPE: each pair of features (2i, 2i+1) is turned by `position * theta^(-2i / d_head)`."""
+
+import math
+
+import torch
+from mistakes import Step, numbers
+
+from llm_basics import functional as F
+from llm_basics import layers
+
+step = Step("rope")
+draw = numbers(seed=5)
+
+
+def by_hand(x, positions, theta):
+    """Each pair as a complex number, turned by its angle."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    speeds = theta ** -(torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
+    angles = positions[..., None].double() * speeds
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(x.dtype)
+
+
+def turned(x):
+    """In words, by which angle the first wrong pair of `x` was turned instead of which."""
+
+    def words(expected, actual):
+        if actual.shape != expected.shape:
+            return f"the shape must be {tuple(expected.shape)}, got {tuple(actual.shape)}"
+        before, right, found = (t.double().unflatten(-1, (-1, 2)) for t in (x, expected, actual))
+        off = (right - found).abs().amax(-1).nan_to_num(math.inf)
+        *lead, position, pair = (off >= min(1e-3, off.max().item())).nonzero()[0].tolist()
+        place = (*lead, position, pair)
+        where = f"at place {position}, features {2 * pair} and {2 * pair + 1}"
+        if not math.isclose(before[place].norm(), found[place].norm(), rel_tol=1e-2):
+            return f"{where}: their length changed, so they were not turned as a pair"
+        start, target, end = (
+            math.atan2(pairs[place][1], pairs[place][0]) for pairs in (before, right, found)
+        )
+        return (
+            f"{where} must be turned by {math.remainder(target - start, math.tau):.3f} radians, "
+            f"but were by {math.remainder(end - start, math.tau):.3f}"
+        )
+
+    return words
+
+
+def compare(about, x, positions, theta, context, **options):
+    step.compare(
+        about,
+        lambda a, x, positions: a.run_rope(x.shape[-1], theta, context, x, positions),
+        lambda x, positions: by_hand(x, positions, theta),
+        {"x": x, "positions": positions},
+        words=turned(x),
+        **options,
+    )
+
+
+# the tables of angles may be float32: an angle of 30 radians is then off by some 4e-6
+compare("positions from 0", draw(2, 3, 5, 6), torch.arange(5), 10000.0, 32, gradients=False, atol=1e-4)
+compare("positions 7, 8, 9, ...", draw(2, 3, 5, 6), torch.arange(7, 12), 10000.0, 32, atol=1e-4)
+compare("positions with gaps", draw(2, 3, 5, 6), torch.tensor([9, 2, 2, 30, 0]), 10000.0, 32, atol=1e-4)
+compare("theta of 500", draw(2, 5, 6), torch.arange(3, 8), 500.0, 32, atol=1e-4)
+compare(
+    "texts with positions of their own",
+    draw(3, 5, 6),
+    torch.tensor([[0, 1, 2, 3, 4], [3, 4, 9, 11, 30], [12, 13, 14, 15, 16]]),
+    500.0,
+    32,
+    atol=1e-4,
+)
+compare("a single pair of features", draw(4, 2), torch.arange(1, 5), 500.0, 32, atol=1e-4)
+# bfloat16 counts to 256, float32 angles of 1,000 radians are off by up to 1e-4
+compare("positions beyond 256", draw(2, 5, 6), torch.arange(995, 1000), 10000.0, 1024, atol=3e-3, rtol=1e-3)
+compare(
+    "float16 numbers",
+    draw(2, 5, 6).half(),
+    torch.arange(5),
+    10000.0,
+    32,
+    gradients=False,
+    atol=1e-2,
+    rtol=1e-2,
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Turning
+
+
+@step.mistake("functional.apply_rope", source="public solutions of CS336")
+def halves_turned_instead_of_pairs(x, cos, sin):
+    """Feature i is paired with feature i + d/2, as in Hugging Face's Llama, whose weights are reordered for
+    that. Here neighbors (2i, 2i+1) are a pair: use x[..., 0::2] and x[..., 1::2]."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+@step.mistake("functional.apply_rope", source="public solutions of CS336")
+def result_concatenated(x, cos, sin):
+    """The pairs are turned rightly, but all even features then stand before all odd ones. Put them back
+    alternately: torch.stack(..., dim=-1) and flatten the last two axes."""
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def halves_read_and_pairs_written(x, cos, sin):
+    """The two features of a pair are read from the two halves of x, but written next to each other. Read
+    them as they are written: x[..., 0::2] and x[..., 1::2]."""
+    (first, second), cos, sin = x.chunk(2, dim=-1), cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+@step.mistake("functional.apply_rope", source="public solutions of CS336")
+def turned_the_other_way(x, cos, sin):
+    """The sign of the angle is wrong. Queries and keys still fit each other, but weights of others do not:
+    it is (even cos - odd sin, even sin + odd cos)."""
+    return rotated(x, cos, -sin)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def sine_and_cosine_exchanged(x, cos, sin):
+    """Sine stands where cosine belongs. Position 0 has the angle 0 and must come out as it is, which is the
+    quickest check; look at the order in which you return and use the two tables."""
+    return rotated(x, sin, cos)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def two_minus_signs(x, cos, sin):
+    """Both lines of the rotation have a minus, which is no rotation: dot products then do not depend on the
+    distance alone. The second line is even sin + odd cos."""
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([even * cos - odd * sin, even * sin - odd * cos], dim=-1).flatten(-2)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def two_plus_signs(x, cos, sin):
+    """Both lines of the rotation have a plus, which is no rotation: lengths change. The first line is
+    even cos - odd sin."""
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([even * cos + odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def angles_tiled(x, cos, sin):
+    """The angles are laid out as (a, b, c, a, b, c) on features that are paired as neighbors. Both features
+    of a pair need the same angle: (a, a, b, b, c, c), by repeat_interleave."""
+    cos, sin = (torch.cat([table, table], dim=-1).to(x.dtype) for table in (cos, sin))
+    quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos + quarter_turn * sin
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def odd_feature_from_the_turned_even_one(x, cos, sin):
+    """The even feature is overwritten before the odd one is made from it. Both lines need the features as
+    they were before the turn."""
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
+    even = even * cos - odd * sin
+    return torch.stack([even, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def input_changed_in_place(x, cos, sin):
+    """The turned features are written into the caller's tensor, so a second call turns them twice. Fill a
+    new one, torch.empty_like(x), or stack the two lines."""
+    even, odd, cos, sin = x[..., 0::2].clone(), x[..., 1::2].clone(), cos.to(x.dtype), sin.to(x.dtype)
+    x[..., 0::2] = even * cos - odd * sin
+    x[..., 1::2] = even * sin + odd * cos
+    return x
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def result_left_in_float32(x, cos, sin):
+    """The tables are float32, so half-precision queries come out as float32, and attention with values in
+    half precision fails. Convert to x.dtype."""
+    return rotated(x.float(), cos, sin)
+
+
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def turned_along_the_heads(x, cos, sin):
+    """The position is taken from the axis before the sequence, which is that of the heads or the batch. The
+    sequence is the second to last axis: split the heads and transpose first."""
+    return rotated(x, cos[..., : x.shape[-3], :].unsqueeze(-2), sin[..., : x.shape[-3], :].unsqueeze(-2))
+
+
+def rotated(x, cos, sin):
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Angles
+
+
+def tables(positions, speeds, device):
+    angles = torch.outer(positions, speeds)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+@step.mistake("functional.rope_tables", source="public solutions of CS336; passes its suite")
+def theta_fixed_at_10000(d_head, context_length, theta=10000.0, device=None):
+    """The angles are made with 10,000, whatever theta was asked for. Llama 3 has 500,000; use the argument,
+    and check that each layer hands it on."""
+    return tables(torch.arange(context_length), 10000.0 ** -(torch.arange(0, d_head, 2) / d_head), device)
+
+
+@step.mistake("functional.rope_tables", source="public solutions of CS336")
+def positions_from_1(d_head, context_length, theta=10000.0, device=None):
+    """The first token has position 1. Its angle must be 0, so that it is not turned at all: count from 0
+    with torch.arange(n)."""
+    positions = torch.arange(1, context_length + 1)
+    return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def exponent_half_as_large(d_head, context_length, theta=10000.0, device=None):
+    """The exponent is i / d instead of 2i / d, so the last pairs turn far too fast. Pair i has the features
+    2i and 2i + 1: use torch.arange(0, d, 2) / d."""
+    return tables(torch.arange(context_length), theta ** -(torch.arange(d_head // 2) / d_head), device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def exponent_twice_as_large(d_head, context_length, theta=10000.0, device=None):
+    """The exponent is 2i / (d / 2), so the last pairs hardly turn. Either count 0, 2, 4, ... and divide by
+    d, or count 0, 1, 2, ... and divide by d / 2."""
+    speeds = theta ** -(torch.arange(0, d_head, 2) / (d_head // 2))
+    return tables(torch.arange(context_length), speeds, device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def no_minus_in_the_exponent(d_head, context_length, theta=10000.0, device=None):
+    """The pairs turn faster and faster instead of slower and slower. Each position is multiplied with
+    theta^(-2i / d), or divided by theta^(2i / d)."""
+    speeds = theta ** (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
+    return tables(torch.arange(context_length).double(), speeds, device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def all_pairs_equally_fast(d_head, context_length, theta=10000.0, device=None):
+    """All pairs turn by the same angle, as if every exponent were 0. It comes from a whole-number division
+    (//) or from an i that never changes; pair i turns at theta^(-2i / d)."""
+    return tables(torch.arange(context_length), theta ** -(torch.arange(0.0, d_head, 2) // d_head), device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def speeds_reversed(d_head, context_length, theta=10000.0, device=None):
+    """The last pair turns fastest and the first slowest. Pair 0 turns by one radian a position, since
+    theta^0 is 1."""
+    speeds = theta ** -(torch.arange(0, d_head, 2) / d_head)
+    return tables(torch.arange(context_length), speeds.flip(0), device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def whole_turns_instead_of_radians(d_head, context_length, theta=10000.0, device=None):
+    """The angles are multiplied with 2 pi, as for a frequency in turns. RoPE's angles are radians already:
+    position * theta^(-2i / d)."""
+    speeds = math.tau * theta ** -(torch.arange(0, d_head, 2) / d_head)
+    return tables(torch.arange(context_length), speeds, device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def positions_in_bfloat16(d_head, context_length, theta=10000.0, device=None):
+    """The positions are counted in bfloat16, which has no whole numbers between 256 and 258: far tokens
+    share a position. Make the angles in float32 or float64, in a half-precision model too."""
+    positions = torch.arange(context_length).bfloat16().float()
+    return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Positions
+
+
+@step.mistake("layers.RotaryEmbedding", source="public solutions of CS336; passes its suite")
+class PositionsIgnored(layers.RotaryEmbedding):
+    """The positions that were handed in are not used, always 0 to n - 1. Text that continues behind a cache
+    is then turned wrongly; pick the rows of the tables by token_positions."""
+
+    def forward(self, x, token_positions):
+        return F.apply_rope(x, self.cos[: x.shape[-2]], self.sin[: x.shape[-2]])
+
+
+@step.mistake("layers.RotaryEmbedding", source="written for this catalogue")
+class PositionsCountedFromTheFirst(layers.RotaryEmbedding):
+    """The rows of the tables are taken as a range from the first position on. Positions may have gaps and
+    any order; pick a row for each one: cos[token_positions]."""
+
+    def forward(self, x, token_positions):
+        positions = token_positions[..., :1] + torch.arange(x.shape[-2])
+        return super().forward(x, positions.clamp(max=self.cos.shape[0] - 1))
+
+
+@step.mistake("layers.RotaryEmbedding", source="written for this catalogue")
+class PositionsOfTheFirstText(layers.RotaryEmbedding):
+    """All texts of a batch are turned by the positions of the first one. Positions can have a batch axis,
+    as when texts are packed or padded; index the tables with all of them."""
+
+    def forward(self, x, token_positions):
+        return super().forward(x, token_positions.reshape(-1, x.shape[-2])[0])

@@ -1,0 +1,411 @@
+"""Softmax, `exp(x_i) / sum_j exp(x_j)` along any axis, and its logarithm."""
+
+import math
+
+import torch
+from mistakes import Step, numbers
+
+from llm_basics import functional as F
+
+step = Step("softmax")
+draw = numbers(seed=1)
+
+ORDINARY = draw(2, 3, 5)
+ALONG = {-1: "the last", 1: "the middle", 0: "the first"}
+
+# without gradients, so that what works in place can be seen to change its input
+step.compare(
+    "one row of scores",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": draw(5)},
+    axes="entry",
+    gradients=False,
+)
+# as many rows as columns, so that a lost axis lines up with the wrong one instead of failing
+step.compare(
+    "a square of scores",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": draw(4, 4)},
+    axes="row entry",
+    gradients=False,
+)
+for dim, name in ALONG.items():
+    step.compare(
+        f"along {name} of three axes",
+        lambda a, x, dim=dim: a.run_softmax(x, dim),
+        lambda x, dim=dim: x.softmax(dim),
+        {"x": ORDINARY},
+        axes="batch position entry",
+    )
+# exp(88.8) is more than float32 can hold, exp(-104) less
+step.compare(
+    "scores around 1000",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": 1000 + ORDINARY},
+    axes="batch position entry",
+)
+step.compare(
+    "scores around -1000",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": ORDINARY - 1000},
+    axes="batch position entry",
+)
+step.compare(
+    "rows that lie far apart",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": draw(3, 5) + torch.tensor([[0.0], [-1000.0], [30.0]])},
+    axes="row entry",
+)
+step.compare(
+    "a row with scores from -1000 to 1000",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": torch.tensor([[1000.0, 999.0, -1000.0], [-1000.0, -1001.0, 1000.0]])},
+    axes="row entry",
+)
+step.compare(
+    "one score 100 above the others",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": torch.tensor([[0.0, 100.0, 1.0, 0.5], [-99.0, -98.0, 1.0, -98.5]])},
+    axes="row entry",
+)
+step.compare(
+    "scores of -inf, which have no share",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": torch.tensor([[0.5, -math.inf, 1.5], [-math.inf, -math.inf, -2.0]])},
+    axes="row entry",
+)
+
+
+def total(probabilities):
+    """Of a row whose probabilities can be held exactly; in words, since any constant may be missing."""
+    found = probabilities[0].double().sum().item()
+    return "exactly 1" if found == 1 else "a little less" if 0.999 < found < 1 else f"{found:.3g}"
+
+
+step.value(
+    "what the shares of four equal scores add up to",
+    lambda a: total(a.run_softmax(torch.zeros(3, 4, dtype=torch.float64), -1)),
+    "exactly 1",
+    words=lambda expected, actual: f"the probabilities of a row must add up to exactly 1, but give {actual}",
+)
+
+step.compare(
+    "log-softmax of one row of scores",
+    lambda a, x: a.run_log_softmax(x, -1),
+    lambda x: x.log_softmax(-1),
+    {"x": draw(5)},
+    axes="entry",
+    gradients=False,
+)
+for dim, name in ALONG.items():
+    step.compare(
+        f"log-softmax along {name} of three axes",
+        lambda a, x, dim=dim: a.run_log_softmax(x, dim),
+        lambda x, dim=dim: x.log_softmax(dim),
+        {"x": ORDINARY},
+        axes="batch position entry",
+    )
+step.compare(
+    "log-softmax of scores around 1000",
+    lambda a, x: a.run_log_softmax(x, -1),
+    lambda x: x.log_softmax(-1),
+    {"x": 1000 + ORDINARY},
+    axes="batch position entry",
+)
+step.compare(
+    "log-softmax of rows that lie far apart",
+    lambda a, x: a.run_log_softmax(x, -1),
+    lambda x: x.log_softmax(-1),
+    {"x": draw(3, 5) + torch.tensor([[0.0], [-1000.0], [30.0]])},
+    axes="row entry",
+)
+
+
+def logarithm_of_a_hopeless_score(run_log_softmax):
+    """In words, since a cap can be at any number: what it is of a score 2000 below the other."""
+    found = run_log_softmax(torch.tensor([1000.0, -1000.0]), -1)[1].item()
+    if math.isclose(found, -2000, rel_tol=1e-4):
+        return "-2000"
+    return "capped" if -200 < found < 0 else str(found)
+
+
+step.value(
+    "log-softmax of a score 2000 below the other",
+    lambda a: logarithm_of_a_hopeless_score(a.run_log_softmax),
+    "-2000",
+    words=lambda expected, actual: f"the logarithm must be -2000, but is {actual}",
+)
+# float16 ends at 65,504
+step.compare(
+    "70,000 equal scores in float16",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.float().softmax(-1).half(),
+    {"x": torch.zeros(70_000, dtype=torch.float16)},
+    axes="entry",
+    rtol=1e-2,
+    atol=1e-7,
+    gradients=False,
+)
+step.compare(
+    "log-softmax of 70,000 equal scores in float16",
+    lambda a, x: a.run_log_softmax(x, -1),
+    lambda x: x.float().log_softmax(-1).half(),
+    {"x": torch.zeros(70_000, dtype=torch.float16)},
+    axes="entry",
+    rtol=1e-2,
+    gradients=False,
+)
+
+
+@step.mistake("functional.softmax", source="public solutions of CS336")
+def maximum_not_subtracted(x, dim=-1):
+    """exp is taken of the scores as they are. It overflows above 88, and inf / inf is NaN. Subtract the
+    maximum of each row first; the quotient stays the same."""
+    e = F.widen(x).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
+def one_maximum_for_the_whole_tensor(x, dim=-1):
+    """One maximum is taken over everything. A row that lies far below it becomes exp(-1000) = 0 everywhere,
+    and then 0 / 0. Each row needs its own: amax(dim, keepdim=True)."""
+    e = (F.widen(x) - x.max()).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def maximum_of_the_last_axis(x, dim=-1):
+    """The maximum is taken along the last axis whatever dim is. What is subtracted is then not the same for
+    all that is added up, which changes the result. Give amax the same dim as sum."""
+    e = (F.widen(x) - x.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
+def dim_ignored(x, dim=-1):
+    """The softmax always goes along the last axis. It must go along dim, in the maximum and in the sum."""
+    return x.softmax(-1)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def always_along_the_second_axis(x, dim=-1):
+    """The softmax goes along axis 1 whatever dim is. That is the last axis of a matrix, but with one more
+    leading dimension it is another. Use dim in the maximum and in the sum."""
+    return x.softmax(1 if x.ndim > 1 else 0)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def normalized_over_everything(x, dim=-1):
+    """All numbers of the tensor together sum to 1, instead of each row: the sum has no dim. Use sum(dim,
+    keepdim=True)."""
+    return x.flatten().softmax(0).reshape(x.shape)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def sum_without_keepdim(x, dim=-1):
+    """The sum loses its axis, so the sums line up with columns instead of rows: square inputs come out
+    wrong, others fail. Keep the axis: sum(dim, keepdim=True)."""
+    e = (F.widen(x) - x.amax(dim, keepdim=True)).exp()
+    return (e / e.sum(dim)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def neither_with_keepdim(x, dim=-1):
+    """Maximum and sum lose their axis, so they line up with columns instead of rows: square inputs come out
+    wrong, others fail. Both need keepdim=True."""
+    e = (F.widen(x) - x.amax(dim)).exp()
+    return (e / e.sum(dim)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
+def input_changed_in_place(x, dim=-1):
+    """The maximum is subtracted from the caller's own tensor (-=, sub_). Whoever uses these scores again
+    gets others than they made. Write x = x - ..., which makes a new tensor."""
+    x -= x.max(dim, keepdim=True).values
+    e = F.widen(x).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
+def small_constant_in_the_denominator(x, dim=-1):
+    """A constant such as 1e-8 is added to the sum, so the rows add up to less than 1. It protects from
+    nothing: with the maximum subtracted, the sum is at least 1. Leave it out."""
+    wide = F.widen(x)
+    e = (wide - wide.amax(dim, keepdim=True)).exp()
+    return (e / (e.sum(dim, keepdim=True) + 1e-8)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def mean_subtracted(x, dim=-1):
+    """The mean is subtracted instead of the maximum. The largest score then still overflows in exp when it
+    lies far above the others. Use amax(dim, keepdim=True)."""
+    wide = F.widen(x)
+    e = (wide - wide.mean(dim, keepdim=True)).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def minimum_subtracted(x, dim=-1):
+    """The minimum is subtracted instead of the maximum, so all exponents are positive, and overflow if the
+    scores lie far apart. Use amax, so that all are at most 0."""
+    wide = F.widen(x)
+    e = (wide - wide.amin(dim, keepdim=True)).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def scores_clamped(x, dim=-1):
+    """Scores are cut to what exp can take, which makes all large ones equal. Subtract the maximum of the
+    row instead, which changes nothing in the quotient."""
+    e = F.widen(x).clamp(-80, 80).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def divided_by_the_largest(x, dim=-1):
+    """The exponentials are divided by the largest of them instead of by their sum. The likeliest entry is
+    then always 1, and the rows add up to more. Divide by the sum."""
+    wide = F.widen(x)
+    return (wide - wide.amax(dim, keepdim=True)).exp().to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def powers_of_2(x, dim=-1):
+    """2^x stands where e^x should, so the distribution is flatter than it must be. Use torch.exp."""
+    return (F.widen(x) * math.log(2)).softmax(dim).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def scores_divided_by_their_sum(x, dim=-1):
+    """The scores are divided by their sum without exp. That is no distribution: negative scores give
+    negative shares, and a sum near 0 explodes. Take exp first."""
+    return x / x.sum(dim, keepdim=True)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def logarithm_returned(x, dim=-1):
+    """This is log-softmax: negative numbers, not probabilities. Softmax is its exp; divide by the sum of
+    the exponentials instead of subtracting its logarithm."""
+    return x.log_softmax(dim)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def result_detached(x, dim=-1):
+    """The output is right, but no gradient passes through: .data, .detach(), no_grad or a new tensor cut it
+    off. Queries and keys of attention then never learn."""
+    return x.detach().softmax(dim)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def denominator_detached(x, dim=-1):
+    """The output is right, but the sum is a constant to autograd. The gradient then lacks the half that
+    pushes the other entries down. Only the maximum may be detached, as it cancels."""
+    wide = F.widen(x)
+    e = (wide - wide.amax(dim, keepdim=True).detach()).exp()
+    return (e / e.sum(dim, keepdim=True).detach()).to(x.dtype)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def summed_in_half_precision(x, dim=-1):
+    """Half-precision scores are added up in half precision: float16 ends at 65,504, and bfloat16 has 8
+    bits. Convert to float32 first, and back at the end."""
+    e = (x - x.amax(dim, keepdim=True)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def result_left_in_float32(x, dim=-1):
+    """The sum is rightly taken in float32, but the result stays there. The product with values in half
+    precision then fails; convert back to x.dtype at the end."""
+    return F.widen(x).softmax(dim)
+
+
+@step.mistake("functional.log_softmax", source="public solutions of CS336")
+def logarithm_of_the_softmax(x, dim=-1):
+    """log is taken of the finished softmax. A small probability is rounded to 0 first, and its logarithm is
+    -inf. Stay with logarithms: x - max - log(sum(exp(x - max)))."""
+    return F.widen(x).softmax(dim).log().to(x.dtype)
+
+
+@step.mistake("functional.log_softmax", source="public solutions of CS336")
+def logarithm_of_the_softmax_plus_a_constant(x, dim=-1):
+    """log(p + 1e-8) hides the -inf of a rounded-off zero, but nothing can then be below -18.4, and no
+    gradient comes from what is most wrong. Stay with logarithms, with no constant."""
+    return (F.widen(x).softmax(dim) + 1e-8).log().to(x.dtype)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def log_of_the_sum_without_a_maximum(x, dim=-1):
+    """x - log(sum(exp(x))) is right on paper, but exp overflows above 88, and far below it the sum is 0.
+    Subtract the maximum of each row first."""
+    wide = F.widen(x)
+    return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def one_maximum_for_all_logarithms(x, dim=-1):
+    """One maximum is taken over everything. In a row that lies far below it all exponentials are 0, and the
+    logarithm of their sum is -inf. Each row needs its own: amax(dim, keepdim=True)."""
+    wide = F.widen(x) - x.max()
+    return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def maximum_lost_on_the_way(x, dim=-1):
+    """The maximum was subtracted inside exp, but not from x itself, so the result is too large by the
+    maximum. Subtract it once, and use that in both places."""
+    wide = F.widen(x)
+    shifted = wide - wide.amax(dim, keepdim=True)
+    return (wide - shifted.exp().sum(dim, keepdim=True).log()).to(x.dtype)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def dim_ignored_by_log_softmax(x, dim=-1):
+    """The log-softmax always goes along the last axis. It must go along dim, in the maximum and in the
+    sum."""
+    return x.log_softmax(-1)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def sign_of_the_logarithm(x, dim=-1):
+    """The sign is wrong: this is the surprise, -log p, which is what a loss needs. A logarithm of
+    probabilities is never above 0."""
+    return -x.log_softmax(dim)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def logarithm_to_base_2(x, dim=-1):
+    """The logarithm is to base 2 (bits), but must be natural (nats): its exp has to give softmax again. Use
+    torch.log."""
+    return x.log_softmax(dim) / math.log(2)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def scores_changed_in_place(x, dim=-1):
+    """The maximum is subtracted from the caller's own tensor (-=, sub_). Whoever uses these scores again
+    gets others than they made. Write x = x - ..., which makes a new tensor."""
+    x -= x.max(dim, keepdim=True).values
+    return x.log_softmax(dim)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def log_softmax_in_half_precision(x, dim=-1):
+    """Half-precision scores are added up in half precision: float16 ends at 65,504, and bfloat16 has 8
+    bits. Convert to float32 first, and back at the end."""
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def log_softmax_left_in_float32(x, dim=-1):
+    """The sum is rightly taken in float32, but the result stays there. It must have the dtype of the input;
+    convert back to x.dtype at the end."""
+    return F.widen(x).log_softmax(dim)

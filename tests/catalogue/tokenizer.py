@@ -1,0 +1,892 @@
+"""Encoding and decoding: special tokens, then pieces, then the merges in the order of learning; and back."""
+
+import functools
+import unicodedata
+from itertools import pairwise, zip_longest
+
+import regex
+from mistakes import Step
+
+from llm_basics import bpe, swap
+
+step = Step("tokenizer")
+
+PUBLIC = "public solutions of CS336"
+PASSES = "public solutions of CS336; passes its suite"
+OWN = "written for this catalogue"
+
+# as it stands in GPT-2's encoder.py
+GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+END = "<|end|>"
+
+# the class itself, whatever has been put in its place
+Tokenizer = swap.reference("tokenizer.Tokenizer")
+
+
+# --------------------------------------------------------------------------------------------------
+# The plain way, which is right
+
+
+def pairs(*spaced):
+    """`pairs("a bc")` is `[(b"a", b"bc")]`; an underscore stands for a space."""
+    return [tuple(side.replace("_", " ").encode() for side in pair.split(" ")) for pair in spaced]
+
+
+def vocabulary(merges, special_tokens=()):
+    """Special tokens, the bytes, one token a merge."""
+    tokens = [s.encode() for s in special_tokens] + [bytes([b]) for b in range(256)]
+    return dict(enumerate(tokens + [left + right for left, right in merges]))
+
+
+def merge(parts, pair):
+    i = 0
+    while i + 1 < len(parts):
+        if (parts[i], parts[i + 1]) == pair:
+            parts[i : i + 2] = [pair[0] + pair[1]]
+        i += 1
+    return parts
+
+
+def right_tokens(merges, special_tokens, text):
+    """The bytes of the tokens of `text`: all merges are gone through in order for each piece."""
+    tokens, i = [], 0
+    while i < len(text):
+        here = max((s for s in special_tokens if text.startswith(s, i)), key=len, default="")
+        if here:
+            tokens.append(here.encode())
+            i += len(here)
+            continue
+        end = min((k for s in special_tokens if (k := text.find(s, i)) >= 0), default=len(text))
+        for piece in GPT2.findall(text[i:end]):
+            parts = [bytes([byte]) for byte in piece.encode()]
+            for pair in merges:
+                merge(parts, pair)
+            tokens += parts
+        i = end
+    return tokens
+
+
+def right_ids(vocab, merges, special_tokens, text):
+    ids = {token: id for id, token in vocab.items()}
+    return [ids[token] for token in right_tokens(merges, special_tokens, text)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Probes
+
+WORDS = pairs(
+    "t h",
+    "_ th",
+    "i n",
+    "th e",
+    "_th e",
+    "in g",
+    "_ s",
+    "h i",
+    "_s hi",
+    "' s",
+    "l l",
+    "' ll",
+    "e r",
+    "\n \n",
+    "_ _",
+)
+VOCAB = vocabulary(WORDS, [END])
+BYTES = vocabulary([])
+
+
+def difference(text, vocab, expected, actual):
+    """The first token of `text` that differs, as the bytes that it stands for."""
+
+    def named(id):
+        if id is None:
+            return "nothing"
+        return f"{id}, which is {vocab.get(id, 'in no vocabulary')!r}" if isinstance(id, int) else repr(id)
+
+    if not isinstance(actual, list | tuple):
+        return f"the ids must be a list, got a {type(actual).__name__}"
+    for i, (wanted, got) in enumerate(zip_longest(expected, actual)):
+        if wanted != got:
+            x, y = (named(id) for id in (wanted, got))
+            return f"token {i} of {text!r} must be {x}; got {y}"
+    return "the ids must be whole numbers"
+
+
+def encodes(about, *rows):
+    """A probe of the ids of texts; a row is vocabulary, merges, special tokens and a text."""
+
+    def ours(adapters):
+        return [adapters.get_tokenizer(v.copy(), m[:], s[:]).encode(text) for v, m, s, text in rows]
+
+    def words(expected, actual):
+        for (vocab, _, _, text), wanted, got in zip(rows, expected, actual, strict=True):
+            if wanted != got:
+                return difference(text, vocab, wanted, got)
+        return "the ids must be whole numbers"
+
+    step.value(about, ours, [right_ids(*row) for row in rows], words=words)
+
+
+def text_words(expected, actual):
+    for i, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
+        if wanted != got:
+            return f"text {i} must be {wanted!r}, got {got!r}"
+    return "the texts must be of type str"
+
+
+def by(merges, text):
+    return vocabulary(merges), merges, [], text
+
+
+encodes(
+    "words are bytes, merged as learned",
+    (VOCAB, WORDS, [], "thing"),
+    (VOCAB, WORDS, [], "the ship, the thing"),
+)
+encodes(
+    "the merge that was learned first goes first",
+    by(pairs("b c", "a b", "c d"), "abcd"),
+    by(pairs("a b", "b c", "c d"), "abcd"),
+    by(pairs("c d", "a b", "b cd", "ab c"), "abcd"),
+    by(pairs("x y", "b c", "a bc", "y a"), "xyabc"),
+    by(pairs("b c", "a bc", "a b"), "abc"),
+)
+encodes("only pairs that were learned merge", by(pairs("b c", "a b", "ab c"), "abc"))
+encodes(
+    "a pair merges wherever it stands, runs from the left",
+    by(pairs("a b", "ab c"), "abcabcab"),
+    by(pairs("a a", "aa b"), "aaab"),
+    by(pairs("a a"), "aaaaa"),
+    by(pairs("a a", "aa aa"), "aaaaaaa"),
+)
+encodes(
+    "nothing merges across words, numbers and signs",
+    by(pairs("n '", "a 1", "b _", "_ _", "e ,", "' T"), "don't a1 b b  c   d e, DON'T"),
+    (VOCAB, WORDS, [], "  he's the  they'll\n\n ship\t\tx \r\n"),
+)
+encodes(
+    "text of any script, nothing changed in it",
+    (VOCAB, WORDS, [], "The \u00e9 e\u0301 \u6f22 \ufb01 \U0001f643\x00"),
+)
+encodes("an empty text, and blanks alone", (VOCAB, WORDS, [], ""), (VOCAB, WORDS, [], "   "))
+
+TEXTS = [
+    " the ship's  here\n",
+    "\u00e9\u6f22 \U0001f643e\u0301",
+    "",
+]
+step.value(
+    "decoding what was encoded gives the text back",
+    lambda a: [
+        model.decode(model.encode(text)) for model in [a.get_tokenizer(VOCAB, WORDS, [])] for text in TEXTS
+    ],
+    TEXTS,
+    words=text_words,
+)
+HALVES = [[0xC3], [0xC3, 0x61], [0xFF, 0xFE, 0x62], [0xF0, 0x9F, 0x99, 0x83, 0xE6, 0xBC]]
+step.value(
+    "a character that is cut in half is decoded to U+FFFD",
+    lambda a: [model.decode(ids) for model in [a.get_tokenizer(BYTES, [], [])] for ids in HALVES],
+    ["\ufffd", "\ufffda", "\ufffd\ufffdb", "\U0001f643\ufffd"],
+    words=text_words,
+)
+
+# the ids say nothing about the order of learning
+SHUFFLED = dict(zip(sorted(VOCAB), [VOCAB[id] for id in reversed(VOCAB)], strict=True))
+LIKE_PATTERNS = [END, "a.c", "[x]", "a+", "a b"]
+BEGIN_TOGETHER = ["<a>", "<a><b>", "<a><b><c>"]
+
+encodes(
+    "ids come from the vocabulary, the order from the merges",
+    (SHUFFLED, WORDS, [], "the thing is here"),
+    (SHUFFLED, WORDS, [], "they'll sing"),
+)
+encodes(
+    "a special token is one id, and what stands beside it stays as it is",
+    (VOCAB, WORDS, [END], f"the{END}{END} ship {END}\n the  {END}"),
+    (VOCAB, WORDS, [END], f"t{END}he {END[:-1]} |end|>"),
+)
+encodes("special tokens that are not given are text", (VOCAB, WORDS, [], f"the{END}thing"))
+encodes(
+    "special tokens are no patterns",
+    (vocabulary([], LIKE_PATTERNS), [], LIKE_PATTERNS, "abca.c x[x]xaa+ a bend|"),
+)
+encodes(
+    "of special tokens that begin together the longest is found",
+    (vocabulary([], BEGIN_TOGETHER), [], BEGIN_TOGETHER, "<a><b><c><a><b>x<a>"),
+)
+encodes(
+    "the longest special token is found in any order of their list",
+    (vocabulary([], BEGIN_TOGETHER), [], BEGIN_TOGETHER[::-1], "<a><b><c><a><b>x<a>"),
+)
+
+
+def added_specials(adapters):
+    model = adapters.get_tokenizer(VOCAB.copy(), WORDS[:], ["<pad>", END])
+    ids = model.encode(f"<pad>{END}the<pad>")
+    return {
+        "tokens": len(ids),
+        "id of the one in the vocabulary": ids[1],
+        "is the new id outside of it": ids[0] not in VOCAB and ids[0] == ids[-1],
+        "text": model.decode(ids),
+    }
+
+
+step.value(
+    "a special token that the vocabulary lacks gets a new id",
+    added_specials,
+    {
+        "tokens": 4,
+        "id of the one in the vocabulary": 0,
+        "is the new id outside of it": True,
+        "text": f"<pad>{END}the<pad>",
+    },
+)
+
+# streams
+TEXT = f"the ship's here,\n\n  the thing\n{END} they'll\n sing  \n"
+SPACED = [END, "<|a b|>"]
+
+
+def streams(about, texts, special_tokens=(END,), merges=WORDS):
+    """A probe of `encode_iterable`, which must give the ids of the joined texts."""
+    special_tokens = list(special_tokens)
+    vocab = vocabulary(merges, special_tokens)
+
+    def words(expected, actual):
+        return difference(texts, vocab, expected, actual)
+
+    step.value(
+        about,
+        lambda a: list(a.get_tokenizer(vocab.copy(), merges[:], special_tokens).encode_iterable(texts[:])),
+        right_ids(vocab, merges, special_tokens, "".join(texts)),
+        words=words,
+    )
+
+
+streams("a stream of one text", [TEXT])
+streams(
+    "a stream of lines gets the ids of the whole text", ["the ship\n", "the thing\n", "\n", "\n", " they'll"]
+)
+streams("a stream with an empty text in it", ["the ship\n", "", "the thing\n"])
+streams("a stream that is cut within words and blanks", ["the sh", "ip ", " the", " thi", "ng'", "ll"])
+streams("a stream that is cut within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"])
+streams("a stream with a special token that holds a space", ["the <|a", " b|> ship <|a ", "b|>"], SPACED)
+
+
+class Endless:
+    """A stream that nobody can keep in memory; it fails before it does harm."""
+
+    def __iter__(self):
+        for _ in range(200):
+            yield "the ship\n" * 1000
+        raise MemoryError("encode_iterable read 2 million characters before it gave an id")
+
+
+step.value(
+    "a stream is read only as far as needed",
+    lambda a: next(iter(a.get_tokenizer(VOCAB, WORDS, [END]).encode_iterable(iter(Endless())))),
+    right_ids(VOCAB, WORDS, [], "the")[0],
+)
+
+
+# what belongs to the caller, and to other tokenizers
+def handed_in(adapters):
+    given = VOCAB.copy(), WORDS[:], ["<pad>", "<pad><pad>"]
+    adapters.get_tokenizer(*given).encode("the <pad> ship")
+    return [given[0] == VOCAB, given[1] == WORDS, given[2] == ["<pad>", "<pad><pad>"]]
+
+
+step.value(
+    "what is handed in stays as it was",
+    handed_in,
+    [True, True, True],
+    words=lambda expected, actual: (
+        "it changes the caller's "
+        + " and ".join(
+            n for n, ok in zip(("vocabulary", "merges", "special tokens"), actual, strict=True) if not ok
+        )
+    ),
+)
+
+
+def twice(adapters):
+    model = adapters.get_tokenizer(VOCAB, WORDS, [END])
+    first = list(model.encode("the ship"))
+    model.encode("the ship").append(-1)
+    model.encode("the").append(-1)
+    return [first, model.encode("the ship")]
+
+
+step.value(
+    "the same text gets the same ids again",
+    twice,
+    [right_ids(VOCAB, WORDS, [], "the ship")] * 2,
+    axes="time token",
+)
+
+
+def side_by_side(adapters):
+    models = [adapters.get_tokenizer(vocabulary(m), m, s) for m, s in NEIGHBORS]
+    return [model.encode("xabc abc") for model in models]
+
+
+NEIGHBORS = [(pairs("a b"), []), (pairs("b c"), []), (pairs("b c"), ["abc"])]
+step.value(
+    "tokenizers do not disturb each other",
+    side_by_side,
+    [right_ids(vocabulary(m) | {257: b"abc"}, m, s, "xabc abc") for m, s in NEIGHBORS],
+    axes="tokenizer token",
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes in applying the merges
+
+PIECE = "tokenizer.Tokenizer"
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class GreedyLongestMatch(Tokenizer):
+    """The longest token that fits is taken again and again from the left. BPE gives other ids: apply the
+    merges in the order in which they were learned."""
+
+    def merge_steps(self, piece):
+        known, parts = {left + right for left, right in self.merges}, []
+        while piece:
+            size = next(n for n in range(len(piece), 0, -1) if n == 1 or piece[:n] in known)
+            parts.append(piece[:size])
+            piece = piece[size:]
+        yield parts
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class LeftmostPairFirst(Tokenizer):
+    """The first pair from the left that can merge is merged. The one that was learned first must go first,
+    wherever it stands: take the pair with the lowest rank."""
+
+    def merge_steps(self, piece):
+        parts = [bytes([byte]) for byte in piece]
+        known = set(self.merges)
+        while found := [i for i, pair in enumerate(pairwise(parts)) if pair in known]:
+            parts[found[0] : found[0] + 2] = [parts[found[0]] + parts[found[0] + 1]]
+        yield parts
+
+
+def merge_best(piece, rank, choose=min):
+    """Merge the pair that `choose` picks by `rank`, until no pair has one."""
+    parts = [bytes([byte]) for byte in piece]
+    while found := [pair for pair in pairwise(parts) if rank(pair) is not None]:
+        merge(parts, choose(found, key=rank))
+    return parts
+
+
+@step.mistake(PIECE, source=OWN)
+class LatestMergeFirst(Tokenizer):
+    """The pair that was learned last is merged first. Training made its merges in order, and later ones build
+    on earlier ones: take the lowest rank, with min instead of max."""
+
+    def merge_steps(self, piece):
+        ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        yield merge_best(piece, ranks.get, max)
+
+
+@step.mistake(PIECE, source=OWN)
+class RanksFromIds(Tokenizer):
+    """The pair whose token has the lowest id is merged first. The order of the list of merges decides; ids
+    can be numbered in any way."""
+
+    def merge_steps(self, piece):
+        ids = {token: id for id, token in self.vocab.items()}
+        ranks = {(left, right): ids[left + right] for left, right in self.merges}
+        yield merge_best(piece, ranks.get)
+
+
+@step.mistake(PIECE, source=OWN)
+class AnythingInTheVocabularyMerges(Tokenizer):
+    """Two tokens merge if their joined bytes are in the vocabulary, though this pair was never learned: abc
+    may have been made of ab and c, not of a and bc. Look the pair up in the merges."""
+
+    def merge_steps(self, piece):
+        ranks = {left + right: rank for rank, (left, right) in enumerate(self.merges)}
+        yield merge_best(piece, lambda pair: ranks.get(pair[0] + pair[1]))
+
+
+@step.mistake(PIECE, source=OWN)
+class OnlyOneRound(Tokenizer):
+    """The bytes are gone through once, and what was merged is not merged again, so no token gets longer than
+    two bytes. Repeat until no pair of the piece is in the merges."""
+
+    def merge_steps(self, piece):
+        parts = [bytes([byte]) for byte in piece]
+        for pair in self.merges:
+            if len(pair[0] + pair[1]) == 2:
+                merge(parts, pair)
+        yield parts
+
+
+@step.mistake(PIECE, source=OWN)
+class OnlyTheFirstOccurrenceMerged(Tokenizer):
+    """Each merge is applied to the first place where its pair stands, and not to the others in the piece. Go
+    on until the pair is gone, then take the next merge."""
+
+    def merge_steps(self, piece):
+        parts = [bytes([byte]) for byte in piece]
+        for pair in self.merges:
+            if pair in (found := list(pairwise(parts))):
+                i = found.index(pair)
+                parts[i : i + 2] = [pair[0] + pair[1]]
+        yield parts
+
+
+@step.mistake(PIECE, source=OWN)
+class RunsMergedFromTheRight(Tokenizer):
+    """In aaa the last two are merged instead of the first two. Training went from left to right, and encoding
+    must do the same, or other tokens come out."""
+
+    def merge_steps(self, piece):
+        parts = [bytes([byte]) for byte in piece]
+        for pair in self.merges:
+            i = len(parts) - 2
+            while i >= 0:
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i : i + 2] = [pair[0] + pair[1]]
+                    i -= 1
+                i -= 1
+        yield parts
+
+
+@step.mistake(PIECE, source=OWN)
+class MergesWithoutTheLast(Tokenizer):
+    """The last merge is never applied, as happens when a loop over the merges ends one early or a rank is
+    compared with < to the highest one. Its token is then never used."""
+
+    def merge_steps(self, piece):
+        ranks = {pair: rank for rank, pair in enumerate(self.merges[:-1])}
+        yield merge_best(piece, ranks.get)
+
+
+@step.mistake(PIECE, source=OWN)
+class FirstMergeNeverApplied(Tokenizer):
+    """The first merge is never applied: its rank is 0, and `if ranks.get(pair)` takes 0 for nothing. Ask with
+    `is not None` or `in`."""
+
+    def merge_steps(self, piece):
+        ranks = {pair: rank for rank, pair in enumerate(self.merges) if rank}
+        yield merge_best(piece, ranks.get)
+
+
+@step.mistake(PIECE, source=OWN)
+class IdsCountedFromTheBytes(Tokenizer):
+    """The id of a byte is taken to be its value, and that of a merge 256 and its rank, without a look at the
+    vocabulary. With special tokens in front, every id is off; look the bytes up."""
+
+    def encode_bytes(self, content):
+        ids = {bytes([b]): b for b in range(256)}
+        ids |= {left + right: 256 + rank for rank, (left, right) in enumerate(self.merges)}
+        return [ids[self.vocab[id]] for id in super().encode_bytes(content)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes in cutting the text
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class NoPretokenization(Tokenizer):
+    """The merges are applied to the whole text instead of to each piece, so tokens cross from one word to the
+    next, which training never saw. Cut with the split pattern first."""
+
+    def encode_bytes(self, content):
+        *_, parts = self.merge_steps(content)
+        return [self._ids[part] for part in parts]
+
+
+@step.mistake(PIECE, source=OWN)
+class SplitOnWhiteSpace(Tokenizer):
+    """The text is cut with split(), and its white space is gone: decoding gives the words without spaces. Use
+    the split pattern, whose pieces hold every character."""
+
+    def encode_bytes(self, content):
+        return [
+            id
+            for word in content.decode().split()
+            for id in super(SplitOnWhiteSpace, self).encode_bytes(word.encode())
+        ]
+
+
+@step.mistake(PIECE, source=OWN)
+class SpacePutInFront(Tokenizer):
+    """A space is put in front of the text, so that the first word looks like the others. GPT-2's tokenizer
+    does not, and decoding gives a text with one space too many."""
+
+    def encode(self, text):
+        return super().encode(" " + text)
+
+
+@step.mistake(PIECE, source=OWN)
+class TextStripped(Tokenizer):
+    """White space at both ends of the text is stripped off before encoding. Every character must come back
+    from decoding; pass the text on as it is."""
+
+    def encode(self, text):
+        return super().encode(text.strip())
+
+
+@step.mistake(PIECE, source=OWN)
+class TextNormalized(Tokenizer):
+    """The text is put into a normal form of Unicode first, which turns ligatures and combined accents into
+    other characters. A byte-level tokenizer changes nothing: any text must come back."""
+
+    def encode(self, text):
+        return super().encode(unicodedata.normalize("NFKC", text))
+
+
+@step.mistake(PIECE, source=OWN)
+class TextInLowerCase(Tokenizer):
+    """The text is put into lower case first, and decoding cannot bring the capitals back. A byte-level
+    tokenizer changes nothing in the text."""
+
+    def encode(self, text):
+        return super().encode(text.lower())
+
+
+@step.mistake(PIECE, source=OWN)
+class CharactersForBytes(Tokenizer):
+    """Each character becomes the byte with its number, ord(c), which is right for ASCII alone. Encode the
+    text in UTF-8 and go through its bytes."""
+
+    def encode_ordinary(self, text):
+        return self.encode_bytes(text.encode("latin-1"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with special tokens
+
+
+def encode_between(model, pattern, text, keep=True, part=lambda text: text):
+    """The ids of the text, in which `pattern` finds the special tokens."""
+    ids, end = [], 0
+    for match in regex.finditer(pattern, text) if pattern else []:
+        ids += model.encode_ordinary(part(text[end : match.start()]))
+        if keep:
+            ids.append(model._special_ids[match.group()])
+        end = match.end()
+    return ids + model.encode_ordinary(part(text[end:]))
+
+
+def longest_first(model):
+    return sorted(model.special_tokens, key=len, reverse=True)
+
+
+def escaped(specials):
+    return "|".join(map(regex.escape, specials))
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsAsText(Tokenizer):
+    """Special tokens are encoded like words, so the end of a document is several tokens and never the one
+    that the model knows. Split the text at them first, and append their ids."""
+
+    def encode(self, text):
+        return self.encode_ordinary(text)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsDropped(Tokenizer):
+    """The text is split at special tokens, but their ids are never appended. Split with a capturing group, or
+    use finditer, so that you see them."""
+
+    def encode(self, text):
+        return encode_between(self, escaped(longest_first(self)), text, keep=False)
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class SpecialsNotSortedByLength(Tokenizer):
+    """Of two special tokens that begin alike, the one listed first is found, even inside the longer one. Sort
+    them by length, longest first, before you join them with |."""
+
+    def encode(self, text):
+        return encode_between(self, escaped(self.special_tokens), text)
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class SpecialsNotEscaped(Tokenizer):
+    """Special tokens are put into a regular expression as they are, where the | of <|endoftext|> means "or"
+    and a dot fits anything. Put each through regex.escape."""
+
+    def encode(self, text):
+        return encode_between(self, "|".join(longest_first(self)), text)
+
+
+@step.mistake(PIECE, source=OWN)
+class NeighborsOfSpecialsStripped(Tokenizer):
+    """The text on both sides of a special token is stripped of white space. It is text like any other, and
+    decoding must give it back."""
+
+    def encode(self, text):
+        if not self.special_tokens:
+            return super().encode(text)
+        return encode_between(self, escaped(longest_first(self)), text, part=str.strip)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsFoundOnlyOnce(Tokenizer):
+    """Only the first occurrence of each special token is found; the text behind it is encoded as words, as
+    with partition or split(special, 1). Find all of them."""
+
+    def encode(self, text):
+        ids = []
+        for special in longest_first(self):
+            before, found, text = text.partition(special) if special in text else ("", "", text)
+            ids += self.encode_ordinary(before) + [self._special_ids[found]] * bool(found)
+        return ids + self.encode_ordinary(text)
+
+
+@step.mistake(PIECE, source=OWN)
+class EndAddedToEveryText(Tokenizer):
+    """The first special token is added behind every text. Encoding adds nothing that was not asked for, or
+    decoding does not give the text back; put it between documents yourself."""
+
+    def encode(self, text):
+        return super().encode(text) + [self._special_ids[special] for special in self.special_tokens[:1]]
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsNeverAdded(Tokenizer):
+    """A special token that the vocabulary lacks gets no id, and encoding it fails. Give each of them the next
+    free id when the tokenizer is made."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, special_tokens, pattern)
+        self._special_ids = {s: id for s, id in self._special_ids.items() if id in vocab}
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsAddedAgain(Tokenizer):
+    """Every special token gets a new id, also one that the vocabulary has already, so it is not the id that
+    the model was trained with. Add only those that are missing."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, special_tokens, pattern)
+        for special in self.special_tokens:
+            if self._special_ids[special] in vocab:
+                self._special_ids[special] = len(self.vocab)
+                self.vocab[len(self.vocab)] = special.encode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes in decoding
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class DecodedTokenByToken(Tokenizer):
+    """Each token is decoded by itself, and a character whose bytes lie in two tokens comes out as two U+FFFD.
+    Join the bytes of all tokens first, then decode once."""
+
+    def decode(self, ids):
+        return "".join(self.decode_bytes([id]).decode("utf-8", errors="replace") for id in ids)
+
+
+@step.mistake(PIECE, source=OWN)
+class BrokenCharactersLeftOut(Tokenizer):
+    """Bytes that are not UTF-8 are left out without a word, with errors="ignore". A model can produce them:
+    errors="replace" shows each as U+FFFD."""
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="ignore")
+
+
+@step.mistake(PIECE, source=OWN)
+class BrokenCharactersFail(Tokenizer):
+    """Decoding fails when the bytes are not UTF-8. A model can produce them, and any sequence of ids must be
+    decoded: use errors="replace"."""
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8")
+
+
+@step.mistake(PIECE, source=OWN)
+class DecodedByteByByte(Tokenizer):
+    """Each byte becomes the character with its number, which is right for ASCII alone. The bytes of all
+    tokens together are UTF-8, and are decoded as such."""
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("latin-1")
+
+
+@step.mistake(PIECE, source=OWN)
+class SpacesPutBetweenTokens(Tokenizer):
+    """Tokens are joined with a space between them when decoding. The spaces of the text are in the tokens
+    already; join the bytes with nothing between."""
+
+    def decode(self, ids):
+        return b" ".join(self.vocab[id] for id in ids).decode("utf-8", errors="replace")
+
+
+@step.mistake(PIECE, source=OWN)
+class DecodedTextStripped(Tokenizer):
+    """White space at both ends of the decoded text is stripped off, so a text does not come back as it was,
+    and texts decoded in parts lose their spaces. Return it as it is."""
+
+    def decode(self, ids):
+        return super().decode(ids).strip()
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsLeftOutWhenDecoding(Tokenizer):
+    """Special tokens are skipped in decoding, so the text does not come back as it was. Leave it to the
+    caller to drop their ids before."""
+
+    def decode(self, ids):
+        return super().decode([id for id in ids if id not in self._special_ids.values()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with streams
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class StreamEncodedPartByPart(Tokenizer):
+    """Each text of the stream is encoded by itself, but a token may begin in one and end in the next: blank
+    lines, long words, special tokens. Keep the end back until a sure border is seen."""
+
+    def encode_iterable(self, texts):
+        for text in texts:
+            yield from self.encode(text)
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class StreamOfStrippedLines(Tokenizer):
+    r"""The line end of each text in the stream is stripped off, so its token is missing. A file gives its
+    lines with their \n, and it is text like any other."""
+
+    def encode_iterable(self, texts):
+        return super().encode_iterable(text.rstrip("\n") for text in texts)
+
+
+@step.mistake(PIECE, source=OWN)
+class StreamWithLineEndsAdded(Tokenizer):
+    r"""The texts of the stream are joined with \n, which none of them held. They follow each other directly;
+    a file gives its lines with their line ends."""
+
+    def encode_iterable(self, texts):
+        return super().encode_iterable("\n" * (i > 0) + text for i, text in enumerate(texts))
+
+
+@step.mistake(PIECE, source=PASSES)
+class StreamReadAtOnce(Tokenizer):
+    """The whole stream is joined to one text before it is encoded, so memory grows with the file. Encode what
+    is sure to be complete, give its ids away, and read on."""
+
+    def encode_iterable(self, texts):
+        return iter(self.encode("".join(texts)))
+
+
+def stream_by(model, texts, find_cut):
+    """Encode up to where `find_cut` cuts, and keep the rest for later."""
+    waiting = ""
+    for text in texts:
+        waiting += text
+        cut = find_cut(waiting)
+        yield from model.encode(waiting[:cut])
+        waiting = waiting[cut:]
+    yield from model.encode(waiting)
+
+
+@step.mistake(PIECE, source=OWN)
+class StreamCutBehindSpaces(Tokenizer):
+    """The stream is cut behind its last white space, which separates the next word from its leading space.
+    Cut in front of the space: there a token ends whatever follows."""
+
+    def encode_iterable(self, texts):
+        return stream_by(self, texts, lambda text: max(map(text.rfind, " \t\n")) + 1)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsCutInTheStream(Tokenizer):
+    """The stream is cut in front of a space, which is right between words, but a special token with a space
+    in it falls apart. Keep back what may be the beginning of one."""
+
+    def encode_iterable(self, texts):
+        border = regex.compile(r"(?r)(?<=\S)(?=\s)")
+        return stream_by(self, texts, lambda text: match.start() if (match := border.search(text)) else 0)
+
+
+@step.mistake(PIECE, source=OWN)
+class EndOfStreamForgotten(Tokenizer):
+    """What is kept back at the end of the stream is never encoded, so the last word is missing. After the
+    loop, encode the rest."""
+
+    def encode_iterable(self, texts):
+        waiting = ""
+        for text in texts:
+            *words, waiting = regex.split(r"(?<=\S)(?=\s)", waiting + text)
+            yield from self.encode("".join(words))
+
+
+@step.mistake(PIECE, source=OWN)
+class StreamEndsAtAnEmptyText(Tokenizer):
+    """An empty text in the stream is taken for its end, as with read(), and the rest is never encoded. The
+    stream ends when iterating over it does."""
+
+    def encode_iterable(self, texts):
+        return super().encode_iterable(iter(functools.partial(next, iter(texts), ""), ""))
+
+
+@step.mistake(PIECE, source=OWN)
+class StreamOfLists(Tokenizer):
+    """The stream gives a list of ids for each text instead of one id after the other. Use `yield from`, or
+    yield each id in a loop."""
+
+    def encode_iterable(self, texts):
+        for text in texts:
+            yield self.encode(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes in what is kept
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class CacheOfAllTokenizers(Tokenizer):
+    """The cache of pieces belongs to the class, so a second tokenizer gets the ids of the first. Make it in
+    __init__, for each tokenizer its own."""
+
+    cache = {}
+
+    def encode_ordinary(self, text):
+        for piece in GPT2.findall(text):
+            if piece not in self.cache:
+                self.cache[piece] = super().encode_ordinary(piece)
+        return [id for piece in GPT2.findall(text) for id in self.cache[piece]]
+
+
+@step.mistake(PIECE, source=OWN)
+class CachedListGivenAway(Tokenizer):
+    """A list from the cache is returned itself, and when the caller appends to it, the same text gets other
+    ids the next time. Return a new list, or keep tuples."""
+
+    def encode(self, text):
+        self.cache = getattr(self, "cache", {})
+        return self.cache.setdefault(text, super().encode(text))
+
+
+@step.mistake(PIECE, source=OWN)
+class VocabularyOfTheCallerChanged(Tokenizer):
+    """New special tokens are written into the dict that the caller handed in, who did not ask for that, and
+    whose other tokenizers then have them too. Work on a copy: dict(vocab)."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, special_tokens, pattern)
+        vocab.update(self.vocab)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsOfTheCallerSorted(Tokenizer):
+    """The caller's list of special tokens is sorted in place, and whoever numbers them by their place gets
+    other numbers. Use sorted(), which makes a new list."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, special_tokens, pattern)
+        if special_tokens:
+            special_tokens.sort(key=len, reverse=True)

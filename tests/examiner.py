@@ -1,0 +1,117 @@
+"""What pytest does with an implementation that is not the reference: judge it by steps, explain, report."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grading
+import mistakes
+import pytest
+import wording
+
+from llm_basics import swap
+
+# for one test of somebody else's code
+LIMIT_SECONDS = 60.0
+
+
+class Examiner:
+    """The implementation that the options name, and what was found out about it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.path = Path(config.getoption("--adapters")).resolve()
+        self.mine = config.getoption("--mine")
+        self.report = config.getoption("--report")
+        self.is_foreign = self.path != mistakes.TESTS / "adapters.py"
+        self.examines_others = self.is_foreign or self.mine is not None
+        if self.is_foreign and self.mine is not None:
+            raise pytest.UsageError("--mine must stand without --adapters: it goes with the adapters here")
+        self.verdicts: dict[str, mistakes.Verdict] = {}
+        self.outcomes: dict[str, dict[str, int]] = {}
+        self._adapters: mistakes.Adapters | None = None
+
+    @property
+    def adapters(self) -> mistakes.Adapters:
+        """The sockets, read when they are first needed."""
+        if self._adapters is None:
+            try:
+                module = mistakes.load_adapters(self.path)
+            except Exception as error:
+                pytest.exit(f"{self.path} could not be read: {type(error).__name__}: {error}", 2)
+            self._adapters = mistakes.Adapters(
+                module, lambda name: pytest.skip(f"{name} is not in {self.path}")
+            )
+        return self._adapters
+
+    def judged(self, name: str) -> mistakes.Verdict:
+        """The verdict on a step; one that is not in somebody's own file is skipped."""
+        step = mistakes.load(name)
+        own = {piece.split(".")[1] for piece in swap.yours()}
+        if self.mine is not None and not own & set(mistakes.pieces_of(name)):
+            pytest.skip(f"{name}: not in {self.mine}")
+        if name not in self.verdicts:
+            bare = mistakes.Adapters(self.adapters._module)
+            self.verdicts[name] = mistakes.judge(step, bare)
+        return self.verdicts[name]
+
+    def how_to_go_on(self, name: str) -> str:
+        if self.mine is not None:
+            return f"next hint: uv run python -m llm_basics.learn hint {name} --mine {self.mine}"
+        return f"more: uv run python -m llm_basics.learn show {name}"
+
+    # -- around each test -------------------------------------------------------------------------
+
+    def run(self, item: pytest.Item) -> Iterator[None]:
+        """Run a test; somebody else's code not for ever."""
+        if self._adapters is not None:
+            self._adapters.used.clear()
+        if not self.examines_others:
+            return (yield)
+        try:
+            with mistakes.time_limit(LIMIT_SECONDS):
+                return (yield)
+        except mistakes.TookTooLong:
+            pytest.fail(f"it took longer than {LIMIT_SECONDS:.0f} s and was stopped", pytrace=False)
+
+    def examine(self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+        """Count a result; and say of a failure what the step's verdict says, instead of a traceback."""
+        if not self.examines_others:
+            return
+        used = sorted(self._adapters.used) if self._adapters is not None else []
+        steps = list(dict.fromkeys(step for name in used if (step := mistakes.step_of(name))))
+        if call.when == "call" or report.outcome != "passed":
+            for step in steps:
+                counts = self.outcomes.setdefault(step, {"passed": 0, "failed": 0, "skipped": 0})
+                counts[report.outcome] += 1
+        if call.excinfo is None or report.outcome != "failed" or item.name.startswith("test_step["):
+            return
+        report.longrepr = "\n".join(self._explain(call, steps)[: wording.MOST_LINES])
+
+    def _explain(self, call: pytest.CallInfo[None], steps: list[str]) -> list[str]:
+        assert call.excinfo is not None
+        if isinstance(call.excinfo.value, NotImplementedError):
+            return [f"{', '.join(steps)}: not started"]
+        said = [line for line in str(call.excinfo.value).splitlines() if line.strip()][:5]
+        lines = [f"{type(call.excinfo.value).__name__}: {said[0] if said else ''}", *said[1:]]
+        for step in steps:
+            try:
+                verdict = self.judged(step)
+            except pytest.skip.Exception:
+                continue
+            if verdict.status == "failed":
+                return [*lines[:2], *wording.message(verdict, self.how_to_go_on(step)).splitlines()]
+        return lines
+
+    def write(self) -> None:
+        """The report that was asked for."""
+        if self.report is None:
+            return
+        own = {name: mistakes.judge(mistakes.load(name), mistakes.own_adapters()) for name in self.verdicts}
+        ratios = {
+            name: verdict.seconds / own[name].seconds
+            for name, verdict in self.verdicts.items()
+            if verdict.status == "passed"
+        }
+        notes = grading.ready_made_uses(self.path, mistakes.sockets) if self.is_foreign else {}
+        grading.write(
+            Path(self.report), str(self.mine or self.path), self.verdicts, self.outcomes, ratios, notes
+        )

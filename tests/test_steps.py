@@ -1,0 +1,18 @@
+"""The steps of learning, each judged as a whole: passed, or which mistake was made.
+
+uv run pytest tests/test_steps.py --mine mine.py                     your own pieces
+uv run pytest tests/test_steps.py --adapters PATH/tests/adapters.py  somebody's
+"""
+
+import mistakes
+import pytest
+import wording
+
+
+@pytest.mark.parametrize("name", mistakes.STEPS)
+def test_step(name, judged, how_to_go_on):
+    verdict = judged(name)
+    if verdict.status == "missing":
+        pytest.skip(f"{', '.join(verdict.missing)}: not in the adapters file")
+    if verdict.status != "passed":
+        pytest.fail(wording.message(verdict, how_to_go_on(name)), pytrace=False)
