@@ -16,6 +16,7 @@ Read it in this order; a file imports only from the floors below it.
                 watch.py          what goes wrong in a step, and where it began
     floor 1     run.py            the run directory: where a training run writes all it knows
                 vocabulary.py     a learned vocabulary, and its files
+                tasks.py          small tasks whose right answers are known
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
     floor 2     command_line.py   the options that somebody typed
@@ -35,6 +36,7 @@ Read it in this order; a file imports only from the floors below it.
     floor 7     update.py         one step of training
                 launch.py         from options to a run that can take its first step
     floor 8     train.py          all of it together
+                probe.py          can this stack of pieces learn? tasks with known answers
     learn       learn/            write the pieces yourself, with a map of its own
 """
 

@@ -7,13 +7,11 @@ import itertools
 
 import mistakes
 import pytest
+import wording
 from mistakes import Mistake
 
-from llm_basics import swap
-
-STEPS = [name for name in mistakes.STEPS if (mistakes.TESTS / "catalogue" / f"{name}.py").exists()]
-MISTAKES = [(name, mistake) for name in STEPS for mistake in mistakes.load(name).mistakes]
-each_step = pytest.mark.parametrize("name", STEPS)
+MISTAKES = [(name, mistake) for name in mistakes.STEPS for mistake in mistakes.load(name).mistakes]
+each_step = pytest.mark.parametrize("name", mistakes.STEPS)
 
 
 @each_step
@@ -24,11 +22,14 @@ def test_the_reference_makes_no_mistake(name):
 
 @pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
 def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: Mistake):
-    with swap.replaced({mistake.piece: mistake.wrong}):
-        verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+    seen = mistakes.observations_of(name, mistake.name)
+    verdict = mistakes.conclude(mistakes.load(name), dict(enumerate(seen)))
     assert verdict.status == "failed"
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.name == (mistake.same_as or mistake.name)
+    lines = wording.message(verdict, "next hint").splitlines()
+    assert len(lines) <= wording.MOST_LINES and max(map(len, lines)) <= wording.LINE + 2
+    assert "Traceback" not in " ".join(lines)
 
 
 @each_step

@@ -12,6 +12,9 @@ from torch import Tensor
 
 WIDTH = 100
 
+# of numbers, which read badly on two lines
+LINE = 114
+
 # of a message, all told
 MOST_LINES = 12
 
@@ -71,13 +74,14 @@ def message(verdict: Any, how_to_go_on: str) -> str:
     if verdict.status == "not started":
         return f"{verdict.step}: not started"
     lines = [f"{verdict.step}: {verdict.probe}"]
-    lines += [f"  {textwrap.shorten(line, 2 * WIDTH)}" for line in verdict.difference[:3]]
+    lines += [f"  {textwrap.shorten(line, LINE)}" for line in verdict.difference[:3]]
     mistake = verdict.mistake
     if mistake is None:
         lines.append("  no known mistake does the same")
     else:
-        sure = "this is" if verdict.sure else "here, though not everywhere, it does what this one does"
-        lines.append(f"  {sure}: {mistake.name.upper()}")
+        name = mistake.name.upper()
+        unsure = f"here it does the same as: {name} (is there a second mistake?)"
+        lines.append(f"  this is: {name}" if verdict.sure else f"  {unsure}")
         lines += textwrap.wrap(mistake.says, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join([*lines[: MOST_LINES - 1], f"  {how_to_go_on}"])
 
@@ -95,12 +99,11 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
         first = tuple(places[0].tolist())
         text = f"{_place(first, axes)}expected {_number(right[first])}, got {_number(found[first])}"
         if close.numel() > 1:
-            text += f" ({len(places)} of {close.numel()} are wrong"
+            text += f"; {len(places)} of {close.numel()} wrong"
             off = (right.double() - found.double()).abs().nan_to_num(0, 0, 0) * ~close
             if off.max() > 0:
                 largest = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
-                text += f", by up to {_number(off.max())} {_place(largest, axes).rstrip(' :')}"
-            text += ")"
+                text += f", by up to {off.max():.2g} at {list(largest)}"
         return text
     if isinstance(right, list | tuple) and isinstance(found, list | tuple):
         for i, (x, y) in enumerate(itertools.zip_longest(right, found, fillvalue="nothing")):

