@@ -341,7 +341,8 @@ def run_train_step(
 ) -> dict[str, float]:
     """One step on all batches together; `it` counts from 1, `options` are fields of the training config."""
     result = update.train_step(model, optimizer, batches, it, config.TrainConfig(**options))
-    return {"train_loss": float(result.train_loss), "grad_norm": float(result.grad_norm), "lr": result.lr}
+    loss, norm = (float(torch.as_tensor(x).detach()) for x in (result.train_loss, result.grad_norm))
+    return {"train_loss": loss, "grad_norm": norm, "lr": result.lr}
 
 
 def run_evaluate(

@@ -7,8 +7,13 @@ import itertools
 
 import mistakes
 import pytest
+import torch
 import wording
 from mistakes import Mistake
+from torch import nn
+from torch.nn import functional as tF
+
+from llm_basics import swap
 
 MISTAKES = [(name, mistake) for name in mistakes.STEPS for mistake in mistakes.load(name).mistakes]
 each_step = pytest.mark.parametrize("name", mistakes.STEPS)
@@ -57,3 +62,85 @@ def test_a_step_is_told_well(name):
         assert 60 <= len(mistake.says) <= 330, f"{mistake.name}: {len(mistake.says)} letters"
     for probe in step.probes:
         assert len(probe.about) <= 80
+
+
+# --------------------------------------------------------------------------------------------------
+# What is right is given no name
+
+
+class _Linear(nn.Linear):
+    def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        std = (2 / (in_features + out_features)) ** 0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+
+def _attention(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
+    mixed = tF.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
+    # what is all masked is nothing, in torch as here; but its gradient may be NaN there
+    return mixed if mask is None else torch.where(mask.any(-1, keepdim=True), mixed, 0.0)
+
+
+def _cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    flat = wide.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    total = tF.cross_entropy(*flat, ignore_index=ignore_index, reduction="sum")
+    return (total / (targets != ignore_index).sum().clamp(min=1)).to(logits.dtype)
+
+
+# torch's own functions and classes, with the parameters of ours
+OF_TORCH = {
+    "linear": {"functional.linear": tF.linear, "layers.Linear": _Linear},
+    "embedding": {"functional.embedding": lambda token_ids, weight: tF.embedding(token_ids, weight)},
+    "softmax": {
+        "functional.softmax": lambda x, dim=-1: tF.softmax(x, dim),
+        "functional.log_softmax": lambda x, dim=-1: tF.log_softmax(x, dim),
+    },
+    "cross_entropy": {"functional.cross_entropy": _cross_entropy},
+    "silu": {"functional.silu": tF.silu},
+    "gelu": {"functional.gelu": lambda x, approximate="none": tF.gelu(x, approximate=approximate)},
+    "swiglu": {
+        "functional.swiglu": lambda x, w1, w2, w3: tF.linear(tF.silu(tF.linear(x, w1)) * tF.linear(x, w3), w2)
+    },
+    "rms_norm": {
+        "functional.rms_norm": lambda x, weight, eps=1e-5: tF.rms_norm(x, weight.shape, weight, eps)
+    },
+    "layer_norm": {
+        "functional.layer_norm": lambda x, weight, bias=None, eps=1e-5: tF.layer_norm(
+            x, weight.shape, weight, bias, eps
+        )
+    },
+    "attention": {"functional.scaled_dot_product_attention": _attention},
+    "adamw": {"optim.AdamW": torch.optim.AdamW},
+    "clipping": {
+        "optim.clip_grad_norm_": lambda parameters, max_norm, error_if_nonfinite=False: (
+            nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_torch_s_own_pieces_make_no_mistake(name):
+    with swap.replaced(OF_TORCH[name]):
+        verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+    assert verdict.status == "passed" and verdict.mistake is None, verdict
+
+
+@pytest.mark.parametrize("name", ["bpe", "tokenizer"])
+def test_the_fast_twins_make_no_mistake(name):
+    with swap.using("fast", lambda line: None):
+        verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+    assert verdict.status == "passed" and verdict.mistake is None, verdict
+
+
+def test_there_are_enough():
+    assert len(MISTAKES) >= 150
+    assert all(any(m.source for m in mistakes.load(name).mistakes) for name in mistakes.STEPS)
+
+
+def test_readme_has_the_table():
+    readme = (mistakes.TESTS.parent / "README.md").read_text(encoding="utf-8")
+    counts = {name: len(mistakes.load(name).mistakes) for name in mistakes.STEPS}
+    for name, count in [*counts.items(), ("all", sum(counts.values()))]:
+        assert f"| {name} | {count} | {count} | {count} |" in readme
