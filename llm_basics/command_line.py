@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import typing
@@ -91,6 +92,10 @@ def exit_on_mistake() -> Iterator[None]:
     """Where something that was asked for cannot be done, say so in one line and exit with status 2."""
     try:
         yield
+    except BrokenPipeError:
+        # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -26,7 +26,10 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
             f"--resume needs a checkpoint, but {options.resume} has none; delete it and begin again"
         )
     if options.mine is not None:
-        swap.use(options.mine)
+        if options.resume and not Path(options.mine).exists():
+            # the run keeps a copy
+            options = dataclasses.replace(options, mine=str(Path(options.resume) / "mine.py"))
+        swap.use(str(options.mine))
     device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
@@ -44,7 +47,8 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
         output.followers.append(followers.Terminal(options.train.steps, training.step))
         output.write_config({**dataclasses.asdict(training.options), run.ORIGINS: swap.yours()})
         if options.mine is not None:
-            shutil.copyfile(options.mine, output.folder / "mine.py")
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(options.mine, output.folder / "mine.py")
         if options.resume is None:
             training.tokenizer.save(output.folder / "tokenizer")
         if options.wandb:

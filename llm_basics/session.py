@@ -62,6 +62,25 @@ def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> 
     return optim.AdamW(groups, options.lr, options.betas, options.eps, options.weight_decay)
 
 
+def check_parameters(model: models.TransformerLM) -> None:
+    """Raise ValueError if pieces of somebody's own made other parameters than the model's config asks."""
+    if not swap.yours():
+        return
+    with swap.the_reference_alone():
+        asked = models.TransformerLM(model.config, device="meta").state_dict()
+    made = model.state_dict()
+    differences = [f"{name} is missing" for name in asked.keys() - made.keys()]
+    differences += [f"{name} is too many" for name in made.keys() - asked.keys()]
+    differences += [
+        f"{name} is {tuple(made[name].shape)}, must be {tuple(tensor.shape)}"
+        for name, tensor in asked.items()
+        if name in made and made[name].shape != tensor.shape
+    ]
+    if differences:
+        told = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
+        raise ValueError(f"your pieces must make the parameters that the config asks for, but {told}")
+
+
 class Session:
     """Model, optimizer, data and how far they have come.
 
@@ -88,6 +107,7 @@ class Session:
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
+        check_parameters(self.model)
         # the same weights under the same names; evaluation and samples, of other shapes, do without
         compiled = torch.compile(self.model) if train.compile else self.model
         self.trained = cast(nn.Module, compiled)
@@ -215,7 +235,12 @@ class Session:
                 "each run: compiled code on several threads adds up in any order (see --deterministic)"
             )
         before = {k: origin for k, origin in about.get("origins", {}).items() if theirs.is_of_file(origin)}
-        settings += _differences(dict.fromkeys(before, "the reference's") | swap.yours(), before)
+        now_used = dict.fromkeys(before, "the reference's") | swap.yours()
+        settings += [
+            f"{piece} was {before.get(piece, 'the reference')}, now {origin}"
+            for piece, origin in now_used.items()
+            if not theirs.same_code(origin, before.get(piece, ""))
+        ]
         return settings + _differences(device.describe(self.device), about["environment"])
 
 

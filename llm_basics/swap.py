@@ -62,6 +62,9 @@ def use(
         raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
     for piece, own in _load(what, say, prepare).items():
         put(piece, own)
+    for piece, origin in origins().items():
+        if origin in TWINS.values() and set(yours()) & _needs(piece):
+            put(piece, reference(piece))
 
 
 def _load(
@@ -73,16 +76,23 @@ def _load(
     """
     defined = {name: f"{HOMES[name]}.{name}" for name in theirs.names(path) if name in HOMES}
     references = {piece: reference(piece) for piece in defined.values()}
-    with replaced({piece: theirs.withheld(piece, path) for piece in references}):
+    withheld = {
+        piece: theirs.withheld(piece, isinstance(own, type), path) for piece, own in references.items()
+    }
+    with replaced(withheld):
         module = theirs.run(path)
         prepare(module)
     found = {}
     for name, piece in defined.items():
-        own = getattr(module, name)
+        own = getattr(module, name, None)
+        if not callable(own):
+            say(f"{name} of {path} is neither function nor class: not used")
+            continue
         if theirs.is_written_in(module, own, path):
             found[piece] = theirs.fit(name, own, references[piece], path)
         else:
-            say(f"{name} of {path} comes from {own.__module__}: not used, since it was not written there")
+            origin = getattr(own, "__module__", None) or type(own).__name__
+            say(f"{name} of {path} comes from {origin}: not used, since it was not written there")
     if not found:
         raise ValueError(f"{path} must define a piece (such as softmax or RMSNorm), but has none")
     return found
@@ -193,7 +203,9 @@ def _use_twins(say: Callable[[str], None]) -> None:
 def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
     """The module, name and twin of each piece that has one."""
     for module, path in TWINS.items():
-        twins = importlib.import_module(path)
+        # a twin may inherit from its reference: not from what is in its place
+        with contextlib.nullcontext() if path in sys.modules else the_reference_alone():
+            twins = importlib.import_module(path)
         for name, twin in sorted(vars(twins).items()):
             if (
                 getattr(twin, "__module__", None) == path

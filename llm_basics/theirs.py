@@ -8,6 +8,7 @@ out: a call that needs one of them then fails, and says so. What a class leaves 
 import ast
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -24,7 +25,10 @@ _FILES: dict[str, str] = {}
 
 
 def names(path: str | Path) -> list[str]:
-    """The public names that a Python file binds, in their order. Raises ValueError if it is none."""
+    """The public names that a file binds outside of functions and classes, in order.
+
+    Raises ValueError if it is no Python file.
+    """
     if not Path(path).is_file():
         raise ValueError(f"your pieces must be in a Python file, but there is no {path}")
     try:
@@ -34,14 +38,17 @@ def names(path: str | Path) -> list[str]:
         where = f"{path}:{line}" if line else str(path)
         raise ValueError(f"{where} is not Python: {getattr(error, 'msg', error)}") from None
     found: list[str] = []
-    for node in tree.body:
-        match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        match waiting.pop():
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
                 found.append(name)
-            case ast.Assign(targets=targets):
-                found += [target.id for target in targets if isinstance(target, ast.Name)]
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                 found += [alias.asname or alias.name for alias in aliases]
+            case ast.AsyncFunctionDef() | ast.Lambda():
+                pass
+            case other:
+                waiting += reversed(list(ast.iter_child_nodes(other)))
     return list(dict.fromkeys(name for name in found if not name.startswith("_")))
 
 
@@ -49,22 +56,47 @@ def run(path: str | Path) -> types.ModuleType:
     """The module that a file makes. Raises ValueError, with the line, if running it fails."""
     path = Path(path).resolve()
     name = f"yours_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # before it is run: dataclasses and pickle look their module up by name
     sys.modules[name] = module
-    sys.path.insert(0, str(path.parent))
+    # at the end, so that no file beside it stands before a library
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    for helper in _modules_beside(path):
+        del sys.modules[helper]
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        line = _line_in(path, error.__traceback__)
-        raise ValueError(f"{path.name}:{line} could not be run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (Exception, SystemExit) as error:
+        line = _line_in(path, error.__traceback__) or getattr(error, "lineno", 0)
+        relative = "; write `from helper import f`" if "relative import" in str(error) else ""
+        raise ValueError(
+            f"{path.name}:{line} could not be run: {type(error).__name__}: {error}{relative}"
+        ) from error
+    # what it imports from beside it is its code as well
+    files = [path, *sorted(_modules_beside(path).values())]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     _FILES[name] = f"{path.name} ({digest[:12]})"
     return module
+
+
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Compiles each time: cached bytecode of a file of the same size and second would be the old one."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _modules_beside(path: Path) -> dict[str, Path]:
+    """The loaded modules, but for itself, whose files are in the folder of `path`."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    found = {name: Path(file).resolve() for name, file in files.items() if file}
+    return {
+        name: file
+        for name, file in found.items()
+        if file.parent == path.parent and file != path and name not in ("__main__", "conftest")
+    }
 
 
 def _line_in(path: Path, traceback: types.TracebackType | None) -> int:
@@ -76,27 +108,41 @@ def _line_in(path: Path, traceback: types.TracebackType | None) -> int:
     return line
 
 
-def withheld(piece: str, path: str | Path) -> Callable[..., Any]:
+def withheld(piece: str, is_class: bool, path: str | Path) -> Callable[..., Any]:
     """What stands in the place of a reference while a file that defines the same piece is run."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError(f"{path} asks for the reference's {piece}, which it is there to replace: write it")
 
-    refuse.__module__ = "llm_basics.withheld"
-    return refuse
+    refuse.__module__, refuse.__name__ = "llm_basics.withheld", piece.split(".")[1]
+    if not is_class:
+        return refuse
+    # a class, so that `| None` and isinstance in annotations go on working
+    kind = type("Withheld", (type,), {"__call__": refuse, "__instancecheck__": lambda cls, value: True})
+    body = {"__init_subclass__": classmethod(refuse), "__module__": refuse.__module__}
+    return kind(piece.split(".")[1], (), body)
 
 
 def is_written_in(module: types.ModuleType, piece: Any, path: str | Path) -> bool:
     """Whether a piece was made by the file. Raises ValueError if it is the reference's, withheld."""
     origin = getattr(piece, "__module__", None)
     if origin is not None and origin.startswith("llm_basics"):
-        raise ValueError(f"{path} must define its pieces itself, but takes one from {origin}: write it")
+        name = getattr(piece, "__name__", "one")
+        raise ValueError(
+            f"{path} must define {name} itself, but takes it from {origin}: write it; to use the "
+            "reference's, import its module (from llm_basics import layers, then layers.Linear)"
+        )
     return origin == module.__name__
 
 
 def origin(piece: Any) -> str:
     """The module that a piece is from; for a file of somebody's own, its name and the SHA-256 it had."""
     return _FILES.get(piece.__module__, piece.__module__)
+
+
+def same_code(origin: str, other: str) -> bool:
+    """Whether two origins are the same, wherever their file was."""
+    return origin.split(" (")[-1] == other.split(" (")[-1]
 
 
 def is_of_file(origin: str) -> bool:
@@ -119,8 +165,10 @@ def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
     if name == "Tokenizer":
         return _tokenizer(own, reference, path)
     for method, expected in vars(reference).items():
-        if method in vars(own) and inspect.isfunction(expected) and method in ("__init__", "forward", "step"):
-            setattr(own, method, _accept(f"{name}.{method}", vars(own)[method], expected, path))
+        given = inspect.getattr_static(own, method, None)
+        is_own = getattr(given, "__module__", None) == own.__module__
+        if is_own and inspect.isfunction(expected) and method in ("__init__", "forward", "step"):
+            setattr(own, method, _accept(f"{name}.{method}", given, expected, path))
         elif not hasattr(own, method) or (method == "extra_repr" and "__init__" not in vars(own)):
             setattr(own, method, expected)
     return own
@@ -131,8 +179,12 @@ def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], p
     ours = list(inspect.signature(reference).parameters.values())
     given = list(inspect.signature(own).parameters.values())
     required = [p.name for p in ours if p.default is p.empty]
-    same = [p.name for p in given[: len(ours)]] == [p.name for p in ours[: len(given)]]
-    rest_is_optional = all(p.default is not p.empty for p in given[len(ours) :])
+    same = all(
+        (a.name, a.kind) == (b.name, b.kind) and (a.default is not a.empty or b.default is b.empty)
+        for a, b in zip(given, ours, strict=False)
+    )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest_is_optional = all(p.default is not p.empty or p.kind in variable for p in given[len(ours) :])
     if not same or len(given) < len(required) or not rest_is_optional:
         raise ValueError(
             f"{name} of {path} must take the parameters of the reference\n"
@@ -179,9 +231,11 @@ def _tokenizer(own: type, reference: type, path: str | Path) -> type:
     """
     methods = {
         name: _accept(f"Tokenizer.{name}", method, getattr(reference, name), path)
-        for name, method in vars(own).items()
-        if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_"))
-        if hasattr(reference, name)
+        for name in dir(own)
+        # those of its bases too, decorated or not
+        for method in [inspect.getattr_static(own, name)]
+        if callable(method) and (name == "__init__" or not name.startswith("_"))
+        if hasattr(reference, name) and method is not object.__init__
     }
     make: Any = type(own.__name__, (own,), {"__init__": methods["__init__"]} if "__init__" in methods else {})
 
@@ -199,10 +253,13 @@ def _tokenizer(own: type, reference: type, path: str | Path) -> type:
         return lambda self, *args, **kwargs: getattr(self._yours, name)(*args, **kwargs)
 
     body: dict[str, Any] = {name: delegate(name) for name in methods if name != "__init__"}
-    body.setdefault("encode_ordinary", lambda self, text: self._ordinary.encode(text))
-    body.setdefault("encode_batch", lambda self, texts, n_threads=None: [self.encode(text) for text in texts])
+    if "encode" in methods:
+        body.setdefault("encode_ordinary", lambda self, text: self._ordinary.encode(text))
+        body.setdefault("encode_batch", lambda self, texts, n_threads=None: [self.encode(t) for t in texts])
     complete = type(own.__name__, (reference,), {"__init__": __init__, **body})
     complete.__module__, complete.__doc__ = own.__module__, own.__doc__
+    # where pickle looks for it
+    setattr(sys.modules[own.__module__], own.__name__, complete)
     return complete
 
 

@@ -1,7 +1,7 @@
 """The sockets between this package and the tests: one function a piece, plumbing only.
 
 Names and parameters are those that the public CS336 assignment made a standard, so that its suite runs on
-this file and this suite on anybody's: `uv run pytest --adapters PATH`. Weights that are handed in are used
+this file and this suite on anybody's: `uv run pytest --adapters=PATH`. Weights that are handed in are used
 as they are, not copied into a layer, so that gradients reach them.
 """
 

@@ -44,18 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
         # and types, which is why somebody's own classes do without
         jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
     import examiner
+    import mistakes
 
     from llm_basics import swap
     from llm_basics.learn import checks
 
     try:
         if mine:
-            swap.use(mine, prepare=checks.check_shapes)
+            with mistakes.time_limit(examiner.LIMIT_SECONDS), mistakes.unchanged_state():
+                swap.use(mine, prepare=checks.check_shapes)
         if config.getoption("--fast"):
             swap.use("fast")
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[EXAMINER] = examiner.Examiner(config)
+    # for the fixtures of the session too, which are not of this folder alone
+    config.pluginmanager.register(config.stash[EXAMINER])
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -126,10 +130,17 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture
-def randn() -> Callable[..., Tensor]:
+def is_foreign(pytestconfig: pytest.Config) -> bool:
+    """Whether the adapters are somebody else's: of float32, as the public assignment has it."""
+    return pytestconfig.stash[EXAMINER].is_foreign
+
+
+@pytest.fixture
+def randn(is_foreign: bool) -> Callable[..., Tensor]:
     """Normal random numbers in float64, the same in every run of the test."""
     generator = torch.Generator().manual_seed(1)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    dtype = torch.float32 if is_foreign else torch.float64
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture
@@ -148,12 +159,14 @@ def snapshot() -> Callable[[str], dict[str, Tensor]]:
 
 
 @pytest.fixture(params=["output", "gradients"])
-def assert_matches(request: pytest.FixtureRequest) -> Callable[..., None]:
+def assert_matches(request: pytest.FixtureRequest, is_foreign: bool) -> Callable[..., None]:
     """Compare two functions of the same tensors: once their outputs, once all gradients of these.
 
     The gradients are those of a random weighting of the output: a plain sum would let softmax, whose
-    rows always sum to 1, through with any.
+    rows always sum to 1, through with any. Foreign adapters are compared as float32 allows, and may copy
+    weights, which then receive no gradient.
     """
+    least_rtol, least_atol = (1e-3, 1e-4) if is_foreign else (0.0, 0.0)
 
     def outputs_match(
         piece: Callable[..., Tensor],
@@ -162,7 +175,8 @@ def assert_matches(request: pytest.FixtureRequest) -> Callable[..., None]:
         atol: float = 1e-7,
         **tensors: Tensor,
     ) -> None:
-        torch.testing.assert_close(piece(**tensors), oracle(**tensors), rtol=rtol, atol=atol)
+        tolerance = {"rtol": max(rtol, least_rtol), "atol": max(atol, least_atol)}
+        torch.testing.assert_close(piece(**tensors), oracle(**tensors), **tolerance)
 
     def gradients_match(
         piece: Callable[..., Tensor],
@@ -172,13 +186,15 @@ def assert_matches(request: pytest.FixtureRequest) -> Callable[..., None]:
         **tensors: Tensor,
     ) -> None:
         actual, expected = gradients(piece, tensors), gradients(oracle, tensors)
+        if is_foreign:
+            expected = {name: gradient for name, gradient in expected.items() if actual[name] is not None}
         for name in expected:
             assert actual[name] is not None, f"no gradient reaches {name}: it was copied or detached"
             torch.testing.assert_close(
                 actual[name],
                 expected[name],
-                rtol=rtol,
-                atol=atol,
+                rtol=max(rtol, least_rtol),
+                atol=max(atol, least_atol),
                 msg=lambda m, n=name: f"gradient of {n}: {m}",
             )
 

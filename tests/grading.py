@@ -16,6 +16,7 @@ READY_MADE = set(
     "Linear Embedding LayerNorm RMSNorm Softmax LogSoftmax SiLU GELU CrossEntropyLoss MultiheadAttention "
     "Transformer TransformerEncoderLayer AdamW Adam CosineAnnealingLR".split()
 )
+TENSOR_METHODS = {"softmax", "log_softmax", "logsumexp"}
 LIBRARIES = {"tiktoken", "tokenizers", "transformers", "sentencepiece"}
 
 
@@ -25,12 +26,10 @@ def ready_made_uses(path: Path, sockets: Callable[[str], list[str]]) -> dict[str
     Read from the sources, not run: from an adapter on, through every function and class of the adapters
     file and of the packages beside it whose name is mentioned.
     """
-    root = path.parent.parent
-    sources = {path, *(p for p in root.rglob("*.py") if "test" not in str(p.relative_to(root)))}
-    sources = {p for p in sources if not any(part.startswith(".") for part in p.relative_to(root).parts)}
+    root = path.parent.parent if path.parent.name == "tests" else path.parent
     defined: dict[str, list[tuple[Path, ast.AST]]] = {}
     names_of: dict[Path, dict[str, str]] = {}
-    for source in sources:
+    for source in {path, *_sources(root)}:
         try:
             tree = ast.parse(source.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
@@ -39,24 +38,50 @@ def ready_made_uses(path: Path, sockets: Callable[[str], list[str]]) -> dict[str
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.setdefault(node.name, []).append((source, node))
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        defined.setdefault(target.id, []).append((source, node))
     found = {}
     for step in mistakes.STEPS:
         uses: set[str] = set()
-        waiting, seen = sockets(step)[:1], set()
+        waiting = [(path, name) for name in sockets(step)]
+        seen: set[tuple[Path, str]] = set()
         while waiting:
-            name = waiting.pop()
-            if name in seen:
+            where, name = waiting.pop()
+            if (where, name) in seen:
                 continue
-            seen.add(name)
-            for source, node in defined.get(name, []):
-                uses |= {
-                    f"{source.relative_to(root)}:{line} uses {what}"
-                    for line, what in _uses(node, names_of[source])
-                }
-                waiting += _mentions(node)
+            seen.add((where, name))
+            for source, node in _meant(where, name, defined, names_of):
+                place = source.relative_to(root)
+                uses |= {f"{place}:{line} uses {what}" for line, what in _uses(node, names_of[source])}
+                waiting += [(source, mentioned) for mentioned in _mentions(node)]
         if uses:
             found[step] = sorted(uses)
     return found
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """The Python files of a project, but for its tests, and for what is installed in it."""
+    for source in root.rglob("*.py"):
+        parts = source.relative_to(root).parts
+        skipped = any(p.startswith((".", "test")) or p in ("site-packages", "node_modules") for p in parts)
+        if not skipped and not any((folder / "pyvenv.cfg").exists() for folder in source.parents):
+            yield source
+
+
+def _meant(
+    where: Path,
+    name: str,
+    defined: dict[str, list[tuple[Path, ast.AST]]],
+    names_of: dict[Path, dict[str, str]],
+) -> list[tuple[Path, ast.AST]]:
+    """What a name in the file `where` stands for: what is defined there, or in a file that it imports."""
+    imported = names_of.get(where, {})
+    found = defined.get(imported.get(name, name).split(".")[-1], [])
+    here = [pair for pair in found if pair[0] == where and name not in imported]
+    modules = {part for full in imported.values() for part in full.split(".")}
+    return here or [pair for pair in found if {pair[0].stem, pair[0].parent.name} & modules]
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
@@ -84,11 +109,11 @@ def _uses(node: ast.AST, names: dict[str, str]) -> Iterator[tuple[int, str]]:
                 yield part.lineno, full
             elif full.split(".")[0] in LIBRARIES:
                 yield part.lineno, full
-            elif isinstance(part, ast.Attribute) and not path and part.attr in READY_MADE:
+            elif isinstance(part, ast.Attribute) and not path and part.attr in TENSOR_METHODS:
                 yield part.lineno, f"the tensor method {part.attr}"
         if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
             owner = dotted(part.func.value).split(".")[0]
-            method = part.func.attr in {"softmax", "log_softmax", "logsumexp"}
+            method = part.func.attr in TENSOR_METHODS
             if method and owner and owner not in names and owner != "self":
                 yield part.lineno, f"the tensor method {part.func.attr}"
 
@@ -127,6 +152,7 @@ def write(
             "mistake": verdict.mistake and verdict.mistake.name,
             "says": verdict.mistake and verdict.mistake.says,
             "sure": verdict.sure,
+            "advice": list(verdict.advice),
             "missing": list(verdict.missing),
             "tests": outcomes.get(name, {}),
             "time_relative_to_ours": ratios.get(name),
@@ -137,22 +163,25 @@ def write(
 
 
 def _page(what: str, steps: dict[str, dict[str, Any]]) -> str:
-    n_passed = sum(step["status"] == "passed" for step in steps.values())
-    lines = [f"# {Path(what).name}: {n_passed} of {len(steps)} steps passed", ""]
-    lines += ["| step | result | mistake | other tests passed | time, ours = 1 |", "|---|---|---|---|---|"]
+    there = [step for step in steps.values() if step["status"] != "missing"]
+    n_passed = sum(step["status"] == "passed" for step in there)
+    lines = [f"# {Path(what).name}: {n_passed} of {len(there)} steps passed", ""]
+    lines += ["| step | result | mistake | other tests passed | time, ours = 1 | ready-made parts |"]
+    lines += ["|---|---|---|---|---|---|"]
     for name, step in steps.items():
         tests, ratio = step["tests"], step["time_relative_to_ours"]
-        counted = (
-            f"{tests.get('passed', 0)} of {sum(tests.values()) - tests.get('skipped', 0)}" if tests else ""
-        )
+        n_run = sum(tests.values()) - tests.get("skipped", 0)
+        counted = f"{tests.get('passed', 0)} of {n_run}" if n_run else ""
         time = f"{ratio:.1f}" if ratio is not None else ""
         mistake = step["mistake"] or ""
         if mistake and not step["sure"]:
             mistake += " (perhaps)"
-        lines.append(f"| {name} | {step['status']} | {mistake} | {counted} | {time} |")
+        cells = [name, step["status"], mistake, counted, time, str(len(step["notes"]) or "")]
+        lines.append(f"| {' | '.join(cells)} |")
     for name, step in steps.items():
         told = [f"- {step['checked']}: {line}" for line in step["difference"]]
         told += [f"- {step['says']}"] if step["says"] else []
+        told += [f"- better still, though not asked for: {about}" for about in step["advice"]]
         told += [f"- not there, so not checked: {', '.join(step['missing'])}"] if step["missing"] else []
         told += [f"- note: {note}" for note in step["notes"]]
         if told:

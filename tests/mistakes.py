@@ -11,12 +11,16 @@ import ctypes
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +36,7 @@ from torch import Tensor
 from llm_basics import swap
 from llm_basics.learn import lessons
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
 
 # in learning order
 STEPS = [*lessons.ORDER, "checkpoint"]
@@ -40,11 +44,16 @@ STEPS = [*lessons.ORDER, "checkpoint"]
 # for one probe; far more than any needs
 LIMIT_SECONDS = 10.0
 
+TOO_LONG = "it took longer than"
+
+# beyond the limit, before the whole program is ended
+PATIENCE = 5.0
+
 # what a probe saw: "output", "dtype", "gradient of x", "changed", ... or "error"
 Observation = dict[str, Any]
 
 
-class NotThere(Exception):
+class NotThere(BaseException):
     """An adapters file has no function of this name."""
 
 
@@ -56,7 +65,8 @@ class Adapters:
         self._missing = missing
         self.used: set[str] = set()
         # a foreign one may copy them into layers, and then no gradient reaches them
-        self.takes_weights_as_they_are = getattr(module, "__file__", None) == str(TESTS / "adapters.py")
+        path = Path(getattr(module, "__file__", None) or ".").resolve()
+        self.takes_weights_as_they_are = path == TESTS / "adapters.py"
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(("run_", "get_")):
@@ -91,6 +101,8 @@ class Probe:
     function: Callable[..., Tensor] | None = None
     """Where tensors are compared: what is called with the adapters and these tensors."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    beyond: bool = False
+    """Asked of our own pieces; of foreign ones, which do as the public assignment says, only advised."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class Step:
         atol: float = 1e-5,
         gradients: bool = True,
         words: Callable[[Any, Any], str] | None = None,
+        beyond: bool = False,
     ) -> None:
         """Check `ours(adapters, **inputs, **weights)` against `right(**inputs, **weights)`.
 
@@ -145,7 +158,9 @@ class Step:
 
         names = tuple(axes.split())
         differentiable = tensors if gradients else {}
-        self.probes.append(Probe(about, observe, expected, rtol, atol, names, words, ours, differentiable))
+        self.probes.append(
+            Probe(about, observe, expected, rtol, atol, names, words, ours, differentiable, beyond)
+        )
 
     def value(
         self,
@@ -157,6 +172,7 @@ class Step:
         rtol: float = 1e-4,
         atol: float = 1e-5,
         words: Callable[[Any, Any], str] | None = None,
+        beyond: bool = False,
     ) -> None:
         """Check that `ours(adapters)` gives `right`: tensors, numbers, texts, or lists and dicts of them."""
         self.probes.append(
@@ -168,6 +184,7 @@ class Step:
                 atol,
                 tuple(axes.split()),
                 words,
+                beyond=beyond,
             )
         )
 
@@ -205,7 +222,7 @@ def load(name: str) -> Step:
 def sockets(step: str) -> list[str]:
     """The adapters that a step is reached through, that of its first probe first."""
     source = (TESTS / "catalogue" / f"{step}.py").read_text(encoding="utf-8")
-    return list(dict.fromkeys(re.findall(r"\ba\.((?:run|get)_\w+)", source)))
+    return list(dict.fromkeys(re.findall(r"\b(?:a|adapters)\.((?:run|get)_\w+)", source)))
 
 
 @functools.cache
@@ -222,9 +239,10 @@ def own_adapters() -> Adapters:
 
 def load_adapters(path: Path) -> ModuleType:
     """An adapters file, which finds what stands beside it, or the package whose tests folder it is in."""
-    for folder in (str(path.parent), str(path.parent.parent)):
-        if folder not in sys.path:
+    for folder in (str(path.parent), str(path.parent.parent), str(path.parent.parent / "src")):
+        if folder not in sys.path and Path(folder).is_dir():
             sys.path.insert(0, folder)
+    _let_name_its_version(path.parent.parent)
     name = f"adapters_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -232,6 +250,21 @@ def load_adapters(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _let_name_its_version(project: Path) -> None:
+    """Packages often ask for the version that is installed; one that stands beside its adapters is not."""
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return known(name)
+        except importlib.metadata.PackageNotFoundError:
+            if (project / name.replace("-", "_")).is_dir():
+                return "0"
+            raise
+
+    importlib.metadata.version = version
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,6 +278,8 @@ def _observe_tensors(
     # a leaf must not be changed in place, so that whoever does it fails; what is handed in here may be
     handed = {name: leaf * 1 if leaf.requires_grad else leaf for name, leaf in leaves.items()}
     output = function(**handed)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"it must return a tensor, but returned {type(output).__name__}")
     seen: Observation = {
         "output": output.detach().clone(),
         "dtype": str(output.dtype).removeprefix("torch."),
@@ -266,55 +301,96 @@ def observe(probe: Probe, adapters: Any) -> Observation:
     np.random.seed(0)
     torch.manual_seed(0)
     try:
-        with time_limit(LIMIT_SECONDS):
+        with time_limit(LIMIT_SECONDS), unchanged_state():
             return probe.observe(adapters)
-    except NotImplementedError:
-        raise
+    except NotImplementedError as error:
+        if _is_blank(error):
+            raise
+        return {"error": f"NotImplementedError: {' '.join(str(error).split())}"}
     except TookTooLong:
-        return {"error": f"it took longer than {LIMIT_SECONDS:.0f} s and was stopped"}
-    except NotThere:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        return {"error": f"{type(error).__name__}: {text}" if text else type(error).__name__}
+        return {"error": f"{TOO_LONG} {LIMIT_SECONDS:.0f} s and was stopped"}
+    except (Exception, SystemExit) as error:
+        return {"error": f"{type(error).__name__}: {wording.reason(error)}"}
+
+
+def _is_blank(error: NotImplementedError) -> bool:
+    """Whether somebody's own line raises it; torch does so too, as for a module without `forward`."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (place.line or "").startswith("raise NotImplementedError") and "torch" not in Path(
+        place.filename
+    ).parts
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong in the block when the time is over, at the next line of Python that it runs."""
-    thread, done, lock = threading.get_ident(), False, threading.Lock()
+    """Raise TookTooLong in the block when the time is over, and again and again until the block ends.
 
-    def stop() -> None:
-        with lock:
-            if not done:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(thread), ctypes.py_object(TookTooLong)
-                )
+    Where there are signals, they end a sleep or a wait too; elsewhere it takes a next line of Python. What
+    does not end even so ends the program.
+    """
+    over = threading.Event()
+    thread, is_main = threading.get_ident(), threading.current_thread() is threading.main_thread()
+    by_signal = is_main and hasattr(signal, "setitimer")
 
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
+    def raise_it(*_: Any) -> None:
+        raise TookTooLong
+
+    def watch() -> None:
+        waited = over.wait(seconds)
+        while not waited and not by_signal and not (waited := over.wait(0.2)):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TookTooLong))
+        if not waited and not over.wait(PATIENCE):
+            print(
+                f"error: what runs longer than {seconds:.0f} s cannot be stopped", file=sys.stderr, flush=True
+            )
+            os._exit(1)
+
+    if by_signal:
+        started, handler = time.monotonic(), signal.signal(signal.SIGALRM, raise_it)
+        left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        with lock:
-            done = True
-        timer.cancel()
+        over.set()
+        if by_signal:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            if left:  # that of a block around this one
+                signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + started, 0.01), 0.2)
+
+
+@contextlib.contextmanager
+def unchanged_state() -> Iterator[None]:
+    """What code can change for all that runs after it is as usual in the block, and as before behind it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @functools.cache
 def _expected(probe_of: str, index: int) -> Observation:
     torch.manual_seed(0)
-    return load(probe_of).probes[index].expected()
+    with unchanged_state():
+        return load(probe_of).probes[index].expected()
 
 
 @functools.cache
-def observations_of(step: str, mistake: str | None) -> tuple[Observation, ...]:
-    """What the probes of a step see of the reference with one mistake in it."""
+def observation_of(step: str, mistake: str, index: int) -> Observation:
+    """What a probe of a step sees of the reference with one mistake in it."""
     with swap.the_reference_alone(), _unchecked_shapes():
-        chosen = [m for m in load(step).mistakes if m.name == mistake]
-        with swap.replaced({m.piece: m.wrong for m in chosen}):
-            return tuple(observe(probe, own_adapters()) for probe in load(step).probes)
+        made = next(m for m in load(step).mistakes if m.name == mistake)
+        with swap.replaced({made.piece: made.wrong}):
+            return observe(load(step).probes[index], own_adapters())
+
+
+def observations_of(step: str, mistake: str) -> dict[int, Observation]:
+    """What all probes of a step see of the reference with one mistake in it, by their number."""
+    return {index: observation_of(step, mistake, index) for index in range(len(load(step).probes))}
 
 
 @contextlib.contextmanager
@@ -351,6 +427,8 @@ class Verdict:
     mistake: Mistake | None = None
     sure: bool = False
     """Whether the mistake was seen to do the same on every probe, not on the failing one alone."""
+    advice: tuple[str, ...] = ()
+    """What would be better still; a foreign implementation passes without."""
     missing: tuple[str, ...] = ()
     """What an adapters file lacks, so that it was not checked."""
     seconds: float = 0.0
@@ -364,14 +442,22 @@ def judge(step: Step, adapters: Any) -> Verdict:
     for i, probe in enumerate(step.probes):
         try:
             seen[i] = observe(probe, adapters)
-        except NotImplementedError:
-            return Verdict(step.name, "not started")
+        except NotImplementedError as blank:
+            return Verdict(step.name, "not started", difference=(str(blank),))
         except NotThere as name:
             lacking[str(name)] = None
+        if i in seen and TOO_LONG in seen[i].get("error", ""):
+            break  # each of the others would wait as long
     if not seen:
         return Verdict(step.name, "missing", missing=tuple(lacking))
     seconds = time.perf_counter() - started
-    return dataclasses.replace(conclude(step, seen), missing=tuple(lacking), seconds=seconds)
+    advice: tuple[str, ...] = ()
+    if not adapters.takes_weights_as_they_are:
+        more = [i for i in seen if step.probes[i].beyond]
+        verdicts = [(step.probes[i].about, conclude(step, {i: seen.pop(i)})) for i in more]
+        advice = tuple(about for about, verdict in verdicts if verdict.status != "passed")
+    verdict = conclude(step, seen)
+    return dataclasses.replace(verdict, advice=advice, missing=tuple(lacking), seconds=seconds)
 
 
 def conclude(step: Step, seen: dict[int, Observation]) -> Verdict:
@@ -385,17 +471,33 @@ def conclude(step: Step, seen: dict[int, Observation]) -> Verdict:
     return Verdict(step.name, "failed", first.about, told, mistake, sure)
 
 
+def _kind(seen: Observation) -> str:
+    """The type of an error, if it is one."""
+    return seen.get("error", "").split(":")[0]
+
+
 def _which(step: Step, seen: dict[int, Observation], wrong: Sequence[int]) -> tuple[Mistake | None, bool]:
-    """The mistake that does the same, and whether on all probes, or on the first wrong one and more."""
+    """The mistake that does the same, and whether on all probes.
+
+    If there is none, the one that does the same on the first wrong probe and on most others, and nothing
+    wrong where the implementation is right: it may be one of two.
+    """
     best, most = None, 0
     for mistake in step.mistakes:
-        theirs = observations_of(step.name, mistake.name)
-        equal = {i: alike(step.probes[i], seen[i], theirs[i]) for i in seen}
-        if all(equal.values()):
+
+        def is_equal(i: int, name: str = mistake.name) -> bool:
+            theirs = observation_of(step.name, name, i)
+            return alike(step.probes[i], seen[i], theirs) and _kind(seen[i]) == _kind(theirs)
+
+        # most differ here already
+        if not is_equal(wrong[0]) or not all(is_equal(i) for i in seen if i not in wrong):
+            continue
+        equal = [i for i in wrong if is_equal(i)]
+        if equal == list(wrong):
             return mistake, True
-        is_clear = equal[wrong[0]] and "error" not in seen[wrong[0]]
-        if is_clear and sum(equal[i] for i in wrong) > most:
-            best, most = mistake, sum(equal[i] for i in wrong)
+        # that both fail with an error says little
+        if any("error" not in seen[i] for i in equal) and len(equal) > most:
+            best, most = mistake, len(equal)
     return best, False
 
 

@@ -279,6 +279,7 @@ def test_linear_cross_entropy_matches_torch(adapters, assert_matches, randn):
 
 @each_piece
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+@pytest.mark.beyond
 def test_dtype_in_is_dtype_out(adapters, randn, piece, dtype):
     exact = randn(5, 6).to(dtype)
     output = piece(adapters, exact)
@@ -290,6 +291,7 @@ def test_dtype_in_is_dtype_out(adapters, randn, piece, dtype):
 
 
 @each_piece
+@pytest.mark.beyond
 def test_device_is_followed(adapters, piece):
     assert piece(adapters, torch.empty(2, 5, 6, device="meta")).device.type == "meta"
 
@@ -332,6 +334,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("size, piece, reference", REDUCTIONS.values(), ids=REDUCTIONS.keys())
+@pytest.mark.beyond
 def test_half_precision_is_rounded_only_at_the_end(adapters, randn, size, piece, reference, dtype):
     x = (size * (3 + randn(40, 50))).to(dtype)
     # one rounding is half an eps; float16 is spaced by 6e-8 near zero
@@ -339,12 +342,14 @@ def test_half_precision_is_rounded_only_at_the_end(adapters, randn, size, piece,
     torch.testing.assert_close(piece(adapters, x).double(), reference(x.double()), **rounding)
 
 
+@pytest.mark.beyond
 def test_softmax_of_more_entries_than_float16_can_count(adapters):
     probabilities = adapters.run_softmax(torch.zeros(70_000, dtype=torch.float16), dim=0)
     torch.testing.assert_close(probabilities.double().sum().item(), 1.0, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.beyond
 def test_cross_entropy_of_half_precision(adapters, dtype):
     logits = torch.zeros(2, 70_000, dtype=dtype)  # float16 ends at 65,504
     logits[1, :2] = torch.tensor([800, 796])  # bfloat16 is spaced by 4 here
@@ -368,6 +373,7 @@ def test_embedding_refuses_ids_beyond_the_vocabulary(adapters):
         adapters.run_embedding(3, 2, torch.zeros(3, 2), torch.tensor([3]))
 
 
+@pytest.mark.beyond
 def test_softmax_is_a_distribution_to_the_last_digit(adapters, randn):
     sums = adapters.run_softmax(5 * randn(4, 100), dim=-1).sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
@@ -375,6 +381,7 @@ def test_softmax_is_a_distribution_to_the_last_digit(adapters, randn):
 
 @pytest.mark.parametrize("name", ["run_softmax", "run_log_softmax"])
 @pytest.mark.parametrize("shift", [1e4, -1e4])
+@pytest.mark.beyond
 def test_softmax_ignores_a_shift(adapters, randn, name, shift):
     x = randn(3, 5)
     softmax = getattr(adapters, name)
@@ -473,6 +480,7 @@ def test_attention_ignores_the_order_of_keys(adapters, randn):
     torch.testing.assert_close(shuffled, adapters.run_scaled_dot_product_attention(q, k, v, mask))
 
 
+@pytest.mark.beyond
 def test_attention_to_a_masked_key_is_zero_however_well_it_matches(adapters, randn):
     q, k, v = torch.full((4, 6), 1e3), torch.full((5, 6), -1e3), randn(5, 7)
     k[2] *= -1
@@ -481,6 +489,7 @@ def test_attention_to_a_masked_key_is_zero_however_well_it_matches(adapters, ran
     torch.testing.assert_close(output, v[mask[0]].mean(0).expand(4, 7))
 
 
+@pytest.mark.beyond
 def test_query_that_may_attend_to_nothing_gets_zeros_and_no_gradient(adapters, randn):
     q, k, v = (x.requires_grad_() for x in attention_inputs(randn).values())
     mask = some_mask(4, 5)
@@ -590,6 +599,7 @@ def test_gelu_of_half_precision_loses_no_digits_far_from_zero(adapters, approxim
     torch.testing.assert_close(adapters.run_gelu(x, approximate).double(), expected, rtol=4e-3, atol=0)
 
 
+@pytest.mark.beyond
 def test_embedding_refuses_negative_ids(adapters):
     with pytest.raises(IndexError):
         adapters.run_embedding(5, 2, torch.zeros(5, 2), torch.tensor([-1]))

@@ -77,7 +77,8 @@ def test_all_blanks_together_run_and_none_is_started(mine):
     found = results("mine.py")
     assert list(found) == lessons.ORDER
     assert {result.status for result in found.values()} == {"not started"}
-    assert {result.text for result in found.values()} == {f"{name}: not started" for name in lessons.ORDER}
+    for name, result in found.items():
+        assert re.fullmatch(rf"{name}: (it uses \w+, which is )?not started", result.text)
 
 
 def test_blanks_leave_what_is_there_and_take_the_imports_they_need(mine):
@@ -201,12 +202,13 @@ def test_what_never_ends_is_stopped(mine, monkeypatch):
 def test_whoever_asks_for_the_reference_is_told_so(mine):
     source = "from llm_basics import functional as F\nreference = F.silu\n"
     found = results(mine(source + "def silu(x):\n    return reference(x)\n"))["silu"]
-    assert "asks for the reference's functional.silu, which it is there to replace: write it" in found.text
+    text = " ".join(found.text.split())
+    assert "asks for the reference's functional.silu, which it is there to replace: write it" in text
 
 
 def test_a_file_that_calls_itself_through_the_package_is_told_so(mine):
     source = "from llm_basics import functional as F\ndef silu(x):\n    return F.silu(x)\n"
-    assert "RecursionError" in results(mine(source))["silu"].text
+    assert "it calls itself without end" in results(mine(source))["silu"].text
 
 
 def test_the_reference_is_back_after_a_check(mine):
@@ -263,7 +265,7 @@ def test_a_question_is_asked_and_answered(mine, capsys):
     "arguments, message",
     [
         (["show", "softmaxx"], "a step must be one of"),
-        (["check"], "there is no mine.py"),
+        (["check"], "there is no mine.py; begin with"),
         (["check", "rope", "--mine", "other.py"], "has none of rope_tables"),
         (["predict", "softmax", "--answer", "9"], "--answer must be from 1 to"),
         (["mistakes", "nothing"], "a step must be one of"),
@@ -289,8 +291,13 @@ def test_damaged_progress_is_refused(mine):
 
 
 def log(losses, grad_norm=1.0, **last):
-    entries = [{"step": i + 1, "train_loss": loss, "grad_norm": grad_norm} for i, loss in enumerate(losses)]
-    return [*entries, {"step": len(losses), **last}]
+    """The metrics of a run that logs every 20 steps."""
+    steps = [1 + 20 * i for i in range(len(losses))]
+    entries = [
+        {"step": step, "train_loss": loss, "grad_norm": grad_norm}
+        for step, loss in zip(steps, losses, strict=True)
+    ]
+    return [*entries, {"step": steps[-1], **last}]
 
 
 @pytest.mark.parametrize(
@@ -405,9 +412,9 @@ def test_foreign_adapters_are_graded_and_what_they_lack_is_skipped_by_name(tmp_p
     folder.mkdir(parents=True)
     (folder / "adapters.py").write_text(FOREIGN)
     (tmp_path / "sitecustomize.py").write_text("")
-    options = ["-q", "-rs", "-p", "no:cacheprovider", "--report", "r.json", "--adapters"]
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "--report=r.json"]
     steps = [str(REPOSITORY / "tests" / "test_steps.py"), "-k", "silu or softmax or rope"]
-    graded = run("-m", "pytest", *steps, *options, str(folder / "adapters.py"), cwd=tmp_path)
+    graded = run("-m", "pytest", *steps, *options, f"--adapters={folder / 'adapters.py'}", cwd=tmp_path)
     report = json.loads((tmp_path / "r.json").read_text())["steps"]
     assert report["silu"]["status"] == "passed" and report["silu"]["time_relative_to_ours"] > 0
     assert report["silu"]["notes"] == ["tests/adapters.py:5 uses torch.nn.functional.silu"]

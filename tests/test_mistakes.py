@@ -28,7 +28,7 @@ def test_the_reference_makes_no_mistake(name):
 @pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
 def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: Mistake):
     seen = mistakes.observations_of(name, mistake.name)
-    verdict = mistakes.conclude(mistakes.load(name), dict(enumerate(seen)))
+    verdict = mistakes.conclude(mistakes.load(name), seen)
     assert verdict.status == "failed"
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.name == (mistake.same_as or mistake.name)
@@ -41,13 +41,10 @@ def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: Mistake):
 def test_no_two_mistakes_are_the_same_unless_the_catalogue_says_so(name):
     step = mistakes.load(name)
     for one, other in itertools.combinations(step.mistakes, 2):
-        seen = zip(
-            step.probes,
-            mistakes.observations_of(name, one.name),
-            mistakes.observations_of(name, other.name),
-            strict=True,
+        same = all(
+            mistakes.alike(probe, *(mistakes.observation_of(name, m.name, i) for m in (one, other)))
+            for i, probe in enumerate(step.probes)
         )
-        same = all(mistakes.alike(*pair) for pair in seen)
         declared = (one.same_as or one.name) == (other.same_as or other.name)
         assert same == declared, f"{one.name} and {other.name}"
 

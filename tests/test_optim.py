@@ -49,6 +49,7 @@ def assert_trains_like_torch(cls, make, parameters, gradients, change=lambda opt
 OPTIONS = {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-2, "weight_decay": 0.3}
 
 
+@pytest.mark.beyond
 def test_adamw_matches_torch(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
     assert_trains_like_torch(
@@ -57,6 +58,7 @@ def test_adamw_matches_torch(adapters, randn):
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 0.0), (0.3, 0.999)], ids=str)
+@pytest.mark.beyond
 def test_adamw_matches_torch_with_other_betas(adapters, randn, betas):
     parameters, gradients = parameters_with_gradients(randn, (3, 4))
     options = OPTIONS | {"betas": betas}
@@ -65,6 +67,7 @@ def test_adamw_matches_torch_with_other_betas(adapters, randn, betas):
     )
 
 
+@pytest.mark.beyond
 def test_adamw_takes_parameters_from_a_generator(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
     assert_trains_like_torch(
@@ -72,6 +75,7 @@ def test_adamw_takes_parameters_from_a_generator(adapters, randn):
     )
 
 
+@pytest.mark.beyond
 def test_adamw_gives_each_group_its_own_options(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,), (2, 2))
 
@@ -84,6 +88,7 @@ def test_adamw_gives_each_group_its_own_options(adapters, randn):
     assert_trains_like_torch(adapters.get_adamw_cls(), make, parameters, gradients)
 
 
+@pytest.mark.beyond
 def test_adamw_reads_the_lr_at_every_step(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
 
@@ -99,6 +104,7 @@ def test_adamw_reads_the_lr_at_every_step(adapters, randn):
     assert_trains_like_torch(adapters.get_adamw_cls(), make, parameters, gradients, change)
 
 
+@pytest.mark.beyond
 def test_adamw_leaves_parameters_without_gradient_and_counts_their_steps_apart(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,), (2, 2))
     for step, step_gradients in enumerate(gradients):
@@ -121,6 +127,7 @@ def test_adamw_decays_without_a_gradient_to_follow(adapters):
     torch.testing.assert_close(weight.data, torch.tensor([2.0, -4.0]) * (1 - 0.03 * 0.3))
 
 
+@pytest.mark.beyond
 def test_adamw_first_step_has_length_lr_however_long_the_gradient(adapters):
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.tensor([1e-3, -1.0, 1e6])
@@ -215,6 +222,7 @@ def test_adamw_update_is_pure(randn):
     assert all(map(torch.equal, tensors, before))
 
 
+@pytest.mark.beyond
 def test_adamw_snapshot(adapters, snapshot):
     arrays = snapshot("adamw")
     weight = nn.Parameter(arrays["weight"])
@@ -285,6 +293,7 @@ def test_clipping_with_no_gradient_at_all_does_nothing(adapters):
     assert optim.clip_grad_norm_([], 0.5).item() == 0
 
 
+@pytest.mark.beyond
 def test_clipping_half_precision_does_not_overflow(adapters):
     weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
     weight.grad = torch.full_like(weight, 300)  # the square of 300 is more than float16 can hold
@@ -340,6 +349,7 @@ def test_schedule_of_warmup_only(adapters, step, lr):
     assert adapters.run_get_lr_cosine_schedule(step, **options) == pytest.approx(lr, rel=1e-9)
 
 
+@pytest.mark.beyond
 def test_schedule_that_ends_with_its_warmup_has_a_rate_there(adapters):
     options = SCHEDULE | {"warmup_iters": 10}
     assert adapters.run_get_lr_cosine_schedule(10, **options) in (3.0, 0.5)

@@ -1,7 +1,7 @@
 """The steps of learning, each judged as a whole: passed, or which mistake was made.
 
 uv run pytest tests/test_steps.py --mine mine.py                     your own pieces
-uv run pytest tests/test_steps.py --adapters PATH/tests/adapters.py  somebody's
+uv run pytest tests/test_steps.py --adapters=PATH/tests/adapters.py  somebody's
 """
 
 import mistakes

@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import re
 import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,8 @@ def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
         if not a.is_floating_point():
             return torch.equal(a, b)
         return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True)
-    if isinstance(a, float) and isinstance(b, float | int) and not isinstance(b, bool):
+    numbers = [isinstance(x, float | int) and not isinstance(x, bool) for x in (a, b)]
+    if all(numbers) and (isinstance(a, float) or isinstance(b, float)):
         return math.isclose(a, b, rel_tol=rtol, abs_tol=atol) or (math.isnan(a) and math.isnan(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k], rtol, atol) for k in a)
@@ -69,12 +73,34 @@ def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) ->
         yield f"the output is {dtype} of shape {shape}" + (f"; {which}" if gradients else "")
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: of a shape that was checked the parameter, what it must be and what it
+    was; and the place in the code that it came from."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        text = "it calls itself without end (what is reached through llm_basics is your own piece here)"
+    found = re.search(
+        r"typechecking parameter '(\w+)'.*?Actual value: (.*?) Expected type: (.*?)\. ?-----", text
+    )
+    if found:
+        text = f"{found[1]} must be {found[3]}, got {found[2]}"
+    places = traceback.extract_tb(error.__traceback__)
+    # where somebody's own code is, and not a library that it calls
+    place = next((p for p in reversed(places) if "site-packages" not in p.filename), places[-1])
+    return f"{text or 'without a word'} ({Path(place.filename).name}:{place.lineno})"
+
+
 def message(verdict: Any, how_to_go_on: str) -> str:
     """What a learner reads of a step that is not right: twelve lines at most, the mistake among them."""
     if verdict.status == "not started":
         return f"{verdict.step}: not started"
     lines = [f"{verdict.step}: {verdict.probe}"]
-    lines += [f"  {textwrap.shorten(line, LINE)}" for line in verdict.difference[:3]]
+    for line in verdict.difference[:3]:
+        # what an error says has no end that could be left out
+        width = 2 * WIDTH if line.startswith("it failed") else LINE
+        lines += textwrap.wrap(
+            textwrap.shorten(line, width), LINE, initial_indent="  ", subsequent_indent="    "
+        )
     mistake = verdict.mistake
     if mistake is None:
         lines.append("  no known mistake does the same")

@@ -4,9 +4,9 @@ It reads the lessons, the references, the tests and the run directories; nothing
 in a clone of the repository, where the tests stand beside the package.
 
     floor 0     lessons.py        what each step is about, its hints, its question
-                progress.py       what somebody has done so far
                 logs.py           what a run's log tells of mistakes that no test saw
-    floor 1     blanks.py         a reference -> its signature and docstring, with nothing in it
+    floor 1     progress.py       what somebody has done so far
+                blanks.py         a reference -> its signature and docstring, with nothing in it
                 checks.py         a file of somebody's own, put through the tests
                 race.py           the real run, with somebody's pieces and with the reference's
     floor 2     dojo.py           a model with a hidden mistake

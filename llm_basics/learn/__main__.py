@@ -279,13 +279,19 @@ def check(options: Check) -> int:
     """One check of the file."""
     from llm_basics.learn import checks
 
+    if not Path(options.mine).exists():
+        raise ValueError(
+            f"there is no {options.mine}; begin with: {PROGRAM} start linear --into {options.mine}"
+        )
     known = progress.Progress(options.mine)
     statuses = []
     for result in checks.check(options.mine, options.step):
         print(result.text, flush=True)
         known.note(result.step, result.status)
+        known.save()
         statuses.append(result.status)
-    known.save()
+    if not statuses:
+        raise ValueError(f"{options.mine} has pieces, but none that a step is about")
     if not options.step:
         print(f"{statuses.count('passed')} of {len(lessons.ORDER)} steps passed")
     return 0 if set(statuses) <= {"passed"} else 1
@@ -305,9 +311,12 @@ def watch(options: Check) -> int:
     path = Path(options.mine).resolve()
     once()
     # editors replace files, so the folder is watched
-    for changes in watchfiles.watch(path.parent, raise_interrupt=False):
-        if any(Path(changed) == path for _, changed in changes):
-            once()
+    try:
+        for changes in watchfiles.watch(path.parent):
+            if any(Path(changed) == path for _, changed in changes):
+                once()
+    except KeyboardInterrupt:
+        print()
     return 0
 
 
@@ -328,4 +337,6 @@ def more(options: Dojo | Mistakes | Read | Race) -> int:
 
 
 if __name__ == "__main__":
+    # a message may quote any character of somebody's file
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import itertools
 import re
 import sys
 import textwrap
@@ -20,6 +19,7 @@ HEADER = '''"""My own pieces. Check them: uv run python -m llm_basics.learn chec
 IMPORTS = {
     "math": "import math",
     "os": "import os",
+    "Counter": "from collections import Counter",
     "Callable": "from collections.abc import Callable",
     "Iterable": "from collections.abc import Iterable",
     "Iterator": "from collections.abc import Iterator",
@@ -44,6 +44,8 @@ USUAL = ["__init__", "forward", "step", "append"]
 def start(name: str, path: str | Path) -> list[str]:
     """Add the blanks of a step to a file, which is made if need be. Returns the names of the blanks."""
     path = Path(path)
+    if path.suffix != ".py":
+        raise ValueError(f"--into must be a Python file, got {path}")
     there = theirs.names(path) if path.exists() else []
     lesson = lessons.load(name)
     missing = [piece for piece in lesson.pieces if piece not in there and piece not in lesson.optional]
@@ -51,7 +53,7 @@ def start(name: str, path: str | Path) -> list[str]:
         raise ValueError(f"{path} has {', '.join(lesson.needed)} already; delete it there to begin again")
     blanks = [blank(piece) for piece in missing]
     modules = [line for piece in missing for line in modules_used(piece)]
-    source = path.read_text(encoding="utf-8") if path.exists() else HEADER.format(name=path.name)
+    source = path.read_text(encoding="utf-8-sig") if path.exists() else HEADER.format(name=path.name)
     path.write_text(_with_imports(source, blanks, modules), encoding="utf-8")
     return missing
 
@@ -147,13 +149,26 @@ def _with_imports(source: str, blanks: list[str], wanted: list[str]) -> str:
             wanted.append("from llm_basics import model as models")
     lines, tree = source.splitlines(), ast.parse(source)
     top = 0 if ast.get_docstring(tree) is None else 1
-    imports = [*itertools.takewhile(lambda n: isinstance(n, ast.Import | ast.ImportFrom), tree.body[top:])]
+    imports: list[ast.Import | ast.ImportFrom] = []
+    for node in tree.body[top:]:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            break
+        imports.append(node)
     first = imports[0].lineno - 1 if imports else (tree.body[0].end_lineno or 0) if top else 0
     last = (imports[-1].end_lineno or 0) if imports else first
+    there = "\n".join(lines[first:last])
+    if there == _sorted_imports([ast.unparse(node) for node in imports]):
+        block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
+    else:
+        # not as we write them: what is there stays as it is
+        bound = {alias.asname or alias.name for node in imports for alias in node.names}
+        new = [line for line in dict.fromkeys(wanted) if line.split()[-1] not in bound]
+        block = "\n".join(part for part in (there, _sorted_imports(new)) if part)
     head, rest = "\n".join(lines[:first]).strip(), "\n".join(lines[last:]).strip()
-    block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
     top_of_file = "\n\n".join(part for part in (head, block) if part)
-    return "\n\n\n".join(part for part in (top_of_file, rest, *blanks) if part) + "\n"
+    complete = "\n\n\n".join(part for part in (top_of_file, rest, *blanks) if part) + "\n"
+    ast.parse(complete)
+    return complete
 
 
 def _sorted_imports(lines: list[str]) -> str:

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,9 @@ import torch
 
 from llm_basics import swap, theirs
 from llm_basics.learn import lessons
+
+# to run a file once, before any piece in it is called
+LOAD_SECONDS = 60.0
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -36,17 +39,21 @@ class Result:
     text: str
 
 
-def check(path: str | Path, only: str | None = None) -> Iterator[Result]:
+def check(path: str | Path, only: str | None = None, say: Callable[[str], None] = print) -> Iterator[Result]:
     """Check each step that the file has pieces of, or the one that is asked for, in learning order.
 
-    Raises ValueError if the file cannot be run, or has a piece that does not fit.
+    `say` is given what is strange about the file. Raises ValueError if the file cannot be run, or has a
+    piece that does not fit.
     """
     mistakes, wording = from_tests("mistakes"), from_tests("wording")
     # drawn from the same source each time
     torch.set_num_threads(1)
-    notes: list[str] = []
     with swap.restored():
-        swap.use(path, notes.append, check_shapes)
+        try:
+            with mistakes.time_limit(LOAD_SECONDS), mistakes.unchanged_state():
+                swap.use(path, say, check_shapes)
+        except mistakes.TookTooLong:
+            raise ValueError(f"{path} must be read in {LOAD_SECONDS:.0f} s, but took longer") from None
         own = {piece.split(".")[1] for piece in swap.yours()}
         wrong: set[str] = set()
         for name in [only] if only else lessons.ORDER:
@@ -61,14 +68,18 @@ def check(path: str | Path, only: str | None = None) -> Iterator[Result]:
             verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
             hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
             missing = [piece for piece in lesson.needed if piece not in own and _is_missed(piece, there)]
-            if verdict.status == "passed" and missing:
+            blank = "".join(verdict.difference).split(".")[0] if verdict.status == "not started" else ""
+            if blank in swap.HOMES and blank not in lesson.pieces:
+                yield Result(name, "not started", f"{name}: it uses {blank}, which is not started")
+            elif verdict.status == "passed" and missing:
                 yield Result(name, "not started", f"{name}: right so far, {', '.join(missing)} not started")
             elif verdict.status == "passed":
                 problems = list(_aids(name, path))
                 text = "\n".join([f"{name}: {'not yet' if problems else 'passed'}", *problems])
                 yield Result(name, "failed" if problems else "passed", text)
             else:
-                used = wrong & set().union(*(_used_by(piece) for piece in there))
+                used = set().union(*(_all_used_by(piece) for piece in there)) - there
+                used &= _wrong_among(used & own) if only else wrong
                 if used:
                     hint = f"it uses {', '.join(sorted(used))}, which is not right: mend that first"
                 yield Result(name, verdict.status, wording.message(verdict, hint))
@@ -80,6 +91,23 @@ def _is_missed(piece: str, there: set[str]) -> bool:
     """Whether a step is not done without a piece: a class that does the work itself stands for it."""
     classes = [name for name in there if name[0].isupper()]
     return not classes or any(piece in _used_by(name) for name in classes)
+
+
+def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The pieces that a piece calls, and those that they call."""
+    found = _used_by(piece) & swap.HOMES.keys()
+    for name in found - seen:
+        found = found | _all_used_by(name, seen | found | {piece})
+    return found
+
+
+def _wrong_among(pieces: set[str]) -> set[str]:
+    """Those of somebody's own pieces whose steps are not right."""
+    mistakes = from_tests("mistakes")
+    steps = {step for piece in pieces if (step := lessons.of_piece(piece))}
+    verdicts = [mistakes.judge(mistakes.load(step), mistakes.own_adapters()) for step in sorted(steps)]
+    failed = {verdict.step for verdict in verdicts if verdict.status != "passed"}
+    return {piece for piece in pieces if lessons.of_piece(piece) in failed}
 
 
 def _used_by(piece: str) -> set[str]:
@@ -99,20 +127,27 @@ def check_shapes(module: ModuleType) -> None:
     except ImportError:
         return  # without the tools of the tests, shapes are not checked
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+
+    def _checked(function: Any) -> Any:
+        try:
+            return checked(function)
+        except Exception:
+            return function  # a lambda, or an annotation that is no type, such as torch.tensor
+
     for name, value in list(vars(module).items()):
         if getattr(value, "__module__", None) != module.__name__:
             continue
         if inspect.isfunction(value):
-            setattr(module, name, checked(value))
+            setattr(module, name, _checked(value))
         elif inspect.isclass(value) and not issubclass(value, torch.autograd.Function):
             for method, body in list(vars(value).items()):
                 if inspect.isfunction(body):
-                    setattr(value, method, checked(body))
+                    setattr(value, method, _checked(body))
 
 
 def _aids(name: str, path: str | Path) -> Iterator[str]:
     """Where somebody wrote a backward pass, compare it with finite differences in float64."""
-    module = sys.modules[f"yours_{Path(path).stem}"]
+    module = sys.modules[f"yours_{Path(path).resolve().stem}"]
     own = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, torch.autograd.Function)]
     if not any(value.__module__ == module.__name__ for value in own):
         return

@@ -1,8 +1,8 @@
 """What the log of a run tells of mistakes that raise no error.
 
-Every sign here is a comparison with a floor or a bound that no right run crosses: no model guesses the next
-token of real text better than so many bits, no random weights are much worse than guessing evenly, and a
-gradient that is nearly zero teaches nothing.
+Every sign here is a comparison with a floor or a bound that no right run on ordinary text crosses: no model
+guesses the next token better than so many bits, no random weights are much worse than guessing evenly, and
+a gradient that is nearly zero teaches nothing.
 """
 
 import math
@@ -18,6 +18,9 @@ LEAST_BITS_PER_BYTE = 0.4
 
 # in shares of ln V, what guessing evenly would lose
 HIGHEST_FIRST_LOSS, LOWEST_FIRST_LOSS = 1.35, 0.9
+
+# before that a run is still warming up
+FEWEST_STEPS = 50
 
 # below this a gradient of the usual loss, clipped at 1, is not that of a model which learns
 TINY_GRAD_NORM = 0.05
@@ -53,7 +56,7 @@ def findings(
             "the loss never changes",
             "nothing is learned: is lr 0, are the weights those the optimizer has?",
         )
-    elif last > 0.95 * first and last > 0.8 * even:
+    elif last > 0.95 * first and last > 0.8 * even and train[-1]["step"] >= FEWEST_STEPS:
         small = norms and statistics.median(norms[-5:]) < TINY_GRAD_NORM
         if small:
             yield (

@@ -1,9 +1,14 @@
 """What somebody has done so far, in a small file beside theirs: derived from tests, so it can be deleted."""
 
+import ast
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from llm_basics.learn import lessons
+
+STATUSES = {"passed", "failed", "not started"}
 
 
 class Progress:
@@ -15,7 +20,7 @@ class Progress:
         self.steps: dict[str, str] = {}
         """passed, failed or not started."""
         self.checked: dict[str, str] = {}
-        """The digest that the file had at that time."""
+        """The digest that their pieces had at that time."""
         self.hints: dict[str, int] = {}
         self.predicted: dict[str, bool] = {}
         if self.path.exists():
@@ -23,20 +28,28 @@ class Progress:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))
                 self.steps, self.checked = dict(stored["steps"]), dict(stored["checked"])
                 self.hints, self.predicted = dict(stored["hints"]), dict(stored["predicted"])
+                if not set(self.steps.values()) <= STATUSES or not all(n >= 0 for n in self.hints.values()):
+                    raise ValueError("a status or a number of hints that there is not")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is not what was written there ({error}); delete it") from None
 
     def note(self, step: str, status: str) -> None:
         """Record how a step did."""
-        self.steps[step], self.checked[step] = status, self.digest()
+        self.steps[step], self.checked[step] = status, self.digest(step)
 
     def is_current(self, step: str) -> bool:
         """Whether the file is as it was when the step was checked."""
-        return self.checked.get(step) == self.digest()
+        return self.checked.get(step) == self.digest(step)
 
-    def digest(self) -> str:
-        """A fingerprint of the file as it is now."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()[:12] if self.file.exists() else ""
+    def digest(self, step: str) -> str:
+        """A fingerprint of the step's pieces as they are in the file now."""
+        try:
+            tree = ast.parse(self.file.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return ""
+        pieces = lessons.load(step).pieces
+        found = [ast.dump(node) for node in tree.body if getattr(node, "name", None) in pieces]
+        return hashlib.sha256("".join(found).encode()).hexdigest()[:12]
 
     def save(self) -> None:
         """Write it."""

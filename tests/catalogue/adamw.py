@@ -235,11 +235,13 @@ step.value(
     "epsilon beside the corrected root, not before the correction",
     *follow(GRADIENTS, **USUAL | {"betas": (0.5, 0.9), "eps": 0.1}),
     axes="step weight",
+    beyond=True,
 )
 step.value(
     "the decay shrinks the weight as it was, not the step",
     *follow(GRADIENTS, **USUAL | {"lr": 0.3, "weight_decay": 0.5}),
     axes="step weight",
+    beyond=True,
 )
 
 # --------------------------------------------------------------------------------------------------

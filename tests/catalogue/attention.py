@@ -151,6 +151,7 @@ compare(
     {"q": draw(2, 4, 6), "k": draw(2, 5, 6), "v": draw(2, 5, 7), "mask": UNSEEING},
     zeros_for_the_unseeing,
     axes="head query feature",
+    beyond=True,
 )
 
 

@@ -156,7 +156,7 @@ def merge_words(rows):
     return words
 
 
-def merges_of(about, *rows):
+def merges_of(about, *rows, beyond=False):
     """A probe of the merges of some texts; a row is a text, a number of merges, and special tokens."""
     step.value(
         about,
@@ -164,6 +164,7 @@ def merges_of(about, *rows):
         [right_merges(*row) for row in rows],
         axes="text merge",
         words=merge_words(rows),
+        beyond=beyond,
     )
 
 
@@ -249,7 +250,11 @@ merges_of(
     (lines(abab=3, cabcab=2, zz=8), 9),
 )
 merges_of("words, numbers, signs and white space never join", ("don't a12 b_c,  DON'T\n\n\nx " * 5, 40))
-merges_of("line ends are learned as they stand in the file", ("a\r\n\r\nb\r\n\r\n\r\n" * 5 + "c\n\n\nd\n", 9))
+merges_of(
+    "line ends are learned as they stand in the file",
+    ("a\r\n\r\nb\r\n\r\n\r\n" * 5 + "c\n\n\nd\n", 9),
+    beyond=True,
+)
 merges_of(
     "special tokens are neither learned nor bridged",
     (f"{END}ab{END}cd{END} " * 5, 20, [END]),

@@ -53,6 +53,7 @@ step.value(
     "a schedule that ends with its warm-up has a rate there: the peak or the floor",
     lambda a: float(a.run_get_lr_cosine_schedule(10, 3.0, 0.5, 10, 10)) in (3.0, 0.5),
     True,
+    beyond=True,
 )
 
 # --------------------------------------------------------------------------------------------------

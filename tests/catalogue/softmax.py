@@ -153,6 +153,7 @@ step.compare(
     rtol=1e-2,
     atol=1e-7,
     gradients=False,
+    beyond=True,
 )
 
 

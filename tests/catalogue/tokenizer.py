@@ -248,7 +248,7 @@ TEXT = f"the ship's here,\n\n  the thing\n{END} they'll\n sing  \n"
 SPACED = [END, "<|a b|>"]
 
 
-def streams(about, texts, special_tokens=(END,), merges=WORDS):
+def streams(about, texts, special_tokens=(END,), merges=WORDS, beyond=False):
     """A probe of `encode_iterable`, which must give the ids of the joined texts."""
     special_tokens = list(special_tokens)
     vocab = vocabulary(merges, special_tokens)
@@ -261,17 +261,31 @@ def streams(about, texts, special_tokens=(END,), merges=WORDS):
         lambda a: list(a.get_tokenizer(vocab.copy(), merges[:], special_tokens).encode_iterable(texts[:])),
         right_ids(vocab, merges, special_tokens, "".join(texts)),
         words=words,
+        beyond=beyond,
     )
 
 
 streams("a stream of one text", [TEXT])
 streams(
-    "a stream of lines gets the ids of the whole text", ["the ship\n", "the thing\n", "\n", "\n", " they'll"]
+    "a stream of lines gets the ids of the whole text",
+    ["the ship\n", "the thing\n", "\n", "\n", " they'll"],
+    beyond=True,
 )
 streams("a stream with an empty text in it", ["the ship\n", "", "the thing\n"])
-streams("a stream that is cut within words and blanks", ["the sh", "ip ", " the", " thi", "ng'", "ll"])
-streams("a stream that is cut within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"])
-streams("a stream with a special token that holds a space", ["the <|a", " b|> ship <|a ", "b|>"], SPACED)
+streams(
+    "a stream that is cut within words and blanks",
+    ["the sh", "ip ", " the", " thi", "ng'", "ll"],
+    beyond=True,
+)
+streams(
+    "a stream that is cut within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"], beyond=True
+)
+streams(
+    "a stream with a special token that holds a space",
+    ["the <|a", " b|> ship <|a ", "b|>"],
+    SPACED,
+    beyond=True,
+)
 
 
 class Endless:
