@@ -62,12 +62,12 @@ def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> 
     return optim.AdamW(groups, options.lr, options.betas, options.eps, options.weight_decay)
 
 
-def check_parameters(model: models.TransformerLM) -> None:
+def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:
     """Raise ValueError if pieces of somebody's own made other parameters than the model's config asks."""
     if not swap.yours():
         return
     with swap.the_reference_alone():
-        asked = models.TransformerLM(model.config, device="meta").state_dict()
+        asked = models.TransformerLM(shape, device="meta").state_dict()
     made = model.state_dict()
     differences = [f"{name} is missing" for name in asked.keys() - made.keys()]
     differences += [f"{name} is too many" for name in made.keys() - asked.keys()]
@@ -107,7 +107,7 @@ class Session:
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
-        check_parameters(self.model)
+        check_parameters(self.model, model)
         # the same weights under the same names; evaluation and samples, of other shapes, do without
         compiled = torch.compile(self.model) if train.compile else self.model
         self.trained = cast(nn.Module, compiled)

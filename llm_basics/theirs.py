@@ -66,6 +66,7 @@ def run(path: str | Path) -> types.ModuleType:
         sys.path.append(str(path.parent))
     for helper in _modules_beside(path):
         del sys.modules[helper]
+    writes_bytecode, sys.dont_write_bytecode = not sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -74,6 +75,8 @@ def run(path: str | Path) -> types.ModuleType:
         raise ValueError(
             f"{path.name}:{line} could not be run: {type(error).__name__}: {error}{relative}"
         ) from error
+    finally:
+        sys.dont_write_bytecode = not writes_bytecode
     # what it imports from beside it is its code as well
     files = [path, *sorted(_modules_beside(path).values())]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -4,10 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import grading
 import mistakes
 import pytest
+import torch
 import wording
 import yaml
 
@@ -432,3 +435,83 @@ def test_both_curves_are_drawn(tmp_path):
     assert race.final_loss(tmp_path / "reference") == 5.1
     folders = {"yours": tmp_path / "yours", "the reference": tmp_path / "reference"}
     assert race.plot.plot_runs(folders, tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_one_piece_changes_for_all_does_not_reach_the_next(mine):
+    spoiling = "def gelu(x, approximate='none'):\n    torch.set_default_dtype(torch.float64)\n"
+    spoiling += "    torch.set_grad_enabled(False)\n    return x\n"
+    first = results(mine(spoiling + RIGHT))
+    assert first["gelu"].status == "failed" and first["silu"].status == "passed"
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert results(mine(RIGHT))["silu"].status == "passed"
+
+
+@pytest.mark.parametrize("waiting", ["time.sleep(60)", "threading.Event().wait(60)", "input()"])
+def test_what_waits_is_stopped_too(mine, monkeypatch, waiting):
+    monkeypatch.setattr(mistakes, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr("builtins.input", lambda: time.sleep(60))
+    source = f"import time, threading\ndef silu(x):\n    {waiting}\n"
+    started = time.monotonic()
+    assert "was stopped" in results(mine(source))["silu"].text
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("x * torch.sigmoid(x)", "it must return a tensor, but returned NoneType"),
+        ("raise SystemExit(0)", "it failed: SystemExit"),
+        ("return torch.nn.Module()(x)", "it failed: NotImplementedError"),
+    ],
+)
+def test_usual_slips_are_told_in_words(mine, body, message):
+    assert message in results(mine(f"def silu(x):\n    {body}\n"))["silu"].text
+
+
+def test_what_a_step_uses_is_mended_first_when_it_is_asked_for_alone(mine):
+    source = "def linear(x, weight, bias=None):\n    return x @ weight\n"
+    source += "def swiglu(x, w1, w2, w3):\n    s = linear(x, w1)\n"
+    source += "    return linear(s * torch.sigmoid(s) * linear(x, w3), w2)\n"
+    found = results(mine(source), "swiglu")["swiglu"]
+    assert found.text.endswith("it uses linear, which is not right: mend that first")
+
+
+def test_two_mistakes_are_not_given_the_name_of_a_third(mine):
+    source = (
+        "import numpy as np\n"
+        "def get_batch(tokens, batch_size, context_length, device='cpu', rng=None):\n"
+        "    rng = rng or np.random.default_rng()\n"
+        "    starts = rng.integers(0, len(tokens) - context_length - 1, size=batch_size)\n"
+        "    batch = torch.from_numpy(np.stack([tokens[s : s + context_length + 1] for s in starts]))\n"
+        "    return batch[:, :-1], batch[:, 1:]\n"
+    )
+    assert "TARGETS SHIFTED" not in results(mine(source))["batches"].text
+
+
+def test_an_adapters_file_without_functions_passes_nothing(tmp_path):
+    (tmp_path / "adapters.py").write_text("")
+    bare = mistakes.Adapters(mistakes.load_adapters(tmp_path / "adapters.py"))
+    verdicts = [mistakes.judge(mistakes.load(name), bare) for name in mistakes.STEPS]
+    assert {verdict.status for verdict in verdicts} == {"missing"}
+
+
+def test_ready_made_parts_are_found_through_imports_and_nowhere_else(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "scratch" / "compare.py").write_text(
+        "import torch\ndef silu(x):\n    return torch.softmax(x, 0)\n"
+    )
+    (tmp_path / "pkg" / "ops.py").write_text(
+        "import torch\n"
+        "def mine(x, d):\n    return x.softmax(d)\n"
+        "def silu(x):\n    return x * torch.sigmoid(x)\n"
+    )
+    adapters = tmp_path / "tests" / "adapters.py"
+    adapters.write_text(
+        "def run_softmax(x, dim):\n    from pkg.ops import mine as my\n    return my(x, dim)\n"
+        "def run_silu(x):\n    from pkg.ops import silu\n    return silu(x)\n"
+    )
+    assert grading.ready_made_uses(adapters, mistakes.sockets) == {
+        "softmax": ["pkg/ops.py:3 uses the tensor method softmax"]
+    }

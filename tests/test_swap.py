@@ -1,6 +1,7 @@
 """The seam between reference and fast twins. Alone: uv run pytest tests/test_swap.py"""
 
 import inspect
+import pickle
 import shutil
 import subprocess
 import sys
@@ -290,3 +291,101 @@ def test_prepared_tokens_are_made_again_by_another_tokenizer(mine, tmp_path):
     with pytest.raises(RuntimeError, match="mine"):
         prepare.prepare(options, lambda line: None)
     assert usual.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Files as people write them
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if True:\n    def silu(x):\n        return x + 1\n",
+        "try:\n    silu = lambda x: x + 1\nexcept ImportError:\n    pass\n",
+        "from typing import Any\nsilu: Any = lambda x: x + 1\n",
+        "silu, other = (lambda x: x + 1), 3\n",
+        "def add(x):\n    return x + 1\ndef silu(x):\n    return add(x)\n",
+        "from __future__ import annotations\ndef silu(x: Tensor) -> Tensor:\n    return x + 1\n",
+        "def silu(x):\n    from helper import add\n    return add(x)\n",
+        "def silu(x, **more):\n    return x + 1\n",
+    ],
+)
+def test_a_piece_is_found_however_it_is_bound(tmp_path, source):
+    (tmp_path / "helper.py").write_text("def add(x):\n    return x + 1\n")
+    path = tmp_path / "mine.py"
+    path.write_bytes(b"\xef\xbb\xbf" + source.replace("\n", "\r\n").encode())
+    with swap.using(path):
+        assert F.silu(torch.tensor(1.0)) == 2
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("import sys\nsys.exit()\n", "mine.py:4 could not be run: SystemExit"),
+        ("from .helper import f\n", "write `from helper import f`"),
+        ("silu = 3\n", "must define a piece"),
+        ("def silu(x):\n    return x\ndel silu\n", "must define a piece"),
+        ("def softmax(x, dim):\n    return x\n", "must take the parameters of the reference"),
+        ("def softmax(x, *, dim=-1):\n    return x\n", "must take the parameters of the reference"),
+        (
+            "from llm_basics import layers\nclass Linear(layers.Linear):\n    pass\n",
+            "asks for the reference's",
+        ),
+    ],
+)
+def test_odd_files_are_refused_in_words(mine, source, message):
+    with pytest.raises(ValueError, match=message):
+        swap.use(mine(source), lambda line: None)
+
+
+def test_a_file_that_is_saved_twice_in_a_second_is_read_twice(mine):
+    for sign, result in (("+", 1.0), ("-", -1.0)):
+        swap.use(mine(f"def silu(x):\n    return {sign}x\n"))
+        assert F.silu(torch.tensor(1.0)) == result
+
+
+def test_what_stands_beside_a_file_is_its_code_too(mine, tmp_path):
+    origins = []
+    for number in (1, 2):
+        (tmp_path / "numbered.py").write_text(f"number = {number}\n")
+        swap.use(mine("import numbered\ndef silu(x):\n    return x * numbered.number\n"))
+        assert F.silu(torch.tensor(1.0)) == number
+        origins.append(swap.origins()["functional.silu"])
+    assert origins[0] != origins[1]
+
+
+def test_inherited_and_decorated_methods_of_a_tokenizer_are_used(mine):
+    source = (
+        "import functools\n"
+        "class Base:\n"
+        "    def __init__(self, vocab, merges, special_tokens=None):\n        pass\n"
+        "    @functools.lru_cache\n"
+        "    def encode(self, text):\n        return [7]\n"
+        "class Tokenizer(Base):\n    pass\n"
+    )
+    swap.use(mine(source))
+    made = tokenizer.Tokenizer.of_bytes()
+    assert made.encode("abc") == [7]
+    assert pickle.loads(pickle.dumps(made)).encode("abc") == [7]
+
+
+def test_a_twin_that_is_in_place_gives_way_to_own_parts_of_it(mine):
+    with swap.using("fast", lambda line: None):
+        swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {}, []\n"))
+        assert bpe.train_bpe.__module__ == "llm_basics.bpe"
+
+
+def test_a_model_with_other_parameters_than_the_config_asks_is_refused(mine):
+    source = (
+        "from llm_basics import layers\n"
+        "class TransformerLM(nn.Module):\n"
+        "    def __init__(self, shape, device=None, dtype=None):\n"
+        "        super().__init__()\n"
+        "        self.config = shape\n"
+        "        self.lm_head = layers.Linear(shape.d_model, 7)\n"
+        "    def forward(self, tokens, token_positions=None, caches=None):\n        return tokens\n"
+    )
+    swap.use(mine(source))
+    shape = config.ModelConfig(n_layers=1)
+    with pytest.raises(ValueError, match="must make the parameters that the config asks for, but layers.0"):
+        session.check_parameters(model.TransformerLM(shape), shape)
