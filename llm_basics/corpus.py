@@ -8,6 +8,7 @@
 import dataclasses
 import glob
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Document:
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that `source` names: a file, all files of a folder, those of a glob, or `stdlib`."""
+    """The files that `source` names: a file, all files of a folder but hidden ones and Python's cache, those
+    of a glob, or `stdlib`."""
     if source == "stdlib":
         return stdlib_files()
     path = Path(source)
@@ -34,7 +36,8 @@ def find_files(source: str) -> list[Path]:
         return [path]
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        files = [file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        hidden = re.compile(r"\.|__pycache__$")
+        files = [file for file in found if not any(map(hidden.match, file.relative_to(path).parts))]
     else:
         files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
     if not files:

@@ -121,7 +121,7 @@ def trial(options: config.Config) -> Ledger:
             optimizer.zero_grad(set_to_none=True)
             # the second batch finds gradients, and those that follow find the same
             for _ in range(min(train.grad_accumulation_steps, 2)):
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):  # from here, as train.train_step
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):  # from here, as update.train_step
                     loss = F.cross_entropy(F.widen(model(inputs)), targets, z_loss=train.z_loss) * 1.0
                 loss.backward()
                 ledger.label("gradients", [p.grad for p in model.parameters()])

@@ -12,8 +12,7 @@ import torch
 from fixtures import make_checkpoint
 from torch import nn
 
-from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, session
-from llm_basics import train as training
+from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, session, update
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -224,7 +223,7 @@ def test_checkpoints_of_every_version_so_far_can_be_gone_on_with(path):
     assert checkpoint.load_checkpoint(path, lm, optimizer, restore_rng=True)["step"] == 3
     steps = [(step, make_checkpoint.batch(step)) for step in (4, 5)]
     found = [
-        training.train_step(lm, optimizer, [batch], step, settings).train_loss.item() for step, batch in steps
+        update.train_step(lm, optimizer, [batch], step, settings).train_loss.item() for step, batch in steps
     ]
     # dropout's random numbers included; the last bits are those of the machine
     assert found == pytest.approx(about["next_losses"], rel=1e-5)

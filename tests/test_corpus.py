@@ -6,7 +6,7 @@ from llm_basics import corpus
 
 
 def test_file_folder_and_glob(tmp_path):
-    for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden/d.txt", "deep/e.md"):
+    for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden/d.txt", "__pycache__/f.pyc", "deep/e.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
 
