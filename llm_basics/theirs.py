@@ -20,6 +20,9 @@ from typing import Any
 # parameters that change no result
 HARMLESS = {"progress", "n_workers"}
 
+# the modules that the file which was run last imported from beside it
+_HELPERS: list[str] = []
+
 # what a file is called that a module was loaded from, and what was in it
 _FILES: dict[str, str] = {}
 
@@ -64,8 +67,9 @@ def run(path: str | Path) -> types.ModuleType:
     # at the end, so that no file beside it stands before a library
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    for helper in _modules_beside(path):
-        del sys.modules[helper]
+    for helper in _HELPERS:
+        sys.modules.pop(helper, None)
+    before = set(sys.modules)
     writes_bytecode, sys.dont_write_bytecode = not sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
@@ -77,8 +81,13 @@ def run(path: str | Path) -> types.ModuleType:
         ) from error
     finally:
         sys.dont_write_bytecode = not writes_bytecode
-    # what it imports from beside it is its code as well
-    files = [path, *sorted(_modules_beside(path).values())]
+    # what it imports from beside it is its code as well, and read again with it
+    imported = {
+        helper: getattr(sys.modules[helper], "__file__", None) for helper in sys.modules.keys() - before
+    }
+    beside = {helper: file for helper, file in imported.items() if file and Path(file).parent == path.parent}
+    _HELPERS[:] = beside
+    files = [path, *map(Path, sorted(beside.values()))]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     _FILES[name] = f"{path.name} ({digest[:12]})"
     return module
@@ -89,17 +98,6 @@ class _Fresh(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _modules_beside(path: Path) -> dict[str, Path]:
-    """The loaded modules, but for itself, whose files are in the folder of `path`."""
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    found = {name: Path(file).resolve() for name, file in files.items() if file}
-    return {
-        name: file
-        for name, file in found.items()
-        if file.parent == path.parent and file != path and name not in ("__main__", "conftest")
-    }
 
 
 def _line_in(path: Path, traceback: types.TracebackType | None) -> int:

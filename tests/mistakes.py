@@ -316,9 +316,8 @@ def observe(probe: Probe, adapters: Any) -> Observation:
 def _is_blank(error: NotImplementedError) -> bool:
     """Whether somebody's own line raises it; torch does so too, as for a module without `forward`."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return (place.line or "").startswith("raise NotImplementedError") and "torch" not in Path(
-        place.filename
-    ).parts
+    by_torch = "torch" in Path(place.filename).parts
+    return (place.line or "").startswith("raise NotImplementedError") and not by_torch
 
 
 @contextlib.contextmanager
