@@ -137,14 +137,14 @@ def judge(task: tasks.Task, last: Measurement) -> tuple[bool, str]:
 
 
 def judge_answers(task: tasks.Task, last: Measurement) -> tuple[bool, str]:
-    """Passed where every held-out sequence is exact.
+    """Passed where every held-out sequence is exact, or as many as the task needs.
 
     To a model that sees nothing of what follows it is the same whether the answers stand there: the sequences
     that are right when it answers one by one are those that are right when the whole goes in.
     """
     n_exact = round(last.exact * task.n_held_out)
     counted = f"{n_exact} of {task.n_held_out} held-out sequences exact"
-    if n_exact == task.n_held_out:
+    if n_exact >= task.needed * task.n_held_out:
         return True, counted
     score = f"{counted}, {last.accuracy:.1%} of answers right"
     if last.leak > LEAK:
