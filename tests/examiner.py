@@ -108,10 +108,11 @@ class Examiner:
 
     def _explain(self, call: pytest.CallInfo[None], steps: list[str]) -> list[str]:
         assert call.excinfo is not None
-        if isinstance(call.excinfo.value, NotImplementedError):
+        error = call.excinfo.value
+        if isinstance(error, NotImplementedError) and mistakes.is_blank(error):
             return [f"{', '.join(steps)}: not started"]
-        said = [line for line in str(call.excinfo.value).splitlines() if line.strip()][:5]
-        lines = [f"{type(call.excinfo.value).__name__}: {said[0] if said else ''}", *said[1:]]
+        said = [line for line in str(error).splitlines() if line.strip()][:5]
+        lines = [f"{type(error).__name__}: {said[0] if said else ''}", *said[1:]]
         for step in steps:
             try:
                 verdict = self.judged(step)

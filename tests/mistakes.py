@@ -304,7 +304,7 @@ def observe(probe: Probe, adapters: Any) -> Observation:
         with time_limit(LIMIT_SECONDS), unchanged_state():
             return probe.observe(adapters)
     except NotImplementedError as error:
-        if _is_blank(error):
+        if is_blank(error):
             raise
         return {"error": f"NotImplementedError: {' '.join(str(error).split())}"}
     except TookTooLong:
@@ -313,7 +313,7 @@ def observe(probe: Probe, adapters: Any) -> Observation:
         return {"error": f"{type(error).__name__}: {wording.reason(error)}"}
 
 
-def _is_blank(error: NotImplementedError) -> bool:
+def is_blank(error: NotImplementedError) -> bool:
     """Whether somebody's own line raises it; torch does so too, as for a module without `forward`."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     by_torch = "torch" in Path(place.filename).parts

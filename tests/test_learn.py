@@ -283,6 +283,16 @@ def test_what_cannot_be_done_is_said_in_one_line(mine, capsys, arguments, messag
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_a_step_is_to_be_checked_again_when_its_code_or_a_helper_changed(mine):
+    known = progress.Progress(mine("def wide(x):\n    return x\n" + RIGHT))
+    known.note("silu", "passed")
+    mine("def wide(x):\n    return x\n# a remark\ndef gelu(x):\n    return x\n" + RIGHT)
+    assert known.is_current("silu")
+    for changed in ("def wide(x):\n    return 2 * x\n" + RIGHT, "def wide(x):\n    return x\n" + WRONG):
+        mine(changed)
+        assert not known.is_current("silu")
+
+
 def test_damaged_progress_is_refused(mine):
     Path("mine.progress.json").write_text('{"steps": 3}')
     with pytest.raises(ValueError, match="mine.progress.json is not what was written there .* delete it"):

@@ -20,7 +20,7 @@ class Progress:
         self.steps: dict[str, str] = {}
         """passed, failed or not started."""
         self.checked: dict[str, str] = {}
-        """The digest that their pieces had at that time."""
+        """The digest that the file had for them at that time."""
         self.hints: dict[str, int] = {}
         self.predicted: dict[str, bool] = {}
         if self.path.exists():
@@ -42,13 +42,13 @@ class Progress:
         return self.checked.get(step) == self.digest(step)
 
     def digest(self, step: str) -> str:
-        """A fingerprint of the step's pieces as they are in the file now."""
+        """A fingerprint of the file as it is now, but for the pieces of other steps, and for comments."""
         try:
             tree = ast.parse(self.file.read_bytes())
         except (OSError, SyntaxError, ValueError):
             return ""
-        pieces = lessons.load(step).pieces
-        found = [ast.dump(node) for node in tree.body if getattr(node, "name", None) in pieces]
+        others = {piece for name in lessons.ORDER if name != step for piece in lessons.load(name).pieces}
+        found = [ast.dump(node) for node in tree.body if getattr(node, "name", None) not in others]
         return hashlib.sha256("".join(found).encode()).hexdigest()[:12]
 
     def save(self) -> None:
