@@ -9,12 +9,13 @@ Read it in this order; a file imports only from the floors below it.
                 shards.py         token files on disk
                 data.py           token files -> batches
                 theirs.py         a file of somebody's own: which pieces it has, whether they fit
-                config.py         every option, its default and its meaning; presets in configs/
+                config.py         every option, its default and its meaning
                 device.py         where to compute, and how precisely
                 signals.py        being asked to stop
                 followers.py      who is told of a run as it goes on: the terminal, Weights & Biases
                 watch.py          what goes wrong in a step, and where it began
-    floor 1     run.py            the run directory: where a training run writes all it knows
+    floor 1     presets.py        options in YAML files; those in configs/ have names
+                run.py            the run directory: where a training run writes all it knows
                 vocabulary.py     a learned vocabulary, and its files
                 tasks.py          small tasks whose right answers are known
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
@@ -24,7 +25,7 @@ Read it in this order; a file imports only from the floors below it.
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
-    fast        fast/             twins of bpe and tokenizer in machine code, with a map of their own
+    fast        fast/             twins of pieces, made for speed, with a map of their own
     floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?

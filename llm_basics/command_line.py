@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from llm_basics import config, run
+from llm_basics import config, presets, run
 
 T = TypeVar("T")
 
@@ -33,10 +33,10 @@ def train_options(arguments: Sequence[str]) -> config.Config:
                     f"--resume must stand without {other}: the run has its options and its folder"
                 )
         if resumed is None:
-            base = config.load(_value_of("--config", arguments) or config.Config().config)
+            base = presets.load(_value_of("--config", arguments) or config.Config().config)
         else:
             folder = run.newest_folder() if resumed == "auto" else Path(resumed)
-            base = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
+            base = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
         options = parse(base, arguments, prog="python -m llm_basics.train")
         return options if resumed is None else dataclasses.replace(options, resume=str(folder))
 
@@ -63,7 +63,7 @@ def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
         )
     if unknown:
         raise ValueError(
-            config.unknown_option(unknown[0].split("=")[0], _flags(type(defaults)), "command line")
+            presets.unknown_option(unknown[0].split("=")[0], _flags(type(defaults)), "command line")
         )
     return typing.cast(T, parsed)
 

@@ -1,22 +1,10 @@
-"""Every option of a run: its name, default and meaning; presets and other YAML files."""
+"""Every option of a run: its name, default and meaning."""
 
-import contextlib
-import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import tyro
-import yaml
-
-PRESETS = Path(__file__).parent / "configs"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,9 +47,20 @@ class ModelConfig:
     """Share of activations zeroed while training."""
     init: Literal["truncated", "gpt2"] = "truncated"
     """Initial weights: normal of variance 2 / (d_in + d_out) cut at 3 std, or GPT-2's 0.02."""
+    zero_init: bool = False
+    """Start the projections that lead back to the residual stream at 0: at first no block changes it."""
+    value_embeddings: bool = False
+    """In each block, add a learned vector of the token itself to the values that attention mixes."""
+    x0_skips: bool = False
+    """Let each block mix the embedded tokens back into its input, by two learned numbers."""
+    logit_softcap: float | None = None
+    """Bend logits smoothly so that none is beyond this. None: leave them as they are."""
+    vocab_multiple: int = 1
+    """Round the rows of embeddings and output up to a multiple (64 on GPUs); no id is drawn from the rest."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
+        counts = "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff vocab_multiple"
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
@@ -84,6 +83,8 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ValueError(f"model.logit_softcap must be above 0, got {self.logit_softcap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
@@ -93,6 +94,16 @@ class ModelConfig:
     def d_head(self) -> int:
         """Features of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def d_kv(self) -> int:
+        """Features of all key or value heads of a block together."""
+        return self.d_head * (self.n_kv_heads or self.n_heads)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the embeddings and of the output projection: the vocabulary, rounded up."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def d_hidden(self) -> int:
@@ -113,12 +124,20 @@ class TrainConfig:
     """Sequences in one forward pass."""
     grad_accumulation_steps: int = 1
     """Forward passes whose gradients are averaged into one step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon steps the matrices of the blocks in orthogonal directions, and leaves the rest to adamw."""
     lr: float = 3e-4
     """Peak learning rate, reached after the warm-up."""
     min_lr: float | None = None
     """Learning rate at the end. None: a tenth of lr."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises from 0 to lr."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How lr falls: as half a cosine, or not until the last steps, and then on a line (wsd)."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd falls."""
+    momentum: float = 0.95
+    """Decay of Muon's running mean of the gradient."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -172,6 +191,10 @@ class TrainConfig:
             raise ValueError(f"train.lr must be finite, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be at least 0 and below 1, got {self.betas}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"train.momentum must be at least 0 and below 1, got {self.momentum}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"train.decay_fraction must be from 0 to 1, got {self.decay_fraction}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
@@ -179,7 +202,7 @@ class TrainConfig:
 
     @property
     def final_lr(self) -> float:
-        """Learning rate at the end of the cosine."""
+        """Learning rate at the end."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
 
@@ -255,91 +278,3 @@ class GenerateConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 0 or self.samples < 1:
             raise ValueError(f"nothing to write: got {self.max_new_tokens} tokens in {self.samples} samples")
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
-
-
-def load(name_or_path: str) -> Config:
-    """The config of a preset (`tiny`) or of a YAML file. Raises ValueError, naming the file and the key.
-
-    >>> load("gpt2-small").model.n_heads
-    12
-    """
-    return update(Config(), read_yaml(name_or_path), origin=name_or_path)
-
-
-def read_yaml(name_or_path: str) -> dict[str, Any]:
-    """The options that a preset or YAML file sets, as nested dictionaries."""
-    path = PRESETS / f"{name_or_path}.yaml"
-    if not path.exists():
-        path = Path(name_or_path)
-    if not path.is_file():
-        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise ValueError(f"--config must be a preset ({presets}) or a YAML file, got {name_or_path}")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML; {' '.join(str(error).split())}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
-    return {"config": name_or_path, **options}
-
-
-def update(config: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
-    """A copy of `config` with `options` set; nested dictionaries update nested configs.
-
-    >>> update(Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
-    2
-    """
-    hints = typing.get_type_hints(type(config))
-    values: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in hints:
-            inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
-            raise ValueError(
-                unknown_option(f"{prefix}{name}", [prefix + n for n in [*hints, *inner]], origin)
-            )
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{name} must hold options of its own, got {value!r} ({origin})")
-            values[name] = update(getattr(config, name), value, origin, f"{prefix}{name}.")
-        else:
-            values[name] = _check(value, hints[name], f"{prefix}{name}", origin)
-    return dataclasses.replace(config, **values)  # type: ignore[type-var]
-
-
-def _fields(hint: Any) -> tuple[Any, ...]:
-    return dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
-
-
-def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
-    """`value` as the type `hint`, or ValueError. YAML reads 1e-3 as text; a whole number may be a float."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            # YAML reads on and off as true and false
-            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-            if value in typing.get_args(choice):
-                return value
-        elif typing.get_origin(choice) is tuple:
-            if isinstance(value, list | tuple) and len(value) == len(typing.get_args(choice)):
-                return tuple(
-                    _check(v, h, name, origin) for v, h in zip(value, typing.get_args(choice), strict=True)
-                )
-        elif choice is float and not isinstance(value, bool):
-            with contextlib.suppress(TypeError, ValueError):
-                return float(value)
-        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
-            return value
-    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ValueError(f"{name} must be {expected}, got {value!r} ({origin})")
-
-
-def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
-    """What to say of an option that is not known: the one that was probably meant."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown option {name} ({origin}); " + (
-        f"the closest is {near[0]}" if near else "--help lists all"
-    )

@@ -31,6 +31,15 @@ def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 if `device` has instructions that multiply it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.float32
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What the last bit of a result depends on besides program and settings."""
     name = (

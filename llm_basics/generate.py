@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import checkpoint, device, run, swap
+from llm_basics import checkpoint, device, presets, run, swap
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -149,7 +149,7 @@ def load_run(
     folder: str | Path, place: torch.device | str = "cpu", which: str = "latest"
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """The model of a run directory at its checkpoint `which` (`checkpoint.find`), and its tokenizer."""
-    options = config.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
+    options = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
     model = models.TransformerLM(options.model, device=place)
     checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run.CHECKPOINTS, which), model)
     return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")

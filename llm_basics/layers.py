@@ -297,11 +297,16 @@ class MultiHeadSelfAttention(nn.Module):
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: KVCache | None = None,
+        values: Float[Tensor, "... seq d_kv"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Mix information along `seq`. With a `cache`, `x` continues the tokens that it holds."""
+        """Mix information along `seq`. With a `cache`, `x` continues the tokens that it holds.
+
+        `values` are added to those that are made from `x`.
+        """
         q = rearrange(self.q_proj(x), "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
         k = rearrange(self.k_proj(x), "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
-        v = rearrange(self.v_proj(x), "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
+        v = self.v_proj(x) if values is None else self.v_proj(x) + values
+        v = rearrange(v, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         start = cache.length if cache is not None else 0

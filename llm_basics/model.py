@@ -46,17 +46,27 @@ class TransformerBlock(nn.Module):
         self.ln2 = make_norm(shape, device, dtype)
         self.ffn = make_ffn(shape, device, dtype)
         self.dropout = layers.Dropout(shape.dropout)
+        # as in modded-nanogpt (Jordan et al. 2024)
+        self.x0_mix = (
+            nn.Parameter(torch.tensor([1.0, 0.0], device=device, dtype=dtype)) if shape.x0_skips else None
+        )
 
     def forward(
         self,
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: layers.KVCache | None = None,
+        values: Float[Tensor, "... seq d_kv"] | None = None,
+        x0: Float[Tensor, "... seq d_model"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
+        """Refine `x`, with what the config asks for: `values` of value embeddings, embedded tokens `x0`."""
+        if x0 is not None and self.x0_mix is not None:
+            x = self.x0_mix[0] * x + self.x0_mix[1] * x0
+        added = {} if values is None else {"values": values}
         if self.norm_placement == "pre":
-            x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache))
+            x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache, **added))
             return x + self.dropout(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.dropout(self.attn(x, token_positions, cache)))
+        x = self.ln1(x + self.dropout(self.attn(x, token_positions, cache, **added)))
         return self.ln2(x + self.dropout(self.ffn(x)))
 
 
@@ -76,11 +86,15 @@ class TransformerLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = shape
-        self.token_embeddings = layers.Embedding(shape.vocab_size, shape.d_model, device, dtype)
+        self.token_embeddings = layers.Embedding(shape.n_rows, shape.d_model, device, dtype)
         self.position_embeddings = (
             layers.Embedding(shape.context_length, shape.d_model, device, dtype)
             if shape.position == "learned"
             else None
+        )
+        self.value_embeddings = nn.ModuleList(
+            layers.Embedding(shape.n_rows, shape.d_kv, device, dtype)
+            for _ in range(shape.n_layers if shape.value_embeddings else 0)
         )
         # one table serves all blocks
         rope = (
@@ -93,12 +107,13 @@ class TransformerLM(nn.Module):
             TransformerBlock(shape, rope, device, dtype) for _ in range(shape.n_layers)
         )
         self.ln_final = make_norm(shape, device, dtype)
-        self.lm_head = layers.Linear(shape.d_model, shape.vocab_size, device=device, dtype=dtype)
+        self.lm_head = layers.Linear(shape.d_model, shape.n_rows, device=device, dtype=dtype)
         if shape.tie_embeddings:
             # started as an output projection: with std 1 the first loss would be far above ln V
             self.token_embeddings.weight = self.lm_head.weight
         if shape.init == "gpt2":
             init_gpt2_(self)
+        init_zero_(self)
 
     def forward(
         self,
@@ -110,6 +125,15 @@ class TransformerLM(nn.Module):
 
         Positions count from 0, or go on where `caches` (one a block, see `new_caches`) end.
         """
+        return self.logits(self.hidden_states(tokens, token_positions, caches))
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "... seq"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        caches: list[layers.KVCache] | None = None,
+    ) -> Float[Tensor, "... seq d_model"]:
+        """What the output projection is given: all of `forward` but the logits."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[-1]
         if token_positions is None:
@@ -119,10 +143,23 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(tokens)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(token_positions)
-        x = self.dropout(x)
+        x = x0 = self.dropout(x)
         for i, block in enumerate(self.layers):
-            x = block(x, token_positions, caches[i] if caches else None)
-        return self.lm_head(self.ln_final(x))
+            # a block of somebody's own need not know of what the config does not ask for
+            added = {"x0": x0} if self.config.x0_skips else {}
+            if self.config.value_embeddings:
+                added["values"] = self.value_embeddings[i](tokens)
+            x = block(x, token_positions, caches[i] if caches else None, **added)
+        return self.ln_final(x)
+
+    def logits(self, hidden: Float[Tensor, "... seq d_model"]) -> Float[Tensor, "... seq vocab"]:
+        """A score for every possible next token, from hidden states."""
+        logits = self.lm_head(hidden)
+        if self.config.n_rows > self.config.vocab_size:
+            logits = logits[..., : self.config.vocab_size]
+        if self.config.logit_softcap is None:
+            return logits
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
     def new_caches(self, batch: int) -> list[layers.KVCache]:
         """Empty key-value caches for `batch` texts, one for each block."""
@@ -193,3 +230,17 @@ def init_gpt2_(model: TransformerLM) -> None:
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.config.n_layers))
         elif parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def init_zero_(model: TransformerLM) -> None:
+    """Zeros where the config asks for them.
+
+    With `zero_init`, the projections that lead back to the residual stream: each block begins as the
+    identity, whatever the depth (as in Fixup, arXiv 1901.09321). Value embeddings begin at 0 as well: the
+    model is then the one without them (after value residual learning, arXiv 2410.17897).
+    """
+    for name, parameter in model.named_parameters():
+        is_back = name.endswith(("attn.output_proj.weight", "ffn.w2.weight"))
+        if name.startswith("value_embeddings.") or (is_back and model.config.zero_init):
+            nn.init.zeros_(parameter)

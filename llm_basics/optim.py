@@ -1,11 +1,11 @@
-"""What turns gradients into better weights: AdamW, gradient clipping and the learning-rate schedule.
+"""What turns gradients into better weights: AdamW, Muon, gradient clipping and learning-rate schedules.
 
-The rule itself is a pure function (`adamw_update`), the schedule a pure function of the step. The class
-around them keeps one state for each parameter and takes the settings of its group.
+The rules themselves are pure functions (`adamw_update`, `muon_update`), the schedules pure functions of the
+step. The classes around them keep one state for each parameter and take the settings of its group.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,27 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
         return min_lr
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd_schedule(
+    step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int, decay_steps: int
+) -> float:
+    """The learning rate at `step`: a line from 0 to `max_lr`, flat, at the end a line down to `min_lr`.
+
+    Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): what comes before the decay does not depend on how
+    long training will be.
+
+    >>> [wsd_schedule(step, 1.0, 0.5, 2, total_steps=8, decay_steps=2) for step in (0, 1, 2, 6, 7, 8, 99)]
+    [0.0, 0.5, 1.0, 1.0, 0.75, 0.5, 0.5]
+    """
+    step = max(step, 0)
+    decay_steps = min(decay_steps, total_steps - warmup_steps)
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    if step >= total_steps:
+        return min_lr
+    left = (total_steps - step) / max(decay_steps, 1)
+    return min_lr + (max_lr - min_lr) * min(left, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,7 +89,7 @@ def clip_grad_norm_(
 
 
 # --------------------------------------------------------------------------------------------------
-# The update
+# AdamW
 
 
 def adamw_update(
@@ -105,6 +126,36 @@ def adamw_update(
     return parameter, exp_avg, exp_avg_sq
 
 
+def adamw_step_(
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_update` for each of `parameters`, which have a gradient, and its state, in place."""
+    for parameter, state in zip(parameters, states, strict=True):
+        assert parameter.grad is not None, "only parameters with a gradient are stepped"
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        updated, state["exp_avg"], state["exp_avg_sq"] = adamw_update(
+            parameter,
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            lr,
+            betas,
+            eps,
+            weight_decay,
+        )
+        parameter.copy_(updated)
+
+
 class AdamW(torch.optim.Optimizer):
     """Apply `adamw_update` to every parameter that has a gradient, with the settings of its group.
 
@@ -139,27 +190,115 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._step_group(with_gradient, group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        updated, state["exp_avg"], state["exp_avg_sq"] = adamw_update(
-            parameter,
-            gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
+    def _step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        adamw_step_(parameters, states, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Muon
+
+# of the polynomial a x + b x^3 + c x^5, whose slope at 0 is as steep as it can be while repetition still
+# brings all that is between 0 and 1 near to 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(
+    matrices: Float[Tensor, "... rows cols"], steps: int = 5, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "... rows cols"]:
+    """Roughly the nearest matrices whose rows (or columns, if they are fewer) are orthonormal.
+
+    Of the singular value decomposition `U S V^T` this is `U V^T`: all directions become equally long. A step
+    of Newton and Schulz, `X <- a X + b (X X^T) X + c (X X^T)^2 X`, leaves U and V as they are and applies a
+    polynomial to S. Five of them bring singular values to between 0.7 and 1.2, which is enough here; for the
+    same reason `dtype` may be bfloat16.
+
+    >>> orthogonalize(torch.diag(torch.tensor([5.0, 0.5]))).diag().round(decimals=1)
+    tensor([0.7000, 0.7000])
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    # no singular value is above the norm
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def muon_update(
+    parameter: Float[Tensor, "... rows cols"],
+    gradient: Float[Tensor, "... rows cols"],
+    momentum_buffer: Float[Tensor, "... rows cols"],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, "... rows cols"], Float[Tensor, "... rows cols"]]:
+    """One Muon step for matrices of one shape: the new parameters and the new running means of the gradient.
+
+    The step is the running mean with the gradient mixed in once more (Nesterov), made orthogonal: rare
+    directions count as much as frequent ones (Jordan et al. 2024). Scaled by `0.2 sqrt(max(rows, cols))`, its
+    elements are as large as AdamW's usually are, so that one learning rate serves both (arXiv 2502.16982).
+
+        momentum_buffer = momentum * momentum_buffer + (1 - momentum) * gradient
+        direction = orthogonalize(momentum * momentum_buffer + (1 - momentum) * gradient)
+        parameter = (1 - lr * weight_decay) * parameter - lr * 0.2 * sqrt(max(rows, cols)) * direction
+    """
+    momentum_buffer = momentum_buffer.lerp(gradient, 1 - momentum)
+    direction = orthogonalize(momentum_buffer.lerp(gradient, 1 - momentum), dtype=dtype)
+    length = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+    return parameter * (1 - lr * weight_decay) - lr * length * direction, momentum_buffer
+
+
+class Muon(AdamW):
+    """Apply `muon_update` to the groups that have a `momentum`, `adamw_update` to the others.
+
+    Muon is for matrices between hidden states. Matrices of one shape are updated together. `dtype` is what
+    directions are computed in.
+
+    >>> matrix, gain = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.ones(2))
+    >>> groups = [{"params": [matrix], "momentum": 0.95}, {"params": [gain]}]
+    >>> optimizer = Muon(groups, lr=0.1, weight_decay=0.0)
+    >>> (3 * matrix.sum() + gain.sum()).backward()
+    >>> optimizer.step()
+    >>> gain.data
+    tensor([0.9000, 0.9000])
+    """
+
+    def __init__(self, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dtype = dtype
+
+    def _step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        if "momentum" not in group:
+            super()._step_group(parameters, group)
+            return
+        of_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            of_shape.setdefault(parameter.shape, []).append(parameter)
+        for alike in of_shape.values():
+            self._step_alike(alike, group)
+
+    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        updated, buffers = muon_update(
+            torch.stack(parameters),
+            torch.stack([p.grad for p in parameters if p.grad is not None]),
+            torch.stack([self.state[p]["momentum_buffer"] for p in parameters]),
             group["lr"],
-            group["betas"],
-            group["eps"],
+            group["momentum"],
             group["weight_decay"],
+            self.dtype,
         )
-        parameter.copy_(updated)
+        for parameter, new, buffer in zip(parameters, updated, buffers, strict=True):
+            parameter.copy_(new)
+            self.state[parameter]["momentum_buffer"].copy_(buffer)

@@ -53,13 +53,25 @@ class SaveError(Exception):
 
 
 def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and embeddings towards 0, but neither norms nor biases."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    """AdamW that decays matrices and embeddings towards 0, but neither norms nor biases.
+
+    Or Muon for the matrices of the blocks, and AdamW for the rest.
+    """
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    by_muon = {name for name, p in names.items() if name.startswith("layers.") and p.dim() == 2}
+    rest = [p for name, p in names.items() if options.optimizer == "adamw" or name not in by_muon]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return optim.AdamW(groups, options.lr, options.betas, options.eps, options.weight_decay)
+    settings = (options.lr, options.betas, options.eps, options.weight_decay)
+    if options.optimizer == "adamw":
+        return optim.AdamW(groups, *settings)
+    groups.append(
+        {"params": [names[name] for name in names if name in by_muon], "momentum": options.momentum}
+    )
+    dtype = device.product_dtype(model.lm_head.weight.device)
+    return optim.Muon(groups, *settings, dtype=dtype)
 
 
 def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:

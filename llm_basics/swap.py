@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, theirs, tokenizer
+from llm_basics import theirs
 
-# where the twins of a module are
-TWINS = {bpe: "llm_basics.fast.bpe", tokenizer: "llm_basics.fast.tokenizer"}
+# the modules that have twins: those of `bpe` are in fast/bpe.py
+WITH_TWINS = ("bpe", "tokenizer", "functional", "optim", "update")
+TWINS = {home: f"llm_basics.fast.{home}" for home in WITH_TWINS}
 
 # what somebody can write in a file of their own, by the module that calls it
 PIECES = {
@@ -37,7 +38,7 @@ PIECES = {
     "evaluate": "evaluate",
     "generate": "next_token_probabilities generate",
     "session": "make_optimizer",
-    "update": "train_step",
+    "update": "batch_loss train_step",
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 
@@ -187,7 +188,7 @@ def _current(piece: str) -> Any:
 
 def _use_twins(say: Callable[[str], None]) -> None:
     machine = importlib.import_module("llm_basics.fast.machine")
-    if not machine.used_before():
+    if "llm_basics.bpe" in sys.modules and not machine.used_before():
         say("compiling the fast tokenizer, which takes about 10 s and is done once (--fast off does without)")
     own = set(yours())
     for module, name, twin in _twins():
@@ -201,8 +202,11 @@ def _use_twins(say: Callable[[str], None]) -> None:
 
 
 def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
-    """The module, name and twin of each piece that has one."""
-    for module, path in TWINS.items():
+    """The module, name and twin of each piece that has one, in modules that are loaded."""
+    for home, path in TWINS.items():
+        if f"llm_basics.{home}" not in sys.modules:
+            continue
+        module = importlib.import_module(f"llm_basics.{home}")
         # a twin may inherit from its reference: not from what is in its place
         with contextlib.nullcontext() if path in sys.modules else the_reference_alone():
             twins = importlib.import_module(path)

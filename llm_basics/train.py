@@ -32,6 +32,7 @@ from llm_basics import (
     plot,
     run,
     session,
+    swap,
     update,
 )
 
@@ -212,7 +213,7 @@ def conclude(training: session.Session, output: run.Run, steps: int, seconds: fl
 def main(options: config.Config) -> int:
     """Train as `options` say. Returns the exit status."""
     clock = run.Stopwatch()
-    with signals.listening():
+    with signals.listening(), swap.restored():
         try:
             with command_line.exit_on_mistake(), signals.anywhere():
                 training, output = launch.start(options)

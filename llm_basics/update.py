@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llm_basics import config, device, optim, session, watch
@@ -22,6 +22,21 @@ class StepResult:
     updated: bool = True
 
 
+def learning_rate(step: int, options: config.TrainConfig) -> float:
+    """What `step`, counted from 1, is scaled by."""
+    ends = options.lr, options.final_lr, options.warmup_steps, options.steps
+    if options.schedule == "cosine":
+        return optim.cosine_schedule(step, *ends)
+    return optim.wsd_schedule(step, *ends, decay_steps=round(options.decay_fraction * options.steps))
+
+
+def batch_loss(
+    model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+) -> Float[Tensor, ""]:
+    """The mean loss over all targets."""
+    return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -35,7 +50,7 @@ def train_step(
     A step whose loss `accepts` refuses leaves the weights as they were. Raises FloatingPointError, with the
     weights unchanged, where loss or gradient is not finite.
     """
-    lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
+    lr = learning_rate(step, options)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -46,7 +61,7 @@ def train_step(
         # a batch counts by its targets: a mean of means would favor those of a smaller batch
         share = targets.numel() / n_targets
         with device.precision(inputs.device, options.dtype):
-            return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=options.z_loss) * share
+            return batch_loss(model, inputs, targets, options.z_loss) * share
 
     train_loss = torch.zeros((), device=batches[0][0].device)
     for batch in batches:

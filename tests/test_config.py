@@ -10,9 +10,9 @@ import json
 
 import pytest
 
-from llm_basics import command_line, config
+from llm_basics import command_line, config, presets
 
-PRESETS = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+PRESETS = sorted(path.stem for path in presets.PRESETS.glob("*.yaml"))
 
 
 def fields(cls, prefix=""):
@@ -56,8 +56,8 @@ def test_presets_load_and_set_only_what_differs(name):
             elif value == default:
                 yield key
 
-    assert config.load(name).config == name
-    assert list(same(config.read_yaml(name), config.Config(config=""))) == []
+    assert presets.load(name).config == name
+    assert list(same(presets.read_yaml(name), config.Config(config=""))) == []
 
 
 def test_command_line_wins_over_file_over_defaults(tmp_path):
@@ -72,16 +72,16 @@ def test_command_line_wins_over_file_over_defaults(tmp_path):
 
 
 def test_options_from_parameters_file_and_json_are_the_same(tmp_path):
-    written = config.load("gpt2-nano")
+    written = presets.load("gpt2-nano")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dataclasses.asdict(written)))
-    assert config.update(config.Config(), json.loads(path.read_text()), "here") == written
+    assert presets.update(config.Config(), json.loads(path.read_text()), "here") == written
     made = config.Config(model=config.ModelConfig(n_layers=3))
-    assert config.update(config.Config(), {"model": {"n_layers": 3}}, "here") == made
+    assert presets.update(config.Config(), {"model": {"n_layers": 3}}, "here") == made
 
 
 def test_without_options_the_tiny_preset_is_trained():
-    assert command_line.train_options([]) == config.load("tiny")
+    assert command_line.train_options([]) == presets.load("tiny")
 
 
 @pytest.mark.parametrize("spelling", ["--model.n_layers", "--model.n-layers"])
@@ -173,7 +173,7 @@ def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "old"
     folder.mkdir(parents=True)
-    options = dataclasses.replace(config.load("gpt2-nano"), data="book.txt")
+    options = dataclasses.replace(presets.load("gpt2-nano"), data="book.txt")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step_00000001.safetensors").touch()

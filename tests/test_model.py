@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, layers, model
+from llm_basics import config, layers, model, presets
 from llm_basics import functional as F
 
 VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, SEQ = 23, 16, 12, 2, 3, 20, 7
@@ -38,7 +38,7 @@ GPT2 = config.ModelConfig(
     init="gpt2",
 )
 FAMILIES = pytest.mark.parametrize("settings", [LLAMA, GPT2], ids=["llama", "gpt2"])
-PRESETS = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+PRESETS = sorted(path.stem for path in presets.PRESETS.glob("*.yaml"))
 
 
 def weights_of_block(randn, prefix=""):
@@ -415,7 +415,7 @@ def test_initial_weights_of_llama(tie):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_load_and_build(preset):
-    settings = config.load(preset).model
+    settings = presets.load(preset).model
     lm = model.TransformerLM(settings, device="meta")
     logits = lm(torch.zeros(1, settings.context_length, dtype=torch.long, device="meta"))
     assert logits.shape == (1, settings.context_length, settings.vocab_size)
@@ -430,7 +430,7 @@ def test_presets_load_and_build(preset):
     ],
 )
 def test_parameters_are_counted_exactly(preset, n_parameters):
-    assert model.TransformerLM(config.load(preset).model, device="meta").n_parameters() == n_parameters
+    assert model.TransformerLM(presets.load(preset).model, device="meta").n_parameters() == n_parameters
 
 
 @FAMILIES

@@ -12,9 +12,14 @@ import regex
 import torch
 
 import llm_basics
-from llm_basics import bpe, config, model, prepare, session, swap, tokenizer, update
+from llm_basics import bpe, config, model, prepare, presets, session, swap, tokenizer, update
 from llm_basics import functional as F
 from llm_basics.fast import machine
+
+FUNCTIONS = [
+    *("linear", "embedding", "gelu", "silu", "relu2", "rms_norm", "layer_norm"),
+    *("apply_rope", "scaled_dot_product_attention", "cross_entropy"),
+]
 
 
 def test_twins_have_the_signature_of_their_reference():
@@ -29,6 +34,8 @@ def test_twins_have_the_signature_of_their_reference():
 
 def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
+    names |= {f"functional.{name}" for name in FUNCTIONS}
+    names |= {"optim.adamw_step_", "optim.clip_grad_norm_", "update.batch_loss"}
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
 
@@ -86,8 +93,8 @@ def test_prepared_with_and_without_twins_is_the_same_to_the_byte(tmp_path):
 
 
 def test_yaml_may_say_on_and_off():
-    assert config.update(config.Config(), {"fast": False}, "a test").fast == "off"
-    assert config.update(config.Config(), {"fast": True}, "a test").fast == "on"
+    assert presets.update(config.Config(), {"fast": False}, "a test").fast == "off"
+    assert presets.update(config.Config(), {"fast": True}, "a test").fast == "on"
 
 
 def test_machine_code_is_made_again_when_any_source_changes(tmp_path):

@@ -22,6 +22,7 @@ from llm_basics import (
     generate,
     model,
     prepare,
+    presets,
     run,
     session,
     shards,
@@ -192,7 +193,7 @@ def test_optimizer_defaults_and_groups(lm):
 
 
 def test_biases_do_not_decay():
-    gpt2 = model.TransformerLM(dataclasses.replace(config.load("gpt2-nano").model, n_layers=1))
+    gpt2 = model.TransformerLM(dataclasses.replace(presets.load("gpt2-nano").model, n_layers=1))
     optimizer = session.make_optimizer(gpt2, config.TrainConfig())
     decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert sorted(decay_of) == sorted(id(p) for p in gpt2.parameters())

@@ -1,0 +1,204 @@
+"""The pieces of `functional` through torch's own fused kernels.
+
+A kernel that does in one pass what the reference does in six reads and writes each tensor once, and keeps
+less for the backward pass. Whole matrices of attention scores, say, are never written at all.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as tF
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_basics import functional as reference
+
+# --------------------------------------------------------------------------------------------------
+# Lookup and projection
+
+
+@functools.cache
+def has_wide_products() -> bool:
+    """Whether oneDNN multiplies float32 matrices with AVX-512 here.
+
+    torch leaves them to MKL, which on processors of other makers than its own uses half of their width: on
+    an EPYC of 2024 it reached 100 GFLOP/s on one core, oneDNN 230.
+    """
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _product(
+    x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
+) -> Float[Tensor, "... d_out"]:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _WideLinear(torch.autograd.Function):
+    """`x W^T + b` by oneDNN; the gradients are two more products of that form."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(dy, weight.T, None) if needs_x else None,
+            _product(rows.T, x.flatten(0, -2).T, None) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+def linear(
+    x: Float[Tensor, "... d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "... d_out"]:
+    """`functional.linear`, by oneDNN where that is faster."""
+    if (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() > 1
+        and x.numel() > 0
+        and has_wide_products()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        return _WideLinear.apply(x, weight, bias)
+    return tF.linear(x, weight, bias)
+
+
+def embedding(
+    token_ids: Int[Tensor, "..."], weight: Float[Tensor, "vocab d_model"]
+) -> Float[Tensor, "... d_model"]:
+    """`functional.embedding`."""
+    return tF.embedding(token_ids, weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Activations
+
+
+def gelu(x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
+    """`functional.gelu` in one pass."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    return tF.gelu(x, approximate=approximate)
+
+
+def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`functional.silu` in one pass."""
+    return tF.silu(x)
+
+
+def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`functional.relu2`; the derivative of a product is cheaper than that of a power."""
+    rectified = tF.relu(x)
+    return rectified * rectified
+
+
+# --------------------------------------------------------------------------------------------------
+# Normalization
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`x / sqrt(mean(x^2) + eps) * weight`, which keeps `x` alone of its size for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        normalized = x * scale
+        dweight = (dy * normalized).flatten(0, -2).sum(0)
+        dy = dy * weight
+        # the part of the gradient along x changes its length, which is divided out again
+        along = (dy * normalized).mean(-1, keepdim=True)
+        return dy.sub_(normalized.mul_(along)).mul_(scale), dweight, None
+
+
+def rms_norm(
+    x: Float[Tensor, "... d_model"], weight: Float[Tensor, " d_model"], eps: float = 1e-5
+) -> Float[Tensor, "... d_model"]:
+    """`functional.rms_norm` with its gradient by hand."""
+    if x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, eps)
+    return tF.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+
+
+def layer_norm(
+    x: Float[Tensor, "... d_model"],
+    weight: Float[Tensor, " d_model"],
+    bias: Float[Tensor, " d_model"] | None = None,
+    eps: float = 1e-5,
+) -> Float[Tensor, "... d_model"]:
+    """`functional.layer_norm` in one pass."""
+    return tF.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Positions and attention
+
+
+def apply_rope(
+    x: Float[Tensor, "... seq d_head"],
+    cos: Float[Tensor, "... seq half"],
+    sin: Float[Tensor, "... seq half"],
+) -> Float[Tensor, "... seq d_head"]:
+    """`functional.apply_rope`: a pair is a complex number, and to turn it is one product."""
+    wide = reference.widen(x)
+    pairs = wide.unflatten(-1, (-1, 2))
+    # the two numbers must be neighbors in memory, at an even place
+    if pairs.stride(-1) != 1 or any(stride % 2 for stride in (*pairs.stride()[:-1], pairs.storage_offset())):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    turns = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
+
+
+def scaled_dot_product_attention(
+    query: Float[Tensor, "... queries d_k"],
+    key: Float[Tensor, "... keys d_k"],
+    value: Float[Tensor, "... keys d_v"],
+    mask: Bool[Tensor, "... queries keys"] | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "... queries d_v"]:
+    """`functional.scaled_dot_product_attention` by torch's fused kernels, which never write the scores."""
+    if is_causal and mask is not None:
+        raise ValueError("give attention either a mask or is_causal=True, got both; combine them in the mask")
+    return tF.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
+
+
+# --------------------------------------------------------------------------------------------------
+# The objective
+
+
+def cross_entropy(
+    logits: Float[Tensor, "... vocab"],
+    targets: Int[Tensor, "..."],
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
+    """`functional.cross_entropy` in two passes."""
+    wide, flat = reference.widen(logits).reshape(-1, logits.shape[-1]), targets.flatten().long()
+    counted = flat != ignore_index
+    losses = tF.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="none")
+    if z_loss:
+        losses = losses + z_loss * wide.logsumexp(-1).square() * counted
+    if reduction == "none":
+        return losses.view(targets.shape).to(logits.dtype)
+    if reduction == "sum":
+        return losses.sum().to(logits.dtype)
+    if reduction == "mean":
+        return (losses.sum() / counted.sum().clamp(min=1)).to(logits.dtype)
+    raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")

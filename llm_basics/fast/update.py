@@ -1,0 +1,58 @@
+"""The pieces of `update`: a loss that never holds the logits of a whole batch.
+
+They are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
+state has. So the end of the model runs forward and backward for a few rows at a time, and what is kept is
+the gradient of the hidden states alone.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm_basics import functional as F
+from llm_basics import model as models
+
+# logits that exist at a time
+MOST_LOGITS = 1 << 22
+
+
+class _LossInPieces(torch.autograd.Function):
+    """The mean loss of `model.logits(hidden)`, and its gradients, computed on the way forward."""
+
+    @staticmethod
+    def forward(ctx, model, hidden, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
+        rows, answers = hidden.flatten(0, -2), targets.flatten()
+        n_rows = max(1, MOST_LOGITS // model.config.n_rows)
+        dhidden = torch.empty_like(rows)
+        dparameters = [torch.zeros_like(parameter) for parameter in parameters]
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(rows), n_rows):
+            piece = slice(start, start + n_rows)
+            with torch.enable_grad():
+                part = rows[piece].detach().requires_grad_()
+                logits = F.widen(model.logits(part))
+                loss = F.cross_entropy(logits, answers[piece], z_loss=z_loss, reduction="sum")
+            dpart, *more = torch.autograd.grad(loss, [part, *parameters])
+            dhidden[piece] = dpart
+            torch._foreach_add_(dparameters, more)
+            total += loss.detach()
+        ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
+        ctx.n_targets = len(answers)
+        return total / len(answers)
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        dhidden, *dparameters = [gradient * (dloss / ctx.n_targets) for gradient in ctx.gradients]
+        return None, dhidden, None, None, *dparameters
+
+
+def batch_loss(
+    model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+) -> Float[Tensor, ""]:
+    """`update.batch_loss`, a piece of the batch at a time if its logits are many."""
+    # a model of somebody else's need not be made of hidden states and logits
+    if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
+        if targets.numel() * model.config.n_rows > MOST_LOGITS:
+            hidden = model.hidden_states(inputs)
+            return _LossInPieces.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
+    return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)

@@ -1,0 +1,102 @@
+"""Options in files: presets and YAML files of one's own, laid over the defaults of `config`."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from llm_basics import config
+
+PRESETS = Path(__file__).parent / "configs"
+
+T = TypeVar("T")
+
+
+def load(name_or_path: str) -> config.Config:
+    """The config of a preset (`tiny`) or of a YAML file. Raises ValueError, naming the file and the key.
+
+    >>> load("gpt2-small").model.n_heads
+    12
+    """
+    return update(config.Config(), read_yaml(name_or_path), origin=name_or_path)
+
+
+def read_yaml(name_or_path: str) -> dict[str, Any]:
+    """The options that a preset or YAML file sets, as nested dictionaries."""
+    path = PRESETS / f"{name_or_path}.yaml"
+    if not path.exists():
+        path = Path(name_or_path)
+    if not path.is_file():
+        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise ValueError(f"--config must be a preset ({presets}) or a YAML file, got {name_or_path}")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML; {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
+    return {"config": name_or_path, **options}
+
+
+def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
+    """A copy of `base` with `options` set; nested dictionaries update nested configs.
+
+    >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
+    2
+    """
+    hints = typing.get_type_hints(type(base))
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in hints:
+            inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
+            raise ValueError(
+                unknown_option(f"{prefix}{name}", [prefix + n for n in [*hints, *inner]], origin)
+            )
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{name} must hold options of its own, got {value!r} ({origin})")
+            values[name] = update(getattr(base, name), value, origin, f"{prefix}{name}.")
+        else:
+            values[name] = _check(value, hints[name], f"{prefix}{name}", origin)
+    return dataclasses.replace(base, **values)  # type: ignore[type-var]
+
+
+def _fields(hint: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+
+
+def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
+    """`value` as the type `hint`, or ValueError. YAML reads 1e-3 as text; a whole number may be a float."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            # YAML reads on and off as true and false
+            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+            if value in typing.get_args(choice):
+                return value
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, list | tuple) and len(value) == len(typing.get_args(choice)):
+                return tuple(
+                    _check(v, h, name, origin) for v, h in zip(value, typing.get_args(choice), strict=True)
+                )
+        elif choice is float and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return value
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{name} must be {expected}, got {value!r} ({origin})")
+
+
+def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
+    """What to say of an option that is not known: the one that was probably meant."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown option {name} ({origin}); " + (
+        f"the closest is {near[0]}" if near else "--help lists all"
+    )
