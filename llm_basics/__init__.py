@@ -35,8 +35,8 @@ Read it in this order; a file imports only from the floors below it.
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
     floor 7     update.py         one step of training
-                launch.py         from options to a run that can take its first step
-    floor 8     train.py          all of it together
+    floor 8     launch.py         from options to a run that can take its first step
+    floor 9     train.py          all of it together
                 probe.py          can this stack of pieces learn? tasks with known answers
     learn       learn/            write the pieces yourself, with a map of its own
 """

@@ -154,8 +154,8 @@ class TrainConfig:
     """cuda, mps or cpu; auto takes the first of these that is there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32. Weights stay float32."""
-    compile: bool = False
-    """Compile the model with torch.compile: a wait at the start, then faster steps."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model with torch.compile, which takes a while before the first step; auto: on CUDA."""
     log_every: int = 10
     """Steps between lines of training loss."""
     eval_every: int = 250

@@ -89,15 +89,17 @@ class Batches:
 
     def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """The batch whose first window is number `first` since the beginning of training."""
-        return _to_batch([self._window(i) for i in range(first, first + self.batch_size)], self.device)
+        places = [self.place(number) for number in range(first, first + self.batch_size)]
+        windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in places]
+        return _to_batch(windows, self.device)
 
-    def _window(self, number: int) -> np.ndarray:
-        """Window `number` since the beginning of training, with the target of its last token."""
+    def place(self, number: int) -> tuple[int, int]:
+        """The shard of window `number` since the beginning of training, and where in it the window starts."""
         epoch, place = divmod(number, self.windows_per_epoch)
         offsets, order = self._order(epoch)
         shard = int(np.searchsorted(self._first, order[place], side="right")) - 1
         start = offsets[shard] + (order[place] - self._first[shard]) * self.context_length
-        return self.shards[shard][start : start + self.context_length + 1]
+        return shard, int(start)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The offset of each shard, and the order of all windows, in `epoch`."""

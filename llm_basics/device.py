@@ -1,11 +1,18 @@
 """Where to compute, and how precisely."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+# from glibc's malloc.h: what is larger is asked of the system; what is free above is given back to it
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 
 def choose(name: str) -> torch.device:
@@ -61,6 +68,34 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def keep_memory() -> None:
+    """Let this program keep the memory that tensors give back, where glibc would return it to the system.
+
+    Each step takes and frees the same megabytes. What comes from the system must be mapped and filled with
+    zeros again: GELU and its gradient took half the time without that (768 x 512 numbers, 2 cores).
+    """
+    if sys.platform.startswith("linux"):
+        # other C libraries of Linux have no such function
+        with contextlib.suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(MMAP_THRESHOLD, 1 << 30)
+            mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+@contextlib.contextmanager
+def garbage_set_aside() -> Iterator[None]:
+    """Inside, the garbage collector passes over all that there is now: a model, its optimizer, the modules.
+
+    A full collection looks through every object of the program, and may come between any two steps.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import itertools
 import shutil
 from pathlib import Path
 
-from llm_basics import checkpoint, config, device, followers, memory, prepare, run, session, swap
+from llm_basics import checkpoint, config, device, followers, memory, prepare, run, session, swap, update
 
 # what stands in the place of the estimate
 UNKNOWN = "memory    not estimated: your pieces need numbers, where the estimate has shapes alone"
@@ -44,6 +44,8 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
     except OSError as error:
         raise session.SaveError(f"the run {folder} could not be written ({error.strerror})") from None
     try:
+        if training.is_compiled:
+            compile_or_say_why_not(training)
         if options.resume is not None:
             go_on(training, output)
         output.followers.append(followers.Terminal(options.train.steps, training.step))
@@ -65,6 +67,24 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
         output.close()
         raise
     return training, output
+
+
+def compile_or_say_why_not(training: session.Session) -> None:
+    """Make the machine code that steps need; where that fails, go on without, and say so."""
+    train = training.options.train
+    state = device.random_state(training.device)
+    followers.tell("compiling the model, for a minute at most as a rule (--train.compile off does without)")
+    try:
+        inputs, targets = training.next_batches()[0]
+        with device.precision(inputs.device, train.dtype):
+            update.batch_loss(training.model, inputs, targets, train.z_loss).backward()
+    except Exception as error:
+        # a compiler that is not there, or one of the many that it calls
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        followers.tell(f"warning: the model could not be compiled ({reason}); training goes on without")
+        training.uncompile()
+    training.optimizer.zero_grad(set_to_none=True)
+    device.set_random_state(state, training.device)
 
 
 def go_on(training: session.Session, output: run.Run) -> None:

@@ -1,11 +1,12 @@
 """A training run as it stands: what `train.fit` works on, and what a checkpoint holds of it."""
 
+import contextlib
 import dataclasses
 import math
 import random
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,9 +121,11 @@ class Session:
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
         check_parameters(self.model, model)
-        # the same weights under the same names; evaluation and samples, of other shapes, do without
-        compiled = torch.compile(self.model) if train.compile else self.model
-        self.trained = cast(nn.Module, compiled)
+        self.is_compiled = train.compile == "on" or (train.compile == "auto" and self.device.type == "cuda")
+        if self.is_compiled:
+            # of a model of somebody's own only the whole is known
+            part = "forward" if "model.TransformerLM" in swap.yours() else "hidden_states"
+            vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False)
         self.optimizer = make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
@@ -136,6 +139,16 @@ class Session:
         # step and validation loss of the last checkpoint
         self.saved: tuple[int, float | None] | None = None
         self.spikes = watch.SpikeDetector()
+
+    def uncompile(self) -> None:
+        """Run the model as it is written."""
+        for part in ("forward", "hidden_states"):
+            vars(self.model).pop(part, None)
+        self.is_compiled = False
+
+    def _as_written(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no compiled code runs, which is for batches of one shape."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
     def next_batches(self) -> list[Batch]:
         """The batches whose gradients make up the next step."""
@@ -166,7 +179,7 @@ class Session:
         """Loss and its relatives on the held-out text. A request to stop is answered between batches."""
         train, length = self.options.train, self.options.model.context_length
         batches = data.sequential_batches(self.held_out, train.batch_size, length, max_batches, self.device)
-        with device.precision(self.device, train.dtype):
+        with device.precision(self.device, train.dtype), self._as_written():
             return evaluate.evaluate(self.model, signals.polled(batches), self.token_bytes)
 
     def sample(self) -> tuple[str, str]:
@@ -178,7 +191,8 @@ class Session:
         pieces = generate.complete(
             self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
         )
-        return prompt, "".join(signals.polled(pieces))
+        with self._as_written():
+            return prompt, "".join(signals.polled(pieces))
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -242,7 +256,7 @@ class Session:
         self.spikes.load(about["spikes"])
         settings = _differences(_flat(now), _flat(then))
         settings = [line for line in settings if line.split(" ")[0] not in HARMLESS]
-        if self.options.train.compile and not self.options.deterministic and torch.get_num_threads() > 1:
+        if self.is_compiled and not self.options.deterministic and torch.get_num_threads() > 1:
             settings.append(
                 "each run: compiled code on several threads adds up in any order (see --deterministic)"
             )

@@ -22,7 +22,7 @@ from typing import Any
 from llm_basics import theirs
 
 # the modules that have twins: those of `bpe` are in fast/bpe.py
-WITH_TWINS = ("bpe", "tokenizer", "functional", "optim", "update")
+WITH_TWINS = ("bpe", "tokenizer", "data", "functional", "optim", "update")
 TWINS = {home: f"llm_basics.fast.{home}" for home in WITH_TWINS}
 
 # what somebody can write in a file of their own, by the module that calls it
@@ -38,7 +38,7 @@ PIECES = {
     "evaluate": "evaluate",
     "generate": "next_token_probabilities generate",
     "session": "make_optimizer",
-    "update": "batch_loss train_step",
+    "update": "train_step",
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 
@@ -63,8 +63,8 @@ def use(
         raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
     for piece, own in _load(what, say, prepare).items():
         put(piece, own)
-    for piece, origin in origins().items():
-        if origin in TWINS.values() and set(yours()) & _needs(piece):
+    for piece in twins():
+        if set(yours()) & _needs(piece):
             put(piece, reference(piece))
 
 
@@ -147,12 +147,17 @@ def using(what: str | Path, say: Callable[[str], None] = print) -> Iterator[None
 
 def origins() -> dict[str, str]:
     """For each piece in modules that are loaded, the module or the file whose version is in use."""
+    pieces = [f"{home}.{name}" for home, names in PIECES.items() for name in names.split()]
     return {
-        f"{home}.{name}": theirs.origin(_current(f"{home}.{name}"))
-        for home, names in PIECES.items()
-        if f"llm_basics.{home}" in sys.modules
-        for name in names.split()
+        piece: theirs.origin(_current(piece))
+        for piece in dict.fromkeys([*pieces, *_REFERENCE])
+        if f"llm_basics.{piece.split('.')[0]}" in sys.modules
     }
+
+
+def twins() -> list[str]:
+    """The pieces that a fast twin stands for."""
+    return [piece for piece, origin in origins().items() if origin in TWINS.values()]
 
 
 def yours() -> dict[str, str]:
@@ -161,11 +166,13 @@ def yours() -> dict[str, str]:
 
 
 def explain() -> str:
-    """Whose pieces are in use, as a line: those of files by name."""
+    """Whose pieces are in use, as a line: those of files by name, fast twins by their number."""
     files: dict[str, list[str]] = {}
     for piece, origin in yours().items():
         files.setdefault(origin, []).append(piece.split(".")[1])
     told = [f"{', '.join(names)} from {origin}" for origin, names in files.items()]
+    if n_twins := len(twins()):
+        told.append(f"{n_twins} fast twins (--fast off does without)")
     return "; ".join([*told, "the others are the reference's"]) if told else "all are the reference's"
 
 

@@ -71,7 +71,7 @@ def fit(training: session.Session, output: run.Run) -> None:
             random_state = device.random_state(training.device)
             try:
                 result = update.train_step(
-                    training.trained, training.optimizer, batches, step, options, _judge(training, output)
+                    training.model, training.optimizer, batches, step, options, _judge(training, output)
                 )
                 skipped = 0
             except FloatingPointError as error:
@@ -224,9 +224,11 @@ def main(options: config.Config) -> int:
             print(f"error: {error}", file=sys.stderr)
             return NOT_SAVED
         first_step = training.step
+        device.keep_memory()
         try:
             launch.introduce(training, output)
-            fit(training, output)
+            with device.garbage_set_aside():
+                fit(training, output)
             conclude(training, output, training.step - first_step, clock.total())
             return 0 if training.is_saved else NOT_SAVED
         except signals.Stopped as stop:

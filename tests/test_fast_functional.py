@@ -4,11 +4,14 @@ Run alone: uv run pytest tests/test_fast_functional.py
 """
 
 import dataclasses
+import functools
 
+import numpy as np
 import pytest
 import torch
 
-from llm_basics import config, functional, model, optim, swap, update
+from llm_basics import config, data, functional, model, optim, swap, update
+from llm_basics.fast import data as fast_data
 from llm_basics.fast import functional as fast
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import update as fast_update
@@ -241,3 +244,32 @@ def test_a_model_of_somebody_else_is_asked_for_its_logits():
 
     loss = fast_update.batch_loss(Other(), torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), 0.0)
     torch.testing.assert_close(loss, torch.tensor(float(1 << 21)).log())
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("way", ["resident", "ahead"])
+def test_batches_are_those_of_the_reference(way, dtype):
+    shards = [(np.arange(n) * 7 % min(60_000, np.iinfo(dtype).max)).astype(dtype) for n in (9_001, 5, 70, 40)]
+    expected = data.Batches(shards, batch_size=4, context_length=8, seed=3)
+    found = fast_data.Batches(shards, batch_size=4, context_length=8, seed=3)
+    if way == "resident":
+        found._keep_resident()
+    else:
+        found.on_gpu = True
+        found._make = functools.partial(_unpinned, found)
+    # into the second epoch, then back, as after a resume
+    for first in [*range(0, 2 * expected.windows_per_epoch, 4), 12, 16, 3, 7]:
+        for one, other in zip(found.starting_at(first), expected.starting_at(first), strict=True):
+            assert one.dtype == other.dtype == torch.int64 and torch.equal(one, other), first
+
+
+def _unpinned(batches: fast_data.Batches, first: int) -> torch.Tensor:
+    batches.on_gpu = False
+    try:
+        return fast_data.Batches._make(batches, first)
+    finally:
+        batches.on_gpu = True

@@ -249,7 +249,7 @@ def test_resumed_once_twice_or_five_times_is_the_same_to_the_last_bit(
 
 @pytest.mark.slow
 def test_compiled_is_resumed_to_the_last_bit_too(trainers, tmp_path):
-    settings = {"train.compile": True, "train.eval_every": 100, "train.checkpoint_every": 100}
+    settings = {"train.compile": "on", "train.eval_every": 100, "train.checkpoint_every": 100}
     assert trainers.train(tmp_path / "whole", settings) == 0, trainers.said
     assert {"model", "optimizer", "rng"} == {
         name.split(".")[0] for name in checkpoint.read_checkpoint(run.checkpoints(tmp_path / "whole")[0])[0]
@@ -560,7 +560,7 @@ def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
         try:
-            arguments = ["--resume", str(options.run_dir), "--train.compile", flag]
+            arguments = ["--resume", str(options.run_dir), "--train.compile", "on", flag]
             train.launch.start(command_line.train_options(arguments))[1].close()
         finally:
             torch.use_deterministic_algorithms(False)

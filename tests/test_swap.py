@@ -35,7 +35,7 @@ def test_twins_have_the_signature_of_their_reference():
 def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
-    names |= {"optim.adamw_step_", "optim.clip_grad_norm_", "update.batch_loss"}
+    names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "update.batch_loss"}
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
 

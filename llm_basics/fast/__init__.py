@@ -10,7 +10,7 @@ They read from the bottom up as well; a file imports only from lines above it, a
                 encoding.py       from bytes to ids: scan, look up, merge what is new
     floor 5     bpe.py            bpe.train_bpe and what it is made of
                 tokenizer.py      tokenizer.Tokenizer
-
+                data.py           batches for a GPU that does not wait for them
                 functional.py     the mathematics through torch's fused kernels
                 optim.py          the optimizer, all parameters at once
                 update.py         a loss that never holds the logits of a whole batch
