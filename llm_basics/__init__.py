@@ -24,7 +24,7 @@ Read it in this order; a file imports only from the floors below it.
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
-    fast        fast/             twins of bpe and tokenizer in machine code, with a map of their own
+    fast        fast/             twins of bpe, tokenizer and generate, with a map of their own
     floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?

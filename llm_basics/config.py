@@ -243,6 +243,8 @@ class GenerateConfig:
     """How many texts to write, with seeds counting up."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first of these that is there."""
+    fast: Literal["on", "off"] = "on"
+    """Use the fast twins of the pieces where there are some; off: the readable reference alone."""
     mine: str | None = None
     """A Python file with pieces of your own, which are used in the place of the reference's."""
 

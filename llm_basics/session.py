@@ -1,6 +1,8 @@
 """A training run as it stands: what `train.fit` works on, and what a checkpoint holds of it."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import random
 import shutil
@@ -19,6 +21,7 @@ from llm_basics import (
     data,
     device,
     evaluate,
+    followers,
     generate,
     optim,
     prepare,
@@ -46,6 +49,10 @@ REST_BYTES = 32_000
 
 # what a checkpoint of a training run says of it
 KEPT = {"config", "data", "environment", "windows", "looked", "val_loss", "best_loss", "spikes"}
+
+
+# for what is true of every sample
+tell_once = functools.cache(followers.tell)
 
 
 class SaveError(Exception):
@@ -163,10 +170,11 @@ class Session:
         prompt = train.sample_prompt
         if prompt is None:
             prompt = opening_line(self.tokenizer.decode(self.held_out[:5000].tolist()))
-        pieces = generate.complete(
-            self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
-        )
-        return prompt, "".join(signals.polled(pieces))
+        with swap.using("fast", tell_once) if self.options.fast == "on" else contextlib.nullcontext():
+            pieces = generate.complete(
+                self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
+            )
+            return prompt, "".join(signals.polled(pieces))
 
     # -- checkpoints ------------------------------------------------------------------------------
 

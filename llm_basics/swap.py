@@ -22,7 +22,12 @@ from typing import Any
 from llm_basics import bpe, theirs, tokenizer
 
 # where the twins of a module are
-TWINS = {bpe: "llm_basics.fast.bpe", tokenizer: "llm_basics.fast.tokenizer"}
+TWINS = {
+    bpe.__name__: "llm_basics.fast.bpe",
+    tokenizer.__name__: "llm_basics.fast.tokenizer",
+    # above this file, and known if the program uses it
+    "llm_basics.generate": "llm_basics.fast.generate",
+}
 
 # what somebody can write in a file of their own, by the module that calls it
 PIECES = {
@@ -172,8 +177,12 @@ def _modules(home: str) -> list[types.ModuleType]:
     """The module of that name; and the program that runs, if it is that one under the name `__main__`."""
     path = f"llm_basics.{home}"
     main = sys.modules["__main__"]
-    runs_as_main = getattr(getattr(main, "__spec__", None), "name", None) == path
-    return [importlib.import_module(path), *([main] if runs_as_main else [])]
+    return [importlib.import_module(path), *([main] if _name_of_main() == path else [])]
+
+
+def _name_of_main() -> str:
+    """What the program that runs is called as a module: `llm_basics.train`."""
+    return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
 
 
 def _current(piece: str) -> Any:
@@ -201,8 +210,11 @@ def _use_twins(say: Callable[[str], None]) -> None:
 
 
 def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
-    """The module, name and twin of each piece that has one."""
-    for module, path in TWINS.items():
+    """The module, name and twin of each piece that has one, of modules that are loaded."""
+    for name_of_reference, path in TWINS.items():
+        if name_of_reference not in {*sys.modules, _name_of_main()}:
+            continue
+        module = importlib.import_module(name_of_reference)
         # a twin may inherit from its reference: not from what is in its place
         with contextlib.nullcontext() if path in sys.modules else the_reference_alone():
             twins = importlib.import_module(path)

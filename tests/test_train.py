@@ -25,6 +25,7 @@ from llm_basics import (
     run,
     session,
     shards,
+    swap,
     train,
     update,
 )
@@ -296,6 +297,34 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
     restored, tokenizer = generate.load_run(folder)
     assert restored.config == SHAPE and tokenizer.vocab_size == 257
+
+
+@pytest.mark.parametrize("fast", ["on", "off"])
+def test_samples_are_written_by_the_twin_unless_it_is_off(options, fast, monkeypatch):
+    training = session.Session(dataclasses.replace(options, fast=fast), prepare.prepare(options))
+    homes = []
+    write = generate.complete
+
+    def complete(*args, **settings):
+        homes.append(generate.generate.__module__)
+        return write(*args, **settings)
+
+    monkeypatch.setattr(generate, "complete", complete)
+    training.sample()
+    assert homes == ["llm_basics.fast.generate" if fast == "on" else "llm_basics.generate"]
+    assert generate.generate.__module__ == "llm_basics.generate"
+
+
+def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
+    assert train.main(options) == 0
+    capsys.readouterr()
+    texts = {}
+    for fast in ("on", "off"):
+        asked = config.GenerateConfig(options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu")
+        with swap.restored():
+            assert generate.main(asked) == 0
+        texts[fast] = capsys.readouterr().out
+    assert texts["on"] == texts["off"] and texts["on"].count("3 times ") == 2
 
 
 def test_logged_losses_are_the_computed_ones(options):
