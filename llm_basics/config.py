@@ -216,8 +216,8 @@ class Config:
     """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """What to do with bytes that are not UTF-8: stop and say where, or replace them by U+FFFD."""
-    fast: Literal["on", "off"] = "on"
-    """Use the fast twins of the pieces where there are some; off: the readable reference alone."""
+    fast: Literal["on", "off", "triton"] = "on"
+    """Use the fast twins of pieces; off: the readable reference alone; triton: our own GPU kernels too."""
     val_fraction: float = 0.1
     """Share of the documents held out for validation; of a single document, its end."""
     tokenizer: str = "bpe"
@@ -266,6 +266,8 @@ class GenerateConfig:
     """How many texts to write, with seeds counting up."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first of these that is there."""
+    fast: Literal["on", "off"] = "on"
+    """Use the fast twins of the pieces where there are some; off: the readable reference alone."""
     mine: str | None = None
     """A Python file with pieces of your own, which are used in the place of the reference's."""
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     OPTIONS = command_line.generate_options(sys.argv[1:])
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -105,6 +105,60 @@ def generate(
         model.train(was_training)
 
 
+@torch.no_grad()
+def generate_batch(
+    model: models.TransformerLM,
+    prompts: Sequence[Int[Tensor, " _"]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_id: int | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> list[list[int]]:
+    """Continue several texts at once: for each what `generate` gives, drawn with its own generator.
+
+    From the end of the shortest prompt on, all texts go one token a step: a longer prompt goes on with its
+    own. So they are equally long at every step, and need neither padding nor a mask. Who is done leaves.
+    Best for prompts of similar lengths: what the longest has more than the shortest is read singly.
+    """
+    if not all(prompt.numel() for prompt in prompts):
+        raise ValueError("each prompt must have at least one token, got one with none")
+    texts = [prompt.tolist() for prompt in prompts]
+
+    def is_over(i: int) -> bool:
+        n_new = len(texts[i]) - len(prompts[i])
+        return n_new == max_new_tokens or (n_new > 0 and texts[i][-1] == stop_id)
+
+    going_on = list(range(len(texts))) if max_new_tokens else []
+    length = min(map(len, texts), default=0)
+    context_length, place = model.config.context_length, model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    caches = model.new_caches(batch=len(texts))
+    try:
+        while going_on:
+            is_cached = length <= context_length
+            first = caches[0].length if is_cached else length - context_length
+            tokens = torch.tensor([texts[i][first:length] for i in going_on], device=place)
+            logits = model(tokens, caches=caches if is_cached else None)[:, -1]
+            probabilities = next_token_probabilities(logits, temperature, top_k, top_p).cpu()
+            for row, i in enumerate(going_on):
+                if len(texts[i]) == length:
+                    generator = generators[i] if generators is not None else None
+                    texts[i].append(int(torch.multinomial(probabilities[row], 1, generator=generator)))
+            length += 1
+            rows = [row for row, i in enumerate(going_on) if not is_over(i)]
+            if len(rows) < len(going_on):
+                going_on = [going_on[row] for row in rows]
+                for cache in caches:
+                    cache.keep(torch.tensor(rows, dtype=torch.long, device=place))
+    finally:
+        model.train(was_training)
+    new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return [text[:-1] if text and text[-1] == stop_id else text for text in new]
+
+
 # --------------------------------------------------------------------------------------------------
 # From tokens to text
 
@@ -161,6 +215,8 @@ def main(options: config.GenerateConfig) -> int:
         if options.mine is not None:
             swap.use(options.mine)
             print(f"pieces    {swap.explain()}", file=sys.stderr)
+        if options.fast == "on":
+            swap.use("fast", say=lambda line: print(line, file=sys.stderr))
         folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
         model, tokenizer = load_run(folder, device.choose(options.device), options.checkpoint)
     try:

@@ -30,8 +30,10 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
             # the run keeps a copy
             options = dataclasses.replace(options, mine=str(Path(options.resume) / "mine.py"))
         swap.use(str(options.mine))
-    if options.fast == "on":
+    if options.fast != "off":
         swap.use("fast")
+    if options.fast == "triton":
+        swap.use("triton")
     device.choose(options.train.device)  # fails now, not after minutes of preparation
     prepared = prepare.prepare(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)

@@ -252,6 +252,10 @@ class KVCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def keep(self, texts: Int[Tensor, " kept"]) -> None:
+        """Forget all texts of the batch but these."""
+        self.keys, self.values = self.keys[texts], self.values[texts]
+
 
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: several heads look back through the text at once (arXiv 1706.03762).

@@ -154,7 +154,10 @@ class TransformerLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... seq d_model"]) -> Float[Tensor, "... seq vocab"]:
         """A score for every possible next token, from hidden states."""
-        logits = self.lm_head(hidden)
+        return self.finish(self.lm_head(hidden))
+
+    def finish(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
+        """What the output projection gave, without rows that are no token's, and bent if the config asks."""
         if self.config.n_rows > self.config.vocab_size:
             logits = logits[..., : self.config.vocab_size]
         if self.config.logit_softcap is None:

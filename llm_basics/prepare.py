@@ -44,7 +44,7 @@ def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepa
     if not (folder / "meta.json").exists():
         characters = sum(len(document.text) for document in documents)
         say(f"reading {options.data}: {len(documents):,} documents, {characters:,} characters")
-        with swap.using("fast", say) if options.fast == "on" else contextlib.nullcontext():
+        with swap.using("fast", say) if options.fast != "off" else contextlib.nullcontext():
             _tokenize(options, train, val, folder, say)
         # written last: a folder without it was interrupted and is made again
         (folder / "meta.json").write_text(

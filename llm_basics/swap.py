@@ -15,15 +15,19 @@ import contextlib
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_basics import theirs
 
 # the modules that have twins: those of `bpe` are in fast/bpe.py
-WITH_TWINS = ("bpe", "tokenizer", "data", "functional", "optim", "update")
-TWINS = {home: f"llm_basics.fast.{home}" for home in WITH_TWINS}
+WITH_TWINS = ("bpe", "tokenizer", "data", "functional", "optim", "update", "generate")
+TWINS = {home: [f"llm_basics.fast.{home}"] for home in WITH_TWINS}
+# torch's kernels were not measured to be slower than these, so they are for those who ask
+IN_TRITON = {
+    "functional": [f"llm_basics.fast.triton_{kind}" for kind in ("norm", "cross_entropy", "attention")]
+}
 
 # what somebody can write in a file of their own, by the module that calls it
 PIECES = {
@@ -56,11 +60,13 @@ def use(
     `prepare` is given the module that the file makes, before its pieces are taken from it. Raises ValueError,
     with nothing replaced, for a file that cannot be run or has a piece that does not fit.
     """
-    if str(what) == "fast":
-        _use_twins(say)
+    if str(what) in ("fast", "triton"):
+        _use_twins(TWINS if str(what) == "fast" else IN_TRITON, say)
         return
     if not str(what).endswith(".py"):
-        raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
+        raise ValueError(
+            f"what to use must be fast, triton or a Python file with your pieces, got {str(what)!r}"
+        )
     for piece, own in _load(what, say, prepare).items():
         put(piece, own)
     for piece in twins():
@@ -157,7 +163,7 @@ def origins() -> dict[str, str]:
 
 def twins() -> list[str]:
     """The pieces that a fast twin stands for."""
-    return [piece for piece, origin in origins().items() if origin in TWINS.values()]
+    return [piece for piece, origin in origins().items() if origin.startswith("llm_basics.fast.")]
 
 
 def yours() -> dict[str, str]:
@@ -180,8 +186,12 @@ def _modules(home: str) -> list[types.ModuleType]:
     """The module of that name; and the program that runs, if it is that one under the name `__main__`."""
     path = f"llm_basics.{home}"
     main = sys.modules["__main__"]
-    runs_as_main = getattr(getattr(main, "__spec__", None), "name", None) == path
-    return [importlib.import_module(path), *([main] if runs_as_main else [])]
+    return [importlib.import_module(path), *([main] if _name_of_main() == path else [])]
+
+
+def _name_of_main() -> str:
+    """What the program that runs is called as a module: `llm_basics.train`."""
+    return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
 
 
 def _current(piece: str) -> Any:
@@ -193,31 +203,36 @@ def _current(piece: str) -> Any:
 # Fast twins
 
 
-def _use_twins(say: Callable[[str], None]) -> None:
+def _use_twins(paths: Mapping[str, Sequence[str]], say: Callable[[str], None]) -> None:
     machine = importlib.import_module("llm_basics.fast.machine")
     if "llm_basics.bpe" in sys.modules and not machine.used_before():
         say("compiling the fast tokenizer, which takes about 10 s and is done once (--fast off does without)")
     own = set(yours())
-    for module, name, twin in _twins():
+    for module, name, twin in _twins(paths):
         piece = f"{_home(module)}.{name}"
         bypassed = own & _needs(piece)
         if bypassed - {piece}:
             say(f"the fast twin of {name} is not used: it would go past your {', '.join(sorted(bypassed))}")
         # a piece that somebody else has put there wins
-        elif getattr(module, name).__module__ == module.__name__:
+        elif getattr(module, name).__module__ == module.__name__ or piece in twins():
             put(piece, twin)
 
 
-def _twins() -> Iterator[tuple[types.ModuleType, str, object]]:
+def _twins(
+    paths: Mapping[str, Sequence[str]] = TWINS,
+) -> Iterator[tuple[types.ModuleType, str, object]]:
     """The module, name and twin of each piece that has one, in modules that are loaded."""
-    for home, path in TWINS.items():
-        if f"llm_basics.{home}" not in sys.modules:
+    for home, path in ((home, path) for home, several in paths.items() for path in several):
+        if f"llm_basics.{home}" not in {*sys.modules, _name_of_main()}:
             continue
         module = importlib.import_module(f"llm_basics.{home}")
         # a twin may inherit from its reference: not from what is in its place
         with contextlib.nullcontext() if path in sys.modules else the_reference_alone():
-            twins = importlib.import_module(path)
-        for name, twin in sorted(vars(twins).items()):
+            try:
+                of_path = importlib.import_module(path)
+            except ModuleNotFoundError as error:
+                raise ValueError(f"{path} needs {error.name}, which is not installed here") from None
+        for name, twin in sorted(vars(of_path).items()):
             if (
                 getattr(twin, "__module__", None) == path
                 and not name.startswith("_")

@@ -14,6 +14,8 @@ MODULES = [module.name for module in pkgutil.walk_packages(llm_basics.__path__, 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of(name):
+    if "triton" in name or name.endswith(".kernels"):
+        pytest.importorskip("triton", reason="Triton is for Linux")
     module = importlib.import_module(name)
     results = doctest.testmod(module)
     assert results.failed == 0

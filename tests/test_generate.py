@@ -180,6 +180,63 @@ def test_empty_prompt_is_refused(lm):
 
 
 # --------------------------------------------------------------------------------------------------
+# Several texts at once
+
+PROMPTS = [[4], [1, 2, 3], [1, 2], list(range(9)), list(range(14)), [3, 1, 4, 1, 5], [4]]
+
+
+def singly_and_at_once(lm, n, *settings, prompts=PROMPTS, **options):
+    def seeded(text):
+        return torch.Generator().manual_seed(text)
+
+    prompts = [torch.tensor(prompt) for prompt in prompts]
+    singly = [
+        list(generate.generate(lm, prompt, n, *settings, **options, generator=seeded(text)))
+        for text, prompt in enumerate(prompts)
+    ]
+    generators = [seeded(text) for text in range(len(prompts))]
+    return singly, generate.generate_batch(lm, prompts, n, *settings, **options, generators=generators)
+
+
+@pytest.mark.parametrize("settings", [(0.0,), (1.0,), (1.5, 5), (1.5, None, 0.7)])
+def test_texts_at_once_are_those_that_come_singly(lm, settings):
+    """Beyond the context too, of 9 tokens."""
+    singly, at_once = singly_and_at_once(lm, 12, *settings)
+    assert at_once == singly and all(len(text) == 12 for text in singly)
+    assert len({tuple(text) for text in singly}) > 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("stop", range(23))
+def test_texts_that_stop_leave_the_others_alone(lm, temperature, stop):
+    singly, at_once = singly_and_at_once(lm, 12, temperature, stop_id=stop)
+    assert at_once == singly
+
+
+def test_some_texts_stop_in_the_middle(lm):
+    singly, _ = singly_and_at_once(lm, 12, 1.5)
+    lengths = {len(text) for text in singly_and_at_once(lm, 12, 1.5, stop_id=singly[1][5])[1]}
+    assert 12 in lengths and len(lengths) > 2
+
+
+@pytest.mark.parametrize(("n", "prompts"), [(0, PROMPTS), (1, PROMPTS), (5, []), (5, [[7]])])
+def test_few_texts_and_short_ones(lm, n, prompts):
+    singly, at_once = singly_and_at_once(lm, n, 1.0, prompts=prompts)
+    assert at_once == singly and [len(text) for text in singly] == [n] * len(prompts)
+
+
+def test_texts_at_once_without_dropout_and_the_model_as_it_was():
+    lm = model.TransformerLM(config.ModelConfig(23, 9, 24, 2, 3, dropout=0.5)).train()
+    singly, at_once = singly_and_at_once(lm, 5, 0.0)
+    assert at_once == singly and lm.training
+
+
+def test_an_empty_prompt_among_others_is_refused(lm):
+    with pytest.raises(ValueError, match="each prompt must have at least one token"):
+        generate.generate_batch(lm, [torch.tensor([1]), torch.tensor([], dtype=torch.long)], 3)
+
+
+# --------------------------------------------------------------------------------------------------
 # Text
 
 

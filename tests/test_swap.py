@@ -36,8 +36,20 @@ def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "update.batch_loss"}
+    names.add("generate.generate")
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
+
+
+def test_kernels_of_our_own_are_for_those_who_ask():
+    pytest.importorskip("triton")
+    with swap.using("fast", lambda line: None):
+        assert swap.origins()["functional.rms_norm"] == "llm_basics.fast.functional"
+        swap.use("triton")
+        for name in ("rms_norm", "cross_entropy", "scaled_dot_product_attention"):
+            assert swap.origins()[f"functional.{name}"].startswith("llm_basics.fast.triton_")
+        assert swap.origins()["functional.linear"] == "llm_basics.fast.functional"
+    assert swap.origins()["functional.rms_norm"] == "llm_basics.functional"
 
 
 def test_twins_stand_in_for_the_length_of_a_block():
@@ -62,7 +74,7 @@ def test_a_piece_that_somebody_put_there_stays(monkeypatch):
 
 
 def test_a_name_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="must be fast or a Python file with your pieces, got 'quick'"):
+    with pytest.raises(ValueError, match="must be fast, triton or a Python file with your pieces, got 'quick'"):
         swap.use("quick")
 
 

@@ -26,6 +26,7 @@ from llm_basics import (
     run,
     session,
     shards,
+    swap,
     train,
     update,
 )
@@ -297,6 +298,18 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
     restored, tokenizer = generate.load_run(folder)
     assert restored.config == SHAPE and tokenizer.vocab_size == 257
+
+
+def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
+    assert train.main(options) == 0
+    capsys.readouterr()
+    texts = {}
+    for fast in ("on", "off"):
+        asked = config.GenerateConfig(options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu")
+        with swap.restored():
+            assert generate.main(asked) == 0
+        texts[fast] = capsys.readouterr().out
+    assert texts["on"] == texts["off"] and texts["on"].count("3 times ") == 2
 
 
 def test_logged_losses_are_the_computed_ones(options):

@@ -1,17 +1,27 @@
 """Fast twins: the same names with the same results as in the modules above, made for speed.
 
-They read from the bottom up as well; a file imports only from lines above it, and from floors 0 to 3.
+They read from the bottom up as well; a file imports only from lines above it, from floors 0 to 3, and from
+what it is the twin of.
 
-    floor 1     machine.py        Python to machine code, by Numba
-    floor 2     scanner.py        where each pre-token ends: two patterns, written as loops over bytes
-    floor 3     words.py          a hash table of pre-tokens
-                merging.py        all pairs of neighbors, and the most frequent again and again
-    floor 4     chunks.py         files of any size, piece by piece, on threads
-                encoding.py       from bytes to ids: scan, look up, merge what is new
-    floor 5     bpe.py            bpe.train_bpe and what it is made of
-                tokenizer.py      tokenizer.Tokenizer
-                data.py           batches for a GPU that does not wait for them
-                functional.py     the mathematics through torch's fused kernels
-                optim.py          the optimizer, all parameters at once
-                update.py         a loss that never holds the logits of a whole batch
+    floor 1     machine.py               Python to machine code, by Numba
+                kernels.py               Python to programs on a graphics card, by Triton
+    floor 2     scanner.py               where each pre-token ends: two patterns, written as loops over bytes
+                triton_norm.py           RMSNorm: each vector read once
+                triton_cross_entropy.py  the loss: softmax that does not wait for its maximum
+                triton_blocks.py         blocks of queries and keys: which see each other, where they lie
+    floor 3     words.py                 a hash table of pre-tokens
+                merging.py               all pairs of neighbors, and the most frequent again and again
+                triton_attention.py      FlashAttention: the scores are never written down
+    floor 4     chunks.py                files of any size, piece by piece, on threads
+                encoding.py              from bytes to ids: scan, look up, merge what is new
+                decoding.py              a transformer as loops, for one token of one text
+                static.py                one token through a model, for a CUDA graph
+    floor 5     bpe.py                   bpe.train_bpe and what it is made of
+                tokenizer.py             tokenizer.Tokenizer
+                data.py                  batches for a GPU that does not wait for them
+                functional.py            the mathematics through torch's fused kernels
+                optim.py                 the optimizer, all parameters at once
+                update.py                a loss that never holds the logits of a whole batch
+                weights.py               a model's weights for loops, and which models they can read
+    floor 6     generate.py              generate.generate
 """

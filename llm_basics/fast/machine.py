@@ -17,15 +17,23 @@ import numba
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+# what lets sums be taken in any order; infinities and what is not a number stay what they are
+ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def compiled(function: Callable[..., Any], fastmath: frozenset[str] = frozenset()) -> Callable[..., Any]:
     """`function` in machine code: made at the first call, kept on disk, and run without Python's lock."""
     kept, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or _cache_folder()
     try:
         # tests wrap functions to check their annotations; machine code has no use for that
-        return numba.njit(cache=True, nogil=True)(inspect.unwrap(function))
+        return numba.njit(cache=True, nogil=True, fastmath=set(fastmath))(inspect.unwrap(function))
     finally:
         numba.config.CACHE_DIR = kept
+
+
+def summing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, with many partial sums side by side where one is asked for: as wide as the processor is."""
+    return compiled(function, ANY_ORDER)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,9 +52,9 @@ def _cache_folder() -> str:
     return str(here / "__pycache__" / digest[:12]) if os.access(here, os.W_OK) else ""
 
 
-def used_before() -> bool:
-    """Whether machine code of this version is there already."""
-    return any(Path(_cache_folder()).rglob("*.nbc")) if _cache_folder() else True
+def used_before(module: str = "*") -> bool:
+    """Whether machine code of this version (of one module) is there already."""
+    return any(Path(_cache_folder()).rglob(f"{module}.*.nbc")) if _cache_folder() else True
 
 
 @intrinsic
@@ -81,3 +89,13 @@ def eight_bytes(_context, array, index):  # type: ignore[no-untyped-def]
         return loaded
 
     return types.uint64(array, index), generate
+
+
+@intrinsic
+def floats_at(_context, address):  # type: ignore[no-untyped-def]
+    """A pointer to the float32 numbers at an address, for `numba.carray`; their owner keeps them alive."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), generate

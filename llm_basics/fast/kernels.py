@@ -1,0 +1,76 @@
+"""Triton: a Python function as a kernel, many copies of which run at once on a graphics card.
+
+Each copy, a program, knows its number, loads tiles of tensors into registers, calculates there and stores
+what comes out. The narrow place is between the card's memory and its arithmetic: an H200 loads some 5 TB a
+second and does some 800 * 10^12 operations, 160 for each byte. So the kernels here are about what need not be
+moved; what they cannot take, the references calculate. Without a card, TRITON_INTERPRET=1, set before Triton
+is imported, lets NumPy run the programs one after the other.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+# whether kernels become Python that calls NumPy: Triton decides that for each when it is defined
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# what the arguments of kernels are, for who reads them; Triton finds out for itself
+Pointer: TypeAlias = Any
+Number: TypeAlias = Any
+Tile: TypeAlias = Any
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`function` as a kernel, or a part of kernels; compiled at the first call with each kind of argument."""
+    # tests wrap functions to check their annotations; Triton has no use for that
+    return triton.jit(inspect.unwrap(function))
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether kernels can work on these tensors: on one card, not empty and of at most 32 bits a number."""
+    device = tensors[0].device
+    # Triton asks for the variable again when it calls a kernel
+    interpreted = device.type == "cpu" and INTERPRETED and triton.knobs.runtime.interpret
+    return (device.type == "cuda" or interpreted) and all(
+        t.device == device and t.dtype in DTYPES and t.numel() > 0 for t in tensors
+    )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass whose results have no gradients themselves: refuse where some are asked for.
+
+    Torch's decorator of that name lets them be 0 where the gradient that comes in is a constant.
+    """
+
+    @functools.wraps(backward)
+    def checked(*args: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph must be False where a fast twin was called, got True: its gradients have none "
+                "themselves; do without the fast twins"
+            )
+        return backward(*args)
+
+    return checked
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch kernels on the card that `tensor` is on, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def block_size(n: int, most: int) -> int:
+    """The power of two that holds `n`, but `most` at most: the side of a tile.
+
+    >>> block_size(1, 64), block_size(17, 64), block_size(100, 64)
+    (1, 32, 64)
+    """
+    return min(triton.next_power_of_2(n), most)

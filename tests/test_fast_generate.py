@@ -1,0 +1,398 @@
+"""Text by loops and by a static step: the reference's. Alone: uv run pytest tests/test_fast_generate.py"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llm_basics import config, generate, layers, model, swap
+from llm_basics.fast import decoding, static, weights
+from llm_basics.fast import generate as fast
+
+# no option has its default in all of them; numbers of rows that four do not divide are among them
+SHAPES = {
+    "llama": {},
+    "gpt2": {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True},
+    "tied": {"tie_embeddings": True, "position": "learned", "ffn": "gelu_tanh"},
+    "first transformer": {"norm": "layer", "norm_placement": "post", "ffn": "relu2", "bias": True},
+    "rms after": {"norm_placement": "post"},
+    "layer norm without bias": {"norm": "layer", "ffn": "silu"},
+    "gelu": {"ffn": "gelu", "bias": True},
+    "relu2": {"ffn": "relu2", "n_layers": 1},
+    "qk norm": {"qk_norm": True},
+    "qk norm, biases, two groups": {"qk_norm": True, "bias": True, "ffn": "silu", "n_kv_heads": 2},
+    "two groups": {"n_kv_heads": 2},
+    "one group": {"n_kv_heads": 1, "ffn": "gelu"},
+    "no positions": {"position": "none"},
+    "odd sizes": {"position": "learned", "d_model": 21, "n_heads": 3, "d_ff": 35, "vocab_size": 59},
+    "odd sizes and biases": {"d_model": 18, "n_heads": 3, "d_ff": 35, "bias": True, "ffn": "silu"},
+    "one head, wide": {"n_heads": 1, "d_ff": 151},
+    "large eps": {"norm_eps": 0.3, "qk_norm": True},
+    "large eps, layer": {"norm_eps": 0.3, "norm": "layer"},
+    "theta": {"rope_theta": 7.0},
+    "value embeddings": {"value_embeddings": True, "n_kv_heads": 2},
+    "x0 skips": {"x0_skips": True, "n_layers": 3},
+    "soft cap": {"logit_softcap": 1.5},
+    "padded vocabulary": {"vocab_multiple": 16, "zero_init": True},
+    "all switches": {
+        **{"value_embeddings": True, "x0_skips": True, "logit_softcap": 5.0, "vocab_multiple": 64},
+        **{"qk_norm": True, "norm_placement": "post", "tie_embeddings": True},
+    },
+    "default sizes": {"d_model": 64, "d_ff": None, "n_layers": 4, "init": "gpt2", "dropout": 0.1},
+}
+TOLERANCE = 1e-4
+SAY_ONCE = fast.say_once
+
+
+def make(context_length=64, **options):
+    shape = {"vocab_size": 61, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 40, **options}
+    lm = model.TransformerLM(config.ModelConfig(context_length=context_length, **shape))
+    with torch.no_grad():  # norms and biases too, and far from uniform
+        for parameter in lm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return lm.eval()
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def lm(request):
+    return make(**request.param)
+
+
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def both(lm, prompt, n, *settings, **options):
+    """What reference and twin write, with the same seed."""
+    prompt = torch.tensor(prompt)
+    return [
+        list(home.generate(lm, prompt, n, *settings, generator=seeded(), **options))
+        for home in (generate, fast)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch):
+    """What is said once. A twin that steps aside says so: here it must not, unless a test asks for it."""
+    lines = []
+    monkeypatch.setattr(fast, "say_once", lambda line: None if line in lines else lines.append(line))
+    yield lines
+    assert not [line for line in lines if "by the reference" in line]
+
+
+# --------------------------------------------------------------------------------------------------
+# The same numbers
+
+
+def logits_by(reader, text, n_prompt):
+    with torch.no_grad():
+        found = [reader.read_prompt(torch.tensor(text[:n_prompt])).clone()]
+        found += [reader.read_token(text[i], i).clone() for i in range(n_prompt, len(text))]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 40])
+@pytest.mark.parametrize("reader", [fast.Loops, static.StaticStep])
+def test_scores_of_each_token(lm, reader, n_prompt):
+    text = torch.randint(lm.config.vocab_size, (64,)).tolist()
+    found = logits_by(reader(lm), text, n_prompt)
+    with torch.no_grad():
+        expected = lm(torch.tensor(text))[n_prompt - 1 :]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_scores_that_would_overflow():
+    lm = make()
+    with torch.no_grad():
+        for block in lm.layers:
+            block.attn.q_proj.weight.mul_(30)
+    text = torch.randint(61, (64,)).tolist()
+    with torch.no_grad():
+        expected = lm(torch.tensor(text))
+    torch.testing.assert_close(logits_by(fast.Loops(lm), text, 1), expected, rtol=0, atol=1e-2)
+
+
+def test_weights_are_no_copies():
+    lm = make()
+    reader = fast.Loops(lm)
+    logits_by(reader, [1, 2, 3], 1)
+    with torch.no_grad():
+        # what no key or value of an earlier token depends on
+        lm.layers[1].ffn.w2.weight.zero_()
+        lm.layers[1].attn.q_proj.weight.mul_(2)
+        lm.lm_head.weight.mul_(2)
+        expected = lm(torch.tensor([1, 2, 3]))[2]
+    torch.testing.assert_close(reader.read_token(3, 2), expected, rtol=0, atol=TOLERANCE)
+
+
+# --------------------------------------------------------------------------------------------------
+# The same text
+
+
+def test_the_likeliest_text(lm):
+    expected, found = both(lm, [5, 6, 7], 60, 0.0)
+    assert found == expected and len(found) == 60
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("settings", [(1.0,), (0.7, 5), (1.3, None, 0.8), (0.9, 20, 0.9)])
+def test_drawn_text(settings):
+    expected, found = both(make(), [5, 6, 7], 60, *settings)
+    assert found == expected and len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("n_prompt", [1, 8, 9, 10, 25])
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_past_the_context(temperature, n_prompt):
+    expected, found = both(make(9), list(range(n_prompt)), 60, temperature)
+    assert found == expected and len(found) == 60
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_stop_token_ends_the_text_and_is_not_given_out(temperature):
+    lm = make()
+    stop = both(lm, [1], 20, temperature)[0][11]
+    expected, found = both(lm, [1], 20, temperature, stop_id=stop)
+    assert found == expected and stop not in found and len(found) < 12
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_short_texts(n):
+    expected, found = both(make(), [4, 2], n)
+    assert found == expected and len(found) == n
+
+
+def test_training_between_texts_counts():
+    lm, texts = make(), set()
+    for _ in range(3):
+        expected, found = both(lm, [1, 2], 40, 0.0)
+        assert found == expected
+        texts.add(tuple(found))
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert len(texts) == 3
+
+
+def test_the_model_is_left_in_its_mode_and_without_dropout():
+    lm = make(dropout=0.5).train()
+    stream = fast.generate(lm, torch.tensor([1]), 5, 0.0)
+    next(stream)
+    assert not lm.training
+    stream.close()
+    assert lm.training
+    assert len({tuple(fast.generate(lm, torch.tensor([1]), 9, 0.0)) for _ in range(3)}) == 1
+
+
+def test_two_texts_at_once_do_not_mix():
+    lm = make()
+    expected = [both(lm, [start], 12, 0.0)[0] for start in (1, 2)]
+    streams = [fast.generate(lm, torch.tensor([start]), 12, 0.0) for start in (1, 2)]
+    assert [list(pair) for pair in zip(*zip(*streams, strict=True), strict=True)] == expected
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"temperature": 0.0, "top_p": 2.0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be .*, got"):
+        list(fast.generate(make(), torch.tensor([1]), 3, **wrong))
+
+
+def test_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        list(fast.generate(make(), torch.tensor([], dtype=torch.long), 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# The likeliest
+
+
+def test_of_equals_the_lowest_id():
+    lm = make(position="learned")
+    with torch.no_grad():
+        lm.lm_head.weight[:] = lm.lm_head.weight[0]
+    assert both(lm, [1, 2], 5, 0.0) == [[0] * 5] * 2
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-8, 3e-8, 6e-8, 1e-7, 1e-6, 9e-6])
+def test_near_equals_are_left_to_the_reference(gap):
+    logits = np.array([-1.0, 0.25 - gap, 0.25, -2.0], np.float32)
+    assert decoding.likeliest(logits) == -1
+    assert decoding.likeliest(logits[::-1].copy()) == -1
+
+
+def test_a_clear_one_is_found_wherever_it_stands():
+    for token in range(61):
+        assert decoding.likeliest((np.arange(61) == token).astype(np.float32)) == token
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_the_likeliest_is_the_reference_s(scale):
+    for logits in scale * torch.randn(50, 40):
+        expected = int(generate.next_token_probabilities(logits, 0.0).argmax())
+        assert decoding.likeliest(logits.numpy()) in (expected, -1)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_is_broken_fails_as_with_the_reference(number):
+    assert decoding.likeliest(np.array([1, number, 2], np.float32)) == -1
+    lm = make()
+    stream = fast.generate(lm, torch.tensor([1]), 5, 0.0)
+    next(stream)
+    with torch.no_grad():
+        lm.lm_head.weight.fill_(number)
+    with pytest.raises(RuntimeError, match="probability"):
+        next(stream)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the loops cannot read
+
+
+@dataclasses.dataclass(frozen=True)
+class Newer(config.ModelConfig):
+    soft_cap: float | None = None
+    kind: str = ""
+
+
+class Own(layers.RMSNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def own_norm(lm):
+    lm.layers[1].ln2 = Own(24)
+
+
+def subclass(lm):
+    lm.__class__ = type("Larger", (model.TransformerLM,), {"__module__": "larger"})
+
+
+def option(name, value):
+    def change(lm):
+        lm.config = Newer(**{**dataclasses.asdict(lm.config), name: value})
+
+    return change
+
+
+def in_columns(lm):
+    lm.lm_head.weight = nn.Parameter(lm.lm_head.weight.T.contiguous().T)
+
+
+def new_parameter(lm):
+    lm.layers[0].attn.gate = nn.Parameter(torch.ones(1))
+
+
+def own_forward(lm):
+    lm.ln_final.forward = lambda x: 3 * x
+
+
+UNREADABLE = {
+    "ln2 is a Own of test_fast_generate": own_norm,
+    "the model is a Larger of larger": subclass,
+    "the model's soft_cap is 30.0": option("soft_cap", 30.0),
+    "the model's kind is new": option("kind", "new"),
+    "layers.0.attn.gate": new_parameter,
+    "token_embeddings.weight is float64 on cpu": lambda lm: lm.double(),
+    "token_embeddings.weight is bfloat16 on cpu": lambda lm: lm.bfloat16(),
+    "the numbers of lm_head.weight do not lie in a row": in_columns,
+    "layers.0.ffn does more than": lambda lm: lm.layers[0].ffn.register_forward_hook(lambda *_: None),
+    "ln_final does more than": own_forward,
+}
+
+
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_other_models_are_read_by_the_reference_and_that_is_said(reason, said):
+    lm = make()
+    assert weights.supports(lm) == ""
+    UNREADABLE[reason](lm)
+    expected, found = both(lm, [1, 2], 20)
+    assert found == expected
+    assert reason in said.pop()
+
+
+def test_an_option_that_is_not_known_may_ask_for_nothing():
+    lm = make()
+    option("soft_cap", None)(lm)
+    assert weights.supports(lm) == ""
+
+
+def test_half_precision_is_the_reference_s(said):
+    with torch.autocast("cpu", torch.bfloat16):
+        list(fast.generate(make(), torch.tensor([1]), 3))
+    assert said.pop() == "text is generated by the reference, since half precision is asked for"
+
+
+def test_what_is_true_of_every_text_is_said_once(capsys):
+    for _ in range(2):
+        SAY_ONCE("a line of this test")
+    assert capsys.readouterr().err == "a line of this test\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# The seam
+
+
+@pytest.fixture
+def mine(tmp_path):
+    def write(source):
+        path = tmp_path / "mine.py"
+        path.write_text("import torch\nfrom torch import nn\n" + source)
+        return path
+
+    with swap.restored():
+        yield write
+
+
+@pytest.mark.parametrize("piece", ["softmax", "next_token_probabilities"])
+def test_the_twin_gives_way_to_an_own_piece_of_the_draw(mine, piece):
+    def own(name):
+        parameters = "x, dim=-1" if name == "softmax" else "logits, temperature=1.0, top_k=None, top_p=None"
+        return f"def {name}({parameters}):\n    return torch.zeros(61).index_fill(0, torch.tensor(7), 1.0)\n"
+
+    told = []
+    swap.use(mine(own(piece)))
+    with swap.using("fast", told.append):
+        assert generate.generate.__module__ == "llm_basics.generate"
+    home = "functional" if piece == "softmax" else "generate"
+    assert f"the fast twin of generate is not used: it would go past your {home}.{piece}" in told
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("def rms_norm(x, weight, eps=1e-5):\n    return x * weight\n", "rms_norm is of mine.py"),
+        (
+            "class RMSNorm(nn.Module):\n"
+            "    def __init__(self, d_model, eps=1e-5, device=None, dtype=None):\n"
+            "        super().__init__()\n"
+            "        self.weight = nn.Parameter(torch.ones(d_model))\n"
+            "    def forward(self, x):\n        return x * self.weight\n",
+            "ln1 is a RMSNorm of mine.py",
+        ),
+    ],
+)
+def test_own_pieces_of_the_model_are_used(mine, said, source, reason):
+    swap.use(mine(source))
+    with swap.using("fast", lambda line: None):
+        lm = make()
+        found = list(generate.generate(lm, torch.tensor([1]), 20, 0.0))
+        assert reason in said.pop()
+        assert found == list(swap.reference("generate.generate")(lm, torch.tensor([1]), 20, 0.0))
+
+
+def test_the_twin_stands_in_for_the_reference():
+    with swap.using("fast", lambda line: None):
+        assert generate.generate is fast.generate
+    assert generate.generate is not fast.generate
+
+
+@pytest.mark.gpu
+def test_a_graph_writes_the_same_text():
+    for name, options in SHAPES.items():
+        lm = make(**options).cuda()
+        prompt = torch.tensor([1, 2, 3], device="cuda")
+        expected = list(generate.generate(lm, prompt, 80, 0.0))
+        assert list(fast.generate(lm, prompt, 80, 0.0)) == expected, name

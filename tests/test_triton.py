@@ -1,0 +1,387 @@
+"""The Triton twins of `functional`, against it in float64. Alone: `uv run pytest tests/test_triton.py`.
+
+On a card the kernels run there; elsewhere NumPy runs them, in Triton's interpreter. What that cannot say is
+whether they compile, so they are compiled too, which needs no card.
+
+In float32, outputs and gradients are right to 1e-5 of themselves or of 1; in half precision to some steps of
+the dtype, since inputs are rounded before and results after, but never between.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as tF
+
+from llm_basics import functional as F
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+TOO_LATE = "triton" in sys.modules and not os.environ.get("TRITON_INTERPRET")
+if DEVICE.type == "cpu" and TOO_LATE:
+    pytest.skip("Triton was imported before it was told to interpret", allow_module_level=True)
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE.type == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton", reason="there is no Triton for this system")
+    from llm_basics.fast import kernels, triton_attention, triton_cross_entropy, triton_norm
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+if kernels.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    # it takes an array of one element for a whole number, which NumPy no longer does
+    pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
+
+# what a dtype can say, twice over
+HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+REFERENCES = [
+    (triton_norm, "rms_norm_in_steps"),
+    (triton_cross_entropy, "cross_entropy_in_steps"),
+    (triton_attention, "attention_in_steps"),
+]
+
+# what no query sees may overflow before it is set to 0
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+class ReferenceCalled(Exception):
+    """What should have been a kernel's work was left to the reference."""
+
+
+@pytest.fixture(autouse=True)
+def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No twin may leave the work to its reference, or these tests would compare that with itself."""
+    if kernels.INTERPRETED:
+        # for these tests alone: programs that others start should not interpret
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def refuse(*args: Any) -> None:
+        raise ReferenceCalled
+
+    for module, name in REFERENCES:
+        monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.fixture
+def normal() -> Callable[..., Tensor]:
+    """Normal random numbers, the same in every run of the test."""
+    generator = torch.Generator().manual_seed(3)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def run(function: Callable[..., Tensor], tensors: list[Tensor], **options: Any) -> list[Tensor]:
+    """The output, and the gradients of a random weighting of it."""
+    leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    out = function(*leaves, **options)
+    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, weighting.to(out))]
+
+
+def assert_right(twin: Callable[..., Tensor], *tensors: Tensor, rtol: float, atol: float, **options: Any):
+    """The twin's output and gradients are those of its reference in float64, in their own dtypes."""
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    actual = run(twin, list(tensors), **options)
+    expected = run(getattr(F, twin.__name__), wide, **options)
+    dtypes = [tensors[0].dtype, *(t.dtype for t in tensors if t.is_floating_point())]
+    for found, right, dtype in zip(actual, expected, dtypes, strict=True):
+        assert found.dtype == dtype and found.shape == right.shape
+        torch.testing.assert_close(found.double(), right, rtol=rtol, atol=atol, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# RMSNorm
+
+rms_norm = triton_norm.rms_norm
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (7,), (3, 5, 70), (300, 33), (2, 2048), (3, 5000)], ids=str)
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_rms_norm(normal, shape, eps):
+    assert_right(rms_norm, normal(*shape), normal(shape[-1]), eps=eps, **EXACT)
+
+
+def test_rms_norm_of_small_vectors(normal):
+    # the gradient of x is as large as x is small
+    assert_right(rms_norm, 1e-3 * normal(4, 50), normal(50), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_programs", [1, 3])
+def test_rms_norm_where_programs_take_several_blocks(normal, monkeypatch, n_programs):
+    monkeypatch.setattr(triton_norm, "PROGRAMS", n_programs)
+    assert_right(rms_norm, normal(100, 300), normal(300), **EXACT)
+
+
+@halves
+def test_rms_norm_in_half_precision(normal, dtype):
+    tolerance = HALVES[dtype]
+    assert_right(rms_norm, normal(9, 70).to(dtype), normal(70), rtol=tolerance, atol=tolerance)
+    assert_right(rms_norm, normal(9, 70).to(dtype), normal(70).to(dtype), rtol=tolerance, atol=4 * tolerance)
+
+
+def test_rms_norm_overflows_no_half(normal):
+    x = 6e4 * normal(3, 64).sign().half()
+    torch.testing.assert_close(rms_norm(x, torch.ones(64, device=DEVICE)), x.sign())
+
+
+def test_rms_norm_of_tensors_that_lie_scattered(normal):
+    x, weight = normal(3, 40, 5).mT, normal(80)[::2]
+    scattered, straight = rms_norm(x, weight), rms_norm(x.contiguous(), weight.contiguous())
+    assert torch.equal(scattered, straight)
+    assert_right(rms_norm, x, weight, **EXACT)
+
+
+def test_rms_norm_leaves_the_rest_to_the_reference(normal):
+    for x in (normal(2, 3).double(), normal(0, 3), normal(1, 20000)):
+        with pytest.raises(ReferenceCalled):
+            rms_norm(x, normal(x.shape[-1]).to(x.dtype))
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+cross_entropy = triton_cross_entropy.cross_entropy
+reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+def ids(vocab_size: int, *shape: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 100, 4096, 4097, 70_001])
+@reductions
+def test_cross_entropy(normal, vocab_size, reduction):
+    targets = ids(vocab_size, 2, 3)
+    targets[1, 1] = -100
+    assert_right(cross_entropy, 3 * normal(2, 3, vocab_size), targets, reduction=reduction, **EXACT)
+
+
+@reductions
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_cross_entropy_with_z_loss(normal, reduction, ignore_index):
+    logits, targets = 3 * normal(7, 5000), ids(5000, 7)
+    targets[2] = ignore_index
+    options = {"reduction": reduction, "ignore_index": ignore_index, "z_loss": 0.1}
+    assert_right(cross_entropy, logits, targets, **options, **EXACT)
+
+
+def test_cross_entropy_of_one_token(normal):
+    assert_right(cross_entropy, normal(50), ids(50), **EXACT)
+    assert_right(cross_entropy, normal(1, 50), ids(50, 1).int(), z_loss=0.1, **EXACT)
+
+
+@reductions
+def test_cross_entropy_where_all_is_ignored(normal, reduction):
+    targets = torch.full((3,), -100, device=DEVICE)
+    loss, gradient = run(cross_entropy, [normal(3, 50), targets], reduction=reduction, z_loss=0.1)
+    assert not loss.any() and not gradient.any()
+
+
+def test_cross_entropy_of_large_logits(normal):
+    # close to each other, so that the differences matter: they are exact, in float32 too
+    logits = (16 * normal(5, 20)).round() / 16
+    for offset in (1e4, -1e4):
+        assert_right(cross_entropy, logits + offset, ids(20, 5), reduction="none", **EXACT)
+    assert_right(cross_entropy, 1e4 * normal(5, 6000), ids(6000, 5), **EXACT)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cross_entropy_finds_the_peak_wherever_it_is(reverse):
+    logits = torch.linspace(-50, 50, 9000, device=DEVICE).expand(2, -1)
+    logits = logits.flip(-1) if reverse else logits
+    assert_right(cross_entropy, logits, ids(9000, 2), **EXACT)
+
+
+def test_cross_entropy_of_impossible_tokens(normal):
+    logits = normal(4, 10_000)
+    logits[:, :4500] = -torch.inf
+    logits[:, 9000:] = -torch.inf
+    assert_right(cross_entropy, logits, ids(4000, 4) + 4800, **EXACT)
+
+
+@halves
+@reductions
+def test_cross_entropy_in_half_precision(normal, dtype, reduction):
+    tolerance, logits = HALVES[dtype], 3 * normal(5, 5000)
+    options = {"reduction": reduction, "z_loss": 0.01, "rtol": tolerance, "atol": tolerance}
+    assert_right(cross_entropy, logits.to(dtype), ids(5000, 5), **options)
+
+
+@pytest.mark.parametrize("target", [-1, 60, 10**9])
+def test_cross_entropy_of_no_id_is_nan(normal, target):
+    losses = cross_entropy(normal(2, 60), torch.tensor([0, target], device=DEVICE), reduction="none")
+    assert losses.isnan().tolist() == [False, True]
+
+
+def test_cross_entropy_leaves_the_rest_to_the_reference(normal):
+    for logits, targets, reduction in (
+        (normal(2, 3).double(), ids(3, 2), "mean"),
+        (normal(0, 3), ids(3, 0), "mean"),
+        (normal(2, 3), ids(3, 2), "median"),
+    ):
+        with pytest.raises(ReferenceCalled):
+            cross_entropy(logits, targets, reduction=reduction)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+attention = triton_attention.scaled_dot_product_attention
+causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+
+
+@causal
+@pytest.mark.parametrize(
+    "queries, keys, d_head",
+    [(1, 1, 16), (1, 40, 16), (40, 1, 16), (70, 70, 20), (64, 96, 64), (96, 64, 64), (33, 100, 8)]
+    + [(100, 33, 16), (50, 50, 80), (45, 45, 128), (40, 40, 200), (33, 33, 256)],
+)
+def test_attention(normal, queries, keys, d_head, is_causal):
+    tensors = [normal(2, n, d_head) for n in (queries, keys, keys)]
+    assert_right(attention, *tensors, is_causal=is_causal, **EXACT)
+
+
+@causal
+@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 2)], ids=str)
+def test_attention_of_many_heads(normal, leading, is_causal):
+    tensors = [normal(*leading, n, 16) for n in (35, 50, 50)]
+    assert_right(attention, *tensors, is_causal=is_causal, **EXACT)
+
+
+@causal
+@halves
+@pytest.mark.parametrize(
+    "queries, keys, d_head", [(1, 1, 16), (300, 300, 20), (140, 270, 64), (150, 150, 128)]
+)
+def test_attention_in_half_precision(normal, queries, keys, d_head, is_causal, dtype):
+    if dtype == torch.bfloat16 and kernels.INTERPRETED:
+        pytest.skip("the interpreter multiplies matrices of bfloat16 as if they were whole numbers")
+    tensors = [normal(2, n, d_head).to(dtype) for n in (queries, keys, keys)]
+    tolerance = 2 * HALVES[dtype]
+    assert_right(attention, *tensors, is_causal=is_causal, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_of_tensors_that_lie_scattered(normal):
+    def scattered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    def straight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        copies = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        return attention(*copies, is_causal=True).transpose(1, 2).contiguous()
+
+    tensors = [normal(2, 40, 3, 16) for _ in range(3)]
+    for found, right in zip(run(scattered, tensors), run(straight, tensors), strict=True):
+        assert torch.equal(found, right)
+
+
+@causal
+def test_attention_of_large_scores(normal, is_causal):
+    # scores up to some 1,000, of which float32 keeps 4 digits behind the point
+    q, k, v = (scale * normal(2, 70, 16) for scale in (30, 30, 1))
+    assert_right(attention, q, k, v, is_causal=is_causal, rtol=1e-3, atol=1e-2)
+
+
+def test_no_gradient_comes_from_the_future(normal):
+    q, k, v = (normal(70, 16).requires_grad_() for _ in range(3))
+    out = attention(q, k, v, is_causal=True)
+    for query in (0, 31, 32, 40, 69):
+        gradients = torch.autograd.grad(out[query].sum(), (k, v), retain_graph=True)
+        for gradient in gradients:
+            assert not gradient[query + 1 :].any()
+        assert gradients[1][: query + 1].all()
+
+
+@causal
+def test_attention_gives_the_same_bits_again(normal, is_causal):
+    tensors = [normal(2, 70, 16) for _ in range(3)]
+    first, second = (run(attention, tensors, is_causal=is_causal) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_attention_leaves_the_rest_to_the_reference(normal):
+    q = normal(2, 5, 16)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=DEVICE)
+    for args in (
+        (q, q, q, mask),
+        (q, q, q, None, True, 0.1),
+        (q.double(), q.double(), q.double()),
+        (q, q.half(), q.half()),
+        (q, q[0], q[0]),
+        (q, q, q[..., :8]),
+        (normal(5, 300),) * 3,
+        (q[:, :0], q, q),
+    ):
+        with pytest.raises(ReferenceCalled):
+            attention(*args)
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(ReferenceCalled):
+        attention(q, q, q)
+
+
+# --------------------------------------------------------------------------------------------------
+# All of them
+
+
+def test_gradients_may_lie_scattered(normal):
+    x = normal(6, 16).requires_grad_()
+    outs = rms_norm(x, normal(16)), cross_entropy(x, ids(16, 6), reduction="none"), attention(x, x, x)
+    for out in outs:
+        weighting = normal(*out.shape, 2)
+        scattered, straight = weighting[..., 0], weighting[..., 0].contiguous()
+        assert not scattered.is_contiguous()
+        found, right = (torch.autograd.grad(out, x, w, retain_graph=True)[0] for w in (scattered, straight))
+        assert torch.equal(found, right)
+
+
+def test_gradients_of_gradients_are_refused(normal):
+    x = normal(4, 16).requires_grad_()
+    for out in (rms_norm(x, x[0]), cross_entropy(x, ids(16, 4)), attention(x, x, x)):
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.slow
+def test_kernels_compile(tmp_path, monkeypatch):
+    program = Path(__file__).parent / "fixtures" / "compile_kernels.py"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    environment = {**os.environ, "PYTHONPATH": str(program.parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_on_a_card_as_torch_has_it(normal):
+    x, weight = normal(4096, 1024).bfloat16(), normal(1024)
+    logits, targets = normal(1024, 50_257).bfloat16(), ids(50_257, 1024)
+    heads = [normal(4, 12, 1024, 64).bfloat16() for _ in range(3)]
+    for twin, theirs, tensors in (
+        (rms_norm, lambda x, w: tF.rms_norm(x.float(), w.shape, w, 1e-5).to(x), [x, weight]),
+        (cross_entropy, lambda x, t: tF.cross_entropy(x.float(), t).to(x), [logits, targets]),
+        (
+            lambda q, k, v: attention(q, k, v, is_causal=True),
+            lambda q, k, v: tF.scaled_dot_product_attention(q, k, v, is_causal=True),
+            heads,
+        ),
+    ):
+        for found, right in zip(run(twin, tensors), run(theirs, tensors), strict=True):
+            torch.testing.assert_close(found, right, rtol=1.6e-2, atol=1.6e-2 * right.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_on_a_card_with_more_elements_than_31_bits():
+    logits = torch.zeros(45_000, 50_000, dtype=torch.float16, device=DEVICE)
+    logits[-1, -1] = 5.0
+    targets = torch.full((45_000,), 49_999, device=DEVICE)
+    losses = cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses[-1], F.cross_entropy(logits[-1], targets[-1]))
+    norm = rms_norm(logits.view(-1, 10_000), torch.ones(10_000, device=DEVICE))
+    torch.testing.assert_close(
+        norm[-1], F.rms_norm(logits.view(-1, 10_000)[-1], torch.ones(10_000, device=DEVICE))
+    )
