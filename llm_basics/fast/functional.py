@@ -13,6 +13,9 @@ from torch import Tensor
 
 from llm_basics import functional as reference
 
+# the reference, whose name comes to stand for what is defined here
+rope_of_reference = reference.apply_rope
+
 # --------------------------------------------------------------------------------------------------
 # Lookup and projection
 
@@ -60,13 +63,14 @@ def linear(
 ) -> Float[Tensor, "... d_out"]:
     """`functional.linear`, by oneDNN where that is faster."""
     if (
-        x.dtype == weight.dtype == torch.float32
+        # a compiler has products of its own
+        not torch.compiler.is_compiling()
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() > 1
         and x.numel() > 0
         and has_wide_products()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     ):
         return _WideLinear.apply(x, weight, bias)
     return tF.linear(x, weight, bias)
@@ -155,6 +159,9 @@ def apply_rope(
     sin: Float[Tensor, "... seq half"],
 ) -> Float[Tensor, "... seq d_head"]:
     """`functional.apply_rope`: a pair is a complex number, and to turn it is one product."""
+    if torch.compiler.is_compiling():
+        # which knows no complex numbers
+        return rope_of_reference(x, cos, sin)
     wide = reference.widen(x)
     pairs = wide.unflatten(-1, (-1, 2))
     # the two numbers must be neighbors in memory, at an even place
