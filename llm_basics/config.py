@@ -83,8 +83,8 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(f"model.logit_softcap must be above 0, got {self.logit_softcap}")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"model.logit_softcap must be above 0 and finite, got {self.logit_softcap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
