@@ -36,7 +36,7 @@ Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # settings that change nothing about what is learned
 HARMLESS = {
-    *("config", "run_dir", "resume", "wandb", "data_dir"),
+    *("config", "run_dir", "resume", "find_lr", "wandb", "data_dir"),
     *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
     *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
