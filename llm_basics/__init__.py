@@ -36,8 +36,9 @@ Read it in this order; a file imports only from the floors below it.
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
     floor 7     update.py         one step of training
     floor 8     launch.py         from options to a run that can take its first step
-    floor 9     train.py          all of it together
+                find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers
+    floor 9     train.py          all of it together
     learn       learn/            write the pieces yourself, with a map of its own
 """
 

@@ -83,8 +83,8 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(f"model.logit_softcap must be above 0, got {self.logit_softcap}")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"model.logit_softcap must be above 0 and finite, got {self.logit_softcap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
@@ -230,6 +230,8 @@ class Config:
     """Folder for everything the run writes. None: runs/ with date, time and the name of the config."""
     resume: str | None = None
     """Go on with the run in this folder, or with the newest under runs/ (auto)."""
+    find_lr: bool = False
+    """Try learning rates from tiny to too large, draw the loss of each, propose one, and do not train."""
     deterministic: bool = False
     """Only algorithms that give the same result each time, where a GPU has faster ones that do not."""
     wandb: bool = False
@@ -240,6 +242,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        if self.find_lr and self.resume is not None:
+            raise ValueError(f"find_lr must stand without resume, got {self.resume}: it begins anew")
 
 
 @dataclass(frozen=True)

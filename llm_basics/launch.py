@@ -57,7 +57,7 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
                 shutil.copyfile(options.mine, output.folder / "mine.py")
         if options.resume is None:
             training.tokenizer.save(output.folder / "tokenizer")
-        if options.wandb:
+        if options.wandb and not options.find_lr:
             about = dataclasses.asdict(training.options)
             output.followers.append(followers.WandbFollower(output.folder, about))
     except OSError as error:

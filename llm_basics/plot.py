@@ -30,6 +30,25 @@ def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = No
     return path
 
 
+def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
+    """Draw the loss over the rates that a search tried, and the proposed one, to `lr_finder.png`."""
+    tried = run.read_tried(folder)
+    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    lrs = [entry["lr"] for entry in tried]
+    axes.plot(lrs, [entry["train_loss"] for entry in tried], label="train_loss", alpha=0.4, lw=1)
+    axes.plot(lrs, smoothed := [entry["smoothed_loss"] for entry in tried], label="smoothed")
+    axes.axvline(proposal, color="gray", ls="--", lw=1, label=f"proposed: {proposal:g}")
+    # where the loss leaps, the rest would be a flat line
+    axes.set_ylim(0.9 * min(smoothed), 1.1 * smoothed[0])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)", title=Path(folder).name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(folder) / "lr_finder.png"
+    canvas.savefig(path, dpi=120)
+    return path
+
+
 def plot_runs(folders: Mapping[str, Path], path: Path) -> Path:
     """Draw the training and validation losses of several runs, named, over their steps."""
     canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")

@@ -8,6 +8,8 @@
     checkpoints/        step_00000500.safetensors
     lock                held by the process that writes here
     loss.png
+    lr_finder.jsonl     instead of metrics, samples, checkpoints and loss: what a search for a learning
+    lr_finder.png       rate measured
 
 Followers are told of everything that happens.
 """
@@ -34,6 +36,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+LR_FINDER = "lr_finder.jsonl"
 
 # in config.json, beside the options: which pieces were somebody's own
 ORIGINS = "origins"
@@ -60,7 +63,7 @@ class Run:
         self._held.enter_context(locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
         # where a line may have been torn, the next begins a new one
-        self._torn = {METRICS, "samples.jsonl", "log.txt"}
+        self._torn = {METRICS, LR_FINDER, "samples.jsonl", "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
@@ -86,6 +89,10 @@ class Run:
         entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
         self._append("samples.jsonl", json.dumps(entry, ensure_ascii=False))
         self.say(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
+
+    def tried(self, step: int, **values: float) -> None:
+        """Record what a step measured that tried a learning rate."""
+        self._append(LR_FINDER, json.dumps({"step": step, **values}))
 
     def say(self, text: str = "") -> None:
         """Tell people, on the terminal and in log.txt."""
@@ -189,6 +196,11 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         else:
             entries[entry["step"], "val_loss" in entry] = entry
     return [entries[key] for key in sorted(entries)]
+
+
+def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What a search for a learning rate measured, step by step."""
+    return list(_lines(Path(folder) / LR_FINDER))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from llm_basics import (
     generate,
     optim,
     prepare,
+    presets,
     shards,
     signals,
     swap,
@@ -36,7 +37,7 @@ Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # settings that change nothing about what is learned
 HARMLESS = {
-    *("config", "run_dir", "resume", "wandb", "data_dir"),
+    *("config", "run_dir", "resume", "find_lr", "wandb", "data_dir"),
     *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
     *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
@@ -243,10 +244,14 @@ class Session:
             raise ValueError(
                 f"{path} must be of a training run, but does not say {', '.join(sorted(missing))}"
             )
-        now, then = dataclasses.asdict(self.options), about["config"]
+        # what a checkpoint of before an option does not say has the option's default
+        saved = presets.update(config.Config(), about["config"], origin=str(path))
+        now, then = dataclasses.asdict(self.options), dataclasses.asdict(saved)
         differences = _differences(now["model"], then["model"])
         if differences:
             raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
+        if (optimizer := then["train"]["optimizer"]) != self.options.train.optimizer:
+            raise ValueError(f"{path} was trained by {optimizer}, now it is {self.options.train.optimizer}")
         if about["data"] != self.prepared_in:
             raise ValueError(f"{path} was trained on {about['data']}, now the data is {self.prepared_in}")
         checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
@@ -295,6 +300,5 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """What has another value `now`, JSON having lists where Python has tuples."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
-    return [f"{k} was {then.get(k)}, now {v}" for k, v in plain.items() if then.get(k) != v]
+    """What has another value `now`."""
+    return [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v]

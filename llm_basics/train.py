@@ -2,6 +2,7 @@
 
 uv run python -m llm_basics.train                                   on the source code of Python's library
 uv run python -m llm_basics.train --data book.txt --tokenizer bytes --train.steps 2000
+uv run python -m llm_basics.train --data book.txt --find_lr         propose a learning rate, do not train
 """
 
 import os
@@ -26,6 +27,7 @@ from llm_basics import (
     checkpoint,
     device,
     evaluate,
+    find_lr,
     followers,
     launch,
     memory,
@@ -43,7 +45,7 @@ MOST_SKIPPED = 10
 HASTE_SECONDS = 2.0
 
 # exit statuses beside 0 and those of signals; 2 is a mistake in what was asked for
-NOT_FINITE, NOT_SAVED, NO_MEMORY = 1, 3, 4
+NOT_FINITE, NOT_SAVED, NO_MEMORY, NO_RATE = 1, 3, 4, 5
 
 # --------------------------------------------------------------------------------------------------
 # All steps
@@ -227,12 +229,14 @@ def main(options: config.Config) -> int:
         device.keep_memory()
         try:
             launch.introduce(training, output)
+            if options.find_lr:
+                return 0 if find_lr.search(training, output) is not None else NO_RATE
             with device.garbage_set_aside():
                 fit(training, output)
             conclude(training, output, training.step - first_step, clock.total())
             return 0 if training.is_saved else NOT_SAVED
         except signals.Stopped as stop:
-            advice = f"go on with --resume {output.folder}"
+            advice = "nothing is kept" if options.find_lr else f"go on with --resume {output.folder}"
             followers.tell(f"stopped by {stop.name} after step {training.step}; {advice}")
             output.close(seconds=HASTE_SECONDS)
             return stop.status
