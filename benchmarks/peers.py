@@ -1,0 +1,165 @@
+"""The models of transformers, with the weights and the work of ours: what the benchmarks compare with."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from llm_basics import config, device, session
+from llm_basics import model as models
+
+OURS = "ours.safetensors"
+
+GPT2_NAMES = {
+    **{"ln_1": "ln1", "attn.c_proj": "attn.output_proj"},
+    **{"ln_2": "ln2", "mlp.c_fc": "ffn.w1", "mlp.c_proj": "ffn.w2"},
+}
+LLAMA_NAMES = {
+    **{f"self_attn.{name}_proj": f"attn.{name}_proj" for name in "qkv"},
+    **{"input_layernorm": "ln1", "self_attn.o_proj": "attn.output_proj", "post_attention_layernorm": "ln2"},
+    **{"mlp.gate_proj": "ffn.w1", "mlp.up_proj": "ffn.w3", "mlp.down_proj": "ffn.w2"},
+}
+
+
+def write_weights(shape: config.ModelConfig, folder: Path) -> None:
+    """Draw the weights that all begin with, and write them to `folder`, for transformers and for ours."""
+    torch.manual_seed(0)
+    model = make(shape)
+    model.save_pretrained(folder)
+    theirs = model.state_dict()
+    ours = gpt2_weights(theirs, shape) if shape.position == "learned" else llama_weights(theirs, shape)
+    for name in ("token_embeddings.weight", "lm_head.weight"):
+        # rows that round the vocabulary up
+        ours[name] = torch.nn.functional.pad(ours[name], (0, 0, 0, shape.n_rows - shape.vocab_size))
+    safetensors.torch.save_file({name: w.clone().contiguous() for name, w in ours.items()}, folder / OURS)
+
+
+def load_ours(shape: config.ModelConfig, folder: Path) -> models.TransformerLM:
+    """Our model with these weights."""
+    model = models.TransformerLM(shape)
+    model.load_state_dict(safetensors.torch.load_file(folder / OURS))
+    return model
+
+
+def make(shape: config.ModelConfig) -> Any:
+    """GPT-2 or Llama of that shape."""
+    transformers = _transformers()
+
+    if shape.position == "learned":
+        about = {"n_positions": shape.context_length, "n_embd": shape.d_model, "n_layer": shape.n_layers}
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=shape.vocab_size,
+                n_head=shape.n_heads,
+                layer_norm_epsilon=shape.norm_eps,
+                activation_function="gelu_new",
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=None,
+                eos_token_id=None,
+                **about,
+            )
+        )
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=shape.context_length,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_hidden,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads or shape.n_heads,
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _transformers() -> Any:
+    """The library, which otherwise tells of each file that it reads."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def gpt2_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> dict[str, Tensor]:
+    """Weights of transformers' GPT-2 under our names. Its matrices are (d_in, d_out)."""
+    ours = {
+        "token_embeddings.weight": theirs["transformer.wte.weight"],
+        "lm_head.weight": theirs["transformer.wte.weight"],
+        "position_embeddings.weight": theirs["transformer.wpe.weight"],
+    }
+    for kind in ("weight", "bias"):
+        ours[f"ln_final.{kind}"] = theirs[f"transformer.ln_f.{kind}"]
+        for i in range(shape.n_layers):
+            block, our_block = f"transformer.h.{i}", f"layers.{i}"
+            for name, our_name in GPT2_NAMES.items():
+                ours[f"{our_block}.{our_name}.{kind}"] = _turned(theirs[f"{block}.{name}.{kind}"])
+            rows = _turned(theirs[f"{block}.attn.c_attn.{kind}"]).chunk(3)
+            for part, its_rows in zip("qkv", rows, strict=True):
+                ours[f"{our_block}.attn.{part}_proj.{kind}"] = its_rows
+    return ours
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.T if weight.dim() == 2 else weight
+
+
+def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> dict[str, Tensor]:
+    """Weights of transformers' Llama under our names.
+
+    Its RoPE turns feature i together with feature i + d_head/2, ours neighbors: same pairs, other order.
+    """
+    ours = {
+        "token_embeddings.weight": theirs["model.embed_tokens.weight"],
+        "lm_head.weight": theirs["lm_head.weight"],
+        "ln_final.weight": theirs["model.norm.weight"],
+    }
+    for i in range(shape.n_layers):
+        for name, our_name in LLAMA_NAMES.items():
+            weight = theirs[f"model.layers.{i}.{name}.weight"]
+            if our_name in ("attn.q_proj", "attn.k_proj"):
+                weight = rearrange(
+                    weight, "(heads pair half) d -> (heads half pair) d", pair=2, half=shape.d_head // 2
+                )
+            ours[f"layers.{i}.{our_name}.weight"] = weight
+    return ours
+
+
+def make_step(
+    folder: Path, chosen: torch.device, train: config.TrainConfig, is_compiled: bool
+) -> Callable[[session.Batch], Tensor]:
+    """What takes one step of training by transformers and torch, and returns its loss."""
+    transformers = _transformers()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model.to(chosen).train()
+    trained: Any = torch.compile(model) if is_compiled else model
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
+
+    def step(batch: session.Batch) -> Tensor:
+        inputs, targets = batch
+        optimizer.zero_grad()
+        with device.precision(chosen, train.dtype):
+            # targets are the next tokens already; as labels alone they would be moved once more
+            loss = trained(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+        optimizer.step()
+        return loss.detach()
+
+    return step

@@ -1,0 +1,290 @@
+"""How many tokens a second does training take in, beside transformers with the same model?
+
+uv run --group benchmark python benchmarks/train.py                        a small GPT-2, on the CPU
+uv run --group benchmark python benchmarks/train.py --shape llama --threads 1 2
+uv run --group benchmark python benchmarks/train.py --shape gpt2 --device cuda
+
+All begin with the same weights and see the same random tokens, with the same batch, arithmetic, loss, AdamW
+and clipping; their first losses must agree. Reading data, evaluating and saving are left out. Ours is what
+`python -m llm_basics.train` runs, with the settings of its process. transformers has its own defaults, but
+without dropout and without the cache that training does not need; its model computes the loss, so that
+torch.compile gets that too.
+
+Each contender has a process of its own, which sleeps while others are measured: blocks of steps in turns, for
+some rounds. What a block says is the median of its steps; on CUDA, where steps overlap, their mean. The
+highest rate of products is measured in the same turns. Compilers begin with empty caches.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import peers
+import torch
+import tyro
+import workers
+from torch import Tensor
+
+from llm_basics import command_line, config, device, session, swap, update, watch
+from llm_basics import model as models
+
+CPU = config.ModelConfig(vocab_size=256, context_length=64, d_model=128, n_layers=4, n_heads=4)
+LARGE = config.ModelConfig(
+    vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12, vocab_multiple=64
+)
+GPT2: dict[str, Any] = {
+    **{"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "init": "gpt2"},
+    **{"tie_embeddings": True, "bias": True},
+}
+# shape and batch of each
+SHAPES = {
+    "cpu": (dataclasses.replace(CPU, **GPT2), 12),
+    "llama": (CPU, 12),
+    "gpt2": (dataclasses.replace(LARGE, **GPT2), 64),
+    "llama-large": (LARGE, 64),
+}
+OURS = ("reference", "fast", "reference compiled", "fast compiled")
+THEIRS = ("transformers eager", "transformers compiled")
+PEAK = "products"
+
+# a contender and its threads, 0 being torch's choice
+Key = tuple[str, int]
+
+# what `python -m llm_basics.train` sets before torch is loaded
+ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
+
+# how far apart the first losses may be: that of one batch, before any step
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure how fast models are trained, ours and transformers'."""
+
+    shape: Literal["cpu", "llama", "gpt2", "llama-large"] = "cpu"
+    """cpu: a GPT-2 of 0.8 million weights; gpt2: 124 million; llama, llama-large: Llama in these sizes."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first of these that is there."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32."""
+    threads: tuple[int, ...] = ()
+    """Each contender is measured with each of these; its best counts. None: as torch chooses."""
+    rounds: int = 5
+    """Blocks of each contender, in turns."""
+    steps: int = 50
+    """Steps of a block that count."""
+    warmup: int = 5
+    """Steps before each block that do not."""
+    batch_size: int | None = None
+    """Sequences in a step. None: as the shape has it, 12 or 64."""
+    only: tuple[str, ...] = (*OURS, *THEIRS)
+    """The contenders to measure."""
+    same_process_settings: bool = False
+    """Give the processes of transformers what ours set for themselves: environment and memory."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.only) - {*OURS, *THEIRS}:
+            raise ValueError(f"only must be of {', '.join((*OURS, *THEIRS))}; got {', '.join(unknown)}")
+        if min(self.rounds, self.steps, self.warmup, *self.threads) < 1:
+            raise ValueError("rounds, steps, warmup and threads must be at least 1")
+
+    @property
+    def model(self) -> config.ModelConfig:
+        return SHAPES[self.shape][0]
+
+    @property
+    def train(self) -> config.TrainConfig:
+        """Settings of the optimizer, for all; the learning rate hardly moves."""
+        batch_size = self.batch_size or SHAPES[self.shape][1]
+        return config.TrainConfig(10**6, batch_size, lr=6e-4, warmup_steps=0, dtype=self.dtype)
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype of products."""
+        chosen = device.choose(self.device)
+        with device.precision(chosen, self.dtype):
+            return "bfloat16" if torch.is_autocast_enabled(chosen.type) else "float32"
+
+
+def main(options: Options) -> None:
+    """Measure all contenders, and print a table."""
+    shape, train = options.model, options.train
+    print(
+        f"{options.shape}: batch {train.batch_size}, context {shape.context_length}, {options.arithmetic}; "
+        f"{options.rounds} rounds of {options.steps} steps\n{device.describe(device.choose(options.device))}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        peers.write_weights(options.model, Path(folder))
+        with contextlib.ExitStack() as closing:
+            started = {}
+            for threads, name in itertools.product(options.threads or (0,), (*options.only, PEAK)):
+                has_our_settings = name in OURS or (name in THEIRS and options.same_process_settings)
+                started[name, threads] = workers.Worker(
+                    answers,
+                    (name, threads, has_our_settings, options, Path(folder)),
+                    environment={"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
+                    | (ENVIRONMENT if has_our_settings else {}),
+                )
+                closing.callback(started[name, threads].close)
+            results = take_turns(started, options)
+    report(results, options)
+
+
+def take_turns(started: dict[Key, workers.Worker], options: Options) -> dict[Key, list[dict[str, float]]]:
+    """What each worker said: of its start, then of each block. Raises ValueError if first losses differ."""
+    results = {key: [worker.ask()] for key, worker in started.items()}
+    losses = [said["loss"] for said, *_ in results.values() if "loss" in said]
+    if losses:
+        if not max(losses) - min(losses) <= TOLERANCE[options.arithmetic]:
+            raise ValueError(f"the first losses must agree, got {results}")
+        print(f"first losses: from {min(losses):.6f} to {max(losses):.6f}")
+    for _ in range(options.rounds):
+        for key, worker in started.items():
+            if workers.FAILED not in results[key][-1]:
+                results[key].append(worker.ask())
+    return results
+
+
+def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None:
+    """Print the highest rates of products, and the table: each contender with its best number of threads."""
+    n_tokens = options.train.batch_size * options.model.context_length
+    speeds = {
+        key: statistics.median(n_tokens / block["seconds"] for block in blocks)
+        for key, (_, *blocks) in results.items()
+        if key[0] != PEAK and workers.FAILED not in results[key][-1]
+    }
+    peak = report_peak(results, options)
+    plain = dataclasses.replace(options.model, vocab_multiple=1)
+    flops = models.TransformerLM(plain, device="meta").flops_per_token()
+    print(
+        f"{flops:,} FLOPs per token: 6 for each weight that multiplies, "
+        "and 12 n_layers d_model context_length for attention"
+    )
+    if len(options.threads) > 1:
+        print("tokens/s:", ", ".join(f"{name} x{n} {speed:,.0f}" for (name, n), speed in speeds.items()))
+    print(
+        "\n| contender | threads | thousand tokens/s (all rounds) | times eager | times compiled "
+        "| utilization | peak memory | compile |\n|---|---|---|---|---|---|---|---|"
+    )
+    best = {name: key for key in sorted(speeds, key=speeds.__getitem__) for name in key[:1]}
+    for name in options.only:
+        if (key := best.get(name)) is None:
+            print(f"| {name} | | out of memory | | | | | |")
+            continue
+        start, *blocks = results[key]
+        every = " ".join(f"{r:.1f}" for r in sorted(n_tokens / b["seconds"] / 1000 for b in blocks))
+        ratios = [f"{speeds[key] / speeds[peer]:.2f}" if (peer := best.get(t)) else "-" for t in THEIRS]
+        usual = start["steps"] * statistics.median(b["seconds"] for b in blocks)
+        print(
+            f"| {name} | {key[1] or 'default'} | {speeds[key] / 1000:.1f} ({every}) | {' | '.join(ratios)} "
+            f"| {flops * speeds[key] / peak:.1%} | {blocks[-1]['peak'] / 1e6:,.0f} MB "
+            f"| {max(0.0, start['seconds'] - usual):.1f} s |"
+        )
+
+
+def report_peak(results: dict[Key, list[dict[str, float]]], options: Options) -> float:
+    """Print the rate of products by each engine; returns the highest in the arithmetic of the contenders."""
+    rates: dict[str, float] = {}
+    for (name, _), rounds in results.items():
+        for engine in rounds[0] if name == PEAK else ():
+            rate = statistics.median(said[engine] for said in rounds)
+            rates[engine] = max(rate, rates.get(engine, 0.0))
+    best = max((engine for engine in rates if engine.startswith(options.arithmetic)), key=rates.__getitem__)
+    told = ", ".join(f"{engine} {rate / 1e9:,.0f} GFLOP/s" for engine, rate in rates.items())
+    print(f"products of matrices: {told}; utilization is of {best}")
+    return rates[best]
+
+
+# --------------------------------------------------------------------------------------------------
+# In the process of a contender
+
+
+def answers(
+    name: str, threads: int, has_our_settings: bool, options: Options, folder: Path
+) -> Iterator[dict[str, float]]:
+    """What the process of a contender says: of its start, then of one block after the other."""
+    if has_our_settings and hasattr(device, "keep_memory"):
+        device.keep_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    if name == PEAK:
+        kinds = dict.fromkeys(("float32", options.arithmetic))
+        return workers.rates_of_products(device.choose(options.device), list(kinds))
+    return measured_blocks(name, options, folder)
+
+
+def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[str, float]]:
+    """First of the steps that compile, then of one block after the other."""
+    chosen, train = device.choose(options.device), options.train
+    random = torch.Generator().manual_seed(0)
+    size = 32, train.batch_size, options.model.context_length + 1
+    tokens = torch.randint(options.model.vocab_size, size, generator=random).to(chosen)
+    pairs = [(batch[:, :-1], batch[:, 1:]) for batch in tokens]
+    if name in THEIRS:
+        pairs = [(inputs.contiguous(), targets.contiguous()) for inputs, targets in pairs]
+    batches = itertools.cycle(pairs)
+    if name in OURS:
+        step = our_step(name, options, folder)
+    else:
+        step = peers.make_step(folder, chosen, train, name.endswith("compiled"))
+    start = time.perf_counter()
+    loss = step(next(batches)).item()
+    for _ in range(options.warmup):
+        step(next(batches))
+    workers.wait(chosen)
+    started = {"loss": loss, "seconds": time.perf_counter() - start, "steps": 1 + options.warmup}
+    workers.let_go(chosen)
+    yield started
+    while True:
+        for _ in range(options.warmup):
+            step(next(batches))
+        workers.wait(chosen)
+        seconds = []
+        begin = time.perf_counter()
+        for batch in itertools.islice(batches, options.steps):
+            start = time.perf_counter()
+            step(batch)
+            seconds.append(time.perf_counter() - start)
+        workers.wait(chosen)
+        mean = (time.perf_counter() - begin) / options.steps
+        workers.let_go(chosen)
+        yield {
+            "seconds": mean if chosen.type == "cuda" else statistics.median(seconds),
+            "peak": workers.peak_memory(chosen),
+        }
+
+
+# --------------------------------------------------------------------------------------------------
+# One step of ours
+
+
+def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Batch], Tensor]:
+    """What `train.fit` does for a step, apart from reading data and writing of it."""
+    if name.startswith("fast"):
+        swap.use("fast", say=lambda line: None)
+    chosen, train = device.choose(options.device), options.train
+    model = peers.load_ours(options.model, folder).to(chosen).train()
+    trained: Any = torch.compile(model) if name.endswith("compiled") else model
+    optimizer = session.make_optimizer(model, train)
+    spikes, count = watch.SpikeDetector(), itertools.count(1)
+
+    def accepts(loss: float) -> bool:
+        spikes.z_score(loss)
+        return True
+
+    def step(batch: session.Batch) -> Tensor:
+        device.random_state(chosen)
+        return update.train_step(trained, optimizer, [batch], next(count), train, accepts).train_loss
+
+    return step
+
+
+if __name__ == "__main__":
+    with command_line.exit_on_mistake():
+        main(tyro.cli(Options, description=__doc__))
