@@ -33,9 +33,9 @@ from llm_basics import command_line, config, prepare, run
 RECIPES = {
     "plain": "--config gpt2-nano --tokenizer bytes --fast off",
     "fast": "--config gpt2-nano --tokenizer bytes --fast on",
-    "fast compiled": "--config gpt2-nano --tokenizer bytes --fast on --train.compile",
+    "fast compiled": "--config gpt2-nano --tokenizer bytes --fast on --train.compile on",
     "best": "--config shakespeare --tokenizer bytes --fast on",
-    "best compiled": "--config shakespeare --tokenizer bytes --fast on --train.compile",
+    "best compiled": "--config shakespeare --tokenizer bytes --fast on --train.compile on",
 }
 
 

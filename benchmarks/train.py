@@ -209,7 +209,7 @@ def answers(
     name: str, threads: int, has_our_settings: bool, options: Options, folder: Path
 ) -> Iterator[dict[str, float]]:
     """What the process of a contender says: of its start, then of one block after the other."""
-    if has_our_settings and hasattr(device, "keep_memory"):
+    if has_our_settings:
         device.keep_memory()
     if threads:
         torch.set_num_threads(threads)
@@ -270,7 +270,8 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
         swap.use("fast", say=lambda line: None)
     chosen, train = device.choose(options.device), options.train
     model = peers.load_ours(options.model, folder).to(chosen).train()
-    trained: Any = torch.compile(model) if name.endswith("compiled") else model
+    if name.endswith("compiled"):
+        vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False)
     optimizer = session.make_optimizer(model, train)
     spikes, count = watch.SpikeDetector(), itertools.count(1)
 
@@ -280,7 +281,7 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
 
     def step(batch: session.Batch) -> Tensor:
         device.random_state(chosen)
-        return update.train_step(trained, optimizer, [batch], next(count), train, accepts).train_loss
+        return update.train_step(model, optimizer, [batch], next(count), train, accepts).train_loss
 
     return step
 

@@ -211,7 +211,7 @@ class Config:
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
-    """A preset (tiny, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m) or a YAML file of options."""
+    """A preset (tiny, shakespeare, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m) or a YAML file."""
     data: str = "stdlib"
     """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
     on_bad_utf8: Literal["error", "replace"] = "error"
