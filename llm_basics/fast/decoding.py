@@ -34,6 +34,7 @@ NEAR = np.float32(1e-5)
 class Shape(NamedTuple):
     """What a model's config decides beside the sizes of its weights."""
 
+    vocab_size: int
     n_heads: int
     n_kv_heads: int
     is_layer_norm: bool
@@ -309,3 +310,19 @@ def likeliest(logits: np.ndarray) -> int:
         if token != first and logits[first] - logits[token] < NEAR:
             return -1
     return first
+
+
+@machine.compiled
+def write_likeliest(token: int, position: int, shape: Shape, w: Weights, s: State, out: np.ndarray) -> int:
+    """Fill `out` with the tokens that follow `token`, each the likeliest; returns how many were certain.
+
+    The scores of the one that was not are in `s.logits`. `shape.vocab_size` scores are of tokens.
+    """
+    w, s = machine.borrowed(w), machine.borrowed(s)
+    for n in range(len(out)):
+        read_token(token, position + n, shape, w, s)
+        token = likeliest(s.logits[: shape.vocab_size])
+        if token == -1:
+            return n
+        out[n] = token
+    return len(out)

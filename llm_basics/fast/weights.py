@@ -80,6 +80,7 @@ def shape_of(model: models.TransformerLM) -> decoding.Shape:
     """What the model's config decides, in numbers."""
     c = model.config
     return decoding.Shape(
+        vocab_size=c.vocab_size,
         n_heads=c.n_heads,
         n_kv_heads=c.n_kv_heads or c.n_heads,
         is_layer_norm=c.norm == "layer",
