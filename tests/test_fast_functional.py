@@ -4,7 +4,6 @@ Run alone: uv run pytest tests/test_fast_functional.py
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -260,16 +259,7 @@ def test_batches_are_those_of_the_reference(way, dtype):
         found._keep_resident()
     else:
         found.on_gpu = True
-        found._make = functools.partial(_unpinned, found)
     # into the second epoch, then back, as after a resume
     for first in [*range(0, 2 * expected.windows_per_epoch, 4), 12, 16, 3, 7]:
         for one, other in zip(found.starting_at(first), expected.starting_at(first), strict=True):
             assert one.dtype == other.dtype == torch.int64 and torch.equal(one, other), first
-
-
-def _unpinned(batches: fast_data.Batches, first: int) -> torch.Tensor:
-    batches.on_gpu = False
-    try:
-        return fast_data.Batches._make(batches, first)
-    finally:
-        batches.on_gpu = True

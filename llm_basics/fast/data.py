@@ -78,7 +78,7 @@ class Batches(BatchesOfReference):
         places = [self.place(number) for number in range(first, first + self.batch_size)]
         windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in places]
         batch = torch.from_numpy(np.stack(windows).astype(np.int64))
-        return batch.pin_memory() if self.on_gpu else batch
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def _n_bytes(shards: Sequence[np.ndarray]) -> int:

@@ -11,8 +11,37 @@ from llm_basics import optim, swap
 
 step = Step("adamw")
 draw = numbers(seed=5)
-AdamW = swap.reference("optim.AdamW")
 adamw_update = swap.reference("optim.adamw_update")
+
+
+class AdamW(swap.reference("optim.AdamW")):
+    """A right one, one parameter after the other: what the mistakes change."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter, gradient, group):
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        updated, state["exp_avg"], state["exp_avg_sq"] = adamw_update(
+            parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], *settings
+        )
+        parameter.copy_(updated)
+
 
 # --------------------------------------------------------------------------------------------------
 # Probes: the rule
