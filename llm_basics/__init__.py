@@ -10,6 +10,7 @@ Read it in this order; a file imports only from the floors below it.
                 data.py           token files -> batches
                 theirs.py         a file of somebody's own: which pieces it has, whether they fit
                 config.py         every option, its default and its meaning
+                programs.py       the options of the programs around training
                 device.py         where to compute, and how precisely
                 signals.py        being asked to stop
                 followers.py      who is told of a run as it goes on: the terminal, Weights & Biases

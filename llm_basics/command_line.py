@@ -41,10 +41,10 @@ def train_options(arguments: Sequence[str]) -> config.Config:
         return options if resumed is None else dataclasses.replace(options, resume=str(folder))
 
 
-def generate_options(arguments: Sequence[str]) -> config.GenerateConfig:
-    """What text generation is started with. For a mistake, prints one line and exits with 2."""
+def program_options(defaults: T, arguments: Sequence[str], prog: str) -> T:
+    """What a program of one command is started with. For a mistake, prints one line and exits with 2."""
     with exit_on_mistake():
-        return parse(config.GenerateConfig(), arguments, prog="python -m llm_basics.generate")
+        return parse(defaults, arguments, prog)
 
 
 def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:

@@ -5,11 +5,13 @@ uv run python -m llm_basics.generate runs/NAME --prompt "def "
 
 import sys
 
-from llm_basics import command_line, config
+from llm_basics import command_line, programs
 
 if __name__ == "__main__":
     # before torch is loaded, which takes seconds: --help and mistakes answer at once
-    OPTIONS = command_line.generate_options(sys.argv[1:])
+    OPTIONS = command_line.program_options(
+        programs.GenerateConfig(), sys.argv[1:], prog="python -m llm_basics.generate"
+    )
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import checkpoint, device, presets, run, swap
+from llm_basics import checkpoint, config, device, presets, run, swap
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -209,7 +211,7 @@ def load_run(
     return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
 
 
-def main(options: config.GenerateConfig) -> int:
+def main(options: programs.GenerateConfig) -> int:
     """Write as `options` say. Returns the exit status."""
     with command_line.exit_on_mistake():
         if options.mine is not None:

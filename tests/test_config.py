@@ -5,12 +5,13 @@ Alone: uv run pytest tests/test_config.py
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 
 import pytest
 
-from llm_basics import command_line, config, presets
+from llm_basics import command_line, config, presets, programs
 
 PRESETS = sorted(path.stem for path in presets.PRESETS.glob("*.yaml"))
 
@@ -97,13 +98,17 @@ def test_help_has_every_option_with_its_default_and_meaning():
     assert "Peak learning rate" in text
 
 
-@pytest.mark.parametrize(
-    "cls", [config.ModelConfig, config.TrainConfig, config.Config, config.GenerateConfig]
-)
+ALL_OPTIONS = [
+    cls
+    for module in (config, programs)
+    for cls in vars(module).values()
+    if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("cls", ALL_OPTIONS)
 def test_every_option_is_documented(cls):
-    source = config.__file__
-    with open(source) as file:
-        body = file.read().split(f"class {cls.__name__}:")[1].split("@dataclass")[0]
+    body = inspect.getsource(cls)
     for field in dataclasses.fields(cls):
         if not dataclasses.is_dataclass(field.type):
             line = body.split(f"    {field.name}: ")[1].split("\n")[1]
@@ -183,17 +188,21 @@ def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
         assert resumed.resume is not None and resumed.resume.endswith("old")
 
 
+def generate_options(arguments):
+    return command_line.program_options(programs.GenerateConfig(), arguments, prog="generate")
+
+
 def test_generate_has_its_own_options(capsys):
-    options = command_line.generate_options(["runs/x", "--prompt", "def ", "--temperature", "0"])
+    options = generate_options(["runs/x", "--prompt", "def ", "--temperature", "0"])
     assert (options.run_dir, options.prompt, options.temperature, options.top_k) == (
         "runs/x",
         "def ",
         0.0,
         None,
     )
-    assert "--top_p" in help_text(command_line.generate_options)
+    assert "--top_p" in help_text(generate_options)
     with pytest.raises(SystemExit):
-        command_line.generate_options(["--promt", "x"])
+        generate_options(["--promt", "x"])
     assert "the closest is --prompt" in capsys.readouterr().err
 
 
@@ -202,5 +211,5 @@ def test_generate_has_its_own_options(capsys):
 )
 def test_generation_that_cannot_work_is_refused_at_once(capsys, wrong):
     with pytest.raises(SystemExit) as stop:
-        command_line.generate_options(list(wrong))
+        generate_options(list(wrong))
     assert stop.value.code == 2 and "got" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from llm_basics import (
     model,
     prepare,
     presets,
+    programs,
     run,
     session,
     shards,
@@ -305,7 +306,9 @@ def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
     capsys.readouterr()
     texts = {}
     for fast in ("on", "off"):
-        asked = config.GenerateConfig(options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu")
+        asked = programs.GenerateConfig(
+            options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu"
+        )
         with swap.restored():
             assert generate.main(asked) == 0
         texts[fast] = capsys.readouterr().out
