@@ -6,6 +6,7 @@ what it is the twin of.
     floor 1     machine.py               Python to machine code, by Numba
                 kernels.py               Python to programs on a graphics card, by Triton
     floor 2     scanner.py               where each pre-token ends: two patterns, written as loops over bytes
+                vectors.py               rows of numbers: products, norms, activations as loops
                 triton_norm.py           RMSNorm: each vector read once
                 triton_cross_entropy.py  the loss: softmax that does not wait for its maximum
                 triton_blocks.py         blocks of queries and keys: which see each other, where they lie

@@ -5,8 +5,11 @@ through loops in machine code on a CPU (`decoding`), or through a recorded graph
 """
 
 import functools
+import itertools
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import numpy as np
 import torch
@@ -15,10 +18,13 @@ from torch import Tensor
 
 from llm_basics import generate as reference
 from llm_basics import model as models
-from llm_basics.fast import decoding, machine, static, weights
+from llm_basics.fast import decoding, machine, static, vectors, weights
 
 # tokens that are written before the first of them is given out, while a CPU takes a millisecond or some
 AT_ONCE = 16
+
+# threads that read a token together at most, and how often it is tried whether as many still pay
+MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
 
 # the reference, whose name may come to stand for what is defined here
 generate_with_model = reference.generate
@@ -28,6 +34,38 @@ generate_with_model = reference.generate
 def say_once(line: str) -> None:
     """Say what is true of every text, beside the text."""
     print(line, file=sys.stderr)
+
+
+@functools.cache
+def helpers(n: int) -> futures.ThreadPoolExecutor:
+    """Threads that wait for work beside the one that asks."""
+    return futures.ThreadPoolExecutor(n, "decoding")
+
+
+class Team:
+    """Runs loops on several threads at once, or on one alone while that is faster.
+
+    Threads that wait for each other at every matrix gain much on cores of their own, and lose more where
+    another program has one of these: so both are timed now and then, and the result is the same.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.meeting = np.zeros(1, np.int64)
+        # of the last call with as many members, for each token
+        self.seconds = {n: 0.0 for n in {1, size}}
+        self.calls = itertools.count(1)
+
+    def run(self, work: Callable[[int, decoding.Member], int]) -> int:
+        """What `work`, given a member and its number, returns: how many tokens it read."""
+        by_speed = sorted(self.seconds, key=lambda n: self.seconds[n])
+        size = by_speed[-1 if next(self.calls) % CALLS_TO_A_TRIAL == 0 else 0]
+        began = time.perf_counter()
+        members = [decoding.Member(number, size, self.meeting) for number in range(size)]
+        others = [helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
+        n_tokens = work(0, members[0])
+        futures.wait(others)
+        self.seconds[size] = (time.perf_counter() - began) / max(n_tokens, 1)
+        return n_tokens
 
 
 class Loops:
@@ -44,8 +82,11 @@ class Loops:
         # what the model stores for the prompt, the loops find in their place
         for block, cache in enumerate(self.caches):
             cache.keys, cache.values = keys[block, None], values[block, None]
-        self.state = weights.state_for(self.weights, keys.numpy(), values.numpy())
-        self.logits = torch.from_numpy(self.state.logits)
+        most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET else 1
+        size = min(torch.get_num_threads(), most)
+        self.team = Team(size)
+        self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
+        self.logits = torch.from_numpy(self.states[0].logits)
         if not machine.used_before("decoding"):
             say_once("compiling the loops that write text, which takes some seconds and is done once")
 
@@ -57,19 +98,29 @@ class Loops:
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
         """The scores of the token that follows `token`, in memory that the next call writes to again."""
         # machine code does not look where it writes
-        assert 0 <= position < len(self.state.scores), (position, len(self.state.scores))
+        assert 0 <= position < self.model.config.context_length, position
         assert 0 <= token < len(self.weights.token_embeddings), token
-        decoding.read_token(token, position, self.shape, self.weights, self.state)
+
+        def work(number: int, member: decoding.Member) -> int:
+            decoding.read_token(token, position, self.shape, self.weights, self.states[number], member)
+            return 1
+
+        self.team.run(work)
         return self.model.finish(self.logits)
 
     def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
         """Up to `n` tokens that follow `token`, each the likeliest, and fewer where rounding decides."""
         if self.model.config.logit_softcap is not None:
             return []  # what it brings together only `finish` sees
-        assert 0 <= position <= len(self.state.scores) - n, (position, n, len(self.state.scores))
-        out = np.empty(n, np.int64)
-        found = decoding.write_likeliest(token, position, self.shape, self.weights, self.state, out)
-        return out[:found].tolist()
+        assert 0 <= position <= self.model.config.context_length - n, (position, n)
+        found = np.empty((len(self.states), n), np.int64)
+
+        def work(number: int, member: decoding.Member) -> int:
+            room = self.states[number], member, found[number]
+            return decoding.write_likeliest(token, position, self.shape, self.weights, *room)
+
+        n_found = self.team.run(work)
+        return found[0, :n_found].tolist()
 
 
 @torch.no_grad()
@@ -121,7 +172,7 @@ def generate(
                 logits = reader.read_prompt(prompt)
             else:
                 logits = reader.read_token(text[-1], len(text) - 1)
-            token = decoding.likeliest(_scores(logits)) if temperature == 0 and n_new else -1
+            token = vectors.likeliest(_scores(logits)) if temperature == 0 and n_new else -1
             if token == -1:
                 probabilities = reference.next_token_probabilities(logits, temperature, top_k, top_p)
                 token = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))

@@ -1,4 +1,4 @@
-"""Python to machine code: Numba, told where to keep it, and two things that it cannot say by itself.
+"""Python to machine code: Numba, told where to keep it, and some things that it cannot say by itself.
 
 Numba counts the users of an array like Python does, with an atomic operation each time it hands one on. In
 a loop over words that takes longer than the work, and threads wait for each other: what runs for each word
@@ -18,22 +18,23 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 # what lets sums be taken in any order; infinities and what is not a number stay what they are
-ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
+ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
-def compiled(function: Callable[..., Any], fastmath: frozenset[str] = frozenset()) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`function` in machine code: made at the first call, kept on disk, and run without Python's lock."""
     kept, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or _cache_folder()
     try:
         # tests wrap functions to check their annotations; machine code has no use for that
-        return numba.njit(cache=True, nogil=True, fastmath=set(fastmath))(inspect.unwrap(function))
+        return numba.njit(cache=True, nogil=True, **settings)(inspect.unwrap(function))
     finally:
         numba.config.CACHE_DIR = kept
 
 
 def summing(function: Callable[..., Any]) -> Callable[..., Any]:
     """`compiled`, with many partial sums side by side where one is asked for: as wide as the processor is."""
-    return compiled(function, ANY_ORDER)
+    # to look before each division whether it is by 0 would keep them apart
+    return compiled(function, fastmath=ANY_ORDER, error_model="numpy")
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,3 +100,49 @@ def floats_at(_context, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(address), generate
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads that work together
+
+# tries to see the others arrive, some microseconds, before a thread offers its core to somebody else
+TRIES = 10_000
+
+# of the system, where there is one of that name
+offer_core = types.ExternalFunction("sched_yield", types.int32())
+CAN_MEET = hasattr(os, "sched_yield")
+
+
+@intrinsic
+def count_up(_context, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to the first number of an array, which other threads may do just now; returns what it was."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", data, context.get_constant(types.int64, 1), "seq_cst")
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def counted(_context, counter):  # type: ignore[no-untyped-def]
+    """The first number of an array as other threads have left it, and all that they wrote before it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(data, "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+@compiled
+def meet(counter: Any, size: int) -> None:
+    """Wait until `size` threads are here, and with that many for the next time."""
+    if size == 1:
+        return
+    everybody = (count_up(counter) // size + 1) * size
+    tries = 0
+    while counted(counter) < everybody:
+        tries += 1
+        if tries > TRIES:
+            offer_core()

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from llm_basics import functional as F
 from llm_basics import layers, theirs
 from llm_basics import model as models
-from llm_basics.fast import decoding
+from llm_basics.fast import decoding, vectors
+
+FFN = {
+    "swiglu": vectors.SWIGLU,
+    "gelu": vectors.GELU,
+    "gelu_tanh": vectors.GELU_TANH,
+    "relu2": vectors.RELU2,
+    "silu": vectors.SILU,
+}
 
 # options of the model's config; of others only nothing (None, False, 0, "") is understood
 OPTIONS = set(
@@ -22,7 +30,7 @@ OPTIONS = set(
     "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init value_embeddings x0_skips "
     "logit_softcap vocab_multiple".split()
 )
-VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(decoding.FFN)}
+VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(FFN)}
 
 # parameters and buffers, those of blocks without the number
 NAMES = set(
@@ -87,7 +95,7 @@ def shape_of(model: models.TransformerLM) -> decoding.Shape:
         is_post_norm=c.norm_placement == "post",
         has_qk_norm=c.qk_norm,
         has_value_embeddings=c.value_embeddings,
-        ffn=decoding.FFN[c.ffn],
+        ffn=FFN[c.ffn],
         eps=c.norm_eps,
     )
 
@@ -141,25 +149,33 @@ def weights_of(model: models.TransformerLM) -> decoding.Weights:
     )
 
 
-def state_for(w: decoding.Weights, keys: np.ndarray, values: np.ndarray) -> decoding.State:
-    """Room to work in, beside keys and values of all blocks as (block, head, position, feature)."""
-    room = {
-        "x": w.ln_final,
-        "x0": w.ln_final,
-        "seen": w.ln_final,
+def states_for(
+    w: decoding.Weights, keys: np.ndarray, values: np.ndarray, n_members: int
+) -> list[decoding.State]:
+    """Room to work in, beside keys and values of all blocks as (block, head, position, feature).
+
+    Members of a team share what each makes a part of, and have the rest for themselves.
+    """
+    parts = {
         "added": w.ln_final,
         "q": w.q_bias[0],
         "k": w.k_bias[0],
         "v": w.v_bias[0],
-        "scores": keys[0, 0, :, 0],
         "mixed": w.q_bias[0],
         "hidden": w.up_bias[0],
         "gated": w.up_bias[0],
         "logits": w.lm_head_bias,
     }
-    return decoding.State(
-        keys, values, **{name: np.zeros(len(like), np.float32) for name, like in room.items()}
-    )
+    own = {"x": w.ln_final, "x0": w.ln_final, "seen": w.ln_final, "scores": keys[0, 0, :, 0]}
+    shared = {name: _room(like) for name, like in parts.items()}
+    return [
+        decoding.State(keys, values, **shared, **{name: _room(like) for name, like in own.items()})
+        for _ in range(n_members)
+    ]
+
+
+def _room(like: np.ndarray) -> np.ndarray:
+    return np.zeros(len(like), np.float32)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
