@@ -307,9 +307,10 @@ class MultiHeadSelfAttention(nn.Module):
 
         `values` are added to those that are made from `x`.
         """
-        q = rearrange(self.q_proj(x), "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
-        k = rearrange(self.k_proj(x), "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
-        v = self.v_proj(x) if values is None else self.v_proj(x) + values
+        q, k, v = self.project(x)
+        v = v if values is None else v + values
+        q = rearrange(q, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
+        k = rearrange(k, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
         v = rearrange(v, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -330,6 +331,14 @@ class MultiHeadSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, dropout_p=dropout)
         return self.output_proj(rearrange(mixed, "... heads seq d_head -> ... seq (heads d_head)"))
+
+    def project(
+        self, x: Float[Tensor, "... seq d_model"]
+    ) -> tuple[
+        Float[Tensor, "... seq d_model"], Float[Tensor, "... seq d_kv"], Float[Tensor, "... seq d_kv"]
+    ]:
+        """What each token asks for, answers to, and has to say: queries, keys and values of all heads."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def extra_repr(self) -> str:
         return f"{self.n_heads} heads, {self.n_kv_heads} key/value heads, d_head={self.d_head}"

@@ -22,7 +22,7 @@ from typing import Any
 from llm_basics import theirs
 
 # the modules that have twins: those of `bpe` are in fast/bpe.py
-WITH_TWINS = ("bpe", "tokenizer", "data", "functional", "optim", "update", "generate")
+WITH_TWINS = ("bpe", "tokenizer", "data", "functional", "layers", "optim", "update", "generate")
 TWINS = {home: [f"llm_basics.fast.{home}"] for home in WITH_TWINS}
 # torch's kernels were not measured to be slower than these, so they are for those who ask
 IN_TRITON = {

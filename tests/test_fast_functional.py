@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from llm_basics import config, data, functional, model, optim, swap, update
+from llm_basics import config, data, functional, layers, model, optim, swap, update
 from llm_basics.fast import data as fast_data
 from llm_basics.fast import functional as fast
+from llm_basics.fast import layers as fast_layers
 from llm_basics.fast import optim as fast_optim
+from llm_basics.fast import products
 from llm_basics.fast import update as fast_update
 
 SHAPE = config.ModelConfig(vocab_size=50, context_length=16, d_model=32, n_layers=2, n_heads=4)
@@ -42,6 +44,11 @@ CASES = {
     "gelu": ("gelu", (normal(5, 7),), {}),
     "gelu, tanh": ("gelu", (normal(5, 7),), {"approximate": "tanh"}),
     "silu": ("silu", (normal(5, 7),), {}),
+    "swiglu": (
+        "swiglu",
+        (normal(3, 5, 8), *(0.2 * w for w in (normal(12, 8), normal(8, 12), normal(12, 8)))),
+        {},
+    ),
     "relu2": ("relu2", (normal(5, 7),), {}),
     "rms_norm": ("rms_norm", (normal(3, 5, 16), normal(16)), {}),
     "rms_norm, large eps": ("rms_norm", (normal(5, 16), normal(16)), {"eps": 0.5}),
@@ -90,12 +97,42 @@ def test_a_twin_gives_what_its_reference_gives(case, dtype, rtol, atol):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
-@pytest.mark.skipif(not fast.has_wide_products(), reason="needs AVX-512")
+@pytest.mark.skipif(not products.has_wide_products(), reason="needs AVX-512")
 def test_products_in_float32_are_made_by_onednn():
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(24, 16)
     assert type(fast.linear(x, weight).grad_fn).__name__ == "_WideLinearBackward"
     with torch.autocast("cpu", torch.bfloat16):
         assert fast.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"n_kv_heads": 2, "qk_norm": True}, {"n_kv_heads": 1, "bias": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("seq", [1, products.LEAST_ROWS // 2, products.LEAST_ROWS])
+def test_one_product_projects_as_three_do(options, seq, monkeypatch):
+    apart = layers.MultiHeadSelfAttention(24, 4, **options).double()
+    together = fast_layers.MultiHeadSelfAttention(24, 4, **options).double()
+    together.load_state_dict(apart.state_dict())
+    n_merged = []
+    merged = products.merged
+    monkeypatch.setattr(products, "merged", lambda *given: n_merged.append(1) or merged(*given))
+    x = normal(2, seq, 24, dtype=torch.float64)
+    found = [outcome(lambda x, *_, a=a: a(x), (x,), {}) for a in (together, apart)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+    assert len(n_merged) == (2 * seq >= products.LEAST_ROWS)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_merged_products(biases):
+    x, weights = normal(2, 3, 8), [normal(5, 8), normal(2, 8), normal(7, 8)]
+    b = [normal(len(weight)) if biases else None for weight in weights]
+    for one, weight, bias in zip(products.merged(x, weights, b), weights, b, strict=True):
+        torch.testing.assert_close(one, functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_a_product_gives_no_gradient_that_is_not_asked_for():

@@ -17,7 +17,7 @@ from llm_basics import functional as F
 from llm_basics.fast import machine
 
 FUNCTIONS = [
-    *("linear", "embedding", "gelu", "silu", "relu2", "rms_norm", "layer_norm"),
+    *("linear", "embedding", "gelu", "silu", "swiglu", "relu2", "rms_norm", "layer_norm"),
     *("apply_rope", "scaled_dot_product_attention", "cross_entropy"),
 ]
 
@@ -36,7 +36,7 @@ def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "update.batch_loss"}
-    names.add("generate.generate")
+    names |= {"layers.MultiHeadSelfAttention", "generate.generate"}
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
 

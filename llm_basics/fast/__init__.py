@@ -4,6 +4,7 @@ They read from the bottom up as well; a file imports only from lines above it, f
 what it is the twin of.
 
     floor 1     machine.py               Python to machine code, by Numba
+                products.py              products of matrices
                 kernels.py               Python to programs on a graphics card, by Triton
     floor 2     scanner.py               where each pre-token ends: two patterns, written as loops over bytes
                 vectors.py               rows of numbers: products, norms, activations as loops
@@ -21,6 +22,7 @@ what it is the twin of.
                 tokenizer.py             tokenizer.Tokenizer
                 data.py                  batches for a GPU that does not wait for them
                 functional.py            the mathematics through torch's fused kernels
+                layers.py                attention's three products as one
                 optim.py                 the optimizer, all parameters at once
                 update.py                a loss that never holds the logits of a whole batch
                 weights.py               a model's weights for loops, and which models they can read

@@ -4,14 +4,13 @@ A kernel that does in one pass what the reference does in six reads and writes e
 less for the backward pass. Whole matrices of attention scores, say, are never written at all.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as tF
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_basics import functional as reference
+from llm_basics.fast import products
 
 # the reference, whose name comes to stand for what is defined here
 rope_of_reference = reference.apply_rope
@@ -20,60 +19,13 @@ rope_of_reference = reference.apply_rope
 # Lookup and projection
 
 
-@functools.cache
-def has_wide_products() -> bool:
-    """Whether oneDNN multiplies float32 matrices with AVX-512 here.
-
-    torch leaves them to MKL, which on processors of other makers than its own uses half of their width: on
-    an EPYC of 2024 it reached 100 GFLOP/s on one core, oneDNN 230.
-    """
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def _product(
-    x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None
-) -> Float[Tensor, "... d_out"]:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _WideLinear(torch.autograd.Function):
-    """`x W^T + b` by oneDNN; the gradients are two more products of that form."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _product(dy, weight.T, None) if needs_x else None,
-            _product(rows.T, x.flatten(0, -2).T, None) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
-
-
 def linear(
     x: Float[Tensor, "... d_in"],
     weight: Float[Tensor, "d_out d_in"],
     bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "... d_out"]:
     """`functional.linear`, by oneDNN where that is faster."""
-    if (
-        # a compiler has products of its own
-        not torch.compiler.is_compiling()
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.dim() > 1
-        and x.numel() > 0
-        and has_wide_products()
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        return _WideLinear.apply(x, weight, bias)
-    return tF.linear(x, weight, bias)
+    return products.linear(x, weight, bias)
 
 
 def embedding(
@@ -97,6 +49,20 @@ def gelu(x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, ".
 def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """`functional.silu` in one pass."""
     return tF.silu(x)
+
+
+def swiglu(
+    x: Float[Tensor, "... d_model"],
+    w1: Float[Tensor, "d_ff d_model"],
+    w2: Float[Tensor, "d_model d_ff"],
+    w3: Float[Tensor, "d_ff d_model"],
+) -> Float[Tensor, "... d_model"]:
+    """`functional.swiglu` with one product for gates and values on a GPU; on a CPU that gained nothing."""
+    if x.is_cuda and products.pays_to_merge(x):
+        gates, values = products.merged(x, [w1, w3], [None, None])
+    else:
+        gates, values = linear(x, w1), linear(x, w3)
+    return linear(silu(gates) * values, w2)
 
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -41,6 +41,9 @@ NAMES = set(
     "ffn.w1.weight ffn.w1.bias ffn.w2.weight ffn.w2.bias ffn.w3.weight x0_mix".split()
 )
 
+# the modules whose layers are understood; the twins there have the parameters of their references
+HOMES = {"llm_basics.model", "llm_basics.layers", "llm_basics.fast.layers"}
+
 # what a model calls, and the loops do not
 FUNCTIONS = (
     "linear embedding softmax silu gelu relu2 swiglu rms_norm layer_norm rope_tables apply_rope "
@@ -52,7 +55,7 @@ def unknown_part(model: models.TransformerLM) -> str:
     """What of a model is not the reference's, or not known here; "" if all is."""
     for name, module in model.named_modules():
         kind = type(module)
-        if kind is not nn.ModuleList and kind.__module__ not in (models.__name__, layers.__name__):
+        if kind is not nn.ModuleList and kind.__module__ not in HOMES:
             return f"{name or 'the model'} is a {kind.__name__} of {theirs.origin(kind)}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} does more than a {kind.__name__} does"

@@ -1,0 +1,23 @@
+"""The pieces of `layers` whose products are better made together."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_basics import layers as reference
+from llm_basics.fast import products
+
+
+class MultiHeadSelfAttention(reference.MultiHeadSelfAttention):
+    """`layers.MultiHeadSelfAttention` with one product for queries, keys and values; the same parameters."""
+
+    def project(
+        self, x: Float[Tensor, "... seq d_model"]
+    ) -> tuple[
+        Float[Tensor, "... seq d_model"], Float[Tensor, "... seq d_kv"], Float[Tensor, "... seq d_kv"]
+    ]:
+        """Queries, keys and values."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not products.pays_to_merge(x):
+            return super().project(x)
+        q, k, v = products.merged(x, [p.weight for p in projections], [p.bias for p in projections])
+        return q, k, v
