@@ -133,18 +133,18 @@ def introduce(training: session.Session, output: run.Run) -> None:
     """
     options, model = training.options, training.model
     n_tokens = sum(len(tokens) for tokens in training.batches.shards)
-    estimate = _estimate(options)
+    needs = estimate(options)
     output.say(
         f"data      {options.data}: {n_tokens:,} tokens to train on, {len(training.held_out):,} held out, "
         f"{training.tokenizer.vocab_size:,} in the vocabulary\n"
         f"model     {model.n_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
         f"pieces    {swap.explain()}\n"
-        f"{memory.explain(estimate, options) if estimate else UNKNOWN}\n"
+        f"{memory.explain(needs, options) if needs else UNKNOWN}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
     there = memory.available(training.device)
-    more = estimate.total - estimate.parameters if estimate else 0
+    more = needs.total - needs.parameters if needs else 0
     if there is not None and more > there:
         output.say(f"warning: {more:,} bytes of memory are needed beside the weights, {there:,} are free")
     needed, free = training.checkpoint_bytes(), session.free_bytes(output.folder)
@@ -158,9 +158,10 @@ def introduce(training: session.Session, output: run.Run) -> None:
         output.say(f"warning: {n_kept} checkpoints need {n_kept * needed:,} bytes, {free:,} are free")
 
 
-def _estimate(options: config.Config) -> memory.Estimate | None:
+def estimate(options: config.Config) -> memory.Estimate | None:
+    """How much memory training will take; None where somebody's own pieces do not let that be known."""
     try:
-        return memory.estimate(options)
+        return memory.estimate(options, session.make_optimizer, update.batch_loss)
     except Exception:
         # any code may stand in a file of somebody's own
         if not swap.yours():

@@ -8,7 +8,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.utils import _python_dispatch, _pytree
 
-from llm_basics import config, device, optim
-from llm_basics import functional as F
+from llm_basics import config, device
 from llm_basics import model as models
 
 # --------------------------------------------------------------------------------------------------
@@ -41,6 +40,9 @@ class Estimate:
         """The peak, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
+
+OptimizerMaker = Callable[[models.TransformerLM, config.TrainConfig], torch.optim.Optimizer]
+LossOfBatch = Callable[[models.TransformerLM, Tensor, Tensor, float], Tensor]
 
 # with these autograd adds up gradients: in place, unless it is watched
 aten = torch.ops.aten
@@ -103,7 +105,7 @@ class Ledger(_python_dispatch.TorchDispatchMode):
         return Estimate(*(most.get(k, 0) for k in ("parameters", "gradients", "optimizer", "activations")))
 
 
-def trial(options: config.Config) -> Ledger:
+def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Ledger:
     """The ledger of two training steps as `options` have it; the second finds an optimizer with a state.
 
     Raises ValueError if the device cannot be used.
@@ -113,7 +115,7 @@ def trial(options: config.Config) -> Ledger:
     # tensors without content say that they are on the CPU, whatever the device: autocast must know one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
-        optimizer = optim.AdamW(model.parameters())
+        optimizer = make_optimizer(model, train)
         ledger.label("parameters", model.parameters())
         inputs = torch.zeros(train.batch_size, options.model.context_length, dtype=torch.long)
         targets = torch.zeros_like(inputs)
@@ -122,7 +124,7 @@ def trial(options: config.Config) -> Ledger:
             # the second batch finds gradients, and those that follow find the same
             for _ in range(min(train.grad_accumulation_steps, 2)):
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):  # from here, as update.train_step
-                    loss = F.cross_entropy(F.widen(model(inputs)), targets, z_loss=train.z_loss) * 1.0
+                    loss = batch_loss(model, inputs, targets, train.z_loss) * 1.0
                 loss.backward()
                 ledger.label("gradients", [p.grad for p in model.parameters()])
             optimizer.step()
@@ -135,14 +137,16 @@ def trial(options: config.Config) -> Ledger:
     return ledger
 
 
-def estimate(options: config.Config) -> Estimate:
+def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Estimate:
     """The memory at the peak of a training step; `options.model.vocab_size` must be the final one.
+
+    `make_optimizer` and `batch_loss` are what training uses (`session.make_optimizer`, `update.batch_loss`).
 
     Counts tensors. Not counted is what is taken before there is a model (the program, torch, CUDA's context),
     and the holes that an allocator leaves between tensors: on Linux the heap of a process on the CPU was
     measured to be 1.2 to 2 times as large. Raises ValueError if the device cannot be used.
     """
-    return trial(options).peak()
+    return trial(options, make_optimizer, batch_loss).peak()
 
 
 def explain(estimate: Estimate, options: config.Config) -> str:

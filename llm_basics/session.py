@@ -230,9 +230,12 @@ class Session:
         return self.saved is not None and self.saved[0] == self.step
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, AdamW's two means of each, and some for the rest."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return 3 * weights + REST_BYTES
+        """About how large a checkpoint is: the weights, what the optimizer keeps of each, and the rest."""
+        total = REST_BYTES
+        for group in self.optimizer.param_groups:
+            n_means = 1 if "momentum" in group else 2
+            total += (1 + n_means) * sum(p.numel() * p.element_size() for p in group["params"])
+        return total
 
     def resume(self, path: Path) -> list[str]:
         """Go on from a checkpoint. Returns what is different now, and may change the last bit of the result.

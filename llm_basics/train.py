@@ -249,7 +249,8 @@ def main(options: config.Config) -> int:
         except (RuntimeError, MemoryError) as error:
             if not device.is_out_of_memory(error):
                 raise
-            advice = memory.explain(memory.estimate(training.options), training.options)
+            needs = launch.estimate(training.options)
+            advice = memory.explain(needs, training.options) if needs else launch.UNKNOWN
             print(f"error: memory is not enough\n{advice}", file=sys.stderr)
             return NO_MEMORY
         finally:

@@ -250,7 +250,8 @@ def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
         (fast_update.batch_loss, 200),
         (fast_update.batch_loss, 7),
     ):
-        monkeypatch.setattr(fast_update, "MOST_LOGITS", most)
+        monkeypatch.setitem(fast_update.MOST_LOGITS, "cpu", most)
+        monkeypatch.setattr(fast_update, "LEAST_ROWS", 1)
         lm.zero_grad()
         torch.manual_seed(2)
         loss = of_batch(lm, tokens[:, :-1], tokens[:, 1:], z_loss)
@@ -264,7 +265,8 @@ def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
 
 
 def test_a_loss_in_pieces_holds_few_logits(monkeypatch):
-    monkeypatch.setattr(fast_update, "MOST_LOGITS", 200)
+    monkeypatch.setitem(fast_update.MOST_LOGITS, "cpu", 200)
+    monkeypatch.setattr(fast_update, "LEAST_ROWS", 1)
     lm = model.TransformerLM(SHAPE)
     sizes = []
     lm.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))

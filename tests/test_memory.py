@@ -39,6 +39,10 @@ def train_steps(options, steps):
         update.train_step(network, optimizer, batches, step, settings)
 
 
+def estimate_of(options):
+    return memory.estimate(options, session.make_optimizer, update.batch_loss)
+
+
 # --------------------------------------------------------------------------------------------------
 # Tensors
 
@@ -52,8 +56,9 @@ def train_steps(options, steps):
         ({**GPT2, "dropout": 0.1}, {"grad_accumulation_steps": 3}),
         ({"d_model": 512}, {"batch_size": 1}),
         ({"vocab_size": 5000}, {"dtype": "bfloat16"}),
+        ({"zero_init": True}, {"optimizer": "muon"}),
     ],
-    ids=["llama", "vocabulary", "variants", "gpt2", "wide", "bfloat16"],
+    ids=["llama", "vocabulary", "variants", "gpt2", "wide", "bfloat16", "muon"],
 )
 def test_agrees_with_what_torch_counts(shape, settings):
     options = options_of(SMALL | shape, {"batch_size": 4} | settings)
@@ -64,12 +69,12 @@ def test_agrees_with_what_torch_counts(shape, settings):
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    assert memory.estimate(options).total == pytest.approx(peak, rel=0.02)
+    assert estimate_of(options).total == pytest.approx(peak, rel=0.02)
 
 
 def test_parts_are_what_they_are_called():
     options = options_of(SMALL | {"d_model": 256}, {"batch_size": 1, "grad_accumulation_steps": 2})
-    estimate = memory.estimate(options)
+    estimate = estimate_of(options)
     size = 4 * model.TransformerLM(options.model, device="meta").n_parameters()
     assert estimate.parameters == size
     assert estimate.gradients == size
@@ -78,22 +83,22 @@ def test_parts_are_what_they_are_called():
 
 
 def test_activations_grow_with_the_batch():
-    two, four, six = (memory.estimate(options_of(SMALL, {"batch_size": n})).activations for n in (16, 32, 48))
+    two, four, six = (estimate_of(options_of(SMALL, {"batch_size": n})).activations for n in (16, 32, 48))
     assert six - four == pytest.approx(four - two, rel=0.01)
 
 
 def test_a_model_of_many_gigabytes_takes_none():
     shape = {"vocab_size": 50000, "context_length": 256, "d_model": 8192, "n_layers": 2, "n_heads": 64}
-    memory.estimate(options_of(SMALL, {}))  # what is imported is imported
+    estimate_of(options_of(SMALL, {}))  # what is imported is imported
     before = status("VmHWM")
-    estimate = memory.estimate(options_of(shape, {}))
+    estimate = estimate_of(options_of(shape, {}))
     assert estimate.parameters > 7e9 and estimate.total > 2.8e10
     assert status("VmHWM") - before < 1e8
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_asked():
     state = torch.get_rng_state()
-    memory.estimate(options_of(SMALL | {"dropout": 0.1}, {}))
+    estimate_of(options_of(SMALL | {"dropout": 0.1}, {}))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -166,7 +171,7 @@ def test_agrees_with_what_the_system_gave(shape, settings):
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         check=True,
     )
-    estimated = memory.estimate(options_of(shape, settings)).total
+    estimated = estimate_of(options_of(shape, settings)).total
     ratio = estimated / int(done.stdout)
     print(f"{estimated / 1e6:.0f} MB estimated, {int(done.stdout) / 1e6:.0f} measured: {ratio:.2f}")
     assert 0.8 <= ratio <= 1.2

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from llm_basics import functional as F
 from llm_basics import model as models
 
-# logits that exist at a time
-MOST_LOGITS = 1 << 22
+# logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
+# the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
+MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+LEAST_ROWS = 512
 
 
 class _LossInPieces(torch.autograd.Function):
@@ -22,7 +24,7 @@ class _LossInPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, hidden, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
         rows, answers = hidden.flatten(0, -2), targets.flatten()
-        n_rows = max(1, MOST_LOGITS // model.config.n_rows)
+        n_rows = rows_at_a_time(hidden.device, model.config.n_rows)
         dhidden = torch.empty_like(rows)
         dparameters = [torch.zeros_like(parameter) for parameter in parameters]
         total = torch.zeros((), device=hidden.device)
@@ -46,13 +48,18 @@ class _LossInPieces(torch.autograd.Function):
         return None, dhidden, None, None, *dparameters
 
 
+def rows_at_a_time(device: torch.device, n_logits: int) -> int:
+    """How many tokens of `n_logits` each have theirs at a time."""
+    return max(LEAST_ROWS, MOST_LOGITS.get(device.type, MOST_LOGITS["cpu"]) // n_logits)
+
+
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
     """`update.batch_loss`, a piece of the batch at a time if its logits are many."""
     # a model of somebody else's need not be made of hidden states and logits
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
-        if targets.numel() * model.config.n_rows > MOST_LOGITS:
+        if targets.numel() > rows_at_a_time(targets.device, model.config.n_rows):
             hidden = model.hidden_states(inputs)
             return _LossInPieces.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
     return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
