@@ -30,6 +30,7 @@ Read it in this order; a file imports only from the floors below it.
                 transplant.py     weights between our models and a layout of transformers
     fast        fast/             twins of pieces, made for speed, with a map of their own
     floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
+                chat.py           conversations <-> token ids, and which of them are learned
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
