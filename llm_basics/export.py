@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import safetensors.torch
 import yaml
 
 from llm_basics import (
+    chat,
     checkpoint,
     config,
     exchange,
@@ -41,6 +41,17 @@ from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
 
 EXPORTS = Path("exports")
+
+# what `chat.render` does, in transformers' words; there, a text that spells a special token is one
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('a role must be system, user or assistant, got ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 # --------------------------------------------------------------------------------------------------
 # The files
@@ -59,12 +70,13 @@ def export(
         )
     end = tokenizer.special_id(tokenizers.END_OF_TEXT)
     ids = {"bos_token_id": end, "eos_token_id": end}
+    ends = [end, tokenizer.special_id(chat.END)] if chat.is_chat(tokenizer) else end
     tensors = transplant.to_theirs(layout, shape, model.state_dict())
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # one of the two is what transformers calls it, depending on its version
     options = layouts.write_options(layout, shape) | ids | {"dtype": "float32", "torch_dtype": "float32"}
     _write_json(folder / "config.json", options)
-    _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
+    _write_json(folder / "generation_config.json", ids | {"eos_token_id": ends, "pad_token_id": end})
     exchange.write_tokenizer_json(tokenizer.as_vocabulary(), folder / "tokenizer.json")
     _write_json(folder / "tokenizer_config.json", tokenizer_options(tokenizer, shape.context_length))
     vocabulary.write(folder / "README.md", card)
@@ -73,13 +85,14 @@ def export(
 
 def tokenizer_options(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, Any]:
     """What tokenizer_config.json says beside tokenizer.json."""
-    return {
+    options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "bos_token": tokenizers.END_OF_TEXT,
         "eos_token": tokenizers.END_OF_TEXT,
     }
+    return options | ({"chat_template": CHAT_TEMPLATE} if chat.is_chat(tokenizer) else {})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -91,59 +104,72 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def model_card(
-    name: str, model: models.TransformerLM, options: config.Config, about: dict[str, Any], folder: Path
+    name: str,
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    options: config.Config,
+    about: dict[str, Any],
+    folder: Path,
 ) -> str:
     """What the model is, how it was trained, and how to load it: README.md, in Markdown."""
-    architecture = layouts.find(model.config).architecture
     rows = {
-        "architecture": f"{architecture} of transformers",
+        "architecture": f"{layouts.find(model.config).architecture} of transformers",
         "parameters": f"{model.n_parameters():,}",
         "context": f"{model.config.context_length:,} tokens",
         "vocabulary": f"{model.config.vocab_size:,} tokens, byte-level BPE",
         **_history(options, about, folder),
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
-    model_options = dataclasses.asdict(options.model)
-    train_options = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options.train).items()}
-    sections = {"model": model_options} | ({} if "imported" in about else {"train": train_options})
+    told = {"model": dataclasses.asdict(options.model)}
+    if "imported" not in about:
+        told["train"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options.train).items()}
     return CARD.format(
-        name=name, table=table, options=yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip()
+        name=name,
+        kind="answers" if chat.is_chat(tokenizer) else "continues text",
+        table="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
+        usage=CHAT_USAGE if chat.is_chat(tokenizer) else TEXT_USAGE,
+        options=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).rstrip(),
     )
 
 
-CARD = textwrap.dedent(
-    """\
-    ---
-    library_name: transformers
-    pipeline_tag: text-generation
-    tags:
-    - llm_basics
-    ---
+TEXT_USAGE = 'inputs = tokenizer("Once", return_tensors="pt")'
 
-    # {name}
+CHAT_USAGE = """chat = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 
-    A language model that continues text, of llm_basics, a language model from scratch.
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llm_basics
+---
 
-    {table}
+# {name}
 
-    ## Load it
+A language model that {kind}, written and trained with llm_basics, a language model from scratch.
 
-    ```python
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+{table}
 
-    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-    inputs = tokenizer("Once", return_tensors="pt")
-    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-    ```
+## Load it
 
-    ## All options
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ```yaml
-    {options}
-    ```
-    """
-)
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{usage}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+## All options
+
+```yaml
+{options}
+```
+"""
 
 
 def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -187,7 +213,7 @@ def main(options: programs.ExportConfig) -> int:
             pieces = ", ".join(yours)
             print(f"warning: trained with own pieces ({pieces}); transformers has its own", file=sys.stderr)
         with run.appearing(out) as temporary:
-            card = model_card(name, model, trained, about, folder)
+            card = model_card(name, model, tokenizer, trained, about, folder)
             layout = export(model, tokenizer, temporary, card)
     print(
         f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"

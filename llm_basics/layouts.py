@@ -284,7 +284,10 @@ def read_options(options: Mapping[str, Any], origin: str) -> tuple[Layout, confi
         values["ffn"] = ACTIVATIONS[named]
     if values["position"] == "rope":
         values["rope_theta"] = _rope_theta(options, origin)
-    shape = presets.update(config.ModelConfig(), values, origin, "model.")
+    try:
+        shape = presets.update(config.ModelConfig(), values, "in our words", "model.")
+    except ValueError as error:
+        raise ValueError(f"{origin} must describe a model that ours can be; {error}") from None
     if options.get("head_dim") not in (None, shape.d_head):
         raise ValueError(
             f"{origin}: head_dim must be hidden_size / num_attention_heads, {shape.d_head}, got "

@@ -11,6 +11,7 @@ import torch
 
 import llm_basics
 from llm_basics import (
+    chat,
     checkpoint,
     config,
     exchange,
@@ -115,6 +116,37 @@ def test_transformers_gives_the_same_ids(transformers, tmp_path):
     assert theirs.model_max_length == lm.config.context_length
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert settings.eos_token_id == settings.pad_token_id == ours.special_id("<|endoftext|>")
+
+
+CHATS = [
+    [chat.Message("user", "the  then?")],
+    [chat.Message("system", "In \u00e9!\n"), chat.Message("user", " 12 "), chat.Message("assistant", "")],
+    [chat.Message("user", "<| the |> \n\n"), chat.Message("assistant", "in"), chat.Message("user", "'ll")],
+]
+
+
+def test_transformers_renders_the_same_chat(transformers, tmp_path):
+    ours = chat.with_specials(small_models.tokenizer())
+    lm = small_models.model(vocab_size=ours.vocab_size)
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(lm, tmp_path / "out", ours))
+
+    def rendered(messages, **options):
+        return theirs.apply_chat_template(
+            [dataclasses.asdict(message) for message in messages], tokenize=True, return_dict=False, **options
+        )
+
+    for messages in CHATS:
+        assert rendered(messages) == chat.render(ours, messages)[0]
+        assert rendered(messages, add_generation_prompt=True) == chat.open_reply(ours, messages)
+    with pytest.raises(Exception, match="a role must be system, user or assistant, got tool"):
+        theirs.apply_chat_template([{"role": "tool", "content": "2"}])
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.eos_token_id == [ours.special_id("<|endoftext|>"), ours.special_id("<|end|>")]
+
+
+def test_who_cannot_chat_has_no_template(tmp_path):
+    folder = exported(small_models.model(), tmp_path / "out")
+    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,6 +278,21 @@ def test_the_card_tells_how_it_was_trained_and_nothing_of_the_machine(tmp_path):
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
         assert str(tmp_path).encode() not in content and b"somebody" not in content, path.name
+
+
+@pytest.mark.parametrize("specials", [(), chat.SPECIALS], ids=["text", "chat"])
+def test_what_the_card_says_works(specials, transformers, tmp_path, capsys):
+    tokenizer = small_models.tokenizer(("<|endoftext|>", *specials))
+    lm = small_models.model(vocab_size=tokenizer.vocab_size)
+    folder = a_run(tmp_path / "run", lm, tokenizer)
+    export.main(programs.ExportConfig(str(folder), str(tmp_path / "out")))
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
+    capsys.readouterr()
+    exec(code, {})
+    told = "<|user|>Hello!<|end|><|assistant|>" if specials else "Once"
+    assert capsys.readouterr().out.startswith(told)
+    assert ("A language model that answers" in card) == bool(specials)
 
 
 @pytest.mark.parametrize("which, step", [("latest", 9), ("best", 5), ("5", 5)])
