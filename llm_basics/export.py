@@ -72,7 +72,8 @@ def export(
     ids = {"bos_token_id": end, "eos_token_id": end}
     ends = [end, tokenizer.special_id(chat.END)] if chat.is_chat(tokenizer) else end
     tensors = transplant.to_theirs(layout, shape, model.state_dict())
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # save_file would write a file that nobody else may read
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     # one of the two is what transformers calls it, depending on its version
     options = layouts.write_options(layout, shape) | ids | {"dtype": "float32", "torch_dtype": "float32"}
     _write_json(folder / "config.json", options)

@@ -50,6 +50,8 @@ def from_theirs(
     layout: layouts.Layout, shape: config.ModelConfig, found: Mapping[str, Tensor], origin: str
 ) -> Tensors:
     """The weights of our model from theirs. Raises ValueError unless all are there, and nothing else."""
+    if shape.n_layers > len(found):  # before as many are made to compare with
+        raise ValueError(f"{origin} must hold {shape.n_layers} blocks, got {len(found)} tensors")
     tensors = _tidy(layout, shape, found, origin)
     checkpoint.check_shapes(expected(layout, shape), tensors, f"{origin} is not as its config.json says")
     weights: Tensors = {}

@@ -10,22 +10,25 @@ from llm_basics import tokenizer as tokenizers
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh"}
 STARCODER2 = {"norm": "layer", "ffn": "gelu_tanh"}
 
+# what no layout has unless it is told
+OWN = {"rope_theta": 500.0, "norm_eps": 1e-3}
+
 # the layout, and what makes a model one of it; "none" of the biases are zeros there
 SHAPES = {
     "gpt2": ("gpt2", {**GPT2, "bias": True, "tie_embeddings": True}),
-    "gpt2-untied": ("gpt2", {**GPT2, "bias": True, "ffn": "gelu"}),
+    "gpt2-untied": ("gpt2", {**GPT2, "bias": True, "ffn": "gelu", "norm_eps": 1e-3}),
     "gpt2-no-biases": ("gpt2", {**GPT2, "ffn": "relu2", "d_ff": 40}),
     "gpt2-padded": ("gpt2", {**GPT2, "ffn": "silu", "tie_embeddings": True, "vocab_multiple": 64}),
     "llama": ("llama", {}),
-    "llama-grouped": ("llama", {"n_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-3}),
+    "llama-grouped": ("llama", {"n_kv_heads": 2, **OWN}),
     "llama-tied-padded": ("llama", {"n_kv_heads": 1, "tie_embeddings": True, "vocab_multiple": 64}),
     "qwen3": ("qwen3", {"qk_norm": True, "zero_init": True}),
-    "qwen3-grouped-tied": ("qwen3", {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": True}),
-    "arcee": ("arcee", {"ffn": "relu2", "n_kv_heads": 2}),
+    "qwen3-grouped-tied": ("qwen3", {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": True, **OWN}),
+    "arcee": ("arcee", {"ffn": "relu2", "n_kv_heads": 2, **OWN}),
     "arcee-silu": ("arcee", {"ffn": "silu", "vocab_multiple": 64}),
-    "apertus": ("apertus", {"ffn": "gelu_tanh", "qk_norm": True, "n_kv_heads": 2}),
+    "apertus": ("apertus", {"ffn": "gelu_tanh", "qk_norm": True, "n_kv_heads": 2, **OWN}),
     "starcoder2": ("starcoder2", {**STARCODER2, "bias": True, "n_kv_heads": 2, "tie_embeddings": True}),
-    "starcoder2-no-biases": ("starcoder2", {**STARCODER2, "ffn": "gelu"}),
+    "starcoder2-no-biases": ("starcoder2", {**STARCODER2, "ffn": "gelu", **OWN}),
 }
 
 MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"i", b"n"), (b"\xc3", b"\xa9"), (b"1", b"2")]

@@ -289,6 +289,7 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(folder, capsys):
         ({"hidden_size": "32"}, "model.d_model must be int, got '32'"),
         ({"hidden_size": 30}, "model.d_model must be divisible by model.n_heads"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 10**9}, "must hold 1000000000 blocks, got 21 tensors"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is not in the model"),
         ({"intermediate_size": 41}, "mlp.down_proj.weight must be (32, 41), got (32, 40)"),
         ({"vocab_size": 264}, "model.embed_tokens.weight must be (264, 32), got (263, 32)"),
