@@ -178,7 +178,7 @@ def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dic
     if "imported" in about:
         return {"imported from": about["imported"]}
     step = about["step"]
-    rows = {"trained on": Path(options.data).name, "steps": f"{step:,}"}
+    rows = {"trained on": Path(options.data).name or "text", "steps": f"{step:,}"}
     if "tokens" in about:
         rows["tokens"] = f"{about['tokens']:,}"
     measured = [entry for entry in run.read_metrics(folder) if entry["step"] <= step]

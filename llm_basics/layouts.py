@@ -1,7 +1,7 @@
 """Our models as transformers has them: which architecture can be which model, and what it calls its parts.
 
 A layout is a table that is read in both directions: its options here, its tensors in `transplant`. Dropout
-is for training alone, and left out. Checked against transformers 5.24.
+is for training alone, and left out. Checked against transformers 4.57 and 5.24.
 
     >>> find(config.ModelConfig(qk_norm=True)).architecture
     'Qwen3ForCausalLM'
@@ -23,7 +23,7 @@ ACTIVATIONS = {
     "silu": "silu",
 }
 
-# what no architecture has
+# what all architectures are like
 EVERYWHERE = {"norm_placement": "pre", "value_embeddings": False, "x0_skips": False, "logit_softcap": None}
 
 
@@ -54,7 +54,7 @@ class Layout:
     defaults: dict[str, Any] = field(default_factory=dict)
     """What options mean that config.json may leave out."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """Options that are written for their trainers alone."""
+    """Options that are written and not read."""
 
     def modules(self, shape: config.ModelConfig) -> Iterator[tuple[str, list[str], bool]]:
         """Each module of theirs, the modules of ours that it holds, and whether it is transposed."""
