@@ -22,12 +22,15 @@ Read it in this order; a file imports only from the floors below it.
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
     floor 2     command_line.py   the options that somebody typed
+                layouts.py        what transformers calls the parts of a model
                 plot.py           a run directory -> figures
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
+                transplant.py     weights between our models and a layout of transformers
     fast        fast/             twins of pieces, made for speed, with a map of their own
     floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
+                chat.py           conversations <-> token ids, and which of them are learned
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
@@ -35,6 +38,8 @@ Read it in this order; a file imports only from the floors below it.
     floor 6     session.py        a training run as it stands
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
+                export.py         a run -> a folder that transformers reads
+                import_model.py   a folder of transformers -> a run
     floor 7     update.py         one step of training
     floor 8     launch.py         from options to a run that can take its first step
                 find_lr.py        which learning rate? a short run through all of them

@@ -192,7 +192,7 @@ def load_checkpoint(
     tensors, about = read_checkpoint(src)
     weights = _section(tensors, "model.")
     weights |= {_strip(name): weights[_strip(owner)] for name, owner in about["tied"].items()}
-    _check_shapes(model.state_dict(), weights)
+    check_shapes(model.state_dict(), weights, "the checkpoint is of another model")
     if optimizer is not None:  # first, since it may still object
         optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
     model.load_state_dict(weights)
@@ -227,7 +227,7 @@ def _optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def _check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], problem: str) -> None:
     """Raise ValueError that lists where `found` differs from `expected` in names and shapes."""
     differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
     differences += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
@@ -238,7 +238,7 @@ def _check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None
     ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise ValueError("the checkpoint is of another model: " + "; ".join(sorted(differences)[:5]) + more)
+        raise ValueError(f"{problem}: " + "; ".join(sorted(differences)[:5]) + more)
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

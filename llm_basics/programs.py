@@ -44,3 +44,27 @@ class GenerateConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 0 or self.samples < 1:
             raise ValueError(f"nothing to write: got {self.max_new_tokens} tokens in {self.samples} samples")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as transformers reads it: GPT-2's layout, Llama's, Qwen3's or one of their relatives."""
+
+    run_dir: tyro.conf.Positional[str] = "newest"
+    """The folder of a run; newest is the one under runs/ that was written to last."""
+    out: str | None = None
+    """The folder to write, which must be new or empty. None: exports/ with the name of the run."""
+    checkpoint: str = "latest"
+    """latest, best (the lowest validation loss), or a number of steps."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a run of a model that transformers has written, to let it write, evaluate it or train it on."""
+
+    folder: tyro.conf.Positional[str] = "."
+    """A folder with config.json, safetensors and a tokenizer, as from `save_pretrained` or a download."""
+    out: str | None = None
+    """The run directory to make, which must be new or empty. None: runs/ with the name of the folder."""
+    tokenizer: str | None = None
+    """bytes, gpt2, a folder or a tokenizer.json in the place of the tokenizer in the folder."""

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -161,6 +162,26 @@ def make_folder(name: str) -> Path:
             folder.mkdir(parents=True)
             break
     return folder
+
+
+@contextlib.contextmanager
+def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that gets the name `folder` when all is in it; after an error nothing is left of it.
+
+    Raises ValueError if something has that name.
+    """
+    path = Path(os.path.abspath(folder))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"--out must be new or an empty folder, got {folder}; delete it or choose another")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def newest_folder() -> Path:
