@@ -49,7 +49,7 @@ SHAPES = {
     "gpt2": (dataclasses.replace(LARGE, **GPT2), 64),
     "llama-large": (LARGE, 64),
 }
-OURS = ("reference", "fast", "reference compiled", "fast compiled")
+OURS = ("reference", "fast", "reference compiled", "fast compiled", "fast graphs")
 THEIRS = ("transformers eager", "transformers compiled")
 PEAK = "products"
 
@@ -95,6 +95,12 @@ class Options:
             raise ValueError("rounds, steps, warmup and threads must be at least 1")
 
     @property
+    def contenders(self) -> list[str]:
+        """Those of `only` that this device can run."""
+        on_cuda = device.choose(self.device).type == "cuda"
+        return [name for name in self.only if on_cuda or not name.endswith("graphs")]
+
+    @property
     def model(self) -> config.ModelConfig:
         return SHAPES[self.shape][0]
 
@@ -123,7 +129,7 @@ def main(options: Options) -> None:
         peers.write_weights(options.model, Path(folder))
         with contextlib.ExitStack() as closing:
             started = {}
-            for threads, name in itertools.product(options.threads or (0,), (*options.only, PEAK)):
+            for threads, name in itertools.product(options.threads or (0,), (*options.contenders, PEAK)):
                 has_our_settings = name in OURS or (name in THEIRS and options.same_process_settings)
                 started[name, threads] = workers.Worker(
                     answers,
@@ -173,7 +179,7 @@ def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None
         "| utilization | peak memory | compile |\n|---|---|---|---|---|---|---|---|"
     )
     best = {name: key for key in sorted(speeds, key=speeds.__getitem__) for name in key[:1]}
-    for name in options.only:
+    for name in options.contenders:
         if (key := best.get(name)) is None:
             print(f"| {name} | | out of memory | | | | | |")
             continue
@@ -270,8 +276,9 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
         swap.use("fast", say=lambda line: None)
     chosen, train = device.choose(options.device), options.train
     model = peers.load_ours(options.model, folder).to(chosen).train()
-    if name.endswith("compiled"):
-        vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False)
+    if name.endswith(("compiled", "graphs")):
+        mode = "reduce-overhead" if name.endswith("graphs") else None
+        vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False, mode=mode)
     optimizer = session.make_optimizer(model, train)
     spikes, count = watch.SpikeDetector(), itertools.count(1)
 

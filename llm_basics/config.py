@@ -152,8 +152,9 @@ class TrainConfig:
     """cuda, mps or cpu; auto takes the first of these that is there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32. Weights stay float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile, which takes a while before the first step; auto: on CUDA."""
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    """Compile the model with torch.compile, which takes a while before the first step; auto: on CUDA. graphs
+    starts all kernels at once as well, for models so small that a GPU waits for the next kernel."""
     log_every: int = 10
     """Steps between lines of training loss."""
     eval_every: int = 250
@@ -195,6 +196,11 @@ class TrainConfig:
             raise ValueError(f"train.decay_fraction must be from 0 to 1, got {self.decay_fraction}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.compile == "graphs" and self.grad_accumulation_steps > 1:
+            raise ValueError(
+                "train.compile graphs must have one batch a step, since a graph writes its gradients where "
+                f"those before were; got train.grad_accumulation_steps {self.grad_accumulation_steps}"
+            )
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"train.min_lr must be from 0 to lr ({self.lr}), got {self.min_lr}")
 

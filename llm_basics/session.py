@@ -122,11 +122,15 @@ class Session:
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
         check_parameters(self.model, model)
-        self.is_compiled = train.compile == "on" or (train.compile == "auto" and self.device.type == "cuda")
+        on_cuda = self.device.type == "cuda"
+        if train.compile == "graphs" and not on_cuda:
+            raise ValueError(f"train.compile graphs needs CUDA, got the device {self.device}; try on or auto")
+        self.is_compiled = train.compile in ("on", "graphs") or (train.compile == "auto" and on_cuda)
         if self.is_compiled:
             # of a model of somebody's own only the whole is known
             part = "forward" if "model.TransformerLM" in swap.yours() else "hidden_states"
-            vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False)
+            mode = "reduce-overhead" if train.compile == "graphs" else None
+            vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
         self.optimizer = make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0

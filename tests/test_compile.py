@@ -42,6 +42,26 @@ def test_auto_compiles_nothing_on_a_cpu(options):
     assert not training.is_compiled and "hidden_states" not in vars(training.model)
 
 
+def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
+    graphs = dataclasses.replace(options.train, compile="graphs")
+    with pytest.raises(SystemExit) as stop:
+        train.main(dataclasses.replace(options, train=graphs))
+    assert stop.value.code == 2 and "needs CUDA, got the device cpu" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="one batch a step.*got train.grad_accumulation_steps 2"):
+        dataclasses.replace(graphs, grad_accumulation_steps=2)
+
+
+@pytest.mark.gpu
+def test_graphs_learn_the_same(options):
+    losses = {}
+    for how in ("off", "graphs"):
+        settings = dataclasses.replace(options.train, steps=20, device="cuda", dtype="float32", compile=how)
+        folder = f"{options.run_dir}-{how}"
+        assert train.main(dataclasses.replace(options, run_dir=folder, train=settings)) == 0
+        losses[how] = [m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m]
+    assert losses["graphs"] == pytest.approx(losses["off"], rel=1e-4)
+
+
 def test_what_cannot_be_compiled_is_trained_without_and_that_is_said(options, monkeypatch, capsys):
     def no_compiler(function, **settings):
         def fails(*args, **kwargs):
