@@ -28,9 +28,11 @@ Read it in this order; a file imports only from the floors below it.
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
                 transplant.py     weights between our models and a layout of transformers
+                likelihood.py     what does a model say of each token of a text?
     fast        fast/             twins of pieces, made for speed, with a map of their own
     floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
                 chat.py           conversations <-> token ids, and which of them are learned
+                choices.py        questions with several answers, of which a model picks one
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
@@ -40,6 +42,8 @@ Read it in this order; a file imports only from the floors below it.
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
                 export.py         a run -> a folder that transformers reads
                 import_model.py   a folder of transformers -> a run
+                evaluate_cli.py   the program of evaluation: models side by side, on text and on questions
+                lm_harness.py     a model for EleutherAI's lm-evaluation-harness
     floor 7     update.py         one step of training
     floor 8     launch.py         from options to a run that can take its first step
                 find_lr.py        which learning rate? a short run through all of them

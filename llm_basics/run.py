@@ -69,7 +69,7 @@ class Run:
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
         with self._tolerating(self.folder / "config.json"):
-            _write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
+            write_file(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
 
     def resumed(self, step: int) -> None:
         """Record that what an earlier attempt measured after `step` is no longer so."""
@@ -281,7 +281,8 @@ def _is_torn(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a file that has its name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:

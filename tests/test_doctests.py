@@ -16,6 +16,8 @@ MODULES = [module.name for module in pkgutil.walk_packages(llm_basics.__path__, 
 def test_examples_of(name):
     if "triton" in name or name.endswith(".kernels"):
         pytest.importorskip("triton", reason="Triton is for Linux")
+    if name.endswith("lm_harness"):
+        pytest.importorskip("lm_eval", reason="uv sync --extra eval")
     module = importlib.import_module(name)
     results = doctest.testmod(module)
     assert results.failed == 0

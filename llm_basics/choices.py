@@ -1,0 +1,163 @@
+"""Questions with several answers, of which a model picks the one that it finds likeliest.
+
+A file has one JSON object a line:
+
+    {"prompt": "The capital of France is", "choices": ["Lyon", "Paris"], "answer": 1}
+
+A long answer is less likely than a short one for its length alone. So there are two ways to pick: by the sum
+of the log-probabilities of an answer's tokens, and by that sum per byte of the answer (`acc` and `acc_bytes`
+of lm-evaluation-harness).
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_basics import likelihood
+from llm_basics import model as models
+from llm_basics import tokenizer as tokenizers
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, what may follow it, and which of these is right. `source` is its file and line."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str = "a question"
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a model found of one question: the log-probability of each choice, and which it picks by it."""
+
+    log_probabilities: list[float]
+    picked: int
+    picked_per_byte: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model found of all questions.
+
+    `chance` is the accuracy of who guesses, on average, and `chance_error` its standard deviation.
+    """
+
+    n_questions: int
+    accuracy: float
+    accuracy_per_byte: float
+    chance: float
+    chance_error: float
+    questions: list[Picked]
+
+
+def read(path: str | os.PathLike[str]) -> list[Question]:
+    """The questions of a file. Raises ValueError for the first line that is none, with its number."""
+    questions = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line.decode("utf-8")), f"{path}:{number}"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number} must be a question in JSON; {error}") from None
+    if not questions:
+        raise ValueError(f"{path} must hold a question a line, got none")
+    return questions
+
+
+def _question(fields: Any, source: str) -> Question:
+    """A question from the object of a line."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"it must be an object, got {type(fields).__name__}")
+    prompts = [fields[name] for name in ("prompt", "question") if name in fields]
+    if len(prompts) != 1 or not isinstance(prompts[0], str):
+        raise ValueError(f"it must have one text called prompt or question, got {prompts}")
+    options, answer = fields.get("choices"), fields.get("answer")
+    if not isinstance(options, list) or len(options) < 2:
+        raise ValueError(f"choices must be a list of at least two texts, got {options!r}")
+    if wrong := [option for option in options if not isinstance(option, str) or not option.strip()]:
+        raise ValueError(f"each choice must be a text that is not empty, got {wrong[0]!r}")
+    # not isinstance: True is an int as well
+    if type(answer) is not int or not 0 <= answer < len(options):
+        raise ValueError(f"answer must be a number from 0 to {len(options) - 1}, got {answer!r}")
+    return Question(prompts[0], tuple(options), answer, source)
+
+
+def encode(
+    tokenizer: tokenizers.Tokenizer, question: Question, delimiter: str = " "
+) -> list[tuple[list[int], list[int]]]:
+    """Of each choice, the tokens before it and those to be scored.
+
+    Prompt and choice are encoded together, since a token may reach from one into the other. Such a token is
+    scored, of all choices alike: what is not scored are the tokens that all have in common with the prompt
+    without the white space at its end. An empty prompt is the end of a document.
+
+    >>> question = Question("2 + 2 =", ("4", "five"), answer=0)
+    >>> encode(tokenizers.Tokenizer.of_bytes(), question)[0]
+    ([50, 32, 43, 32, 50, 32, 61], [32, 52])
+    """
+    prompt = tokenizers.mend(question.prompt)
+    texts = []
+    for choice in question.choices:
+        has_space = prompt[-1:].isspace() or choice[:1].isspace() or not prompt
+        texts.append(tokenizer.encode_ordinary(prompt + ("" if has_space else delimiter) + choice))
+    columns = zip(tokenizer.encode_ordinary(prompt.rstrip()), *texts, strict=False)
+    common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
+    before = common or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    return [(before, text[len(common) :]) for text in texts]
+
+
+def ask(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    questions: Sequence[Question],
+    delimiter: str = " ",
+    batch_size: int = likelihood.BATCH_SIZE,
+) -> Answers:
+    """Let a model pick an answer to each question. Of equally likely ones, it picks the first."""
+    pairs, counts = [], []
+    for question in questions:
+        encoded = encode(tokenizer, question, delimiter)
+        longest = max(len(scored) for _, scored in encoded)
+        if longest > model.config.context_length:
+            raise ValueError(
+                f"a choice must fit into the model's {model.config.context_length} tokens, "
+                f"got one of {longest} ({question.source})"
+            )
+        pairs += encoded
+        counts.append(len(encoded))
+    scores = iter(likelihood.score_continuations(model, pairs, batch_size))
+    found = [
+        _pick(question, [next(scores)[0] for _ in range(n)])
+        for question, n in zip(questions, counts, strict=True)
+    ]
+    n_questions = len(found)
+    chances = [1 / n for n in counts]
+    return Answers(
+        n_questions,
+        accuracy=sum(each.picked == each.answer for each in found) / n_questions,
+        accuracy_per_byte=sum(each.picked_per_byte == each.answer for each in found) / n_questions,
+        chance=sum(chances) / n_questions,
+        chance_error=math.sqrt(sum(p * (1 - p) for p in chances)) / n_questions,
+        questions=found,
+    )
+
+
+def _pick(question: Question, log_probabilities: list[float]) -> Picked:
+    per_byte = [
+        score / len(tokenizers.mend(choice).encode("utf-8"))
+        for score, choice in zip(log_probabilities, question.choices, strict=True)
+    ]
+    return Picked(
+        log_probabilities,
+        picked=log_probabilities.index(max(log_probabilities)),
+        picked_per_byte=per_byte.index(max(per_byte)),
+        answer=question.answer,
+    )

@@ -1,0 +1,170 @@
+"""Questions with several answers. Alone: `uv run pytest tests/test_choices.py`."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from llm_basics import choices, config, model, tokenizer
+
+GOOD = {"prompt": "1 + 1 =", "choices": ["2", "three"], "answer": 0}
+BYTES = tokenizer.Tokenizer.of_bytes()
+
+
+@pytest.fixture
+def lm():
+    shape = config.ModelConfig(258, 24, 16, 1, 2)
+    lm = model.TransformerLM(shape, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(3)
+    return lm
+
+
+def learned(*merges):
+    """A tokenizer that has learned these merges."""
+    vocab = dict(enumerate([bytes([b]) for b in range(256)] + [left + right for left, right in merges]))
+    return tokenizer.Tokenizer(vocab, list(merges), ["<|endoftext|>"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The file
+
+
+def test_read(tmp_path):
+    path = tmp_path / "q.jsonl"
+    again = {"question": "\u00e9", "choices": ["a", "b", "c"], "answer": 2, "more": None}
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(again))
+    assert choices.read(path) == [
+        choices.Question("1 + 1 =", ("2", "three"), 0, f"{path}:1"),
+        choices.Question("\u00e9", ("a", "b", "c"), 2, f"{path}:3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[1]", "it must be an object, got list"),
+        (b'"\xff"', "can't decode byte 0xff"),
+        (GOOD | {"prompt": 3}, r"one text called prompt or question, got \[3\]"),
+        (GOOD | {"question": "x"}, "one text called prompt or question, got .*, 'x'"),
+        ({"choices": ["a", "b"], "answer": 0}, r"one text called prompt or question, got \[\]"),
+        (GOOD | {"choices": ["2"]}, r"at least two texts, got \['2'\]"),
+        (GOOD | {"choices": None}, "at least two texts, got None"),
+        (GOOD | {"choices": ["2", 3]}, "a text that is not empty, got 3"),
+        (GOOD | {"choices": ["2", " "]}, "a text that is not empty, got ' '"),
+        (GOOD | {"answer": 2}, "answer must be a number from 0 to 1, got 2"),
+        (GOOD | {"answer": True}, "answer must be a number from 0 to 1, got True"),
+        ({"prompt": "", "choices": ["a", "b"]}, "answer must be a number from 0 to 1, got None"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path, line, said):
+    path = tmp_path / "q.jsonl"
+    line = line if isinstance(line, bytes) else json.dumps(line).encode()
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"q\.jsonl:2 must be a question in JSON; .*{said}"):
+        choices.read(path)
+
+
+def test_a_file_without_questions_is_refused(tmp_path):
+    (tmp_path / "q.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="must hold a question a line, got none"):
+        choices.read(tmp_path / "q.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokens
+
+
+def encoded(own, prompt, *options, **settings):
+    """Prompt and choices as texts of tokens."""
+    pairs = choices.encode(own, choices.Question(prompt, options, 0), **settings)
+    return [
+        ([own.decode([i]) for i in before], [own.decode([i]) for i in scored]) for before, scored in pairs
+    ]
+
+
+def test_white_space_at_the_end_of_a_prompt_belongs_to_the_choice():
+    own = learned((b" ", b"P"))
+    expected = [(["i", "s"], [" P", "a"]), (["i", "s"], [" ", "L"])]
+    for prompt, settings in (("is", {}), ("is ", {}), ("is", {"delimiter": " "})):
+        assert encoded(own, prompt, "Pa", "L", **settings) == expected
+    assert encoded(own, "is", " Pa", "L") == expected
+    assert encoded(own, "is", "Pa", "L", delimiter="") == [(["i", "s"], ["P", "a"]), (["i", "s"], ["L"])]
+
+
+def test_a_token_that_reaches_into_the_choice_is_scored_of_all_choices():
+    """Else "a" followed by "b" would be scored for one choice, and not for the other."""
+    own = learned((b"a", b"b"))
+    found = encoded(own, "xa", "b", "c", delimiter="")
+    assert found == [(["x"], ["ab"]), (["x"], ["a", "c"])]
+
+
+def test_an_empty_prompt_is_the_end_of_a_document():
+    assert encoded(BYTES, "", "b", "c") == [(["<|endoftext|>"], ["b"]), (["<|endoftext|>"], ["c"])]
+
+
+def test_special_tokens_in_a_question_are_ordinary_text():
+    ((before, scored), _) = choices.encode(
+        BYTES, choices.Question("<|endoftext|>", ("<|endoftext|>", "b"), 0)
+    )
+    assert 256 not in before + scored
+
+
+# --------------------------------------------------------------------------------------------------
+# The answers
+
+
+def test_answers_equal_those_of_a_slow_computation(lm):
+    questions = [
+        choices.Question("one", ("two", "a long answer", "b"), 1),
+        choices.Question("", ("x", "yes"), 0),
+        choices.Question("a prompt that has more to it than goes into the model ", ("p", "qr"), 1),
+    ]
+    found = choices.ask(lm, BYTES, questions, batch_size=2)
+    n_right = n_right_per_byte = 0
+    for question, picked in zip(questions, found.questions, strict=True):
+        scores = []
+        for choice in question.choices:
+            space = " " if question.prompt and not question.prompt.endswith(" ") else ""
+            text = [*(question.prompt.encode() or [256]), *(space + choice).encode()]
+            n_scored = len(choice) + (1 if question.prompt else 0)
+            score = 0.0
+            read = text[-25:]
+            for i in range(len(read) - n_scored, len(read)):
+                with torch.no_grad():
+                    score += lm(torch.tensor([read[:i]]))[0, -1].log_softmax(-1)[read[i]].item()
+            scores.append(score)
+        assert picked.log_probabilities == pytest.approx(scores, rel=1e-9)
+        assert scores[picked.picked] == max(scores)
+        per_byte = [s / len(c) for s, c in zip(scores, question.choices, strict=True)]
+        assert per_byte[picked.picked_per_byte] == max(per_byte)
+        n_right += picked.picked == question.answer
+        n_right_per_byte += picked.picked_per_byte == question.answer
+    assert (found.accuracy, found.accuracy_per_byte) == (n_right / 3, n_right_per_byte / 3)
+    assert found.n_questions == 3 and found.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert found.chance_error == pytest.approx(math.sqrt(2 / 9 + 1 / 4 + 1 / 4) / 3)
+
+
+def test_length_counts_in_one_way_and_not_in_the_other(lm):
+    """Of tokens that are all equally likely, the shortest answer is the likeliest; per byte all are alike."""
+    lm.ln_final.weight.data.zero_()
+    found = choices.ask(lm, BYTES, [choices.Question("x", (" long", " s"), 1)])
+    assert (found.accuracy, found.questions[0].picked) == (1.0, 1)
+    assert found.questions[0].log_probabilities == pytest.approx([-5 * math.log(258), -2 * math.log(258)])
+    assert found.questions[0].picked_per_byte == 0
+
+
+def test_bytes_not_characters(lm):
+    lm.ln_final.weight.data.zero_()
+    found = choices.ask(lm, BYTES, [choices.Question("x ", ("\u00e9\u00e9\u00e9", "aaaa"), 1)])
+    # 7 and 5 tokens with the space: 7/6 and 5/4 a byte
+    assert found.questions[0].picked_per_byte == 0
+
+
+def test_a_choice_that_the_model_cannot_see_whole_is_named(lm):
+    question = choices.Question("x", ("a" * 24, "b"), 0, "q.jsonl:7")
+    with pytest.raises(ValueError, match=r"into the model's 24 tokens, got one of 25 \(q.jsonl:7\)"):
+        choices.ask(lm, BYTES, [question])

@@ -1,0 +1,267 @@
+"""The program of evaluation. Alone: `uv run pytest tests/test_evaluate_cli.py`."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llm_basics import (
+    checkpoint,
+    command_line,
+    config,
+    data,
+    evaluate,
+    evaluate_cli,
+    model,
+    optim,
+    prepare,
+    programs,
+    run,
+    shards,
+)
+
+QUESTIONS = [
+    {"prompt": "the cat sat on the", "choices": ["mat", "a very long answer"], "answer": 0},
+    {"question": "Document", "choices": ["1", "2", "seventeen"], "answer": 2},
+]
+
+
+def make_run(folder, name="a", seed=0, **about):
+    """A run with a random model of bytes, whose training text is in `folder`."""
+    text = folder / "text"
+    if not text.is_dir():
+        text.mkdir()
+        for i in range(20):
+            (text / f"{i}.txt").write_text(f"Document {i}: the cat sat on the mat.\n" * (i + 1))
+    shape = config.ModelConfig(257, context_length=32, d_model=16, n_layers=1, n_heads=2)
+    options = config.Config(
+        data=str(text), data_dir=str(folder / "data"), tokenizer="bytes", val_fraction=0.3, model=shape
+    )
+    prepared = prepare.prepare(options, say=lambda line: None)
+    torch.manual_seed(seed)
+    made = model.TransformerLM(shape)
+    output = run.Run(folder / name)
+    output.write_config(dataclasses.asdict(options))
+    prepared.tokenizer.save(output.folder / "tokenizer")
+    about = {"data": prepared.folder.name, "val_loss": None} | about
+    checkpoint.save_checkpoint(
+        made, optim.AdamW(made.parameters(), 1e-3), 7, output.checkpoint_path(7), **about
+    )
+    output.close()
+    return output.folder, made, prepared
+
+
+@pytest.fixture
+def trained(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def judge(tmp_path, capsys):
+    """Run the program; what it wrote as JSON, and what it printed."""
+
+    def main(*folders, **options):
+        out = tmp_path / "report.json"
+        chosen = programs.EvaluateConfig(tuple(map(str, folders)), out=str(out), fast="off", **options)
+        assert evaluate_cli.main(chosen) == 0
+        return json.loads(out.read_text(), parse_constant=pytest.fail), capsys.readouterr().out
+
+    return main
+
+
+def complaint(capsys, options):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_cli.main(options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+def test_the_held_out_text_is_measured_whole(trained, judge):
+    folder, made, prepared = trained
+    (found,), out = judge(folder)
+    tokens = prepared.val.tokens
+    assert found["report"]["n_tokens"] == len(tokens) - 1
+    assert sum(bucket["count"] for bucket in found["report"]["by_position"]) == len(tokens) - 1
+    n_whole = (len(tokens) - 1) // 32 * 32
+    lengths = evaluate.token_lengths(prepared.tokenizer, 257)
+    known = evaluate.evaluate(made, data.sequential_batches(tokens[: n_whole + 1], 4, 32), lengths)
+    assert found["report"]["val_loss"] == pytest.approx(known["val_loss"], abs=0.02)
+    assert f"text: held out in {prepared.folder}" in out.replace("\n", "")
+    assert f"{found['report']['val_loss']:.4f}" in out and f"{found['report']['perplexity']:.2f}" in out
+    assert found["checkpoint"].endswith("step_00000007.safetensors") and found["answers"] is None
+
+
+def test_other_text_is_read_document_by_document(trained, judge, tmp_path):
+    folder, _, _ = trained
+    (tmp_path / "new.txt").write_text("one<|endoftext|>two\u00e9")
+    (found,), out = judge(folder, data=str(tmp_path / "new.txt"), stride=2)
+    # o n e <|endoftext|> t w o \xc3 \xa9 <|endoftext|>, the first of which is not predicted
+    assert (found["report"]["n_tokens"], found["report"]["n_bytes"]) == (9, 7)
+    assert "Loss by position" in out and "Calibration" in out
+
+
+def test_runs_stand_side_by_side(trained, judge, tmp_path):
+    other, _, _ = make_run(tmp_path, "b", seed=1)
+    found, out = judge(trained[0], other)
+    losses = [f"{each['report']['val_loss']:.4f}" for each in found]
+    assert losses[0] != losses[1]
+    line = next(line for line in out.splitlines() if "validation loss" in line)
+    assert re.search(rf"{losses[0]}\s+{losses[1]}", line)
+
+
+def test_questions_alone_and_with_a_text(trained, judge, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (found,), out = judge(trained[0], choices=str(path))
+    assert found["report"] is None and "validation loss" not in out
+    assert found["answers"]["n_questions"] == 2
+    assert found["answers"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    line = next(line for line in out.splitlines() if "answers, per byte" in line)
+    assert f"{found['answers']['accuracy_per_byte']:.1%}" in line and "41.7%" in out
+    (both,), out = judge(trained[0], choices=str(path), data=str(tmp_path / "text"))
+    assert both["answers"] == found["answers"] and both["report"]["n_tokens"] > 0
+
+
+def test_fast_twins_measure_the_same(trained, judge, tmp_path):
+    (found,), _ = judge(trained[0])
+    out = tmp_path / "fast.json"
+    assert evaluate_cli.main(programs.EvaluateConfig((str(trained[0]),), out=str(out))) == 0
+    (fast,) = json.loads(out.read_text())
+    assert fast["report"]["val_loss"] == pytest.approx(found["report"]["val_loss"], rel=1e-6)
+
+
+def test_pieces_of_ones_own_are_used_and_then_put_back(trained, judge, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text("import torch\ndef log_softmax(x, dim=-1):\n    return torch.log_softmax(2 * x, dim)\n")
+    (found,), _ = judge(trained[0])
+    (own,), _ = judge(trained[0], mine=str(mine))
+    (again,), _ = judge(trained[0])
+    assert own["report"]["val_loss"] != found["report"]["val_loss"] == again["report"]["val_loss"]
+
+
+def test_a_text_without_bytes_has_no_bits_per_byte(trained, judge, tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    (found,), _ = judge(trained[0], data=str(tmp_path / "one.txt"))
+    assert found["report"]["n_tokens"] == 1 and found["report"]["bits_per_byte"] is None
+
+
+def test_scores_that_are_no_numbers_are_status_1(trained, tmp_path, capsys):
+    folder, made, prepared = trained
+    made.ln_final.weight.data[0] = torch.nan
+    path = run.checkpoint_path(folder, 8)
+    checkpoint.save_checkpoint(made, optim.AdamW(made.parameters(), 1e-3), 8, path, data=prepared.folder.name)
+    out = tmp_path / "report.json"
+    assert evaluate_cli.main(programs.EvaluateConfig((str(folder),), out=str(out), fast="off")) == 1
+    assert "must be numbers, got nan" in capsys.readouterr().err and not out.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_a_held_out_text_that_is_gone(trained, capsys):
+    folder, _, prepared = trained
+    shutil.rmtree(prepared.folder)
+    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    assert f"must be in {prepared.folder}, which is gone" in said and "--data" in said
+
+
+def test_a_model_that_was_not_trained_here(tmp_path, capsys):
+    folder, _, _ = make_run(tmp_path, data=None)
+    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    assert "was not trained here and has no held-out text; name a text by --data" in said
+
+
+def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained, capsys):
+    folder, _, prepared = trained
+    path = prepared.folder / "val_0000.bin"
+    content = bytearray(path.read_bytes())
+    content[shards.HEADER_BYTES + 20 : shards.HEADER_BYTES + 22] = b"\xff\xff"
+    path.write_bytes(content)
+    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    assert (
+        f"{path} must be below its vocabulary size 257, got 65535 at byte {shards.HEADER_BYTES + 20}" in said
+    )
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
+    folder, _, prepared = trained
+    larger = prepare.tokenizer.Tokenizer.of_bytes(["<|endoftext|>", "<|more|>"])
+    larger.save(folder / "tokenizer")
+    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    assert "must have ids below the 257 of its model, got 258" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": "nowhere"}, "--data must name a file"),
+        ({"data": "empty.txt"}, "--data must hold text, but empty.txt is empty"),
+        ({"choices": "bad.jsonl"}, "bad.jsonl:1 must be a question in JSON; it must be an object, got int"),
+        ({"choices": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"checkpoint": "9"}, "must hold a checkpoint, got none of step 9"),
+        ({"stride": 33}, "stride must be from 1 to the model's 32 tokens, got 33"),
+        ({"out": "nowhere/report.json"}, "--out must be in a folder that is there, got nowhere/report.json"),
+        ({"run_dirs": ("nowhere",)}, "nowhere"),
+        ({"mine": "mine.txt"}, "a Python file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(trained, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text("3\n")
+    before = sorted(tmp_path.iterdir())
+    options = {"run_dirs": (str(trained[0]),), "out": "report.json", "fast": "off"} | options
+    assert said in complaint(capsys, programs.EvaluateConfig(**options))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strid", "2"], "the closest is --stride"),
+        (["--stride", "0"], "stride must be at least 1, got 0"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.program_options(programs.EvaluateConfig(), arguments, prog="evaluate")
+    assert said in capsys.readouterr().err
+
+
+def test_several_runs_on_the_command_line():
+    options = command_line.program_options(
+        programs.EvaluateConfig(), ["runs/a", "runs/b", "--data", "stdlib"], prog="evaluate"
+    )
+    assert (options.run_dirs, options.data) == (("runs/a", "runs/b"), "stdlib")
+    assert command_line.program_options(programs.EvaluateConfig(), [], prog="evaluate").run_dirs == ()
+
+
+def test_the_newest_run_is_judged_where_none_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    make_run(tmp_path, "runs/a")
+    assert evaluate_cli.main(programs.EvaluateConfig(fast="off")) == 0
+    assert "runs/a" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_the_harness_says_what_it_needs():
+    command = [sys.executable, "-m", "llm_basics.lm_harness", "runs/a", "--tasks", "arc_easy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = "error: lm_harness needs lm_eval, which is not installed here; uv sync --extra eval\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_the_module_is_a_program(trained):
+    command = [sys.executable, "-m", "llm_basics.evaluate", str(trained[0]), "--fast", "off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "validation loss" in done.stdout and "bits per byte" in done.stdout
