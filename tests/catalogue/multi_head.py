@@ -87,6 +87,7 @@ step.compare(
     attention,
     {"x": draw(2, SEQ, D_MODEL)},
     weights(),
+    atol=5e-5,
     axes="batch position feature",
 )
 
@@ -96,6 +97,7 @@ step.compare(
     attention,
     {"x": draw(2, 4, SEQ, D_MODEL)},
     weights(),
+    atol=5e-5,
     axes="batch group position feature",
 )
 
