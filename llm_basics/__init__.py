@@ -3,6 +3,7 @@
 Read it in this order; a file imports only from the floors below it.
 
     floor 0     functional.py     the mathematics: softmax, attention, cross-entropy, ...
+                adjusting.py      min-p and repetition penalty: what is done to scores before a token is drawn
                 optim.py          AdamW, gradient clipping, the learning-rate schedule
                 bpe.py            learn a vocabulary from text
                 corpus.py         where texts are found, how they are split
@@ -27,7 +28,8 @@ Read it in this order; a file imports only from the floors below it.
                 exchange.py       vocabularies of Hugging Face and tiktoken
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
     fast        fast/             twins of pieces, made for speed, with a map of their own
-    floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
+    floor 4     streaming.py      token ids -> text as they come, up to a stop string
+                swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
@@ -35,7 +37,8 @@ Read it in this order; a file imports only from the floors below it.
     floor 6     session.py        a training run as it stands
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
-    floor 7     update.py         one step of training
+    floor 7     generate_cli.py   the program of generate: prompts, samples, files
+                update.py         one step of training
     floor 8     launch.py         from options to a run that can take its first step
                 find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers

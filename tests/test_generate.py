@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llm_basics import config, generate, model, tokenizer
 
@@ -238,24 +236,6 @@ def test_an_empty_prompt_among_others_is_refused(lm):
 
 # --------------------------------------------------------------------------------------------------
 # Text
-
-
-@given(st.text())
-def test_streamed_text_is_the_text_and_never_half_a_character(text):
-    text = text.encode("utf-8", "replace").decode()
-    pieces = list(generate.stream_text(tokenizer.Tokenizer.of_bytes(), list(text.encode())))
-    assert "".join(pieces) == text
-    assert all(len(piece) == 1 for piece in pieces)
-
-
-def test_streaming_waits_only_for_the_character():
-    ids = iter(b"a\xe2\x82\xacb")
-    stream = generate.stream_text(tokenizer.Tokenizer.of_bytes(), ids)
-    assert next(stream) == "a" and list(ids)[:1] == [0xE2]
-
-
-def test_half_a_character_at_the_end_is_shown_as_such():
-    assert "".join(generate.stream_text(tokenizer.Tokenizer.of_bytes(), b"ok\xe2\x82")) == "ok\ufffd"
 
 
 def test_complete_ends_with_the_document():
