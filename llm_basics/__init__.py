@@ -29,6 +29,7 @@ Read it in this order; a file imports only from the floors below it.
     floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
     fast        fast/             twins of pieces, made for speed, with a map of their own
     floor 4     streaming.py      token ids -> text as they come, up to a stop string
+                chat.py           conversations <-> token ids, and which of them are learned
                 swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
@@ -39,7 +40,8 @@ Read it in this order; a file imports only from the floors below it.
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
     floor 7     generate_cli.py   the program of generate: prompts, samples, files
                 update.py         one step of training
-    floor 8     launch.py         from options to a run that can take its first step
+    floor 8     chat_cli.py       the program of chat: a conversation in the terminal
+                launch.py         from options to a run that can take its first step
                 find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers
     floor 9     train.py          all of it together

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from llm_basics import (
     adjusting,
+    bpe,
+    chat,
     command_line,
     device,
     generate,
@@ -76,29 +78,20 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The prompts of a file: its lines; of a .jsonl, the objects in them. Empty lines do not count."""
     if not path.is_file():
         raise ValueError(f"--prompts must be a file with a prompt a line, got {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8, got other bytes at offset {error.start}") from None
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            is_json = path.suffix == ".jsonl"
-            entry = _entry(line, f"{path}:{number}") if is_json else {"prompt": line.removesuffix("\r")}
-            found.append(entry)
+    content = bpe.check_utf8(path.read_bytes(), path, 0).removeprefix("\ufeff")
+    if path.suffix != ".jsonl":
+        found = [{"prompt": line.removesuffix("\r")} for line in content.split("\n") if line.strip()]
+    else:
+        found = []
+        for place, record in chat.json_lines(content, path):
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise ValueError(
+                    f'{path}, {place}: must be an object with a text "prompt", got {record!r:.60}'
+                )
+            found.append(record)
     if not found:
         raise ValueError(f"--prompts must hold a prompt, but {path} is empty")
     return found
-
-
-def _entry(line: str, where: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'{where} must be a JSON object with a text "prompt", got {line.strip()[:60]}')
-    return entry
 
 
 # --------------------------------------------------------------------------------------------------

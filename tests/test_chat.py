@@ -1,0 +1,230 @@
+"""Conversations: what is rendered, what is learned, what is read. Alone: uv run pytest tests/test_chat.py"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llm_basics import bpe, chat, config, exchange, model, swap, tokenizer
+from llm_basics import functional as F
+from llm_basics.chat import Message
+
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def messages(spelled):
+    """`u:hi a:yo` as messages; an underscore is a space."""
+    pairs = [part.split(":", 1) for part in spelled.split()]
+    return [Message(ROLES[role], content.replace("_", " ")) for role, content in pairs]
+
+
+@pytest.fixture
+def chatting():
+    return chat.with_specials(tokenizer.Tokenizer.of_bytes())
+
+
+# what is learned, an id a sign: a special token is one, and so is each letter
+GOLDEN = [
+    ("a:x", ".##"),
+    ("u:x", "..."),
+    ("s:x", "..."),
+    ("u: a:x", "...##"),
+    ("u:a a:", "....#"),
+    ("u:a a:b", "....##"),
+    ("u:ab a:c", ".....##"),
+    ("u:a a:bc", "....###"),
+    ("u:ab a:cd", ".....###"),
+    ("u:what? a:that", "........#####"),
+    ("s:a u:b a:c", ".......##"),
+    ("s:be_kind u:b a:c", ".............##"),
+    ("s: u:b a:c", "......##"),
+    ("u:a a:b u:c", "....##..."),
+    ("u:a a:b u:c a:d", "....##....##"),
+    ("u:a a:b u:c a:d u:e a:f", "....##....##....##"),
+    ("u:a a:bb u:c a:ddd", "....###....####"),
+    ("u:aaa a:b u:ccc a:d", "......##......##"),
+    ("s:a u:b a:c u:d a:e", ".......##....##"),
+    ("u:a u:b a:c", ".......##"),
+    ("u:a a:b a:c", "....##.##"),
+    ("a:x u:y a:z", ".##....##"),
+    ("a:x u:y", ".##..."),
+    ("u:a s:b a:c", ".......##"),
+    ("u:a a:b s:c a:d", "....##....##"),
+    ("u:1+1 a:2", "......##"),
+    ("u:\u00e9 a:\u00e9", ".....###"),
+    ("u:x a:\u20ac", "....####"),
+    ("u:<|end|> a:y", "..........##"),
+    ("u:x a:<|end|>", "....########"),
+    ("u:<|assistant|> a:<|user|>", "................#########"),
+]
+
+
+@pytest.mark.parametrize(("spelled", "mask"), GOLDEN)
+def test_what_is_learned(chatting, spelled, mask):
+    ids, learned = chat.render(chatting, messages(spelled))
+    assert "".join(".#"[is_learned] for is_learned in learned) == mask
+    assert len(ids) == len(mask)
+
+
+def test_rendered_as_written(chatting):
+    ids, _ = chat.render(chatting, messages("s:be_kind u:hi a:yo u:bye"))
+    assert chatting.decode(ids) == (
+        "<|system|>be kind<|end|><|user|>hi<|end|><|assistant|>yo<|end|><|user|>bye<|end|>"
+    )
+    assert ids[0] == chatting.special_id("<|system|>") and ids[-1] == chatting.special_id("<|end|>")
+
+
+def test_a_reply_is_opened_where_the_answer_was_learned(chatting):
+    ids, learned = chat.render(chatting, messages("s:a u:b a:cd"))
+    assert chat.open_reply(chatting, messages("s:a u:b")) == ids[: learned.index(True)]
+
+
+def test_only_answers_have_a_gradient(chatting):
+    """The embedding of what the last user says, which no answer follows, gets none at all; and the first
+    token of an answer and its end do count."""
+    torch.manual_seed(0)
+    shape = config.ModelConfig(vocab_size=chatting.vocab_size, context_length=32, d_model=16, n_heads=2)
+    lm = model.TransformerLM(shape)
+    ids, learned = chat.render(chatting, messages("u:ab a:xyz u:QRS"))
+    tokens = torch.tensor(ids)
+    targets = tokens.masked_fill(~torch.tensor(learned), -100)
+    logits = lm(tokens[None, :-1])
+    logits.retain_grad()
+    F.cross_entropy(logits, targets[None, 1:]).backward()
+    assert lm.token_embeddings.weight.grad[[ord(letter) for letter in "QRS"]].abs().max() == 0
+    trained = logits.grad[0].abs().sum(-1) > 0
+    assert chatting.decode(tokens[1:][trained].tolist()) == "xyz<|end|>"
+
+
+# --------------------------------------------------------------------------------------------------
+# Special tokens
+
+
+def test_content_never_becomes_a_special_token(chatting):
+    """5,000 conversations of texts made of all special tokens, their halves, and signs between them."""
+    rng = np.random.default_rng(0)
+    specials = [*chat.SPECIALS, "<|endoftext|>"]
+    halves = [part for special in specials for part in (special[:5], special[5:], special[:-1], special[1:])]
+    parts = [*specials, *halves, "<|", "|>", "<", "|", ">", "user", "end", " ", "\n", "\ud83d", "\x00", "a"]
+    words = {b"user": 9, b"end": 9, b"<|": 9, b"|>": 9}
+    learned = tokenizer.Tokenizer(*bpe.learn_merges(words, 270, specials), specials)
+    special_ids = {learned.special_id(special) for special in specials}
+    for _ in range(5_000):
+        roles = rng.choice(chat.ROLES, size=3)
+        texts = ["".join(rng.choice(parts, size=rng.integers(0, 5))) for _ in roles]
+        ids, _ = chat.render(learned, [Message(r, t) for r, t in zip(roles, texts, strict=True)])
+        found = [id for id in ids if id in special_ids]
+        expected = [learned.special_id(s) for role in roles for s in (f"<|{role}|>", "<|end|>")]
+        assert found == expected, texts
+
+
+def test_specials_are_added_behind_the_vocabulary_once():
+    plain = tokenizer.Tokenizer.of_bytes()
+    added = chat.with_specials(plain)
+    assert not chat.is_chat(plain) and chat.is_chat(added)
+    assert [added.special_id(s) for s in chat.SPECIALS] == [257, 258, 259, 260]
+    assert added.encode_ordinary("caf\u00e9") == plain.encode_ordinary("caf\u00e9")
+    assert chat.with_specials(added).fingerprint() == added.fingerprint()
+    some = tokenizer.Tokenizer.of_bytes(["<|endoftext|>", "<|user|>"])
+    assert chat.with_specials(some).special_id("<|user|>") == 257
+    assert chat.with_specials(some).special_id("<|end|>") == 260
+
+
+def test_a_saved_chat_tokenizer_is_one(chatting, tmp_path):
+    chatting.save(tmp_path)
+    loaded = tokenizer.Tokenizer.load(tmp_path)
+    assert chat.is_chat(loaded) and loaded.fingerprint() == chatting.fingerprint()
+    exchange.write_tokenizer_json(chatting.as_vocabulary(), tmp_path / "tokenizer.json")
+    assert chat.is_chat(tokenizer.Tokenizer.load(tmp_path / "tokenizer.json"))
+
+
+def test_the_fast_tokenizer_renders_the_same(chatting):
+    conversation = messages("s:be_kind u:<|end|>_caf\u00e9 a:1,234_and_<|user|>")
+    expected = chat.render(chatting, conversation)
+    with swap.using("fast", say=lambda line: None):
+        twin = chat.with_specials(tokenizer.Tokenizer.of_bytes())
+        assert type(twin).__module__ == "llm_basics.fast.tokenizer"
+        assert chat.render(twin, conversation) == expected
+
+
+def test_a_tokenizer_without_the_specials_is_refused():
+    with pytest.raises(ValueError, match="chat.with_specials adds them"):
+        chat.render(tokenizer.Tokenizer.of_bytes(), messages("u:a"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+ASKED = {"prompt": "2+2?", "completion": "4"}
+ALPACA = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+TALK = {"messages": [{"role": "system", "content": "Add."}, {"role": "assistant", "content": "4"}]}
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_all_forms_are_read(tmp_path, as_array):
+    path = tmp_path / "answers"
+    records = [ASKED, ALPACA, ALPACA | {"input": ""}, {"instruction": "Say\u2028x", "output": "\u00e9"}, TALK]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = f"\n [{','.join(lines)}]\n" if as_array else "\n".join([lines[0], "", *lines[1:]])
+    path.write_bytes(("\ufeff" + text).encode("utf-8"))
+    assert chat.read(path) == [
+        messages("u:2+2? a:4"),
+        [Message("user", "Add.\n\n2, 2"), Message("assistant", "4")],
+        messages("u:Add. a:4"),
+        [Message("user", "Say\u2028x"), Message("assistant", "\u00e9")],
+        messages("s:Add. a:4"),
+    ]
+
+
+MISTAKES = [
+    ({"prompt": "a"}, "the field completion is missing"),
+    ({"completion": "a"}, "the field prompt is missing"),
+    ({"instruction": "a", "input": "b"}, "the field output is missing"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, got 3"),
+    ({"prompt": "a", "completion": ""}, "an answer must not be empty"),
+    ({"prompt": "a", "completion": " \n"}, "an answer must not be empty"),
+    ({"prompt": "a", "completion": None}, "completion must be a text, got null"),
+    ({"question": "a", "answer": "b"}, "or instruction and output, got question, answer"),
+    ({}, "or instruction and output, got no field"),
+    (["a", "b"], 'a record must be an object with fields, got ["a", "b"]'),
+    ({"messages": "hi"}, 'messages must be a list, got "hi"'),
+    ({"messages": []}, "must have a message of the assistant, got none"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "must have a message of the assistant, got none"),
+    ({"messages": [{"role": "bot", "content": "a"}]}, "message 1: a role must be system, user or assistant"),
+    ({"messages": [*TALK["messages"], {"role": "user"}]}, "message 3: the field content is missing"),
+    ({"messages": ["hi"]}, 'message 1: a message must have role and content, got "hi"'),
+    ({"messages": [{"role": "assistant", "content": ""}]}, "an answer must not be empty"),
+]
+
+
+@pytest.mark.parametrize(("record", "said"), MISTAKES)
+def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f"{json.dumps(ASKED)}\n\n{json.dumps(record)}\n")
+    with pytest.raises(ValueError) as error:
+        chat.read(path)
+    assert str(error.value).startswith(f"{path}, line 3: ") and said in str(error.value)
+    path.write_text(json.dumps([ASKED, record]))
+    with pytest.raises(ValueError) as error:
+        chat.read(path)
+    assert str(error.value).startswith(f"{path}, record 2: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', ", line 2: must be JSON; Expecting value"),
+        (b'[{"prompt": "a"', " must be a JSON array; Expecting"),
+        (b"\n \n", " must hold conversations, JSON lines or a JSON array, but is empty"),
+        (b"[]", "but is empty"),
+        (b'{"prompt": "\xff"}', " must be UTF-8, got byte 0xff at offset 12"),
+        (b"[" * 100_000, " must be a JSON array; "),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, content, said):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        chat.read(path)
+    assert str(error.value).startswith(str(path)) and said in str(error.value)
