@@ -39,16 +39,13 @@ What begins with a space is said as it is, /commands too."""
 
 def main(options: programs.ChatConfig) -> int:
     """Talk as `options` say. Returns the exit status."""
-    # text may be in any encoding, and a model may write any character
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with command_line.exit_on_mistake():
             lm, chosen = generate_cli.open_run(options)
             if not chat.is_chat(chosen):
                 raise ValueError(
-                    f"a model must be fine-tuned to be talked to, but {options.run_dir} was not (its tokenizer "
-                    "has no <|user|>); uv run python -m llm_basics.sft --help says how"
+                    f"a model must be fine-tuned to be talked to, but {options.run_dir} was not (its "
+                    "tokenizer has no <|user|>); uv run python -m llm_basics.sft --help says how"
                 )
             talk = Talk(lm, chosen, options)
             if options.message is None:

@@ -199,7 +199,7 @@ def show_probabilities(
     found: list[Tensor] = []
 
     def record(ids: Int[Tensor, " seq"], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        found[:] = [F.softmax(logits.float()).cpu()]
+        found[:] = [F.softmax(logits.detach().float()).cpu()]
         return logits if adjust is None else adjust(ids, logits)
 
     ids = generate.generate(

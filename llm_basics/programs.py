@@ -10,7 +10,7 @@ import tyro
 def _check_sampling(options: "GenerateConfig | ChatConfig") -> None:
     """Raise ValueError for settings with which nothing can be drawn."""
     if not 0 <= options.temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0, got {options.temperature}")
+        raise ValueError(f"temperature must be at least 0 and finite, got {options.temperature}")
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {options.top_k}")
     if options.top_p is not None and not 0 < options.top_p <= 1:
