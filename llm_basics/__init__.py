@@ -3,6 +3,7 @@
 Read it in this order; a file imports only from the floors below it.
 
     floor 0     functional.py     the mathematics: softmax, attention, cross-entropy, ...
+                adjusting.py      min-p and repetition penalty: what is done to scores before a token is drawn
                 optim.py          AdamW, gradient clipping, the learning-rate schedule
                 bpe.py            learn a vocabulary from text
                 corpus.py         where texts are found, how they are split
@@ -30,9 +31,10 @@ Read it in this order; a file imports only from the floors below it.
                 transplant.py     weights between our models and a layout of transformers
                 likelihood.py     what does a model say of each token of a text?
     fast        fast/             twins of pieces, made for speed, with a map of their own
-    floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
+    floor 4     streaming.py      token ids -> text as they come, up to a stop string
                 chat.py           conversations <-> token ids, and which of them are learned
                 choices.py        questions with several answers, of which a model picks one
+                swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
@@ -44,8 +46,10 @@ Read it in this order; a file imports only from the floors below it.
                 import_model.py   a folder of transformers -> a run
                 evaluate_cli.py   the program of evaluation: models side by side, on text and on questions
                 lm_harness.py     a model for EleutherAI's lm-evaluation-harness
-    floor 7     update.py         one step of training
-    floor 8     launch.py         from options to a run that can take its first step
+    floor 7     generate_cli.py   the program of generate: prompts, samples, files
+                update.py         one step of training
+    floor 8     chat_cli.py       the program of chat: a conversation in the terminal
+                launch.py         from options to a run that can take its first step
                 find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers
     floor 9     train.py          all of it together

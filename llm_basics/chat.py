@@ -12,14 +12,16 @@ ordinary text, and can neither end their turn nor begin another's.
     ('<|user|>2+2?<|end|><|assistant|>4<|end|>', '4<|end|>')
 """
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe
+from llm_basics import bpe, command_line, programs
 from llm_basics import tokenizer as tokenizers
 
 SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -93,7 +95,7 @@ def read(path: str | os.PathLike[str]) -> list[list[Message]]:
     text = bpe.check_utf8(Path(path).read_bytes(), path, 0).removeprefix("\ufeff")
     is_array = text.lstrip().startswith("[")
     conversations = []
-    for place, record in _array(text, path) if is_array else _lines(text, path):
+    for place, record in _array(text, path) if is_array else json_lines(text, path):
         try:
             conversations.append(conversation(record))
         except ValueError as error:
@@ -110,7 +112,8 @@ def _array(text: str, path: str | os.PathLike[str]) -> Iterable[tuple[str, Any]]
         raise ValueError(f"{path} must be a JSON array; {error}") from None
 
 
-def _lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def json_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """What stands in each line of a JSONL file that is not empty, with `line 3`, its place."""
     # str.splitlines would also cut at U+2028, which JSON allows within a text
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -179,3 +182,13 @@ def _text(record: dict[str, Any], field: str) -> str:
 def _shown(value: Any) -> str:
     shown = json.dumps(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+if __name__ == "__main__":
+    # the program uses what stands on the floors above this one; torch is loaded there, which takes seconds
+    OPTIONS = command_line.program_options(
+        programs.ChatConfig(), sys.argv[1:], prog="python -m llm_basics.chat"
+    )
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # bytes and characters of any kind
+    sys.exit(importlib.import_module("llm_basics.chat_cli").main(OPTIONS))

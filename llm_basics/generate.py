@@ -13,15 +13,15 @@ if __name__ == "__main__":
         programs.GenerateConfig(), sys.argv[1:], prog="python -m llm_basics.generate"
     )
 
-import codecs
-from collections.abc import Iterable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import checkpoint, config, device, presets, run, swap
+from llm_basics import adjusting, checkpoint, config, presets, run, streaming
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -56,7 +56,10 @@ def next_token_probabilities(
     shifted = logits.float() - logits.float().amax(
         -1, keepdim=True
     )  # a tiny temperature keeps the maximum at 0
-    probabilities, ids = F.softmax(shifted / temperature).sort(descending=True, stable=True)
+    probabilities = F.softmax(shifted / temperature)
+    if top_k is None and top_p is None:
+        return probabilities
+    probabilities, ids = probabilities.sort(descending=True, stable=True)
     if top_k is not None:
         probabilities[..., top_k:] = 0
     if top_p is not None:
@@ -77,11 +80,13 @@ def generate(
     top_p: float | None = None,
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
+    adjust: adjusting.Adjust | None = None,
 ) -> Iterator[int]:
     """Continue `prompt` token by token, until `stop_id`, which is not given out, or `max_new_tokens`.
 
     Keys and values of earlier tokens are kept. Once the text is longer than the model's context, the last
-    `context_length` tokens are read again for each new one.
+    `context_length` tokens are read again for each new one. `adjust` is given all ids and the scores of the
+    next one, and what it makes of these is drawn from.
     """
     if prompt.numel() == 0:
         raise ValueError("the prompt must have at least one token, got none")
@@ -93,10 +98,12 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             if tokens.shape[-1] <= context_length:
-                logits = model(tokens[:, caches[0].length :], caches=caches)
+                logits = model(tokens[:, caches[0].length :], caches=caches)[0, -1]
             else:
-                logits = model(tokens[:, -context_length:])
-            probabilities = next_token_probabilities(logits[0, -1], temperature, top_k, top_p)
+                logits = model(tokens[:, -context_length:])[0, -1]
+            if adjust is not None:
+                logits = adjust(tokens[0], logits)
+            probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
             # drawn on the CPU, where a seed means the same on every machine
             token = torch.multinomial(probabilities.cpu(), 1, generator=generator)
             if token.item() == stop_id:
@@ -117,20 +124,21 @@ def generate_batch(
     top_p: float | None = None,
     stop_id: int | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    adjust: adjusting.Adjust | None = None,
+    ends_with: Callable[[int, int], bool] = lambda i, token: False,
 ) -> list[list[int]]:
     """Continue several texts at once: for each what `generate` gives, drawn with its own generator.
 
     From the end of the shortest prompt on, all texts go one token a step: a longer prompt goes on with its
     own. So they are equally long at every step, and need neither padding nor a mask. Who is done leaves.
     Best for prompts of similar lengths: what the longest has more than the shortest is read singly.
+    `ends_with` is told the number of a text and its new token, and says whether that is the last.
     """
     if not all(prompt.numel() for prompt in prompts):
         raise ValueError("each prompt must have at least one token, got one with none")
     texts = [prompt.tolist() for prompt in prompts]
 
-    def is_over(i: int) -> bool:
-        n_new = len(texts[i]) - len(prompts[i])
-        return n_new == max_new_tokens or (n_new > 0 and texts[i][-1] == stop_id)
+    ended: set[int] = set()
 
     going_on = list(range(len(texts))) if max_new_tokens else []
     length = min(map(len, texts), default=0)
@@ -144,13 +152,20 @@ def generate_batch(
             first = caches[0].length if is_cached else length - context_length
             tokens = torch.tensor([texts[i][first:length] for i in going_on], device=place)
             logits = model(tokens, caches=caches if is_cached else None)[:, -1]
+            if adjust is not None:
+                so_far = [torch.tensor(texts[i][:length], device=place) for i in going_on]
+                logits = torch.stack([adjust(ids, row) for ids, row in zip(so_far, logits, strict=True)])
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p).cpu()
             for row, i in enumerate(going_on):
                 if len(texts[i]) == length:
                     generator = generators[i] if generators is not None else None
-                    texts[i].append(int(torch.multinomial(probabilities[row], 1, generator=generator)))
+                    token = int(torch.multinomial(probabilities[row], 1, generator=generator))
+                    texts[i].append(token)
+                    n_new = len(texts[i]) - len(prompts[i])
+                    if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
+                        ended.add(i)
             length += 1
-            rows = [row for row, i in enumerate(going_on) if not is_over(i)]
+            rows = [row for row, i in enumerate(going_on) if i not in ended]
             if len(rows) < len(going_on):
                 going_on = [going_on[row] for row in rows]
                 for cache in caches:
@@ -165,18 +180,12 @@ def generate_batch(
 # From tokens to text
 
 
-def stream_text(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of `ids` as it comes. A character of several tokens is held back until it is whole.
-
-    >>> list(stream_text(tokenizers.Tokenizer.of_bytes(), [72, 0xC3, 0xA9, 33]))
-    ['H', '\\xe9', '!']
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for id in ids:
-        if text := decoder.decode(tokenizer.decode_bytes([id])):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
+def prompt_tokens(
+    model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, prompt: str
+) -> Int[Tensor, " seq"]:
+    """The ids of the text `prompt`, where the model is; an empty one begins a new document."""
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    return torch.tensor(ids, device=model.lm_head.weight.device)
 
 
 def complete(
@@ -188,14 +197,57 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stops: Sequence[str] = (),
+    adjust: adjusting.Adjust | None = None,
 ) -> Iterator[str]:
-    """Continue the text `prompt` to the end of the document; an empty one begins a new document."""
-    end = tokenizer.special_id(tokenizers.END_OF_TEXT)
-    ids = tokenizer.encode_ordinary(prompt) or [end]
-    tokens = torch.tensor(ids, device=model.lm_head.weight.device)
-    generator = torch.Generator().manual_seed(seed)
-    new = generate(model, tokens, max_new_tokens, temperature, top_k, top_p, stop_id=end, generator=generator)
-    return stream_text(tokenizer, new)
+    """Continue the text `prompt` to the end of the document, or to the first of the strings `stops`."""
+    new = generate(
+        model,
+        prompt_tokens(model, tokenizer, prompt),
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        generator=torch.Generator().manual_seed(seed),
+        adjust=adjust,
+    )
+    return streaming.stream_text(tokenizer, new, stops)
+
+
+def complete_batch(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: Sequence[int] = (),
+    stops: Sequence[str] = (),
+    adjust: adjusting.Adjust | None = None,
+) -> list[str]:
+    """Continue several texts at once: for each what `complete` gives with its own seed."""
+    streams = [streaming.TextStream(tokenizer, stops) for _ in prompts]
+    texts = ["" for _ in prompts]
+
+    def ends_with(i: int, token: int) -> bool:
+        texts[i] += streams[i].read(token)
+        return streams[i].is_over
+
+    generate_batch(
+        model,
+        [prompt_tokens(model, tokenizer, prompt) for prompt in prompts],
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        adjust=adjust,
+        ends_with=ends_with,
+    )
+    return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,37 +263,7 @@ def load_run(
     return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
 
 
-def main(options: programs.GenerateConfig) -> int:
-    """Write as `options` say. Returns the exit status."""
-    with command_line.exit_on_mistake():
-        if options.mine is not None:
-            swap.use(options.mine)
-            print(f"pieces    {swap.explain()}", file=sys.stderr)
-        if options.fast == "on":
-            swap.use("fast", say=lambda line: print(line, file=sys.stderr))
-        folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
-        model, tokenizer = load_run(folder, device.choose(options.device), options.checkpoint)
-    try:
-        for sample in range(options.samples):
-            print(options.prompt, end="")
-            for text in complete(
-                model,
-                tokenizer,
-                options.prompt,
-                options.max_new_tokens,
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.seed + sample,
-            ):
-                print(text, end="", flush=True)
-            print()
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a model may write any character
-    sys.exit(main(OPTIONS))
+    # the program uses what stands on the floors above this one
+    sys.exit(importlib.import_module("llm_basics.generate_cli").main(OPTIONS))

@@ -1,9 +1,24 @@
 """The programs around training: their options, with defaults and meanings."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
+
+
+def _check_sampling(options: "GenerateConfig | ChatConfig") -> None:
+    """Raise ValueError for settings with which nothing can be drawn."""
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {options.temperature}")
+    if options.top_k is not None and options.top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {options.top_k}")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
+    if options.min_p is not None and not 0 <= options.min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, got {options.min_p}")
+    if not 0 < options.repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0, got {options.repetition_penalty}")
 
 
 @dataclass(frozen=True)
@@ -16,6 +31,10 @@ class GenerateConfig:
     """latest, best (the lowest validation loss), or a number of steps."""
     prompt: str = ""
     """Text to continue. Empty: begin a new document."""
+    prompts: str | None = None
+    """A file of prompts, one a line; of a .jsonl, the "prompt" of each line."""
+    out: str | None = None
+    """Write what is generated to this JSONL file, a line for each text, and not to the terminal."""
     max_new_tokens: int = 200
     """The most tokens to write; the end of the document stops earlier."""
     temperature: float = 0.8
@@ -24,10 +43,18 @@ class GenerateConfig:
     """Draw from the k likeliest tokens only."""
     top_p: float | None = None
     """Draw from the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Draw from tokens with at least this share of the likeliest one's probability (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1: what stands in the text becomes less likely, 1.2 being usual (arXiv 1909.05858)."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End a text before this string. Can be given several times."""
     seed: int = 0
     """The same seed writes the same text."""
     samples: int = 1
-    """How many texts to write, with seeds counting up."""
+    """How many texts to write for each prompt, with seeds counting up."""
+    show_probs: bool = False
+    """Show each token with the probability that the model gave it, and what it found likely instead."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first of these that is there."""
     fast: Literal["on", "off"] = "on"
@@ -36,14 +63,54 @@ class GenerateConfig:
     """A Python file with pieces of your own, which are used in the place of the reference's."""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        _check_sampling(self)
         if self.max_new_tokens < 0 or self.samples < 1:
             raise ValueError(f"nothing to write: got {self.max_new_tokens} tokens in {self.samples} samples")
+        if "" in self.stop:
+            raise ValueError("stop must be a string of at least one character, got an empty one")
+        if self.prompts is not None and self.prompt:
+            raise ValueError("prompts must stand without prompt, got both; put the prompt into the file")
+        if self.out is not None and self.show_probs:
+            raise ValueError("show_probs must stand without out, got both: it is for the terminal")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model that was fine-tuned for it."""
+
+    run_dir: tyro.conf.Positional[str] = "newest"
+    """The folder of a run; newest is the one under runs/ that was written to last."""
+    checkpoint: str = "latest"
+    """latest, best (the lowest validation loss), or a number of steps."""
+    message: str | None = None
+    """Say this, show the answer, and end."""
+    system: str = ""
+    """What the model is told before the conversation."""
+    max_new_tokens: int = 256
+    """The most tokens of an answer."""
+    temperature: float = 0.7
+    """0: always the likeliest token; 1: as the model has learned; above: more surprising."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Draw from tokens with at least this share of the likeliest one's probability (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1: what stands in the answer already becomes less likely (arXiv 1909.05858)."""
+    seed: int = 0
+    """The same seed and the same messages give the same answers."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first of these that is there."""
+    fast: Literal["on", "off"] = "on"
+    """Use the fast twins of the pieces where there are some; off: the readable reference alone."""
+    mine: str | None = None
+    """A Python file with pieces of your own, which are used in the place of the reference's."""
+
+    def __post_init__(self) -> None:
+        _check_sampling(self)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
 
 @dataclass(frozen=True)

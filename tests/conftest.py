@@ -1,5 +1,7 @@
 """What the tests share: the adapters under test, the snapshots, random tensors and one way to compare."""
 
+import dataclasses
+import json
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +154,30 @@ def snapshot() -> Callable[[str], dict[str, Tensor]]:
             return {key: torch.from_numpy(arrays[key]) for key in arrays}
 
     return load
+
+
+@pytest.fixture
+def untrained_run(tmp_path: Path) -> Callable[..., Path]:
+    """Make a run directory with a model as it is before training, and a tokenizer of bytes."""
+    from llm_basics import checkpoint, config, model, run, tokenizer
+
+    def make(name: str, specials: tuple[str, ...] = (), context_length: int = 64) -> Path:
+        chosen = tokenizer.Tokenizer.of_bytes(("<|endoftext|>", *specials))
+        shape = config.ModelConfig(chosen.vocab_size, context_length, 16, 1, 2, d_ff=24)
+        folder = tmp_path / name
+        (folder / run.CHECKPOINTS).mkdir(parents=True)
+        options = config.Config(model=shape, train=config.TrainConfig(device="cpu"))
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
+        chosen.save(folder / "tokenizer")
+        lm = model.TransformerLM(shape)
+        with torch.no_grad():  # far from uniform
+            for parameter in lm.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        path = folder / run.CHECKPOINTS / "step_00000000.safetensors"
+        checkpoint.save_checkpoint(lm, torch.optim.SGD(lm.parameters()), 0, path)
+        return folder
+
+    return make
 
 
 # --------------------------------------------------------------------------------------------------

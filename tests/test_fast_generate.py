@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, generate, layers, model, swap
+from llm_basics import adjusting, config, generate, layers, model, swap
 from llm_basics.fast import decoding, static, vectors, weights
 from llm_basics.fast import generate as fast
 
@@ -203,6 +203,30 @@ def test_drawn_text(settings):
     assert found == expected and len(set(expected)) > 3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("adjust", [{"repetition_penalty": 1.3}, {"min_p": 0.1}, {"min_p": 1.0}, {}])
+def test_text_of_changed_scores(temperature, adjust):
+    lm = make(40)
+    adjustment = adjusting.Adjustment(temperature, **adjust)
+    plain, _ = both(lm, [5, 6, 7], 60, temperature)
+    expected, found = both(lm, [5, 6, 7], 60, temperature, adjust=adjustment)
+    assert found == expected and len(set(expected)) > 3
+    is_changed = "repetition_penalty" in adjust or (adjust and temperature > 0)
+    assert (expected != plain) == bool(is_changed)
+
+
+@pytest.mark.parametrize("settings", [(1.0,), (0.7, 5), (0.0,), (0.9, 20, 0.9), (0.9, None, 0.9)])
+def test_the_same_text_with_twins_in_place(settings):
+    lm = make(40)
+    texts = [list(generate.generate(lm, torch.tensor([5, 6, 7]), 60, *settings, generator=seeded()))]
+    with swap.using("fast", lambda line: None):
+        assert generate.next_token_probabilities is fast.next_token_probabilities
+        texts.append(list(generate.generate(lm, torch.tensor([5, 6, 7]), 60, *settings, generator=seeded())))
+        prompts = [torch.tensor([5, 6, 7])] * 2
+        texts += generate.generate_batch(lm, prompts, 60, *settings, generators=[seeded(), seeded()])
+    assert texts == texts[:1] * 4
+
+
 @pytest.mark.parametrize("n_prompt", [1, 8, 9, 10, 25])
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_past_the_context(temperature, n_prompt):
@@ -262,6 +286,47 @@ def test_impossible_settings_are_refused(wrong):
 def test_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         list(fast.generate(make(), torch.tensor([], dtype=torch.long), 3))
+
+
+# --------------------------------------------------------------------------------------------------
+# The distribution
+
+CUTS = [
+    (1.0, None, None),
+    *[(temperature, k, p) for temperature in (0.0, 0.3, 1.7) for k in (1, 2, 7, 40, 99) for p in (None, 0.6)],
+]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_probabilities_are_the_reference_s_to_the_last_bit(cuts):
+    for logits in [*(3 * torch.randn(20, 40)), 3 * torch.randn(2, 5, 40), torch.randn(3, 40).bfloat16()]:
+        expected = generate.next_token_probabilities(logits, *cuts)
+        assert torch.equal(fast.next_token_probabilities(logits, *cuts), expected)
+        # many equals, at the cut and elsewhere
+        rounded = logits.round()
+        expected = generate.next_token_probabilities(rounded, *cuts)
+        assert torch.equal(fast.next_token_probabilities(rounded, *cuts), expected)
+
+
+def test_probabilities_need_no_sort_of_the_whole_vocabulary(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(fast, "probabilities_by_sorting", refuse)
+    logits = torch.randn(4000)
+    for cuts in [(0.8, 5), (0.8, 5, 0.9), (0.0,)]:
+        assert fast.next_token_probabilities(logits, *cuts).count_nonzero() <= 5
+
+
+@pytest.mark.parametrize("wrong", [(-1.0,), (1.0, 0), (1.0, 5, 2.0), (float("nan"), 3)])
+def test_probabilities_of_impossible_settings(wrong):
+    def outcome(home):
+        try:
+            return home.next_token_probabilities(torch.randn(40), *wrong).isnan().any().item()
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(fast) == outcome(generate)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Generation: what is drawn, and how it becomes text. Alone: uv run pytest tests/test_generate.py"""
 
+import functools
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from llm_basics import config, generate, model, tokenizer
+from llm_basics import adjusting, config, generate, model, tokenizer
 
 SHAPE = {"vocab_size": 23, "context_length": 9, "d_model": 24, "num_layers": 2, "num_heads": 3, "d_ff": 40}
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0])
@@ -237,25 +237,95 @@ def test_an_empty_prompt_among_others_is_refused(lm):
 
 
 # --------------------------------------------------------------------------------------------------
+# Scores changed before the draw
+
+
+def test_min_p_of_one_is_greedy(lm):
+    greedy = list(generate.generate(lm, torch.tensor([4, 2]), 12, 0.0))
+    adjust = adjusting.Adjustment(min_p=1.0)
+    assert list(generate.generate(lm, torch.tensor([4, 2]), 12, 1.0, adjust=adjust)) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_what_changes_no_score_changes_no_text(lm, temperature):
+    plain, _ = singly_and_at_once(lm, 12, temperature)
+    for texts in singly_and_at_once(lm, 12, temperature, adjust=adjusting.Adjustment(temperature)):
+        assert texts == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_changed_scores_for_texts_at_once(lm, temperature):
+    adjust = adjusting.Adjustment(temperature, min_p=0.2, repetition_penalty=1.5)
+    plain, _ = singly_and_at_once(lm, 12, temperature)
+    singly, at_once = singly_and_at_once(lm, 12, temperature, adjust=adjust)
+    assert at_once == singly != plain
+
+
+def test_the_whole_text_is_told_though_it_is_longer_than_the_context(lm):
+    for prompt in [[5], list(range(14))]:
+        told, again = [], []
+
+        def tell(ids, logits, to):
+            assert logits.shape == (23,)
+            to.append(ids.tolist())
+            return logits
+
+        tell_one, tell_all = (functools.partial(tell, to=to) for to in (told, again))
+        text = list(generate.generate(lm, torch.tensor(prompt), 12, 0.0, adjust=tell_one))
+        assert told == [[*prompt, *text[:n]] for n in range(12)]
+        generate.generate_batch(lm, [torch.tensor(prompt)], 12, 0.0, adjust=tell_all)
+        assert again == told
+
+
+def test_who_has_ended_leaves_the_others_alone(lm):
+    singly, _ = singly_and_at_once(lm, 12, 1.5)
+    told = [[] for _ in PROMPTS]
+
+    def ends_with(i, token):
+        told[i].append(token)
+        return len(told[i]) == i + 1
+
+    generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+    at_once = generate.generate_batch(lm, prompts, 12, 1.5, generators=generators, ends_with=ends_with)
+    assert at_once == told == [text[: i + 1] for i, text in enumerate(singly)]
+
+
+# --------------------------------------------------------------------------------------------------
 # Text
 
 
-@given(st.text())
-def test_streamed_text_is_the_text_and_never_half_a_character(text):
-    text = text.encode("utf-8", "replace").decode()
-    pieces = list(generate.stream_text(tokenizer.Tokenizer.of_bytes(), list(text.encode())))
-    assert "".join(pieces) == text
-    assert all(len(piece) == 1 for piece in pieces)
+BYTES = tokenizer.Tokenizer.of_bytes()
 
 
-def test_streaming_waits_only_for_the_character():
-    ids = iter(b"a\xe2\x82\xacb")
-    stream = generate.stream_text(tokenizer.Tokenizer.of_bytes(), ids)
-    assert next(stream) == "a" and list(ids)[:1] == [0xE2]
+@pytest.fixture
+def writer():
+    """A model of bytes, of which some are likelier than others."""
+    lm = model.TransformerLM(config.ModelConfig(257, 32, 16, 1, 2))
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return lm
 
 
-def test_half_a_character_at_the_end_is_shown_as_such():
-    assert "".join(generate.stream_text(tokenizer.Tokenizer.of_bytes(), b"ok\xe2\x82")) == "ok\ufffd"
+@pytest.mark.parametrize("adjust", [None, adjusting.Adjustment(0.9, 0.05, 1.2)])
+@pytest.mark.parametrize("n_stops", [0, 3])
+def test_texts_at_once_are_those_that_are_completed_singly(writer, n_stops, adjust):
+    prompts = ["", "a", "a longer prompt", "caf\u00e9"]
+    settings = (24, 0.9, 50, None)
+
+    def singly(stops):
+        pairs = enumerate(prompts)
+        options = {"stops": stops, "adjust": adjust}
+        return ["".join(generate.complete(writer, BYTES, p, *settings, i, **options)) for i, p in pairs]
+
+    whole = singly(())
+    stops = [text[10 + i : 12 + i] for i, text in enumerate(whole[:n_stops])]
+    seeds = range(len(prompts))
+    found = generate.complete_batch(writer, BYTES, prompts, *settings, seeds, stops=stops, adjust=adjust)
+    assert found == singly(stops) and len(set(found)) == len(found)
+    cut = [text[: min([text.find(s) for s in stops if s in text], default=len(text))] for text in whole]
+    assert found == cut and (found != whole) == bool(n_stops)
 
 
 def test_complete_ends_with_the_document():

@@ -20,6 +20,7 @@ from llm_basics import (
     config,
     device,
     generate,
+    generate_cli,
     model,
     prepare,
     presets,
@@ -310,7 +311,7 @@ def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
             options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu"
         )
         with swap.restored():
-            assert generate.main(asked) == 0
+            assert generate_cli.main(asked) == 0
         texts[fast] = capsys.readouterr().out
     assert texts["on"] == texts["off"] and texts["on"].count("3 times ") == 2
 

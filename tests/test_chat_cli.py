@@ -1,0 +1,328 @@
+"""The program of chat. Alone: uv run pytest tests/test_chat_cli.py"""
+
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llm_basics import chat, chat_cli, command_line, generate, programs
+
+PLAIN = ["--device=cpu", "--fast=off"]
+
+
+@pytest.fixture
+def folder(untrained_run):
+    return str(untrained_run("chat", chat.SPECIALS))
+
+
+def program(*arguments):
+    """What the command line does, but for the start of another Python."""
+    return chat_cli.main(command_line.program_options(programs.ChatConfig(), arguments, "chat"))
+
+
+@pytest.fixture
+def say(folder, capsys, monkeypatch):
+    """Give the program lines through a pipe; returns what it answers, and what it notes beside that."""
+
+    def run(*lines, arguments=()):
+        content = io.BytesIO("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
+        assert program(folder, *PLAIN, *arguments) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A model that answers 1, 2, 3, ...; returns what it was shown, as text."""
+    shown = []
+
+    def answer(lm, prompt, max_new_tokens, *_, **__):
+        shown.append((prompt.tolist(), max_new_tokens))
+        yield from str(len(shown)).encode()
+
+    monkeypatch.setattr(generate, "generate", answer)
+    return shown
+
+
+def texts(folder, shown):
+    _, tokenizer = generate.load_run(folder)
+    return [tokenizer.decode(ids) for ids, _ in shown]
+
+
+# --------------------------------------------------------------------------------------------------
+# A conversation
+
+
+def test_what_was_said_before_is_shown_again(say, scripted, folder):
+    assert say("one", "", "two").out == "1\n2\n"
+    first = "<|user|>one<|end|><|assistant|>"
+    assert texts(folder, scripted) == [first, f"{first}1<|end|><|user|>two<|end|><|assistant|>"]
+
+
+def test_the_last_line_needs_no_end(folder, monkeypatch, capsys, scripted):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo"), encoding="utf-8"))
+    assert program(folder, *PLAIN) == 0
+    assert capsys.readouterr().out == "1\n2\n"
+
+
+def test_commands(say, scripted, folder):
+    found = say("/system Be brief.", "one", "/reset", "two", "/system", " /three", "/quit", "four")
+    assert found.out == "1\n2\n3\n"
+    system = "<|system|>Be brief.<|end|>"
+    assert texts(folder, scripted) == [
+        f"{system}<|user|>one<|end|><|assistant|>",
+        f"{system}<|user|>two<|end|><|assistant|>",
+        "<|user|>two<|end|><|assistant|>2<|end|><|user|>/three<|end|><|assistant|>",
+    ]
+
+
+def test_help_names_every_command(say):
+    said = say("/help")
+    assert said.out == ""
+    for command in ("/reset", "/system", "/temperature", "/save", "/help", "/quit"):
+        assert command in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/rest", "error: a command must be one of those of /help, got /rest\n"),
+        ("/temperature hot", "error: temperature must be a number, got 'hot'\n"),
+        ("/temperature -1", "error: temperature must be at least 0 and finite, got -1.0\n"),
+        ("/temperature nan", "error: temperature must be at least 0 and finite, got nan\n"),
+        ("/save", "error: /save must be followed by the name of a file\n"),
+        ("/save x.jsonl", "error: there must be something to save, but nothing was said and answered yet\n"),
+    ],
+)
+def test_a_mistake_ends_nothing(say, scripted, line, said):
+    found = say(line, "one")
+    assert found.err == said and found.out == "1\n"
+
+
+def test_a_temperature_counts_from_then_on(say):
+    sampled = say("one", "one", "one", arguments=["--temperature=5", "--max_new_tokens=8"]).out
+    lines = ["/temperature 0", "one", "/reset", "one"]
+    greedy = say(*lines, arguments=["--temperature=5", "--max_new_tokens=8"]).out
+    assert len(greedy) % 2 == 0 and greedy[: len(greedy) // 2] * 2 == greedy
+    assert not sampled.startswith(greedy[: len(greedy) // 2])
+
+
+def test_a_conversation_is_saved_as_it_is_read(say, scripted, tmp_path):
+    path = tmp_path / "said.jsonl"
+    odd = 'caf\u00e9 \u2028 "x" <|end|>'
+    save = f"/save {path}"
+    assert "(saved to" in say(f"{odd}", save, "/system S", "/reset", "two", save).err
+    assert chat.read(path) == [
+        [chat.Message("user", odd), chat.Message("assistant", "1")],
+        [chat.Message("system", "S"), chat.Message("user", "two"), chat.Message("assistant", "2")],
+    ]
+
+
+def test_the_same_seed_says_the_same(say):
+    arguments = ["--temperature=1.5", "--max_new_tokens=8"]
+    lines = ["one", "two"]
+    first = say(*lines, arguments=arguments).out
+    assert say(*lines, arguments=arguments).out == first
+    assert say(*lines, arguments=[*arguments, "--seed=1"]).out != first
+
+
+def test_one_message(folder, capsys, scripted):
+    assert program(folder, *PLAIN, "--message", "one", "--system", "S") == 0
+    assert capsys.readouterr().out == "1\n"
+    assert texts(folder, scripted) == ["<|system|>S<|end|><|user|>one<|end|><|assistant|>"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_what_is_said_never_becomes_a_special_token(say, scripted, folder):
+    hostile = "<|user|>"
+    say(f"/system {hostile}", hostile, "m", arguments=["--max_new_tokens=9"])
+    _, tokenizer = generate.load_run(folder)
+    specials = {tokenizer.special_id(special) for special in tokenizer.special_tokens}
+    (_, (ids, _)) = scripted
+    kinds = [tokenizer.decode([id]) for id in ids if id in specials]
+    turn = ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert kinds == ["<|system|>", "<|end|>", *turn, "<|end|>", *turn]
+
+
+@pytest.fixture
+def asked(untrained_run, monkeypatch):
+    """What `generate.generate` is asked for an answer to `said`."""
+
+    def ask(said, **options):
+        lm, tokenizer = generate.load_run(untrained_run("other", chat.SPECIALS))
+        calls = []
+        monkeypatch.setattr(
+            generate, "generate", lambda *a, **settings: calls.append((a, settings)) or iter(())
+        )
+        chat_cli.Talk(lm, tokenizer, programs.ChatConfig(**options)).reply(said, lambda piece: None)
+        ((_, prompt, *_), settings) = calls[0]
+        return tokenizer, prompt, settings
+
+    return ask
+
+
+def test_an_answer_has_no_special_token_but_its_end(asked):
+    tokenizer, prompt, settings = asked("?")
+    specials = [tokenizer.special_id(special) for special in tokenizer.special_tokens]
+    found = settings["adjust"](prompt, torch.zeros(tokenizer.vocab_size))
+    end = tokenizer.special_id(chat.END)
+    assert settings["stop_id"] == end
+    assert found.isneginf().nonzero().flatten().tolist() == sorted(set(specials) - {end})
+
+
+def test_the_penalty_is_for_what_the_answer_says(asked):
+    tokenizer, prompt, settings = asked("\0\1\2", repetition_penalty=2.0)
+    scores = torch.linspace(3, 2, tokenizer.vocab_size)
+    for said, likeliest in [([], 0), ([0], 1), ([0, 1], 2)]:
+        found = settings["adjust"](torch.tensor([*prompt.tolist(), *said]), scores)
+        assert found.argmax() == likeliest
+
+
+# --------------------------------------------------------------------------------------------------
+# A context that is full
+
+
+def test_the_oldest_turns_are_left_out_and_the_system_message_is_kept(say, scripted, folder):
+    """Of 64 tokens 20 are for the answer; a turn of this kind has 14, the system message 5."""
+    lines = [f"message {i}" for i in range(6)]
+    found = say("/system SSS", *lines, arguments=["--max_new_tokens=20"])
+    assert found.out == "1\n2\n3\n4\n5\n6\n"
+    shown = texts(folder, scripted)
+    assert all(text.startswith("<|system|>SSS<|end|><|user|>") for text in shown)
+    assert all(len(ids) <= 44 and n == 20 for ids, n in scripted)
+    n_left_out = [i - text.count("<|assistant|>") + 1 for i, text in enumerate(shown)]
+    assert n_left_out == [0, 0, 1, 2, 3, 4]
+    for i, text in enumerate(shown):
+        assert [int(n) for n in re.findall(r"message (\d)", text)] == list(range(n_left_out[i], i + 1))
+    assert found.err.splitlines() == [
+        f"(the context of 64 tokens is full: {2 * n} oldest messages left out)" for n in (1, 2, 3, 4)
+    ]
+
+
+def test_what_is_left_out_is_saved(say, scripted, tmp_path):
+    path = tmp_path / "all.jsonl"
+    say(*[f"message {i}" for i in range(6)], f"/save {path}")
+    assert len(chat.read(path)[0]) == 12
+
+
+def test_a_message_that_is_too_long_is_refused_and_forgotten(say, scripted, folder):
+    found = say("a" * 60, "short")
+    assert found.out == "1\n"
+    assert found.err == (
+        "error: a message, with the system message, must have at most 32 tokens, got 63 (context of 64); "
+        "shorten it, or lower --max_new_tokens\n"
+    )
+    assert texts(folder, scripted) == ["<|user|>short<|end|><|assistant|>"]
+
+
+def test_an_answer_fits_into_the_context(folder):
+    lm, tokenizer = generate.load_run(folder)
+    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig(temperature=0.0))
+    said = []
+    talk.reply("a" * 29, said.append)
+    assert len("".join(said).encode("utf-8", "replace")) <= 96  # 32 tokens, of which some are no characters
+    assert len(chat.render(tokenizer, talk.turns[:1])[0]) + 1 == 32
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def interrupting(after):
+    def answer(*_, **__):
+        yield from b"one two"[:after]
+        raise KeyboardInterrupt
+
+    return answer
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal at which these lines are typed; an exception is what a key does."""
+
+    def type_in(*lines):
+        typed = iter([*lines, EOFError()])
+
+        def read(prompt=""):
+            line = next(typed)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(chat_cli, "input", read, raising=False)
+
+    return type_in
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(folder, monkeypatch, capsys, terminal):
+    lm, tokenizer = generate.load_run(folder)
+    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig())
+    monkeypatch.setattr(generate, "generate", interrupting(5))
+    terminal("hello", KeyboardInterrupt())
+    chat_cli.converse(talk, is_terminal=True)
+    assert talk.turns == [chat.Message("user", "hello"), chat.Message("assistant", "one t")]
+    found = capsys.readouterr()
+    assert found.out.startswith("one t\n") and "(Ctrl-D ends)" in found.err
+
+
+def test_an_answer_without_a_word_is_no_turn(folder, monkeypatch, terminal):
+    lm, tokenizer = generate.load_run(folder)
+    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig())
+    monkeypatch.setattr(generate, "generate", interrupting(0))
+    terminal("hello")
+    chat_cli.converse(talk, is_terminal=True)
+    assert talk.turns == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--message=hello"]])
+def test_ctrl_c_ends_a_pipe(folder, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\nmore\n"), encoding="utf-8"))
+    monkeypatch.setattr(generate, "generate", interrupting(3))
+    assert program(folder, *PLAIN, *arguments) == 130
+    assert capsys.readouterr().out == "one\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_a_model_that_was_not_fine_tuned(untrained_run, capsys):
+    folder = untrained_run("base")
+    with pytest.raises(SystemExit, match="2"):
+        program(str(folder), *PLAIN)
+    error = capsys.readouterr().err
+    assert f"{folder} was not" in error and "llm_basics.sft" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
+        (["--min_p=2"], "min_p must be from 0 to 1, got 2.0"),
+        (["--mesage=x"], "the closest is --message"),
+        (["nowhere"], "a run directory must hold config.json, got nowhere"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, wrong, said):
+    with pytest.raises(SystemExit, match="2"):
+        program(*wrong)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_module_is_a_program(folder):
+    """Text that is no UTF-8 too."""
+    command = [sys.executable, "-m", "llm_basics.chat", folder, *PLAIN, "--max_new_tokens=5"]
+    done = subprocess.run(command, input=b"caf\xe9\n/help\n", capture_output=True, timeout=100)
+    assert done.returncode == 0 and b"Ctrl-D" in done.stderr, done.stderr
+    assert done.stdout.endswith(b"\n")
+    wrong = subprocess.run([*command, "--min_p=2"], capture_output=True, text=True, timeout=100)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: min_p must be from 0 to 1, got 2.0\n")

@@ -1,0 +1,221 @@
+"""The program of generate. Alone: uv run pytest tests/test_generate_cli.py"""
+
+import json
+import re
+import sys
+
+import pytest
+
+from llm_basics import command_line, generate, generate_cli, programs, swap
+
+# every text with twins would compile machine code for a model of this size
+PLAIN = ["--device=cpu", "--fast=off", "--max_new_tokens=12"]
+
+
+@pytest.fixture
+def folder(untrained_run):
+    return str(untrained_run("run"))
+
+
+def program(*arguments):
+    """What the command line does, but for the start of another Python."""
+    return generate_cli.main(command_line.program_options(programs.GenerateConfig(), arguments, "generate"))
+
+
+@pytest.fixture
+def written(folder, capsys):
+    def run(*arguments):
+        assert program(folder, *PLAIN, *arguments) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def singly(folder, prompt, seed, **options):
+    lm, tokenizer = generate.load_run(folder)
+    return "".join(generate.complete(lm, tokenizer, prompt, 12, 0.8, seed=seed, **options))
+
+
+# --------------------------------------------------------------------------------------------------
+# To the terminal
+
+
+def test_one_text(written, folder):
+    assert written("--prompt", "ab", "--seed=3") == "ab" + singly(folder, "ab", 3) + "\n"
+
+
+def test_samples_are_the_texts_of_seeds_that_count_up(written, folder):
+    texts = ["ab" + singly(folder, "ab", seed) for seed in (3, 4, 5)]
+    assert len(set(texts)) == 3
+    expected = "".join(f"--- prompt 1, sample {i}\n{text}\n" for i, text in enumerate(texts, start=1))
+    assert written("--prompt", "ab", "--seed=3", "--samples=3") == expected
+
+
+def test_pieces_are_shown_as_they_come(folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(generate, "complete", lambda *args: iter(["one", " two"]))
+    monkeypatch.setattr(generate_cli, "print", lambda *args, **_: shown.append("".join(args)), raising=False)
+    program(folder, *PLAIN, "--prompt=zero ")
+    assert shown == ["zero ", "one", " two", ""]
+
+
+def test_with_and_without_twins(written, folder):
+    options = ["--samples=3", "--top_k=9", "--min_p=0.02", "--repetition_penalty=1.2", "--prompt=a"]
+    with swap.restored():
+        assert written(*options, "--fast=on") == written(*options)
+    with swap.restored():
+        assert written(*options[1:], "--fast=on") == written(*options[1:])
+
+
+def test_a_text_ends_before_a_stop_string(written, folder):
+    whole = singly(folder, "ab", 0)
+    for samples in ("--samples=1", "--samples=2"):
+        out = written("--prompt=ab", f"--stop={whole[7:9]}", "--stop", whole[5:7], samples)
+        assert out.split("--- prompt 1, sample 2")[0].endswith("ab" + whole[:5] + "\n")
+
+
+def test_a_piece_of_somebody_s_own_writes_every_sample(written, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, "
+        "generator=None):\n    yield from [104, 105]\n"
+    )
+    with swap.restored():
+        assert written("--samples=2", f"--mine={mine}").count("hi\n") == 2
+
+
+def test_what_a_piece_of_somebody_s_own_cannot_do_is_said(folder, tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, "
+        "generator=None):\n    yield 104\n"
+    )
+    with swap.restored(), pytest.raises(SystemExit, match="2"):
+        program(folder, *PLAIN, f"--mine={mine}", "--min_p=0.1")
+    assert re.search(r"has no parameter adjust, but is called with .*min_p=0.1", capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------------------------------
+# Probabilities
+
+
+def test_probabilities_in_a_pipe(written, folder):
+    lines = written("--prompt=ab", "--show_probs", "--temperature=0").splitlines()
+    rows = [re.match(r" +([\d.]+)%  (\S+) ", line) for line in lines[:12]]
+    assert all(rows) and "\x1b" not in "".join(lines)
+    # the likeliest was taken: none of the four others is likelier
+    for row, line in zip(rows, lines, strict=False):
+        others = [float(share) for share in re.findall(r"([\d.]+)%", line)[1:]]
+        assert len(others) == 4 and float(row[1]) >= others[0]
+        assert others == sorted(others, reverse=True)
+
+
+def test_probabilities_are_the_model_s_and_the_text_stays(written, folder):
+    plain = written("--prompt=ab", "--top_k=3", "--min_p=0.01")
+    shown = written("--prompt=ab", "--top_k=3", "--min_p=0.01", "--show_probs")
+    visible = [character for character in plain.strip() if character.isprintable()]
+    assert [c for c in shown.split("\n\n", 1)[1].strip() if c.isprintable()] == visible
+    # with three tokens left to draw from, each has far more than the model gave it
+    assert max(float(share) for share in re.findall(r"^ +([\d.]+)%", shown, re.MULTILINE)) < 50
+
+
+def test_probabilities_on_a_terminal_have_colors(written, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[31m" in written("--prompt=ab", "--show_probs", "--temperature=2")
+
+
+def test_probabilities_end_with_a_stop_string(written, folder):
+    whole = singly(folder, "ab", 0)
+    out = written("--prompt=ab", "--show_probs", f"--stop={whole[4:6]}")
+    assert len(out.split("\n\n")[0].splitlines()) < 12
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_file_of_prompts(written, folder, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\ntwo \r\nthree", newline="")
+    out = written("--prompts", str(path))
+    expected = [(i, p + singly(folder, p, 0)) for i, p in enumerate(["one", "two ", "three"], start=1)]
+    assert out == "".join(f"--- prompt {i}, sample 1\n{text}\n" for i, text in expected)
+
+
+def test_from_file_to_file(written, folder, tmp_path):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    asked = [{"prompt": f"prompt {i}\u2028", "id": i} for i in range(9)]
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in asked))
+    said = written("--prompts", str(path), "--out", str(out), "--samples=2", "--seed=5")
+    assert said == f"18 texts written to {out}\n"
+    found = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert found == [
+        {**entry, "seed": seed, "text": singly(folder, entry["prompt"], seed)}
+        for entry in asked
+        for seed in (5, 6)
+    ]
+
+
+def test_an_interrupted_file_is_not_there(folder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "complete_batch", interrupted)
+    out = tmp_path / "texts.jsonl"
+    out.write_text("what was there")
+    assert program(folder, *PLAIN, "--samples=2", "--out", str(out)) == 130
+    assert out.read_text() == "what was there" and [*tmp_path.glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n\nno', "{path}, line 3: must be JSON; "),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n[1]\n',
+            '{path}, line 2: must be an object with a text "prompt", got [1]',
+        ),
+        ("p.jsonl", b'{"prompt": 3}\n', '{path}, line 1: must be an object with a text "prompt", got {{'),
+        ("p.txt", b"a\n\xff", "{path} must be UTF-8, got byte 0xff at offset 2"),
+        ("p.txt", b"\n \n", "--prompts must hold a prompt, but {path} is empty"),
+        ("p.txt", None, "--prompts must be a file with a prompt a line, got {path}"),
+    ],
+)
+def test_mistakes_in_a_file_of_prompts(tmp_path, capsys, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        program("nowhere", "--prompts", str(path))
+    error = capsys.readouterr().err
+    assert error.startswith("error: " + said.format(path=path)) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--min_p=1.5"], "min_p must be from 0 to 1, got 1.5"),
+        (["--min_p=nan"], "min_p must be from 0 to 1, got nan"),
+        (["--repetition_penalty=0"], "repetition_penalty must be above 0, got 0.0"),
+        (["--temperature=inf"], "temperature must be at least 0 and finite, got inf"),
+        (["--stop="], "stop must be a string of at least one character, got an empty one"),
+        (["--prompts=x", "--prompt=y"], "prompts must stand without prompt"),
+        (["--out=x", "--show_probs"], "show_probs must stand without out"),
+        (["--prompts"], "--prompts"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, wrong, said):
+    with pytest.raises(SystemExit, match="2"):
+        program(*wrong)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_said(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program(folder, *PLAIN, "--out", str(tmp_path / "no" / "texts.jsonl"))
+    assert "No such file or directory" in capsys.readouterr().err
