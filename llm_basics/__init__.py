@@ -16,7 +16,8 @@ Read it in this order; a file imports only from the floors below it.
                 signals.py        being asked to stop
                 followers.py      who is told of a run as it goes on: the terminal, Weights & Biases
                 watch.py          what goes wrong in a step, and where it began
-    floor 1     presets.py        options in YAML files; those in configs/ have names
+    floor 1     sources.py        where documents come from: files, standard input, data sets by name
+                presets.py        options in YAML files; those in configs/ have names
                 run.py            the run directory: where a training run writes all it knows
                 vocabulary.py     a learned vocabulary, and its files
                 tasks.py          small tasks whose right answers are known
@@ -34,6 +35,7 @@ Read it in this order; a file imports only from the floors below it.
     floor 4     streaming.py      token ids -> text as they come, up to a stop string
                 chat.py           conversations <-> token ids, and which of them are learned
                 choices.py        questions with several answers, of which a model picks one
+                packing.py        documents -> token files, in steps that a kill cannot tear
                 swap.py           whose pieces are in use: the reference's, its twins, or yours
     floor 5     prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?

@@ -215,9 +215,13 @@ class Config:
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
-    """A preset (tiny, shakespeare, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m) or a YAML file."""
+    """A YAML file, or a preset: tiny, shakespeare, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m,
+    pretrain_small, pretrain_124m."""
     data: str = "stdlib"
-    """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
+    """A file of text, .jsonl or .parquet, a folder or a quoted glob of them; stdlib, the source of Python's
+    own library; a data set, such as tinystories; or a folder that llm_basics.prepare has made."""
+    max_tokens: int | None = None
+    """Prepare no more of the data than this many tokens. None: take all."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """What to do with bytes that are not UTF-8: stop and say where, or replace them by U+FFFD."""
     fast: Literal["on", "off", "triton"] = "on"
@@ -246,5 +250,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.find_lr and self.resume is not None:
             raise ValueError(f"find_lr must stand without resume, got {self.resume}: it begins anew")

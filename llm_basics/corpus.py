@@ -1,21 +1,23 @@
-"""Texts to learn from: find them, read them, hold some out.
+"""Texts to learn from: find them, read them, hold some out."""
 
->>> train, val = split_documents([Document("a", "one\\ntwo\\n")], val_fraction=0.5)
->>> train[0].text, val[0].text
-('one\\n', 'two\\n')
-"""
-
-import dataclasses
 import glob
 import hashlib
+import io
+import itertools
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 # between the documents of a file, by convention of GPT-2's and many later data sets
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+
+# what is read of a file at once
+BLOCK_BYTES = 1 << 20
+
+# how far to look for a document to hold out, before it is known where one goes
+AHEAD_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def find_files(source: str) -> list[Path]:
         files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
     if not files:
         raise ValueError(
-            f"--data must name a file, a folder or a glob with files in it, or stdlib, got {source}"
+            f"the text must be a file, a folder or a glob with files in it, or stdlib, got {source}"
         )
     return files
 
@@ -58,51 +60,137 @@ def stdlib_files() -> list[Path]:
 
 
 def read_documents(files: Iterable[Path], on_bad_utf8: str = "error") -> list[Document]:
-    """The documents of UTF-8 files: a file is one, or several with `<|endoftext|>` between them."""
-    documents = []
+    """The documents of UTF-8 files, all at once."""
+    documents: list[Document] = []
     for file in files:
-        content = file.read_bytes()
-        try:
-            text = content.decode("utf-8", errors="strict" if on_bad_utf8 == "error" else "replace")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} must be UTF-8, got byte 0x{content[error.start]:02x} at offset {error.start}; "
-                "mend the file, or replace such bytes with --on-bad-utf8 replace"
-            ) from None
-        parts = [part for part in text.split(DOCUMENT_SEPARATOR) if part.strip()]
-        documents += [Document(f"{file}:{i}" if i else str(file), part) for i, part in enumerate(parts)]
+        with open(file, "rb") as content:
+            documents += stream_documents(file, content, on_bad_utf8)
     return documents
 
 
-def split_documents(
-    documents: Sequence[Document], val_fraction: float
-) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and documents to hold out.
+def stream_documents(
+    name: object, content: io.BufferedIOBase, on_bad_utf8: str = "error"
+) -> Iterator[Document]:
+    """The documents of UTF-8 text one by one: all of it, or what stands between two `<|endoftext|>`."""
+    separator = DOCUMENT_SEPARATOR.encode()
+    waiting, searched, offset, number = bytearray(), 0, 0, 0
+    while True:
+        block = content.read(BLOCK_BYTES)
+        waiting += block
+        while (end := waiting.find(separator, searched)) >= 0 or not block:
+            part = bytes(waiting[:end] if end >= 0 else waiting)
+            text = _decode(part, name, offset, on_bad_utf8)
+            if text.strip():
+                yield Document(f"{name}:{number}" if number else str(name), text)
+                number += 1
+            if end < 0:
+                return
+            del waiting[: end + len(separator)]
+            offset, searched = offset + end + len(separator), 0
+        searched = max(0, len(waiting) - len(separator) + 1)
 
-    The SHA-256 of its text decides where a document goes, so that it stays there when others are added, and
-    copies of it go the same way. A single document is cut near its end instead, at the end of a line.
-    """
-    if len(documents) == 1:
-        (document,) = documents
-        cut = int(len(document.text) * (1 - val_fraction))
-        cut = document.text.rfind("\n", 0, cut) + 1 or cut
-        return (
-            [dataclasses.replace(document, text=document.text[:cut])],
-            [dataclasses.replace(document, text=document.text[cut:])],
-        )
-    shares = [_share(document.text) for document in documents]
-    # of a few documents perhaps none falls below the fraction: then the nearest does
-    threshold = max(val_fraction, min(shares, default=0.0))
-    train = [d for d, share in zip(documents, shares, strict=True) if share > threshold]
-    if not train:
+
+def _decode(content: bytes, name: object, offset: int, on_bad_utf8: str) -> str:
+    try:
+        return content.decode("utf-8", errors="strict" if on_bad_utf8 == "error" else "replace")
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"val_fraction {val_fraction} must leave text to train on, but all documents are held out "
-            f"({len(documents)}); lower it, or give more than copies of one document"
-        )
-    return train, [d for d, share in zip(documents, shares, strict=True) if share <= threshold]
+            f"{name} must be UTF-8, got byte 0x{content[error.start]:02x} at offset {offset + error.start}; "
+            "mend the file, or replace such bytes with --on-bad-utf8 replace"
+        ) from None
 
 
-def _share(text: str) -> float:
-    """A number from 0 to 1 that depends on nothing but `text`."""
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
+# --------------------------------------------------------------------------------------------------
+# Holding some out
+
+
+def digest(text: str) -> bytes:
+    """The SHA-256 of a text: what tells it from all others."""
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out, by their `digest` alone.
+
+    So a document stays where it is when others are added, and copies of it go the same way.
+    """
+
+    threshold: float
+    """The highest share of all possible digests below which a document is held out."""
+    tail: bytes | None = None
+    """One that is held out anyway: the end of a single document."""
+
+    def holds_out(self, digest: bytes) -> bool:
+        """Whether the document with this digest is held out."""
+        return _share(digest) <= self.threshold or digest == self.tail
+
+
+class Survey:
+    """What must be known of all documents before they can be split."""
+
+    def __init__(self) -> None:
+        self.n_documents = self.n_characters = 0
+        self.lowest, self.highest = 1.0, 0.0
+        self.first: Document | None = None
+
+    def add(self, document: Document, digest: bytes) -> None:
+        """Look at one more document."""
+        self.first = self.first or document
+        self.n_documents += 1
+        self.n_characters += len(document.text)
+        self.lowest = min(self.lowest, _share(digest))
+        self.highest = max(self.highest, _share(digest))
+
+    def is_split_by(self, val_fraction: float) -> bool:
+        """Whether of the documents so far some are held out, and some are not."""
+        return self.lowest <= val_fraction < self.highest
+
+    def split(self, val_fraction: float) -> Split:
+        """How all documents are split; a single one is to be `cut`."""
+        if self.n_documents == 1 and self.first is not None:
+            return Split(-1.0, digest(cut(self.first, val_fraction)[1].text))
+        # of a few documents perhaps none falls below the fraction: then the nearest does
+        threshold = max(val_fraction, self.lowest)
+        if threshold >= self.highest:
+            raise ValueError(
+                f"val_fraction {val_fraction} must leave text to train on, but all documents are held out "
+                f"({self.n_documents}); lower it, or give more than copies of one document"
+            )
+        return Split(threshold)
+
+
+def split_ahead(
+    documents: Iterator[Document], val_fraction: float
+) -> tuple[Split, Iterator[Document] | tuple[Document, ...]]:
+    """How to split documents of which only the first are looked at, and all of them again.
+
+    If these are all there are, it is as `Survey.split` has it; a single one then comes in two parts, its end
+    first, since a limit may stop behind the other.
+    """
+    head, survey = [], Survey()
+    for document in documents:
+        head.append(document)
+        survey.add(document, digest(document.text))
+        if survey.is_split_by(val_fraction) or (len(head) > 1 and survey.n_characters > AHEAD_CHARACTERS):
+            return Split(val_fraction), itertools.chain(head, documents)
+    if not head:
+        return Split(val_fraction), ()
+    split = survey.split(val_fraction)
+    return split, cut(head[0], val_fraction)[::-1] if len(head) == 1 else iter(head)
+
+
+def cut(document: Document, val_fraction: float) -> tuple[Document, Document]:
+    """A document without its end, at the end of a line, and that end.
+
+    >>> [part.text for part in cut(Document("a", "one\\ntwo\\n"), val_fraction=0.5)]
+    ['one\\n', 'two\\n']
+    """
+    at = int(len(document.text) * (1 - val_fraction))
+    at = document.text.rfind("\n", 0, at) + 1 or at
+    return Document(document.name, document.text[:at]), Document(document.name, document.text[at:])
+
+
+def _share(digest: bytes) -> float:
+    """A number from 0 to 1 that depends on nothing but a digest."""
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -17,17 +17,18 @@ from llm_basics import (
     choices,
     command_line,
     config,
-    corpus,
     device,
     evaluate,
     followers,
     generate,
     likelihood,
+    packing,
     prepare,
     presets,
     programs,
     run,
     shards,
+    sources,
     swap,
 )
 from llm_basics import tokenizer as tokenizers
@@ -138,17 +139,18 @@ def find_text(
 ) -> tuple[str, np.ndarray]:
     """The name and the tokens of the text that `options` name, or that the run held out in training."""
     if (source := options.data) is not None:
-        documents = corpus.read_documents(corpus.find_files(source), options.on_bad_utf8)
-        if not documents:
-            raise ValueError(f"--data must hold text, but {source} is empty")
+        documents = sources.find(source, on_bad_utf8=options.on_bad_utf8).documents()
         end = tokenizer.special_id(tokenizers.END_OF_TEXT)
         ids = [[*tokenizer.encode_ordinary(document.text), end] for document in documents]
+        if not ids:
+            raise ValueError(f"--data must hold text, but {source} is empty")
         return source, np.concatenate([np.array(each, np.int32) for each in ids])
     name = checkpoint.read_about(path).get("data")
     if name is None:
         raise ValueError(f"{folder} was not trained here and has no held-out text; name a text by --data")
     trained = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
-    prepared = Path(trained.data_dir) / name
+    given = Path(trained.data)
+    prepared = given if (given / packing.META).is_file() else Path(trained.data_dir) / name
     if not prepared.is_dir():
         raise ValueError(
             f"the held-out text of {folder} must be in {prepared}, which is gone; start from the folder that "

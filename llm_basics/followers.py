@@ -9,12 +9,14 @@ import queue
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 CLOSE_SECONDS = 10.0  # that wandb may take at the end of a run
 QUEUE_LINES = 10_000  # that may wait for wandb; more are dropped
+LINE_SECONDS = 10.0  # between lines of progress where there is no bar
 
 
 class Follower:
@@ -31,28 +33,47 @@ class Follower:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function to tell a stage, what is done and what there is to do; shown on a terminal, nowhere else."""
+def progress_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A function to tell a stage, what is done and what there is to do (0: unknown); shown on a terminal.
+
+    Where the unit is bytes, their speed is shown too; and elsewhere than on a terminal, a line now and then.
+    """
     if not sys.stdout.isatty():
-        yield lambda stage, done, total: None
+        yield _Lines() if unit == "bytes" else lambda stage, done, total: None
         return
     from rich import progress
 
-    columns = (
+    columns = [
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.TaskProgressColumn(),
+        *([progress.TransferSpeedColumn()] if unit == "bytes" else []),
         progress.TimeRemainingColumn(),
-    )
+    ]
     with progress.Progress(*columns, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=None)
+            bars.update(tasks[stage], completed=done, total=total or None)
 
         yield report
+
+
+class _Lines:
+    """Tells of work on bytes in lines."""
+
+    def __init__(self) -> None:
+        self.began = self.told = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.told >= LINE_SECONDS and done:
+            self.told = now
+            speed = done / (now - self.began)
+            left = f", about {(total - done) / speed:.0f} s left" if total else ""
+            tell(f"{stage} {done / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s{left}")
 
 
 class Terminal(Follower):

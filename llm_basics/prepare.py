@@ -1,24 +1,45 @@
 """From raw text to token files: find it, split it, learn a vocabulary on it, encode it, once.
 
-The result is kept under `data/` in a folder named by everything that decides its content, so that a second
-run on the same text starts at once.
+uv run python -m llm_basics.prepare book.txt --out data/book
+uv run python -m llm_basics.prepare tinystories --max_tokens 10000000 --out data/stories
+
+Training does it by itself, and keeps the result under `data/` in a folder named by everything that decides
+its content, so that a second run on the same text starts at once.
 """
 
+import sys
+
+from llm_basics import command_line, programs
+
+if __name__ == "__main__":
+    # before all else is loaded: --help and mistakes answer at once
+    OPTIONS = command_line.program_options(
+        programs.PrepareConfig(), sys.argv[1:], prog="python -m llm_basics.prepare"
+    )
+
 import contextlib
+import dataclasses
 import hashlib
+import importlib.metadata
+import itertools
 import json
 import os
+import platform
 import re
-import sys
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llm_basics import bpe, config, corpus, followers, shards, swap, tokenizer
+from llm_basics import bpe, config, corpus, followers, packing, shards, sources, swap, tokenizer
 
 # changes when the same text would be prepared differently
 VERSION = 2
+
+# a folder that is not whole yet
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -31,46 +52,8 @@ class Prepared:
     val: shards.Shard
 
 
-def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepared:
-    """Tokenize the text that `options` names, or find it already tokenized."""
-    if options.tokenizer == "bpe":
-        bpe.check_vocab_size(options.model.vocab_size, [corpus.DOCUMENT_SEPARATOR])
-    files = corpus.find_files(options.data)
-    documents = corpus.read_documents(files, options.on_bad_utf8)
-    if not documents:
-        raise ValueError(f"--data must hold text, but {options.data} is empty ({len(files)} files)")
-    train, val = corpus.split_documents(documents, options.val_fraction)
-    folder = Path(options.data_dir) / _key(options, documents)
-    if not (folder / "meta.json").exists():
-        characters = sum(len(document.text) for document in documents)
-        say(f"reading {options.data}: {len(documents):,} documents, {characters:,} characters")
-        with swap.using("fast", say) if options.fast != "off" else contextlib.nullcontext():
-            _tokenize(options, train, val, folder, say)
-        # written last: a folder without it was interrupted and is made again
-        (folder / "meta.json").write_text(
-            json.dumps({"data": options.data, "documents": len(documents)}) + "\n"
-        )
-    return load(folder)
-
-
-def _tokenize(
-    options: config.Config,
-    train: Sequence[corpus.Document],
-    val: Sequence[corpus.Document],
-    folder: Path,
-    say: Callable[[str], None],
-) -> None:
-    chosen = _make_tokenizer(options, train, say)
-    say(f"encoding with {chosen.vocab_size:,} tokens")
-    for name, part, size in (("train", train, shards.SHARD_TOKENS), ("val", val, sys.maxsize)):
-        with followers.progress_bar() as progress:
-            encoded = _encode(chosen, part, progress)
-            shards.write_shards(folder, name, encoded, chosen.vocab_size, chosen.fingerprint(), size)
-    chosen.save(folder / "tokenizer")
-
-
 def load(folder: str | os.PathLike[str]) -> Prepared:
-    """Open what `prepare` has written. Raises ValueError if files and tokenizer do not belong together."""
+    """Open what was prepared. Raises ValueError if files and tokenizer do not belong together."""
     folder = Path(folder)
     chosen = tokenizer.Tokenizer.load(folder / "tokenizer")
     fingerprint = chosen.fingerprint()
@@ -78,43 +61,234 @@ def load(folder: str | os.PathLike[str]) -> Prepared:
     return Prepared(folder, chosen, train, shards.read_shard(folder / "val_0000.bin", fingerprint))
 
 
-def _key(options: config.Config, documents: Sequence[corpus.Document]) -> str:
-    """A folder name that changes with the text, the split and the tokenizer."""
-    digest = hashlib.sha256()
-    settings = [VERSION, options.tokenizer, options.val_fraction]
+# --------------------------------------------------------------------------------------------------
+# For a training run
+
+
+def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepared:
+    """Tokenize the text that `options` names, or find it already tokenized."""
+    if (Path(options.data) / packing.META).is_file():
+        return _load_for(options, say)
+    if options.tokenizer == "bpe":
+        bpe.check_vocab_size(options.model.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+    source = sources.find(options.data, on_bad_utf8=options.on_bad_utf8)
+    if isinstance(source, sources.Hub):
+        folder = _folder(options, hashlib.sha256(json.dumps([*_settings(options), options.data]).encode()))
+        if not (folder / packing.META).exists():
+            much = "all of it" if options.max_tokens is None else f"{options.max_tokens:,} tokens of it"
+            say(f"fetching {source.about()}, {much}, to {folder}")
+            build(_as_program(options, folder), say)
+        return load(folder)
+    if not source.is_local:
+        raise ValueError(f"--data {options.data} must be prepared first; see python -m llm_basics.prepare")
+    survey, content = corpus.Survey(), hashlib.sha256(json.dumps(_settings(options)).encode())
+    for document in _documents(source):
+        digest = corpus.digest(document.text)
+        survey.add(document, digest)
+        content.update(digest)
+    if survey.first is None:
+        raise ValueError(f"--data must hold text, but {options.data} is empty")
+    split = survey.split(options.val_fraction)
+    folder = _folder(options, content)
+    if not (folder / packing.META).exists():
+        say(f"reading {options.data}: {survey.n_documents:,} documents, {survey.n_characters:,} characters")
+        work = folder.with_name(f"{folder.name}{PARTIAL}-{os.getpid()}")
+        try:
+            _tokenize(options, source, survey, split, work, say)
+            about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
+            packing.finish(work, folder, about)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return load(folder)
+
+
+def _load_for(options: config.Config, say: Callable[[str], None]) -> Prepared:
+    """A folder that was prepared. Raises ValueError if another tokenizer is asked for than it was made by."""
+    found = load(options.data)
+    # bpe is what nobody has asked for: one that was learned there
+    if options.tokenizer != "bpe":
+        asked = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
+        if asked.fingerprint() != found.tokenizer.fingerprint():
+            raise ValueError(
+                f"{options.data} must be trained on with the tokenizer it was prepared with, which has "
+                f"{found.tokenizer.vocab_size:,} tokens, got --tokenizer {options.tokenizer} with "
+                f"{asked.vocab_size:,}; leave it out (--tokenizer bpe), or prepare the text again"
+            )
+    say(f"{options.data} is prepared; its tokenizer has {found.tokenizer.vocab_size:,} tokens")
+    return found
+
+
+def _tokenize(
+    options: config.Config,
+    source: sources.Source,
+    survey: corpus.Survey,
+    split: corpus.Split,
+    work: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Write the token files of a source that can be read again, copies of documents included."""
+
+    def reader() -> packing.Reader:
+        documents: Iterable[corpus.Document] = _documents(source)
+        if survey.first is not None and survey.n_documents == 1:
+            documents = corpus.cut(survey.first, options.val_fraction)[::-1]
+        return packing.Reader(source.name, documents, split)
+
+    (work / packing.PROGRESS).mkdir(parents=True)
+    with (
+        packing.Ledger(None, {}) as ledger,
+        swap.using("fast", say) if options.fast != "off" else contextlib.nullcontext(),
+    ):
+        if options.tokenizer == "bpe":
+            chosen = _learn((p.text for p in reader() if not p.held_out), options.model.vocab_size, say)
+        else:
+            chosen = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
+        chosen.save(work / "tokenizer")
+        say(f"encoding with {chosen.vocab_size:,} tokens")
+        with followers.progress_bar("bytes") as progress:
+            packer = packing.Packer(work, chosen, shards.SHARD_TOKENS, options.max_tokens, progress)
+            whole = reader()
+            packer.pack(whole, whole, ledger, lambda: source.fraction)
+
+
+def _settings(options: config.Config) -> list[Any]:
+    """All but the text that decides what is prepared."""
+    settings: list[Any] = [VERSION, options.tokenizer, options.val_fraction]
     if options.tokenizer == "bpe":
         settings.append(options.model.vocab_size)
     elif Path(options.tokenizer).exists():
         settings.append(tokenizer.Tokenizer.load(options.tokenizer).fingerprint())
     # what pieces of somebody's own have made must be made by them
     settings += [origin for piece, origin in swap.yours().items() if piece.startswith(("bpe.", "tokenizer."))]
-    digest.update(json.dumps(settings).encode())
-    for document in documents:
-        digest.update(hashlib.sha256(document.text.encode("utf-8")).digest())
+    return settings if options.max_tokens is None else [*settings, f"max_tokens {options.max_tokens}"]
+
+
+def _folder(options: config.Config, content: Any) -> Path:
+    """Where the result is kept: a name that changes with the text, the split and the tokenizer."""
     names = [Path(options.data).stem.strip("*") or "text", Path(options.tokenizer).name]
-    return re.sub(r"[^\w.-]+", "_", "-".join([*names, digest.hexdigest()[:12]]))
+    name = re.sub(r"[^\w.-]+", "_", "-".join([*names, content.hexdigest()[:12]]))
+    return Path(options.data_dir) / name
 
 
-def _make_tokenizer(
-    options: config.Config, train: Sequence[corpus.Document], say: Callable[[str], None]
-) -> tokenizer.Tokenizer:
+def _as_program(options: config.Config, folder: Path) -> programs.PrepareConfig:
+    return programs.PrepareConfig(
+        source=options.data,
+        out=str(folder),
+        tokenizer=options.tokenizer,
+        vocab_size=options.model.vocab_size,
+        val_fraction=options.val_fraction,
+        max_tokens=options.max_tokens,
+        fast="off" if options.fast == "off" else "on",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# As a program
+
+
+def build(options: programs.PrepareConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Make the folder `options.out`, or go on where that was cut off. Returns what its meta.json says."""
+    out = Path(options.out)
+    work = out.with_name(out.name + PARTIAL)
+    settings = dataclasses.asdict(options) | {"version": VERSION}
+    for name in ("out", "fast"):
+        del settings[name]
+    if options.tokenizer == "bpe":
+        bpe.check_vocab_size(options.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+    if (out / packing.META).is_file():
+        meta = json.loads((out / packing.META).read_text(encoding="utf-8"))
+        packing.check_settings(settings, meta.get("settings", {}), out)
+        # the last that is done, and so the last that a kill may leave undone
+        shutil.rmtree(out / packing.PROGRESS, ignore_errors=True)
+        say(f"{out} is prepared already")
+        return meta
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out must be a folder that is new or empty, got {out}")
+    source = sources.find(options.source, options.text_field, options.form, options.on_bad_utf8)
+    (work / packing.PROGRESS).mkdir(parents=True, exist_ok=True)
+    with packing.Ledger(work, settings) as ledger:
+        try:
+            _fill(options, source, work, ledger, say)
+        except BaseException:
+            if ledger.state is None:
+                shutil.rmtree(work)
+            raise
+    duplicates = ledger.state.place.n_duplicates if ledger.state else 0
+    about = {"source": options.source, "duplicates": duplicates}
+    return packing.finish(work, out, about | {"settings": settings, "versions": _versions()})
+
+
+def _fill(
+    options: programs.PrepareConfig,
+    source: sources.Source,
+    work: Path,
+    ledger: packing.Ledger,
+    say: Callable[[str], None],
+) -> None:
+    """Write the token files that are not written yet."""
+    state = ledger.state or packing.State()
+    if state.is_complete:
+        return
+    say(f"reading {source.about()}")
+    split, documents = corpus.split_ahead(_documents(source), options.val_fraction)
+    reader = packing.Reader(source.name, documents, split, state.place, ledger.is_new)
+    pieces = iter(reader)
+    with swap.using("fast", say) if options.fast == "on" else contextlib.nullcontext():
+        if ledger.state is not None:
+            say(f"going on behind document {state.place.n_documents:,}, with {state.n_tokens:,} tokens")
+            chosen = tokenizer.Tokenizer.load(work / "tokenizer")
+        elif options.tokenizer == "bpe":
+            ahead = work / packing.PROGRESS / "ahead.jsonl"
+            sample = packing.keep(pieces, options.sample_bytes, ahead)
+            chosen = _learn(sample, options.vocab_size, say)
+            pieces = itertools.chain(packing.kept(ahead), pieces)
+        else:
+            chosen = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
+        if ledger.state is None:
+            chosen.save(work / "tokenizer")
+        say(f"encoding with {chosen.vocab_size:,} tokens")
+        with followers.progress_bar("bytes") as progress:
+            packer = packing.Packer(work, chosen, options.shard_tokens, options.max_tokens, progress)
+            packer.pack(pieces, reader, ledger, lambda: source.fraction)
+
+
+def _documents(source: sources.Source) -> Iterator[corpus.Document]:
+    """The documents of a source, fit to be written as UTF-8: JSON may hold halves of characters."""
+    for document in source.documents():
+        yield corpus.Document(document.name, tokenizer.mend(document.text))
+
+
+def _versions() -> dict[str, str]:
+    """What decides how text is cut, beside the options."""
+    named = {name: importlib.metadata.version(name) for name in ("llm_basics", "regex")}
+    return named | {"python": platform.python_version()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def _learn(texts: Iterable[str], vocab_size: int, say: Callable[[str], None]) -> tokenizer.Tokenizer:
+    """The tokenizer that is learned from texts, which are on disk meanwhile."""
     specials = [corpus.DOCUMENT_SEPARATOR]
-    match options.tokenizer:
-        case "bpe":
-            say(f"learning a vocabulary of {options.model.vocab_size:,} tokens")
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "train.txt"
-                path.write_bytes(corpus.DOCUMENT_SEPARATOR.join(d.text for d in train).encode("utf-8"))
-                with followers.progress_bar() as progress:
-                    learned = bpe.train_bpe(path, options.model.vocab_size, specials, progress=progress)
-                return tokenizer.Tokenizer(*learned, specials)
-        case name:
-            found = load_tokenizer(name)
-            everything = [*found.special_tokens, *specials]
-            chosen = tokenizer.Tokenizer(found.vocab, found.merges, everything, found.pattern)
-            if len(chosen.vocab) != chosen.vocab_size:
-                raise ValueError(f"the ids of {name} must go from 0 to {len(chosen.vocab) - 1} without gaps")
-            return chosen
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.txt"
+        with open(path, "wb") as file:
+            for number, text in enumerate(texts):
+                file.write((corpus.DOCUMENT_SEPARATOR * (number > 0) + text).encode("utf-8"))
+        say(f"learning a vocabulary of {vocab_size:,} tokens from {path.stat().st_size:,} bytes")
+        with followers.progress_bar() as progress:
+            learned = bpe.train_bpe(path, vocab_size, specials, progress=progress)
+    return tokenizer.Tokenizer(*learned, specials)
+
+
+def _with_separator(found: tokenizer.Tokenizer, name: str) -> tokenizer.Tokenizer:
+    """A tokenizer that has a token to put between documents. Raises ValueError if its ids have gaps."""
+    specials = [*found.special_tokens, corpus.DOCUMENT_SEPARATOR]
+    chosen = tokenizer.Tokenizer(found.vocab, found.merges, specials, found.pattern)
+    if len(chosen.vocab) != chosen.vocab_size:
+        raise ValueError(f"the ids of {name} must go from 0 to {len(chosen.vocab) - 1} without gaps")
+    return chosen
 
 
 def load_tokenizer(name: str) -> tokenizer.Tokenizer:
@@ -145,13 +319,30 @@ def _gpt2() -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.from_ranks(encoding._mergeable_ranks, {"<|endoftext|>": encoding.eot_token})
 
 
-def _encode(
-    chosen: tokenizer.Tokenizer,
-    documents: Sequence[corpus.Document],
-    progress: Callable[[str, int, int], None] = bpe.silent,
-) -> Iterator[tuple[list[int], int]]:
-    """The ids of each document with the end-of-text token behind it, and its size in bytes."""
-    end = chosen.special_id(corpus.DOCUMENT_SEPARATOR)
-    for number, document in enumerate(documents, start=1):
-        yield [*chosen.encode_ordinary(document.text), end], len(document.text.encode("utf-8"))
-        progress("encoding", number, len(documents))
+# --------------------------------------------------------------------------------------------------
+
+
+def main(options: programs.PrepareConfig) -> int:
+    """Prepare as `options` say. Returns the exit status."""
+    if not options.out:
+        name = re.sub(r"[^\w.-]+", "_", Path(options.source).stem.strip("*")) or "text"
+        options = dataclasses.replace(options, out=str(Path("data") / name))
+    with command_line.exit_on_mistake():
+        try:
+            meta = build(options, followers.tell)
+        except KeyboardInterrupt:
+            followers.tell("stopped; the same command goes on")
+            return 130
+        documents, tokens, n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
+        followers.tell(
+            f"documents   {documents['train']:,} to train on, {documents['val']:,} held out, "
+            f"{meta['duplicates']:,} copies left out\n"
+            f"tokens      {tokens['train']:,} to train on, {tokens['val']:,} held out, "
+            f"{sum(n_bytes.values()) / max(1, sum(tokens.values())):.2f} bytes each\n"
+            f"train on it uv run python -m llm_basics.train --data {options.out}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))

@@ -22,6 +22,45 @@ def _check_sampling(options: "GenerateConfig | ChatConfig") -> None:
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """Make token files of text: once, and from there on training starts at once."""
+
+    source: tyro.conf.Positional[str] = "stdlib"
+    """A file of text, .jsonl or .parquet, also packed (.gz); a folder or a quoted glob of them; stdlib; - for
+    standard input; of Hugging Face tinystories, openwebtext, fineweb-edu, hub:NAME or hub:NAME:CONFIG."""
+    out: str = ""
+    """The folder to make; train takes it as --data. Empty: data/ and the name of the source."""
+    tokenizer: str = "bpe"
+    """bpe (learned from the text), bytes, gpt2 (fetched by tiktoken), a saved folder or a tokenizer.json."""
+    vocab_size: int = 10_000
+    """Size of the vocabulary that bpe learns."""
+    sample_bytes: int = 100_000_000
+    """Of this much text, the first to train on, bpe learns."""
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation; of a single document, its end."""
+    max_tokens: int | None = None
+    """Stop behind the document with which there are this many tokens. None: take all."""
+    shard_tokens: int = 100_000_000
+    """Tokens in a file; after each file, a run that is killed can go on from there."""
+    text_field: str = "text"
+    """The field of JSON lines, Parquet and data sets that holds the text."""
+    form: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """How files are written. auto: as their names end; standard input is text."""
+    on_bad_utf8: Literal["error", "replace"] = "error"
+    """What to do with bytes that are not UTF-8: stop and say where, or replace them by U+FFFD."""
+    fast: Literal["on", "off"] = "on"
+    """Use the fast twins of the tokenizer; off: the readable reference alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        for name in ("sample_bytes", "max_tokens", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Let a trained model write."""
 

@@ -50,8 +50,8 @@ class Shard:
 class ShardWriter:
     """Writes ids to `folder/prefix_0000.bin` and on, a new file when one has `shard_tokens` ids.
 
-    `tokenizer` is the fingerprint of the tokenizer that made the ids. A file appears under its name only when
-    it is complete.
+    `tokenizer` is the fingerprint of the tokenizer that made the ids, `first` the number of the first file. A
+    file appears under its name only when it is complete.
 
         with ShardWriter(folder, "train", vocab_size, fingerprint) as writer:
             writer.write(ids, ends=[len(ids)], n_bytes=len(text))
@@ -65,6 +65,7 @@ class ShardWriter:
         vocab_size: int,
         tokenizer: str,
         shard_tokens: int = SHARD_TOKENS,
+        first: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,7 @@ class ShardWriter:
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
+        self.first = first
         self.dtype = _dtype(vocab_size)
         self.paths: list[Path] = []
         self._file: BinaryIO | None = None
@@ -121,9 +123,12 @@ class ShardWriter:
         if self._counts["n_tokens"] >= self.shard_tokens:
             self._finish()
 
+    def _name(self) -> str:
+        return f"{self.prefix}_{self.first + len(self.paths):04d}"
+
     def _begin(self) -> None:
         """Open the next file, with room for its header."""
-        temporary = self.folder / f"{self.prefix}_{len(self.paths):04d}.tmp-{os.getpid()}"
+        temporary = self.folder / f"{self._name()}.tmp-{os.getpid()}"
         self._file = open(temporary, "wb")
         self._file.seek(HEADER_BYTES)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -144,7 +149,7 @@ class ShardWriter:
             # without it, a power cut may leave the name on a file without its content
             file.flush()
             os.fsync(file.fileno())
-        path = self.folder / f"{self.prefix}_{len(self.paths):04d}.bin"
+        path = self.folder / f"{self._name()}.bin"
         os.replace(self._file.name, path)
         self.paths.append(path)
         self._file = None

@@ -1,5 +1,7 @@
 """Finding, reading and splitting texts. Alone: uv run pytest tests/test_corpus.py"""
 
+import io
+
 import pytest
 
 from llm_basics import corpus
@@ -16,7 +18,7 @@ def test_file_folder_and_glob(tmp_path):
     assert names(tmp_path / "b.txt") == ["b.txt"]
     assert names(tmp_path) == ["a.txt", "b.txt", "deep/c.txt", "deep/e.md"]
     assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "deep/c.txt"]
-    with pytest.raises(ValueError, match="--data must name a file"):
+    with pytest.raises(ValueError, match="the text must be a file"):
         corpus.find_files(str(tmp_path / "none*"))
 
 
@@ -50,26 +52,86 @@ def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
     assert corpus.read_documents([path], on_bad_utf8="replace")[0].text == "caf\ufffd noir"
 
 
+@pytest.mark.parametrize("block", [1, 5, 20, 1 << 20])
+def test_text_is_read_in_blocks_of_any_size(block, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    text = "one \u00e9<|endoftext|>two<|endoftex<|endoftext|>  <|endoftext|>three<|endoftext|>"
+    found = list(corpus.stream_documents("name", io.BytesIO(text.encode())))
+    assert [(d.name, d.text) for d in found] == [
+        ("name", "one \u00e9"),
+        ("name:1", "two<|endoftex"),
+        ("name:2", "three"),
+    ]
+    with pytest.raises(ValueError, match="0xff at offset 17"):
+        list(corpus.stream_documents("name", io.BytesIO(b"one<|endoftext|>4\xff")))
+
+
+def test_long_text_is_read_in_linear_time():
+    class Blocks(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(1000)
+
+    (found,) = corpus.stream_documents("name", Blocks(b"<|endoftext|" * 500_000))
+    assert len(found.text) == 6_000_000
+
+
+def split(documents, val_fraction):
+    """Documents to train on, and documents to hold out, where all of them are looked at first."""
+    survey = corpus.Survey()
+    for document in documents:
+        survey.add(document, corpus.digest(document.text))
+    rule = survey.split(val_fraction)
+    parts = documents if len(documents) > 1 else corpus.cut(documents[0], val_fraction)
+    held = [rule.holds_out(corpus.digest(d.text)) for d in parts]
+    return tuple([d for d, h in zip(parts, held, strict=True) if h == side] for side in (False, True))
+
+
 def test_split_depends_on_the_text_alone():
     documents = [corpus.Document(str(i), f"text number {i}") for i in range(1000)]
-    train, val = corpus.split_documents(documents, 0.1)
+    train, val = split(documents, 0.1)
     assert len(train) + len(val) == 1000 and 70 < len(val) < 130
     more = [corpus.Document("new", f"another {i}") for i in range(500)] + documents[::-1]
-    train_of_more, val_of_more = corpus.split_documents(more, 0.1)
+    train_of_more, val_of_more = split(more, 0.1)
     assert set(val) <= set(val_of_more) and set(train) <= set(train_of_more)
 
 
 def test_split_leaves_no_side_empty():
     for n in (2, 3, 5):
         documents = [corpus.Document(str(i), f"text {i}") for i in range(n)]
-        train, val = corpus.split_documents(documents, 0.001)
+        train, val = split(documents, 0.001)
         assert val and train
+    with pytest.raises(ValueError, match="all documents are held out"):
+        split([corpus.Document("a", "same"), corpus.Document("b", "same")], 0.5)
 
 
 def test_a_single_document_is_cut_at_a_line():
     text = "".join(f"line {i}\n" for i in range(100))
-    (train,), (val,) = corpus.split_documents([corpus.Document("book", text)], 0.1)
+    (train,), (val,) = split([corpus.Document("book", text)], 0.1)
     assert train.text + val.text == text
     assert train.text.endswith("\n") and 0.08 < len(val.text) / len(text) < 0.12
-    (train,), (val,) = corpus.split_documents([corpus.Document("line", "x" * 100)], 0.1)
+    (train,), (val,) = split([corpus.Document("line", "x" * 100)], 0.1)
     assert (len(train.text), len(val.text)) == (90, 10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 300])
+def test_looking_ahead_splits_as_looking_at_all(n):
+    documents = [corpus.Document(str(i), f"text {i}\nof two lines\n") for i in range(n)]
+    rule, again = corpus.split_ahead(iter(documents), 0.05)
+    held = {d.text for d in again if rule.holds_out(corpus.digest(d.text))}
+    assert held == {d.text for d in split(documents, 0.05)[1]} != set()
+
+
+def test_looking_ahead_sees_that_a_document_is_the_only_one():
+    document = corpus.Document("one", "line\n" * 20)
+    assert corpus.Split(0.7).holds_out(corpus.digest(document.text))
+    rule, parts = corpus.split_ahead(iter([document]), 0.7)
+    assert [rule.holds_out(corpus.digest(part.text)) for part in parts] == [True, False]
+
+
+def test_looking_ahead_ends(monkeypatch):
+    monkeypatch.setattr(corpus, "AHEAD_CHARACTERS", 1000)
+    read = []
+    documents = (read.append(i) or corpus.Document(str(i), f"text {i}" * 20) for i in range(10_000))
+    rule, again = corpus.split_ahead(documents, 1e-9)
+    assert len(read) < 20 and rule == corpus.Split(1e-9)
+    assert [d.name for d in again] == [str(i) for i in range(10_000)]

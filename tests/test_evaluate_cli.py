@@ -107,6 +107,15 @@ def test_other_text_is_read_document_by_document(trained, judge, tmp_path):
     assert "Loss by position" in out and "Calibration" in out
 
 
+def test_what_a_prepared_folder_held_out_is_found_there(trained, judge):
+    folder, _, prepared = trained
+    options = json.loads((folder / "config.json").read_text())
+    options |= {"data": str(prepared.folder), "data_dir": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(options))
+    (found,), _ = judge(folder)
+    assert found["report"]["n_tokens"] == len(prepared.val.tokens) - 1
+
+
 def test_runs_stand_side_by_side(trained, judge, tmp_path):
     other, _, _ = make_run(tmp_path, "b", seed=1)
     found, out = judge(trained[0], other)
@@ -202,7 +211,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data": "nowhere"}, "--data must name a file"),
+        ({"data": "nowhere"}, "must be a file"),
         ({"data": "empty.txt"}, "--data must hold text, but empty.txt is empty"),
         ({"choices": "bad.jsonl"}, "bad.jsonl:1 must be a question in JSON; it must be an object, got int"),
         ({"choices": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -1,11 +1,18 @@
 """From raw text to token files. Alone: uv run pytest tests/test_prepare.py"""
 
+import contextlib
 import dataclasses
+import io
+import json
 import os
+import re
+import sys
+import time
+import types
 
 import pytest
 
-from llm_basics import config, corpus, prepare, tokenizer
+from llm_basics import command_line, config, corpus, followers, launch, prepare, presets, programs, tokenizer
 
 DATA = os.environ.get("LLM_BASICS_DATA")
 
@@ -61,7 +68,7 @@ def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch
 def test_second_time_finds_what_the_first_has_made(options, monkeypatch):
     first = prepare.prepare(options())
     monkeypatch.setattr(prepare.bpe, "train_bpe", pytest.fail)
-    monkeypatch.setattr(prepare.shards, "write_shards", pytest.fail)
+    monkeypatch.setattr(prepare.packing.Packer, "pack", pytest.fail)
     assert prepare.prepare(options()).folder == first.folder
 
 
@@ -119,6 +126,212 @@ def test_empty_text_is_refused(options, folder):
     with pytest.raises(ValueError, match="must hold text, but .* is empty"):
         prepare.prepare(options())
     assert not (folder / "data").exists()
+
+
+def test_copies_of_a_document_stay(folder, options):
+    (folder / "text" / "copy.txt").write_bytes((folder / "text" / "3.txt").read_bytes())
+    prepared = prepare.prepare(options(tokenizer="bytes"))
+    assert len(texts(prepared, prepared.train) + texts(prepared, [prepared.val])) == 21
+
+
+def test_documents_are_not_kept_in_memory(folder, options, monkeypatch):
+    alive = []
+
+    class Counted(corpus.Document):
+        def __init__(self, name, text):
+            super().__init__(name, text)
+            alive.append(name)
+
+        def __del__(self):
+            alive.pop()
+
+    most = []
+    digest = corpus.digest
+    monkeypatch.setattr(corpus, "Document", Counted)
+    monkeypatch.setattr(corpus, "digest", lambda text: most.append(len(alive)) or digest(text))
+    prepare.prepare(options(tokenizer="bytes"))
+    assert len(most) >= 40 and max(most) <= 5
+
+
+def test_a_limit_of_tokens_goes_to_another_folder(options):
+    whole = prepare.prepare(options(tokenizer="bytes"))
+    few = prepare.prepare(options(tokenizer="bytes", max_tokens=3000))
+    assert few.folder != whole.folder
+    assert 3000 <= sum(len(s.tokens) for s in (*few.train, few.val)) < 3900
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        options(max_tokens=0)
+
+
+def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * (i + 1))
+    found = prepare.prepare(config.Config(data=str(tmp_path / "*.txt"), data_dir=str(tmp_path / "data")))
+    assert found.folder.name == "text-bpe-e25ed2fd85bc"
+
+
+# --------------------------------------------------------------------------------------------------
+# Prepared folders
+
+
+@pytest.fixture
+def made(folder):
+    """A folder that the program has made."""
+    settings = {"tokenizer": "bpe", "vocab_size": 270, "val_fraction": 0.3, "fast": "off"}
+    options = programs.PrepareConfig(str(folder / "text"), str(folder / "made"), **settings)
+    prepare.build(options, lambda line: None)
+    return folder / "made"
+
+
+def test_a_prepared_folder_is_trained_on_as_it_is(made, options, monkeypatch):
+    monkeypatch.setattr(prepare.packing.Packer, "pack", pytest.fail)
+    given = dataclasses.replace(options(), data=str(made))
+    prepared = prepare.prepare(given)
+    assert prepared.folder == made and prepared.tokenizer.vocab_size == 270
+    assert len(texts(prepared, prepared.train) + texts(prepared, [prepared.val])) == 20
+    same = prepare.prepare(dataclasses.replace(given, tokenizer=str(made / "tokenizer")))
+    assert same.folder == made
+
+
+def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(made, options):
+    with pytest.raises(
+        ValueError, match="prepared with, which has 270 tokens, got --tokenizer bytes with 257"
+    ):
+        prepare.prepare(dataclasses.replace(options(tokenizer="bytes"), data=str(made)))
+
+
+def test_training_begins_from_a_prepared_folder(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--model.context_length=16", "--model.d_model=16", "--model.n_heads=2", "--fast=off"]
+    options = command_line.train_options(["--data", str(made), *sizes, "--run_dir", "run"])
+    training, output = launch.start(options)
+    output.close()
+    assert "is prepared; its tokenizer has 270 tokens" in capsys.readouterr().out
+    assert training.options.model.vocab_size == 270 and training.prepared_in == "made"
+    assert len(training.held_out) == len(prepare.load(made).val.tokens)
+    assert not (tmp_path / "data").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data sets by name
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hugging Face of 200 stories; the calls to it."""
+    calls = []
+    rows = [{"text": f"story {i} of a cat" * (i % 5 + 1)} for i in range(200)]
+    fetched = types.SimpleNamespace(
+        disable_progress_bars=lambda: None,
+        load_dataset=lambda *args, **kw: calls.append(args[0]) or iter(rows),
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fetched)
+    return calls
+
+
+def test_a_preset_names_a_data_set_that_is_fetched_once(hub, tmp_path):
+    options = dataclasses.replace(
+        presets.load("pretrain_small"), tokenizer="bytes", data_dir=str(tmp_path), max_tokens=5000, fast="off"
+    )
+    said = []
+    prepared = prepare.prepare(options, said.append)
+    assert hub == ["roneneldan/TinyStories"]
+    assert 5000 <= sum(len(s.tokens) for s in (*prepared.train, prepared.val)) < 5200
+    assert said[0].startswith(
+        "fetching hub:roneneldan/TinyStories (2.1 million short stories, 1 GB), 5,000 tokens of it, to "
+    )
+    assert prepare.prepare(options).folder == prepared.folder and len(hub) == 1
+    other = prepare.prepare(dataclasses.replace(options, max_tokens=6000), said.append)
+    assert other.folder != prepared.folder and len(hub) == 2
+
+
+def test_a_preset_can_be_trained_on_a_file_of_ones_own(folder, options):
+    given = options(tokenizer="bytes")
+    preset = dataclasses.replace(presets.load("pretrain_small"), tokenizer="bytes", val_fraction=0.3)
+    prepared = prepare.prepare(dataclasses.replace(preset, data=given.data, data_dir=given.data_dir))
+    assert len(texts(prepared, prepared.train) + texts(prepared, [prepared.val])) == 20
+
+
+def test_standard_input_must_be_prepared_first(options):
+    with pytest.raises(ValueError, match="--data - must be prepared first; see python -m llm_basics.prepare"):
+        prepare.prepare(dataclasses.replace(options(), data="-"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+def prepare_program(*arguments):
+    options = command_line.program_options(programs.PrepareConfig(), list(arguments), prog="prepare")
+    return prepare.main(options)
+
+
+def test_the_program_says_what_it_has_made(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert prepare_program("text", "--tokenizer", "bytes", "--val_fraction", "0.3", "--fast", "off") == 0
+    said = capsys.readouterr().out
+    meta = json.loads((folder / "data" / "text" / "meta.json").read_text())
+    n_train, n_val = meta["documents"]["train"], meta["documents"]["val"]
+    assert f"documents   {n_train} to train on, {n_val} held out, 0 copies left out" in said
+    assert "train on it uv run python -m llm_basics.train --data data/text" in said
+
+
+def test_the_program_reads_standard_input(folder, monkeypatch):
+    content = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(100))
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+    arguments = ["-", "--form", "jsonl", "--vocab_size", "260", "--sample_bytes", "99", "--fast", "off"]
+    prepare_program(*arguments, "--val_fraction", "0.2", "--out", str(folder / "out"))
+    prepared = prepare.load(folder / "out")
+    found = texts(prepared, prepared.train) + texts(prepared, [prepared.val])
+    assert sorted(found) == sorted(f"line {i}" for i in range(100))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "the text must be a file"),
+        (["bad.jsonl"], "line 2 of bad.jsonl must be JSON; Expecting value: line 1 column 1 (char 0)"),
+        (["bad.jsonl", "--text_field", "x"], "line 1 of bad.jsonl must have the field x, got text"),
+        (["text", "--vocab_size", "12"], "vocab_size must be at least 257"),
+        (["text", "--tokenizer", "nothing"], "a tokenizer must be bytes, gpt2, a folder"),
+        (["text", "--val_fraction", "2"], "val_fraction must be above 0 and below 1, got 2.0"),
+        (["text", "--max_tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["text", "--shard_token", "0"], "the closest is --shard_tokens"),
+        (["text", "--out", "text"], "--out must be a folder that is new or empty, got text"),
+    ],
+)
+def test_mistakes_end_the_program_in_one_line(folder, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(folder)
+    (folder / "bad.jsonl").write_text('{"text": "one"}\nnot JSON\n')
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        prepare_program(*arguments, "--fast", "off")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert [path for path in sorted(folder.rglob("*")) if path.name != "data"] == before
+
+
+def test_without_a_terminal_progress_comes_in_lines(monkeypatch):
+    monkeypatch.setattr(followers, "LINE_SECONDS", 0.0)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), followers.progress_bar("bytes") as progress:
+        progress("encoding", 3_000_000, 12_000_000)
+        progress("encoding", 6_000_000, 0)
+    first, second = out.getvalue().splitlines()
+    assert re.fullmatch(r"encoding 3 MB, [\d.]+ MB/s, about \d+ s left", first)
+    assert re.fullmatch(r"encoding 6 MB, [\d.]+ MB/s", second)
+
+
+def test_on_a_terminal_progress_is_a_bar_with_speed_and_time(monkeypatch):
+    out = io.StringIO()
+    out.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with contextlib.redirect_stdout(out), followers.progress_bar("bytes") as progress:
+        for done in range(0, 6_000_001, 1_000_000):
+            progress("encoding", done, 12_000_000)
+            time.sleep(0.02)
+    assert "encoding" in out.getvalue() and "50%" in out.getvalue() and "MB/s" in out.getvalue()
 
 
 @pytest.mark.skipif(

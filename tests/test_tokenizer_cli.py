@@ -114,7 +114,7 @@ def test_compare_counts_tokens_side_by_side(learned, capsys):
         (["train"], "--out"),
         (["train", "--out", "x", "--vocab-size", "12"], "vocab_size must be at least 257"),
         (["inspect", "x", "--tokenizer", "nowhere"], "a tokenizer must be .* got nowhere"),
-        (["encode", "--tokenizer", "bytes", "--out", "x", "--data", "nowhere"], "--data must name a file"),
+        (["encode", "--tokenizer", "bytes", "--out", "x", "--data", "nowhere"], "the text must be a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, said, capsys):
