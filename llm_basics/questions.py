@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 WORDS = tuple(
     """
-    name value file line path list item key text data type class object string number size index count
-    result error state code call test module method return function table order level mode field block
+    name value file line path list item key text data type object string number size index count
+    result error state code call test module method function table order level mode field block
     group match point process thread message header buffer cache option command version default address
     server socket client request response user host port time date year month day hour minute second
     start stop begin end open close read write load save copy move add remove insert delete find search
@@ -129,6 +129,7 @@ def all_questions() -> list[Question]:
     """All questions, no two alike, kind by kind, the same each time.
 
     >>> next(question for question in all_questions() if question.kind == "plus")
+    Question(kind='plus', asked='What is 2 plus 10?', answer='12')
     """
     return [question for kind in KINDS for question in _of_kind(kind)]
 

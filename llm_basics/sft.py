@@ -94,7 +94,7 @@ class Session(session.Session):
         end, most = self.tokenizer.special_id(chat.END), self.options.train.sample_tokens
         prompt = torch.tensor(asked.ids, device=self.device)
         with self._as_written():
-            tokens = generate.generate(self.model, prompt, most, temperature=0, stop_id=end)
+            tokens = generate.generate(self.model, prompt, most, temperature=0.0, stop_id=end)
             ids = list(signals.polled(tokens))
         return self.tokenizer.decode(ids + [end] * (len(ids) < most))
 
@@ -118,6 +118,7 @@ def work(training: session.Session, output: run.Run, clock: run.Stopwatch) -> in
         f"{taught.n_left_out:,} left out whose question fills it"
     )
     if training.step == 0 and not training.options.find_lr:
+        output.metrics(0, **training.evaluate(training.options.train.eval_batches))
         for asked in shown:
             output.keep_sample(0, training.tokenizer.decode(asked.ids), training.answer(asked))
     status = train.work(training, output, clock)
