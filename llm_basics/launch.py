@@ -32,6 +32,16 @@ def of_text(options: config.Config) -> session.Session:
     return session.Session(dataclasses.replace(options, model=model), prepared)
 
 
+def begin(options: config.Config, make: Callable[[config.Config], session.Session]) -> session.Session:
+    """The run that `make` opens, with the weights of another where a new one is to begin with these."""
+    if options.init_from is None or options.resume is not None:
+        return make(options)
+    inherit.check(options, options.init_from)
+    training = make(options)
+    inherit.take_weights(training.model, options.init_from)
+    return training
+
+
 def start(
     options: config.Config, make: Callable[[config.Config], session.Session] = of_text
 ) -> tuple[session.Session, run.Run]:
@@ -57,12 +67,7 @@ def start(
     if options.fast == "triton":
         swap.use("triton")
     device.choose(options.train.device)  # fails now, not after minutes of preparation
-    source = options.init_from if options.resume is None else None
-    if source is not None:
-        inherit.check(options, source)
-    training = make(options)
-    if source is not None:
-        inherit.take_weights(training.model, source)
+    training = begin(options, make)
     folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))
     try:

@@ -58,7 +58,7 @@ class Session(session.Session):
                     f"a conversation must fit into model.context_length {length}, but of those to be {part} "
                     "none does"
                 )
-        self.taught, self.asked_of = taught, held_out
+        self.taught, self.withheld = taught, held_out
         rows = answers.pack(taught.rows, length + 1) if self.options.packing == "on" else taught.rows
         self.n_rows = len(rows)
         batches = answers.Batches(rows, train.batch_size, length, train.seed, self.device)
@@ -67,7 +67,7 @@ class Session(session.Session):
     def held_out_batches(self, max_batches: int) -> Iterator[session.Batch]:
         """The conversations that are held out, or so many, evenly spaced."""
         size, length = self.options.train.batch_size, self.options.model.context_length
-        return answers.sequential_batches(self.asked_of.rows, size, length, max_batches, self.device)
+        return answers.sequential_batches(self.withheld.rows, size, length, max_batches, self.device)
 
     def sample(self) -> tuple[str, str]:
         """A held-out conversation, and how the model answers."""
@@ -78,10 +78,10 @@ class Session(session.Session):
         """So many of the held-out conversations, evenly spaced."""
         kinds = {question.asked: question.kind for question in questions.all_questions()}
         found = []
-        for row in answers.evenly(self.asked_of.rows, most):
-            *_, before, start = np.flatnonzero(answers.begins(row.ids, self.tokenizer)).tolist()
+        for row in answers.evenly(self.withheld.rows, most):
+            *earlier, start = np.flatnonzero(answers.begins(row.ids, self.tokenizer)).tolist()
             ids = row.ids.tolist()
-            question = self.tokenizer.decode(ids[before + 1 : start - 1])
+            question = self.tokenizer.decode(ids[earlier[-1] + 1 : start - 1]) if earlier else ""
             wanted = self.tokenizer.decode(ids[start + 1 :])
             found.append(Asked(ids[: start + 1], question, wanted, kinds.get(question, "all")))
         return found
@@ -114,7 +114,7 @@ def work(training: session.Session, output: run.Run, clock: run.Stopwatch) -> in
     taught, shown = training.taught, training.asked(N_SHOWN)
     output.say(
         f"chat      {len(taught.rows):,} conversations in {training.n_rows:,} rows, "
-        f"{len(training.asked_of.rows):,} held out; {taught.n_cut:,} cut to the context, "
+        f"{len(training.withheld.rows):,} held out; {taught.n_cut:,} cut to the context, "
         f"{taught.n_left_out:,} left out whose question fills it"
     )
     if training.step == 0 and not training.options.find_lr:

@@ -262,9 +262,12 @@ def test_no_question_is_on_both_sides(pretrained):
     (pretrained / "answers.jsonl").write_text(lines + lines.replace('n": "', 'n": "not '))
     training = sft.make(options)
     trained = {text(one).split("<|end|>")[0] for one in training.taught.rows}
-    held_out = {text(one).split("<|end|>")[0] for one in training.asked_of.rows}
+    held_out = {text(one).split("<|end|>")[0] for one in training.withheld.rows}
     assert trained and held_out and not trained & held_out
-    assert len(training.taught.rows) + len(training.asked_of.rows) == 128
+    assert len(training.taught.rows) + len(training.withheld.rows) == 128
+    # an answer that nothing goes before is one to the empty question
+    training.withheld = dataclasses.replace(training.withheld, rows=[row("u:q a:b"), row("a:x")])
+    assert [(one.question, one.wanted) for one in training.asked(2)] == [("q", "b<|end|>"), ("", "x<|end|>")]
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
