@@ -10,6 +10,7 @@ Read it in this order; a file imports only from the floors below it.
                 shards.py         token files on disk
                 data.py           token files -> batches
                 theirs.py         a file of somebody's own: which pieces it has, whether they fit
+                questions.py      questions with answers that can be checked
                 config.py         every option, its default and its meaning
                 programs.py       the options of the programs around training
                 device.py         where to compute, and how precisely
@@ -42,6 +43,8 @@ Read it in this order; a file imports only from the floors below it.
                 generate.py       let a model write
                 memory.py         how much memory will training take?
     floor 6     session.py        a training run as it stands
+                answers.py        conversations -> batches in which answers are learned
+                inherit.py        the weights of another run to begin with
                 tokenizer_cli.py  the program of the tokenizer: train, encode, inspect, compare
                 checkpoint_cli.py the program of checkpoints: verify, list, prune
                 export.py         a run -> a folder that transformers reads
@@ -55,6 +58,7 @@ Read it in this order; a file imports only from the floors below it.
                 find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers
     floor 9     train.py          all of it together
+    floor 10    sft.py            teach a trained model to answer
     learn       learn/            write the pieces yourself, with a map of its own
 """
 

@@ -23,22 +23,45 @@ from llm_basics import config, presets, run
 T = TypeVar("T")
 
 
-def train_options(arguments: Sequence[str]) -> config.Config:
+def train_options(
+    arguments: Sequence[str], prog: str = "python -m llm_basics.train", preset: str = config.Config.config
+) -> config.Config:
     """The config that a training run is started with. For a mistake, prints one line and exits with 2."""
     with exit_on_mistake():
         resumed = _value_of("--resume", arguments)
-        for other in ("--config", "--run_dir"):
+        for other in ("--config", "--run_dir", "--init_from"):
             if resumed is not None and _value_of(other, arguments) is not None:
                 raise ValueError(
-                    f"--resume must stand without {other}: the run has its options and its folder"
+                    f"--resume must stand without {other}: the run has its options, folder and weights"
                 )
         if resumed is None:
-            base = presets.load(_value_of("--config", arguments) or config.Config().config)
+            base = _of_new_run(arguments, preset)
         else:
             folder = run.newest_folder() if resumed == "auto" else Path(resumed)
             base = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
-        options = parse(base, arguments, prog="python -m llm_basics.train")
-        return options if resumed is None else dataclasses.replace(options, resume=str(folder))
+        options = parse(base, arguments, prog)
+        if resumed is None:
+            return dataclasses.replace(options, init_from=base.init_from)
+        return dataclasses.replace(options, resume=str(folder))
+
+
+def _of_new_run(arguments: Sequence[str], preset: str) -> config.Config:
+    """What the command line is laid over: a preset or a file, and that over the run whose weights are taken.
+
+    Of that run count the model and the tokenizer; a preset that nobody asked for does not speak of these.
+    """
+    chosen = _value_of("--config", arguments)
+    options = presets.read_yaml(chosen or preset)
+    source = _value_of("--init_from", arguments) or options.get("init_from")
+    base = config.Config()
+    if source is not None:
+        folder = run.newest_folder() if source == "newest" else Path(source)
+        theirs = {"model": run.read_config(folder).get("model", {}), "tokenizer": f"{folder}/tokenizer"}
+        base = presets.update(base, theirs, origin=f"{folder}/config.json")
+        options |= {"init_from": str(folder)}
+        if chosen is None:
+            options.pop("model", None)
+    return presets.update(base, options, origin=chosen or preset)
 
 
 def program_options(defaults: T, arguments: Sequence[str], prog: str) -> T:

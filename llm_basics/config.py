@@ -238,6 +238,10 @@ class Config:
     """Folder for everything the run writes. None: runs/ with date, time and the name of the config."""
     resume: str | None = None
     """Go on with the run in this folder, or with the newest under runs/ (auto)."""
+    init_from: str | None = None
+    """Begin with the weights of this run or imported model, whose model options and tokenizer hold then."""
+    packing: Literal["on", "off"] = "off"
+    """For conversations (sft): several in a row as long as the context, or one a row of about its length."""
     find_lr: bool = False
     """Try learning rates from tiny to too large, draw the loss of each, propose one, and do not train."""
     deterministic: bool = False

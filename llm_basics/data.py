@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+# a target that does not count: what cross-entropy leaves out by default, ours as torch's
+IGNORED = -100
+
 
 def get_batch(
     tokens: np.ndarray,

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from llm_basics import data, likelihood
 from llm_basics import functional as F
-from llm_basics import likelihood
 from llm_basics import tokenizer as tokenizers
 
 # of confidence, as in arXiv 1706.04599
@@ -44,7 +44,8 @@ def evaluate(
 
     `val_loss`; `perplexity` is its exponential, as if the model chose evenly among so many tokens;
     `bits_per_byte` does not depend on the tokenizer (`token_bytes` says how many bytes each token is);
-    `accuracy` is the share of tokens that had the highest score. Dropout is off meanwhile.
+    `accuracy` is the share of tokens that had the highest score. Targets of `data.IGNORED` count nowhere.
+    Dropout is off meanwhile.
     """
     was_training = model.training
     model.eval()
@@ -52,10 +53,11 @@ def evaluate(
     n_tokens = 0
     for inputs, targets in batches:
         logits = F.widen(model(inputs))
-        loss += F.cross_entropy(logits, targets).item() * targets.numel()
+        counted = targets[targets != data.IGNORED]
+        loss += F.cross_entropy(logits, targets).item() * counted.numel()
         correct += (logits.argmax(-1) == targets).sum().item()
-        n_bytes += token_bytes[targets].sum().item()
-        n_tokens += targets.numel()
+        n_bytes += token_bytes[counted].sum().item()
+        n_tokens += counted.numel()
     model.train(was_training)
     mean = loss / n_tokens
     return {

@@ -4,16 +4,48 @@ import contextlib
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from llm_basics import checkpoint, config, device, followers, memory, prepare, run, session, swap, update
+from llm_basics import (
+    checkpoint,
+    config,
+    device,
+    followers,
+    inherit,
+    memory,
+    prepare,
+    run,
+    session,
+    swap,
+    update,
+)
 
 # what stands in the place of the estimate
 UNKNOWN = "memory    not estimated: your pieces need numbers, where the estimate has shapes alone"
 
 
-def start(options: config.Config) -> tuple[session.Session, run.Run]:
-    """Check and make everything that a run needs, and only then its directory.
+def of_text(options: config.Config) -> session.Session:
+    """A run that learns to continue the text that `options` name."""
+    prepared = prepare.prepare(options)
+    model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
+    return session.Session(dataclasses.replace(options, model=model), prepared)
+
+
+def begin(options: config.Config, make: Callable[[config.Config], session.Session]) -> session.Session:
+    """The run that `make` opens, with the weights of another where a new one is to begin with these."""
+    if options.init_from is None or options.resume is not None:
+        return make(options)
+    inherit.check(options, options.init_from)
+    training = make(options)
+    inherit.take_weights(training.model, options.init_from)
+    return training
+
+
+def start(
+    options: config.Config, make: Callable[[config.Config], session.Session] = of_text
+) -> tuple[session.Session, run.Run]:
+    """Check and make everything that a run needs, and only then its directory; `make` opens what it learns.
 
     Raises ValueError or OSError for what cannot be done, session.SaveError if the directory is not writable.
     """
@@ -35,9 +67,7 @@ def start(options: config.Config) -> tuple[session.Session, run.Run]:
     if options.fast == "triton":
         swap.use("triton")
     device.choose(options.train.device)  # fails now, not after minutes of preparation
-    prepared = prepare.prepare(options)
-    model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
-    training = session.Session(dataclasses.replace(options, model=model), prepared)
+    training = begin(options, make)
     folder = options.resume or options.run_dir or run.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))
     try:
@@ -139,7 +169,8 @@ def introduce(training: session.Session, output: run.Run) -> None:
         f"{training.tokenizer.vocab_size:,} in the vocabulary\n"
         f"model     {model.n_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
-        f"pieces    {swap.explain()}\n"
+        + (f"weights   of {options.init_from} to begin with\n" if options.init_from else "")
+        + f"pieces    {swap.explain()}\n"
         f"{memory.explain(needs, options) if needs else UNKNOWN}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )

@@ -30,12 +30,9 @@ from jaxtyping import Int
 from matplotlib import figure
 from torch import Tensor, nn
 
+from llm_basics import data, run, session, swap, update
 from llm_basics import functional as F
 from llm_basics import model as models
-from llm_basics import run, session, swap, update
-
-# the target of a place that is no answer: the default ignore_index of cross_entropy
-NO_ANSWER = -100
 
 # how many measurements on the way, and of how many held-out sequences; the last is of all
 MEASUREMENTS, LOOK_AT = 10, 100
@@ -54,7 +51,7 @@ def to_batch(
     tokens = torch.from_numpy(sequences).long()
     is_answer = torch.zeros(tokens.shape[-1], dtype=torch.bool)
     is_answer[list(task.answers)] = True
-    return tokens[:, :-1], tokens.masked_fill(~is_answer, NO_ANSWER)[:, 1:]
+    return tokens[:, :-1], tokens.masked_fill(~is_answer, data.IGNORED)[:, 1:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +242,7 @@ def learn(
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome.verdict = (
             f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); targets of "
-            f"{NO_ANSWER}, cross_entropy's ignore_index, are no answers and must not count"
+            f"{data.IGNORED}, cross_entropy's ignore_index, are no answers and must not count"
         )
         return outcome
     outcome.passed, outcome.verdict = judge(task, outcome.measured[-1])

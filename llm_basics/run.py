@@ -37,6 +37,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
 # in config.json, beside the options: which pieces were somebody's own
@@ -64,7 +65,7 @@ class Run:
         self._held.enter_context(locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
         # where a line may have been torn, the next begins a new one
-        self._torn = {METRICS, LR_FINDER, "samples.jsonl", "log.txt"}
+        self._torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
@@ -87,9 +88,13 @@ class Run:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record and show a text that the model wrote after `step` updates."""
-        entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
-        self._append("samples.jsonl", json.dumps(entry, ensure_ascii=False))
+        self.keep_sample(step, prompt, text)
         self.say(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
+
+    def keep_sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a text that the model wrote after `step` updates."""
+        entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
+        self._append(SAMPLES, json.dumps(entry, ensure_ascii=False))
 
     def tried(self, step: int, **values: float) -> None:
         """Record what a step measured that tried a learning rate."""
@@ -222,6 +227,11 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What a search for a learning rate measured, step by step."""
     return list(_lines(Path(folder) / LR_FINDER))
+
+
+def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The texts that the model of a run wrote, in the order of writing."""
+    return list(_lines(Path(folder) / SAMPLES))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

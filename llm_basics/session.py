@@ -5,8 +5,9 @@ import dataclasses
 import math
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # settings that change nothing about what is learned
 HARMLESS = {
-    *("config", "run_dir", "resume", "find_lr", "wandb", "data_dir"),
+    *("config", "run_dir", "resume", "init_from", "find_lr", "wandb", "data_dir"),
     *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
     *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
@@ -48,6 +49,16 @@ REST_BYTES = 32_000
 
 # what a checkpoint of a training run says of it
 KEPT = {"config", "data", "environment", "windows", "looked", "val_loss", "best_loss", "spikes"}
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What a run learns from, in an order that is a pure function of (seed, epoch, step)."""
+
+    shards: list[np.ndarray]
+
+    def starting_at(self, first: int) -> Batch:
+        """The batch whose first row is number `first` since the beginning of training."""
 
 
 class SaveError(Exception):
@@ -110,11 +121,7 @@ class Session:
             device.make_deterministic()
         for shard in (*prepared.train, prepared.val):
             shards.check_ids(shard)
-        texts = [shard.tokens for shard in prepared.train]
-        self.held_out = prepared.val.tokens
-        data.check_length(max(map(len, texts), default=0), model.context_length, "the training text")
-        data.check_length(len(self.held_out), model.context_length, "the held-out text")
-        self.batches = data.Batches(texts, train.batch_size, model.context_length, train.seed, self.device)
+        self.batches, self.held_out = self.read(prepared)
         self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
         # not drawn from here; but a piece of somebody else's may
         random.seed(train.seed)
@@ -144,6 +151,14 @@ class Session:
         # step and validation loss of the last checkpoint
         self.saved: tuple[int, float | None] | None = None
         self.spikes = watch.SpikeDetector()
+
+    def read(self, prepared: prepare.Prepared) -> tuple[Batches, np.ndarray]:
+        """What is trained on, and the tokens that are held out."""
+        train, length = self.options.train, self.options.model.context_length
+        texts = [shard.tokens for shard in prepared.train]
+        data.check_length(max(map(len, texts), default=0), length, "the training text")
+        data.check_length(len(prepared.val.tokens), length, "the held-out text")
+        return data.Batches(texts, train.batch_size, length, train.seed, self.device), prepared.val.tokens
 
     def uncompile(self) -> None:
         """Run the model as it is written."""
@@ -181,11 +196,15 @@ class Session:
         return self.options.train.batch_size * self.options.train.grad_accumulation_steps
 
     def evaluate(self, max_batches: int) -> dict[str, float]:
-        """Loss and its relatives on the held-out text. A request to stop is answered between batches."""
-        train, length = self.options.train, self.options.model.context_length
-        batches = data.sequential_batches(self.held_out, train.batch_size, length, max_batches, self.device)
-        with device.precision(self.device, train.dtype), self._as_written():
-            return evaluate.evaluate(self.model, signals.polled(batches), self.token_bytes)
+        """Loss and its relatives on what is held out. A request to stop is answered between batches."""
+        batches = signals.polled(self.held_out_batches(max_batches))
+        with device.precision(self.device, self.options.train.dtype), self._as_written():
+            return evaluate.evaluate(self.model, batches, self.token_bytes)
+
+    def held_out_batches(self, max_batches: int) -> Iterator[Batch]:
+        """What is held out, or so much of it, evenly spaced."""
+        size, length = self.options.train.batch_size, self.options.model.context_length
+        return data.sequential_batches(self.held_out, size, length, max_batches, self.device)
 
     def sample(self) -> tuple[str, str]:
         """A prompt, and how the model continues it. A request to stop is answered between tokens."""

@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 
 from llm_basics import (
+    chat,
     checkpoint,
     device,
     evaluate,
@@ -208,33 +209,46 @@ def conclude(training: session.Session, output: run.Run, steps: int, seconds: fl
         f"accuracy          {metrics['accuracy']:.1%} of next tokens\n"
         f"loss curve        {figure}\n"
         f"checkpoint        {saved}\n"
-        f"let it write      uv run python -m llm_basics.generate {output.folder}"
+        + (
+            f"talk to it        uv run python -m llm_basics.chat {output.folder}"
+            if chat.is_chat(training.tokenizer)
+            else f"let it write      uv run python -m llm_basics.generate {output.folder}"
+        )
     )
 
 
-def main(options: config.Config) -> int:
-    """Train as `options` say. Returns the exit status."""
+def work(training: session.Session, output: run.Run, clock: run.Stopwatch) -> int:
+    """What a run does once it is ready; `clock` began with the program. Returns the exit status."""
+    first_step = training.step
+    launch.introduce(training, output)
+    if training.options.find_lr:
+        return 0 if find_lr.search(training, output) is not None else NO_RATE
+    with device.garbage_set_aside():
+        fit(training, output)
+    conclude(training, output, training.step - first_step, clock.total())
+    return 0 if training.is_saved else NOT_SAVED
+
+
+def main(
+    options: config.Config,
+    make: Callable[[config.Config], session.Session] = launch.of_text,
+    work: Callable[[session.Session, run.Run, run.Stopwatch], int] = work,
+) -> int:
+    """Train as `options` say: do `work` on the run that `make` opens. Returns the exit status."""
     clock = run.Stopwatch()
     with signals.listening(), swap.restored():
         try:
             with command_line.exit_on_mistake(), signals.anywhere():
-                training, output = launch.start(options)
+                training, output = launch.start(options, make)
         except signals.Stopped as stop:
             followers.tell(f"stopped by {stop.name} before the first step")
             return stop.status
         except session.SaveError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_SAVED
-        first_step = training.step
         device.keep_memory()
         try:
-            launch.introduce(training, output)
-            if options.find_lr:
-                return 0 if find_lr.search(training, output) is not None else NO_RATE
-            with device.garbage_set_aside():
-                fit(training, output)
-            conclude(training, output, training.step - first_step, clock.total())
-            return 0 if training.is_saved else NOT_SAVED
+            return work(training, output, clock)
         except signals.Stopped as stop:
             advice = "nothing is kept" if options.find_lr else f"go on with --resume {output.folder}"
             followers.tell(f"stopped by {stop.name} after step {training.step}; {advice}")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_basics import config, device, optim, session, watch
+from llm_basics import config, data, device, optim, session, watch
 from llm_basics import functional as F
 
 
@@ -33,7 +33,7 @@ def learning_rate(step: int, options: config.TrainConfig) -> float:
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
-    """The mean loss over all targets."""
+    """The mean loss over the targets that count; 0 where none does."""
     return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
 
 
@@ -45,7 +45,8 @@ def train_step(
     options: config.TrainConfig,
     accepts: Callable[[float], bool] = lambda loss: True,
 ) -> StepResult:
-    """Update the weights once, on the mean loss over all targets of all `batches`; `step` counts from 1.
+    """Update the weights once, on the mean loss over all targets of all `batches` but those that are
+    `data.IGNORED`; `step` counts from 1.
 
     A step whose loss `accepts` refuses leaves the weights as they were. Raises FloatingPointError, with the
     weights unchanged, where loss or gradient is not finite.
@@ -54,18 +55,20 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    n_targets = sum(targets.numel() for _, targets in batches)
+    # numbers on the device, which nobody waits for
+    counts = [(targets != data.IGNORED).sum() for _, targets in batches]
+    n_targets = torch.stack(counts).sum().clamp(min=1)
 
-    def loss_of(batch: session.Batch) -> Float[Tensor, ""]:
+    def loss_of(batch: session.Batch, count: Int[Tensor, ""]) -> Float[Tensor, ""]:
         inputs, targets = batch
-        # a batch counts by its targets: a mean of means would favor those of a smaller batch
-        share = targets.numel() / n_targets
         with device.precision(inputs.device, options.dtype):
-            return batch_loss(model, inputs, targets, options.z_loss) * share
+            loss = batch_loss(model, inputs, targets, options.z_loss)
+            # a batch counts by its targets: a mean of means would favor those of a smaller batch
+            return loss * (count.to(loss.dtype) / n_targets)
 
     train_loss = torch.zeros((), device=batches[0][0].device)
-    for batch in batches:
-        loss = loss_of(batch)
+    for batch, count in zip(batches, counts, strict=True):
+        loss = loss_of(batch, count)
         loss.backward()
         train_loss += loss.detach()
     try:
@@ -74,7 +77,7 @@ def train_step(
     except RuntimeError as error:
         reason = str(error)
     if reason:
-        origin = watch.find_nonfinite(model, lambda: torch.stack([loss_of(batch) for batch in batches]))
+        origin = watch.find_nonfinite(model, lambda: torch.stack(list(map(loss_of, batches, counts))))
         raise FloatingPointError(f"step {step}: loss {train_loss.item():g}, lr {lr:g}, {reason}; {origin}")
     updated = accepts(train_loss.item())
     if updated:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from llm_basics import data
 from llm_basics import functional as F
 from llm_basics import model as models
 
@@ -39,8 +40,8 @@ class _LossInPieces(torch.autograd.Function):
             torch._foreach_add_(dparameters, more)
             total += loss.detach()
         ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
-        ctx.n_targets = len(answers)
-        return total / len(answers)
+        ctx.n_targets = (answers != data.IGNORED).sum().clamp(min=1)
+        return total / ctx.n_targets
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
