@@ -15,6 +15,7 @@ from llm_basics import (
     exchange,
     export,
     generate,
+    generate_cli,
     import_model,
     programs,
     run,
@@ -195,7 +196,7 @@ def test_an_imported_model_writes(folder, tmp_path, capsys):
     ours, tokenizer = imported(folder, out)
     assert f"uv run python -m llm_basics.generate {out}" in capsys.readouterr().out
     options = programs.GenerateConfig(str(out), prompt="the", max_new_tokens=8, temperature=0.0, fast="off")
-    assert generate.main(options) == 0
+    assert generate_cli.main(options) == 0
     ids = small_models.greedy(ours.eval(), torch.tensor(tokenizer.encode("the")), 8)
     assert capsys.readouterr().out == "the" + tokenizer.decode(ids) + "\n"
 
