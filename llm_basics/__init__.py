@@ -22,13 +22,19 @@ Read it in this order; a file imports only from the floors below it.
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
     floor 2     command_line.py   the options that somebody typed
-                plot.py           a run directory -> figures
+                records.py        a run as somebody reads it
+                trials.py         a sweep file -> the training runs that it asks for
+                report.py         a page about runs that needs no other file
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
-    floor 3     tokenizer.py      text <-> token ids with a learned vocabulary
+    floor 3     plot.py           runs -> figures
+                tokenizer.py      text <-> token ids with a learned vocabulary
     fast        fast/             twins of pieces, made for speed, with a map of their own
-    floor 4     swap.py           whose pieces are in use: the reference's, its twins, or yours
-    floor 5     prepare.py        raw text -> tokenizer and token files, once
+    floor 4     charts.py         the outcome of a sweep -> figures
+                compare.py        what came out of runs, side by side
+                swap.py           whose pieces are in use: the reference's, its twins, or yours
+    floor 5     sweep.py          many trainings, and what came out
+                prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write
                 memory.py         how much memory will training take?

@@ -1,12 +1,277 @@
-"""A run directory -> figures."""
+"""Runs -> figures.
+
+uv run python -m llm_basics.plot newest
+uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out both.png
+uv run python -m llm_basics.plot runs/one wandb:me/llm_basics/two --y train_loss,grad_norm --log
+"""
 
 import os
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib import axes as mpl_axes
 from matplotlib import figure
 
-from llm_basics import run
+from llm_basics import command_line, programs, records, run
+
+# told apart by people who do not see all colors, too (Okabe and Ito 2008), dark enough for lines on white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRAY = "#8a8a8a"
+
+# measured now and then on held-out text: points, which smoothing leaves as they are
+EVALUATED = ("val_loss", "perplexity", "bits_per_byte", "accuracy")
+
+WORDS = {
+    "step": "step",
+    "tokens": "tokens trained on",
+    "time": "seconds of training",
+    "train_loss": "training",
+    "val_loss": "validation",
+    "loss": "loss (nats per token)",
+    "lr": "learning rate",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy of the next token",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens per second",
+}
+
+# points of a curve that are drawn: more than there are pixels across
+MOST_POINTS = 2000
+# letters of a run's name in a figure
+NAME_LENGTH = 34
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
+
+
+def draw(
+    runs: Sequence[records.Record],
+    path: Path,
+    x: str = "step",
+    ys: Sequence[str] = ("train_loss", "val_loss"),
+    log: bool = False,
+    smooth: int = 1,
+    levels: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw what `runs` measured, one over the other, and return the picture's path.
+
+    Losses share a panel; `levels` are lines across it. With more runs than colors, the best have one, and
+    the others are gray.
+    """
+    panels: dict[str, list[str]] = {}
+    for y in ys:
+        panels.setdefault("loss" if y.endswith("loss") else y, []).append(y)
+    measured = {name for record in runs for entry in record.metrics for name in entry}
+    if missing := [y for y in ys if y not in measured]:
+        known = ", ".join(sorted(measured - {"step", "attempt", "nonfinite"})) or "nothing yet"
+        raise ValueError(f"y must be what the runs have measured ({known}), got {', '.join(missing)}")
+    canvas, all_axes = new_figure(len(panels))
+    for axes, (panel, names) in zip(all_axes, panels.items(), strict=True):
+        tails = _draw_panel(axes, runs, x, names, smooth)
+        axes.set(ylabel=word(panel), yscale="log" if log else "linear")
+        axes.margins(x=0.01)
+        if panel == "loss" and not log:
+            leave_out_beginning(axes)
+        for label, level in (levels or {}).items() if panel == "loss" else ():
+            axes.axhline(level, color=GRAY, ls=(0, (4, 3)), lw=1, zorder=1)
+            tails.append((level, label, GRAY))
+        label_ends(axes, tails)
+    title = readable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
+    set_title(all_axes[0], _title(title, panels.get("loss", [])))
+    all_axes[-1].set_xlabel(word(x))
+    return save(canvas, path)
+
+
+def _title(title: str, losses: Sequence[str]) -> str:
+    """With what lines and points are, where there are both."""
+    marks = [f"{word(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
+    return f"{title}: {', '.join(marks)}" if len(marks) > 1 else title
+
+
+def _draw_panel(
+    axes: mpl_axes.Axes, runs: Sequence[records.Record], x: str, names: Sequence[str], smooth: int
+) -> list[tuple[float, str, str]]:
+    """Draw the curves; the last value of each run, its name and its color."""
+    ends = {i: end for i, record in enumerate(runs) if (end := _end(record, names)) is not None}
+    ranked = (
+        sorted(ends, key=lambda i: ends[i])
+        if names[-1] != "accuracy"
+        else sorted(ends, key=lambda i: -ends[i])
+    )
+    # of many, those that ended best
+    colored = list(range(len(runs))) if len(runs) <= len(COLORS) else sorted(ranked[: len(COLORS)])
+    tails = []
+    for i, record in reversed(list(enumerate(runs))):
+        color = COLORS[colored.index(i)] if i in colored else "#d0d0d0"
+        for name in names:
+            at, values = record.curve(name, x)
+            is_points = name in EVALUATED
+            if not len(at):
+                continue
+            style: dict[str, Any] = {"color": color, "zorder": 3 if i in colored else 2}
+            if is_points:
+                style |= {"lw": 1.6, "marker": "o", "ms": 3.5 if len(at) <= 60 and i in colored else 0}
+            else:
+                both = len(names) > 1
+                style |= {"lw": 1.0, "alpha": 0.55 if both else 0.9}
+                if smooth > 1 and name != "lr":
+                    axes.plot(*thin(at, values), color=color, lw=0.7, alpha=0.2, zorder=2)
+                    values, style = smoothed(values, smooth), style | {"lw": 1.6, "alpha": 0.9}
+            axes.plot(*thin(at, values), **style)
+        if i in colored and i in ends:
+            tails.append((ends[i], readable(record.name), color))
+    if len(colored) < len(runs):
+        axes.plot([], [], color="#d0d0d0", label=f"{len(runs) - len(colored)} more runs")
+        axes.legend(frameon=False, loc="upper right")
+    return tails if len(runs) > 1 else []
+
+
+def _end(record: records.Record, names: Sequence[str]) -> float | None:
+    """The last number that a run has of the last of `names` that it has."""
+    for name in reversed(names):
+        _, values = record.curve(name)
+        if np.isfinite(values).any():
+            return float(values[np.isfinite(values)][-1])
+    return None
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `most` points that look the same: of each stretch, the lowest and the highest.
+
+    >>> x, y = thin(np.arange(10_000), np.arange(10_000) == 777)
+    >>> len(x) <= 2000, 777 in x
+    (True, True)
+    """
+    if len(x) <= most:
+        return x, y
+    size = -(-len(x) // (most // 2))
+    starts = np.arange(0, len(x), size)
+    padded = np.full(len(starts) * size, np.nan)
+    padded[: len(y)] = y
+    rows = padded.reshape(len(starts), size)
+    low = np.where(np.isfinite(rows), rows, np.inf).argmin(1)
+    high = np.where(np.isfinite(rows), rows, -np.inf).argmax(1)
+    kept = np.unique(np.concatenate([starts + low, starts + high]))
+    return x[kept], y[kept]
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and its neighbors, `window` of them in all, those that are no number apart.
+
+    >>> smoothed(np.array([1.0, 2.0, np.nan, 4.0]), 3).tolist()
+    [1.5, 1.5, 3.0, 4.0]
+    """
+    ones = np.ones(min(window, len(values)))
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0.0), ones, "same")
+    counts = np.convolve(finite.astype(float), ones, "same")
+    return np.where(counts > 0.5, sums / np.maximum(counts, 0.5), np.nan)
+
+
+# --------------------------------------------------------------------------------------------------
+# What all figures share
+
+
+def new_figure(panels: int = 1, height: float = 4.6) -> tuple[figure.Figure, list[mpl_axes.Axes]]:
+    """A figure with panels one below the other over the same x, the first the highest."""
+    ratios = [1.0] + [0.45] * (panels - 1)
+    canvas = figure.Figure(figsize=(9, height * sum(ratios)), layout="constrained")
+    all_axes = canvas.subplots(panels, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes in all_axes:
+        dress(axes)
+    return canvas, list(all_axes)
+
+
+def dress(axes: mpl_axes.Axes) -> None:
+    """A light grid, and no frame but the two axes."""
+    axes.grid(alpha=0.25, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_ends(axes: mpl_axes.Axes, tails: Sequence[tuple[float, str, str]]) -> None:
+    """Write names beside the right ends of curves, in their colors, moved apart where they would meet."""
+    bottom, top = axes.transData.transform([(0, limit) for limit in axes.get_ylim()])[:, 1]
+    heights = [axes.transData.transform((0, value))[1] for value, _, _ in tails]
+    places = sorted(
+        (float(np.clip((height - bottom) / (top - bottom), 0, 1)), label, color)
+        for height, (_, label, color) in zip(heights, tails, strict=True)
+    )
+    inches = axes.bbox.height / axes.figure.dpi
+    apart = spread([place for place, _, _ in places], least=0.17 / inches)
+    for (_, label, color), at in zip(places, apart, strict=True):
+        written = axes.text(1.015, at, label, transform=axes.transAxes, parse_math=False)
+        written.set(color=color, va="center", fontsize=9)
+
+
+def spread(places: Sequence[float], least: float) -> list[float]:
+    """Sorted places, moved as little as need be to lie `least` apart, and within 0 and 1 if there is room.
+
+    >>> [round(place, 2) for place in spread([0.5, 0.5, 0.9], least=0.1)]
+    [0.45, 0.55, 0.9]
+    """
+    groups: list[tuple[float, int]] = []  # the middle of labels that touch, and how many they are
+    for place in places:
+        groups.append((place, 1))
+        while len(groups) > 1:
+            (low, n_low), (high, n_high) = groups[-2:]
+            if high - low >= least * (n_low + n_high) / 2 - 1e-9:
+                break
+            groups[-2:] = [((low * n_low + high * n_high) / (n_low + n_high), n_low + n_high)]
+    apart = [middle + least * (i - (n - 1) / 2) for middle, n in groups for i in range(n)]
+    for i, place in enumerate(apart):
+        apart[i] = max(place, i * least) if len(apart) * least <= 1 else place
+    for i in range(len(apart) - 1, -1, -1):
+        apart[i] = min(apart[i], 1 - (len(apart) - 1 - i) * least)
+    return apart
+
+
+def leave_out_beginning(axes: mpl_axes.Axes) -> None:
+    """Let the steep beginning of curves go off the top, where it would flatten all that follows."""
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    values = np.concatenate([np.empty(0), *(values[len(values) // 20 :] for values in drawn)])
+    values = values[np.isfinite(values)]
+    if len(values) and (room := np.ptp(values)) > 0:
+        axes.set_ylim(values.min() - 0.06 * room, values.max() + 0.06 * room)
+
+
+def set_title(axes: mpl_axes.Axes, title: str) -> None:
+    """A title above the left end, of which no letter is taken for mathematics."""
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", parse_math=False)
+
+
+def word(name: str) -> str:
+    """What an axis is called."""
+    return WORDS.get(name, name)
+
+
+def readable(name: str) -> str:
+    """A name on one line and not too long, whatever somebody called a run."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return clean if len(clean) <= NAME_LENGTH else f"{clean[: NAME_LENGTH - 11]}...{clean[-8:]}"
+
+
+def save(canvas: figure.Figure, path: Path) -> Path:
+    """Write a picture, whole or not at all."""
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        with warnings.catch_warnings():
+            # a letter that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            canvas.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures of programs
 
 
 def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = None) -> Path:
@@ -14,55 +279,46 @@ def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = No
 
     `unigram_entropy`, in nats, is drawn as a line: a model that only counts tokens stays above it.
     """
-    metrics = run.read_metrics(folder)
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    for name, style in (("train_loss", {"alpha": 0.6, "lw": 1}), ("val_loss", {"marker": "o", "ms": 4})):
-        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=name, **style)
-    if unigram_entropy is not None:
-        axes.axhline(unigram_entropy, color="gray", ls="--", lw=1, label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(folder).name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(folder) / "loss.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    record = records.Record(Path(folder).name, {}, run.read_metrics(folder), [])
+    ys = [y for y in ("train_loss", "val_loss") if len(record.curve(y)[0])]
+    levels = {} if unigram_entropy is None else {"unigram entropy": unigram_entropy}
+    return draw([record], Path(folder) / "loss.png", ys=ys, levels=levels)
 
 
 def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
     """Draw the loss over the rates that a search tried, and the proposed one, to `lr_finder.png`."""
     tried = run.read_tried(folder)
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
+    canvas, (axes,) = new_figure()
     lrs = [entry["lr"] for entry in tried]
-    axes.plot(lrs, [entry["train_loss"] for entry in tried], label="train_loss", alpha=0.4, lw=1)
-    axes.plot(lrs, smoothed := [entry["smoothed_loss"] for entry in tried], label="smoothed")
-    axes.axvline(proposal, color="gray", ls="--", lw=1, label=f"proposed: {proposal:g}")
+    losses, smooth = ([entry[name] for entry in tried] for name in ("train_loss", "smoothed_loss"))
+    axes.plot(lrs, losses, color=COLORS[0], alpha=0.4, lw=1, label="training")
+    axes.plot(lrs, smooth, color=COLORS[0], lw=1.8, label="smoothed")
+    axes.axvline(proposal, color=COLORS[1], ls=(0, (4, 3)), lw=1.2, label=f"proposed: {proposal:g}")
     # where the loss leaps, the rest would be a flat line
-    axes.set_ylim(0.9 * min(smoothed), 1.1 * smoothed[0])
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)", title=Path(folder).name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(folder) / "lr_finder.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    axes.set_ylim(0.9 * min(smooth), 1.1 * smooth[0])
+    axes.set(xscale="log", xlabel=word("lr"), ylabel=word("loss"))
+    set_title(axes, readable(Path(folder).name))
+    axes.legend(frameon=False)
+    return save(canvas, Path(folder) / "lr_finder.png")
 
 
 def plot_runs(folders: Mapping[str, Path], path: Path) -> Path:
     """Draw the training and validation losses of several runs, named, over their steps."""
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    for number, (label, folder) in enumerate(folders.items()):
-        metrics = run.read_metrics(folder)
-        # the first is drawn wide, so that a second on top of it is seen
-        width, color = 4 / (number + 1), f"C{number}"
-        for name, style in (("train_loss", "-"), ("val_loss", "o")):
-            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), style, color=color, lw=width, ms=3 + width, alpha=0.7)
-        axes.plot([], [], color=color, lw=width, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (line) and validation (points)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    canvas.savefig(path, dpi=120)
-    return path
+    return draw(
+        [records.Record(name, {}, run.read_metrics(folder), []) for name, folder in folders.items()], path
+    )
+
+
+def main(options: programs.PlotConfig) -> int:
+    """Draw what `options` name. Returns the exit status."""
+    with command_line.exit_on_mistake():
+        runs = records.read_all(options.runs)
+        ys = [y.strip() for y in options.y.split(",")]
+        print(draw(runs, Path(options.out), options.x, ys, options.log, options.smooth))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(command_line.program_options(programs.PlotConfig(), sys.argv[1:], "python -m llm_basics.plot"))
+    )

@@ -22,7 +22,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ except ImportError:  # on Windows nothing keeps two processes apart
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
 # in config.json, beside the options: which pieces were somebody's own
@@ -63,7 +64,7 @@ class Run:
         self._held.enter_context(locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
         # where a line may have been torn, the next begins a new one
-        self._torn = {METRICS, LR_FINDER, "samples.jsonl", "log.txt"}
+        self._torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
@@ -87,7 +88,7 @@ class Run:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record and show a text that the model wrote after `step` updates."""
         entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
-        self._append("samples.jsonl", json.dumps(entry, ensure_ascii=False))
+        self._append(SAMPLES, json.dumps(entry, ensure_ascii=False))
         self.say(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
 
     def tried(self, step: int, **values: float) -> None:
@@ -189,13 +190,23 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A torn line, and what an attempt measured after the step from which a later one went on, are left out.
     """
-    entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for entry in _lines(Path(folder) / METRICS):
+    return each_step_once(_lines(Path(folder) / METRICS))
+
+
+def each_step_once(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is still so of the lines of metrics.jsonl."""
+    valid: dict[tuple[int, bool], dict[str, Any]] = {}
+    for entry in entries:
         if "resumed" in entry:
-            entries = {key: kept for key, kept in entries.items() if key[0] <= entry["step"]}
+            valid = {key: kept for key, kept in valid.items() if key[0] <= entry["step"]}
         else:
-            entries[entry["step"], "val_loss" in entry] = entry
-    return [entries[key] for key in sorted(entries)]
+            valid[entry["step"], "val_loss" in entry] = entry
+    return [valid[key] for key in sorted(valid)]
+
+
+def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The texts that a run wrote on its way, in the order of writing."""
+    return list(_lines(Path(folder) / SAMPLES))
 
 
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
