@@ -136,7 +136,7 @@ def _draw_points(outcomes: Sequence[Outcome], names: Sequence[str], path: Path) 
     return plot.save(canvas, path)
 
 
-def _scale(axes: mpl_axes.Axes, values: Sequence[float]) -> None:
+def _scale(axes: mpl_axes.Axes, values: Sequence[int | float]) -> None:
     if min(values) > 0 and max(values) / min(values) >= WIDE:
         axes.set_xscale("log")
 
@@ -165,7 +165,7 @@ class PowerLaw:
         return self.factor * x**self.exponent
 
 
-def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+def fit_power_law(x: Sequence[int | float], y: Sequence[int | float]) -> PowerLaw:
     """The line of least squares through the logarithms.
 
     >>> law = fit_power_law([1, 10, 100], [8, 4, 2])
@@ -214,8 +214,10 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
     laws = scaling_laws(found)
     canvas = figure.Figure(figsize=(12, 4.9), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
-    _draw_family(left, found, "weights", "tokens", "tokens")
-    _draw_family(right, found, "flops", "weights", "weights")
+    tails = [
+        (left, _draw_family(left, found, "weights", "tokens", "tokens")),
+        (right, _draw_family(right, found, "flops", "weights", "weights")),
+    ]
     best = frontier(found)
     for axes, name, law_of, symbol in ((left, "weights", found, "N"), (right, "flops", best, "C")):
         if name in laws:
@@ -230,11 +232,15 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
     right.set(xlabel="compute C of the training (floating-point operations)")
     plot.set_title(left, "A larger model, at as many tokens")
     plot.set_title(right, "As much compute, spent on size or on tokens")
+    for axes, ends in tails:
+        plot.label_ends(axes, ends)
     return plot.save(canvas, path)
 
 
-def _draw_family(axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str) -> None:
-    """A line for each value of `family`, from light to dark."""
+def _draw_family(
+    axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str
+) -> list[tuple[float, str, str]]:
+    """A line for each value of `family`, from light to dark; their ends, names and colors."""
     plot.dress(axes)
     axes.set(xscale="log", yscale="log")
     values = sorted({getattr(outcome, family) for outcome in outcomes})
@@ -248,7 +254,7 @@ def _draw_family(axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, famil
         getattr(axes.yaxis, f"set_{which}_formatter")(ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 2.5, 3, 4, 5, 7)))
     axes.grid(which="minor", axis="y", alpha=0.12, lw=0.6)
-    plot.label_ends(axes, tails)
+    return tails
 
 
 def shades(n: int) -> list[str]:
@@ -256,7 +262,7 @@ def shades(n: int) -> list[str]:
     return [colors.to_hex(colormaps["viridis"](0.85 - 0.8 * i / max(1, n - 1))) for i in range(n)]
 
 
-def short(count: float) -> str:
+def short(count: int | float) -> str:
     """A number in thousands or millions.
 
     >>> short(51_200), short(1_600_000), short(820)

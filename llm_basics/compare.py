@@ -34,7 +34,7 @@ def results(runs: Sequence[records.Record]) -> tuple[list[str], list[list[str]]]
     return ["run", *(report.COLUMNS[name] for name in shown)], rows
 
 
-def _has_loss(summary: dict[str, float]) -> bool:
+def _has_loss(summary: dict[str, int | float]) -> bool:
     return math.isfinite(summary.get("val_loss", math.nan))
 
 

@@ -3,6 +3,7 @@
 From a run directory, finished or not; or from Weights & Biases.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -74,9 +75,9 @@ class Record:
         """The last step of which there is a measurement."""
         return max((m["step"] for m in self.metrics), default=0)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, int | float]:
         """What came out: NaN stands for what was measured and is no number; what is unknown is left out."""
-        found: dict[str, float] = {}
+        found: dict[str, int | float] = {}
         for name in ("val_loss", "perplexity", "bits_per_byte", "accuracy", "train_loss"):
             _, values = self.curve(name)
             if len(values):
@@ -89,11 +90,10 @@ class Record:
             found["parameters"] = self.shape.n_parameters
         found["steps"] = self.last_step
         last = np.array([self.last_step], dtype=float)
-        for name, x in (("tokens", "tokens"), ("seconds", "time")):
-            try:
-                found[name] = float(self.position(last, x)[0])
-            except ValueError:  # an unusual config, or no speed: one number less
-                continue
+        # an unusual config, or no speed, costs a number and no more
+        with contextlib.suppress(ValueError):
+            found["tokens"] = round(self.position(last, "tokens")[0])
+            found["seconds"] = float(self.position(last, "time")[0])
         if found.get("seconds"):
             found["tokens_per_second"] = found["tokens"] / found["seconds"]
         return found

@@ -54,7 +54,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24r
 """
 
 
-def number(name: str, value: float | None) -> str:
+def number(name: str, value: int | float | None) -> str:
     """A measured number as people read it; "-" where there is none.
 
     >>> number("val_loss", 1.83259), number("parameters", 246592), number("accuracy", 0.331)
