@@ -249,7 +249,7 @@ def _draw_family(
         line = sorted((o for o in outcomes if getattr(o, family) == value), key=lambda o: getattr(o, x))
         xs, means = [getattr(o, x) for o in line], [o.mean for o in line]
         axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=5)
-        tails.append((means[-1], f"{short(value)} {unit}", color))
+        tails.append((means[-1], f"{plot.short(value)} {unit}", color))
     for which in ("major", "minor"):
         getattr(axes.yaxis, f"set_{which}_formatter")(ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 2.5, 3, 4, 5, 7)))
@@ -260,15 +260,3 @@ def _draw_family(
 def shades(n: int) -> list[str]:
     """Colors from light to dark, of which everybody sees the order."""
     return [colors.to_hex(colormaps["viridis"](0.85 - 0.8 * i / max(1, n - 1))) for i in range(n)]
-
-
-def short(count: int | float) -> str:
-    """A number in thousands or millions.
-
-    >>> short(51_200), short(1_600_000), short(820)
-    ('51k', '1.6M', '820')
-    """
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.2g}{letter}" if count < 100 * size else f"{count / size:.0f}{letter}"
-    return f"{count:g}"

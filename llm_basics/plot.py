@@ -84,6 +84,7 @@ def draw(
     title = readable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
     set_title(all_axes[0], _title(title, panels.get("loss", [])))
     all_axes[-1].set_xlabel(word(x))
+    all_axes[-1].xaxis.set_major_formatter(lambda value, _: short(value) if value >= 10_000 else f"{value:g}")
     return save(canvas, path)
 
 
@@ -248,6 +249,18 @@ def set_title(axes: mpl_axes.Axes, title: str) -> None:
 def word(name: str) -> str:
     """What an axis is called."""
     return WORDS.get(name, name)
+
+
+def short(count: int | float) -> str:
+    """A number in thousands or millions.
+
+    >>> short(51_200), short(1_600_000), short(820)
+    ('51k', '1.6M', '820')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2g}{letter}" if count < 100 * size else f"{count / size:.0f}{letter}"
+    return f"{count:g}"
 
 
 def readable(name: str) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics import (
+    bpe,
     charts,
     command_line,
     compare,
@@ -38,6 +39,9 @@ from llm_basics import (
 )
 
 TRAIN = (sys.executable, "-m", "llm_basics.train")
+
+# of all training runs together
+MOST_THREADS = 1024
 
 # how often running trainings are looked at
 LOOK_SECONDS = 0.2
@@ -147,7 +151,7 @@ def train_all(places: Sequence[Place], jobs: int) -> dict[str, int]:
 def start(place: Place, jobs: int) -> subprocess.Popen[bytes]:
     """Begin a training run, or go on with one, on its share of the cores."""
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, bpe.usable_cores(MOST_THREADS) // jobs)))
     if run.checkpoints(place.folder):
         arguments = ["--resume", str(place.folder)]
     else:
@@ -220,7 +224,7 @@ def table(found: Sequence[charts.Outcome]) -> tuple[list[str], list[list[str]]]:
             f"{outcome.mean:.4f}" if outcome.losses else "none",
             f"{outcome.spread:.4f}" if len(outcome.losses) > 1 else "-",
             str(len(outcome.losses)),
-            f"{outcome.weights:,}",
+            f"{outcome.weights:,}" if outcome.losses else "-",
             f"{outcome.tokens:,}",
         ]
         for outcome in sorted(found, key=lambda o: o.mean if o.losses else float("inf"))

@@ -71,7 +71,7 @@ def load(name_or_path: str) -> Sweep:
     """The sweep of a preset or of a YAML file. Raises ValueError, naming the file and the key.
 
     >>> [trial.name for trial in load("lr").trials][:2]
-    ['lr=0.0001,optimizer=adamw,seed=0', 'lr=0.0001,optimizer=adamw,seed=1']
+    ['lr=0.0003,optimizer=adamw,seed=0', 'lr=0.0003,optimizer=muon,seed=0']
     """
     path = presets.find(name_or_path, SWEEPS, "a sweep")
     return parse(presets.read_file(path), path.stem, str(path))

@@ -9,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from matplotlib import figure
 from torch import Tensor
 from torch.nn import functional as tF
 
@@ -152,6 +153,20 @@ def snapshot() -> Callable[[str], dict[str, Tensor]]:
             return {key: torch.from_numpy(arrays[key]) for key in arrays}
 
     return load
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[figure.Figure]:
+    """The figures that are saved, to look at their parts."""
+    figures: list[figure.Figure] = []
+    savefig = figure.Figure.savefig
+
+    def save(self: figure.Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(self)
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", save)
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------

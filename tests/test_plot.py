@@ -26,17 +26,6 @@ def is_picture(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved, to look at their parts."""
-    figures = []
-    savefig = figure.Figure.savefig
-    monkeypatch.setattr(
-        figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1]
-    )
-    return figures
-
-
 @given(
     st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), max_size=400),
     st.integers(2, 50),

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import figure
 
 from llm_basics import charts, command_line, programs, run, sweep, train
 
@@ -208,16 +207,6 @@ def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
 def outcome(loss, weights=1000, tokens=1000, flops=1e9, **setting):
     losses = [float(one) for one in (loss if isinstance(loss, list) else [loss])]
     return charts.Outcome(setting, losses, weights, tokens, flops)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    figures = []
-    savefig = figure.Figure.savefig
-    monkeypatch.setattr(
-        figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1]
-    )
-    return figures
 
 
 def test_numbers_are_lines_with_a_logarithmic_axis_where_they_are_far_apart(tmp_path, drawn):
