@@ -5,6 +5,7 @@ uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out bo
 uv run python -m llm_basics.plot runs/one wandb:me/llm_basics/two --y train_loss,grad_norm --log
 """
 
+import itertools
 import os
 import sys
 import warnings
@@ -20,7 +21,7 @@ from llm_basics import command_line, programs, records, run
 
 # told apart by people who do not see all colors, too (Okabe and Ito 2008), dark enough for lines on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GRAY = "#8a8a8a"
+GRAY, PALE = "#8a8a8a", "#d0d0d0"
 
 # measured now and then on held-out text: points, which smoothing leaves as they are
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", "accuracy")
@@ -75,61 +76,64 @@ def draw(
         tails = _draw_panel(axes, runs, x, names, smooth)
         axes.set(ylabel=word(panel), yscale="log" if log else "linear")
         axes.margins(x=0.01)
-        if panel == "loss" and not log:
-            leave_out_beginning(axes)
         for label, level in (levels or {}).items() if panel == "loss" else ():
             axes.axhline(level, color=GRAY, ls=(0, (4, 3)), lw=1, zorder=1)
             tails.append((level, label, GRAY))
+        if panel == "loss" and not log:
+            leave_out_beginning(axes)
         label_ends(axes, tails)
-    title = readable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
-    set_title(all_axes[0], _title(title, panels.get("loss", [])))
+    set_title(all_axes[0], readable(runs[0].name) if len(runs) == 1 else _title(runs, panels.get("loss", [])))
     all_axes[-1].set_xlabel(word(x))
     all_axes[-1].xaxis.set_major_formatter(lambda value, _: short(value) if value >= 10_000 else f"{value:g}")
     return save(canvas, path)
 
 
-def _title(title: str, losses: Sequence[str]) -> str:
-    """With what lines and points are, where there are both."""
+def _title(runs: Sequence[records.Record], losses: Sequence[str]) -> str:
+    """What lines and points are, where there are both."""
     marks = [f"{word(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
-    return f"{title}: {', '.join(marks)}" if len(marks) > 1 else title
+    return f"{len(runs)} runs" + (f": {', '.join(marks)}" if len(marks) > 1 else "")
 
 
 def _draw_panel(
     axes: mpl_axes.Axes, runs: Sequence[records.Record], x: str, names: Sequence[str], smooth: int
 ) -> list[tuple[float, str, str]]:
-    """Draw the curves; the last value of each run, its name and its color."""
-    ends = {i: end for i, record in enumerate(runs) if (end := _end(record, names)) is not None}
-    ranked = (
-        sorted(ends, key=lambda i: ends[i])
-        if names[-1] != "accuracy"
-        else sorted(ends, key=lambda i: -ends[i])
-    )
-    # of many, those that ended best
-    colored = list(range(len(runs))) if len(runs) <= len(COLORS) else sorted(ranked[: len(COLORS)])
+    """Draw the curves; of each that has a name, its last value, the name and its color."""
     tails = []
+    if len(runs) == 1:
+        for name, color in zip(names, itertools.cycle(COLORS)):
+            _draw_curve(axes, runs[0].curve(name, x), name, color, smooth)
+            if len(names) > 1 and (end := _end(runs[0], [name])) is not None:
+                tails.append((end, word(name), color))
+        return tails
+    ends = {i: end for i, record in enumerate(runs) if (end := _end(record, names)) is not None}
+    best_first = sorted(ends, key=lambda i: -ends[i] if names[-1] == "accuracy" else ends[i])
+    colored = list(range(len(runs))) if len(runs) <= len(COLORS) else sorted(best_first[: len(COLORS)])
     for i, record in reversed(list(enumerate(runs))):
-        color = COLORS[colored.index(i)] if i in colored else "#d0d0d0"
+        color = COLORS[colored.index(i)] if i in colored else PALE
         for name in names:
-            at, values = record.curve(name, x)
-            is_points = name in EVALUATED
-            if not len(at):
-                continue
-            style: dict[str, Any] = {"color": color, "zorder": 3 if i in colored else 2}
-            if is_points:
-                style |= {"lw": 1.6, "marker": "o", "ms": 3.5 if len(at) <= 60 and i in colored else 0}
-            else:
-                both = len(names) > 1
-                style |= {"lw": 1.0, "alpha": 0.55 if both else 0.9}
-                if smooth > 1 and name != "lr":
-                    axes.plot(*thin(at, values), color=color, lw=0.7, alpha=0.2, zorder=2)
-                    values, style = smoothed(values, smooth), style | {"lw": 1.6, "alpha": 0.9}
-            axes.plot(*thin(at, values), **style)
+            _draw_curve(axes, record.curve(name, x), name, color, smooth)
         if i in colored and i in ends:
             tails.append((ends[i], readable(record.name), color))
     if len(colored) < len(runs):
-        axes.plot([], [], color="#d0d0d0", label=f"{len(runs) - len(colored)} more runs")
+        axes.plot([], [], color=PALE, label=f"{len(runs) - len(colored)} more runs")
         axes.legend(frameon=False, loc="upper right")
-    return tails if len(runs) > 1 else []
+    return tails
+
+
+def _draw_curve(
+    axes: mpl_axes.Axes, points: tuple[np.ndarray, np.ndarray], name: str, color: str, smooth: int
+) -> None:
+    """Points for what is measured now and then; else a line, smooth over a faint one if that is asked for."""
+    at, values = points
+    style: dict[str, Any] = {"color": color, "lw": 1.1, "alpha": 0.6, "zorder": 2 if color == PALE else 3}
+    if name in EVALUATED:
+        is_many = len(at) > 60 or color == PALE
+        style |= {"lw": 1.6, "alpha": 1.0, "marker": "" if is_many else "o", "ms": 3.5}
+    elif smooth > 1 and name != "lr":
+        axes.plot(*thin(at, values), color=color, lw=0.7, alpha=0.2, zorder=2)
+        values, style = smoothed(values, smooth), style | {"lw": 1.6, "alpha": 0.9}
+    if len(at):
+        axes.plot(*thin(at, values), **style)
 
 
 def _end(record: records.Record, names: Sequence[str]) -> float | None:

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -286,7 +287,7 @@ def main(options: programs.SweepConfig) -> int:
             try:
                 statuses = train_all(places, options.jobs)
             except signals.Stopped as stop:
-                command = " ".join(["uv run python -m llm_basics.sweep", *sys.argv[1:]])
+                command = f"uv run python -m llm_basics.sweep {shlex.join(sys.argv[1:])}"
                 followers.tell(f"stopped by {stop.name}; what ran is saved; go on with: {command}")
                 return stop.status
             conclude(sweep, places, statuses, out)
