@@ -16,6 +16,9 @@ from llm_basics import plot
 # values that are so far apart want a logarithmic axis
 WIDE = 20
 
+# values that have room to stand on an axis
+MOST_TICKS = 8
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -137,8 +140,12 @@ def _draw_points(outcomes: Sequence[Outcome], names: Sequence[str], path: Path) 
 
 
 def _scale(axes: mpl_axes.Axes, values: Sequence[int | float]) -> None:
+    """A logarithmic axis where values are far apart, with the values themselves on it if they are few."""
     if min(values) > 0 and max(values) / min(values) >= WIDE:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    if len(distinct := sorted(set(values))) <= MOST_TICKS:
+        axes.set_xticks(distinct, [f"{value:g}" for value in distinct])
 
 
 def _cut_off(axes: mpl_axes.Axes, losses: Sequence[float]) -> None:
@@ -218,8 +225,12 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
         (left, _draw_family(left, found, "weights", "tokens", "tokens")),
         (right, _draw_family(right, found, "flops", "weights", "weights")),
     ]
+    sizes = sorted({outcome.weights for outcome in found})
+    if len(sizes) <= MOST_TICKS:
+        left.set_xticks(sizes, [plot.short(size) for size in sizes])
     best = frontier(found)
-    for axes, name, law_of, symbol in ((left, "weights", found, "N"), (right, "flops", best, "C")):
+    longest = [outcome for outcome in found if outcome.tokens == max(other.tokens for other in found)]
+    for axes, name, law_of, symbol in ((left, "weights", longest, "N"), (right, "flops", best, "C")):
         if name in laws:
             xs = np.array(
                 [min(getattr(o, name) for o in law_of), max(getattr(o, name) for o in law_of)], float
@@ -243,6 +254,7 @@ def _draw_family(
     """A line for each value of `family`, from light to dark; their ends, names and colors."""
     plot.dress(axes)
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     values = sorted({getattr(outcome, family) for outcome in outcomes})
     tails = []
     for value, color in zip(values, shades(len(values)), strict=True):
