@@ -14,7 +14,7 @@ from matplotlib import figure
 
 from llm_basics import command_line, plot, programs, records, run
 
-HOSTILE = "<img src=x onerror=alert(1)> $\\frac{ _x\n\u202e\u6f22"
+HOSTILE = "<img src=x> $\\frac{$ _x\n\u202e\u6f22"
 
 
 def made(losses, name="a run", step=10, **more):
