@@ -91,6 +91,8 @@ def test_presets_that_must_be_there():
     assert set(PRESETS) >= {"lr", "batch", "ablations", "scaling"}
     tokens = {t.options.train.steps * t.options.train.batch_size for t in trials.load("batch").trials}
     assert max(tokens) <= 1.02 * min(tokens)
+    trains = [trial.options.train for trial in trials.load("batch").trials]
+    assert len({train.batch_size * train.eval_batches for train in trains}) == 1
     by_variant = {t.setting["variant"]: t.options.model.n_parameters for t in trials.load("ablations").trials}
     assert by_variant["silu for swiglu"] == by_variant["as it is"] == by_variant["post-norm"]
 
