@@ -108,10 +108,10 @@ def count_pretokens(
     return total
 
 
-def usable_cores() -> int:
-    """How many cores this process may use, at most 8."""
+def usable_cores(most: int = 8) -> int:
+    """How many cores this process may use, and at most so many."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, 8)
+    return min(available, most)
 
 
 def chunk_boundaries(

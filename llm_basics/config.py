@@ -23,8 +23,8 @@ class ModelConfig:
     """Key and value heads in a block, shared by groups of query heads. None: as many as n_heads."""
     d_ff: int | None = None
     """Width of the feed-forward network. None: 4 d_model; for swiglu 8/3 d_model, rounded up to 64s."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Normalization: rms (Llama) or layer (GPT-2)."""
+    norm: Literal["rms", "layer", "none"] = "rms"
+    """Normalization: rms (Llama), layer (GPT-2), or none at all, to see what it is good for."""
     norm_eps: float = 1e-5
     """Added to the variance before the square root."""
     norm_placement: Literal["pre", "post"] = "pre"
@@ -110,6 +110,36 @@ class ModelConfig:
             return self.d_ff
         # three matrices of 8/3 hold as many weights as two of 4 (arXiv 2002.05202)
         return -(-self.d_model * 8 // 3 // 64) * 64 if self.ffn == "swiglu" else 4 * self.d_model
+
+    @property
+    def n_multiplied(self) -> int:
+        """Weights that multiply: all matrices but the embeddings, the output projection included."""
+        attention = 2 * self.d_model * (self.d_model + self.d_kv)
+        ffn = (3 if self.ffn == "swiglu" else 2) * self.d_model * self.d_hidden
+        return self.n_layers * (attention + ffn) + self.d_model * self.n_rows
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights, a tied matrix counted once, known without making them."""
+        rows = (0 if self.tie_embeddings else self.n_rows) + self.context_length * (
+            self.position == "learned"
+        )
+        norm = {"rms": 1, "layer": 1 + self.bias, "none": 0}[self.norm] * self.d_model
+        block = 2 * norm + 2 * self.d_head * self.qk_norm + 2 * self.x0_skips
+        block += self.n_rows * self.d_kv * self.value_embeddings
+        # of the four projections of attention and the two of the feed-forward network
+        block += (3 * self.d_model + 2 * self.d_kv + self.d_hidden) * self.bias
+        return self.n_multiplied + rows * self.d_model + self.n_layers * block + norm
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token of a full context, forward and backward.
+
+        `6 N + 12 n_layers d_model context_length`. N is `n_multiplied`: each weight costs a multiplication
+        and an addition forward, and twice that backward. The second term is attention's scores and mixtures,
+        not halved for the causal mask (appendix B of PaLM, arXiv 2204.02311).
+        """
+        return 6 * self.n_multiplied + 12 * self.n_layers * self.d_model * self.context_length
 
 
 @dataclass(frozen=True)

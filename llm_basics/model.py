@@ -180,16 +180,8 @@ class TransformerLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token of a full context, forward and backward.
-
-        `6 N + 12 n_layers d_model context_length`. N counts the weights that multiply: all matrices but the
-        embeddings, the output projection included. Each costs a multiplication and an addition forward, and
-        twice that backward. The second term is attention's scores and mixtures, not halved for the causal
-        mask (appendix B of PaLM, arXiv 2204.02311).
-        """
-        multiplied = sum(m.weight.numel() for m in self.modules() if isinstance(m, layers.Linear))
-        c = self.config
-        return 6 * multiplied + 12 * c.n_layers * c.d_model * c.context_length
+        """Floating-point operations to train on one token of a full context (`config.ModelConfig`)."""
+        return self.config.flops_per_token
 
     def extra_repr(self) -> str:
         return (
@@ -207,6 +199,8 @@ def make_norm(
     shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The normalization that `shape.norm` names."""
+    if shape.norm == "none":
+        return nn.Identity()
     if shape.norm == "rms":
         return layers.RMSNorm(shape.d_model, shape.norm_eps, device, dtype)
     return layers.LayerNorm(shape.d_model, shape.norm_eps, shape.bias, device, dtype)

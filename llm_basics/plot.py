@@ -1,12 +1,294 @@
-"""A run directory -> figures."""
+"""Runs -> figures.
 
+uv run python -m llm_basics.plot newest
+uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out both.png
+uv run python -m llm_basics.plot runs/one wandb:me/llm_basics/two --y train_loss,grad_norm --log
+"""
+
+import itertools
 import os
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib import axes as mpl_axes
 from matplotlib import figure
 
-from llm_basics import run
+from llm_basics import command_line, programs, records, run
+
+# told apart by people who do not see all colors, too (Okabe and Ito 2008), dark enough for lines on white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRAY, PALE = "#8a8a8a", "#d0d0d0"
+
+# measured now and then on held-out text: points, which smoothing leaves as they are
+EVALUATED = ("val_loss", "perplexity", "bits_per_byte", "accuracy")
+
+WORDS = {
+    "step": "step",
+    "tokens": "tokens trained on",
+    "time": "seconds of training",
+    "train_loss": "training",
+    "val_loss": "validation",
+    "loss": "loss (nats per token)",
+    "lr": "learning rate",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy of the next token",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens per second",
+}
+
+# points of a curve that are drawn: more than there are pixels across
+MOST_POINTS = 2000
+# letters of a run's name in a figure
+NAME_LENGTH = 34
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
+
+
+def draw(
+    runs: Sequence[records.Record],
+    path: Path,
+    x: str = "step",
+    ys: Sequence[str] = ("train_loss", "val_loss"),
+    log: bool = False,
+    smooth: int = 1,
+    levels: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw what `runs` measured, one over the other, and return the picture's path.
+
+    Losses share a panel; `levels` are lines across it. With more runs than colors, the best have one, and
+    the others are gray.
+    """
+    panels: dict[str, list[str]] = {}
+    for y in ys:
+        panels.setdefault("loss" if y.endswith("loss") else y, []).append(y)
+    measured = {name for record in runs for entry in record.metrics for name in entry}
+    if missing := [y for y in ys if y not in measured]:
+        known = ", ".join(sorted(measured - {"step", "attempt", "nonfinite"})) or "nothing yet"
+        raise ValueError(f"y must be what the runs have measured ({known}), got {', '.join(missing)}")
+    canvas, all_axes = new_figure(len(panels))
+    for axes, (panel, names) in zip(all_axes, panels.items(), strict=True):
+        tails = _draw_panel(axes, runs, x, names, smooth)
+        axes.set(ylabel=word(panel), yscale="log" if log else "linear")
+        axes.margins(x=0.01)
+        for label, level in (levels or {}).items() if panel == "loss" else ():
+            axes.axhline(level, color=GRAY, ls=(0, (4, 3)), lw=1, zorder=1)
+            tails.append((level, label, GRAY))
+        if panel == "loss" and not log:
+            leave_out_beginning(axes)
+        label_ends(axes, tails)
+    set_title(all_axes[0], readable(runs[0].name) if len(runs) == 1 else _title(runs, panels.get("loss", [])))
+    all_axes[-1].set_xlabel(word(x))
+    all_axes[-1].xaxis.set_major_formatter(lambda value, _: short(value) if value >= 10_000 else f"{value:g}")
+    return save(canvas, path)
+
+
+def _title(runs: Sequence[records.Record], losses: Sequence[str]) -> str:
+    """What lines and points are, where there are both."""
+    marks = [f"{word(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
+    return f"{len(runs)} runs" + (f": {', '.join(marks)}" if len(marks) > 1 else "")
+
+
+def _draw_panel(
+    axes: mpl_axes.Axes, runs: Sequence[records.Record], x: str, names: Sequence[str], smooth: int
+) -> list[tuple[float, str, str]]:
+    """Draw the curves; of each that has a name, its last value, the name and its color."""
+    tails = []
+    if len(runs) == 1:
+        for name, color in zip(names, itertools.cycle(COLORS)):
+            _draw_curve(axes, runs[0].curve(name, x), name, color, smooth)
+            if len(names) > 1 and (end := _end(runs[0], [name])) is not None:
+                tails.append((end, word(name), color))
+        return tails
+    ends = {i: end for i, record in enumerate(runs) if (end := _end(record, names)) is not None}
+    best_first = sorted(ends, key=lambda i: -ends[i] if names[-1] == "accuracy" else ends[i])
+    colored = list(range(len(runs))) if len(runs) <= len(COLORS) else sorted(best_first[: len(COLORS)])
+    for i, record in reversed(list(enumerate(runs))):
+        color = COLORS[colored.index(i)] if i in colored else PALE
+        for name in names:
+            _draw_curve(axes, record.curve(name, x), name, color, smooth)
+        if i in colored and i in ends:
+            tails.append((ends[i], readable(record.name), color))
+    if len(colored) < len(runs):
+        axes.plot([], [], color=PALE, label=f"{len(runs) - len(colored)} more runs")
+        axes.legend(frameon=False, loc="upper right")
+    return tails
+
+
+def _draw_curve(
+    axes: mpl_axes.Axes, points: tuple[np.ndarray, np.ndarray], name: str, color: str, smooth: int
+) -> None:
+    """Points for what is measured now and then; else a line, smooth over a faint one if that is asked for."""
+    at, values = points
+    style: dict[str, Any] = {"color": color, "lw": 1.1, "alpha": 0.6, "zorder": 2 if color == PALE else 3}
+    if name in EVALUATED:
+        is_many = len(at) > 60 or color == PALE
+        style |= {"lw": 1.6, "alpha": 1.0, "marker": "" if is_many else "o", "ms": 3.5}
+    elif smooth > 1 and name != "lr":
+        axes.plot(*thin(at, values), color=color, lw=0.7, alpha=0.2, zorder=2)
+        values, style = smoothed(values, smooth), style | {"lw": 1.6, "alpha": 0.9}
+    if len(at):
+        axes.plot(*thin(at, values), **style)
+
+
+def _end(record: records.Record, names: Sequence[str]) -> float | None:
+    """The last number that a run has of the last of `names` that it has."""
+    for name in reversed(names):
+        _, values = record.curve(name)
+        if np.isfinite(values).any():
+            return float(values[np.isfinite(values)][-1])
+    return None
+
+
+def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `most` points that look the same: of each stretch, the lowest and the highest.
+
+    >>> x, y = thin(np.arange(10_000), np.arange(10_000) == 777)
+    >>> len(x) <= 2000, 777 in x
+    (True, True)
+    """
+    if len(x) <= most:
+        return x, y
+    size = -(-len(x) // (most // 2))
+    starts = np.arange(0, len(x), size)
+    padded = np.full(len(starts) * size, np.nan)
+    padded[: len(y)] = y
+    rows = padded.reshape(len(starts), size)
+    low = np.where(np.isfinite(rows), rows, np.inf).argmin(1)
+    high = np.where(np.isfinite(rows), rows, -np.inf).argmax(1)
+    kept = np.unique(np.concatenate([starts + low, starts + high]))
+    return x[kept], y[kept]
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and its neighbors, `window` of them in all, those that are no number apart.
+
+    >>> smoothed(np.array([1.0, 2.0, np.nan, 4.0]), 3).tolist()
+    [1.5, 1.5, 3.0, 4.0]
+    """
+    ones = np.ones(min(window, len(values)))
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0.0), ones, "same")
+    counts = np.convolve(finite.astype(float), ones, "same")
+    return np.where(counts > 0.5, sums / np.maximum(counts, 0.5), np.nan)
+
+
+# --------------------------------------------------------------------------------------------------
+# What all figures share
+
+
+def new_figure(panels: int = 1, height: float = 4.6) -> tuple[figure.Figure, list[mpl_axes.Axes]]:
+    """A figure with panels one below the other over the same x, the first the highest."""
+    ratios = [1.0] + [0.45] * (panels - 1)
+    canvas = figure.Figure(figsize=(9, height * sum(ratios)), layout="constrained")
+    all_axes = canvas.subplots(panels, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes in all_axes:
+        dress(axes)
+    return canvas, list(all_axes)
+
+
+def dress(axes: mpl_axes.Axes) -> None:
+    """A light grid, and no frame but the two axes."""
+    axes.grid(alpha=0.25, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_ends(axes: mpl_axes.Axes, tails: Sequence[tuple[float, str, str]]) -> None:
+    """Write names beside the right ends of curves, in their colors, moved apart where they would meet."""
+    bottom, top = axes.transData.transform([(0, limit) for limit in axes.get_ylim()])[:, 1]
+    heights = [axes.transData.transform((0, value))[1] for value, _, _ in tails]
+    places = sorted(
+        (float(np.clip((height - bottom) / (top - bottom), 0, 1)), label, color)
+        for height, (_, label, color) in zip(heights, tails, strict=True)
+    )
+    inches = axes.bbox.height / axes.figure.dpi
+    apart = spread([place for place, _, _ in places], least=0.17 / inches)
+    for (_, label, color), at in zip(places, apart, strict=True):
+        written = axes.text(1.015, at, label, transform=axes.transAxes, parse_math=False)
+        written.set(color=color, va="center", fontsize=9)
+
+
+def spread(places: Sequence[float], least: float) -> list[float]:
+    """Sorted places, moved as little as need be to lie `least` apart, and within 0 and 1 if there is room.
+
+    >>> [round(place, 2) for place in spread([0.5, 0.5, 0.9], least=0.1)]
+    [0.45, 0.55, 0.9]
+    """
+    groups: list[tuple[float, int]] = []  # the middle of labels that touch, and how many they are
+    for place in places:
+        groups.append((place, 1))
+        while len(groups) > 1:
+            (low, n_low), (high, n_high) = groups[-2:]
+            if high - low >= least * (n_low + n_high) / 2 - 1e-9:
+                break
+            groups[-2:] = [((low * n_low + high * n_high) / (n_low + n_high), n_low + n_high)]
+    apart = [middle + least * (i - (n - 1) / 2) for middle, n in groups for i in range(n)]
+    for i, place in enumerate(apart):
+        apart[i] = max(place, i * least) if len(apart) * least <= 1 else place
+    for i in range(len(apart) - 1, -1, -1):
+        apart[i] = min(apart[i], 1 - (len(apart) - 1 - i) * least)
+    return apart
+
+
+def leave_out_beginning(axes: mpl_axes.Axes) -> None:
+    """Let the steep beginning of curves go off the top, where it would flatten all that follows."""
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    values = np.concatenate([np.empty(0), *(values[len(values) // 20 :] for values in drawn)])
+    values = values[np.isfinite(values)]
+    if len(values) and (room := np.ptp(values)) > 0:
+        axes.set_ylim(values.min() - 0.06 * room, values.max() + 0.06 * room)
+
+
+def set_title(axes: mpl_axes.Axes, title: str) -> None:
+    """A title above the left end, of which no letter is taken for mathematics."""
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", parse_math=False)
+
+
+def word(name: str) -> str:
+    """What an axis is called."""
+    return WORDS.get(name, name)
+
+
+def short(count: int | float) -> str:
+    """A number in thousands or millions.
+
+    >>> short(51_200), short(1_600_000), short(820)
+    ('51k', '1.6M', '820')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2g}{letter}" if count < 100 * size else f"{count / size:.0f}{letter}"
+    return f"{count:g}"
+
+
+def readable(name: str) -> str:
+    """A name on one line and not too long, whatever somebody called a run."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return clean if len(clean) <= NAME_LENGTH else f"{clean[: NAME_LENGTH - 11]}...{clean[-8:]}"
+
+
+def save(canvas: figure.Figure, path: Path) -> Path:
+    """Write a picture, whole or not at all."""
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        with warnings.catch_warnings():
+            # a letter that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            canvas.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures of programs
 
 
 def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = None) -> Path:
@@ -14,55 +296,46 @@ def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = No
 
     `unigram_entropy`, in nats, is drawn as a line: a model that only counts tokens stays above it.
     """
-    metrics = run.read_metrics(folder)
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    for name, style in (("train_loss", {"alpha": 0.6, "lw": 1}), ("val_loss", {"marker": "o", "ms": 4})):
-        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=name, **style)
-    if unigram_entropy is not None:
-        axes.axhline(unigram_entropy, color="gray", ls="--", lw=1, label="unigram entropy")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(folder).name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(folder) / "loss.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    record = records.Record(Path(folder).name, {}, run.read_metrics(folder), [])
+    ys = [y for y in ("train_loss", "val_loss") if len(record.curve(y)[0])]
+    levels = {} if unigram_entropy is None else {"unigram entropy": unigram_entropy}
+    return draw([record], Path(folder) / "loss.png", ys=ys, levels=levels)
 
 
 def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
     """Draw the loss over the rates that a search tried, and the proposed one, to `lr_finder.png`."""
     tried = run.read_tried(folder)
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
+    canvas, (axes,) = new_figure()
     lrs = [entry["lr"] for entry in tried]
-    axes.plot(lrs, [entry["train_loss"] for entry in tried], label="train_loss", alpha=0.4, lw=1)
-    axes.plot(lrs, smoothed := [entry["smoothed_loss"] for entry in tried], label="smoothed")
-    axes.axvline(proposal, color="gray", ls="--", lw=1, label=f"proposed: {proposal:g}")
+    losses, smooth = ([entry[name] for entry in tried] for name in ("train_loss", "smoothed_loss"))
+    axes.plot(lrs, losses, color=COLORS[0], alpha=0.4, lw=1, label="training")
+    axes.plot(lrs, smooth, color=COLORS[0], lw=1.8, label="smoothed")
+    axes.axvline(proposal, color=COLORS[1], ls=(0, (4, 3)), lw=1.2, label=f"proposed: {proposal:g}")
     # where the loss leaps, the rest would be a flat line
-    axes.set_ylim(0.9 * min(smoothed), 1.1 * smoothed[0])
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)", title=Path(folder).name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(folder) / "lr_finder.png"
-    canvas.savefig(path, dpi=120)
-    return path
+    axes.set_ylim(0.9 * min(smooth), 1.1 * smooth[0])
+    axes.set(xscale="log", xlabel=word("lr"), ylabel=word("loss"))
+    set_title(axes, readable(Path(folder).name))
+    axes.legend(frameon=False)
+    return save(canvas, Path(folder) / "lr_finder.png")
 
 
 def plot_runs(folders: Mapping[str, Path], path: Path) -> Path:
     """Draw the training and validation losses of several runs, named, over their steps."""
-    canvas = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    for number, (label, folder) in enumerate(folders.items()):
-        metrics = run.read_metrics(folder)
-        # the first is drawn wide, so that a second on top of it is seen
-        width, color = 4 / (number + 1), f"C{number}"
-        for name, style in (("train_loss", "-"), ("val_loss", "o")):
-            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), style, color=color, lw=width, ms=3 + width, alpha=0.7)
-        axes.plot([], [], color=color, lw=width, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="training (line) and validation (points)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    canvas.savefig(path, dpi=120)
-    return path
+    return draw(
+        [records.Record(name, {}, run.read_metrics(folder), []) for name, folder in folders.items()], path
+    )
+
+
+def main(options: programs.PlotConfig) -> int:
+    """Draw what `options` name. Returns the exit status."""
+    with command_line.exit_on_mistake():
+        runs = records.read_all(options.runs)
+        ys = [y.strip() for y in options.y.split(",")]
+        print(draw(runs, Path(options.out), options.x, ys, options.log, options.smooth))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(command_line.program_options(programs.PlotConfig(), sys.argv[1:], "python -m llm_basics.plot"))
+    )

@@ -29,19 +29,29 @@ def load(name_or_path: str) -> config.Config:
 
 def read_yaml(name_or_path: str) -> dict[str, Any]:
     """The options that a preset or YAML file sets, as nested dictionaries."""
-    path = PRESETS / f"{name_or_path}.yaml"
+    return {"config": name_or_path, **read_file(find(name_or_path, PRESETS, "--config"))}
+
+
+def find(name_or_path: str, folder: Path, what: str) -> Path:
+    """The YAML file that `what` names: one of those in `folder`, by its name, or any by its path."""
+    path = folder / f"{name_or_path}.yaml"
     if not path.exists():
         path = Path(name_or_path)
     if not path.is_file():
-        presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise ValueError(f"--config must be a preset ({presets}) or a YAML file, got {name_or_path}")
+        presets = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
+        raise ValueError(f"{what} must be a preset ({presets}) or a YAML file, got {name_or_path}")
+    return path
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a YAML file of `option: value` lines holds."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML; {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
-    return {"config": name_or_path, **options}
+    return options
 
 
 def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
@@ -100,3 +110,20 @@ def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
     return f"unknown option {name} ({origin}); " + (
         f"the closest is {near[0]}" if near else "--help lists all"
     )
+
+
+def dump(options: dict[str, Any]) -> str:
+    """Nested options as the text of a file for --config."""
+    return yaml.safe_dump(options, sort_keys=False)
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under the names that the command line has for them.
+
+    >>> flat({"data": "a.txt", "train": {"lr": 1}})
+    {'data': 'a.txt', 'train.lr': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -246,3 +246,63 @@ class HarnessConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw what training runs measured, one over the other."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
+    """Folders of runs, their names under runs/, newest, or wandb:ENTITY/PROJECT/RUN."""
+    x: Literal["step", "tokens", "time"] = "step"
+    """What to draw over: steps, tokens, or seconds of training, without evaluations and saving."""
+    y: str = "train_loss,val_loss"
+    """What to draw, names from metrics.jsonl separated by commas; losses share a panel."""
+    log: bool = False
+    """A logarithmic y axis."""
+    smooth: int = 1
+    """Draw the mean of so many measurements of training, those themselves faintly behind."""
+    out: str = "runs.png"
+    """The picture to write; its ending (.png, .svg, .pdf) says of which kind."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("there must be a run to draw, got none")
+        if self.smooth < 1:
+            raise ValueError(f"smooth must be at least 1, got {self.smooth}")
+        if not self.out.endswith((".png", ".svg", ".pdf")):
+            raise ValueError(f"out must end in .png, .svg or .pdf, got {self.out}")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare training runs: what came out, what was different, what they write."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
+    """Folders of runs, their names under runs/, newest, or wandb:ENTITY/PROJECT/RUN."""
+    x: Literal["step", "tokens", "time"] = "step"
+    """What the curves of the report are drawn over."""
+    out: str | None = None
+    """A page to write, report.html, which needs no other file; and its curves, report.png."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("there must be a run to look at, got none")
+        if self.out is not None and not self.out.endswith(".html"):
+            raise ValueError(f"out must end in .html, got {self.out}")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train with many settings, and compare what comes out. Interrupted, the same command goes on."""
+
+    sweep: tyro.conf.Positional[str] = "lr"
+    """A preset (lr, batch, ablations, scaling) or a YAML file with base, grid, random, variants, seeds."""
+    jobs: int = 1
+    """Training runs at the same time, among which the processor's cores are divided."""
+    out: str | None = None
+    """Folder for the runs and their comparison. None: runs/ and the name of the sweep."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}")

@@ -23,7 +23,7 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,23 +215,28 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A torn line, and what an attempt measured after the step from which a later one went on, are left out.
     """
-    entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for entry in _lines(Path(folder) / METRICS):
+    return each_step_once(_lines(Path(folder) / METRICS))
+
+
+def each_step_once(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is still so of the lines of metrics.jsonl."""
+    valid: dict[tuple[int, bool], dict[str, Any]] = {}
+    for entry in entries:
         if "resumed" in entry:
-            entries = {key: kept for key, kept in entries.items() if key[0] <= entry["step"]}
+            valid = {key: kept for key, kept in valid.items() if key[0] <= entry["step"]}
         else:
-            entries[entry["step"], "val_loss" in entry] = entry
-    return [entries[key] for key in sorted(entries)]
+            valid[entry["step"], "val_loss" in entry] = entry
+    return [valid[key] for key in sorted(valid)]
+
+
+def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The texts that a run wrote on its way, in the order of writing."""
+    return list(_lines(Path(folder) / SAMPLES))
 
 
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What a search for a learning rate measured, step by step."""
     return list(_lines(Path(folder) / LR_FINDER))
-
-
-def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The texts that the model of a run wrote, in the order of writing."""
-    return list(_lines(Path(folder) / SAMPLES))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

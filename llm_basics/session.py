@@ -285,7 +285,7 @@ class Session:
         self.looked, self.val_loss, self.best_loss = about["looked"], about["val_loss"], about["best_loss"]
         self.saved = self.step, self.val_loss
         self.spikes.load(about["spikes"])
-        settings = _differences(_flat(now), _flat(then))
+        settings = _differences(presets.flat(now), presets.flat(then))
         settings = [line for line in settings if line.split(" ")[0] not in HARMLESS]
         if self.is_compiled and not self.options.deterministic and torch.get_num_threads() > 1:
             settings.append(
@@ -315,14 +315,6 @@ def opening_line(text: str) -> str:
     """
     lines = [line for line in text.split(corpus.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
     return next((line for line in lines if line.endswith(":")), lines[0] if lines else "")
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from matplotlib import figure
 from torch import Tensor
 from torch.nn import functional as tF
 
@@ -178,6 +179,20 @@ def untrained_run(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[figure.Figure]:
+    """The figures that are saved, to look at their parts."""
+    figures: list[figure.Figure] = []
+    savefig = figure.Figure.savefig
+
+    def save(self: figure.Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(self)
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", save)
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_adamw_defaults():
         (["--steps=3"], "the closest is --train.steps"),
         (["--train.lr", "fast"], "--train.lr: could not convert string to float: 'fast'"),
         (["--train.lr"], "Missing value for argument '--train.lr'"),
-        (["--model.norm", "batch"], "Expected one of ('rms', 'layer')"),
+        (["--model.norm", "batch"], "Expected one of ('rms', 'layer', 'none')"),
         (["--model.d_model", "100", "--model.n_heads", "3"], "got 100 and 3; try d_model 99 or 102"),
         (["--model.d_model", "12", "--model.n_heads", "4"], "RoPE needs an even d_model / n_heads, got 3"),
         (["--model.n_kv_heads", "2"], "model.n_heads must be divisible by model.n_kv_heads, got 3 and 2"),
@@ -165,7 +165,7 @@ def test_mistakes_on_the_command_line(capsys, arguments, said):
         ("model: 3", "model must hold options of its own, got 3 ({path})"),
         ("- a\n- b", "{path} must hold `option: value` lines, got list"),
         ("a: [", "{path} must be YAML"),
-        ("model: {norm: batch}", "model.norm must be Literal['rms', 'layer'], got 'batch' ({path})"),
+        ("model: {norm: batch}", "model.norm must be Literal['rms', 'layer', 'none'], got 'batch' ({path})"),
     ],
 )
 def test_mistakes_in_a_file(capsys, tmp_path, content, said):

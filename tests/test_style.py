@@ -19,7 +19,7 @@ READY_MADE = set(
     "linear embedding softmax log_softmax logsumexp silu gelu glu layer_norm rms_norm dropout cross_entropy "
     "nll_loss scaled_dot_product_attention clip_grad_norm_ clip_grad_value_".split()
 )
-ALLOWED_OF_NN = {"Module", "ModuleList", "Parameter", "init"}
+ALLOWED_OF_NN = {"Module", "ModuleList", "Parameter", "Identity", "init"}
 ALLOWED_OF_OPTIM = {"Optimizer"}
 
 LONG_FUNCTIONS = {"fit": 90}

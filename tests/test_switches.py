@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, command_line, config, generate, model, presets, run, session, swap, train
+from llm_basics import (
+    checkpoint,
+    command_line,
+    config,
+    generate,
+    layers,
+    model,
+    presets,
+    run,
+    session,
+    swap,
+    train,
+)
 from llm_basics import functional as F
 
 VOCAB, CONTEXT = 23, 16
@@ -29,6 +41,8 @@ GPT2 = config.ModelConfig(
     init="gpt2",
 )
 POST = dataclasses.replace(LLAMA, norm_placement="post")
+BARE = dataclasses.replace(LLAMA, norm="none", position="none", qk_norm=True)
+BARE = dataclasses.replace(LLAMA, norm="none", position="none")
 FAMILIES = pytest.mark.parametrize("plain", [LLAMA, GPT2, POST], ids=["llama", "gpt2", "post-norm"])
 
 ON = {
@@ -89,6 +103,22 @@ def test_switches_are_off_unless_asked_for():
     plain = config.ModelConfig()
     assert (plain.zero_init, plain.value_embeddings, plain.x0_skips) == (False, False, False)
     assert (plain.logit_softcap, plain.vocab_multiple, plain.n_rows) == (None, 1, plain.vocab_size)
+
+
+def test_without_norms_sublayers_add_to_what_comes_in_as_it_is():
+    lm, tokens = model.TransformerLM(BARE).eval(), some_tokens(2, 7)
+    x = lm.token_embeddings(tokens)
+    for block in lm.layers:
+        x = x + block.attn(x)
+        x = x + block.ffn(x)
+    assert torch.equal(lm(tokens), lm.lm_head(x))
+    assert not [name for name in lm.state_dict() if "ln" in name]
+    # the loops that write text fast do not know of it, and leave it to the model
+    written = []
+    for use in (swap.restored(), swap.using("fast", lambda line: None)):
+        with use:
+            written.append(list(generate.generate(lm, tokens[0], CONTEXT, temperature=0.0)))
+    assert written[0] == written[1] and len(written[0]) == CONTEXT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,6 +284,19 @@ def test_cached_logits_and_texts_are_the_uncached_ones(plain, switches):
     for token in written:
         assert token == lm(torch.tensor(text[-CONTEXT:]))[-1].argmax()
         text.append(token)
+
+
+@pytest.mark.parametrize("plain", [LLAMA, GPT2, POST, BARE], ids=["llama", "gpt2", "post-norm", "bare"])
+@SWITCHES
+@pytest.mark.parametrize("other", [{}, {"tie_embeddings": True}, {"qk_norm": True}], ids=str)
+def test_parameters_and_flops_are_known_without_making_them(plain, switches, other):
+    shape = dataclasses.replace(switched(plain, switches), **other)
+    lm = model.TransformerLM(shape, device="meta")
+    assert shape.n_parameters == lm.n_parameters()
+    matrices = [module.weight.numel() for module in lm.modules() if isinstance(module, layers.Linear)]
+    assert shape.n_multiplied == sum(matrices)
+    attended = 12 * shape.n_layers * shape.d_model * shape.context_length
+    assert shape.flops_per_token == lm.flops_per_token() == 6 * sum(matrices) + attended
 
 
 @FAMILIES

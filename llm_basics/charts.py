@@ -1,0 +1,274 @@
+"""The outcome of a sweep -> figures: the loss over what was changed, and how it scales."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import axes as mpl_axes
+from matplotlib import colormaps, colors, figure, ticker
+
+from llm_basics import plot
+
+# values that are so far apart want a logarithmic axis
+WIDE = 20
+
+# values that have room to stand on an axis
+MOST_TICKS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting led to, with each seed."""
+
+    setting: dict[str, Any]
+    losses: list[float]
+    """Validation losses at the end, one a seed; without runs that did not get there."""
+    weights: int
+    """Weights that multiply: those of embeddings do not count."""
+    tokens: int
+    flops: float
+    """Of the whole training."""
+
+    @property
+    def mean(self) -> float:
+        """The mean loss; NaN without any."""
+        return float(np.mean(self.losses)) if self.losses else math.nan
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over seeds, estimated from them; NaN for a single one."""
+        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else math.nan
+
+    def without(self, name: str) -> str:
+        """What is left of the setting beside one option."""
+        return label({key: value for key, value in self.setting.items() if key != name})
+
+
+def label(setting: dict[str, Any]) -> str:
+    """A setting in words.
+
+    >>> label({"train.lr": 0.001, "variant": "post-norm"})
+    'lr 0.001, post-norm'
+    """
+    return ", ".join(str(v) if k == "variant" else f"{k.rpartition('.')[2]} {v}" for k, v in setting.items())
+
+
+def draw_options(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """Draw the loss over what was changed: lines over numbers, bars for choices, points if all were drawn."""
+    found = [outcome for outcome in outcomes if outcome.losses]
+    if not found:
+        raise ValueError("no run of the sweep has come to its end, so there is nothing to draw")
+    numeric = [name for name in found[0].setting if _is_numeric(found, name)]
+    if not numeric:
+        return _draw_bars(found, path)
+    if len(numeric) > 1 and len({outcome.without(numeric[0]) for outcome in found}) == len(found):
+        return _draw_points(found, numeric, path)
+    return _draw_lines(found, numeric[0], path)
+
+
+def _is_numeric(outcomes: Sequence[Outcome], name: str) -> bool:
+    values = {outcome.setting[name] for outcome in outcomes}
+    return len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def _draw_lines(outcomes: Sequence[Outcome], name: str, path: Path) -> Path:
+    canvas, (axes,) = plot.new_figure()
+    best = min(outcomes, key=lambda outcome: outcome.mean)
+    tails = []
+    for i, rest in enumerate(dict.fromkeys(outcome.without(name) for outcome in outcomes)):
+        line = sorted((o for o in outcomes if o.without(name) == rest), key=lambda o: o.setting[name])
+        color = plot.COLORS[i % len(plot.COLORS)]
+        xs, means = [o.setting[name] for o in line], [o.mean for o in line]
+        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=4)
+        for outcome in line:
+            seeds = outcome.losses if len(outcome.losses) > 1 else []
+            axes.plot([outcome.setting[name]] * len(seeds), seeds, ".", color=color, ms=4, alpha=0.4)
+        tails.append((means[-1], plot.readable(rest), color))
+    axes.plot([best.setting[name]], [best.mean], "o", mfc="none", mec="black", ms=11, mew=1.4)
+    _scale(axes, [o.setting[name] for o in outcomes])
+    _cut_off(axes, [o.mean for o in outcomes])
+    axes.set(xlabel=plot.word(name.rpartition(".")[2]), ylabel="validation loss (nats per token)")
+    plot.set_title(axes, f"Lowest validation loss: {best.mean:.3f} at {label(best.setting)}")
+    if len(tails) > 1:
+        plot.label_ends(axes, tails)
+    return plot.save(canvas, path)
+
+
+def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """Differences from the first choice: bars of whole losses would all look the same."""
+    canvas, (axes,) = plot.new_figure(height=1.4 + 0.45 * len(outcomes))
+    first, ordered = outcomes[0], sorted(outcomes, key=lambda outcome: -outcome.mean)
+    beside = [outcome.mean - first.mean for outcome in ordered]
+    rows = range(len(ordered))
+    axes.barh(rows, beside, color=[plot.COLORS[value > 0] for value in beside], height=0.62)
+    room = max(map(abs, beside), default=0) or 1
+    for row, outcome, value in zip(rows, ordered, beside, strict=True):
+        seeds = [loss - first.mean for loss in outcome.losses]
+        axes.plot(seeds, [row] * len(seeds), ".", color="black", ms=5, alpha=0.6)
+        words = f"{outcome.mean:.3f}" + (f"  ({value:+.3f})" if outcome is not first else "")
+        axes.text(max([0.0, value, *seeds]) + 0.015 * room, row, words, va="center", fontsize=9)
+    axes.set_yticks(rows, [plot.readable(label(outcome.setting)) for outcome in ordered])
+    for tick in axes.get_yticklabels():
+        tick.set_parse_math(False)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.margins(x=0.2)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("difference of the validation loss (nats per token); points are seeds")
+    plot.set_title(axes, f"Validation loss beside that of: {label(first.setting)}")
+    return plot.save(canvas, path)
+
+
+def _draw_points(outcomes: Sequence[Outcome], names: Sequence[str], path: Path) -> Path:
+    canvas = figure.Figure(figsize=(max(9, 4 * len(names)), 4.4), layout="constrained")
+    panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    best = min(outcomes, key=lambda outcome: outcome.mean)
+    for axes, name in zip(panels, names, strict=True):
+        plot.dress(axes)
+        xs = [outcome.setting[name] for outcome in outcomes]
+        axes.plot(xs, [outcome.mean for outcome in outcomes], "o", color=plot.COLORS[0], alpha=0.7, ms=5)
+        axes.plot([best.setting[name]], [best.mean], "o", color=plot.COLORS[1], ms=7)
+        axes.set_xlabel(plot.word(name.rpartition(".")[2]))
+        _scale(axes, xs)
+    _cut_off(panels[0], [outcome.mean for outcome in outcomes])
+    panels[0].set_ylabel("validation loss (nats per token)")
+    plot.set_title(panels[0], f"{len(outcomes)} settings, the best {best.mean:.3f}")
+    return plot.save(canvas, path)
+
+
+def _scale(axes: mpl_axes.Axes, values: Sequence[int | float]) -> None:
+    """A logarithmic axis where values are far apart, with the values themselves on it if they are few."""
+    if min(values) > 0 and max(values) / min(values) >= WIDE:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    if len(distinct := sorted(set(values))) <= MOST_TICKS:
+        axes.set_xticks(distinct, [f"{value:g}" for value in distinct])
+
+
+def _cut_off(axes: mpl_axes.Axes, losses: Sequence[float]) -> None:
+    """Let losses that are far above all others go off the top."""
+    low, middle = min(losses), float(np.median(losses))
+    within = [loss for loss in losses if loss <= middle + 3 * (middle - low)]
+    room = max(within) - low
+    if room > 0:
+        axes.set_ylim(low - 0.08 * room, max(within) + 0.08 * room)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`y = factor * x ** exponent`."""
+
+    factor: float
+    exponent: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.factor * x**self.exponent
+
+
+def fit_power_law(x: Sequence[int | float], y: Sequence[int | float]) -> PowerLaw:
+    """The line of least squares through the logarithms.
+
+    >>> law = fit_power_law([1, 10, 100], [8, 4, 2])
+    >>> round(law.factor, 3), round(law.exponent, 3)
+    (8.0, -0.301)
+    """
+    exponent, level = np.polyfit(np.log(x), np.log(y), 1)
+    return PowerLaw(float(np.exp(level)), float(exponent))
+
+
+def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those that no other beats with as much compute or less, from the least compute on."""
+    kept: list[Outcome] = []
+    for outcome in sorted((o for o in outcomes if o.losses), key=lambda o: (o.flops, o.mean)):
+        if not kept or outcome.mean < kept[-1].mean:
+            kept.append(outcome)
+    return kept
+
+
+def scaling_laws(outcomes: Sequence[Outcome]) -> dict[str, PowerLaw]:
+    """How the loss falls: with weights at the most tokens, with tokens at the most weights, with compute.
+
+    With compute, along what is best for so much of it. What has fewer than three points is left out.
+    """
+    found = [outcome for outcome in outcomes if outcome.losses]
+    most_tokens, most_weights = (
+        max((getattr(o, n) for o in found), default=0) for n in ("tokens", "weights")
+    )
+    lines = {
+        "weights": [o for o in found if o.tokens == most_tokens],
+        "tokens": [o for o in found if o.weights == most_weights],
+        "flops": frontier(found),
+    }
+    return {
+        name: fit_power_law([getattr(o, name) for o in line], [o.mean for o in line])
+        for name, line in lines.items()
+        if len({getattr(o, name) for o in line}) >= 3
+    }
+
+
+def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """Draw the loss over weights and over compute, both logarithmic, with the power laws that fit them."""
+    found = [dataclasses.replace(o, losses=[o.mean]) for o in outcomes if o.losses]
+    if not found:
+        raise ValueError("no run of the sweep has come to its end, so there is nothing to draw")
+    laws = scaling_laws(found)
+    canvas = figure.Figure(figsize=(12, 4.9), layout="constrained")
+    left, right = canvas.subplots(1, 2, sharey=True)
+    tails = [
+        (left, _draw_family(left, found, "weights", "tokens", "tokens")),
+        (right, _draw_family(right, found, "flops", "weights", "weights")),
+    ]
+    sizes = sorted({outcome.weights for outcome in found})
+    if len(sizes) <= MOST_TICKS:
+        left.set_xticks(sizes, [plot.short(size) for size in sizes])
+    best = frontier(found)
+    longest = [outcome for outcome in found if outcome.tokens == max(other.tokens for other in found)]
+    for axes, name, law_of, symbol in ((left, "weights", longest, "N"), (right, "flops", best, "C")):
+        if name in laws:
+            xs = np.array(
+                [min(getattr(o, name) for o in law_of), max(getattr(o, name) for o in law_of)], float
+            )
+            axes.plot(xs, laws[name](xs), color="black", ls=(0, (4, 3)), lw=1.3, zorder=4)
+            law = laws[name]
+            words = f"$L = {law.factor:.3g}\\,{symbol}^{{{law.exponent:.3f}}}$"
+            axes.text(0.04, 0.06, words, transform=axes.transAxes, fontsize=12)
+    left.set(xlabel="weights N, without embeddings", ylabel="validation loss (nats per token)")
+    right.set(xlabel="compute C of the training (floating-point operations)")
+    plot.set_title(left, "A larger model, at as many tokens")
+    plot.set_title(right, "As much compute, spent on size or on tokens")
+    for axes, ends in tails:
+        plot.label_ends(axes, ends)
+    return plot.save(canvas, path)
+
+
+def _draw_family(
+    axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str
+) -> list[tuple[float, str, str]]:
+    """A line for each value of `family`, from light to dark; their ends, names and colors."""
+    plot.dress(axes)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    values = sorted({getattr(outcome, family) for outcome in outcomes})
+    tails = []
+    for value, color in zip(values, shades(len(values)), strict=True):
+        line = sorted((o for o in outcomes if getattr(o, family) == value), key=lambda o: getattr(o, x))
+        xs, means = [getattr(o, x) for o in line], [o.mean for o in line]
+        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=5)
+        tails.append((means[-1], f"{plot.short(value)} {unit}", color))
+    for which in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{which}_formatter")(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 2.5, 3, 4, 5, 7)))
+    axes.grid(which="minor", axis="y", alpha=0.12, lw=0.6)
+    return tails
+
+
+def shades(n: int) -> list[str]:
+    """Colors from light to dark, of which everybody sees the order."""
+    return [colors.to_hex(colormaps["viridis"](0.85 - 0.8 * i / max(1, n - 1))) for i in range(n)]

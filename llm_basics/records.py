@@ -1,0 +1,207 @@
+"""A training run as somebody reads it: what it was told, what it measured, what it wrote.
+
+From a run directory, finished or not; or from Weights & Biases.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_basics import config, presets, run
+
+WANDB = "wandb:"
+
+# seconds that an unreachable server may take
+WANDB_TIMEOUT = 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a run."""
+
+    name: str
+    options: dict[str, Any]
+    """As on the command line: `train.lr`."""
+    metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl, each step once."""
+    samples: list[dict[str, Any]]
+
+    def curve(self, y: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+        """Where `y` was measured, as a step, in tokens or in seconds, and what it was; NaN if not finite."""
+        found = [(m["step"], m[y]) for m in self.metrics if y in m]
+        steps = np.array([step for step, _ in found], dtype=float)
+        values = np.array([math.nan if value is None else value for _, value in found], dtype=float)
+        return self.position(steps, x), values
+
+    def position(self, steps: np.ndarray, x: str) -> np.ndarray:
+        """Steps in the unit of an axis: step, tokens, or time, which is that of training alone."""
+        if x == "step":
+            return steps
+        if x == "tokens":
+            return steps * self.tokens_per_step
+        at, speed = self.curve("tokens_per_second")
+        at, speed = at[speed > 0], speed[speed > 0]
+        if not len(at):
+            raise ValueError(f"the run {self.name} has no tokens_per_second, so no time; take step or tokens")
+        # a speed is the mean since the line before
+        seconds = np.cumsum(np.diff(at, prepend=0) * self.tokens_per_step / speed)
+        return np.interp(steps, [0, *at], [0, *seconds])
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that each step of the optimizer learned from."""
+        names = ("train.batch_size", "train.grad_accumulation_steps", "model.context_length")
+        if missing := [name for name in names if not isinstance(self.options.get(name), int)]:
+            raise ValueError(f"the config of the run {self.name} must have {', '.join(missing)}")
+        return math.prod(self.options[name] for name in names)
+
+    @property
+    def shape(self) -> config.ModelConfig | None:
+        """The shape of the model, if the config tells one."""
+        known = {field.name for field in dataclasses.fields(config.ModelConfig)}
+        parts = {name.removeprefix("model."): value for name, value in self.options.items()}
+        parts = {name: value for name, value in parts.items() if name in known}
+        return presets.update(config.ModelConfig(), parts, self.name) if "d_model" in parts else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which there is a measurement."""
+        return max((m["step"] for m in self.metrics), default=0)
+
+    def summary(self) -> dict[str, int | float]:
+        """What came out: NaN stands for what was measured and is no number; what is unknown is left out."""
+        found: dict[str, int | float] = {}
+        for name in ("val_loss", "perplexity", "bits_per_byte", "accuracy", "train_loss"):
+            _, values = self.curve(name)
+            if len(values):
+                found[name] = float(values[-1])
+        steps, losses = self.curve("val_loss")
+        if np.isfinite(losses).any():
+            best = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.nan)))
+            found |= {"best_val_loss": float(losses[best]), "best_step": int(steps[best])}
+        if self.shape is not None:
+            found["parameters"] = self.shape.n_parameters
+        found["steps"] = self.last_step
+        last = np.array([self.last_step], dtype=float)
+        # an unusual config, or no speed, costs a number and no more
+        with contextlib.suppress(ValueError):
+            found["tokens"] = round(self.position(last, "tokens")[0])
+            found["seconds"] = float(self.position(last, "time")[0])
+        if found.get("seconds"):
+            found["tokens_per_second"] = found["tokens"] / found["seconds"]
+        return found
+
+    def last_sample(self) -> str:
+        """The last text it wrote, its prompt in front; "" if it wrote none."""
+        return (
+            "".join(str(self.samples[-1].get(part, "")) for part in ("prompt", "text"))
+            if self.samples
+            else ""
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Finding
+
+
+def read_all(names: Sequence[str]) -> list[Record]:
+    """The runs that somebody names; those of equal names are told apart by their folders."""
+    records = [read(name) for name in names]
+    taken = [record.name for record in records]
+    return [
+        dataclasses.replace(record, name=name) if taken.count(record.name) > 1 else record
+        for record, name in zip(records, names, strict=True)
+    ]
+
+
+def read(name: str) -> Record:
+    """A run by its folder, by its name under runs/, `newest`, or `wandb:ENTITY/PROJECT/RUN`."""
+    if name.startswith(WANDB):
+        return from_wandb(name.removeprefix(WANDB), connect_wandb())
+    folder = find(name)
+    options = presets.flat(run.read_config(folder))
+    return Record(folder.resolve().name, options, run.read_metrics(folder), run.read_samples(folder))
+
+
+def find(name: str) -> Path:
+    """The folder of the run that is called `name`. Raises ValueError with the name that is closest."""
+    if name == "newest":
+        return run.newest_folder()
+    for folder in (Path(name), run.RUNS / name):
+        if (folder / "config.json").is_file():
+            return folder
+    known = [path.parent.name for path in run.RUNS.glob("*/config.json")]
+    near = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.5)
+    raise ValueError(
+        f"a run must be a folder with config.json, one under {run.RUNS}/, newest or "
+        f"{WANDB}ENTITY/PROJECT/RUN, got {name}" + (f"; the closest is {near[0]}" if near else "")
+    )
+
+
+def connect_wandb() -> Any:
+    """Weights & Biases, as its own package gives access to what was recorded there."""
+    import wandb
+
+    try:
+        return wandb.Api(timeout=WANDB_TIMEOUT)
+    except Exception as error:  # of any kind: network, login, a bad install
+        raise _unreachable(error) from None
+
+
+def from_wandb(path: str, api: Any) -> Record:
+    """The run ENTITY/PROJECT/RUN, from what `wandb.Api` gives."""
+    if path.count("/") != 2 or not all(path.split("/")):
+        raise ValueError(f"a run of Weights & Biases must be {WANDB}ENTITY/PROJECT/RUN, got {WANDB}{path}")
+    try:
+        found = api.run(path)
+        name, options, rows = str(found.name), presets.flat(dict(found.config)), list(found.scan_history())
+    except Exception as error:
+        raise _unreachable(error) from None
+    return Record(name, options, run.each_step_once(_lines_of(rows)), samples=[])
+
+
+def _lines_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run sent to wandb, as it stands in metrics.jsonl: there, an attempt says where it began."""
+    lines: list[dict[str, Any]] = []
+    attempt = 1
+    for row in rows:
+        lost = row.get("nonfinite") or []
+        entry = {k: v for k, v in row.items() if not k.startswith("_") and (v is not None or k in lost)}
+        if not isinstance(entry.get("step"), int | float):
+            continue
+        entry["step"] = int(entry["step"])
+        if entry.get("attempt", attempt) != attempt:
+            attempt = entry["attempt"]
+            lines.append({"step": entry["step"] - 1, "resumed": True})
+        lines.append(entry)
+    return lines
+
+
+def _unreachable(error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(
+        f"Weights & Biases could not be read ({reason}); log in once with `uv run wandb login`, or name the "
+        "folder of a run"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The options that are not the same in all runs, each with its values; None where a run has none.
+
+    Left out is what names a run rather than making it.
+    """
+    names = dict.fromkeys(name for record in records for name in record.options)
+    values = {name: [record.options.get(name) for record in records] for name in names}
+    told = ("config", "run_dir", "resume")
+    return {n: found for n, found in values.items() if n not in told and any(v != found[0] for v in found)}

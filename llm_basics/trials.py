@@ -1,0 +1,269 @@
+"""A sweep file -> the training runs that it asks for.
+
+base: shakespeare                  a preset; or options as in a file for --config
+grid:                              every combination of these
+  train.lr: [1e-3, 3e-3]
+  train.batch_size, train.steps: [[4, 2000], [16, 500]]    options that change together
+random:                            or drawn, `trials` times: log, uniform or choice
+  train.lr: {log: [1e-4, 1e-1]}
+trials: 20
+seed: 0                            of what is drawn
+variants:                          options under names of your own; each with all of the above
+  post-norm: {model.norm_placement: post}
+seeds: [0, 1, 2]                   each of these runs, once for each seed
+figure: options                    loss over what was changed; or scaling: over parameters and compute
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_basics import config, presets
+
+SWEEPS = presets.PRESETS / "sweeps"
+
+KEYS = ("base", "grid", "random", "trials", "seed", "variants", "seeds", "figure")
+DRAWS = ("log", "uniform", "choice")
+FIGURES = ("options", "scaling")
+
+# what a sweep decides for each of its runs
+TAKEN = ("config", "run_dir", "resume", "find_lr", "train.seed")
+
+# what the name of a variant stands under, among the settings of a trial
+VARIANT = "variant"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a sweep."""
+
+    name: str
+    """Of its folder."""
+    setting: dict[str, Any]
+    """What the sweep changed, and to what; all but the seed."""
+    seed: int
+    options: config.Config
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep, in the order in which they are made, and how they are drawn."""
+
+    name: str
+    trials: list[Trial]
+    figure: str
+
+
+# letters of a folder's name
+LONGEST_NAME = 100
+
+# a set of options that belong together: what stands in the setting, and what is set
+Choice = tuple[dict[str, Any], dict[str, Any]]
+
+
+def load(name_or_path: str) -> Sweep:
+    """The sweep of a preset or of a YAML file. Raises ValueError, naming the file and the key.
+
+    >>> [trial.name for trial in load("lr").trials][:2]
+    ['lr=0.0003,optimizer=adamw,seed=0', 'lr=0.0003,optimizer=muon,seed=0']
+    """
+    path = presets.find(name_or_path, SWEEPS, "a sweep")
+    return parse(presets.read_file(path), path.stem, str(path))
+
+
+def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
+    """The sweep that the content of a file describes."""
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"unknown key {key} ({origin}); a sweep has {', '.join(KEYS)}")
+    if "grid" in content and "random" in content:
+        raise ValueError(f"a sweep must have grid or random, got both ({origin})")
+    if ("random" in content) != ("trials" in content):
+        raise ValueError(f"random and trials must come together, got only one ({origin})")
+    figure = content.get("figure", FIGURES[0])
+    if figure not in FIGURES:
+        raise ValueError(f"figure must be {' or '.join(FIGURES)}, got {figure!r} ({origin})")
+    base = _base(content.get("base", {}), origin)
+    axes = [_linked(key, values, origin) for key, values in _mapping(content, "grid", origin).items()]
+    if "random" in content:
+        axes.append(_drawn(base, content, origin))
+    if "variants" in content:
+        axes.append(_variants(content, origin))
+    if not axes:
+        raise ValueError(f"a sweep must have grid, random or variants, got none ({origin})")
+    seeds = content.get("seeds", [base.train.seed])
+    if not isinstance(seeds, list) or not seeds or len(set(map(repr, seeds))) < len(seeds):
+        raise ValueError(f"seeds must be a list of different numbers, got {seeds!r} ({origin})")
+    trials: list[Trial] = []
+    for choices in itertools.product(*axes):
+        changed = {option: value for _, options in choices for option, value in options.items()}
+        for seed in seeds:
+            options = set_options(base, {**changed, "train.seed": seed}, origin)
+            # as the config has it: YAML reads 1e-3 as text
+            setting = {
+                key: get_option(options, key) if value is None else value
+                for setting, _ in choices
+                for key, value in setting.items()
+            }
+            trials.append(Trial(_name(setting, seed, trials), setting, options.train.seed, options))
+    return Sweep(name, trials, figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is changed
+
+
+def _base(content: Any, origin: str) -> config.Config:
+    if isinstance(content, str):
+        return presets.load(content)
+    if not isinstance(content, dict):
+        raise ValueError(f"base must be a preset or hold options, got {content!r} ({origin})")
+    under = presets.load(content["config"]) if "config" in content else config.Config(config=origin)
+    return set_options(under, {key: value for key, value in content.items() if key != "config"}, origin)
+
+
+def _linked(key: str, values: Any, origin: str) -> list[Choice]:
+    """The values of an option; or of several, separated by commas, that change together."""
+    options = [option.strip() for option in str(key).split(",")]
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"grid: {key} must be a list of values, got {values!r} ({origin})")
+    rows = values if len(options) > 1 else [[value] for value in values]
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(options):
+            raise ValueError(f"grid: {key} must have {len(options)} values each time, got {row!r} ({origin})")
+    # the first stands for all, unless that would make two of them the same
+    is_clear = len({repr(row[0]) for row in rows}) == len(rows)
+    shown = options[:1] if is_clear else options
+    return [(dict.fromkeys(shown), dict(zip(options, row, strict=True))) for row in rows]
+
+
+def _variants(content: dict[str, Any], origin: str) -> list[Choice]:
+    variants = _mapping(content, "variants", origin)
+    for name, options in variants.items():
+        if not isinstance(options, dict):
+            raise ValueError(f"variants: {name} must hold options, got {options!r} ({origin})")
+    return [({VARIANT: str(name)}, options) for name, options in variants.items()]
+
+
+def _drawn(base: config.Config, content: dict[str, Any], origin: str) -> list[Choice]:
+    """Random values, the same for the same seed; more trials begin with those of fewer."""
+    trials = content["trials"]
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+        raise ValueError(f"trials must be a number from 1, got {trials!r} ({origin})")
+    rules = _mapping(content, "random", origin)
+    source = random.Random(repr(content.get("seed", 0)))
+    drawn = [
+        {option: _draw(base, option, rule, source, origin) for option, rule in rules.items()}
+        for _ in range(trials)
+    ]
+    return [(dict.fromkeys(rules), options) for options in drawn]
+
+
+def _draw(base: config.Config, option: str, rule: Any, source: random.Random, origin: str) -> Any:
+    kind, values = next(iter(rule.items())) if isinstance(rule, dict) and len(rule) == 1 else (None, None)
+    if kind not in DRAWS or not isinstance(values, list) or not values:
+        raise ValueError(
+            f"random: {option} must be one of {', '.join(f'{{{draw}: [...]}}' for draw in DRAWS)}, "
+            f"got {rule!r} ({origin})"
+        )
+    if kind == "choice":
+        return source.choice(values)
+    try:
+        low, high = map(float, values)
+    except (TypeError, ValueError):
+        raise ValueError(f"random: {option} must have two numbers, got {values!r} ({origin})") from None
+    if not low < high < math.inf or (kind == "log" and low <= 0):
+        bound = "above 0 and " if kind == "log" else ""
+        raise ValueError(f"random: {option} must have a low value {bound}below a high one ({origin})")
+    if kind == "log":
+        value = math.exp(source.uniform(math.log(low), math.log(high)))
+    else:
+        value = source.uniform(low, high)
+    is_whole = isinstance(get_option(base, option, origin), int)
+    return round(value) if is_whole else float(f"{value:.4g}")
+
+
+def _mapping(content: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
+    found = content.get(key, {})
+    if not isinstance(found, dict) or (key in content and not found):
+        raise ValueError(f"{key} must hold options and their values, got {found!r} ({origin})")
+    for option in found if key != "variants" else ():
+        for name in map(str.strip, str(option).split(",")):
+            if name in TAKEN:
+                advice = "; seeds has a list of them" if name == "train.seed" else ""
+                raise ValueError(f"{key}: {name} is set for each run of a sweep{advice} ({origin})")
+    return found
+
+
+def _name(setting: dict[str, Any], seed: int, others: Sequence[Trial]) -> str:
+    """A folder's name that says what is special about a run, and that no other run has."""
+    words = [str(v) if k == VARIANT else f"{k.rpartition('.')[2]}={v}" for k, v in setting.items()]
+    words = [re.sub(r"[^\w.=+-]+", "-", word).lstrip(".") for word in [*words, f"seed={seed}"]]
+    taken = {trial.name for trial in others}
+    return next(name for name in numbered(",".join(words)[-LONGEST_NAME:]) if name not in taken)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name, and then the same with numbers behind it."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
+
+
+# --------------------------------------------------------------------------------------------------
+# Options by their names
+
+
+def set_options(base: config.Config, changed: dict[str, Any], origin: str) -> config.Config:
+    """A copy of `base` with options set that are named as on the command line, or nested.
+
+    >>> set_options(config.Config(), {"train.lr": "1e-3"}, "here").train.lr
+    0.001
+    """
+    nested: dict[str, Any] = {}
+    for option, value in changed.items():
+        outer, _, inner = str(option).partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        elif isinstance(value, dict):
+            nested.setdefault(outer, {}).update(value)
+        else:
+            nested[outer] = value
+    return presets.update(base, nested, origin)
+
+
+def get_option(options: config.Config, name: str, origin: str = "") -> Any:
+    """The value of the option `name`, as in `train.lr`."""
+    found: Any = options
+    for part in name.split("."):
+        if not hasattr(found, part):
+            set_options(options, {name: None}, origin)  # says what is known
+        found = getattr(found, part)
+    return found
+
+
+def what_differs(options: Any, defaults: Any) -> dict[str, Any]:
+    """The options that are not the defaults, nested as in a file for --config.
+
+    >>> what_differs(presets.load("llama-tiny").model, config.ModelConfig())
+    {'n_layers': 6, 'n_heads': 8, 'n_kv_heads': 4}
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value, default = getattr(options, field.name), getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= {field.name: inner} if (inner := what_differs(value, default)) else {}
+        elif value != default:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def write_options(options: config.Config, path: Path) -> None:
+    """Write a file for --config."""
+    differing = what_differs(options, config.Config(config=options.config))
+    path.write_text(presets.dump(differing), encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Runs side by side, on the terminal and as a page. Alone: uv run pytest tests/test_compare.py"""
+
+import base64
+import html.parser
+import math
+import re
+
+import pytest
+import recorded
+
+from llm_basics import command_line, compare, programs, records, report, run
+
+HOSTILE = '<img src=x onerror="alert(1)"> [red]&amp; \u202e\x1b[31m'
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Three, of which the second ended best and the third not at all."""
+    monkeypatch.chdir(tmp_path)
+    recorded.record(run.RUNS / "one", [4.0, 3.0], samples=[("old", ""), ("def ", "f(x):\n\treturn 1")])
+    recorded.record(run.RUNS / "two", [4.0, 2.0], samples=[("ROMEO:", HOSTILE)], train__lr=0.5)
+    recorded.record(run.RUNS / "lost", [4.0, math.nan], train__optimizer="muon")
+    return ["one", "two", "lost"]
+
+
+def options_of(*arguments):
+    return command_line.program_options(programs.CompareConfig(), arguments, prog="compare")
+
+
+def test_the_terminal_shows_results_best_first_differences_and_samples(runs, capsys):
+    assert compare.main(options_of(*runs)) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.strip().startswith(tuple(runs))][:6]
+    assert [row[0] for row in rows] == ["two", "one", "lost", "one", "two", "lost"]
+    assert rows[0][1:] == "2.5000 2.5000 20 9.000 2.500 25.0% 246,464 20 20,480 20.5 1,000".split()
+    assert rows[2][1:3] == ["not", "finite"]
+    assert rows[3:] == [["one", "adamw", "0.0003"], ["two", "adamw", "0.5"], ["lost", "muon", "0.0003"]]
+    assert "def f(x):" in said and "    return 1" in said and "old" not in said
+    # as it was written, but for what moves the cursor
+    assert "<img src=x" in said and "[red]&amp;" in said and "\x1b" not in said and "\u202e" not in said
+
+
+def test_one_run_is_looked_at_as_well(runs, capsys):
+    assert compare.main(options_of("one")) == 0
+    said = capsys.readouterr().out
+    assert "3.5000" in said and "options that differ" not in said
+
+
+def test_many_options_of_few_runs_are_rows(tmp_path):
+    changed = {"train__lr": 0.5, "model__norm": "none", "train__steps": 7}
+    paths = [recorded.record(tmp_path / "a", [3.0]), recorded.record(tmp_path / "b", [3.0], **changed)]
+    titles, rows = compare.options_that_differ(records.read_all([str(path) for path in paths]))
+    assert titles == ["option", "a", "b"]
+    assert rows == [
+        ["model.norm", "rms", "none"],
+        ["train.steps", "1000", "7"],
+        ["train.lr", "0.0003", "0.5"],
+    ]
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(runs, tmp_path, capsys):
+    """However hostile the names: what is text stays text."""
+    (run.RUNS / "two").rename(run.RUNS / HOSTILE.replace("/", "").replace("\x1b", ""))
+    names = ["one", "lost", HOSTILE.replace("/", "").replace("\x1b", "")]
+    assert compare.main(options_of(*names, "--out", "report.html")) == 0
+    assert capsys.readouterr().out.endswith("report.html\nreport.png\n")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert {"script", "link", "iframe", "object", "form", "a"}.isdisjoint(tag for tag, _ in page.tags)
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    kind, data = image["src"].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == (tmp_path / "report.png").read_bytes()
+    assert not re.search(r"https?:|url\(|@import", text.replace(data, ""))
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    shown = "".join(page.words)
+    assert shown.count('<img src=x onerror="alert(1)"> [red]&amp; \ufffd') >= 3
+    assert "\u202e" not in text and "\x1b" not in text
+    assert "2.5000" in shown and "def f(x):\n    return 1" in shown
+
+
+def test_a_page_of_runs_without_curves_or_samples(tmp_path):
+    record = records.read(str(recorded.record(tmp_path / "r", [])))
+    assert compare.write([record], tmp_path / "a.html", "step") == [tmp_path / "a.html"]
+    assert "<img" not in (tmp_path / "a.html").read_text()
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    report.write(tmp_path / "a.html", "first", [])
+    before = (tmp_path / "a.html").read_text()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(OSError):
+        report.write(tmp_path / "a.html", "second", [])
+    assert (tmp_path / "a.html").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["one", "tow"], "got tow; the closest is two"),
+        (["one", "--out", "report.pdf"], "out must end in .html, got report.pdf"),
+        (["one", "--out", "nowhere/report.html"], "No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line(runs, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(options_of(*arguments))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_numbers_are_readable():
+    numbers = {"val_loss": 1.23456, "perplexity": 12345.6, "seconds": 3.14159, "bits_per_byte": 123.456}
+    assert [report.number(*pair) for pair in numbers.items()] == ["1.2346", "12,346", "3.1", "123.5"]
+    assert report.number("val_loss", None) == "-" and report.number("val_loss", math.inf) == "not finite"

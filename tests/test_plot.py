@@ -1,0 +1,187 @@
+"""Figures of runs. Alone: uv run pytest tests/test_plot.py"""
+
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import recorded
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import figure
+
+from llm_basics import command_line, plot, programs, records, run
+
+HOSTILE = "<img src=x> $\\frac{$ _x\n\u202e\u6f22"
+
+
+def made(losses, name="a run", step=10, **more):
+    metrics = [{"step": step * i, "train_loss": loss, **more} for i, loss in enumerate(losses, start=1)]
+    return records.Record(name, {}, metrics, [])
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), max_size=400),
+    st.integers(2, 50),
+)
+def test_thinned_points_are_points_in_order_and_keep_lowest_and_highest(values, most):
+    x, y = np.arange(float(len(values))), np.array(values)
+    kept_x, kept_y = plot.thin(x, y, most)
+    assert len(kept_x) <= max(most + 2, min(len(x), most)) and (np.diff(kept_x) > 0).all()
+    np.testing.assert_array_equal(kept_y, y[kept_x.astype(int)])
+    finite, kept = y[np.isfinite(y)], kept_y[np.isfinite(kept_y)]
+    if len(finite):
+        assert (kept.min(), kept.max()) == (finite.min(), finite.max())
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.integers(1, 90))
+def test_smoothing_keeps_length_and_bounds_and_what_is_constant(values, window):
+    smooth = plot.smoothed(np.array(values), window)
+    assert len(smooth) == len(values)
+    assert min(values) - 1e-6 <= smooth.min() and smooth.max() <= max(values) + 1e-6
+    np.testing.assert_allclose(plot.smoothed(np.full(len(values), 3.0), window), 3.0)
+
+
+def test_smoothing_by_one_changes_nothing_and_gaps_stay_gaps():
+    values = np.array([1.0, np.nan, 3.0, 8.0])
+    np.testing.assert_array_equal(plot.smoothed(values, 1), values)
+    assert np.isnan(plot.smoothed(np.array([np.nan, np.nan]), 3)).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_labels_keep_their_order_and_do_not_meet(places):
+    least = 0.04
+    apart = plot.spread(sorted(places), least)
+    assert all(high - low >= least - 1e-6 for low, high in zip(apart, apart[1:], strict=False))
+    assert min(apart) >= -1e-6 and max(apart) <= 1 + 1e-6
+
+
+def test_a_panel_for_each_unit_and_losses_together(tmp_path, drawn):
+    runs = [made([4.0, 3.0, 2.0], val_loss=2.5, lr=0.1, grad_norm=1.0)]
+    assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss", "val_loss", "lr", "grad_norm"]))
+    assert [len(axes.lines) for axes in drawn[0].axes] == [2, 1, 1]
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == [
+        "loss (nats per token)",
+        "learning rate",
+        "norm of the gradient",
+    ]
+
+
+def test_smoothing_is_of_training_and_leaves_evaluations(tmp_path, drawn):
+    metrics = [{"step": i, "train_loss": float(i % 2), "val_loss": float(i % 2)} for i in range(40)]
+    plot.draw([records.Record("r", {}, metrics, [])], tmp_path / "a.png", smooth=10, log=True)
+    faint, smooth, evaluated = (np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines)
+    assert np.ptp(faint) == np.ptp(evaluated) == 1 and np.ptp(smooth[5:-5]) < 0.01
+    assert drawn[0].axes[0].get_yscale() == "log"
+
+
+def test_of_many_runs_the_best_have_colors_and_names(tmp_path, drawn):
+    runs = [made([5.0, 1.0 + i / 100], name=f"number {i}") for i in range(100)]
+    began = time.perf_counter()
+    assert is_picture(plot.draw(runs[::-1], tmp_path / "a.png", ys=["train_loss"]))
+    assert time.perf_counter() - began < 20
+    named = {text.get_text() for text in drawn[0].axes[0].texts}
+    assert named == {f"number {i}" for i in range(len(plot.COLORS))}
+    assert drawn[0].axes[0].get_legend().get_texts()[0].get_text() == f"{100 - len(plot.COLORS)} more runs"
+
+
+def test_a_million_points_are_few_when_drawn(tmp_path, drawn):
+    losses = np.ones(1_000_000)
+    losses[777_777] = 99.0
+    record = made([1.0])
+    object.__setattr__(record, "curve", lambda y, x="step": (np.arange(1e6), losses))
+    began = time.perf_counter()
+    plot.draw([record], tmp_path / "a.png", ys=["train_loss"], smooth=50)
+    assert time.perf_counter() - began < 10
+    lines = drawn[0].axes[0].lines
+    assert all(len(line.get_xdata()) <= plot.MOST_POINTS for line in lines)
+    assert max(lines[0].get_ydata()) == 99.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_any_letters_are_drawn_as_they_are(tmp_path, drawn):
+    for count in (1, 2):
+        assert is_picture(
+            plot.draw([made([3.0, 2.0], name=HOSTILE)] * count, tmp_path / "a.png", ys=["train_loss"])
+        )
+    assert "\n" not in plot.readable(HOSTILE) and len(plot.readable("x" * 500)) == plot.NAME_LENGTH
+
+
+def test_runs_that_have_only_numbers_that_are_none(tmp_path):
+    runs = [made([None, None], name="lost"), made([3.0, None, 2.0], name="partly")]
+    assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss"]))
+
+
+def test_the_steep_beginning_does_not_flatten_the_rest(tmp_path, drawn):
+    plot.draw([made([100.0, *np.linspace(3, 2, 60)])], tmp_path / "a.png", ys=["train_loss"])
+    assert drawn[0].axes[0].get_ylim()[1] < 4
+
+
+def test_the_curve_of_a_run_and_what_counting_would_reach(tmp_path, drawn):
+    folder = recorded.record(tmp_path / "r", [4.0, 3.0, 2.0])
+    assert plot.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"
+    (axes,) = drawn[0].axes
+    assert {text.get_text() for text in axes.texts} == {"training", "validation", "unigram entropy"}
+    assert axes.get_title(loc="left") == "r" and axes.get_ylim()[1] > 3.3
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = plot.draw([made([3.0, 2.0])], tmp_path / "a.png", ys=["train_loss"])
+    before = path.read_bytes()
+
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(OSError):
+        plot.draw([made([3.0, 1.0])], path, ys=["train_loss"])
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+def options_of(*arguments):
+    return command_line.program_options(programs.PlotConfig(), arguments, prog="plot")
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_program_draws_runs(tmp_path, monkeypatch, capsys, ending):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        recorded.record(run.RUNS / name, [3.0, 2.0, 1.0])
+    options = options_of("one", "runs/two", "--x", "time", "--smooth", "2", "--out", f"both.{ending}")
+    assert plot.main(options) == 0 and capsys.readouterr().out == f"both.{ending}\n"
+    assert (tmp_path / f"both.{ending}").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["r", "--y", "valloss"], "y must be what the runs have measured (accuracy, bits_per_byte, lr, "),
+        (["nowhere"], "a run must be a folder with config.json"),
+        (["r", "--out", "nowhere/a.png"], "No such file or directory"),
+        (["r", "--out", "a.gif"], "out must end in .png, .svg or .pdf, got a.gif"),
+        (["r", "--smooth", "0"], "smooth must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    recorded.record(run.RUNS / "r", [3.0, 2.0])
+    with pytest.raises(SystemExit) as stop:
+        plot.main(options_of(*arguments))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_plot_compare_and_sweep_answer_without_torch():
+    code = "import sys; from llm_basics import plot, compare, sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,157 @@
+"""Runs as somebody reads them. Alone: uv run pytest tests/test_records.py"""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import recorded
+
+from llm_basics import records, run
+
+
+def test_a_run_is_found_by_folder_by_name_and_as_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = recorded.record(run.RUNS / "first", [3.0, 2.0])
+    for name in (str(folder), "first", "newest"):
+        assert records.read(name).name == "first"
+    with pytest.raises(ValueError, match="got frist; the closest is first"):
+        records.read("frist")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a run must be a folder with config.json"):
+        records.read("empty")
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    names = [str(recorded.record(tmp_path / outer / "run", [3.0])) for outer in ("a", "b")]
+    other = str(recorded.record(tmp_path / "c", [3.0]))
+    assert [record.name for record in records.read_all([*names, other])] == [*names, "c"]
+
+
+def test_axes_are_steps_tokens_and_seconds(tmp_path):
+    """16 x 2 windows of 64 tokens a step; at 1,000 tokens per second, 20.48 s for ten steps."""
+    record = records.read(str(recorded.record(tmp_path, [3.0, 2.0, 1.0], train__grad_accumulation_steps=2)))
+    assert record.tokens_per_step == 2048
+    for x, unit in (("step", 1.0), ("tokens", 2048.0), ("time", 2.048)):
+        at, losses = record.curve("train_loss", x)
+        np.testing.assert_allclose(at, np.array([10, 20, 30]) * unit)
+        np.testing.assert_allclose(losses, [3, 2, 1])
+    np.testing.assert_allclose(record.position(np.array([15.0]), "time"), 30.72)
+
+
+def test_time_adds_up_what_each_stretch_took(tmp_path):
+    output = run.Run(recorded.record(tmp_path, []))
+    for step, speed in ((1, 100.0), (11, 1000.0), (21, 2000.0)):
+        output.metrics(step, train_loss=1.0, tokens_per_second=speed)
+    output.metrics(21, val_loss=1.0)
+    record = records.read(str(tmp_path))
+    at, _ = record.curve("train_loss", "time")
+    np.testing.assert_allclose(at, np.cumsum([1024 / 100, 10240 / 1000, 10240 / 2000]))
+    assert record.curve("val_loss", "time")[0][-1] == pytest.approx(at[-1])
+
+
+def test_without_a_speed_there_is_no_time(tmp_path):
+    run.Run(recorded.record(tmp_path, [])).metrics(1, train_loss=1.0)
+    with pytest.raises(ValueError, match="no tokens_per_second"):
+        records.read(str(tmp_path)).curve("train_loss", "time")
+
+
+def test_summary(tmp_path):
+    output = run.Run(recorded.record(tmp_path, [3.0, 2.0, 1.9]))
+    output.metrics(20, val_loss=1.25)
+    found = records.read(str(tmp_path)).summary()
+    assert (found["val_loss"], found["best_val_loss"], found["best_step"]) == (2.4, 1.25, 20)
+    assert (found["bits_per_byte"], found["accuracy"], found["train_loss"]) == (2.5, 0.25, 1.9)
+    assert (found["steps"], found["tokens"]) == (30, 30 * 1024)
+    assert found["seconds"] == pytest.approx(30.72) and found["tokens_per_second"] == pytest.approx(1000)
+
+
+def test_what_is_not_finite_is_told_and_never_the_best(tmp_path):
+    output = run.Run(recorded.record(tmp_path, [3.0, math.nan, math.inf]))
+    output.metrics(40, val_loss=math.nan)
+    record = records.read(str(tmp_path))
+    assert np.isnan(record.curve("train_loss")[1]).tolist() == [False, True, True]
+    found = record.summary()
+    assert math.isnan(found["val_loss"]) and "best_val_loss" not in found
+
+
+def test_a_run_that_measured_nothing_and_one_with_a_torn_line(tmp_path):
+    record = records.read(str(recorded.record(tmp_path / "none", [])))
+    assert record.summary()["steps"] == 0 and "val_loss" not in record.summary()
+    folder = recorded.record(tmp_path / "torn", [3.0, 2.0], samples=[("a", "b")])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(folder / name, "a") as file:
+            file.write('{"step": 99, "tr')
+    record = records.read(str(folder))
+    assert record.last_step == 20 and record.last_sample() == "ab"
+
+
+def test_a_config_of_another_program_costs_numbers_and_no_more(tmp_path):
+    folder = recorded.record(tmp_path, [3.0])
+    (folder / "config.json").write_text(json.dumps({"lr": 1, "model": {"depth": 3}}))
+    found = records.read(str(folder)).summary()
+    assert found["val_loss"] == 3.5 and not {"parameters", "tokens", "seconds"} & set(found)
+
+
+def test_options_that_differ(tmp_path):
+    one = records.read(str(recorded.record(tmp_path / "one", [3.0])))
+    two = records.read(str(recorded.record(tmp_path / "two", [3.0], train__lr=0.5, model__norm="none")))
+    assert records.differences([one, two]) == {"model.norm": ["rms", "none"], "train.lr": [3e-4, 0.5]}
+    assert records.differences([one, one]) == records.differences([one]) == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+def fake_api(rows, config):
+    found = types.SimpleNamespace(name="two", config=config, scan_history=lambda: iter(rows))
+    return types.SimpleNamespace(run=lambda path: found if path == "me/llm/two" else pytest.fail(path))
+
+
+def test_a_run_of_wandb_is_the_one_that_was_sent_there(tmp_path):
+    """As wandb keeps it: columns of its own; what was null is missing; after a resume, steps again."""
+    folder = recorded.record(tmp_path, [3.0, 2.0, math.nan, 9.0])
+    output = run.Run(folder)
+    output.resumed(20)
+    output.metrics(30, train_loss=1.0, tokens_per_second=500.0)
+    local = records.read(str(folder))
+    sent = [json.loads(line) for line in (folder / run.METRICS).read_text().splitlines()]
+    rows = [
+        {"_step": i, "_runtime": 0.1, "_timestamp": 1e9, **{k: v for k, v in entry.items() if v is not None}}
+        for i, entry in enumerate(entry for entry in sent if "resumed" not in entry)
+    ]
+    found = records.from_wandb("me/llm/two", fake_api(rows, json.loads((folder / "config.json").read_text())))
+    assert found.name == "two" and found.summary() == local.summary()
+    for x in ("step", "tokens", "time"):
+        for one, other in zip(found.curve("train_loss", x), local.curve("train_loss", x), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_number_that_wandb_gives_as_null_is_nan_where_it_was_not_finite():
+    rows = [{"step": 1, "train_loss": None, "val_loss": None, "nonfinite": ["train_loss"]}]
+    found = records.from_wandb("me/llm/two", fake_api(rows, {}))
+    assert np.isnan(found.curve("train_loss")[1]).all() and not len(found.curve("val_loss")[1])
+
+
+def test_a_wandb_that_cannot_be_read_is_one_line():
+    def offline(path):
+        raise ConnectionError("no route\nto host")
+
+    with pytest.raises(ValueError, match=r"could not be read \(no route to host\); log in once with"):
+        records.from_wandb("me/llm/two", types.SimpleNamespace(run=offline))
+    for wrong in ("two", "me/two", "a/b/c/d", "me//two"):
+        with pytest.raises(ValueError, match="must be wandb:ENTITY/PROJECT/RUN"):
+            records.from_wandb(wrong, None)
+
+
+def test_without_an_account_wandb_is_one_line(monkeypatch):
+    import wandb
+
+    def no_key(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "Api", no_key)
+    with pytest.raises(ValueError, match="No API key configured"):
+        records.read("wandb:me/llm/two")

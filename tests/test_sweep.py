@@ -1,0 +1,272 @@
+"""Many trainings and their comparison. Alone: uv run pytest tests/test_sweep.py
+
+But for the last test, trainings are those of fixtures/trainer.py, which take no time.
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_basics import charts, command_line, programs, run, sweep, train
+
+TRAINER = Path(__file__).parent / "fixtures" / "trainer.py"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(TRAINER)))
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    return tmp_path
+
+
+def do(content, *arguments):
+    Path("mine.yaml").write_text(content)
+    return sweep.main(
+        command_line.program_options(programs.SweepConfig(), ["mine.yaml", *arguments], "sweep")
+    )
+
+
+def calls():
+    return [line.split()[:2] for line in Path("calls.txt").read_text().splitlines()]
+
+
+def results(out="runs/mine"):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+TWO = "base: {train: {steps: 3}}\ngrid: {train.lr: [1e-2, 1e-3]}"
+GRID = "base: {train: {steps: 3}}\ngrid: {train.lr: [1e-2, 1e-3]}\nseeds: [0, 1]"
+
+
+def test_a_sweep_trains_each_run_and_compares(here, capsys):
+    assert do(GRID) == 0
+    said = capsys.readouterr().out
+    names = [f"lr={lr},seed={seed}" for lr in (0.01, 0.001) for seed in (0, 1)]
+    assert calls() == [["begin", name] for name in names]
+    rows = [line.split() for line in said.splitlines() if line.strip().startswith("0.0")]
+    assert [row[:4] for row in rows] == [
+        ["0.001", "2.0050", "0.0071", "2"],
+        ["0.01", "3.0050", "0.0071", "2"],
+    ]
+    found = results()
+    assert [(r["run"], r["state"], r["train.lr"], r["seed"], r["val_loss"]) for r in found] == [
+        (names[0], "finished", 0.01, 0, 3.0),
+        (names[1], "finished", 0.01, 1, 3.01),
+        (names[2], "finished", 0.001, 0, 2.0),
+        (names[3], "finished", 0.001, 1, 2.01),
+    ]
+    with open("runs/mine/results.csv") as file:
+        assert [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)] == [
+            {k: str(v) for k, v in row.items()} for row in found
+        ]
+    for picture in ("mine.png", "curves.png"):
+        assert Path("runs/mine", picture).read_bytes().startswith(b"\x89PNG")
+    assert Path("runs/mine/report.html").read_text().count("<img") == 2
+
+
+def test_a_second_call_does_nothing_but_compare(here, capsys):
+    do(TWO)
+    capsys.readouterr()
+    Path("calls.txt").unlink()
+    shutil.rmtree("runs/mine/lr=0.001,seed=0")
+    os.remove("runs/mine/results.json")
+    assert do(TWO) == 0 and calls() == [["begin", "lr=0.001,seed=0"]]
+    assert "1 of 2 runs are finished already" in capsys.readouterr().out and len(results()) == 2
+    Path("calls.txt").unlink()
+    assert do(TWO) == 0 and not Path("calls.txt").exists()
+
+
+def test_runs_are_known_by_their_options_not_by_their_names(here):
+    """Those of other options stay as they are, and count no longer."""
+    do(TWO)
+    Path("calls.txt").unlink()
+    longer = TWO.replace("steps: 3", "steps: 4")
+    assert do(longer) == 0
+    assert calls() == [["begin", "lr=0.01,seed=0-2"], ["begin", "lr=0.001,seed=0-2"]]
+    assert [(r["run"], r["steps"]) for r in results()] == [("lr=0.01,seed=0-2", 4), ("lr=0.001,seed=0-2", 4)]
+    Path("calls.txt").unlink()
+    assert do(TWO) == 0 and not Path("calls.txt").exists()
+    assert [r["run"] for r in results()][0] == "lr=0.01,seed=0"
+
+
+def test_a_run_that_fails_stops_no_other_and_is_told(here, capsys):
+    assert do("base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: fail}, c: {train.lr: 1e-2}}") == 1
+    said = capsys.readouterr().out
+    assert "[2/3] b,seed=0: failed after 0 s with status 1: error: it was asked for (see runs/mine/b" in said
+    assert [r["state"] for r in results()] == ["finished", "failed", "finished"]
+    assert [line.split()[1] for line in said.splitlines() if line.startswith(("  a ", "  b ", "  c "))] == [
+        "2.5229",
+        "3.0000",
+        "none",
+    ]
+
+
+def test_where_all_fail_the_results_say_so(here, capsys):
+    assert do("variants: {b: {data: fail}}") == 1
+    assert results()[0]["state"] == "failed" and "no run has come to its end" in capsys.readouterr().out
+    assert not Path("runs/mine/mine.png").exists()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_interrupted_it_saves_and_the_same_command_goes_on(here, capsys, jobs):
+    content = "base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: interrupt}, c: {train.lr: 1e-2}}"
+    assert do(content, "--jobs", jobs) == 130
+    assert "stopped by SIGINT; what ran is saved; go on with: uv run" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert do(content, "--jobs", jobs) == 0
+    made = calls()
+    assert ["resume", "b,seed=0"] in made and made.count(["begin", "a,seed=0"]) == 1
+    assert [r["state"] for r in results()] == ["finished"] * 3
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(here):
+    do(TWO)
+    for path in Path("runs/mine/lr=0.01,seed=0/checkpoints").iterdir():
+        path.unlink()
+    assert do(TWO) == 0
+    assert calls()[2:] == [["begin", "lr=0.01,seed=0-2"]]
+
+
+def test_jobs_share_the_cores_and_the_first_prepares_the_text(here, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert do(TWO, "--jobs", "3") == 0
+    assert {line.split()[2] for line in Path("calls.txt").read_text().splitlines()} == {"2"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert do(TWO, "--out", "other") == 0
+    assert Path("calls.txt").read_text().splitlines()[-1].split()[2] == "5"
+
+
+def test_a_second_run_waits_until_the_first_has_its_text(here, monkeypatch):
+    begun = []
+    start = sweep.start
+
+    def watched(place, jobs):
+        begun.append([(other / "config.json").exists() for other in begun_folders])
+        begun_folders.append(place.folder)
+        return start(place, jobs)
+
+    begun_folders = []
+    monkeypatch.setattr(sweep, "start", watched)
+    assert do(TWO, "--jobs", "4") == 0
+    assert begun == [[], [True]]
+
+
+def test_two_sweeps_do_not_write_one_folder(here, capsys):
+    Path("runs/mine").mkdir(parents=True)
+    with run.locked("runs/mine"), pytest.raises(SystemExit) as stop:
+        do(GRID)
+    assert stop.value.code == 2 and "runs/mine is locked by pid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("grid: {train.lrr: [1]}", "unknown option train.lrr (mine.yaml); the closest is train.lr"),
+        ("grids: {train.lr: [1]}", "unknown key grids (mine.yaml); a sweep has base, grid"),
+    ],
+)
+def test_mistakes_are_one_line_and_make_nothing(here, capsys, content, said):
+    with pytest.raises(SystemExit) as stop:
+        do(content)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+
+
+def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
+    """What the file of a run says, trained alone, gives the same losses to the last bit."""
+    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, "-m", "llm_basics.train"))
+    Path("text.txt").write_text("All is well that ends well.\n" * 60)
+    model = "{context_length: 8, d_model: 16, n_layers: 1, n_heads: 2}"
+    steps = "{steps: 5, batch_size: 2, eval_batches: 1, sample_tokens: 5, device: cpu}"
+    base = f"{{data: text.txt, tokenizer: bytes, fast: off, model: {model}, train: {steps}}}"
+    assert do(f"base: {base}\nvariants: {{no norm: {{model.norm: none}}}}\nfigure: scaling") == 0
+    arguments = ["--config", "runs/mine/no-norm,seed=0.yaml", "--run_dir", "alone"]
+    assert train.main(command_line.train_options(arguments)) == 0
+    losses = [
+        [m.get("val_loss", m.get("train_loss")) for m in run.read_metrics(folder)]
+        for folder in ("runs/mine/no-norm,seed=0", "alone")
+    ]
+    assert losses[0] == losses[1] and results()[0]["val_loss"] == losses[0][-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def outcome(loss, weights=1000, tokens=1000, flops=1e9, **setting):
+    losses = [float(one) for one in (loss if isinstance(loss, list) else [loss])]
+    return charts.Outcome(setting, losses, weights, tokens, flops)
+
+
+def test_numbers_are_lines_with_a_logarithmic_axis_where_they_are_far_apart(tmp_path, drawn):
+    found = [outcome([3 - i, 3.2 - i], lr=10.0**-i, kind=kind) for i in range(3) for kind in ("a", "b")]
+    charts.draw_options([*found, outcome([], lr=5.0, kind="a")], tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    means = [line for line in axes.lines if line.get_linestyle() == "-"]
+    assert len(means) == 2 and axes.get_xscale() == "log"
+    np.testing.assert_allclose(means[0].get_xdata(), [0.01, 0.1, 1.0])
+    np.testing.assert_allclose(means[0].get_ydata(), [1.1, 2.1, 3.1])
+    assert {text.get_text() for text in axes.texts} == {"kind a", "kind b"}
+    assert axes.get_title(loc="left") == "Lowest validation loss: 1.100 at lr 0.01, kind a"
+
+
+def test_choices_are_bars_beside_the_first(tmp_path, drawn):
+    found = [outcome([2.0, 2.2], variant="$x_"), outcome([1.5], variant="b"), outcome([3.0], variant="c")]
+    charts.draw_options(found, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.9, 0.0, -0.6])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "$x_", "b"]
+    assert [text.get_text() for text in axes.texts] == ["3.000  (+0.900)", "2.100", "1.500  (-0.600)"]
+
+
+def test_what_was_drawn_at_random_is_points_for_each_option(tmp_path, drawn):
+    charts.draw_options([outcome(2.0 + i, lr=10.0**-i, wd=0.1 * i) for i in range(5)], tmp_path / "a.png")
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["learning rate", "wd"]
+    assert [axes.get_xscale() for axes in drawn[0].axes] == ["log", "linear"]
+
+
+def test_a_loss_far_above_all_others_goes_off_the_top(tmp_path, drawn):
+    charts.draw_options(
+        [outcome(loss, lr=i) for i, loss in enumerate([2.0, 2.1, 2.2, 2.3, 90.0])], tmp_path / "a.png"
+    )
+    assert drawn[0].axes[0].get_ylim()[1] < 3
+
+
+def test_power_laws_are_found_again(tmp_path, drawn):
+    found = [
+        outcome(20 * n**-0.1 * d**-0.05, n, d, 6.0 * n * d, model_d=n, steps=d)
+        for n in (1000, 3000, 9000)
+        for d in (10_000, 40_000, 160_000)
+    ]
+    laws = charts.scaling_laws([*found, outcome([], 27_000, 160_000, 1e12)])
+    assert (laws["weights"].exponent, laws["tokens"].exponent) == pytest.approx((-0.1, -0.05))
+    assert laws["weights"](np.array([1000.0])) == pytest.approx(found[2].mean)
+    best = charts.frontier(found)
+    assert [o.flops for o in best] == sorted(o.flops for o in best)
+    for one in found:
+        assert any(o.flops <= one.flops and o.mean <= one.mean for o in best)
+    charts.draw_scaling(found, tmp_path / "a.png")
+    left, right = drawn[0].axes
+    assert {text.get_text() for text in left.texts} >= {"10k tokens", "40k tokens", "160k tokens"}
+    assert {text.get_text() for text in right.texts} >= {"1k weights", "3k weights", "9k weights"}
+
+
+def test_a_law_needs_three_points(tmp_path):
+    found = [outcome(2.0, 1000), outcome(1.9, 2000, flops=2e9)]
+    assert charts.scaling_laws(found) == {}
+    assert charts.draw_scaling(found, tmp_path / "a.png").exists()
+
+
+def test_spread_is_that_of_the_seeds():
+    assert outcome([1.0, 2.0, 3.0]).spread == 1.0 and math.isnan(outcome([1.0]).spread)

@@ -1,0 +1,164 @@
+"""Sweep files. Alone: uv run pytest tests/test_trials.py"""
+
+import dataclasses
+
+import pytest
+
+from llm_basics import config, presets, trials
+
+PRESETS = sorted(path.stem for path in trials.SWEEPS.glob("*.yaml"))
+
+
+def parse(**content):
+    return trials.parse(content, "name", "f.yaml")
+
+
+def test_a_grid_is_every_combination_with_every_seed():
+    sweep = parse(
+        base={"train": {"steps": 7}},
+        grid={"train.lr": ["1e-3", 0.1], "model.norm": ["rms", "none"]},
+        seeds=[3, 4],
+    )
+    found = [(t.options.train.lr, t.options.model.norm, t.options.train.seed) for t in sweep.trials]
+    assert found == [(lr, norm, seed) for lr in (0.001, 0.1) for norm in ("rms", "none") for seed in (3, 4)]
+    assert sweep.trials[0].setting == {"train.lr": 0.001, "model.norm": "rms"}
+    assert all(trial.options.train.steps == 7 and trial.seed in (3, 4) for trial in sweep.trials)
+    assert sweep.trials[0].name == "lr=0.001,norm=rms,seed=3"
+
+
+def test_options_of_one_key_change_together():
+    sweep = parse(grid={"train.batch_size, train.steps": [[4, 100], [16, 25]]})
+    assert [(t.options.train.batch_size, t.options.train.steps) for t in sweep.trials] == [(4, 100), (16, 25)]
+    assert [t.setting for t in sweep.trials] == [{"train.batch_size": 4}, {"train.batch_size": 16}]
+    # where the first alone would not tell them apart, all do
+    sweep = parse(grid={"model.d_model, model.n_layers": [[64, 2], [64, 3]]})
+    assert sweep.trials[1].setting == {"model.d_model": 64, "model.n_layers": 3}
+
+
+def test_variants_have_names_and_each_has_all_of_the_grid():
+    sweep = parse(
+        variants={"as it is": {}, "post/../norm": {"model": {"norm_placement": "post"}, "train.lr": 0.5}},
+        grid={"model.n_layers": [1, 2]},
+    )
+    assert [t.options.model.norm_placement for t in sweep.trials] == ["pre", "post", "pre", "post"]
+    assert [t.options.train.lr for t in sweep.trials] == [3e-4, 0.5, 3e-4, 0.5]
+    assert sweep.trials[1].setting == {"model.n_layers": 1, "variant": "post/../norm"}
+    assert sweep.trials[1].name == "n_layers=1,post-..-norm,seed=0"
+
+
+def test_drawn_values_are_within_bounds_the_same_each_time_and_more_begin_with_fewer():
+    rules = {
+        "train.lr": {"log": ["1e-4", 0.1]},
+        "train.weight_decay": {"uniform": [0, 0.2]},
+        "model.n_layers": {"uniform": [1, 8]},
+        "model.ffn": {"choice": ["swiglu", "silu"]},
+    }
+    many, again, few, other = (
+        [t.options for t in parse(random=rules, trials=n, seed=seed).trials]
+        for n, seed in ((60, 1), (60, 1), (9, 1), (60, 2))
+    )
+    assert many == again and many[:9] == few and many != other
+    assert all(1e-4 <= o.train.lr <= 0.1 and 0 <= o.train.weight_decay <= 0.2 for o in many)
+    # of a logarithmic range of three decades, a third lies in the lowest
+    assert 10 < sum(o.train.lr < 1e-3 for o in many) < 30
+    assert {o.model.n_layers for o in many} <= set(range(1, 9)) and len({o.model.n_layers for o in many}) > 3
+    assert {o.model.ffn for o in many} == {"swiglu", "silu"}
+
+
+def test_folders_have_names_that_no_other_run_has():
+    names = [t.name for t in parse(variants={"a b": {}, "a/b": {}, "x" * 300: {}, "..": {}}).trials]
+    assert len(set(names)) == 4 and names[:2] == ["a-b,seed=0", "a-b,seed=0-2"]
+    assert all(0 < len(name) <= 103 and "/" not in name and not name.startswith(".") for name in names)
+
+
+def test_base_is_a_preset_or_options_over_one(tmp_path):
+    one = parse(base="shakespeare", grid={"train.lr": [1.0]}).trials[0].options
+    two = parse(base={"config": "shakespeare", "data": "x"}, grid={"train.lr": [1.0]}).trials[0].options
+    assert one.model == two.model == presets.load("shakespeare").model and two.data == "x"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_and_their_files_give_the_same_options(tmp_path, name):
+    sweep = trials.load(name)
+    assert 6 <= len(sweep.trials) <= 30
+    for trial in sweep.trials:
+        path = tmp_path / "options.yaml"
+        trials.write_options(trial.options, path)
+        assert dataclasses.replace(presets.load(str(path)), config=trial.options.config) == trial.options
+
+
+def test_presets_that_must_be_there():
+    assert set(PRESETS) >= {"lr", "batch", "ablations", "scaling"}
+    tokens = {t.options.train.steps * t.options.train.batch_size for t in trials.load("batch").trials}
+    assert max(tokens) <= 1.02 * min(tokens)
+    trains = [trial.options.train for trial in trials.load("batch").trials]
+    assert len({train.batch_size * train.eval_batches for train in trains}) == 1
+    by_variant = {t.setting["variant"]: t.options.model.n_parameters for t in trials.load("ablations").trials}
+    assert by_variant["silu for swiglu"] == by_variant["as it is"] == by_variant["post-norm"]
+
+
+def test_a_sweep_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("grid: {train.betas: [[0.8, 0.9], [0.9, 0.99]]}")
+    sweep = trials.load(str(path))
+    assert sweep.name == "mine" and sweep.trials[0].options.train.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("grids: {}", "unknown key grids ({path}); a sweep has base, grid, random, trials, seed, variants"),
+        ("grid: {train.lrr: [1]}", "unknown option train.lrr ({path}); the closest is train.lr"),
+        ("grid: {train.lr: 1}", "grid: train.lr must be a list of values, got 1 ({path})"),
+        ("grid: {train.lr: []}", "grid: train.lr must be a list of values, got [] ({path})"),
+        ("grid: {train.lr: [fast]}", "train.lr must be float, got 'fast' ({path})"),
+        ("grid: {train.lr: [-1]}", "train.lr must be at least 0, got -1"),
+        (
+            "grid: {'train.lr, train.steps': [[1]]}",
+            "train.lr, train.steps must have 2 values each time, got [1]",
+        ),
+        ("grid: {run_dir: [a]}", "grid: run_dir is set for each run of a sweep ({path})"),
+        ("grid: {train.seed: [1]}", "train.seed is set for each run of a sweep; seeds has a list of them"),
+        ("grid: [1]", "grid must hold options and their values, got [1] ({path})"),
+        ("base: tiny", "a sweep must have grid, random or variants, got none ({path})"),
+        ("base: tini\ngrid: {train.lr: [1]}", "--config must be a preset"),
+        ("base: 3\ngrid: {train.lr: [1]}", "base must be a preset or hold options, got 3 ({path})"),
+        ("grid: {train.lr: [1]}\nrandom: {a: 1}\ntrials: 1", "must have grid or random, got both ({path})"),
+        ("random: {train.lr: {log: [1, 2]}}", "random and trials must come together, got only one ({path})"),
+        ("random: {train.lr: {log: [0, 2]}}\ntrials: 2", "a low value above 0 and below a high one ({path})"),
+        ("random: {train.lr: {uniform: [2, 1]}}\ntrials: 2", "a low value below a high one ({path})"),
+        ("random: {train.lr: {log: [a, b]}}\ntrials: 2", "train.lr must have two numbers, got ['a', 'b']"),
+        ("random: {train.lr: {normal: [0, 1]}}\ntrials: 2", "one of {{log: [...]}}, {{uniform: [...]}}"),
+        ("random: {train.lr: 3}\ntrials: 2", "got 3 ({path})"),
+        ("random: {train.x: {log: [1, 2]}}\ntrials: 2", "unknown option train.x ({path})"),
+        ("random: {train.lr: {log: [1, 2]}}\ntrials: 0", "trials must be a number from 1, got 0 ({path})"),
+        ("variants: {a: 1}", "variants: a must hold options, got 1 ({path})"),
+        (
+            "variants: {a: {model.norm: batch}}",
+            "model.norm must be Literal['rms', 'layer', 'none'], got 'batch'",
+        ),
+        ("grid: {train.lr: [1]}\nseeds: 3", "seeds must be a list of different numbers, got 3 ({path})"),
+        ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of different numbers, got [1, 1]"),
+        ("grid: {train.lr: [1]}\nseeds: [a]", "train.seed must be int, got 'a' ({path})"),
+        ("grid: {train.lr: [1]}\nfigure: cake", "figure must be options or scaling, got 'cake' ({path})"),
+        ("grid: [", "{path} must be YAML"),
+    ],
+)
+def test_mistakes_in_a_file_name_it_and_the_key(tmp_path, content, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        trials.load(str(path))
+    assert said.format(path=path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sweep_that_is_not_there():
+    with pytest.raises(ValueError, match=r"a sweep must be a preset \(ablations, batch, lr, scaling\) or a"):
+        trials.load("learning-rate")
+
+
+def test_options_have_names_to_set_and_get_them():
+    options = trials.set_options(config.Config(), {"train": {"steps": 5}, "train.lr": 1, "data": "x"}, "here")
+    assert (options.train.steps, trials.get_option(options, "train.lr"), options.data) == (5, 1.0, "x")
+    with pytest.raises(ValueError, match="unknown option train.stepz"):
+        trials.get_option(options, "train.stepz", "here")
