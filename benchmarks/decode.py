@@ -62,6 +62,9 @@ def compare(shape: str, options: argparse.Namespace) -> None:
                 command += ["--threads", str(n_threads), "--tokens", str(options.tokens)]
                 command += ["--device", options.device]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
+                if name == "ours":
+                    # as the programs set it
+                    environment["GOMP_SPINCOUNT"] = "3000"
                 run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
                 results.setdefault((name, n_threads), []).append(json.loads(run.stdout.splitlines()[-1]))
 

@@ -189,6 +189,7 @@ if __name__ == "__main__":
     OPTIONS = command_line.program_options(
         programs.ChatConfig(), sys.argv[1:], prog="python -m llm_basics.chat"
     )
+    command_line.spin_less()
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # bytes and characters of any kind
     sys.exit(importlib.import_module("llm_basics.chat_cli").main(OPTIONS))

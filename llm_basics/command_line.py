@@ -70,6 +70,15 @@ def program_options(defaults: T, arguments: Sequence[str], prog: str) -> T:
         return parse(defaults, arguments, prog)
 
 
+def spin_less() -> None:
+    """Let threads that wait for each other give up their core sooner; to be called before torch is loaded.
+
+    The threads of torch would keep cores busy for milliseconds that others want: another program, or the
+    loops that write text.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
     """A copy of `defaults` with the command line's values set.
 

@@ -3,7 +3,6 @@
 uv run python -m llm_basics.evaluate runs/NAME --choices questions.jsonl --out report.json
 """
 
-import os
 import sys
 
 from llm_basics import command_line, programs
@@ -13,8 +12,7 @@ if __name__ == "__main__":
     OPTIONS = command_line.program_options(
         programs.EvaluateConfig(), sys.argv[1:], prog="python -m llm_basics.evaluate"
     )
-    # threads that wait for each other let go of their core sooner, which beside other programs saves time
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    command_line.spin_less()
 
 import importlib
 import math

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     OPTIONS = command_line.program_options(
         programs.GenerateConfig(), sys.argv[1:], prog="python -m llm_basics.generate"
     )
+    command_line.spin_less()
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence

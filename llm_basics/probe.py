@@ -4,7 +4,6 @@ uv run python -m llm_basics.probe                               all tasks, with 
 uv run python -m llm_basics.probe reverse --mine mine.py        one task, with yours
 """
 
-import os
 import sys
 
 from llm_basics import command_line, tasks
@@ -14,8 +13,7 @@ if __name__ == "__main__":
     with command_line.exit_on_mistake():
         OPTIONS = command_line.parse(tasks.ProbeConfig(), sys.argv[1:], prog="python -m llm_basics.probe")
         tasks.named(OPTIONS.task)
-    # threads that wait for each other let go of their core sooner, which beside other programs saves time
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    command_line.spin_less()
 
 import dataclasses
 import math

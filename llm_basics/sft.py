@@ -5,7 +5,6 @@ uv run python -m llm_basics.sft --init_from runs/NAME --data answers.jsonl --tra
 uv run python -m llm_basics.sft --resume runs/CHAT                           go on where it was stopped
 """
 
-import os
 import sys
 
 from llm_basics import command_line, config, signals
@@ -14,8 +13,7 @@ if __name__ == "__main__":
     # before torch is loaded, which takes seconds: --help and mistakes answer at once, and no signal is lost
     OPTIONS = command_line.train_options(sys.argv[1:], prog="python -m llm_basics.sft", preset="sft")
     signals.install()
-    # threads that wait for each other let go of their core sooner, which beside other programs saves time
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    command_line.spin_less()
 
 import dataclasses
 from collections import Counter

@@ -25,7 +25,7 @@ from llm_basics.fast import decoding, machine, static, vectors, weights
 # tokens that are written before the first of them is given out, while a CPU takes a millisecond or some
 AT_ONCE = 16
 
-# threads that read a token together at most, and how often it is tried whether as many still pay
+# threads that read a token together at most, and how often it is tried at least whether as many pay
 MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
 
 # the reference, whose names may come to stand for what is defined here
@@ -45,29 +45,49 @@ def helpers(n: int) -> futures.ThreadPoolExecutor:
     return futures.ThreadPoolExecutor(n, "decoding")
 
 
-class Team:
-    """Runs loops on several threads at once, or on one alone while that is faster.
+class Pace:
+    """How many threads read a token fastest, several or one alone, found out while texts are written.
 
     Threads that wait for each other at every matrix gain much on cores of their own, and lose more where
-    another program has one of these: so both are timed now and then, and the result is the same.
+    another program has one of these. So what is slower is tried again, more seldom with time.
     """
 
     def __init__(self, size: int) -> None:
-        self.meeting = np.zeros(1, np.int64)
-        # of the last call with as many members, for each token
-        self.seconds = {n: 0.0 for n in {1, size}}
+        # what a token took with as many threads when that was tried last
+        self.seconds = dict.fromkeys((size, 1), 0.0)
         self.calls = itertools.count(1)
+
+    def size(self) -> int:
+        """How many threads to take now."""
+        by_speed = sorted(self.seconds, key=lambda n: self.seconds[n])
+        call = next(self.calls)
+        is_trial = call % CALLS_TO_A_TRIAL == 0 or (call > 2 and call.bit_count() == 1)
+        return by_speed[-1 if is_trial else 0]
+
+
+# by the number of threads and of the model's parameters
+known_pace = functools.cache(lambda size, n_parameters: Pace(size))
+
+
+class Team:
+    """Runs loops on as many threads as `pace` says. The result is the same."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self.meeting = np.zeros(1, np.int64)
+        self.has_begun = False
 
     def run(self, work: Callable[[int, decoding.Member], int]) -> int:
         """What `work`, given a member and its number, returns: how many tokens it read."""
-        by_speed = sorted(self.seconds, key=lambda n: self.seconds[n])
-        size = by_speed[-1 if next(self.calls) % CALLS_TO_A_TRIAL == 0 else 0]
+        size = self.pace.size()
         began = time.perf_counter()
         members = [decoding.Member(number, size, self.meeting) for number in range(size)]
         others = [helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
         n_tokens = work(0, members[0])
         futures.wait(others)
-        self.seconds[size] = (time.perf_counter() - began) / max(n_tokens, 1)
+        if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
+            self.pace.seconds[size] = (time.perf_counter() - began) / max(n_tokens, 1)
+        self.has_begun = True
         return n_tokens
 
 
@@ -87,7 +107,7 @@ class Loops:
             cache.keys, cache.values = keys[block, None], values[block, None]
         most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET else 1
         size = min(torch.get_num_threads(), most)
-        self.team = Team(size)
+        self.team = Team(known_pace(size, model.n_parameters()))
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
         self.logits = torch.from_numpy(self.states[0].logits)
         if not machine.used_before("decoding"):
