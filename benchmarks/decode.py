@@ -4,7 +4,7 @@ uv run python benchmarks/decode.py                    two GPT-2s: 4 blocks of 12
 uv run python benchmarks/decode.py --device cuda
 
 Each contender runs in a process of its own, in turns, for some rounds; medians are compared, of the number of
-threads that suits each best. A process first writes a few tokens, so that libraries and machine code are
+threads that suits each best. A process first writes such a text, so that libraries and machine code are
 loaded before the clock starts. All write the likeliest text, and its digest is compared.
 
 A token costs a pass over all weights. How many bytes can be read in a second is measured too, by inner
@@ -102,7 +102,7 @@ def measured(name: str, shape: str, n_tokens: int, place: str) -> dict[str, Any]
     make, n_texts = CONTENDERS[name]
     prompt = torch.randint(VOCAB_SIZE, (N_PROMPT,), generator=torch.Generator().manual_seed(0)).to(place)
     write = make(model, prompt, n_texts)
-    write(20)
+    write(n_tokens)
     start = time.perf_counter()
     ids = write(n_tokens)
     seconds = time.perf_counter() - start

@@ -97,12 +97,37 @@ def test_a_twin_gives_what_its_reference_gives(case, dtype, rtol, atol):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
-@pytest.mark.skipif(not products.has_wide_products(), reason="needs AVX-512")
-def test_products_in_float32_are_made_by_onednn():
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """Products by oneDNN, also on a processor on which MKL is as fast."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch comes without oneDNN here")
+    monkeypatch.setattr(products, "onednn_is_wider", lambda: True)
+
+
+def test_products_in_float32_are_made_by_onednn(by_onednn):
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(24, 16)
     assert type(fast.linear(x, weight).grad_fn).__name__ == "_WideLinearBackward"
     with torch.autocast("cpu", torch.bfloat16):
         assert fast.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("linear")])
+def test_products_by_onednn_are_the_same(case, by_onednn):
+    name, tensors, others = CASES[case]
+    found, expected = (outcome(getattr(F, name), tensors, others) for F in (fast, functional))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("made_by", "capability"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2")])
+def test_where_mkl_is_as_wide_it_is_used(made_by, capability, monkeypatch):
+    monkeypatch.setattr(products, "is_of_intel", lambda: made_by == "GenuineIntel")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not products.onednn_is_wider.__wrapped__()
+    monkeypatch.setattr(products, "is_of_intel", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert products.onednn_is_wider.__wrapped__() == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize(
