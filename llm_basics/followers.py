@@ -96,7 +96,9 @@ class Terminal(Follower):
 
     def metrics(self, values: dict[str, Any]) -> None:
         # the bar shows the step and the time that is left by itself
-        left_out = {"step", "attempt", "nonfinite"} | ({"eta_seconds"} if self.progress else set())
+        left_out = {"step", "attempt", "nonfinite", "step_seconds"} | (
+            {"eta_seconds"} if self.progress else set()
+        )
         numbers = " ".join(
             f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
         )

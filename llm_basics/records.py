@@ -44,15 +44,17 @@ class Record:
         """Steps in the unit of an axis: step, tokens, or time, which is that of training alone."""
         if x == "step":
             return steps
-        if x == "tokens":
-            return steps * self.tokens_per_step
         at, speed = self.curve("tokens_per_second")
         at, speed = at[speed > 0], speed[speed > 0]
+        if x == "tokens" and not len(at):
+            return steps * self.tokens_per_step
         if not len(at):
             raise ValueError(f"the run {self.name} has no tokens_per_second, so no time; take step or tokens")
-        # a speed is the mean since the line before
-        seconds = np.cumsum(np.diff(at, prepend=0) * self.tokens_per_step / speed)
-        return np.interp(steps, [0, *at], [0, *seconds])
+        # both are means since the line before; batches of conversations differ in size, those of text do not
+        _, seconds = self.curve("step_seconds")
+        seconds = seconds if len(seconds) == len(at) else self.tokens_per_step / speed
+        each = seconds if x == "time" else seconds * speed
+        return np.interp(steps, [0, *at], [0, *np.cumsum(np.diff(at, prepend=0) * each)])
 
     @property
     def tokens_per_step(self) -> int:

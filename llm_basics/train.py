@@ -89,6 +89,7 @@ def fit(training: session.Session, output: run.Run) -> None:
                     train_loss=train_loss,
                     lr=result.lr,
                     grad_norm=grad_norm,
+                    step_seconds=seconds,
                     tokens_per_second=sum(targets.numel() for _, targets in batches) / seconds,
                     eta_seconds=(options.steps - step) * seconds,
                 )

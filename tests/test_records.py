@@ -51,6 +51,17 @@ def test_time_adds_up_what_each_stretch_took(tmp_path):
     assert record.curve("val_loss", "time")[0][-1] == pytest.approx(at[-1])
 
 
+def test_batches_that_differ_in_size_count_as_what_they_were(tmp_path):
+    """Steps 1 to 10 took 0.1 s each for 50 tokens, 11 to 20 took 0.2 s each for 200."""
+    output = run.Run(recorded.record(tmp_path, []))
+    for step, seconds, speed in ((10, 0.1, 500.0), (20, 0.2, 1000.0)):
+        output.metrics(step, train_loss=1.0, step_seconds=seconds, tokens_per_second=speed)
+    output.close()
+    record = records.read(str(tmp_path))
+    np.testing.assert_allclose(record.curve("train_loss", "time")[0], [1.0, 3.0])
+    np.testing.assert_allclose(record.curve("train_loss", "tokens")[0], [500.0, 2500.0])
+
+
 def test_without_a_speed_there_is_no_time(tmp_path):
     run.Run(recorded.record(tmp_path, [])).metrics(1, train_loss=1.0)
     with pytest.raises(ValueError, match="no tokens_per_second"):

@@ -294,7 +294,7 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     metrics = run.read_metrics(folder)
     assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 9))
     assert [m["step"] for m in metrics if "val_loss" in m] == [3, 6, 8]
-    measured = {"train_loss", "lr", "grad_norm", "tokens_per_second", "eta_seconds"}
+    measured = {"train_loss", "lr", "grad_norm", "step_seconds", "tokens_per_second", "eta_seconds"}
     assert set(metrics[0]) == {"step", "attempt"} | measured
     said = capsys.readouterr().out
     assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
