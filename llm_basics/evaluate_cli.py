@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -237,8 +236,4 @@ def _table(*titles: str) -> table.Table:
 
 def as_json(found: Sequence[Judged]) -> list[dict[str, Any]]:
     """All that was found, as JSON can say it: what is no number is null."""
-    report = [dataclasses.asdict(judged) for judged in found]
-    for each in report:
-        if each["report"] is not None and math.isnan(each["report"]["bits_per_byte"]):
-            each["report"]["bits_per_byte"] = None
-    return report
+    return [run.as_json(dataclasses.asdict(judged)) for judged in found]

@@ -274,7 +274,7 @@ def finish(work: Path, out: Path, about: dict[str, Any]) -> dict[str, Any]:
         # another process was first, with the same
         if not (out / META).exists():
             raise
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(out / PROGRESS, ignore_errors=True)
     return meta
 

@@ -296,6 +296,19 @@ def _is_torn(path: Path) -> bool:
         return file.read() != b"\n"
 
 
+def as_json(value: Any) -> Any:
+    """`value` as JSON can say it: a number that is not finite becomes null.
+
+    >>> as_json({"loss": [1.5, math.nan]})
+    {'loss': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a file that has its name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")

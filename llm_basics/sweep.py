@@ -11,6 +11,7 @@ compares again.
 import csv
 import io
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -178,7 +179,8 @@ def _verdict(place: Place, status: int, began: float) -> str:
     seconds = f"{time.monotonic() - began:.0f} s"
     if status:
         return f"failed after {seconds} with status {status}: {place.reason()} (see {place.log})"
-    return f"validation loss {records.read(str(place.folder)).summary()['val_loss']:.4f}, {seconds}"
+    loss = records.read(str(place.folder)).summary().get("val_loss", math.nan)
+    return f"validation loss {loss:.4f}, {seconds}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,8 +251,8 @@ def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
     writer = csv.DictWriter(content, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (out / "results.csv").write_text(content.getvalue(), encoding="utf-8")
+    run.write_file(out / "results.json", json.dumps(run.as_json(list(rows)), indent=2) + "\n")
+    run.write_file(out / "results.csv", content.getvalue())
 
 
 def conclude(sweep: trials.Sweep, places: Sequence[Place], statuses: dict[str, int], out: Path) -> None:

@@ -103,6 +103,8 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
     trials: list[Trial] = []
     for choices in itertools.product(*axes):
         changed = {option: value for _, options in choices for option, value in options.items()}
+        if taken := [name for name in changed if name in TAKEN]:
+            raise ValueError(f"{taken[0]} is set for each run of a sweep; leave it out ({origin})")
         for seed in seeds:
             options = set_options(base, {**changed, "train.seed": seed}, origin)
             # as the config has it: YAML reads 1e-3 as text
@@ -111,7 +113,9 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
                 for setting, _ in choices
                 for key, value in setting.items()
             }
-            trials.append(Trial(_name(setting, seed, trials), setting, options.train.seed, options))
+            # what was drawn may be what was drawn before
+            if all((options, setting) != (trial.options, trial.setting) for trial in trials):
+                trials.append(Trial(_name(setting, seed, trials), setting, options.train.seed, options))
     return Sweep(name, trials, figure)
 
 

@@ -1,6 +1,7 @@
 """Text by loops and by a static step: the reference's. Alone: uv run pytest tests/test_fast_generate.py"""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics import adjusting, config, generate, layers, model, swap
-from llm_basics.fast import decoding, static, vectors, weights
+from llm_basics.fast import decoding, machine, static, vectors, weights
 from llm_basics.fast import generate as fast
 
 # no option has its default in all of them; numbers of rows that four do not divide are among them
@@ -168,6 +169,35 @@ def test_a_team_writes_the_same_text(n_threads):
     reader.team = team_of(2)
     reader.read_prompt(torch.tensor([5, 6]))
     assert reader.likeliest_after(7, 2, 40) == alone.likeliest_after(7, 2, 40)
+
+
+def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
+    team, arrived = team_of(2), []
+
+    def work(number, member):
+        if number == 0:
+            raise KeyboardInterrupt
+        machine.meet(member.meeting, member.size)
+        arrived.append(number)
+        return 1
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(work)
+    fast.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
+    deadline = time.monotonic() + 30
+    while not arrived and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert arrived == [1]
+
+
+def test_what_fails_in_another_member_is_told():
+    def work(number, member):
+        if number == 1:
+            raise ZeroDivisionError
+        return 1
+
+    with pytest.raises(ZeroDivisionError):
+        team_of(2).run(work)
 
 
 @pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 61, 100])

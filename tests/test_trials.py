@@ -65,6 +65,18 @@ def test_drawn_values_are_within_bounds_the_same_each_time_and_more_begin_with_f
     assert {o.model.ffn for o in many} == {"swiglu", "silu"}
 
 
+def test_what_is_drawn_twice_is_run_once():
+    drawn = parse(random={"model.n_layers": {"choice": [1, 2]}}, trials=20, seeds=[0, 1]).trials
+    assert sorted((t.options.model.n_layers, t.seed) for t in drawn) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("option", trials.TAKEN)
+def test_what_a_sweep_decides_is_no_variant(option):
+    value = {"find_lr": True, "train.seed": 5}.get(option, "tiny")
+    with pytest.raises(ValueError, match=f"{option} is set for each run of a sweep"):
+        parse(variants={"a": {option: value}})
+
+
 def test_folders_have_names_that_no_other_run_has():
     names = [t.name for t in parse(variants={"a b": {}, "a/b": {}, "x" * 300: {}, "..": {}}).trials]
     assert len(set(names)) == 4 and names[:2] == ["a-b,seed=0", "a-b,seed=0-2"]

@@ -103,7 +103,7 @@ class State(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One of `size` threads that read a token together; `meeting` counts how often all have met."""
+    """One of `size` threads that read a token together, and where they meet: `machine.meet`."""
 
     number: int
     size: int

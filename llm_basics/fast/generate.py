@@ -4,12 +4,14 @@ The model reads the prompt. From there on, as long as the text fits into the con
 through loops in machine code on a CPU (`decoding`), or through a recorded graph on a GPU (`static`).
 """
 
+import contextlib
 import functools
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from threading import Lock
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ AT_ONCE = 16
 
 # threads that read a token together at most, and how often it is tried at least whether as many pay
 MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
+ONE_TEAM = Lock()
 
 # the reference, whose names may come to stand for what is defined here
 generate_with_model = reference.generate
@@ -74,7 +77,7 @@ class Team:
 
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
-        self.meeting = np.zeros(1, np.int64)
+        self.meeting = np.zeros(2, np.int64)
         self.has_begun = False
 
     def run(self, work: Callable[[int, decoding.Member], int]) -> int:
@@ -82,9 +85,17 @@ class Team:
         size = self.pace.size()
         began = time.perf_counter()
         members = [decoding.Member(number, size, self.meeting) for number in range(size)]
-        others = [helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
-        n_tokens = work(0, members[0])
-        futures.wait(others)
+        # two teams that each had some of the helpers would wait for the others for ever
+        with ONE_TEAM if size > 1 else contextlib.nullcontext():
+            try:
+                others = [helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
+                n_tokens = work(0, members[0])
+            except BaseException:
+                # Ctrl-C, perhaps before this thread was there: the others are not to wait for it
+                self.meeting[1] = 1
+                raise
+            for other in others:
+                other.result()
         if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
             self.pace.seconds[size] = (time.perf_counter() - began) / max(n_tokens, 1)
         self.has_begun = True

@@ -137,12 +137,15 @@ def counted(_context, counter):  # type: ignore[no-untyped-def]
 
 @compiled
 def meet(counter: Any, size: int) -> None:
-    """Wait until `size` threads are here, and with that many for the next time."""
+    """Wait until `size` threads are here, and with that many for the next time.
+
+    `counter` begins as two zeros. Where the second is no more, somebody will not come: nobody waits.
+    """
     if size == 1:
         return
     everybody = (count_up(counter) // size + 1) * size
     tries = 0
-    while counted(counter) < everybody:
+    while counted(counter) < everybody and counter[1] == 0:
         tries += 1
         if tries > TRIES:
             offer_core()
