@@ -132,6 +132,15 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def pieces_as_they_were() -> Iterator[None]:
+    """Whatever a test puts in place, the next one in the same process finds what this one found."""
+    from llm_basics import swap
+
+    with swap.restored():
+        yield
+
+
 @pytest.fixture
 def is_foreign(pytestconfig: pytest.Config) -> bool:
     """Whether the adapters are somebody else's: of float32, as the public assignment has it."""
