@@ -1,6 +1,7 @@
 """Text by loops and by a static step: the reference's. Alone: uv run pytest tests/test_fast_generate.py"""
 
 import dataclasses
+import itertools
 import time
 
 import numpy as np
@@ -49,7 +50,7 @@ SAY_ONCE = fast.say_once
 
 
 def make(context_length=64, **options):
-    shape = {"vocab_size": 61, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 40, **options}
+    shape = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 40, **options}
     lm = model.TransformerLM(config.ModelConfig(context_length=context_length, **shape))
     with torch.no_grad():  # norms and biases too, and far from uniform
         for parameter in lm.parameters():
@@ -95,7 +96,7 @@ def logits_by(reader, text, n_prompt):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("n_prompt", [1, 40])
+@pytest.mark.parametrize("n_prompt", [1, 40, 60])
 @pytest.mark.parametrize("reader", [fast.Loops, static.StaticStep])
 def test_scores_of_each_token(lm, reader, n_prompt):
     text = torch.randint(lm.config.vocab_size, (64,)).tolist()
@@ -154,7 +155,8 @@ def test_a_team_gives_the_same_bits(lm, n_threads, size):
     alone = logits_by(fast.Loops(lm), text, 4)
     n_threads(size)
     reader = fast.Loops(lm)
-    members = min(size, reader.shape.n_kv_heads)
+    members = max(reader.team.pace.seconds)
+    assert members == (1 if lm.config.d_head % 4 else min(size, reader.shape.n_kv_heads))
     reader.team = team_of(members)
     assert torch.equal(logits_by(reader, text, 4), alone)
     assert reader.team.meeting[0] % members == 0 and (reader.team.meeting[0] > 0) == (members > 1)
@@ -169,6 +171,20 @@ def test_a_team_writes_the_same_text(n_threads):
     reader.team = team_of(2)
     reader.read_prompt(torch.tensor([5, 6]))
     assert reader.likeliest_after(7, 2, 40) == alone.likeliest_after(7, 2, 40)
+
+
+def test_a_team_whose_size_changes_writes_the_same_text(n_threads):
+    lm = make(n_kv_heads=2)
+    expected = both(lm, [5, 6], 60, 0.0)[0]
+    n_threads(2)
+    reader = fast.Loops(lm)
+    text = [5, 6, expected[0]]
+    reader.read_prompt(torch.tensor(text[:2]))
+    for size in itertools.islice(itertools.cycle([1, 2]), 10):
+        reader.team = team_of(size)
+        # what one member knows of how the drafts went, all know
+        text += reader.likeliest_after(text[-1], len(text) - 1, 5)
+    assert text[2:] == expected[:51]
 
 
 def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
@@ -327,6 +343,95 @@ def test_empty_prompt_is_refused():
 
 
 # --------------------------------------------------------------------------------------------------
+# Drafts
+
+
+def drafts_of(reader, monkeypatch):
+    """How many tokens are to be drafted after each call of the loops."""
+    counts, write = [], decoding.write_likeliest
+    monkeypatch.setattr(
+        decoding, "write_likeliest", lambda *args: [write(*args), counts.append(int(args[-2][0]))][0]
+    )
+    return counts
+
+
+def test_a_text_whose_drafts_are_right(monkeypatch):
+    lm = make(256, d_model=64, vocab_size=250)
+    expected = both(lm, [5, 6, 7], 200, 0.0)[0]
+    counts = drafts_of(fast, monkeypatch)
+    assert list(fast.generate(lm, torch.tensor([5, 6, 7]), 200, 0.0)) == expected
+    assert np.mean(counts) > 0.6 * decoding.MOST_DRAFTED and len(set(expected)) > 3
+
+
+def test_a_text_whose_drafts_are_wrong(lm, monkeypatch):
+    expected = both(lm, [5, 6, 7], 60, 0.0)[0]
+
+    def of_another_model(w):
+        rounded, kept = weights_rounded(w)
+        for numbers in kept[::2]:
+            numbers[:] = np.random.default_rng(0).integers(-127, 128, numbers.shape)
+        return rounded, kept
+
+    weights_rounded = weights.rounded
+    monkeypatch.setattr(weights, "rounded", of_another_model)
+    counts = drafts_of(fast, monkeypatch)
+    assert list(fast.generate(lm, torch.tensor([5, 6, 7]), 60, 0.0)) == expected
+    # some are right by chance, where few tokens are written again and again
+    assert lm.config.logit_softcap or min(counts) < decoding.FIRST_DRAFTED
+
+
+def test_several_tokens_in_one_pass(lm):
+    text, reader, room = torch.randint(lm.config.vocab_size, (40,)), fast.Loops(lm), []
+    alone = decoding.Member(0, 1, np.zeros(2, np.int64))
+    for start, end in [(0, 16), (16, 17), (17, 19), (19, 26), (26, 40)]:
+        given = reader.shape, reader.weights, reader.states[0], alone
+        decoding.read_tokens(text[start:end].numpy(), start, True, *given)
+        room.append(torch.from_numpy(reader.states[0].logits[: end - start]).clone())
+    with torch.no_grad():
+        expected = lm(text)
+    torch.testing.assert_close(lm.finish(torch.cat(room)), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 1000])
+def test_products_of_whole_numbers(n):
+    random = np.random.default_rng(n)
+    rows, x = random.integers(-127, 128, (4, 1024)), random.integers(-900, 901, 1024)
+    rows[:, n:] = x[n:] = 0
+    rows, x = rows.astype(np.int8), x.astype(np.int16)
+
+    @machine.compiled
+    def sums(rows, x):
+        return machine.four_sums(rows.ctypes.data, rows.shape[1], x.ctypes.data)
+
+    assert list(sums(rows, x)) == (rows.astype(int) @ x.astype(int)).tolist()
+
+
+@pytest.mark.parametrize("d_in", [1, 21, 128, 4096])
+@pytest.mark.parametrize("d_out", [1, 4, 7, 64])
+@pytest.mark.parametrize("kind", ["random", "all equal", "zero", "one is large"])
+def test_a_rounded_product_is_near(d_in, d_out, kind):
+    matrix, x = torch.randn(d_out, d_in), torch.randn(1, d_in)
+    if kind == "all equal":
+        # as large as sums of whole numbers get
+        matrix.fill_(3.0), x.fill_(-2.0)
+    elif kind == "zero":
+        matrix[0], x = 0.0, x * 0
+    elif kind == "one is large":
+        x[0, 0] = matrix[0, 0] = 1e4
+    bias, out = torch.randn(d_out), np.zeros((1, d_out), np.float32)
+    numbers = np.zeros((-(-d_out // 4) * 4, vectors.padded(d_in)), np.int8)
+    scales = np.zeros(d_out, np.float32)
+    vectors.round_rows(matrix.data_ptr(), d_in, numbers, scales)
+    # off by half a step each
+    assert np.abs(numbers[:d_out, :d_in] * scales[:, None] - matrix.numpy()).max() <= 0.501 * scales.max()
+    given = np.array([numbers.ctypes.data, scales.ctypes.data])
+    vectors.multiply(given, x.numpy(), 1, bias.numpy(), out, 0, d_out)
+    expected = (x @ matrix.T + bias).numpy()
+    error = np.linalg.norm(x) * np.linalg.norm(matrix, axis=1).max() * 0.03
+    assert np.abs(out - expected).max() <= error + 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
 # The distribution
 
 CUTS = [
@@ -442,7 +547,7 @@ class Own(layers.RMSNorm):
 
 
 def own_norm(lm):
-    lm.layers[1].ln2 = Own(24)
+    lm.layers[1].ln2 = Own(32)
 
 
 def subclass(lm):

@@ -16,7 +16,7 @@ what it is the twin of.
                 triton_attention.py      FlashAttention: the scores are never written down
     floor 4     chunks.py                files of any size, piece by piece, on threads
                 encoding.py              from bytes to ids: scan, look up, merge what is new
-                decoding.py              a transformer as loops, for one token of one text
+                decoding.py              a transformer as loops, for some tokens of one text
                 static.py                one token through a model, for a CUDA graph
     floor 5     bpe.py                   bpe.train_bpe and what it is made of
                 tokenizer.py             tokenizer.Tokenizer

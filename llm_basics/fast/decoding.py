@@ -1,10 +1,10 @@
-"""A transformer as loops: one token in, the scores of the next one out.
+"""A transformer as loops: some tokens of a text in, the scores of the next ones out.
 
-What `model.TransformerLM` says in layers of tensors is said here once more in numbers, for one token of one
-text. Everything a model may do without has a value that changes nothing: a bias of 0, an angle of 0, a
-position embedding of 0. So there is one path through the loops, and few questions on it.
+What `model.TransformerLM` says in layers of tensors is said here once more in numbers, for one text.
+Everything a model may do without has a value that changes nothing: a bias of 0, an angle of 0, a position
+embedding of 0. So there is one path through the loops, and few questions on it.
 
-Each weight is read once a token, and there is little to win by arithmetic:
+A text is written token by token, and all weights are read for each, so there is little to win by arithmetic:
 
     tokens per second <= bytes read per second / bytes of all weights
 
@@ -12,6 +12,12 @@ Where memory gives 40 GB in a second, a model of 500 MB writes no more than 80 t
 in the cache, which gives more. Two cores read more than one, so several threads may share the work: each
 has some of the heads and some of the rows of each matrix, and all meet where one needs what others have made.
 What is small each does for itself.
+
+And the weights need not be read whole for each token. The likeliest text is first drafted by the same model
+with its matrices rounded to 8 bits, a quarter of the bytes. Then the exact model reads all that was drafted
+in one pass, as a prompt is read, and keeps it up to the first token that it would not have written itself:
+to the last token the text is the exact model's. This is speculative decoding (Leviathan et al. 2022, arXiv
+2211.17192), without a second model.
 """
 
 import math
@@ -24,6 +30,13 @@ from llm_basics.fast import machine, vectors
 
 # rows of a matrix go to threads by so many: a cache line of what comes out is written by one thread
 ROWS_OF_A_LINE = 16
+
+# tokens that are read in one pass at most
+AT_A_TIME = 16
+
+# tokens that are drafted before they are verified, at most and at first. Each time more where all were right,
+# fewer where not, and after a first token that was wrong none for a while
+MOST_DRAFTED, FIRST_DRAFTED, MORE, FEWER, PAUSE = 7, 3, 2, 1, 8
 
 
 class Shape(NamedTuple):
@@ -43,8 +56,9 @@ class Shape(NamedTuple):
 class Weights(NamedTuple):
     """All weights; of what every block has, `w.down[3]` is the fourth block's.
 
-    Vectors are there themselves, stacked. Of matrices it is the address, so that none is copied; whoever
-    calls keeps them alive.
+    Vectors are there themselves, stacked. Of matrices it is the address, so that none is copied, and the
+    address of the scales of its rows where these are whole numbers of 8 bits, else 0; whoever calls keeps
+    them alive.
     """
 
     token_embeddings: np.ndarray
@@ -82,7 +96,7 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """The keys and values of the text so far, and room for what is worked on."""
+    """The keys and values of the text so far, and room for what is worked on, a row for each token."""
 
     # of each block: (block, head, position, feature)
     keys: np.ndarray
@@ -100,10 +114,12 @@ class State(NamedTuple):
     hidden: np.ndarray
     gated: np.ndarray
     logits: np.ndarray
+    # what was read last, and what is drafted to follow it
+    tokens: np.ndarray
 
 
 class Member(NamedTuple):
-    """One of `size` threads that read a token together, and where they meet: `machine.meet`."""
+    """One of `size` threads that read tokens together, and where they meet: `machine.meet`."""
 
     number: int
     size: int
@@ -111,26 +127,35 @@ class Member(NamedTuple):
 
 
 @machine.summing
-def read_token(token: int, position: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
-    """Write the scores of the token that follows `token` to `s.logits`, and its keys and values to `s`.
+def read_tokens(
+    tokens: np.ndarray, position: int, all_scores: bool, shape: Shape, w: Weights, s: State, m: Member
+) -> None:
+    """Write the scores of what follows each of `tokens`, or the last alone, to the first rows of `s.logits`,
+    and their keys and values to `s`.
 
-    Each member of a team calls this with the same token.
+    The first of them stands at `position`. Each member of a team calls this with the same tokens.
     """
     w, s = machine.borrowed(w), machine.borrowed(s)
-    x, seen = s.x, s.seen
-    for i in range(len(x)):
-        x[i] = s.x0[i] = w.token_embeddings[token, i] + w.position_embeddings[position, i]
+    n = len(tokens)
+    for t in range(n):
+        for i in range(s.x.shape[1]):
+            s.x0[t, i] = w.token_embeddings[tokens[t], i] + w.position_embeddings[position + t, i]
+            s.x[t, i] = s.x0[t, i]
     for block in range(len(w.ln1)):
-        for i in range(len(x)):
-            x[i] = w.x0_mix[block, 0] * x[i] + w.x0_mix[block, 1] * s.x0[i]
-        prepare(x, w.ln1[block], w.ln1_bias[block], shape, seen)
-        attend(block, token, position, shape, w, s, m)
-        add(x, s.added, w.ln1[block], w.ln1_bias[block], shape)
-        prepare(x, w.ln2[block], w.ln2_bias[block], shape, seen)
-        think(block, shape, w, s, m)
-        add(x, s.added, w.ln2[block], w.ln2_bias[block], shape)
-    vectors.normalize(x, w.ln_final, w.ln_final_bias, shape.eps, shape.is_layer_norm, seen)
-    multiply(w.lm_head[0], seen, w.lm_head_bias, s.logits, m)
+        for t in range(n):
+            for i in range(s.x.shape[1]):
+                s.x[t, i] = w.x0_mix[block, 0] * s.x[t, i] + w.x0_mix[block, 1] * s.x0[t, i]
+        prepare(n, w.ln1[block], w.ln1_bias[block], shape, s)
+        attend(block, tokens, position, shape, w, s, m)
+        add(n, w.ln1[block], w.ln1_bias[block], shape, s)
+        prepare(n, w.ln2[block], w.ln2_bias[block], shape, s)
+        think(block, n, shape, w, s, m)
+        add(n, w.ln2[block], w.ln2_bias[block], shape, s)
+    n_scored = n if all_scores else 1
+    for t in range(n_scored):
+        x = s.x[n - n_scored + t]
+        vectors.normalize(x, w.ln_final, w.ln_final_bias, shape.eps, shape.is_layer_norm, s.seen[t])
+    multiply(w.lm_head[0], s.seen, n_scored, w.lm_head_bias, s.logits, m)
     machine.meet(m.meeting, m.size)
 
 
@@ -150,28 +175,30 @@ def rows_of(n_rows: int, number: int, size: int) -> tuple[int, int]:
 
 
 @machine.summing
-def multiply(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, m: Member) -> None:
-    """The rows of `out = matrix x + bias` that are this member's."""
-    start, end = rows_of(len(out), m.number, m.size)
-    vectors.multiply(matrix, x, bias, out, start, end)
+def multiply(matrix: np.ndarray, x: np.ndarray, n: int, bias: np.ndarray, out: np.ndarray, m: Member) -> None:
+    """`out = matrix x + bias` of `n` tokens, in the rows of the matrix that are this member's."""
+    start, end = rows_of(out.shape[1], m.number, m.size)
+    vectors.multiply(matrix, x, n, bias, out, start, end)
 
 
 @machine.summing
-def prepare(x: np.ndarray, gain: np.ndarray, bias: np.ndarray, shape: Shape, seen: np.ndarray) -> None:
-    """What a sublayer sees of the residual stream."""
-    if shape.is_post_norm:
-        seen[:] = x
-    else:
-        vectors.normalize(x, gain, bias, shape.eps, shape.is_layer_norm, seen)
+def prepare(n: int, gain: np.ndarray, bias: np.ndarray, shape: Shape, s: State) -> None:
+    """What a sublayer sees of the residual stream of `n` tokens."""
+    for t in range(n):
+        if shape.is_post_norm:
+            s.seen[t] = s.x[t]
+        else:
+            vectors.normalize(s.x[t], gain, bias, shape.eps, shape.is_layer_norm, s.seen[t])
 
 
 @machine.summing
-def add(x: np.ndarray, added: np.ndarray, gain: np.ndarray, bias: np.ndarray, shape: Shape) -> None:
+def add(n: int, gain: np.ndarray, bias: np.ndarray, shape: Shape, s: State) -> None:
     """Add what a sublayer found to the residual stream."""
-    for i in range(len(x)):
-        x[i] += added[i]
-    if shape.is_post_norm:
-        vectors.normalize(x, gain, bias, shape.eps, shape.is_layer_norm, x)
+    for t in range(n):
+        for i in range(s.x.shape[1]):
+            s.x[t, i] += s.added[t, i]
+        if shape.is_post_norm:
+            vectors.normalize(s.x[t], gain, bias, shape.eps, shape.is_layer_norm, s.x[t])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,35 +206,40 @@ def add(x: np.ndarray, added: np.ndarray, gain: np.ndarray, bias: np.ndarray, sh
 
 
 @machine.summing
-def attend(block: int, token: int, position: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
+def attend(
+    block: int, tokens: np.ndarray, position: int, shape: Shape, w: Weights, s: State, m: Member
+) -> None:
     """Each head mixes the values of all tokens so far, by how well their keys match its query."""
     w, s = machine.borrowed(w), machine.borrowed(s)
-    d_head = s.keys.shape[-1]
+    d_head, n = s.keys.shape[-1], len(tokens)
     # neighbouring heads share keys and values
     group = shape.n_heads // shape.n_kv_heads
     first, end = m.number * shape.n_kv_heads // m.size, (m.number + 1) * shape.n_kv_heads // m.size
-    vectors.multiply(w.q[block], s.seen, w.q_bias[block], s.q, first * group * d_head, end * group * d_head)
-    vectors.multiply(w.k[block], s.seen, w.k_bias[block], s.k, first * d_head, end * d_head)
-    vectors.multiply(w.v[block], s.seen, w.v_bias[block], s.v, first * d_head, end * d_head)
-    if shape.has_value_embeddings:
-        of_tokens = numba.carray(
-            machine.floats_at(w.value_embeddings[block]), (len(w.token_embeddings), len(s.v))
-        )
-        for i in range(first * d_head, end * d_head):
-            s.v[i] += of_tokens[token, i]
-    for head in range(first, end):
-        key = s.k[head * d_head : (head + 1) * d_head]
-        place(key, w.k_norm[block], w.cos[position], w.sin[position], shape)
-        s.keys[block, head, position] = key
-        s.values[block, head, position] = s.v[head * d_head : (head + 1) * d_head]
-    for head in range(first * group, end * group):
-        query = s.q[head * d_head : (head + 1) * d_head]
-        place(query, w.q_norm[block], w.cos[position], w.sin[position], shape)
-        keys, values = s.keys[block, head // group], s.values[block, head // group]
-        mixed = s.mixed[head * d_head : (head + 1) * d_head]
-        vectors.mix(query, keys, values, s.scores[: position + 1], mixed)
+    queries = first * group * d_head, end * group * d_head
+    features = first * d_head, end * d_head
+    vectors.multiply(w.q[block], s.seen, n, w.q_bias[block], s.q, *queries)
+    vectors.multiply(w.k[block], s.seen, n, w.k_bias[block], s.k, *features)
+    vectors.multiply(w.v[block], s.seen, n, w.v_bias[block], s.v, *features)
+    for t in range(n):
+        if shape.has_value_embeddings:
+            of_tokens = numba.carray(
+                machine.floats_at(w.value_embeddings[block, 0]), (len(w.token_embeddings), s.v.shape[1])
+            )
+            for i in range(features[0], features[1]):
+                s.v[t, i] += of_tokens[tokens[t], i]
+        for head in range(first, end):
+            key = s.k[t, head * d_head : (head + 1) * d_head]
+            place(key, w.k_norm[block], w.cos[position + t], w.sin[position + t], shape)
+            s.keys[block, head, position + t] = key
+            s.values[block, head, position + t] = s.v[t, head * d_head : (head + 1) * d_head]
+        for head in range(first * group, end * group):
+            query = s.q[t, head * d_head : (head + 1) * d_head]
+            place(query, w.q_norm[block], w.cos[position + t], w.sin[position + t], shape)
+            keys, values = s.keys[block, head // group], s.values[block, head // group]
+            mixed = s.mixed[t, head * d_head : (head + 1) * d_head]
+            vectors.mix(query, keys, values, s.scores[: position + t + 1], mixed)
     machine.meet(m.meeting, m.size)
-    multiply(w.output[block], s.mixed, w.output_bias[block], s.added, m)
+    multiply(w.output[block], s.mixed, n, w.output_bias[block], s.added, m)
     machine.meet(m.meeting, m.size)
 
 
@@ -228,16 +260,17 @@ def place(x: np.ndarray, gain: np.ndarray, cos: np.ndarray, sin: np.ndarray, sha
 
 
 @machine.summing
-def think(block: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
+def think(block: int, n: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
     """The feed-forward network: up to `d_ff` features, an activation, and down again."""
     w, s = machine.borrowed(w), machine.borrowed(s)
-    start, end = rows_of(len(s.hidden), m.number, m.size)
-    vectors.multiply(w.up[block], s.seen, w.up_bias[block], s.hidden, start, end)
+    start, end = rows_of(s.hidden.shape[1], m.number, m.size)
+    vectors.multiply(w.up[block], s.seen, n, w.up_bias[block], s.hidden, start, end)
     if shape.ffn == vectors.SWIGLU:
-        vectors.multiply(w.gated[block], s.seen, w.up_bias[block], s.gated, start, end)
-    vectors.activate(shape.ffn, s.hidden[start:end], s.gated[start:end])
+        vectors.multiply(w.gated[block], s.seen, n, w.up_bias[block], s.gated, start, end)
+    for t in range(n):
+        vectors.activate(shape.ffn, s.hidden[t, start:end], s.gated[t, start:end])
     machine.meet(m.meeting, m.size)
-    multiply(w.down[block], s.hidden, w.down_bias[block], s.added, m)
+    multiply(w.down[block], s.hidden, n, w.down_bias[block], s.added, m)
     machine.meet(m.meeting, m.size)
 
 
@@ -247,18 +280,43 @@ def think(block: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
 
 @machine.compiled
 def write_likeliest(
-    token: int, position: int, shape: Shape, w: Weights, s: State, m: Member, out: np.ndarray
+    token: int,
+    position: int,
+    shape: Shape,
+    w: Weights,
+    rounded: Weights,
+    s: State,
+    m: Member,
+    n_next: np.ndarray,
+    out: np.ndarray,
 ) -> int:
     """Fill `out` with the tokens that follow `token`, each the likeliest; returns how many were certain.
 
-    The scores of the one that was not are in `s.logits`. `shape.vocab_size` scores are of tokens. Each member
-    of a team finds the same tokens.
+    `rounded` are the weights of the draft, and `n_next` holds how many tokens are drafted next.
+    `shape.vocab_size` scores are of tokens. Each member of a team finds the same tokens.
     """
-    w, s = machine.borrowed(w), machine.borrowed(s)
-    for n in range(len(out)):
-        read_token(token, position + n, shape, w, s, m)
-        token = vectors.likeliest(s.logits[: shape.vocab_size])
-        if token == -1:
-            return n
-        out[n] = token
-    return len(out)
+    w, rounded, s = machine.borrowed(w), machine.borrowed(rounded), machine.borrowed(s)
+    n, vocab_size = 0, shape.vocab_size
+    while n < len(out):
+        # the exact model gives one token more than it is given
+        n_drafted = max(0, min(n_next[0], len(out) - n - 1))
+        s.tokens[0] = token
+        for i in range(n_drafted):
+            read_tokens(s.tokens[i : i + 1], position + n + i, False, shape, rounded, s, m)
+            s.tokens[i + 1] = vectors.highest(s.logits[0, :vocab_size])
+        read_tokens(s.tokens[: n_drafted + 1], position + n, True, shape, w, s, m)
+        n_right = 0
+        for i in range(n_drafted + 1):
+            token = vectors.likeliest(s.logits[i, :vocab_size])
+            if token == -1:
+                return n
+            out[n] = token
+            n += 1
+            if i == n_drafted or token != s.tokens[i + 1]:
+                break
+            n_right += 1
+        if n_right == n_drafted:
+            n_next[0] = min(n_next[0] + MORE, MOST_DRAFTED)
+        else:
+            n_next[0] -= FEWER if n_right else PAUSE
+    return n

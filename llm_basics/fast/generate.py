@@ -27,6 +27,9 @@ from llm_basics.fast import decoding, machine, static, vectors, weights
 # tokens that are written before the first of them is given out, while a CPU takes a millisecond or some
 AT_ONCE = 16
 
+# tokens of a prompt that the loops read faster than torch, which takes a millisecond for any
+SHORT_PROMPT = 48
+
 # threads that read a token together at most, and how often it is tried at least whether as many pay
 MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
 ONE_TEAM = Lock()
@@ -116,44 +119,66 @@ class Loops:
         # what the model stores for the prompt, the loops find in their place
         for block, cache in enumerate(self.caches):
             cache.keys, cache.values = keys[block, None], values[block, None]
-        most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET else 1
+        # if threads parted among them what is summed in one go, the last bits would tell
+        is_even = keys.shape[-1] % vectors.ROWS == 0
+        most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
         self.team = Team(known_pace(size, model.n_parameters()))
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
-        self.logits = torch.from_numpy(self.states[0].logits)
+        self.logits = torch.from_numpy(self.states[0].logits[0])
+        self.n_drafted = decoding.FIRST_DRAFTED
         if not machine.used_before("decoding"):
             say_once("compiling the loops that write text, which takes some seconds and is done once")
 
     @torch.no_grad()
     def read_prompt(self, tokens: Int[Tensor, " seq"]) -> Float[Tensor, " vocab"]:
         """The scores of the token that follows a whole prompt."""
-        return self.model(tokens[None], caches=self.caches)[0, -1]
+        if len(tokens) > SHORT_PROMPT:
+            return self.model(tokens[None], caches=self.caches)[0, -1]
+        for position in range(0, len(tokens), decoding.AT_A_TIME):
+            self._read(tokens[position : position + decoding.AT_A_TIME].numpy(), position)
+        return self.model.finish(self.logits)
 
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
         """The scores of the token that follows `token`, in memory that the next call writes to again."""
+        self._read(np.array([token]), position)
+        return self.model.finish(self.logits)
+
+    def _read(self, tokens: np.ndarray, position: int) -> None:
+        """Read tokens from `position` on; `self.logits` are the scores of the one that follows them."""
         # machine code does not look where it writes
-        assert 0 <= position < self.model.config.context_length, position
-        assert 0 <= token < len(self.weights.token_embeddings), token
+        assert 0 < len(tokens) <= decoding.AT_A_TIME, tokens
+        assert 0 <= position <= self.model.config.context_length - len(tokens), position
+        assert 0 <= tokens.min() <= tokens.max() < len(self.weights.token_embeddings), tokens
 
         def work(number: int, member: decoding.Member) -> int:
-            decoding.read_token(token, position, self.shape, self.weights, self.states[number], member)
-            return 1
+            room = self.states[number], member
+            decoding.read_tokens(tokens, position, False, self.shape, self.weights, *room)
+            return len(tokens)
 
         self.team.run(work)
-        return self.model.finish(self.logits)
+
+    @functools.cached_property
+    def rounded(self) -> tuple[decoding.Weights, list[np.ndarray]]:
+        """The weights of the draft, and their numbers, which are kept here."""
+        return weights.rounded(self.weights)
 
     def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
         """Up to `n` tokens that follow `token`, each the likeliest, and fewer where rounding decides."""
         if self.model.config.logit_softcap is not None:
             return []  # what it brings together only `finish` sees
         assert 0 <= position <= self.model.config.context_length - n, (position, n)
+        assert 0 <= token < len(self.weights.token_embeddings), token
+        drafting, _ = self.rounded
         found = np.empty((len(self.states), n), np.int64)
+        n_next = np.full((len(self.states), 1), self.n_drafted)
 
         def work(number: int, member: decoding.Member) -> int:
-            room = self.states[number], member, found[number]
-            return decoding.write_likeliest(token, position, self.shape, self.weights, *room)
+            room = self.states[number], member, n_next[number], found[number]
+            return decoding.write_likeliest(token, position, self.shape, self.weights, drafting, *room)
 
         n_found = self.team.run(work)
+        self.n_drafted = n_next[0, 0]
         return found[0, :n_found].tolist()
 
 

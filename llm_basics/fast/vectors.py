@@ -24,8 +24,15 @@ LOG2_E = np.float32(math.log2(math.e))
 LN_2, REST_OF_LN_2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
 TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(2, 8))
 
+# of a matrix whose sums are taken side by side
+ROWS = 4
+
 # closer to the highest score than this, another may be its equal once both are probabilities
 NEAR = np.float32(1e-5)
+
+# of a vector rounded to 16 bits
+LENGTH = np.float32(32_000)
+COMPARED_AT_A_TIME = 64
 
 
 @machine.inlined
@@ -46,8 +53,26 @@ def sigmoid(x: float) -> float:
 
 
 @machine.summing
-def multiply(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int) -> None:
-    """`out = matrix x + bias` for some rows, four at a time: each number of `x` is fetched once for them.
+def multiply(
+    matrix: np.ndarray, x: np.ndarray, n: int, bias: np.ndarray, out: np.ndarray, start: int, end: int
+) -> None:
+    """`out = matrix x + bias` of the first `n` rows of `x`, for some rows of the matrix.
+
+    `matrix` is its address, and that of its rows' scales or 0. With several `x`, the numbers of the matrix
+    are fetched once for four of them; room beyond `n` may be worked on in vain.
+    """
+    if matrix[1]:
+        multiply_bytes(matrix, x[0], bias, out[0], start, end)
+    elif n > 1 and end - start >= 4:
+        multiply_four(matrix[0], x, n, bias, out, start, end)
+    else:
+        for t in range(n):
+            multiply_one(matrix[0], x[t], bias, out[t], start, end)
+
+
+@machine.summing
+def multiply_one(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int) -> None:
+    """Four rows at a time: each number of `x` is fetched once for them.
 
     The last four may be some of those before again: so equal rows have equal sums, wherever they stand.
     """
@@ -68,6 +93,89 @@ def multiply(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, star
         for i in range(n):
             a += weight[row, i] * x[i]
         out[row] = a + bias[row]
+
+
+@machine.summing
+def multiply_four(
+    matrix: int, x: np.ndarray, n: int, bias: np.ndarray, out: np.ndarray, start: int, end: int
+) -> None:
+    """Four rows of the matrix and four of `x` at a time: sixteen sums of eight numbers that are fetched."""
+    weight = numba.carray(machine.floats_at(matrix), (out.shape[1], x.shape[1]))
+    for first in range(start, end, 4):
+        row = min(first, end - 4)
+        for t in range(0, n, 4):
+            a = b = c = d = e = f = g = h = ZERO
+            p = q = r = s = u = v = y = z = ZERO
+            for i in range(x.shape[1]):
+                a += weight[row, i] * x[t, i]
+                b += weight[row, i] * x[t + 1, i]
+                c += weight[row, i] * x[t + 2, i]
+                d += weight[row, i] * x[t + 3, i]
+                e += weight[row + 1, i] * x[t, i]
+                f += weight[row + 1, i] * x[t + 1, i]
+                g += weight[row + 1, i] * x[t + 2, i]
+                h += weight[row + 1, i] * x[t + 3, i]
+                p += weight[row + 2, i] * x[t, i]
+                q += weight[row + 2, i] * x[t + 1, i]
+                r += weight[row + 2, i] * x[t + 2, i]
+                s += weight[row + 2, i] * x[t + 3, i]
+                u += weight[row + 3, i] * x[t, i]
+                v += weight[row + 3, i] * x[t + 1, i]
+                y += weight[row + 3, i] * x[t + 2, i]
+                z += weight[row + 3, i] * x[t + 3, i]
+            out[t, row], out[t, row + 1] = a + bias[row], e + bias[row + 1]
+            out[t, row + 2], out[t, row + 3] = p + bias[row + 2], u + bias[row + 3]
+            out[t + 1, row], out[t + 1, row + 1] = b + bias[row], f + bias[row + 1]
+            out[t + 1, row + 2], out[t + 1, row + 3] = q + bias[row + 2], v + bias[row + 3]
+            out[t + 2, row], out[t + 2, row + 1] = c + bias[row], g + bias[row + 1]
+            out[t + 2, row + 2], out[t + 2, row + 3] = r + bias[row + 2], y + bias[row + 3]
+            out[t + 3, row], out[t + 3, row + 1] = d + bias[row], h + bias[row + 1]
+            out[t + 3, row + 2], out[t + 3, row + 3] = s + bias[row + 2], z + bias[row + 3]
+
+
+@machine.summing
+def multiply_bytes(
+    matrix: np.ndarray, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int
+) -> None:
+    """Sums of whole numbers, four rows at a time, then scaled: `x` is rounded too, to 16 bits.
+
+    Its length becomes LENGTH, so that no product with a row is beyond 32 bits (Cauchy and Schwarz).
+    """
+    square = ZERO
+    for i in range(len(x)):
+        square += x[i] * x[i]
+    unit = np.float32(math.sqrt(square)) / LENGTH
+    steps = ONE / unit if unit > ZERO else ZERO
+    whole = np.zeros(padded(len(x)), np.int16)
+    for i in range(len(x)):
+        whole[i] = np.int16(np.rint(x[i] * steps))
+    stride, scale = len(whole), numba.carray(machine.floats_at(matrix[1]), len(out))
+    for row in range(start, end, 4):
+        rows = matrix[0] + row * stride
+        # the last four may go beyond the end: there is room for them
+        sums = machine.four_sums(rows, stride, whole.ctypes.data)
+        for i in range(min(4, end - row)):
+            out[row + i] = np.float32(sums[i]) * (unit * scale[row + i]) + bias[row + i]
+
+
+@machine.summing
+def round_rows(matrix: int, n: int, out: np.ndarray, scale: np.ndarray) -> None:
+    """Each row of `n` numbers as a scale and whole numbers of 8 bits, the largest 127 or -127."""
+    weight = numba.carray(machine.floats_at(matrix), (len(scale), n))
+    for row in range(len(scale)):
+        largest = ZERO
+        for i in range(n):
+            largest = max(largest, abs(weight[row, i]))
+        scale[row] = largest / np.float32(127)
+        steps = np.float32(127) / largest if largest > ZERO else ZERO
+        for i in range(n):
+            out[row, i] = np.int8(np.rint(weight[row, i] * steps))
+
+
+@machine.compiled
+def padded(n: int) -> int:
+    """The next multiple of how many numbers `machine.four_sums` takes at a time."""
+    return -(-n // machine.AT_ONCE) * machine.AT_ONCE
 
 
 @machine.summing
@@ -113,23 +221,61 @@ def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
 @machine.summing
 def mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scores: np.ndarray, out: np.ndarray) -> None:
     """`softmax(q K^T / sqrt(d_head)) V` over as many tokens as there is room for scores."""
-    scale = ONE / np.float32(math.sqrt(len(q)))
-    highest = np.float32(-np.inf)
-    for token in range(len(scores)):
-        score = ZERO
+    n, scale, top = len(scores), ONE / np.float32(math.sqrt(len(q))), np.float32(-np.inf)
+    for token in range(0, n - 3, 4):
+        a = b = c = d = ZERO
         for i in range(len(q)):
-            score += q[i] * keys[token, i]
-        scores[token] = score * scale
-        highest = max(highest, scores[token])
+            a += q[i] * keys[token, i]
+            b += q[i] * keys[token + 1, i]
+            c += q[i] * keys[token + 2, i]
+            d += q[i] * keys[token + 3, i]
+        scores[token], scores[token + 1] = a * scale, b * scale
+        scores[token + 2], scores[token + 3] = c * scale, d * scale
+        top = max(top, max(max(a, b), max(c, d)) * scale)
+    for token in range(n - n % 4, n):
+        a = ZERO
+        for i in range(len(q)):
+            a += q[i] * keys[token, i]
+        scores[token] = a * scale
+        top = max(top, a * scale)
     total = ZERO
-    for token in range(len(scores)):
-        scores[token] = exp(scores[token] - highest)
+    for token in range(n):
+        scores[token] = exp(scores[token] - top)
         total += scores[token]
     out[:] = ZERO
-    for token in range(len(scores)):
-        share = scores[token] / total
+    for token in range(0, n - 3, 4):
+        a, b, c, d = scores[token], scores[token + 1], scores[token + 2], scores[token + 3]
         for i in range(len(out)):
-            out[i] += share * values[token, i]
+            out[i] += (a * values[token, i] + b * values[token + 1, i]) + (
+                c * values[token + 2, i] + d * values[token + 3, i]
+            )
+    for token in range(n - n % 4, n):
+        for i in range(len(out)):
+            out[i] += scores[token] * values[token, i]
+    for i in range(len(out)):
+        out[i] /= total
+
+
+@machine.summing
+def highest(logits: np.ndarray) -> int:
+    """The token of the highest score, the first of equals; 0 where there is none.
+
+    A few at a time are compared with the highest before, side by side; one by one only where one is higher.
+
+    >>> highest(np.array([1.0, 3.0, 3.0], np.float32))
+    1
+    """
+    top, first = np.float32(-np.inf), 0
+    for start in range(0, len(logits), COMPARED_AT_A_TIME):
+        some = logits[start : start + COMPARED_AT_A_TIME]
+        n_higher = 0
+        for i in range(len(some)):
+            n_higher += some[i] > top
+        if n_higher:
+            for i in range(len(some)):
+                if some[i] > top:
+                    top, first = some[i], start + i
+    return first
 
 
 @machine.summing
@@ -139,12 +285,9 @@ def likeliest(logits: np.ndarray) -> int:
     >>> likeliest(np.array([1.0, 3.0, 2.0], np.float32)), likeliest(np.ones(2, np.float32))
     (1, -1)
     """
-    highest, first = np.float32(-np.inf), -1
-    for token in range(len(logits)):
-        if logits[token] > highest:
-            highest, first = logits[token], token
+    first = highest(logits)
     n_near, nothing = 0, ZERO
     for token in range(len(logits)):
-        n_near += highest - logits[token] < NEAR
+        n_near += logits[first] - logits[token] < NEAR
         nothing += logits[token] * ZERO
     return first if n_near == 1 and nothing == ZERO else -1

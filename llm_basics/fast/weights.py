@@ -169,16 +169,53 @@ def states_for(
         "gated": w.up_bias[0],
         "logits": w.lm_head_bias,
     }
-    own = {"x": w.ln_final, "x0": w.ln_final, "seen": w.ln_final, "scores": keys[0, 0, :, 0]}
+    own = {"x": w.ln_final, "x0": w.ln_final, "seen": w.ln_final}
     shared = {name: _room(like) for name, like in parts.items()}
     return [
-        decoding.State(keys, values, **shared, **{name: _room(like) for name, like in own.items()})
+        decoding.State(
+            keys,
+            values,
+            **shared,
+            **{name: _room(like) for name, like in own.items()},
+            scores=np.zeros(keys.shape[2], np.float32),
+            tokens=np.zeros(decoding.AT_A_TIME, np.int64),
+        )
         for _ in range(n_members)
     ]
 
 
 def _room(like: np.ndarray) -> np.ndarray:
-    return np.zeros(len(like), np.float32)
+    return np.zeros((decoding.AT_A_TIME, len(like)), np.float32)
+
+
+def rounded(w: decoding.Weights) -> tuple[decoding.Weights, list[np.ndarray]]:
+    """The same weights with all matrices in 8 bits, and what their addresses are of, to be kept."""
+    kept = []
+
+    def rounded_matrices(matrices: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
+        found = np.empty_like(matrices)
+        for i, (address, _) in enumerate(matrices):
+            # a multiple of four rows
+            numbers = np.zeros((-(-d_out // 4) * 4, vectors.padded(d_in)), np.int8)
+            scales = np.empty(d_out, np.float32)
+            vectors.round_rows(address, d_in, numbers, scales)
+            kept.extend([numbers, scales])
+            found[i] = numbers.ctypes.data, scales.ctypes.data
+        return found
+
+    d_model, d_hidden = len(w.ln_final), len(w.up_bias[0])
+    sizes = {
+        "q": (d_model, d_model),
+        "k": (len(w.k_bias[0]), d_model),
+        "v": (len(w.v_bias[0]), d_model),
+        "output": (d_model, d_model),
+        "up": (d_hidden, d_model),
+        "gated": (d_hidden, d_model),
+        "down": (d_model, d_hidden),
+        "lm_head": (len(w.lm_head_bias), d_model),
+    }
+    matrices = {name: rounded_matrices(getattr(w, name), *size) for name, size in sizes.items()}
+    return w._replace(**matrices), kept
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -187,10 +224,10 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
-    """The addresses of the weights, which have the size that the loops will take them for."""
+    """The addresses of weights without scales, which have the size that the loops will take them for."""
     for linear in linears:
         assert linear.weight.shape == (d_out, d_in), (linear, d_out, d_in)
-    return np.array([linear.weight.data_ptr() for linear in linears], np.int64)
+    return np.array([(linear.weight.data_ptr(), 0) for linear in linears], np.int64).reshape(-1, 2)
 
 
 def _bias(module: Any) -> np.ndarray:
