@@ -35,8 +35,8 @@ ROWS_OF_A_LINE = 16
 AT_A_TIME = 16
 
 # tokens that are drafted before they are verified, at most and at first. Each time more where all were right,
-# fewer where not, and after a first token that was wrong none for a while
-MOST_DRAFTED, FIRST_DRAFTED, MORE, FEWER, PAUSE = 7, 3, 2, 1, 8
+# fewer where not, and if already the first was wrong, soon none for a while
+MOST_DRAFTED, FIRST_DRAFTED, MORE, FEWER, FAR_FEWER = 7, 3, 2, 1, 4
 
 
 class Shape(NamedTuple):
@@ -318,5 +318,5 @@ def write_likeliest(
         if n_right == n_drafted:
             n_next[0] = min(n_next[0] + MORE, MOST_DRAFTED)
         else:
-            n_next[0] -= FEWER if n_right else PAUSE
+            n_next[0] -= FEWER if n_right else FAR_FEWER
     return n

@@ -6,7 +6,6 @@ through loops in machine code on a CPU (`decoding`), or through a recorded graph
 
 import contextlib
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ from llm_basics import generate as reference
 from llm_basics import model as models
 from llm_basics.fast import decoding, machine, static, vectors, weights
 
-# tokens that are written before the first of them is given out, while a CPU takes a millisecond or some
-AT_ONCE = 16
+# what is written before the first of it is given out: seconds, and tokens at most
+SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
 
 # tokens of a prompt that the loops read faster than torch, which takes a millisecond for any
 SHORT_PROMPT = 48
@@ -61,13 +60,30 @@ class Pace:
     def __init__(self, size: int) -> None:
         # what a token took with as many threads when that was tried last
         self.seconds = dict.fromkeys((size, 1), 0.0)
-        self.calls = itertools.count(1)
+        self.calls = 0
+
+    def is_trial(self) -> bool:
+        """Whether the next call is to see if what was slower still is."""
+        call = self.calls + 1
+        return call % CALLS_TO_A_TRIAL == 0 or (call > 2 and call.bit_count() == 1)
+
+    def tokens_at_once(self) -> int:
+        """How many tokens to read in the next call, whole drafts of them."""
+        draft, seconds = decoding.MOST_DRAFTED + 1, min(self.seconds.values())
+        if self.is_trial() or not seconds:
+            return draft
+        return draft * max(1, min(int(SECONDS_AT_ONCE / seconds), MOST_AT_ONCE) // draft)
+
+    def note(self, size: int, seconds: float) -> None:
+        """Remember what a token took. What is slower than before may be so by chance."""
+        before = self.seconds[size] or seconds
+        self.seconds[size] = min(seconds, before + (seconds - before) / 4)
 
     def size(self) -> int:
         """How many threads to take now."""
+        is_trial = self.is_trial()
+        self.calls += 1
         by_speed = sorted(self.seconds, key=lambda n: self.seconds[n])
-        call = next(self.calls)
-        is_trial = call % CALLS_TO_A_TRIAL == 0 or (call > 2 and call.bit_count() == 1)
         return by_speed[-1 if is_trial else 0]
 
 
@@ -100,7 +116,7 @@ class Team:
             for other in others:
                 other.result()
         if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
-            self.pace.seconds[size] = (time.perf_counter() - began) / max(n_tokens, 1)
+            self.pace.note(size, (time.perf_counter() - began) / max(n_tokens, 1))
         self.has_begun = True
         return n_tokens
 
@@ -123,7 +139,7 @@ class Loops:
         is_even = keys.shape[-1] % vectors.ROWS == 0
         most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
-        self.team = Team(known_pace(size, model.n_parameters()))
+        self.team = Team(known_pace(size, sum(held.numel() for held in self.held)))
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
         self.logits = torch.from_numpy(self.states[0].logits[0])
         self.n_drafted = decoding.FIRST_DRAFTED
@@ -164,12 +180,14 @@ class Loops:
         return weights.rounded(self.weights)
 
     def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
-        """Up to `n` tokens that follow `token`, each the likeliest, and fewer where rounding decides."""
+        """Up to `n` tokens that follow `token`, each the likeliest, as many as take a moment; fewer where
+        rounding decides."""
         if self.model.config.logit_softcap is not None:
             return []  # what it brings together only `finish` sees
         assert 0 <= position <= self.model.config.context_length - n, (position, n)
         assert 0 <= token < len(self.weights.token_embeddings), token
         drafting, _ = self.rounded
+        n = min(n, self.team.pace.tokens_at_once())
         found = np.empty((len(self.states), n), np.int64)
         n_next = np.full((len(self.states), 1), self.n_drafted)
 
@@ -248,7 +266,7 @@ def generate(
             certain: list[int] = []
             room = context_length + 1 - len(text)
             if temperature == 0 and adjust is None and n_new and room > 0 and isinstance(reader, Loops):
-                n = min(AT_ONCE, max_new_tokens - n_new, room)
+                n = min(max_new_tokens - n_new, room)
                 certain = reader.likeliest_after(text[-1], len(text) - 1, n)
             for token in certain:
                 if token == stop_id:

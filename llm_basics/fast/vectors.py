@@ -30,6 +30,7 @@ ROWS = 4
 # closer to the highest score than this, another may be its equal once both are probabilities
 NEAR = np.float32(1e-5)
 
+ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 # of a vector rounded to 16 bits
 LENGTH = np.float32(32_000)
 COMPARED_AT_A_TIME = 64
@@ -63,7 +64,7 @@ def multiply(
     """
     if matrix[1]:
         multiply_bytes(matrix, x[0], bias, out[0], start, end)
-    elif n > 1 and end - start >= 4:
+    elif n > 1 and end - start >= 4 and x.shape[1] % machine.FLOATS_AT_ONCE == 0:
         multiply_four(matrix[0], x, n, bias, out, start, end)
     else:
         for t in range(n):
@@ -99,38 +100,15 @@ def multiply_one(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, 
 def multiply_four(
     matrix: int, x: np.ndarray, n: int, bias: np.ndarray, out: np.ndarray, start: int, end: int
 ) -> None:
-    """Four rows of the matrix and four of `x` at a time: sixteen sums of eight numbers that are fetched."""
-    weight = numba.carray(machine.floats_at(matrix), (out.shape[1], x.shape[1]))
+    """Four rows of the matrix and four of `x` at a time."""
+    d_in = x.shape[1]
     for first in range(start, end, 4):
         row = min(first, end - 4)
         for t in range(0, n, 4):
-            a = b = c = d = e = f = g = h = ZERO
-            p = q = r = s = u = v = y = z = ZERO
-            for i in range(x.shape[1]):
-                a += weight[row, i] * x[t, i]
-                b += weight[row, i] * x[t + 1, i]
-                c += weight[row, i] * x[t + 2, i]
-                d += weight[row, i] * x[t + 3, i]
-                e += weight[row + 1, i] * x[t, i]
-                f += weight[row + 1, i] * x[t + 1, i]
-                g += weight[row + 1, i] * x[t + 2, i]
-                h += weight[row + 1, i] * x[t + 3, i]
-                p += weight[row + 2, i] * x[t, i]
-                q += weight[row + 2, i] * x[t + 1, i]
-                r += weight[row + 2, i] * x[t + 2, i]
-                s += weight[row + 2, i] * x[t + 3, i]
-                u += weight[row + 3, i] * x[t, i]
-                v += weight[row + 3, i] * x[t + 1, i]
-                y += weight[row + 3, i] * x[t + 2, i]
-                z += weight[row + 3, i] * x[t + 3, i]
-            out[t, row], out[t, row + 1] = a + bias[row], e + bias[row + 1]
-            out[t, row + 2], out[t, row + 3] = p + bias[row + 2], u + bias[row + 3]
-            out[t + 1, row], out[t + 1, row + 1] = b + bias[row], f + bias[row + 1]
-            out[t + 1, row + 2], out[t + 1, row + 3] = q + bias[row + 2], v + bias[row + 3]
-            out[t + 2, row], out[t + 2, row + 1] = c + bias[row], g + bias[row + 1]
-            out[t + 2, row + 2], out[t + 2, row + 3] = r + bias[row + 2], y + bias[row + 3]
-            out[t + 3, row], out[t + 3, row + 1] = d + bias[row], h + bias[row + 1]
-            out[t + 3, row + 2], out[t + 3, row + 3] = s + bias[row + 2], z + bias[row + 3]
+            sums = machine.sixteen_products(matrix + 4 * row * d_in, d_in, x[t:].ctypes.data)
+            for i in range(4):
+                for j in range(4):
+                    out[t + i, row + j] = sums[4 * i + j] + bias[row + j]
 
 
 @machine.summing
@@ -163,19 +141,22 @@ def round_rows(matrix: int, n: int, out: np.ndarray, scale: np.ndarray) -> None:
     """Each row of `n` numbers as a scale and whole numbers of 8 bits, the largest 127 or -127."""
     weight = numba.carray(machine.floats_at(matrix), (len(scale), n))
     for row in range(len(scale)):
-        largest = ZERO
+        # of numbers without their sign, the order is that of their bits; a maximum of those is found sooner
+        bits, most = weight[row].view(np.int32), np.int32(0)
         for i in range(n):
-            largest = max(largest, abs(weight[row, i]))
+            size = np.int32(bits[i] & ALL_BUT_SIGN)
+            most = size if size > most else most
+        largest = np.int32(most).view(np.float32)
         scale[row] = largest / np.float32(127)
         steps = np.float32(127) / largest if largest > ZERO else ZERO
         for i in range(n):
-            out[row, i] = np.int8(np.rint(weight[row, i] * steps))
+            out[row, i] = np.int8(np.int32(np.rint(weight[row, i] * steps)))
 
 
 @machine.compiled
 def padded(n: int) -> int:
     """The next multiple of how many numbers `machine.four_sums` takes at a time."""
-    return -(-n // machine.AT_ONCE) * machine.AT_ONCE
+    return -(-n // machine.BYTES_AT_ONCE) * machine.BYTES_AT_ONCE
 
 
 @machine.summing
@@ -219,44 +200,6 @@ def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
 
 
 @machine.summing
-def mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scores: np.ndarray, out: np.ndarray) -> None:
-    """`softmax(q K^T / sqrt(d_head)) V` over as many tokens as there is room for scores."""
-    n, scale, top = len(scores), ONE / np.float32(math.sqrt(len(q))), np.float32(-np.inf)
-    for token in range(0, n - 3, 4):
-        a = b = c = d = ZERO
-        for i in range(len(q)):
-            a += q[i] * keys[token, i]
-            b += q[i] * keys[token + 1, i]
-            c += q[i] * keys[token + 2, i]
-            d += q[i] * keys[token + 3, i]
-        scores[token], scores[token + 1] = a * scale, b * scale
-        scores[token + 2], scores[token + 3] = c * scale, d * scale
-        top = max(top, max(max(a, b), max(c, d)) * scale)
-    for token in range(n - n % 4, n):
-        a = ZERO
-        for i in range(len(q)):
-            a += q[i] * keys[token, i]
-        scores[token] = a * scale
-        top = max(top, a * scale)
-    total = ZERO
-    for token in range(n):
-        scores[token] = exp(scores[token] - top)
-        total += scores[token]
-    out[:] = ZERO
-    for token in range(0, n - 3, 4):
-        a, b, c, d = scores[token], scores[token + 1], scores[token + 2], scores[token + 3]
-        for i in range(len(out)):
-            out[i] += (a * values[token, i] + b * values[token + 1, i]) + (
-                c * values[token + 2, i] + d * values[token + 3, i]
-            )
-    for token in range(n - n % 4, n):
-        for i in range(len(out)):
-            out[i] += scores[token] * values[token, i]
-    for i in range(len(out)):
-        out[i] /= total
-
-
-@machine.summing
 def highest(logits: np.ndarray) -> int:
     """The token of the highest score, the first of equals; 0 where there is none.
 
@@ -276,6 +219,39 @@ def highest(logits: np.ndarray) -> int:
                 if some[i] > top:
                     top, first = some[i], start + i
     return first
+
+
+@machine.summing
+def mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scores: np.ndarray, out: np.ndarray) -> None:
+    """`softmax(q K^T / sqrt(d_head)) V` over as many tokens as there is room for scores."""
+    # whole vectors of four tokens at once, then what is left
+    n, width, top, total = len(scores), len(q), np.float32(-np.inf), ZERO
+    n_whole = n - n % 4 if width % machine.FLOATS_AT_ONCE == 0 else 0
+    for token in range(0, n_whole, 4):
+        four = machine.four_products(keys[token].ctypes.data, width, q.ctypes.data)
+        top = max(top, max(max(four[0], four[1]), max(four[2], four[3])))
+        for i in range(4):
+            scores[token + i] = four[i]
+    for token in range(n_whole, n):
+        a = ZERO
+        for i in range(width):
+            a += q[i] * keys[token, i]
+        scores[token] = a
+        top = max(top, a)
+    scale = ONE / np.float32(math.sqrt(width))
+    for token in range(n):
+        scores[token] = exp((scores[token] - top) * scale)
+        total += scores[token]
+    out[:] = ZERO
+    for start in range(0, width if n_whole else 0, machine.FLOATS_AT_ONCE):
+        some = machine.weighted_sum(values[0, start:].ctypes.data, width, n_whole, scores.ctypes.data)
+        for i in range(machine.FLOATS_AT_ONCE):
+            out[start + i] = some[i]
+    for token in range(n_whole, n):
+        for i in range(width):
+            out[i] += scores[token] * values[token, i]
+    for i in range(width):
+        out[i] /= total
 
 
 @machine.summing

@@ -65,11 +65,6 @@ def unknown_part(model: models.TransformerLM) -> str:
     for option, value in vars(model.config).items():
         if (option not in OPTIONS and value) or value not in VALUES.get(option, [value]):
             return f"the model's {option} is {value}"
-    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
-        if name.startswith("value_embeddings."):
-            continue
-        if (name.split(".", 2)[2] if name.startswith("layers.") else name) not in NAMES:
-            return f"the model has {name}"
     return ""
 
 
@@ -77,7 +72,16 @@ def supports(model: models.TransformerLM) -> str:
     """Why neither loops nor graph can read a model; "" if one can: a graph on CUDA, else the loops."""
     if reason := unknown_part(model):
         return reason
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    # of each module its own, since a walk for parameters and one for buffers would take longer than a token
+    for name, tensor in [
+        (f"{place}.{name}", tensor)
+        for place, module in model.named_modules()
+        for name, tensor in (module._parameters | module._buffers).items()
+        if tensor is not None
+    ]:
+        if (name.split(".", 2)[2] if name.startswith("layers.") else name) not in NAMES:
+            if not name.startswith("value_embeddings."):
+                return f"the model has {name}"
         if tensor.device.type == "cuda":
             continue
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
