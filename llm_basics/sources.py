@@ -9,7 +9,6 @@ A source gives its documents one by one, always in the same order, and is never 
 import gzip
 import importlib
 import io
-import json
 import re
 import sys
 import typing
@@ -188,25 +187,12 @@ def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
 ) -> Iterator[corpus.Document]:
     """The documents of JSON lines, one object each; lines that are empty, or whose text is, hold none."""
-    errors = "strict" if on_bad_utf8 == "error" else "replace"
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"line {number} of {name}"
-        try:
-            row = json.loads(line.decode("utf-8", errors))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{place} must be UTF-8, got byte 0x{line[error.start]:02x} at its offset {error.start}; "
-                "mend the file, or replace such bytes with --on-bad-utf8 replace"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} must be JSON; {error}") from None
+    for place, row in corpus.json_lines(name, lines, on_bad_utf8):
         if not isinstance(row, dict):
             raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
         text = text_of(row, text_field, place)
         if text.strip():
-            yield corpus.Document(f"{name}:{number}", text)
+            yield corpus.Document(place, text)
 
 
 def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[corpus.Document]:

@@ -289,8 +289,8 @@ def test_the_program_reads_standard_input(folder, monkeypatch):
     ("arguments", "said"),
     [
         (["nowhere"], "the text must be a file"),
-        (["bad.jsonl"], "line 2 of bad.jsonl must be JSON; Expecting value: line 1 column 1 (char 0)"),
-        (["bad.jsonl", "--text_field", "x"], "line 1 of bad.jsonl must have the field x, got text"),
+        (["bad.jsonl"], "bad.jsonl:2 must be JSON; Expecting value in column 1\n"),
+        (["bad.jsonl", "--text_field", "x"], "bad.jsonl:1 must have the field x, got text"),
         (["text", "--vocab_size", "12"], "vocab_size must be at least 257"),
         (["text", "--tokenizer", "nothing"], "a tokenizer must be bytes, gpt2, a folder"),
         (["text", "--val_fraction", "2"], "val_fraction must be above 0 and below 1, got 2.0"),

@@ -300,7 +300,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
 @pytest.mark.parametrize(
     ("change", "content", "said"),
     [
-        ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl, line 1: an answer must not be empty"),
+        ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl:1: an answer must not be empty"),
         ({}, '{"prompt": "a", "completion": "b"}', "must hold two questions or more, got 1"),
         ({"data": "nowhere.jsonl"}, "", "--data must be a file of conversations, or demo, got nowhere.jsonl"),
         ({"init_from": None}, "", "--init_from must name what is to be taught"),

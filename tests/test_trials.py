@@ -153,7 +153,7 @@ def test_a_sweep_of_ones_own(tmp_path):
         ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of different numbers, got [1, 1]"),
         ("grid: {train.lr: [1]}\nseeds: [a]", "train.seed must be int, got 'a' ({path})"),
         ("grid: {train.lr: [1]}\nfigure: cake", "figure must be options or scaling, got 'cake' ({path})"),
-        ("grid: [", "{path} must be YAML"),
+        ("grid: [", "{path}:1 must be YAML"),
     ],
 )
 def test_mistakes_in_a_file_name_it_and_the_key(tmp_path, content, said):
