@@ -112,7 +112,8 @@ def _load_for(options: config.Config, say: Callable[[str], None]) -> Prepared:
             raise ValueError(
                 f"{options.data} must be trained on with the tokenizer it was prepared with, which has "
                 f"{found.tokenizer.vocab_size:,} tokens, got --tokenizer {options.tokenizer} with "
-                f"{asked.vocab_size:,}; leave it out (--tokenizer bpe), or prepare the text again"
+                f"{asked.vocab_size:,}; take its own by --tokenizer {found.folder / 'tokenizer'}, or prepare "
+                "the text again"
             )
     say(f"{options.data} is prepared; its tokenizer has {found.tokenizer.vocab_size:,} tokens")
     return found
