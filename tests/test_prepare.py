@@ -207,7 +207,7 @@ def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(made, optio
     with pytest.raises(
         ValueError,
         match="prepared with, which has 270 tokens, got --tokenizer bytes with 257; "
-        f"take its own by --tokenizer {made}/tokenizer, or prepare",
+        f"take its own, {made}/tokenizer, or prepare",
     ):
         prepare.prepare(dataclasses.replace(options(tokenizer="bytes"), data=str(made)))
 
