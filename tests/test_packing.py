@@ -423,6 +423,7 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
     def find_before_another_ends(*arguments):
         monkeypatch.setattr(prepare.sources, "find", find)
         seen.append(build(options("third")))
+        monkeypatch.setattr(prepare, "_fill", pytest.fail)
         return find(*arguments)
 
     monkeypatch.setattr(packing.run, "write_file", write_while_another_begins)
