@@ -278,6 +278,15 @@ def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
     assert said[-1] == f"{options('cut').out} is prepared already"
 
 
+def test_what_is_finished_but_for_its_name_is_not_written_again(options, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_at(patch, packing, "publish", 1, False)
+        with pytest.raises(Cut):
+            build(options("out"))
+    monkeypatch.setattr(packing.shards, "ShardWriter", pytest.fail)
+    assert build(options("out")) == json.loads(Path(options("out").out, "meta.json").read_text())
+
+
 def test_killed_for_real(options, source):
     write_lines(source, make_documents(3_000))
     settings = {"shard_tokens": 8_000, "val_fraction": 0.05}
