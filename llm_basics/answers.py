@@ -45,7 +45,7 @@ def prepare_conversations(options: config.Config, say: Callable[[str], None] = p
     """
     source = options.tokenizer if options.resume is None else f"{options.resume}/tokenizer"
     tokenizer = chat.with_specials(prepare.load_tokenizer(source))
-    conversations = read(options.data)
+    conversations = read(options.data, options.on_bad_utf8)
     asked = [json.dumps([(m.role, m.content) for m in c if m.role != "assistant"]) for c in conversations]
     if len(set(asked)) < 2:
         raise ValueError(f"--data must hold two questions or more, got {len(set(asked))} in {options.data}")
@@ -71,14 +71,14 @@ def prepare_conversations(options: config.Config, say: Callable[[str], None] = p
     return prepare.load(folder)
 
 
-def read(source: str) -> list[list[chat.Message]]:
+def read(source: str, on_bad_utf8: str | None = None) -> list[list[chat.Message]]:
     """The conversations that `source` names: a file (`chat.read`), or `demo`, made by `questions`."""
     if source == "demo":
         pairs = [(question.asked, question.answer) for question in questions.all_questions()]
         return [[chat.Message("user", asked), chat.Message("assistant", answer)] for asked, answer in pairs]
     if not Path(source).is_file():
         raise ValueError(f"--data must be a file of conversations, or demo, got {source}")
-    return chat.read(source)
+    return chat.read(source, on_bad_utf8)
 
 
 def _render(tokenizer: tokenizers.Tokenizer, messages: Sequence[chat.Message]) -> tuple[list[int], int]:

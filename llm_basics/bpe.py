@@ -16,7 +16,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -174,10 +174,11 @@ def check_utf8(data: bytes, path: str | os.PathLike[str], offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = offset + error.start
-        raise ValueError(
-            f"{path} must be UTF-8, got byte 0x{data[error.start]:02x} at offset {place}"
-        ) from None
+        byte, place = data[error.start], offset + error.start
+        with open(path, "rb") as file:
+            ends = enumerate(accumulate(map(len, file)), start=1)
+            line = next(number for number, end in ends if end > place)
+        raise ValueError(f"{path}:{line} must be UTF-8, got byte 0x{byte:02x} at offset {place}") from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,16 +12,18 @@ ordinary text, and can neither end their turn nor begin another's.
     ('<|user|>2+2?<|end|><|assistant|>4<|end|>', '4<|end|>')
 """
 
+import codecs
 import importlib
+import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, command_line, programs
+from llm_basics import command_line, corpus, programs
 from llm_basics import tokenizer as tokenizers
 
 SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -87,41 +89,27 @@ def open_reply(tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]) -> 
 # Files -> messages
 
 
-def read(path: str | os.PathLike[str]) -> list[list[Message]]:
+def read(path: str | os.PathLike[str], on_bad_utf8: str | None = None) -> list[list[Message]]:
     """The conversations of a file, one record each: a JSON array, or JSON lines.
 
     Raises ValueError, with file, line or record, and the reason, for the first that is none.
     """
-    text = bpe.check_utf8(Path(path).read_bytes(), path, 0).removeprefix("\ufeff")
-    is_array = text.lstrip().startswith("[")
+    content = Path(path).read_bytes()
+    records: Iterable[tuple[str, Any]]
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        array = corpus.parse_json(corpus.decode(content, path, on_bad_utf8), path)
+        records = ((f"{path}, record {number}", record) for number, record in enumerate(array, start=1))
+    else:
+        records = corpus.json_lines(path, io.BytesIO(content), on_bad_utf8)
     conversations = []
-    for place, record in _array(text, path) if is_array else json_lines(text, path):
+    for place, record in records:
         try:
             conversations.append(conversation(record))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
     if not conversations:
         raise ValueError(f"{path} must hold conversations, JSON lines or a JSON array, but is empty")
     return conversations
-
-
-def _array(text: str, path: str | os.PathLike[str]) -> Iterable[tuple[str, Any]]:
-    try:
-        return [(f"record {number}", record) for number, record in enumerate(json.loads(text), start=1)]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON array; {error}") from None
-
-
-def json_lines(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """What stands in each line of a JSONL file that is not empty, with `line 3`, its place."""
-    # str.splitlines would also cut at U+2028, which JSON allows within a text
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: must be JSON; {error}") from None
 
 
 def conversation(record: Any) -> list[Message]:

@@ -27,6 +27,9 @@ from llm_basics import (
     tokenizer,
 )
 
+# exit status where a line of a pipe was no message, or none that could be answered
+MISTAKE = 1
+
 HELP = """\
 /reset              forget what was said, but not the system message
 /system TEXT        tell the model something before all else; without TEXT: nothing
@@ -49,7 +52,8 @@ def main(options: programs.ChatConfig) -> int:
                 )
             talk = Talk(lm, chosen, options)
             if options.message is None:
-                converse(talk, sys.stdin.isatty())
+                is_terminal = sys.stdin.isatty()
+                return MISTAKE if converse(talk, is_terminal) and not is_terminal else 0
             else:
                 talk.reply(options.message, _show)
                 print()
@@ -164,17 +168,21 @@ class Talk:
 # A terminal
 
 
-def converse(talk: Talk, is_terminal: bool) -> None:
-    """Answer line after line until there are no more. Notes and mistakes go beside the answers."""
+def converse(talk: Talk, is_terminal: bool) -> int:
+    """Answer line after line until there are no more, and return how many could not be.
+
+    Notes and mistakes go beside the answers; of a pipe, mistakes are told with their line.
+    """
+    n_mistakes = 0
     if is_terminal:
         _note("/help says what else can be done; Ctrl-D ends")
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # makes input() able to edit lines
-    for line in _lines(is_terminal):
+    for number, line in enumerate(_lines(is_terminal), start=1):
         try:
             if line.startswith("/"):
                 if line.strip() == "/quit":
-                    return
+                    break
                 obey(talk, line)
             elif line.strip():
                 talk.reply(line.removeprefix(" "), _show)
@@ -186,7 +194,9 @@ def converse(talk: Talk, is_terminal: bool) -> None:
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            _note(f"error: {error}")
+            n_mistakes += 1
+            _note(f"error: {error}" if is_terminal else f"error: standard input:{number}: {error}")
+    return n_mistakes
 
 
 def obey(talk: Talk, line: str) -> None:

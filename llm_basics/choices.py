@@ -9,8 +9,8 @@ of the log-probabilities of an answer's tokens, and by that sum per byte of the 
 of lm-evaluation-harness).
 """
 
+import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import likelihood
+from llm_basics import corpus, likelihood
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
 
@@ -61,12 +61,11 @@ class Answers:
 def read(path: str | os.PathLike[str]) -> list[Question]:
     """The questions of a file. Raises ValueError for the first line that is none, with its number."""
     questions = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if line.strip():
-            try:
-                questions.append(_question(json.loads(line.decode("utf-8")), f"{path}:{number}"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number} must be a question in JSON; {error}") from None
+    for place, fields in corpus.json_lines(path, io.BytesIO(Path(path).read_bytes())):
+        try:
+            questions.append(_question(fields, place))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     if not questions:
         raise ValueError(f"{path} must hold a question a line, got none")
     return questions
@@ -75,19 +74,26 @@ def read(path: str | os.PathLike[str]) -> list[Question]:
 def _question(fields: Any, source: str) -> Question:
     """A question from the object of a line."""
     if not isinstance(fields, dict):
-        raise ValueError(f"it must be an object, got {type(fields).__name__}")
-    prompts = [fields[name] for name in ("prompt", "question") if name in fields]
-    if len(prompts) != 1 or not isinstance(prompts[0], str):
-        raise ValueError(f"it must have one text called prompt or question, got {prompts}")
-    options, answer = fields.get("choices"), fields.get("answer")
+        raise ValueError(f"a question must be an object with fields, got {type(fields).__name__}")
+    names = [name for name in ("prompt", "question") if name in fields]
+    if len(names) != 1:
+        raise ValueError(
+            f"a question must have one of prompt and question, got {' and '.join(names) or 'none'}"
+        )
+    prompt = fields[names[0]]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{names[0]} must be a text, got {prompt!r}")
+    if missing := [name for name in ("choices", "answer") if name not in fields]:
+        raise ValueError(f"a question must have {missing[0]}, got {', '.join(fields)}")
+    options, answer = fields["choices"], fields["answer"]
     if not isinstance(options, list) or len(options) < 2:
         raise ValueError(f"choices must be a list of at least two texts, got {options!r}")
     if wrong := [option for option in options if not isinstance(option, str) or not option.strip()]:
-        raise ValueError(f"each choice must be a text that is not empty, got {wrong[0]!r}")
+        raise ValueError(f"choices must be texts that are not empty, got {wrong[0]!r}")
     # not isinstance: True is an int as well
     if type(answer) is not int or not 0 <= answer < len(options):
         raise ValueError(f"answer must be a number from 0 to {len(options) - 1}, got {answer!r}")
-    return Question(prompts[0], tuple(options), answer, source)
+    return Question(prompt, tuple(options), answer, source)
 
 
 def encode(

@@ -144,8 +144,12 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _flags(cls: Any, prefix: str = "--") -> list[str]:
+    """The options of a program; what it takes by its place has no name to be typed."""
     flags = []
-    for name, hint in typing.get_type_hints(cls).items():
+    (by_place,) = typing.get_args(tyro.conf.Positional[str])[1:]
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if by_place in getattr(hint, "__metadata__", ()):
+            continue
         flags += _flags(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
     return flags
 

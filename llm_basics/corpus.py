@@ -4,11 +4,13 @@ import glob
 import hashlib
 import io
 import itertools
+import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # between the documents of a file, by convention of GPT-2's and many later data sets
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -59,7 +61,7 @@ def stdlib_files() -> list[Path]:
     return files
 
 
-def read_documents(files: Iterable[Path], on_bad_utf8: str = "error") -> list[Document]:
+def read_documents(files: Iterable[Path], on_bad_utf8: str | None = None) -> list[Document]:
     """The documents of UTF-8 files, all at once."""
     documents: list[Document] = []
     for file in files:
@@ -69,35 +71,74 @@ def read_documents(files: Iterable[Path], on_bad_utf8: str = "error") -> list[Do
 
 
 def stream_documents(
-    name: object, content: io.BufferedIOBase, on_bad_utf8: str = "error"
+    name: object, content: io.BufferedIOBase, on_bad_utf8: str | None = None
 ) -> Iterator[Document]:
     """The documents of UTF-8 text one by one: all of it, or what stands between two `<|endoftext|>`."""
     separator = DOCUMENT_SEPARATOR.encode()
-    waiting, searched, offset, number = bytearray(), 0, 0, 0
+    waiting, searched, offset, line, number = bytearray(), 0, 0, 1, 0
     while True:
         block = content.read(BLOCK_BYTES)
         waiting += block
         while (end := waiting.find(separator, searched)) >= 0 or not block:
             part = bytes(waiting[:end] if end >= 0 else waiting)
-            text = _decode(part, name, offset, on_bad_utf8)
+            text = decode(part, name, on_bad_utf8, line, offset)
             if text.strip():
                 yield Document(f"{name}:{number}" if number else str(name), text)
                 number += 1
             if end < 0:
                 return
             del waiting[: end + len(separator)]
-            offset, searched = offset + end + len(separator), 0
+            offset, line, searched = offset + end + len(separator), line + part.count(b"\n"), 0
         searched = max(0, len(waiting) - len(separator) + 1)
 
 
-def _decode(content: bytes, name: object, offset: int, on_bad_utf8: str) -> str:
+# --------------------------------------------------------------------------------------------------
+# What is wrong with a file is told with its place, `a.jsonl:3`, the third line of it
+
+
+def decode(
+    content: bytes, name: object, on_bad_utf8: str | None = None, line: int = 1, offset: int = 0
+) -> str:
+    """The text of bytes that begin in `line` and at `offset` of a file. Raises ValueError if it is not UTF-8.
+
+    `on_bad_utf8` is `replace`, `error`, or None where that is no option.
+    """
     try:
-        return content.decode("utf-8", errors="strict" if on_bad_utf8 == "error" else "replace")
+        return content.decode("utf-8", errors="replace" if on_bad_utf8 == "replace" else "strict")
     except UnicodeDecodeError as error:
+        place, byte = line + content.count(b"\n", 0, error.start), content[error.start]
+        advice = ", or replace such bytes with --on_bad_utf8 replace" if on_bad_utf8 else ""
         raise ValueError(
-            f"{name} must be UTF-8, got byte 0x{content[error.start]:02x} at offset {offset + error.start}; "
-            "mend the file, or replace such bytes with --on-bad-utf8 replace"
+            f"{name}:{place} must be UTF-8, got byte 0x{byte:02x} at offset {offset + error.start}; "
+            f"mend the file{advice}"
         ) from None
+
+
+def parse_json(text: str, name: object, line: int = 1) -> Any:
+    """What JSON says that begins in `line` of a file. Raises ValueError if it is none."""
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        place = f"{name}:{line + error.lineno - 1}"
+        raise ValueError(f"{place} must be JSON; {error.msg} in column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}:{line} must be JSON; {error}") from None
+
+
+def json_lines(
+    name: object, lines: Iterable[bytes], on_bad_utf8: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """What stands in each line of JSON that is not empty, with its place.
+
+    >>> list(json_lines("a.jsonl", [b"[1]\\n", b"\\n", b"2\\n"]))
+    [('a.jsonl:1', [1]), ('a.jsonl:3', 2)]
+    """
+    offset = 0
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            text = decode(line, name, on_bad_utf8, number, offset)
+            yield f"{name}:{number}", parse_json(text.rstrip(), name, number)
+        offset += len(line)
 
 
 # --------------------------------------------------------------------------------------------------

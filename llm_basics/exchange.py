@@ -199,7 +199,7 @@ def read_ranks(
                 token = base64.b64decode(found[1], validate=True) if found else b""
             if not found or not token or token in ranks or int(found[2]) in taken:
                 raise ValueError(
-                    f"line {number} must be a new token in base64 and its rank, got {line[:60]!r}"
+                    f"{path}:{number} must be a new token in base64 and its rank, got {line[:60]!r}"
                 )
             ranks[token] = int(found[2])
             taken.add(ranks[token])

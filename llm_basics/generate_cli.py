@@ -6,6 +6,7 @@ uv run python -m llm_basics.generate runs/NAME --prompt "def " --show_probs
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -21,9 +22,8 @@ from torch import Tensor
 
 from llm_basics import (
     adjusting,
-    bpe,
-    chat,
     command_line,
+    corpus,
     device,
     generate,
     model,
@@ -78,16 +78,15 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The prompts of a file: its lines; of a .jsonl, the objects in them. Empty lines do not count."""
     if not path.is_file():
         raise ValueError(f"--prompts must be a file with a prompt a line, got {path}")
-    content = bpe.check_utf8(path.read_bytes(), path, 0).removeprefix("\ufeff")
+    content = path.read_bytes()
     if path.suffix != ".jsonl":
-        found = [{"prompt": line.removesuffix("\r")} for line in content.split("\n") if line.strip()]
+        lines = corpus.decode(content, path).removeprefix("\ufeff")
+        found = [{"prompt": line.removesuffix("\r")} for line in lines.split("\n") if line.strip()]
     else:
         found = []
-        for place, record in chat.json_lines(content, path):
+        for place, record in corpus.json_lines(path, io.BytesIO(content)):
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise ValueError(
-                    f'{path}, {place}: must be an object with a text "prompt", got {record!r:.60}'
-                )
+                raise ValueError(f'{place} must be an object with a text "prompt", got {record!r:.60}')
             found.append(record)
     if not found:
         raise ValueError(f"--prompts must hold a prompt, but {path} is empty")

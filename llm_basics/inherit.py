@@ -15,6 +15,9 @@ from llm_basics import tokenizer as tokenizers
 # rows there are
 FREE = {"vocab_size", "vocab_multiple", "dropout", "init", "zero_init"}
 
+# how many merges GPT-2's tokenizer has
+GPT2_MERGES = 50_000
+
 
 def check(options: config.Config, folder: str) -> None:
     """Raise ValueError unless the run in `folder` has the model and the tokenizer that `options` ask for."""
@@ -28,7 +31,13 @@ def check(options: config.Config, folder: str) -> None:
     if differences:
         raise ValueError(f"the model must be that of --init_from {folder}, but {'; '.join(differences)}")
     known = tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
-    if options.tokenizer == "bpe" or not extends(prepare.load_tokenizer(options.tokenizer), known):
+    # known without fetching it
+    is_other = options.tokenizer == "gpt2" and len(known.merges) != GPT2_MERGES
+    if (
+        options.tokenizer == "bpe"
+        or is_other
+        or not extends(prepare.load_tokenizer(options.tokenizer), known)
+    ):
         raise ValueError(
             f"the tokenizer must be that of --init_from {folder}, got {options.tokenizer}, which gives other "
             "ids; leave --tokenizer out"

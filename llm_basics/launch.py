@@ -28,6 +28,9 @@ UNKNOWN = "memory    not estimated: your pieces need numbers, where the estimate
 def of_text(options: config.Config) -> session.Session:
     """A run that learns to continue the text that `options` name."""
     prepared = prepare.prepare(options)
+    if options.resume is None and prepared.folder == Path(options.data):
+        # a folder that was prepared has a tokenizer, whatever is asked for when nothing is
+        options = dataclasses.replace(options, tokenizer=str(prepared.folder / "tokenizer"))
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     return session.Session(dataclasses.replace(options, model=model), prepared)
 

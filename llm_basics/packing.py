@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, corpus, shards, tokenizer
+from llm_basics import bpe, corpus, run, shards, tokenizer
 
 META = "meta.json"
 PROGRESS = "progress"
@@ -111,11 +111,14 @@ class Ledger:
     """What was committed of a preparation in `work`, and the digests of all texts so far, on disk.
 
     Raises ValueError if another process has it, or if it was begun with other `settings`. Where `work` is
-    None, it is in memory.
+    None, it is in memory. `stamp` is that of the source when it was read last.
     """
 
-    def __init__(self, work: Path | None, settings: dict[str, Any]) -> None:
-        self.settings = json.dumps(settings)
+    def __init__(
+        self, work: Path | None, settings: dict[str, Any], stamp: dict[str, Any] | None = None
+    ) -> None:
+        self.settings = settings
+        self.stamp = stamp
         self.state: State | None = None
         path = work / PROGRESS / "ledger.sqlite" if work else ":memory:"
         self.database = sqlite3.connect(path, isolation_level=None, timeout=0)
@@ -136,9 +139,11 @@ class Ledger:
         execute("CREATE TABLE IF NOT EXISTS committed (state TEXT, settings TEXT)")
         row = execute("SELECT state, settings FROM committed").fetchone()
         if row is not None:
-            check_settings(json.loads(self.settings), json.loads(row[1]), work)
-            state = json.loads(row[0])
+            state, then = json.loads(row[0]), json.loads(row[1])
+            check_settings(self.settings, then, work)
             self.state = State(**state | {"place": Place(**state["place"])})
+            if self.state.is_complete:
+                self.stamp = then.get("stamp")
         # reading may have been ahead of writing
         n_documents = self.state.place.n_documents if self.state else 0
         execute("DELETE FROM seen WHERE number > ?", [n_documents])
@@ -156,7 +161,8 @@ class Ledger:
 
     def commit(self, state: State) -> None:
         """Make `state` the one to go on from, all or nothing."""
-        values = [json.dumps(dataclasses.asdict(state)), self.settings]
+        settings = self.settings | {"stamp": self.stamp}
+        values = [json.dumps(dataclasses.asdict(state)), json.dumps(settings)]
         self.database.execute("DELETE FROM committed")
         self.database.execute("INSERT INTO committed VALUES (?, ?)", values)
         self.database.execute("COMMIT")
@@ -172,6 +178,23 @@ def check_settings(now: dict[str, Any], then: dict[str, Any], folder: object) ->
             f"{folder} was prepared with other options, which must be the same: {'; '.join(differences)}; "
             "delete it to begin again, or choose another --out"
         )
+
+
+def read_meta(out: Path, settings: dict[str, Any], stamp: dict[str, Any] | None) -> dict[str, Any]:
+    """What a finished folder says of itself. Raises ValueError if it is not what is asked for now."""
+    meta = json.loads((out / META).read_text(encoding="utf-8"))
+    check_settings(settings, meta.get("settings", {}), out)
+    then = meta.get("stamp")
+    if then is not None and stamp is not None and then != stamp:
+        raise ValueError(
+            f"{settings['source']} must be what it was when {out} was prepared, but names, sizes or times of "
+            f"its files have changed ({then['files']:,} with {then['bytes']:,} bytes then, "
+            f"{stamp['files']:,} with {stamp['bytes']:,} now); choose another --out, or delete {out} to "
+            "prepare it again"
+        )
+    # the last that is done, and so the last that a kill may leave undone
+    shutil.rmtree(out / PROGRESS, ignore_errors=True)
+    return meta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,8 +276,10 @@ def sweep(work: Path, state: State) -> None:
                 path.unlink()
 
 
-def finish(work: Path, out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Put what was held out into one file, say in meta.json what all is, and give the folder its name."""
+def finish(work: Path, about: dict[str, Any]) -> None:
+    """Put what was held out into one file, and say in meta.json, which is written last, what all is."""
+    if (work / META).is_file():
+        return
     chosen = tokenizer.Tokenizer.load(work / "tokenizer")
     parts = [shards.read_shard(path) for path in sorted((work / PROGRESS).glob("held_*.bin"))]
     with shards.ShardWriter(work, "val", chosen.vocab_size, chosen.fingerprint(), sys.maxsize) as writer:
@@ -267,16 +292,20 @@ def finish(work: Path, out: Path, about: dict[str, Any]) -> dict[str, Any]:
         "bytes": {"train": sum(s.n_bytes for s in train), "val": sum(s.n_bytes for s in parts)},
     }
     meta = about | counts | {"tokenizer": chosen.fingerprint(), "vocab_size": chosen.vocab_size}
-    (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    try:
-        os.rename(work, out)
-    except OSError:
-        # another process was first, with the same
-        if not (out / META).exists():
-            raise
-        shutil.rmtree(work, ignore_errors=True)
+    run.write_file(work / META, json.dumps(meta, indent=2) + "\n")
+
+
+def publish(work: Path, out: Path) -> dict[str, Any]:
+    """Give a finished folder its name, unless another process was first, with the same; returns its meta."""
+    if not (out / META).exists():
+        try:
+            os.rename(work, out)
+        except OSError:
+            if not (out / META).exists():
+                raise
+    shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(out / PROGRESS, ignore_errors=True)
-    return meta
+    return json.loads((out / META).read_text(encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepa
         try:
             _tokenize(options, source, survey, split, work, say)
             about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
-            packing.finish(work, folder, about)
+            packing.finish(work, about)
+            packing.publish(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return load(folder)
@@ -112,7 +113,7 @@ def _load_for(options: config.Config, say: Callable[[str], None]) -> Prepared:
             raise ValueError(
                 f"{options.data} must be trained on with the tokenizer it was prepared with, which has "
                 f"{found.tokenizer.vocab_size:,} tokens, got --tokenizer {options.tokenizer} with "
-                f"{asked.vocab_size:,}; leave it out (--tokenizer bpe), or prepare the text again"
+                f"{asked.vocab_size:,}; take its own, {found.folder / 'tokenizer'}, or prepare the text again"
             )
     say(f"{options.data} is prepared; its tokenizer has {found.tokenizer.vocab_size:,} tokens")
     return found
@@ -195,27 +196,28 @@ def build(options: programs.PrepareConfig, say: Callable[[str], None] = print) -
         del settings[name]
     if options.tokenizer == "bpe":
         bpe.check_vocab_size(options.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+    stamp = sources.stamp(options.source)
     if (out / packing.META).is_file():
-        meta = json.loads((out / packing.META).read_text(encoding="utf-8"))
-        packing.check_settings(settings, meta.get("settings", {}), out)
-        # the last that is done, and so the last that a kill may leave undone
-        shutil.rmtree(out / packing.PROGRESS, ignore_errors=True)
+        meta = packing.read_meta(out, settings, stamp)
         say(f"{out} is prepared already")
         return meta
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out must be a folder that is new or empty, got {out}")
     source = sources.find(options.source, options.text_field, options.form, options.on_bad_utf8)
     (work / packing.PROGRESS).mkdir(parents=True, exist_ok=True)
-    with packing.Ledger(work, settings) as ledger:
-        try:
-            _fill(options, source, work, ledger, say)
-        except BaseException:
-            if ledger.state is None:
-                shutil.rmtree(work)
-            raise
-    duplicates = ledger.state.place.n_duplicates if ledger.state else 0
-    about = {"source": options.source, "duplicates": duplicates}
-    return packing.finish(work, out, about | {"settings": settings, "versions": _versions()})
+    with packing.Ledger(work, settings, stamp) as ledger:
+        # unless another process has come to its end since this one looked
+        if not (out / packing.META).is_file():
+            try:
+                _fill(options, source, work, ledger, say)
+            except BaseException:
+                if ledger.state is None:
+                    shutil.rmtree(work)
+                raise
+            duplicates = ledger.state.place.n_duplicates if ledger.state else 0
+            about = {"source": options.source, "stamp": ledger.stamp, "duplicates": duplicates}
+            packing.finish(work, about | {"settings": settings, "versions": _versions()})
+    return packing.publish(work, out)
 
 
 def _fill(

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from llm_basics import config
+from llm_basics import config, corpus
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -45,10 +45,20 @@ def find(name_or_path: str, folder: Path, what: str) -> Path:
 
 def read_file(path: Path) -> dict[str, Any]:
     """What a YAML file of `option: value` lines holds."""
+    text = corpus.decode(path.read_bytes(), path)
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML; {' '.join(str(error).split())}") from None
+        options = yaml.safe_load(text) or {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        assert mark is not None, "of text, not of events"
+        raise ValueError(
+            f"{path}:{mark.line + 1} must be YAML; {error.problem} in column {mark.column + 1}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        raise ValueError(
+            f"{path}:{len(before)} must be YAML; {error.reason} in column {len(before[-1]) + 1}"
+        ) from None
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
     return options
@@ -106,9 +116,12 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
 
 def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
     """What to say of an option that is not known: the one that was probably meant."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # dashes are no likeness; and who writes lr may mean train.lr
+    full_name = {option.rpartition(".")[2].lstrip("-"): option for option in known}
+    full_name |= {option.lstrip("-"): option for option in known}
+    near = difflib.get_close_matches(name.lstrip("-"), full_name, n=1)
     return f"unknown option {name} ({origin}); " + (
-        f"the closest is {near[0]}" if near else "--help lists all"
+        f"the closest is {full_name[near[0]]}" if near else "--help lists all"
     )
 
 

@@ -52,6 +52,10 @@ class PrepareConfig:
     """Use the fast twins of the tokenizer; off: the readable reference alone."""
 
     def __post_init__(self) -> None:
+        if self.source == "-" and not self.out:
+            raise ValueError(
+                "--out must name the folder to make, since standard input (-) has no name, got none"
+            )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
         for name in ("sample_bytes", "max_tokens", "shard_tokens"):

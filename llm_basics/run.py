@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_basics import followers
+from llm_basics import corpus, followers
 
 try:
     import fcntl
@@ -202,10 +202,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"a run directory must hold config.json, got {folder}")
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; {error}") from None
+    options = corpus.parse_json(corpus.decode(path.read_bytes(), path), path)
     options.pop(ORIGINS, None)
     return options
 

@@ -19,11 +19,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from llm_basics import answers, chat, generate, prepare, questions, run, session, train
+from llm_basics import answers, chat, generate, prepare, questions, run, session, tokenizer, train
 
 # questions that are answered before and after, and those by which answers are judged
 N_SHOWN, N_JUDGED = 12, 500
@@ -101,6 +102,14 @@ def make(options: config.Config) -> Session:
     """A run that learns to answer as the conversations do that `options` name."""
     if options.init_from is None and options.resume is None:
         raise ValueError("--init_from must name what is to be taught: a run, or newest; or give --resume")
+    if options.resume is not None:
+        known = tokenizer.Tokenizer.load(Path(options.resume) / "tokenizer")
+        if not chat.is_chat(known):
+            raise ValueError(
+                f"--resume must name a run of sft, but {options.resume} is none (its tokenizer has no "
+                f"<|user|>); begin with its weights by --init_from {options.resume}, or go on with it by "
+                f"python -m llm_basics.train --resume {options.resume}"
+            )
     prepared = answers.prepare_conversations(options)
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     return Session(dataclasses.replace(options, model=model), prepared)

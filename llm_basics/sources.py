@@ -7,6 +7,7 @@ A source gives its documents one by one, always in the same order, and is never 
 """
 
 import gzip
+import hashlib
 import importlib
 import io
 import json
@@ -67,6 +68,23 @@ def find(source: str, text_field: str = "text", form: str = "auto", on_bad_utf8:
             f"{error}; beside these, - is standard input, {HUB}NAME a data set at Hugging Face, and "
             f"{', '.join(PRESETS)} are such data sets"
         ) from None
+
+
+def stamp(source: str) -> dict[str, Any] | None:
+    """What tells the files of a source from others, none of them read; None if it has none, or no longer."""
+    try:
+        found = find(source)
+    except ValueError:
+        return None
+    if not isinstance(found, Files):
+        return None
+    stats = [path.stat() for path in found.paths]
+    rows = [
+        (str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(found.paths, stats, strict=True)
+    ]
+    n_bytes = sum(stat.st_size for stat in stats)
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return {"files": len(rows), "bytes": n_bytes, "sha256": digest}
 
 
 class Source:
@@ -188,25 +206,12 @@ def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
 ) -> Iterator[corpus.Document]:
     """The documents of JSON lines, one object each; lines that are empty, or whose text is, hold none."""
-    errors = "strict" if on_bad_utf8 == "error" else "replace"
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"line {number} of {name}"
-        try:
-            row = json.loads(line.decode("utf-8", errors))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{place} must be UTF-8, got byte 0x{line[error.start]:02x} at its offset {error.start}; "
-                "mend the file, or replace such bytes with --on-bad-utf8 replace"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} must be JSON; {error}") from None
+    for place, row in corpus.json_lines(name, lines, on_bad_utf8):
         if not isinstance(row, dict):
             raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
         text = text_of(row, text_field, place)
         if text.strip():
-            yield corpus.Document(f"{name}:{number}", text)
+            yield corpus.Document(place, text)
 
 
 def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[corpus.Document]:

@@ -37,6 +37,7 @@ from llm_basics import (
     report,
     run,
     signals,
+    sources,
     trials,
 )
 
@@ -102,6 +103,15 @@ def find_places(sweep: trials.Sweep, out: Path) -> list[Place]:
             taken.add(found[0].name)
         places.append(Place(trial, found[0]))
     return places
+
+
+def check_texts(places: Sequence[Place], origin: str) -> None:
+    """Raise ValueError if the text of a run that is to be trained is not there."""
+    for source in dict.fromkeys(place.trial.options.data for place in places if not place.is_finished):
+        try:
+            sources.find(source)
+        except ValueError as error:
+            raise ValueError(f"data: {error} ({origin})") from None
 
 
 def _identity(options: config.Config) -> dict[str, Any]:
@@ -228,7 +238,7 @@ def table(found: Sequence[charts.Outcome]) -> tuple[list[str], list[list[str]]]:
             f"{outcome.spread:.4f}" if len(outcome.losses) > 1 else "-",
             str(len(outcome.losses)),
             f"{outcome.weights:,}" if outcome.losses else "-",
-            f"{outcome.tokens:,}",
+            f"{outcome.tokens:,}" if outcome.losses else "-",
         ]
         for outcome in sorted(found, key=lambda o: o.mean if o.losses else float("inf"))
     ]
@@ -283,6 +293,7 @@ def main(options: programs.SweepConfig) -> int:
     with command_line.exit_on_mistake():
         sweep = trials.load(options.sweep)
         out = Path(options.out or run.RUNS / sweep.name)
+        check_texts(find_places(sweep, out), options.sweep)
         out.mkdir(parents=True, exist_ok=True)
         with signals.listening(), run.locked(out):
             places = find_places(sweep, out)

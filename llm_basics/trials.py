@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import config, presets
+from llm_basics import config, presets, run
 
 SWEEPS = presets.PRESETS / "sweeps"
 
@@ -33,7 +33,8 @@ DRAWS = ("log", "uniform", "choice")
 FIGURES = ("options", "scaling")
 
 # what a sweep decides for each of its runs
-TAKEN = ("config", "run_dir", "resume", "find_lr", "train.seed")
+OWN = ("run_dir", "resume", "find_lr")
+TAKEN = ("config", *OWN, "train.seed")
 
 # what the name of a variant stands under, among the settings of a trial
 VARIANT = "variant"
@@ -125,11 +126,15 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
 
 def _base(content: Any, origin: str) -> config.Config:
     if isinstance(content, str):
-        return presets.load(content)
+        content = {"config": content}
     if not isinstance(content, dict):
         raise ValueError(f"base must be a preset or hold options, got {content!r} ({origin})")
     under = presets.load(content["config"]) if "config" in content else config.Config(config=origin)
-    return set_options(under, {key: value for key, value in content.items() if key != "config"}, origin)
+    base = set_options(under, {key: value for key, value in content.items() if key != "config"}, origin)
+    for name in OWN:
+        if getattr(base, name) != getattr(config.Config, name):
+            raise ValueError(f"base: {name} is set for each run of a sweep; leave it out ({origin})")
+    return base
 
 
 def _linked(key: str, values: Any, origin: str) -> list[Choice]:
@@ -270,4 +275,4 @@ def what_differs(options: Any, defaults: Any) -> dict[str, Any]:
 def write_options(options: config.Config, path: Path) -> None:
     """Write a file for --config."""
     differing = what_differs(options, config.Config(config=options.config))
-    path.write_text(presets.dump(differing), encoding="utf-8")
+    run.write_file(path, presets.dump(differing))

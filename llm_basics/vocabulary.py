@@ -20,7 +20,7 @@ from typing import Any
 
 import regex
 
-from llm_basics import bpe
+from llm_basics import bpe, corpus
 
 # the patterns that other programs write differently and that cut every text alike
 SAME_AS_GPT2 = (
@@ -89,7 +89,7 @@ def reading(must: str) -> Iterator[None]:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8-sig"))
+    return corpus.parse_json(corpus.decode(path.read_bytes(), path), path)
 
 
 def own_pattern(pattern: regex.Pattern) -> regex.Pattern:

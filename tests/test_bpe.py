@@ -385,10 +385,12 @@ def test_words_of_any_bytes_merge_as_by_recounting_everything(frequencies):
 @pytest.mark.parametrize("at", [0, 5, 3000])
 def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path, at):
     path = tmp_path / "broken.txt"
-    path.write_bytes((b"<s>ab" * 600)[:at] + b"\xff" + b"cd<s>" * 60)
-    with pytest.raises(ValueError, match=rf"broken\.txt must be UTF-8, got byte 0xff at offset {at}$"):
+    path.write_bytes((b"<s>a\n" * 600)[:at] + b"\xff" + b"cd<s>" * 60)
+    with pytest.raises(
+        ValueError, match=rf"broken\.txt:{at // 5 + 1} must be UTF-8, got byte 0xff at offset {at}$"
+    ):
         bpe.train_bpe(path, 300, ["<s>"])
-    with pytest.raises(ValueError, match=rf"broken\.txt .* offset {at}$"):
+    with pytest.raises(ValueError, match=rf"broken\.txt:{at // 5 + 1} .* offset {at}$"):
         bpe.train_bpe(path, 300, ["<s>"], n_workers=2)
 
 

@@ -204,7 +204,7 @@ def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
     path.write_text(f"{json.dumps(ASKED)}\n\n{json.dumps(record)}\n")
     with pytest.raises(ValueError) as error:
         chat.read(path)
-    assert str(error.value).startswith(f"{path}, line 3: ") and said in str(error.value)
+    assert str(error.value).startswith(f"{path}:3: ") and said in str(error.value)
     path.write_text(json.dumps([ASKED, record]))
     with pytest.raises(ValueError) as error:
         chat.read(path)
@@ -214,12 +214,16 @@ def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', ", line 2: must be JSON; Expecting value"),
-        (b'[{"prompt": "a"', " must be a JSON array; Expecting"),
+        (
+            b'{"prompt": "a", "completion": "b"}\n{"prompt": \n',
+            ":2 must be JSON; Expecting value in column 11",
+        ),
+        (b'[{"prompt": "a"},\n {"prompt" 1}]', ":2 must be JSON; Expecting ':' delimiter in column 12"),
         (b"\n \n", " must hold conversations, JSON lines or a JSON array, but is empty"),
         (b"[]", "but is empty"),
-        (b'{"prompt": "\xff"}', " must be UTF-8, got byte 0xff at offset 12"),
-        (b"[" * 100_000, " must be a JSON array; "),
+        (b'\n{"prompt": "\xff"}', ":2 must be UTF-8, got byte 0xff at offset 13; mend the file"),
+        (b'[\n{"prompt": "\xff"}]', ":2 must be UTF-8, got byte 0xff at offset 14; mend the file"),
+        (b"[" * 100_000, ":1 must be JSON; "),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path, content, said):

@@ -27,10 +27,10 @@ def program(*arguments):
 def say(folder, capsys, monkeypatch):
     """Give the program lines through a pipe; returns what it answers, and what it notes beside that."""
 
-    def run(*lines, arguments=()):
+    def run(*lines, arguments=(), status=0):
         content = io.BytesIO("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
-        assert program(folder, *PLAIN, *arguments) == 0
+        assert program(folder, *PLAIN, *arguments) == status
         return capsys.readouterr()
 
     return run
@@ -91,17 +91,20 @@ def test_help_names_every_command(say):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/rest", "error: a command must be one of those of /help, got /rest\n"),
-        ("/temperature hot", "error: temperature must be a number, got 'hot'\n"),
-        ("/temperature -1", "error: temperature must be at least 0 and finite, got -1.0\n"),
-        ("/temperature nan", "error: temperature must be at least 0 and finite, got nan\n"),
-        ("/save", "error: /save must be followed by the name of a file\n"),
-        ("/save x.jsonl", "error: there must be something to save, but nothing was said and answered yet\n"),
+        ("/rest", "a command must be one of those of /help, got /rest\n"),
+        ("/temperature hot", "temperature must be a number, got 'hot'\n"),
+        ("/temperature -1", "temperature must be at least 0 and finite, got -1.0\n"),
+        ("/temperature nan", "temperature must be at least 0 and finite, got nan\n"),
+        ("/save", "/save must be followed by the name of a file\n"),
+        (
+            "/save x.jsonl",
+            "there must be something to save, but nothing was said and answered yet\n",
+        ),
     ],
 )
 def test_a_mistake_ends_nothing(say, scripted, line, said):
-    found = say(line, "one")
-    assert found.err == said and found.out == "1\n"
+    found = say("", line, "one", status=1)
+    assert found.err == "error: standard input:2: " + said and found.out == "1\n"
 
 
 def test_a_temperature_counts_from_then_on(say):
@@ -214,11 +217,11 @@ def test_what_is_left_out_is_saved(say, scripted, tmp_path):
 
 
 def test_a_message_that_is_too_long_is_refused_and_forgotten(say, scripted, folder):
-    found = say("a" * 60, "short")
+    found = say("a" * 60, "short", status=1)
     assert found.out == "1\n"
     assert found.err == (
-        "error: a message, with the system message, must have at most 32 tokens, got 63 (context of 64); "
-        "shorten it, or lower --max_new_tokens\n"
+        "error: standard input:1: a message, with the system message, must have at most 32 tokens, got 63 "
+        "(context of 64); shorten it, or lower --max_new_tokens\n"
     )
     assert texts(folder, scripted) == ["<|user|>short<|end|><|assistant|>"]
 
@@ -271,6 +274,14 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(folder, monkeypatch, cap
     assert talk.turns == [chat.Message("user", "hello"), chat.Message("assistant", "one t")]
     found = capsys.readouterr()
     assert found.out.startswith("one t\n") and "(Ctrl-D ends)" in found.err
+
+
+def test_a_mistake_in_a_terminal_can_be_mended(folder, monkeypatch, capsys, terminal, scripted):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    terminal("/rest", "one")
+    assert program(folder, *PLAIN) == 0
+    assert "error: a command must be one of those of /help, got /rest\n" in capsys.readouterr().err
 
 
 def test_an_answer_without_a_word_is_no_turn(folder, monkeypatch, terminal):

@@ -129,6 +129,8 @@ def test_adamw_defaults():
         ),
         (["--trian.lr", "3"], "the closest is --train.lr"),
         (["--steps=3"], "the closest is --train.steps"),
+        (["--lr=3"], "the closest is --train.lr"),
+        (["--zebra=3"], "unknown option --zebra (command line); --help lists all"),
         (["--train.lr", "fast"], "--train.lr: could not convert string to float: 'fast'"),
         (["--train.lr"], "Missing value for argument '--train.lr'"),
         (["--model.norm", "batch"], "Expected one of ('rms', 'layer', 'none')"),
@@ -164,13 +166,17 @@ def test_mistakes_on_the_command_line(capsys, arguments, said):
         ("wandb: 1", "wandb must be bool, got 1 ({path})"),
         ("model: 3", "model must hold options of its own, got 3 ({path})"),
         ("- a\n- b", "{path} must hold `option: value` lines, got list"),
-        ("a: [", "{path} must be YAML"),
+        ("a: [", "{path}:1 must be YAML; expected the node content, but found '<stream end>' in column 5\n"),
+        ("a: 1\nb: [1\nc: 2", "{path}:3 must be YAML; expected ',' or ']', but got ':' in column 2\n"),
+        ("a: 1\nb: \tx\n  - y", "{path}:2 must be YAML; found character '\\t' that"),
+        ("a: 1\nb: \0", "{path}:2 must be YAML; special characters are not allowed in column 4\n"),
+        (b"a: 1\nb: \xff", "{path}:2 must be UTF-8, got byte 0xff at offset 8; mend the file\n"),
         ("model: {norm: batch}", "model.norm must be Literal['rms', 'layer', 'none'], got 'batch' ({path})"),
     ],
 )
 def test_mistakes_in_a_file(capsys, tmp_path, content, said):
     path = tmp_path / "mine.yaml"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said.format(path=path) in complaint(capsys, "--config", str(path))
 
 
@@ -204,6 +210,17 @@ def test_generate_has_its_own_options(capsys):
     with pytest.raises(SystemExit):
         generate_options(["--promt", "x"])
     assert "the closest is --prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("--run_dir", "--help lists all"), ("--folder", "--help lists all"), ("--outt", "the closest is --out")],
+)
+def test_what_is_suggested_is_near_and_can_be_typed(capsys, wrong, said):
+    """The folder to import has its place and no name, and is not like a run_dir."""
+    with pytest.raises(SystemExit, match="2"):
+        command_line.program_options(programs.ImportConfig(), ["x", wrong, "y"], "import_model")
+    assert capsys.readouterr().err == f"error: unknown option {wrong} (command line); {said}\n"
 
 
 @pytest.mark.parametrize(

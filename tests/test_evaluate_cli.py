@@ -213,7 +213,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
     [
         ({"data": "nowhere"}, "must be a file"),
         ({"data": "empty.txt"}, "--data must hold text, but empty.txt is empty"),
-        ({"choices": "bad.jsonl"}, "bad.jsonl:1 must be a question in JSON; it must be an object, got int"),
+        ({"choices": "bad.jsonl"}, "bad.jsonl:1: a question must be an object with fields, got int"),
         ({"choices": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"checkpoint": "9"}, "must hold a checkpoint, got none of step 9"),
         ({"stride": 33}, "stride must be from 1 to the model's 32 tokens, got 33"),

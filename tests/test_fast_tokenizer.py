@@ -983,7 +983,8 @@ def test_a_file_that_is_no_text_is_named_with_the_place(
 ):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
-    message = f"{path} must be UTF-8, got byte 0x{content[offset]:02x} at offset {offset}"
+    line = content[:offset].count(b"\n") + 1
+    message = f"{path}:{line} must be UTF-8, got byte 0x{content[offset]:02x} at offset {offset}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make(kind).encode_to_file(path, tmp_path / "ids", "train", n_threads)
     assert list((tmp_path / "ids").iterdir()) == [], "no half of a file stays behind"

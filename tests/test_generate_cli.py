@@ -173,14 +173,14 @@ def test_an_interrupted_file_is_not_there(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.jsonl", b'{"prompt": "a"}\n\nno', "{path}, line 3: must be JSON; "),
+        ("p.jsonl", b'{"prompt": "a"}\n\nno', "{path}:3 must be JSON; Expecting value in column 1"),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n[1]\n',
-            '{path}, line 2: must be an object with a text "prompt", got [1]',
+            '{path}:2 must be an object with a text "prompt", got [1]',
         ),
-        ("p.jsonl", b'{"prompt": 3}\n', '{path}, line 1: must be an object with a text "prompt", got {{'),
-        ("p.txt", b"a\n\xff", "{path} must be UTF-8, got byte 0xff at offset 2"),
+        ("p.jsonl", b'{"prompt": 3}\n', '{path}:1 must be an object with a text "prompt", got {{'),
+        ("p.txt", b"a\n\xff", "{path}:2 must be UTF-8, got byte 0xff at offset 2; mend the file\n"),
         ("p.txt", b"\n \n", "--prompts must hold a prompt, but {path} is empty"),
         ("p.txt", None, "--prompts must be a file with a prompt a line, got {path}"),
     ],

@@ -141,3 +141,6 @@ def test_readme_has_the_table():
     counts = {name: len(mistakes.load(name).mistakes) for name in mistakes.STEPS}
     for name, count in [*counts.items(), ("all", sum(counts.values()))]:
         assert f"| {name} | {count} | {count} | {count} |" in readme
+    n_lessons = len(mistakes.lessons.ORDER)
+    assert f"# {n_lessons} steps in order" in readme
+    assert f"of the {n_lessons} steps and\nof `checkpoint`, which has tests and no lesson" in readme

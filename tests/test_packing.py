@@ -278,6 +278,15 @@ def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
     assert said[-1] == f"{options('cut').out} is prepared already"
 
 
+def test_what_is_finished_but_for_its_name_is_not_written_again(options, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_at(patch, packing, "publish", 1, False)
+        with pytest.raises(Cut):
+            build(options("out"))
+    monkeypatch.setattr(packing.shards, "ShardWriter", pytest.fail)
+    assert build(options("out")) == json.loads(Path(options("out").out, "meta.json").read_text())
+
+
 def test_killed_for_real(options, source):
     write_lines(source, make_documents(3_000))
     settings = {"shard_tokens": 8_000, "val_fraction": 0.05}
@@ -335,6 +344,39 @@ def test_a_source_that_has_changed_is_refused(options, source, monkeypatch):
     build(options("out"))
 
 
+def test_a_source_that_has_changed_since_is_said(options, source):
+    out, given, about = options("out").out, source.read_text(), source.stat()
+    build(options("out"))
+    for changed, size, ns in ((given + "{}\n", len(given) + 3, about.st_mtime_ns), (given, len(given), 1)):
+        source.write_text(changed)
+        os.utime(source, ns=(ns, ns))
+        with pytest.raises(ValueError) as error:
+            build(options("out"))
+        assert str(error.value) == (
+            f"{source} must be what it was when {out} was prepared, but names, sizes or times of its files "
+            f"have changed (1 with {len(given):,} bytes then, 1 with {size:,} now); choose another --out, or "
+            f"delete {out} to prepare it again"
+        )
+    assert prepare.load(out).train
+    # what is gone has not changed, and earlier versions did not say what there was
+    source.unlink()
+    meta = build(options("out"))
+    del meta["stamp"]
+    Path(out, "meta.json").write_text(json.dumps(meta))
+    write_lines(source, ["new"])
+    assert build(options("out")) == meta
+
+
+def test_a_source_that_changes_while_nothing_is_left_to_read_is_said(options, source, monkeypatch):
+    build(options("whole"))
+    n_commits = len(prepare.load(options("whole").out).train)
+    partial(options, monkeypatch, commits=n_commits)
+    os.utime(source, ns=(1, 1))
+    build(options("out"))
+    with pytest.raises(ValueError, match="names, sizes or times of its files have changed"):
+        build(options("out"))
+
+
 def test_other_options_are_refused(options, monkeypatch):
     partial(options, monkeypatch)
     with pytest.raises(
@@ -372,6 +414,40 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch):
     build(options("out"))
 
 
+def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, monkeypatch):
+    build(options("whole"))
+    write, publish, find, seen = packing.run.write_file, packing.publish, prepare.sources.find, []
+
+    def write_while_another_begins(path, text):
+        with pytest.raises(ValueError, match="no other process may use it: database is locked"):
+            build(options("out"))
+        seen.append("refused")
+        write(path, text)
+
+    def publish_behind_another(work, out):
+        monkeypatch.setattr(packing, "publish", publish)
+        seen.append(publish(work, out))
+        return publish(work, out)
+
+    def find_before_another_ends(*arguments):
+        monkeypatch.setattr(prepare.sources, "find", find)
+        seen.append(build(options("third")))
+        monkeypatch.setattr(prepare, "_fill", pytest.fail)
+        return find(*arguments)
+
+    monkeypatch.setattr(packing.run, "write_file", write_while_another_begins)
+    monkeypatch.setattr(packing, "publish", publish_behind_another)
+    assert build(options("out")) == seen[1] and seen[0] == "refused"
+    monkeypatch.setattr(packing.run, "write_file", write)
+    stamp = prepare.sources.stamp(options("third").source)
+    monkeypatch.setattr(prepare.sources, "stamp", lambda source: stamp)
+    monkeypatch.setattr(prepare.sources, "find", find_before_another_ends)
+    assert build(options("third")) == seen[2]
+    for out in ("out", "third"):
+        assert content(options(out).out) == content(options("whole").out)
+        assert not Path(options(out).out + ".partial").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -389,11 +465,12 @@ def test_of_what_cannot_be_prepared_nothing_is_left(options, source, tmp_path, r
 
 def test_a_mistake_further_on_can_be_mended(options, source):
     build(options("whole"))
-    good = source.read_text()
+    good, about = source.read_text(), source.stat()
     source.write_text(good[: len(good) // 2] + "\n")
-    with pytest.raises(ValueError, match="line 1.. of .*a.jsonl must be JSON"):
+    with pytest.raises(ValueError, match="a.jsonl:1.. must be JSON"):
         build(options("out"))
     assert not Path(options("out").out).exists()
     source.write_text(good)
+    os.utime(source, ns=(about.st_atime_ns, about.st_mtime_ns))
     build(options("out"))
     assert content(options("out").out) == content(options("whole").out)

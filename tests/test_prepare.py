@@ -12,7 +12,18 @@ import types
 
 import pytest
 
-from llm_basics import command_line, config, corpus, followers, launch, prepare, presets, programs, tokenizer
+from llm_basics import (
+    command_line,
+    config,
+    corpus,
+    followers,
+    launch,
+    prepare,
+    presets,
+    programs,
+    run,
+    tokenizer,
+)
 
 DATA = os.environ.get("LLM_BASICS_DATA")
 
@@ -194,7 +205,9 @@ def test_a_prepared_folder_is_trained_on_as_it_is(made, options, monkeypatch):
 
 def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(made, options):
     with pytest.raises(
-        ValueError, match="prepared with, which has 270 tokens, got --tokenizer bytes with 257"
+        ValueError,
+        match="prepared with, which has 270 tokens, got --tokenizer bytes with 257; "
+        f"take its own, {made}/tokenizer, or prepare",
     ):
         prepare.prepare(dataclasses.replace(options(tokenizer="bytes"), data=str(made)))
 
@@ -207,6 +220,9 @@ def test_training_begins_from_a_prepared_folder(made, tmp_path, capsys, monkeypa
     output.close()
     assert "is prepared; its tokenizer has 270 tokens" in capsys.readouterr().out
     assert training.options.model.vocab_size == 270 and training.prepared_in == "made"
+    assert run.read_config("run")["tokenizer"] == f"{made}/tokenizer"
+    # what is recorded can be asked for again
+    assert prepare.prepare(training.options).folder == made
     assert len(training.held_out) == len(prepare.load(made).val.tokens)
     assert not (tmp_path / "data").exists()
 
@@ -289,13 +305,14 @@ def test_the_program_reads_standard_input(folder, monkeypatch):
     ("arguments", "said"),
     [
         (["nowhere"], "the text must be a file"),
-        (["bad.jsonl"], "line 2 of bad.jsonl must be JSON; Expecting value: line 1 column 1 (char 0)"),
-        (["bad.jsonl", "--text_field", "x"], "line 1 of bad.jsonl must have the field x, got text"),
+        (["bad.jsonl"], "bad.jsonl:2 must be JSON; Expecting value in column 1\n"),
+        (["bad.jsonl", "--text_field", "x"], "bad.jsonl:1 must have the field x, got text"),
         (["text", "--vocab_size", "12"], "vocab_size must be at least 257"),
         (["text", "--tokenizer", "nothing"], "a tokenizer must be bytes, gpt2, a folder"),
         (["text", "--val_fraction", "2"], "val_fraction must be above 0 and below 1, got 2.0"),
         (["text", "--max_tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["text", "--shard_token", "0"], "the closest is --shard_tokens"),
+        (["-"], "--out must name the folder to make, since standard input (-) has no name, got none\n"),
         (["text", "--out", "text"], "--out must be a folder that is new or empty, got text"),
     ],
 )

@@ -18,6 +18,7 @@ from llm_basics import (
     data,
     generate,
     model,
+    prepare,
     questions,
     run,
     sft,
@@ -300,10 +301,17 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
 @pytest.mark.parametrize(
     ("change", "content", "said"),
     [
-        ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl, line 1: an answer must not be empty"),
+        ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl:1: an answer must not be empty"),
         ({}, '{"prompt": "a", "completion": "b"}', "must hold two questions or more, got 1"),
         ({"data": "nowhere.jsonl"}, "", "--data must be a file of conversations, or demo, got nowhere.jsonl"),
         ({"init_from": None}, "", "--init_from must name what is to be taught"),
+        ({"init_from": None, "resume": "old"}, "", "--resume must name a run of sft, but old is none (its"),
+        ({"tokenizer": "gpt2"}, "", "got gpt2, which gives other ids; leave --tokenizer out"),
+        (
+            {},
+            '{"prompt": "\xff"}',
+            "answers.jsonl:1 must be UTF-8, got byte 0xff at offset 12; mend the file, or",
+        ),
         (
             {},
             json.dumps([{"prompt": c * 30, "completion": "y"} for c in "ab"]),
@@ -312,10 +320,12 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         ({"model": config.ModelConfig(d_model=64)}, "", "the model must be that of --init_from"),
     ],
 )
-def test_what_cannot_be_taught_is_refused(pretrained, capsys, change, content, said):
+def test_what_cannot_be_taught_is_refused(pretrained, capsys, monkeypatch, change, content, said):
     options = dataclasses.replace(options_of(pretrained), **change)
+    monkeypatch.chdir(pretrained)
+    monkeypatch.setattr(prepare, "_gpt2", pytest.fail)
     if content:
-        (pretrained / "answers.jsonl").write_text(content)
+        (pretrained / "answers.jsonl").write_text(content, encoding="latin-1")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         sft.main(options)
@@ -323,3 +333,11 @@ def test_what_cannot_be_taught_is_refused(pretrained, capsys, change, content, s
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
     assert not (pretrained / "chat").exists()
+
+
+def test_bytes_that_are_not_utf8_can_be_replaced(pretrained):
+    with open(pretrained / "answers.jsonl", "ab") as file:
+        file.write(b'{"prompt": "caf\xe9?", "completion": "c"}\n')
+    options = dataclasses.replace(options_of(pretrained), on_bad_utf8="replace", val_fraction=0.9)
+    training = sft.make(options)
+    assert any("caf\ufffd?" in text(one) for one in (*training.taught.rows, *training.withheld.rows))

@@ -26,6 +26,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(TRAINER)))
     monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    for text in ("fail", "interrupt"):
+        Path(text).touch()
     return tmp_path
 
 
@@ -113,7 +115,10 @@ def test_a_run_that_fails_stops_no_other_and_is_told(here, capsys):
 
 def test_where_all_fail_the_results_say_so(here, capsys):
     assert do("variants: {b: {data: fail}}") == 1
-    assert results()[0]["state"] == "failed" and "no run has come to its end" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert results()[0]["state"] == "failed" and "no run has come to its end" in said
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("  b ")]
+    assert row == ["b", "none", "-", "0", "-", "-"]
     assert not Path("runs/mine/mine.png").exists()
 
 
@@ -173,6 +178,8 @@ def test_two_sweeps_do_not_write_one_folder(here, capsys):
     [
         ("grid: {train.lrr: [1]}", "unknown option train.lrr (mine.yaml); the closest is train.lr"),
         ("grids: {train.lr: [1]}", "unknown key grids (mine.yaml); a sweep has base, grid"),
+        ("base: {data: nowhere.txt}\ngrid: {train.lr: [1]}", "data: the text must be a file, a folder or a"),
+        ("variants: {a: {}, b: {data: nowhere.txt}}", " got nowhere.txt; "),
     ],
 )
 def test_mistakes_are_one_line_and_make_nothing(here, capsys, content, said):
@@ -180,7 +187,26 @@ def test_mistakes_are_one_line_and_make_nothing(here, capsys, content, said):
         do(content)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and said in error and error.count("\n") == 1
-    assert [path.name for path in here.iterdir()] == ["mine.yaml"]
+    assert sorted(path.name for path in here.iterdir()) == ["fail", "interrupt", "mine.yaml"]
+
+
+def test_what_is_finished_is_compared_without_its_text(here):
+    content = "base: {data: book.txt, train: {steps: 3}}\ngrid: {train.lr: [1e-2]}"
+    Path("book.txt").touch()
+    assert do(content) == 0
+    os.remove("book.txt")
+    os.remove("runs/mine/results.json")
+    assert do(content) == 0 and results()[0]["state"] == "finished"
+
+
+def test_the_options_of_a_run_are_there_whole_or_not_at_all(here, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="2"):
+        do(TWO)
+    assert not [*Path("runs/mine").glob("*.yaml*")]
 
 
 def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):

@@ -442,7 +442,7 @@ def test_a_sample_begins_with_a_line_that_asks_for_more():
         ("short", [], "the training text must have more tokens than model.context_length 16"),
         ("long enough\n" * 10, [], "the held-out text must have more tokens than model.context_length 16"),
         (None, [], "the text must be a file, a folder or a glob"),
-        (b"caf\xe9 " * 500, [], "{data} must be UTF-8, got byte 0xe9 at offset 3"),
+        (b"caf\xe9 " * 500, [], "{data}:1 must be UTF-8, got byte 0xe9 at offset 3"),
         ("x " * 500, ["--tokenizer", "bpe", "--model.vocab_size", "200"], "vocab_size must be at least 257"),
         ("x " * 500, ["--train.device", "abacus"], "the device must be there and usable, got abacus"),
     ],

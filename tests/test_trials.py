@@ -131,6 +131,15 @@ def test_a_sweep_of_ones_own(tmp_path):
         ),
         ("grid: {run_dir: [a]}", "grid: run_dir is set for each run of a sweep ({path})"),
         ("grid: {train.seed: [1]}", "train.seed is set for each run of a sweep; seeds has a list of them"),
+        (
+            "base: {run_dir: a}\ngrid: {train.lr: [1]}",
+            "base: run_dir is set for each run of a sweep; leave it",
+        ),
+        ("base: {resume: a}\ngrid: {train.lr: [1]}", "base: resume is set for each run of a sweep; leave it"),
+        (
+            "base: {find_lr: true}\ngrid: {train.lr: [1]}",
+            "base: find_lr is set for each run of a sweep; leave",
+        ),
         ("grid: [1]", "grid must hold options and their values, got [1] ({path})"),
         ("base: tiny", "a sweep must have grid, random or variants, got none ({path})"),
         ("base: tini\ngrid: {train.lr: [1]}", "--config must be a preset"),
@@ -153,7 +162,7 @@ def test_a_sweep_of_ones_own(tmp_path):
         ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of different numbers, got [1, 1]"),
         ("grid: {train.lr: [1]}\nseeds: [a]", "train.seed must be int, got 'a' ({path})"),
         ("grid: {train.lr: [1]}\nfigure: cake", "figure must be options or scaling, got 'cake' ({path})"),
-        ("grid: [", "{path} must be YAML"),
+        ("grid: [", "{path}:1 must be YAML"),
     ],
 )
 def test_mistakes_in_a_file_name_it_and_the_key(tmp_path, content, said):
@@ -162,6 +171,13 @@ def test_mistakes_in_a_file_name_it_and_the_key(tmp_path, content, said):
     with pytest.raises(ValueError) as error:
         trials.load(str(path))
     assert said.format(path=path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_set_for_each_run_may_not_come_by_a_preset(tmp_path):
+    (tmp_path / "mine.yaml").write_text("find_lr: true")
+    for base in (str(tmp_path / "mine.yaml"), {"config": str(tmp_path / "mine.yaml")}):
+        with pytest.raises(ValueError, match=r"base: find_lr is set for each run of a sweep; .* \(here\)"):
+            trials.parse({"base": base, "grid": {"train.lr": [1]}}, "a", "here")
 
 
 def test_a_sweep_that_is_not_there():

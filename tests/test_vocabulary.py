@@ -778,7 +778,7 @@ def test_a_damaged_line_of_ranks_is_named(tmp_path, line):
     path = tmp_path / "ours.tiktoken"
     good = rank_lines({bytes([id]): id for id in range(256)})
     path.write_bytes(good + line + b"\n" + rank_lines({b"cd": 257}))
-    assert_refused(lambda path: exchange.read_ranks(path, {}), path, "line 257 ")
+    assert_refused(lambda path: exchange.read_ranks(path, {}), path, ":257 must be a new token")
 
 
 @pytest.mark.parametrize(
