@@ -393,7 +393,7 @@ def test_a_text_whose_drafts_are_wrong(lm, wrong_drafts):
 def test_what_is_wrong_is_drafted_seldom(wrong_drafts, monkeypatch):
     counts = drafts_of(monkeypatch)
     expected, found = both(make(256, d_model=64, vocab_size=250), [5, 6, 7], 200, 0.0)
-    assert found == expected and np.mean(counts) < 1
+    assert found == expected and np.mean(counts) < decoding.FIRST_DRAFTED and min(counts) < 0
 
 
 def test_several_tokens_in_one_pass(lm):

@@ -299,7 +299,8 @@ def write_likeliest(
     n, vocab_size = 0, shape.vocab_size
     while n < len(out):
         # the exact model gives one token more than it is given
-        n_drafted = max(0, min(n_next[0], len(out) - n - 1))
+        n_wanted = max(0, n_next[0])
+        n_drafted = min(n_wanted, len(out) - n - 1)
         s.tokens[0] = token
         for i in range(n_drafted):
             read_tokens(s.tokens[i : i + 1], position + n + i, False, shape, rounded, s, m)
@@ -315,8 +316,8 @@ def write_likeliest(
             if i == n_drafted or token != s.tokens[i + 1]:
                 break
             n_right += 1
-        if n_right == n_drafted:
-            n_next[0] = min(n_next[0] + MORE, MOST_DRAFTED)
-        else:
+        if n_right < n_drafted:
             n_next[0] -= FEWER if n_right else FAR_FEWER
+        elif n_drafted == n_wanted:
+            n_next[0] = min(n_next[0] + MORE, MOST_DRAFTED)
     return n
