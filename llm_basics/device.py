@@ -14,6 +14,9 @@ import torch
 # from glibc's malloc.h: what is larger is asked of the system; what is free above is given back to it
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
+# from Linux's mman.h: let memory have large pages; their size, and how much is to have them
+HUGEPAGE, PAGE, RESERVED = 14, 1 << 21, (1 << 30) - (1 << 21)
+
 
 def choose(name: str) -> torch.device:
     """The device called `name`; for "auto" the first of cuda, mps and cpu that is there.
@@ -75,13 +78,23 @@ def keep_memory() -> None:
 
     Each step takes and frees the same megabytes. What comes from the system must be mapped and filled with
     zeros again: GELU and its gradient took half the time without that (768 x 512 numbers, 2 cores).
+
+    And where a page of memory lies, a processor knows of some thousand pages. With 4 KB each it must look up
+    the others again and again; with 2 MB it knows where all of a small model is (9% of a step's time).
     """
     if sys.platform.startswith("linux"):
         # other C libraries of Linux have no such function
         with contextlib.suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(MMAP_THRESHOLD, 1 << 30)
-            mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+            libc.malloc.restype = ctypes.c_void_p
+            # what nobody writes to costs nothing; once free, it is the next to be given out
+            if reserved := libc.malloc(ctypes.c_size_t(RESERVED)):
+                first = -(-reserved // PAGE) * PAGE
+                length = (reserved + RESERVED - first) // PAGE * PAGE
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), HUGEPAGE)
+                libc.free(ctypes.c_void_p(reserved))
 
 
 @contextlib.contextmanager

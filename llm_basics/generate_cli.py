@@ -70,6 +70,7 @@ def open_run(
         print(f"pieces    {swap.explain()}", file=sys.stderr)
     if options.fast == "on":
         swap.use("fast", say=lambda line: print(line, file=sys.stderr))
+    device.keep_memory()
     folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
     return generate.load_run(folder, device.choose(options.device), options.checkpoint)
 

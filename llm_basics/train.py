@@ -235,6 +235,8 @@ def main(
 ) -> int:
     """Train as `options` say: do `work` on the run that `make` opens. Returns the exit status."""
     clock = run.Stopwatch()
+    # before there is a model: where its weights lie counts too
+    device.keep_memory()
     with signals.listening(), swap.restored():
         try:
             with command_line.exit_on_mistake(), signals.anywhere():
@@ -245,7 +247,6 @@ def main(
         except session.SaveError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOT_SAVED
-        device.keep_memory()
         try:
             return work(training, output, clock)
         except signals.Stopped as stop:

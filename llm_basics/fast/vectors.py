@@ -40,8 +40,8 @@ COMPARED_AT_A_TIME = 64
 def exp(x: float) -> float:
     """`e^x = 2^n e^r`, n whole and r within ln 2 / 2 of 0: the exponent of a float32, and a short sum."""
     x = min(max(x, LOWEST), HIGHEST)
-    n = math.floor(x * LOG2_E + HALF)
-    r = x - np.float32(n) * LN_2 - np.float32(n) * REST_OF_LN_2
+    n = np.floor(x * LOG2_E + HALF)
+    r = x - n * LN_2 - n * REST_OF_LN_2
     a, b, c, d, e, f = TAYLOR
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return power * (ONE + r + r * r * (a + r * (b + r * (c + r * (d + r * (e + r * f))))))
