@@ -8,9 +8,10 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,59 +51,64 @@ def helpers(n: int) -> futures.ThreadPoolExecutor:
     return futures.ThreadPoolExecutor(n, "decoding")
 
 
+class Way(NamedTuple):
+    """How to read or write tokens: on so many threads, with drafts or without."""
+
+    size: int
+    has_drafts: bool = False
+
+
 class Pace:
-    """How many threads read a token fastest, several or one alone, found out while texts are written.
+    """Which of several ways is the fastest, found out while texts are written.
 
     Threads that wait for each other at every matrix gain much on cores of their own, and lose more where
-    another program has one of these. So what is slower is tried again, more seldom with time.
+    another program has one of these. Drafts gain where weights come from memory, and lose where they are
+    near and drafts are often wrong. So what is slower is tried again, more seldom with time.
     """
 
-    def __init__(self, size: int) -> None:
-        # what a token took with as many threads when that was tried last
-        self.seconds = dict.fromkeys((size, 1), 0.0)
+    def __init__(self, ways: Iterable[Way]) -> None:
+        # what a token took, those first that were not tried for long
+        self.seconds = dict.fromkeys(ways, 0.0)
         self.calls = 0
 
     def is_trial(self) -> bool:
         """Whether the next call is to see if what was slower still is."""
         call = self.calls + 1
-        return call % CALLS_TO_A_TRIAL == 0 or (call > 2 and call.bit_count() == 1)
+        is_time = call % CALLS_TO_A_TRIAL == 0 or call.bit_count() == 1
+        return is_time and call > len(self.seconds)
 
     def tokens_at_once(self) -> int:
-        """How many tokens to read in the next call, whole drafts of them."""
+        """How many tokens to write in the next call, whole drafts of them."""
         draft, seconds = decoding.MOST_DRAFTED + 1, min(self.seconds.values())
         if self.is_trial() or not seconds:
-            return draft
+            return 2 * draft
         return draft * max(1, min(int(SECONDS_AT_ONCE / seconds), MOST_AT_ONCE) // draft)
 
-    def note(self, size: int, seconds: float) -> None:
-        """Remember what a token took. What is slower than before may be so by chance."""
-        before = self.seconds[size] or seconds
-        self.seconds[size] = min(seconds, before + (seconds - before) / 4)
-
-    def size(self) -> int:
-        """How many threads to take now."""
+    def way(self) -> Way:
+        """How to go on now."""
         is_trial = self.is_trial()
         self.calls += 1
-        by_speed = sorted(self.seconds, key=lambda n: self.seconds[n])
-        return by_speed[-1 if is_trial else 0]
+        fastest = min(self.seconds, key=lambda way: self.seconds[way])
+        return next((way for way in self.seconds if way != fastest), fastest) if is_trial else fastest
+
+    def note(self, way: Way, seconds: float) -> None:
+        """Remember what a token took. What is slower than before may be so by chance."""
+        before = self.seconds.pop(way) or seconds
+        self.seconds[way] = min(seconds, before + (seconds - before) / 4)
 
 
-# by the number of threads and of the model's parameters
-known_pace = functools.cache(lambda size, n_parameters: Pace(size))
+# of as many parameters
+known_pace = functools.cache(lambda ways, n_parameters: Pace(ways))
 
 
 class Team:
-    """Runs loops on as many threads as `pace` says. The result is the same."""
+    """Runs loops on several threads. The result is the same as on one."""
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self) -> None:
         self.meeting = np.zeros(2, np.int64)
-        self.has_begun = False
 
-    def run(self, work: Callable[[int, decoding.Member], int]) -> int:
+    def run(self, size: int, work: Callable[[int, decoding.Member], int]) -> int:
         """What `work`, given a member and its number, returns: how many tokens it read."""
-        size = self.pace.size()
-        began = time.perf_counter()
         members = [decoding.Member(number, size, self.meeting) for number in range(size)]
         # two teams that each had some of the helpers would wait for the others for ever
         with ONE_TEAM if size > 1 else contextlib.nullcontext():
@@ -115,9 +121,6 @@ class Team:
                 raise
             for other in others:
                 other.result()
-        if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
-            self.pace.note(size, (time.perf_counter() - began) / max(n_tokens, 1))
-        self.has_begun = True
         return n_tokens
 
 
@@ -139,10 +142,14 @@ class Loops:
         is_even = keys.shape[-1] % vectors.ROWS == 0
         most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
-        self.team = Team(known_pace(size, sum(held.numel() for held in self.held)))
+        n_parameters = sum(held.numel() for held in self.held)
+        self.reading = known_pace((Way(size), Way(1)), n_parameters)
+        ways = tuple(Way(n, has_drafts) for n in (size, 1) for has_drafts in (True, False))
+        self.writing = known_pace(ways, n_parameters)
+        self.team, self.has_begun = Team(), False
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
         self.logits = torch.from_numpy(self.states[0].logits[0])
-        self.n_drafted = decoding.FIRST_DRAFTED
+        self.n_drafted = decoding.MOST_DRAFTED
         if not machine.used_before("decoding"):
             say_once("compiling the loops that write text, which takes some seconds and is done once")
 
@@ -172,7 +179,20 @@ class Loops:
             decoding.read_tokens(tokens, position, False, self.shape, self.weights, *room)
             return len(tokens)
 
-        self.team.run(work)
+        way = self.reading.way()
+        if len(tokens) == 1:
+            self._timed(self.reading, way, work)
+        else:
+            self.team.run(way.size, work)
+
+    def _timed(self, pace: Pace, way: Way, work: Callable[[int, decoding.Member], int]) -> int:
+        """What `work` returns; `pace` is told how long each of as many tokens took."""
+        began = time.perf_counter()
+        n_tokens = self.team.run(way.size, work)
+        if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
+            pace.note(way, (time.perf_counter() - began) / max(n_tokens, 1))
+        self.has_begun = True
+        return n_tokens
 
     @functools.cached_property
     def rounded(self) -> tuple[decoding.Weights, list[np.ndarray]]:
@@ -186,17 +206,19 @@ class Loops:
             return []  # what it brings together only `finish` sees
         assert 0 <= position <= self.model.config.context_length - n, (position, n)
         assert 0 <= token < len(self.weights.token_embeddings), token
-        drafting, _ = self.rounded
-        n = min(n, self.team.pace.tokens_at_once())
+        n = min(n, self.writing.tokens_at_once())
+        way = self.writing.way()
+        drafting = self.rounded[0] if way.has_drafts else self.weights
         found = np.empty((len(self.states), n), np.int64)
-        n_next = np.full((len(self.states), 1), self.n_drafted)
+        n_next = np.full((len(self.states), 1), self.n_drafted if way.has_drafts else decoding.NEVER)
 
         def work(number: int, member: decoding.Member) -> int:
             room = self.states[number], member, n_next[number], found[number]
             return decoding.write_likeliest(token, position, self.shape, self.weights, drafting, *room)
 
-        n_found = self.team.run(work)
-        self.n_drafted = n_next[0, 0]
+        n_found = self._timed(self.writing, way, work)
+        if way.has_drafts:
+            self.n_drafted = n_next[0, 0]
         return found[0, :n_found].tolist()
 
 
