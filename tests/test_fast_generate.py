@@ -221,11 +221,12 @@ def test_what_fails_in_another_member_is_told():
         fast.Team().run(2, work)
 
 
-@pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 61, 100])
+@pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 33, 61, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_each_row_is_somebody_s(n_rows, size):
     parts = [range(*decoding.rows_of(n_rows, number, size)) for number in range(size)]
     assert [row for part in parts for row in part] == list(range(n_rows))
+    assert all(len(part) >= min(n_rows, vectors.ROWS) for part in parts if len(part))
 
 
 @pytest.mark.parametrize("fastest", [fast.Way(2, True), fast.Way(1, False)])

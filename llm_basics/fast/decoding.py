@@ -172,7 +172,13 @@ def rows_of(n_rows: int, number: int, size: int) -> tuple[int, int]:
     ((0, 64), (64, 100))
     """
     rows = -(-n_rows // (size * ROWS_OF_A_LINE)) * ROWS_OF_A_LINE
-    return min(number * rows, n_rows), min((number + 1) * rows, n_rows)
+    start, end = min(number * rows, n_rows), min((number + 1) * rows, n_rows)
+    # fewer than are summed side by side would be summed in another order: who comes before takes them too
+    if number > 0 and n_rows - start < vectors.ROWS:
+        start = n_rows
+    if n_rows - end < vectors.ROWS:
+        end = n_rows
+    return start, end
 
 
 @machine.summing
