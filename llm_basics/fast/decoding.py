@@ -309,10 +309,15 @@ def write_likeliest(
         n_wanted = max(0, n_next[0])
         n_drafted = min(n_wanted, len(out) - n - 1)
         s.tokens[0] = token
-        for i in range(n_drafted):
-            read_tokens(s.tokens[i : i + 1], position + n + i, False, shape, rounded, s, m)
-            s.tokens[i + 1] = vectors.highest(s.logits[0, :vocab_size])
-        read_tokens(s.tokens[: n_drafted + 1], position + n, True, shape, w, s, m)
+        for i in range(n_drafted + 1):
+            # one call, compiled once: for the next token of the draft, and at last for all by the exact model
+            if i < n_drafted:
+                tokens, start, weights = s.tokens[i : i + 1], position + n + i, rounded
+            else:
+                tokens, start, weights = s.tokens[: i + 1], position + n, w
+            read_tokens(tokens, start, i == n_drafted, shape, weights, s, m)
+            if i < n_drafted:
+                s.tokens[i + 1] = vectors.highest(s.logits[0, :vocab_size])
         n_right = 0
         for i in range(n_drafted + 1):
             token = vectors.likeliest(s.logits[i, :vocab_size])

@@ -151,7 +151,7 @@ class Loops:
         self.logits = torch.from_numpy(self.states[0].logits[0])
         self.n_drafted = decoding.MOST_DRAFTED
         if not machine.used_before("decoding"):
-            say_once("compiling the loops that write text, which takes some seconds and is done once")
+            say_once("compiling the loops that write text, which takes ten seconds or more and is done once")
 
     @torch.no_grad()
     def read_prompt(self, tokens: Int[Tensor, " seq"]) -> Float[Tensor, " vocab"]:
