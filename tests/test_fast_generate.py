@@ -204,7 +204,7 @@ def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
 
     with pytest.raises(KeyboardInterrupt):
         team.run(2, work)
-    fast.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
+    machine.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
     deadline = time.monotonic() + 30
     while not arrived and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -516,7 +516,7 @@ def test_near_equals_are_left_to_the_reference(gap):
     assert vectors.likeliest(logits[::-1].copy()) == -1
 
 
-@pytest.mark.parametrize("kind", weights.FFN)
+@pytest.mark.parametrize("kind", vectors.FFN)
 def test_activations_over_the_whole_range(kind):
     x = torch.cat([torch.linspace(-90, 90, 4001), torch.tensor([-1e4, 1e4])]).double()
     expected = {
@@ -527,7 +527,7 @@ def test_activations_over_the_whole_range(kind):
         "silu": tF.silu,
     }[kind](x)
     hidden = x.float().numpy().copy()
-    vectors.activate(weights.FFN[kind], hidden, np.full_like(hidden, 3))
+    vectors.activate(vectors.FFN[kind], hidden, np.full_like(hidden, 3), hidden)
     # where float32 has few digits left, torch's own lose them too
     torch.testing.assert_close(torch.from_numpy(hidden).double(), expected, rtol=2e-6, atol=1e-6)
 

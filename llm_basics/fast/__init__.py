@@ -8,15 +8,19 @@ what it is the twin of.
                 kernels.py               Python to programs on a graphics card, by Triton
     floor 2     scanner.py               where each pre-token ends: two patterns, written as loops over bytes
                 vectors.py               rows of numbers: products, norms, activations as loops
+                tiles.py                 products of matrices as loops: sums that stay in registers
                 triton_norm.py           RMSNorm: each vector read once
                 triton_cross_entropy.py  the loss: softmax that does not wait for its maximum
                 triton_blocks.py         blocks of queries and keys: which see each other, where they lie
     floor 3     words.py                 a hash table of pre-tokens
                 merging.py               all pairs of neighbors, and the most frequent again and again
+                derivatives.py           rows of numbers, and what a loss changes by with them
+                heads.py                 attention as loops, with its gradient
                 triton_attention.py      FlashAttention: the scores are never written down
     floor 4     chunks.py                files of any size, piece by piece, on threads
                 encoding.py              from bytes to ids: scan, look up, merge what is new
                 decoding.py              a transformer as loops, for some tokens of one text
+                gradient.py              the steps of a model's forward and backward pass
                 static.py                one token through a model, for a CUDA graph
     floor 5     bpe.py                   bpe.train_bpe and what it is made of
                 tokenizer.py             tokenizer.Tokenizer
@@ -24,7 +28,9 @@ what it is the twin of.
                 functional.py            the mathematics through torch's fused kernels
                 layers.py                attention's three products as one
                 optim.py                 the optimizer, all parameters at once
-                update.py                a loss that never holds the logits of a whole batch
                 weights.py               a model's weights for loops, and which models they can read
-    floor 6     generate.py              generate.generate
+                program.py               a model as a list of steps
+    floor 6     learning.py              gradients of a batch by loops, on several threads
+                generate.py              generate.generate
+    floor 7     update.py                a loss that never holds the logits of a whole batch
 """

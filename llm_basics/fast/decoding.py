@@ -23,7 +23,6 @@ to the last token the text is the exact model's. This is speculative decoding (L
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from llm_basics.fast import machine, vectors
@@ -229,9 +228,7 @@ def attend(
     vectors.multiply(w.v[block], s.seen, n, w.v_bias[block], s.v, *features)
     for t in range(n):
         if shape.has_value_embeddings:
-            of_tokens = numba.carray(
-                machine.floats_at(w.value_embeddings[block, 0]), (len(w.token_embeddings), s.v.shape[1])
-            )
+            of_tokens = machine.array(w.value_embeddings[block, 0], (len(w.token_embeddings), s.v.shape[1]))
             for i in range(features[0], features[1]):
                 s.v[t, i] += of_tokens[tokens[t], i]
         for head in range(first, end):
@@ -275,7 +272,8 @@ def think(block: int, n: int, shape: Shape, w: Weights, s: State, m: Member) -> 
     if shape.ffn == vectors.SWIGLU:
         vectors.multiply(w.gated[block], s.seen, n, w.up_bias[block], s.gated, start, end)
     for t in range(n):
-        vectors.activate(shape.ffn, s.hidden[t, start:end], s.gated[t, start:end])
+        hidden = s.hidden[t, start:end]
+        vectors.activate(shape.ffn, hidden, s.gated[t, start:end], hidden)
     machine.meet(m.meeting, m.size)
     multiply(w.down[block], s.hidden, n, w.down_bias[block], s.added, m)
     machine.meet(m.meeting, m.size)

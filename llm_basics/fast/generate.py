@@ -9,7 +9,6 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
 from threading import Lock
 from typing import NamedTuple
 
@@ -43,12 +42,6 @@ probabilities_by_sorting = reference.next_token_probabilities
 def say_once(line: str) -> None:
     """Say what is true of every text, beside the text."""
     print(line, file=sys.stderr)
-
-
-@functools.cache
-def helpers(n: int) -> futures.ThreadPoolExecutor:
-    """Threads that wait for work beside the one that asks."""
-    return futures.ThreadPoolExecutor(n, "decoding")
 
 
 class Way(NamedTuple):
@@ -113,7 +106,7 @@ class Team:
         # two teams that each had some of the helpers would wait for the others for ever
         with ONE_TEAM if size > 1 else contextlib.nullcontext():
             try:
-                others = [helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
+                others = [machine.helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
                 n_tokens = work(0, members[0])
             except BaseException:
                 # Ctrl-C, perhaps before this thread was there: the others are not to wait for it

@@ -5,6 +5,7 @@ a loop over words that takes longer than the work, and threads wait for each oth
 works on `borrowed` arrays, which are not counted. The caller of the outermost function keeps them alive.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import inspect
@@ -102,6 +103,18 @@ def floats_at(_context, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(address), generate
+
+
+@inlined
+def array(address: int, shape: tuple[int, ...]) -> Any:
+    """The float32 numbers from an address on, as an array; their owner keeps them alive."""
+    return numba.carray(floats_at(address), shape)
+
+
+@inlined
+def row(address: int, number: int, d: int) -> Any:
+    """A row of a matrix of `d` columns that begins at an address."""
+    return array(address + 4 * number * d, (d,))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,6 +281,17 @@ def _add_product(builder, total, one, other):  # type: ignore[no-untyped-def]
 
 # --------------------------------------------------------------------------------------------------
 # Threads that work together
+
+
+@functools.cache
+def helpers(n: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that wait for work beside the one that asks."""
+    return concurrent.futures.ThreadPoolExecutor(n, "loops")
+
+
+if hasattr(os, "register_at_fork"):
+    # a process has but one thread when it begins
+    os.register_at_fork(after_in_child=helpers.cache_clear)
 
 # tries to see the others arrive, some microseconds, before a thread offers its core to somebody else
 TRIES = 10_000

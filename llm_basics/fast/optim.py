@@ -23,7 +23,7 @@ def clip_grad_norm_(
 ) -> Float[Tensor, ""]:
     """`optim.clip_grad_norm_`, all gradients together."""
     parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = joined([p.grad for p in parameters if p.grad is not None])
     if len({(g.device, g.dtype) for g in gradients}) != 1 or gradients[0].itemsize < 4:
         return clip_of_reference(parameters, max_norm, error_if_nonfinite)
     total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -31,6 +31,21 @@ def clip_grad_norm_(
         raise RuntimeError(f"the gradient norm must be finite, got {total_norm.item()}; nothing was clipped")
     torch._foreach_mul_(gradients, (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
     return total_norm
+
+
+def joined(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers as one tensor, where they lie behind each other in memory.
+
+    >>> both = torch.arange(6.0)
+    >>> joined([both[:4].view(2, 2), both[4:]])
+    [tensor([0., 1., 2., 3., 4., 5.])]
+    """
+    end = tensors[0].data_ptr() if tensors else 0
+    for tensor in tensors:
+        if tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
+            return tensors
+        end += tensor.nbytes
+    return [tensors[0].as_strided((sum(map(torch.numel, tensors)),), (1,))] if tensors else []
 
 
 def adamw_step_(

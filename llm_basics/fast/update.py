@@ -1,8 +1,11 @@
-"""The pieces of `update`: a loss that never holds the logits of a whole batch.
+"""The pieces of `update`: a loss that never holds the logits of a whole batch, and one by loops.
 
-They are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
+Logits are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
 state has. So the end of the model runs forward and backward for a few rows at a time, and what is kept is
 the gradient of the hidden states alone.
+
+On a CPU, what torch does for a small model takes as long as what it is for: `learning` does all of it
+without torch, both ways at once.
 """
 
 import torch
@@ -12,11 +15,29 @@ from torch import Tensor, nn
 from llm_basics import data
 from llm_basics import functional as F
 from llm_basics import model as models
+from llm_basics.fast import learning
 
 # logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
 # the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
 MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 LEAST_ROWS = 512
+
+
+class _LossByLoops(torch.autograd.Function):
+    """The mean loss of a model, and its gradients, which are there already when autograd asks for them."""
+
+    @staticmethod
+    def forward(ctx, learner, inputs, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
+        loss, ctx.gradients = learner.learn(inputs, targets, z_loss)
+        return torch.tensor(loss, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, dloss):  # type: ignore[no-untyped-def]
+        # given away, not kept: so each becomes the gradient of its parameter without a copy
+        gradients, ctx.gradients = ctx.gradients, None
+        if dloss != 1:
+            torch._foreach_mul_(gradients, dloss)
+        return None, None, None, None, *gradients
 
 
 class _LossInPieces(torch.autograd.Function):
@@ -57,7 +78,9 @@ def rows_at_a_time(device: torch.device, n_logits: int) -> int:
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
-    """`update.batch_loss`, a piece of the batch at a time if its logits are many."""
+    """`update.batch_loss` by loops on a CPU; else a piece of the batch at a time if its logits are many."""
+    if torch.is_grad_enabled() and (learner := learning.learner_for(model, inputs, targets)):
+        return _LossByLoops.apply(learner, inputs, targets, z_loss, *model.parameters())
     # a model of somebody else's need not be made of hidden states and logits
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
         if targets.numel() > rows_at_a_time(targets.device, model.config.n_rows):

@@ -6,19 +6,19 @@ any order; the C library's `exp`, one number a call, would take longer than all 
 
 import math
 
-import numba
 import numpy as np
 
 from llm_basics.fast import machine
 
-# kinds of feed-forward network
+# kinds of feed-forward network, as a model's config has them
 SWIGLU, GELU, GELU_TANH, RELU2, SILU = range(5)
+FFN = {"swiglu": SWIGLU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2, "silu": SILU}
 
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 ROOT_HALF, TWO_ROOT_2_PI = np.float32(math.sqrt(0.5)), np.float32(2 * math.sqrt(2 / math.pi))
 
-# beyond these, e^x is no ordinary float32
-LOWEST, HIGHEST = np.float32(-87), np.float32(88)
+# beyond these, e^x is no ordinary float32; of the lowest, and what is below, `exp` makes 0
+LOWEST, HIGHEST = np.float32(-88), np.float32(88)
 LOG2_E = np.float32(math.log2(math.e))
 # ln 2 in two numbers, the first of so few digits that its multiples are exact (Cody and Waite 1980)
 LN_2, REST_OF_LN_2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
@@ -78,7 +78,7 @@ def multiply_one(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, 
     The last four may be some of those before again: so equal rows have equal sums, wherever they stand.
     """
     n = len(x)
-    weight = numba.carray(machine.floats_at(matrix), (len(out), n))
+    weight = machine.array(matrix, (len(out), n))
     for first in range(start, end if end - start >= 4 else start, 4):
         row = min(first, end - 4)
         a = b = c = d = ZERO
@@ -127,7 +127,7 @@ def multiply_bytes(
     whole = np.zeros(padded(len(x)), np.int16)
     for i in range(len(x)):
         whole[i] = np.int16(np.rint(x[i] * steps))
-    stride, scale = len(whole), numba.carray(machine.floats_at(matrix[1]), len(out))
+    stride, scale = len(whole), machine.array(matrix[1], (len(out),))
     for row in range(start, end, 4):
         rows = matrix[0] + row * stride
         # the last four may go beyond the end: there is room for them
@@ -139,7 +139,7 @@ def multiply_bytes(
 @machine.summing
 def round_rows(matrix: int, n: int, out: np.ndarray, scale: np.ndarray) -> None:
     """Each row of `n` numbers as a scale and whole numbers of 8 bits, the largest 127 or -127."""
-    weight = numba.carray(machine.floats_at(matrix), (len(scale), n))
+    weight = machine.array(matrix, (len(scale), n))
     for row in range(len(scale)):
         # of numbers without their sign, the order is that of their bits; a maximum of those is found sooner
         bits, most = weight[row].view(np.int32), np.int32(0)
@@ -178,25 +178,25 @@ def normalize(
 
 
 @machine.summing
-def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
-    """Apply a feed-forward network's activation in place; swiglu's gates let `gated` through."""
+def activate(kind: int, hidden: np.ndarray, gated: np.ndarray, out: np.ndarray) -> None:
+    """A feed-forward network's activation; swiglu's gates let `gated` through. `out` may be `hidden`."""
     if kind == SWIGLU:
-        for i in range(len(hidden)):
-            hidden[i] *= sigmoid(hidden[i]) * gated[i]
+        for i in range(len(out)):
+            out[i] = hidden[i] * sigmoid(hidden[i]) * gated[i]
     elif kind == SILU:
-        for i in range(len(hidden)):
-            hidden[i] *= sigmoid(hidden[i])
+        for i in range(len(out)):
+            out[i] = hidden[i] * sigmoid(hidden[i])
     elif kind == RELU2:
-        for i in range(len(hidden)):
-            hidden[i] = max(hidden[i], ZERO) * max(hidden[i], ZERO)
+        for i in range(len(out)):
+            out[i] = max(hidden[i], ZERO) * max(hidden[i], ZERO)
     elif kind == GELU:
-        for i in range(len(hidden)):
-            hidden[i] *= HALF * (ONE + math.erf(hidden[i] * ROOT_HALF))
+        for i in range(len(out)):
+            out[i] = hidden[i] * HALF * (ONE + math.erf(hidden[i] * ROOT_HALF))
     else:
         # the tanh form: (1 + tanh(u)) / 2 is sigmoid(2 u)
-        for i in range(len(hidden)):
+        for i in range(len(out)):
             h = hidden[i]
-            hidden[i] = h * sigmoid(TWO_ROOT_2_PI * (h + np.float32(0.044715) * h * h * h))
+            out[i] = h * sigmoid(TWO_ROOT_2_PI * (h + np.float32(0.044715) * h * h * h))
 
 
 @machine.summing

@@ -16,21 +16,13 @@ from llm_basics import layers, theirs
 from llm_basics import model as models
 from llm_basics.fast import decoding, vectors
 
-FFN = {
-    "swiglu": vectors.SWIGLU,
-    "gelu": vectors.GELU,
-    "gelu_tanh": vectors.GELU_TANH,
-    "relu2": vectors.RELU2,
-    "silu": vectors.SILU,
-}
-
 # options of the model's config; of others only nothing (None, False, 0, "") is understood
 OPTIONS = set(
     "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff norm norm_eps norm_placement "
     "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init value_embeddings x0_skips "
     "logit_softcap vocab_multiple".split()
 )
-VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(FFN)}
+VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
 
 # parameters and buffers, those of blocks without the number
 NAMES = set(
@@ -102,7 +94,7 @@ def shape_of(model: models.TransformerLM) -> decoding.Shape:
         is_post_norm=c.norm_placement == "post",
         has_qk_norm=c.qk_norm,
         has_value_embeddings=c.value_embeddings,
-        ffn=FFN[c.ffn],
+        ffn=vectors.FFN[c.ffn],
         eps=c.norm_eps,
     )
 

@@ -1,0 +1,159 @@
+"""Loss and gradients of a batch by loops, each thread learning from texts of its own.
+
+A thread has its own sums of gradients too. So threads meet but once in a step, when these are added up:
+nobody waits for anybody in between, and what a thread works on stays in the cache of its core. For the same
+reason it takes some texts at a time, forward and back.
+"""
+
+import concurrent.futures
+import functools
+import sys
+import weakref
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from llm_basics import config, data
+from llm_basics import model as models
+from llm_basics.fast import gradient, machine, program, tiles, weights
+
+# tokens that are taken forward and back at a time, if texts are not longer
+TOKENS = 128
+
+# gradients of all threads together: 1 GB of them
+MOST_GRADIENTS = 1 << 28
+
+# float32 numbers in a vector, as AVX has; of others nobody has measured whether torch is slower
+LEAST_VECTOR = 8
+
+
+# of each model that has learned here, as long as there is the model
+_LEARNERS: weakref.WeakKeyDictionary[nn.Module, "Learner"] = weakref.WeakKeyDictionary()
+
+
+def learner_for(
+    model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> "Learner | None":
+    """What finds loss and gradients of a batch by loops; None where that is for torch to do."""
+    if not isinstance(model, models.TransformerLM) or unsupported(model, inputs):
+        return None
+    if not are_known(model.config, inputs, targets):
+        return None
+    learner, n_threads = _LEARNERS.get(model), torch.get_num_threads()
+    if learner is None or not learner.fits(model, n_threads):
+        say_if_compiling()
+        learner = _LEARNERS[model] = Learner(model, n_threads)
+    return learner
+
+
+@functools.cache
+def say_if_compiling() -> None:
+    """Say once what the first step of all waits for."""
+    if not machine.used_before("gradient"):
+        line = "compiling the loops that learn, which takes about ten seconds and is done once"
+        print(f"{line} (--fast off does without)", file=sys.stderr)
+
+
+def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
+    """Why the loops cannot learn from a batch, or are not known to be faster; "" if they can."""
+    c, parameters, n_threads = model.config, list(model.parameters()), torch.get_num_threads()
+    # tensors without content, by which memory is estimated, say that they are on the CPU
+    if type(inputs) is not Tensor or {inputs.device.type, parameters[0].device.type} != {"cpu"}:
+        return "model and tokens must be on the CPU"
+    if tiles.VECTOR < LEAST_VECTOR:
+        return "the processor has no wide vectors"
+    if reason := weights.supports(model):
+        return reason
+    if "hidden_states" in vars(model):
+        return "the model is compiled"
+    if c.norm_placement != "pre" or c.x0_skips:
+        return "norms after sublayers and x0_skips are not known to them"
+    if c.dropout and model.training:
+        return f"the model has a dropout of {c.dropout}"
+    for name, size in (("d_model / n_heads", c.d_head), ("d_ff", c.d_hidden)):
+        if size % tiles.VECTOR:
+            return f"{name} must be a multiple of {tiles.VECTOR}, got {size}"
+    if not all(parameter.requires_grad for parameter in parameters):
+        return "some weights are not to be learned"
+    if len(inputs) < n_threads:
+        return f"{len(inputs)} texts are too few for {n_threads} threads"
+    if n_threads * sum(parameter.numel() for parameter in parameters) > MOST_GRADIENTS:
+        return f"gradients of {n_threads} threads would take too much memory"
+    return ""
+
+
+def are_known(
+    shape: config.ModelConfig, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> bool:
+    """Whether texts and tokens are such as the model has: for others a loop would look anywhere."""
+    if inputs.shape != targets.shape or not 0 < inputs.shape[1] <= shape.context_length:
+        return False
+    counted = targets.where(targets != data.IGNORED, 0)
+    limits = (inputs, shape.n_rows), (counted, shape.vocab_size)
+    return all(bool(ids.amin() >= 0) and bool(ids.amax() < end) for ids, end in limits)
+
+
+class Learner:
+    """Finds loss and gradients of one model on a number of threads."""
+
+    def __init__(self, model: models.TransformerLM, n_threads: int) -> None:
+        self.parameters = list(model.parameters())
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.projections = {
+            name: parameter
+            for name, parameter in program.named(model).items()
+            if parameter.dim() == 2 and "embeddings" not in name
+        }
+        self.packed = {n: torch.empty(tiles.packed_size(*p.shape)) for n, p in self.projections.items()}
+        self.most = max(TOKENS, model.config.context_length)
+        self.task = program.task_of(model)
+        self.programs = [program.Program(model, self.packed, self.most) for _ in range(n_threads)]
+
+    def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
+        """Whether the model still has the weights that the programs know the addresses of."""
+        addresses = [parameter.data_ptr() for parameter in model.parameters()]
+        return addresses == self.addresses and n_threads == len(self.programs)
+
+    def learn(
+        self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+    ) -> tuple[float, list[Tensor]]:
+        """The mean loss over the targets that count, and its gradients in the order of the parameters."""
+        for name, weight in self.projections.items():
+            d_out, d_in = weight.shape
+            tiles.pack(weight.data_ptr(), d_in, d_out, d_in, self.packed[name].data_ptr())
+        tokens, answers = inputs.contiguous().numpy(), targets.contiguous().numpy()
+        n_targets = max(1, int(np.count_nonzero(answers != data.IGNORED)))
+        n_threads, seq = len(self.programs), inputs.shape[1]
+        task = self.task._replace(seq=seq, z_loss=z_loss, share=1 / n_targets)
+        ends = [i * len(tokens) // n_threads for i in range(n_threads + 1)]
+
+        def work(number: int) -> float:
+            own, texts = self.programs[number], slice(ends[number], ends[number + 1])
+            # not by torch, which would give this thread a team of its own, more than there are cores for
+            own.row.numpy().fill(0)
+            return gradient.learn(
+                own.table,
+                tokens[texts].reshape(-1),
+                answers[texts].reshape(-1),
+                max(1, TOKENS // seq) * seq,
+                task,
+                own.common,
+                own.of_heads,
+            )
+
+        others = [machine.helpers(n_threads - 1).submit(work, number) for number in range(1, n_threads)]
+        try:
+            loss = work(0)
+        finally:
+            # whatever happened here, they write to what the next batch would write to
+            concurrent.futures.wait(others)
+        loss += sum(other.result() for other in others)
+        first, *rows = [own.row for own in self.programs]
+        total = first + rows[0] if rows else first.clone()
+        for row in rows[1:]:
+            total += row
+        parts = total.split([parameter.numel() for parameter in self.parameters])
+        shaped = zip(parts, self.parameters, strict=True)
+        return loss / n_targets, [part.view(parameter.shape) for part, parameter in shaped]

@@ -1,0 +1,459 @@
+"""Loss and gradients by loops: autograd's. Alone: uv run pytest tests/test_fast_learning.py"""
+
+import copy
+import gc
+import os
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llm_basics import config, data, layers, memory, model, optim, session, swap, update
+from llm_basics.fast import gradient, heads, learning, machine, tiles
+from llm_basics.fast import optim as fast_optim
+from llm_basics.fast import update as fast
+
+pytestmark = pytest.mark.skipif(
+    learning.LEAST_VECTOR > tiles.VECTOR, reason="the processor has no wide vectors, so torch is used"
+)
+
+# sizes of all kinds: vocabularies that no vector divides, heads of one vector and of three, one group and two
+SHAPES = {
+    "llama": {},
+    "gpt2": {
+        "norm": "layer",
+        "position": "learned",
+        "ffn": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    "gelu": {"ffn": "gelu", "bias": True, "vocab_multiple": 7},
+    "relu2": {"ffn": "relu2", "norm": "layer", "n_layers": 1},
+    "silu": {"ffn": "silu", "position": "none", "tie_embeddings": True},
+    "qk norm": {"qk_norm": True, "norm_eps": 0.1},
+    "qk norm without positions": {"qk_norm": True, "position": "none"},
+    "two groups": {"n_kv_heads": 2, "qk_norm": True},
+    "one group, wide heads": {"n_kv_heads": 1, "n_heads": 2, "d_model": 96, "d_ff": 144},
+    "value embeddings": {"value_embeddings": True, "n_kv_heads": 2},
+    "soft cap": {"logit_softcap": 1.5},
+    "one score": {"vocab_size": 1},
+    "many scores": {"vocab_size": 700, "vocab_multiple": 64},
+}
+# texts, tokens of each, threads
+BATCHES = {
+    "one token": (3, 1, 1),
+    "some at a time": (11, 20, 1),
+    "two threads": (5, 31, 2),
+    "three threads": (8, 64, 3),
+    "long": (2, 200, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Each test on one thread, unless it asks for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(context_length=200, **options):
+    shape = {"vocab_size": 61, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 80, **options}
+    lm = model.TransformerLM(config.ModelConfig(context_length=context_length, **shape))
+    with torch.no_grad():  # norms and biases too, and values that begin at 0
+        for parameter in lm.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return lm
+
+
+def random_batch(lm, n_texts=4, seq=20):
+    tokens = torch.randint(lm.config.vocab_size, (n_texts, seq + 1))
+    return tokens[:, :-1], tokens[:, 1:].clone()
+
+
+def gradients(lm, batch, batch_loss, z_loss=0.0):
+    lm.zero_grad(set_to_none=True)
+    loss = batch_loss(lm, *batch, z_loss)
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in lm.named_parameters()}
+
+
+def assert_same(found, expected):
+    # that of a bias of keys is 0 but for rounding: all scores of a row have it
+    largest = max(gradient_of.norm() for gradient_of in expected.values())
+    for name, gradient_of in expected.items():
+        scale = gradient_of.norm() + 1e-2 * largest
+        assert (found[name] - gradient_of).norm() < 2e-5 * scale, name
+
+
+def is_by_loops(loss):
+    return "Loops" in type(loss.grad_fn).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss and gradients
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_finds_what_autograd_finds(shape):
+    lm, exact = make(**SHAPES[shape]), make(**SHAPES[shape]).double()
+    exact.load_state_dict(lm.state_dict())
+    inputs, targets = random_batch(lm)
+    targets[0, :5], targets[2] = data.IGNORED, data.IGNORED
+    expected, of_weights = gradients(exact, (inputs, targets), update.batch_loss, 0.01)
+    loss, found = gradients(lm, (inputs, targets), fast.batch_loss, 0.01)
+    assert is_by_loops(loss)
+    assert abs(loss.item() - expected.item()) < 1e-5
+    assert_same(found, {name: g.float() for name, g in of_weights.items()})
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", ["gpt2", "two groups"])
+def test_batches_of_any_size(shape, batch):
+    n_texts, seq, n_threads = BATCHES[batch]
+    lm = make(**SHAPES[shape])
+    texts = random_batch(lm, n_texts, seq)
+    torch.set_num_threads(n_threads)
+    expected, of_weights = gradients(lm, texts, update.batch_loss)
+    loss, found = gradients(lm, texts, fast.batch_loss)
+    assert is_by_loops(loss) and abs(loss.item() - expected.item()) < 1e-5
+    assert_same(found, of_weights)
+
+
+def test_the_same_batch_has_the_same_bits():
+    lm = make()
+    torch.set_num_threads(2)
+    batch, other = random_batch(lm, 6, 50), random_batch(lm, 9, 33)
+    loss, first = gradients(lm, batch, fast.batch_loss)
+    gradients(lm, other, fast.batch_loss)
+    again, second = gradients(copy.deepcopy(lm), batch, fast.batch_loss)
+    assert loss == again and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_later_batch_leaves_gradients_alone_and_adds_to_them():
+    lm = make()
+    one, two = random_batch(lm), random_batch(lm)
+    _, first = gradients(lm, one, fast.batch_loss)
+    kept = {name: g.clone() for name, g in first.items()}
+    _, second = gradients(lm, two, fast.batch_loss)
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+    lm.zero_grad(set_to_none=True)
+    for batch, share in ((one, 0.25), (two, 0.75)):
+        (share * fast.batch_loss(lm, *batch, 0.0)).backward()
+    found = {name: p.grad for name, p in lm.named_parameters()}
+    assert_same(found, {name: 0.25 * kept[name] + 0.75 * second[name] for name in kept})
+
+
+def test_nothing_to_learn():
+    lm = make()
+    inputs, targets = random_batch(lm)
+    loss, found = gradients(lm, (inputs, torch.full_like(targets, data.IGNORED)), fast.batch_loss, 0.1)
+    assert is_by_loops(loss) and loss == 0
+    assert all(not g.any() for g in found.values())
+
+
+def test_sees_weights_as_they_are_now():
+    lm = make()
+    batch = random_batch(lm)
+    gradients(lm, batch, fast.batch_loss)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(1.1)
+    moved = copy.deepcopy(lm)
+    for parameter in lm.parameters():  # elsewhere in memory
+        parameter.data = parameter.data.clone()
+    expected, of_weights = gradients(moved, batch, update.batch_loss)
+    for lm_now in (lm, moved):
+        loss, found = gradients(lm_now, batch, fast.batch_loss)
+        assert is_by_loops(loss) and abs(loss - expected) < 1e-5
+        assert_same(found, of_weights)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("place", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "ffn.w1", "ffn.w2", "ln2"])
+def test_what_is_not_finite_stays_so(place, number):
+    """An exponential or a maximum could make a number of it again."""
+    lm = make(qk_norm=True)
+    settings, name = config.TrainConfig(10, dtype="float32"), f"layers.0.{place}.weight"
+    with torch.no_grad():
+        lm.get_parameter(name).view(-1)[7] = float(number)
+    loss, found = gradients(lm, random_batch(lm), fast.batch_loss)
+    assert is_by_loops(loss) and not (loss.isfinite() and found[name].isfinite().all())
+    with swap.using("fast"), pytest.raises(FloatingPointError, match=f"{name} has 1 value"):
+        update.train_step(lm, session.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_two_hundred_steps_learn_the_same(shape):
+    losses = []
+    for twins in (False, True):
+        torch.manual_seed(0)
+        lm = make(context_length=32, init="gpt2", **SHAPES[shape])
+        settings = config.TrainConfig(200, lr=3e-3, warmup_steps=10, dtype="float32")
+        optimizer, text = session.make_optimizer(lm, settings), torch.randint(61, (500,)).repeat(2)
+        curve = []
+        with swap.using("fast") if twins else swap.the_reference_alone():
+            for step in range(1, 201):
+                places = torch.randint(500, (8,), generator=torch.Generator().manual_seed(step))
+                windows = text[places[:, None] + torch.arange(33)]
+                batch = windows[:, :-1], windows[:, 1:]
+                curve.append(update.train_step(lm, optimizer, [batch], step, settings).train_loss.item())
+        losses.append(torch.tensor(curve))
+    assert losses[0][-1] < losses[0][0] - 1
+    assert (losses[0] - losses[1]).abs().max() < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# What is for torch to do
+
+
+def with_hook(lm):
+    lm.layers[0].register_forward_hook(lambda *_: None)
+
+
+def with_a_layer_of_its_own(lm):
+    class Own(layers.MLP):
+        pass
+
+    lm.layers[0].ffn = Own(64, 80)
+
+
+def compiled(lm):
+    vars(lm)["hidden_states"] = lm.hidden_states
+
+
+def with_frozen_weights(lm):
+    lm.ln_final.weight.requires_grad_(False)
+
+
+def in_double_precision(lm):
+    lm.double()
+
+
+@pytest.mark.parametrize(
+    "change", [with_hook, with_a_layer_of_its_own, compiled, with_frozen_weights, in_double_precision]
+)
+def test_is_left_to_torch_if_the_model_is_not_as_it_was_made(change):
+    lm = make()
+    batch = random_batch(lm)
+    assert is_by_loops(fast.batch_loss(lm, *batch, 0.0))
+    change(lm)
+    loss = fast.batch_loss(lm, *batch, 0.0)
+    assert not is_by_loops(loss) and torch.equal(loss, fast.batch_loss(copy.deepcopy(lm), *batch, 0.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_placement": "post"},
+        {"x0_skips": True},
+        {"dropout": 0.1},
+        {"norm": "none"},
+        {"d_model": 60, "position": "learned"},
+        {"d_ff": 81},
+    ],
+    ids=str,
+)
+def test_is_left_to_torch_if_the_config_asks_for_what_loops_do_not_know(options):
+    lm = make(**options)
+    assert learning.unsupported(lm, random_batch(lm)[0])
+    assert not is_by_loops(fast.batch_loss(lm, *random_batch(lm), 0.0))
+
+
+def test_dropout_is_none_in_evaluation():
+    lm = make(dropout=0.5).eval()
+    assert is_by_loops(fast.batch_loss(lm, *random_batch(lm), 0.0))
+
+
+def test_is_left_to_torch_where_threads_outnumber_texts():
+    lm = make()
+    torch.set_num_threads(3)
+    assert "2 texts are too few for 3 threads" in learning.unsupported(lm, random_batch(lm, 2)[0])
+    assert not learning.unsupported(lm, random_batch(lm, 3)[0])
+
+
+def test_is_left_to_torch_where_gradients_of_all_threads_are_too_many(monkeypatch):
+    lm = make()
+    monkeypatch.setattr(learning, "MOST_GRADIENTS", 2 * lm.n_parameters())
+    torch.set_num_threads(2)
+    assert not learning.unsupported(lm, random_batch(lm)[0])
+    torch.set_num_threads(3)
+    assert "memory" in learning.unsupported(lm, random_batch(lm)[0])
+
+
+@pytest.mark.parametrize(
+    "inputs, targets",
+    [((0, 61), (0, 0)), ((-1, 0), (0, 0)), ((0, 0), (0, 61)), ((0, 0), (-1, 0)), ((0, 0), (-101, 0))],
+)
+def test_unknown_tokens_have_the_error_of_torch(inputs, targets):
+    lm = make()
+    with pytest.raises((IndexError, RuntimeError)):
+        fast.batch_loss(lm, torch.tensor([inputs]), torch.tensor([targets]), 0.0)
+
+
+def test_texts_that_are_too_long_have_the_error_of_torch():
+    lm = make(context_length=8)
+    with pytest.raises(ValueError, match="sees 8 tokens at most, got 9"):
+        fast.batch_loss(lm, *random_batch(lm, 2, 9), 0.0)
+
+
+def test_without_a_gradient_there_is_none():
+    lm = make()
+    with torch.no_grad():
+        assert not fast.batch_loss(lm, *random_batch(lm), 0.0).requires_grad
+
+
+def test_memory_is_estimated_without_loops():
+    options = config.Config(
+        model=config.ModelConfig(vocab_size=61, context_length=16, d_model=64, n_layers=2, d_ff=80),
+        train=config.TrainConfig(10, device="cpu"),
+    )
+    estimates = [memory.estimate(options, session.make_optimizer, f.batch_loss) for f in (update, fast)]
+    assert estimates[0] == estimates[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads and memory
+
+
+def test_a_model_that_nobody_needs_is_forgotten():
+    lm = make()
+    gradients(lm, random_batch(lm), fast.batch_loss)
+    lm, gone = None, weakref.ref(lm)
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_interruption_waits_for_the_others(monkeypatch):
+    lm = make()
+    torch.set_num_threads(2)
+    batch = random_batch(lm, 4, 30)
+    fast.batch_loss(lm, *batch, 0.0)
+    learn, running, caller = gradient.learn, [], threading.current_thread()
+    may_end = threading.Event()
+
+    def interrupted(*arguments):
+        if threading.current_thread() is caller:
+            threading.Timer(0.2, may_end.set).start()
+            raise KeyboardInterrupt
+        running.append(True)
+        may_end.wait(10)
+        running.clear()
+        return learn(*arguments)
+
+    monkeypatch.setattr(gradient, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast.batch_loss(lm, *batch, 0.0)
+    assert not running and may_end.is_set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_has_helpers_of_its_own():
+    machine.helpers(1).submit(int).result()
+    child = os.fork()
+    if child == 0:
+        # nothing but this: the child has no other thread that torch may need
+        os._exit(0 if machine.helpers(1).submit(lambda: 7).result(timeout=20) == 7 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_gradients_that_lie_in_a_row_are_clipped_in_one_go(monkeypatch):
+    lm = make()
+    gradients(lm, random_batch(lm), fast.batch_loss)
+    parameters = list(lm.parameters())
+    own = [p.grad for p in parameters]
+    (whole,) = fast_optim.joined(own)
+    assert whole.numel() == lm.n_parameters() and whole.data_ptr() == own[0].data_ptr()
+    apart = copy.deepcopy(parameters)
+    for parameter, gradient_of in zip(apart, own, strict=True):
+        parameter.grad = gradient_of.clone()
+    norms = [fast_optim.clip_grad_norm_(parameters, 0.5), optim.clip_grad_norm_(apart, 0.5)]
+    assert torch.allclose(*norms) and all(
+        torch.allclose(p.grad, q.grad) for p, q in zip(parameters, apart, strict=True)
+    )
+    assert fast_optim.joined([own[1], own[0]])[0] is own[1]
+    assert fast_optim.joined([own[0].T, own[1]])[1] is own[1]
+    assert fast_optim.joined([]) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Products
+
+
+def matrix(x, column=1, tile=0):
+    return tiles.Matrix(x.data_ptr(), x.stride(0), column, tile)
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (8, 2, 3), (13, 1, 40), (33, 5, 17), (64, 3, 128), (7, 4, 1)])
+def test_product(m, n, k):
+    """n counts vectors."""
+    n *= tiles.VECTOR
+    a, b, start = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
+    # around what is written there is something else
+    room = torch.full((m + 1, n + 5), 7.0)
+    left, right = matrix(a, tile=tiles.ROWS * k), matrix(b, tile=tiles.COLUMNS)
+    tiles.product(left, right, matrix(start), matrix(room), m, n, k)
+    assert torch.allclose(room[:m, :n], start + a @ b, atol=1e-4)
+    assert (room[m:] == 7).all() and (room[:, n:] == 7).all()
+    tiles.product(left, right, matrix(room), matrix(room), m, n, k)
+    assert torch.allclose(room[:m, :n], start + 2 * (a @ b), atol=1e-4)
+    tiles.product(left, right, tiles.start_at(start.data_ptr(), 0, n), matrix(room), m, n, k)
+    assert torch.allclose(room[:m, :n], start[0] + a @ b, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 61])
+def test_pack_turns_a_matrix_and_ends_it_with_zeros(n):
+    k = 2 * tiles.VECTOR
+    weight, x = torch.randn(n, k + 3)[:, :k], torch.randn(5, k)
+    packed = torch.full((tiles.packed_size(n, k),), float("nan"))
+    tiles.pack(weight.data_ptr(), weight.stride(0), n, k, packed.data_ptr())
+    out = torch.full((5, tiles.padded(n)), float("nan"))
+    nothing, right = torch.zeros(tiles.padded(n)), tiles.packed(packed.data_ptr(), k)
+    left = matrix(x, tile=tiles.ROWS * k)
+    tiles.product(left, right, tiles.repeated_at(nothing.data_ptr()), matrix(out), 5, n, k)
+    assert torch.allclose(out[:, :n], x @ weight.T, atol=1e-4) and (out[:, n:] == 0).all()
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 21])
+def test_turn_makes_columns_rows(m):
+    a, b = torch.randn(30, m + 2)[:, :m], torch.randn(30, tiles.VECTOR)
+    turned, out = torch.zeros(tiles.whole_tiles(m) * 30), torch.zeros(m, tiles.VECTOR)
+    tiles.turn(a.data_ptr(), a.stride(0), 30, m, turned.data_ptr())
+    left, right = tiles.turned(turned.data_ptr(), 30), matrix(b, tile=tiles.COLUMNS)
+    tiles.product(left, right, matrix(out), matrix(out), m, tiles.VECTOR, 30)
+    assert torch.allclose(out, a.T @ b, atol=1e-4)
+    out.zero_()
+    left = tiles.turned_at(a.data_ptr(), a.stride(0))
+    tiles.product(left, right, matrix(out), matrix(out), m, tiles.VECTOR, 30)
+    assert torch.allclose(out, a.T @ b, atol=1e-4)
+
+
+@machine.compiled
+def highest(x):
+    return tiles.highest(x.ctypes.data, len(x))
+
+
+def test_highest():
+    for n in (1, 2, 5):
+        for place in range(n * tiles.VECTOR):
+            x = -np.random.rand(n * tiles.VECTOR).astype(np.float32)
+            x[place] = 0.5
+            assert highest(x) == 0.5
+
+
+def test_scores_far_from_others_are_no_weight():
+    """A softmax whose exponentials overflow or vanish, and one that sees itself alone."""
+    seq, d_head = 2 * heads.QUERIES + 3, tiles.VECTOR
+    q, k, v = (30 * torch.randn(seq, d_head) for _ in range(3))
+    expected = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    sizes, out, zeros = torch.zeros(2 * seq), torch.zeros(seq, d_head), torch.zeros(seq + tiles.VECTOR)
+    rooms = [torch.full((heads.QUERIES * tiles.padded(seq),), float("nan")) for _ in range(2)]
+    rooms += [torch.full((tiles.packed_size(seq, d_head),), float("nan")) for _ in range(2)]
+    room = heads.Room(*(part.data_ptr() for part in (*rooms, zeros)))
+    places = [part.data_ptr() for part in (q, k, v, sizes)]
+    heads.attend(*places, heads.Heads(1, seq, 1, 1, d_head), room, out.data_ptr())
+    assert torch.allclose(out, expected, atol=1e-4)
