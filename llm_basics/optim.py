@@ -256,6 +256,32 @@ def muon_update(
     return parameter * (1 - lr * weight_decay) - lr * length * direction, momentum_buffer
 
 
+def muon_step_(
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+) -> None:
+    """`muon_update` for matrices of one shape, which have a gradient, and their states, in place."""
+    for parameter, state in zip(parameters, states, strict=True):
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+    updated, buffers = muon_update(
+        torch.stack(list(parameters)),
+        torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None]),
+        torch.stack([state["momentum_buffer"] for state in states]),
+        lr,
+        momentum,
+        weight_decay,
+        dtype,
+    )
+    for parameter, state, new, buffer in zip(parameters, states, updated, buffers, strict=True):
+        parameter.copy_(new)
+        state["momentum_buffer"].copy_(buffer)
+
+
 class Muon(AdamW):
     """Apply `muon_update` to the groups that have a `momentum`, `adamw_update` to the others.
 
@@ -293,22 +319,5 @@ class Muon(AdamW):
         for parameter in parameters:
             of_shape.setdefault(parameter.shape, []).append(parameter)
         for alike in of_shape.values():
-            self._step_alike(alike, group)
-
-    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        updated, buffers = muon_update(
-            torch.stack(parameters),
-            torch.stack([p.grad for p in parameters if p.grad is not None]),
-            torch.stack([self.state[p]["momentum_buffer"] for p in parameters]),
-            group["lr"],
-            group["momentum"],
-            group["weight_decay"],
-            self.dtype,
-        )
-        for parameter, new, buffer in zip(parameters, updated, buffers, strict=True):
-            parameter.copy_(new)
-            self.state[parameter]["momentum_buffer"].copy_(buffer)
+            states = [self.state[parameter] for parameter in alike]
+            muon_step_(alike, states, group["lr"], group["momentum"], group["weight_decay"], self.dtype)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics import adjusting, config, generate, layers, model, swap
-from llm_basics.fast import decoding, machine, static, vectors, weights
+from llm_basics.fast import decoding, machine, static, threads, vectors, weights
 from llm_basics.fast import generate as fast
 
 # no option has its default in all of them; numbers of rows that four do not divide are among them
@@ -198,13 +198,13 @@ def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
     def work(number, member):
         if number == 0:
             raise KeyboardInterrupt
-        machine.meet(member.meeting, member.size)
+        threads.meet(member.meeting, member.size)
         arrived.append(number)
         return 1
 
     with pytest.raises(KeyboardInterrupt):
         team.run(2, work)
-    machine.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
+    threads.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
     deadline = time.monotonic() + 30
     while not arrived and time.monotonic() < deadline:
         time.sleep(0.01)

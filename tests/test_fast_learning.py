@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_basics import config, data, layers, memory, model, optim, session, swap, update
-from llm_basics.fast import gradient, heads, learning, machine, tiles
+from llm_basics.fast import gradient, heads, learning, machine, threads, tiles
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import update as fast
 
@@ -353,11 +353,11 @@ def test_an_interruption_waits_for_the_others(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_has_helpers_of_its_own():
-    machine.helpers(1).submit(int).result()
+    threads.helpers(1).submit(int).result()
     child = os.fork()
     if child == 0:
         # nothing but this: the child has no other thread that torch may need
-        os._exit(0 if machine.helpers(1).submit(lambda: 7).result(timeout=20) == 7 else 1)
+        os._exit(0 if threads.helpers(1).submit(lambda: 7).result(timeout=20) == 7 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

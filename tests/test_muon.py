@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llm_basics import checkpoint, command_line, config, model, optim, run, session, swap, train, update
+from llm_basics.fast import optim as fast_optim
 
 STEPS = 5
 OPTIONS = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.3}
@@ -501,3 +502,41 @@ def test_a_run_by_one_optimizer_is_not_gone_on_with_by_the_other(options, capsys
     with pytest.raises(SystemExit):
         train.main(command_line.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
     assert "was trained by adamw, now it is muon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("n_threads, shape", [(1, (32, 32)), (2, (48, 16)), (2, (16, 48)), (3, (64, 80))])
+def test_a_step_by_loops_is_the_reference(n_threads, shape, momentum, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    called = []
+    monkeypatch.setattr(fast_optim, "muon_of_reference", lambda *arguments: called.append(arguments))
+    try:
+        weights = [[nn.Parameter(w.clone()) for w in torch.randn(5, *shape)] for _ in range(1)]
+        weights.append([nn.Parameter(w.detach().clone()) for w in weights[0]])
+        states = [[{} for _ in range(5)] for _ in weights]
+        for _ in range(3):
+            gradients = torch.randn(5, *shape)
+            gradients[3] = 0
+            for parameters, state, step in zip(weights, states, (optim, fast_optim), strict=True):
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.clone()
+                with torch.no_grad():
+                    step.muon_step_(parameters, state, 0.1, momentum, 0.5, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert not called
+    for mine, theirs, state, other in zip(*weights, *states, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other["momentum_buffer"], state["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(17, 32), (32, 8), (1024, 528)], ids=str)
+def test_a_step_by_loops_is_left_to_torch_where_that_is_better(shape, monkeypatch):
+    called = []
+    monkeypatch.setattr(fast_optim, "muon_of_reference", lambda *arguments: called.append(arguments))
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.zeros(shape)
+    n = torch.get_num_threads()
+    fast_optim.muon_step_([weight] * n, [{} for _ in range(n)], 0.1, 0.9, 0.0, torch.float32)
+    assert len(called) == 1

@@ -6,7 +6,8 @@ what it is the twin of.
     floor 1     machine.py               Python to machine code, by Numba
                 products.py              products of matrices
                 kernels.py               Python to programs on a graphics card, by Triton
-    floor 2     scanner.py               where each pre-token ends: two patterns, written as loops over bytes
+    floor 2     threads.py               work that several threads share
+                scanner.py               where each pre-token ends: two patterns, written as loops over bytes
                 vectors.py               rows of numbers: products, norms, activations as loops
                 tiles.py                 products of matrices as loops: sums that stay in registers
                 triton_norm.py           RMSNorm: each vector read once
@@ -16,6 +17,7 @@ what it is the twin of.
                 merging.py               all pairs of neighbors, and the most frequent again and again
                 derivatives.py           rows of numbers, and what a loss changes by with them
                 heads.py                 attention as loops, with its gradient
+                directions.py            Muon as loops, a matrix at a time
                 triton_attention.py      FlashAttention: the scores are never written down
     floor 4     chunks.py                files of any size, piece by piece, on threads
                 encoding.py              from bytes to ids: scan, look up, merge what is new

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm_basics.fast import machine, vectors
+from llm_basics.fast import machine, threads, vectors
 
 # rows of a matrix go to threads by so many: a cache line of what comes out is written by one thread
 ROWS_OF_A_LINE = 16
@@ -119,7 +119,7 @@ class State(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One of `size` threads that read tokens together, and where they meet: `machine.meet`."""
+    """One of `size` threads that read tokens together, and where they meet: `threads.meet`."""
 
     number: int
     size: int
@@ -156,7 +156,7 @@ def read_tokens(
         x = s.x[n - n_scored + t]
         vectors.normalize(x, w.ln_final, w.ln_final_bias, shape.eps, shape.is_layer_norm, s.seen[t])
     multiply(w.lm_head[0], s.seen, n_scored, w.lm_head_bias, s.logits, m)
-    machine.meet(m.meeting, m.size)
+    threads.meet(m.meeting, m.size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,9 +242,9 @@ def attend(
             keys, values = s.keys[block, head // group], s.values[block, head // group]
             mixed = s.mixed[t, head * d_head : (head + 1) * d_head]
             vectors.mix(query, keys, values, s.scores[: position + t + 1], mixed)
-    machine.meet(m.meeting, m.size)
+    threads.meet(m.meeting, m.size)
     multiply(w.output[block], s.mixed, n, w.output_bias[block], s.added, m)
-    machine.meet(m.meeting, m.size)
+    threads.meet(m.meeting, m.size)
 
 
 @machine.summing
@@ -274,9 +274,9 @@ def think(block: int, n: int, shape: Shape, w: Weights, s: State, m: Member) -> 
     for t in range(n):
         hidden = s.hidden[t, start:end]
         vectors.activate(shape.ffn, hidden, s.gated[t, start:end], hidden)
-    machine.meet(m.meeting, m.size)
+    threads.meet(m.meeting, m.size)
     multiply(w.down[block], s.hidden, n, w.down_bias[block], s.added, m)
-    machine.meet(m.meeting, m.size)
+    threads.meet(m.meeting, m.size)
 
 
 # --------------------------------------------------------------------------------------------------

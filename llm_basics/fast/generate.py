@@ -21,7 +21,7 @@ from llm_basics import adjusting
 from llm_basics import functional as F
 from llm_basics import generate as reference
 from llm_basics import model as models
-from llm_basics.fast import decoding, machine, static, vectors, weights
+from llm_basics.fast import decoding, machine, static, threads, vectors, weights
 
 # what is written before the first of it is given out: seconds, and tokens at most
 SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
@@ -106,7 +106,7 @@ class Team:
         # two teams that each had some of the helpers would wait for the others for ever
         with ONE_TEAM if size > 1 else contextlib.nullcontext():
             try:
-                others = [machine.helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
+                others = [threads.helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
                 n_tokens = work(0, members[0])
             except BaseException:
                 # Ctrl-C, perhaps before this thread was there: the others are not to wait for it
@@ -133,7 +133,7 @@ class Loops:
             cache.keys, cache.values = keys[block, None], values[block, None]
         # if threads parted among them what is summed in one go, the last bits would tell
         is_even = keys.shape[-1] % vectors.ROWS == 0
-        most = min(MOST_THREADS, self.shape.n_kv_heads) if machine.CAN_MEET and is_even else 1
+        most = min(MOST_THREADS, self.shape.n_kv_heads) if threads.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
         n_parameters = sum(held.numel() for held in self.held)
         self.reading = known_pace((Way(size), Way(1)), n_parameters)

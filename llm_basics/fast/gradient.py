@@ -22,7 +22,7 @@ from llm_basics.fast import derivatives, heads, machine, tiles, vectors
     NORMALIZE_BACK,  # x, gain, dy, dgain, dbias, dx: added to
     PROJECT,  # x, packed weight, bias or what is in out already, out, d_in, d_out
     PROJECT_BACK,  # dy, weight, zeros or what is in dx already, dx, d_in, d_out
-    LEARN,  # dy, x, dweight, dbias, d_in, d_out
+    LEARN,  # dy, x, dweight, dbias or 0, d_in, d_out
     ADD_BIAS,  # x, bias, out
     PLACE,  # x, gain, out, n_heads
     PLACE_BACK,  # x, gain, dy: becomes dx, dgain, n_heads
@@ -146,7 +146,8 @@ def project(step: np.ndarray, n: int, room: Room) -> None:
         tiles.turn(a, d_out, n, d_out, room.turned)
         turned, out = tiles.turned(room.turned, n), tiles.rows_at(c, d_in)
         tiles.product(turned, tiles.columns_at(b, d_in), out, out, d_out, d_in, n)
-        derivatives.add_rows(a, n, d_out, 1, d)
+        if d:
+            derivatives.add_rows(a, n, d_out, 1, d)
 
 
 @machine.inlined

@@ -54,9 +54,10 @@ def place(
             start = 4 * (t * n_heads + head) * d_head
             row, to = machine.array(x + start, (d_head,)), machine.array(out + start, (d_head,))
             scale = _scale_of(row, eps) if has_norm else ONE
+            for i in range(d_head):
+                to[i] = row[i] * scale * gains[i]
             for pair in range(half):
-                even = row[2 * pair] * scale * gains[2 * pair]
-                odd = row[2 * pair + 1] * scale * gains[2 * pair + 1]
+                even, odd = to[2 * pair], to[2 * pair + 1]
                 to[2 * pair] = even * turn_cos[pair] - odd * turn_sin[pair]
                 to[2 * pair + 1] = even * turn_sin[pair] + odd * turn_cos[pair]
 

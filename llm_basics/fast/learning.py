@@ -5,7 +5,6 @@ nobody waits for anybody in between, and what a thread works on stays in the cac
 reason it takes some texts at a time, forward and back.
 """
 
-import concurrent.futures
 import functools
 import sys
 import weakref
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from llm_basics import config, data
 from llm_basics import model as models
-from llm_basics.fast import gradient, machine, program, tiles, weights
+from llm_basics.fast import gradient, machine, program, threads, tiles, weights
 
 # tokens that are taken forward and back at a time, if texts are not longer
 TOKENS = 128
@@ -58,9 +57,9 @@ def say_if_compiling() -> None:
 
 def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
     """Why the loops cannot learn from a batch, or are not known to be faster; "" if they can."""
-    c, parameters, n_threads = model.config, list(model.parameters()), torch.get_num_threads()
+    c, n_threads = model.config, torch.get_num_threads()
     # tensors without content, by which memory is estimated, say that they are on the CPU
-    if type(inputs) is not Tensor or {inputs.device.type, parameters[0].device.type} != {"cpu"}:
+    if type(inputs) is not Tensor or {inputs.device.type, model.lm_head.weight.device.type} != {"cpu"}:
         return "model and tokens must be on the CPU"
     if tiles.VECTOR < LEAST_VECTOR:
         return "the processor has no wide vectors"
@@ -75,6 +74,7 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
     for name, size in (("d_model / n_heads", c.d_head), ("d_ff", c.d_hidden)):
         if size % tiles.VECTOR:
             return f"{name} must be a multiple of {tiles.VECTOR}, got {size}"
+    parameters = list(model.parameters())
     if not all(parameter.requires_grad for parameter in parameters):
         return "some weights are not to be learned"
     if len(inputs) < n_threads:
@@ -90,9 +90,10 @@ def are_known(
     """Whether texts and tokens are such as the model has: for others a loop would look anywhere."""
     if inputs.shape != targets.shape or not 0 < inputs.shape[1] <= shape.context_length:
         return False
-    counted = targets.where(targets != data.IGNORED, 0)
-    limits = (inputs, shape.n_rows), (counted, shape.vocab_size)
-    return all(bool(ids.amin() >= 0) and bool(ids.amax() < end) for ids, end in limits)
+    tokens, answers = inputs.numpy(), targets.numpy()
+    counted = np.where(answers != data.IGNORED, answers, 0)
+    limits = (tokens, shape.n_rows), (counted, shape.vocab_size)
+    return all(ids.min() >= 0 and ids.max() < end for ids, end in limits)
 
 
 class Learner:
@@ -113,7 +114,8 @@ class Learner:
 
     def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
         """Whether the model still has the weights that the programs know the addresses of."""
-        addresses = [parameter.data_ptr() for parameter in model.parameters()]
+        self.parameters = list(model.parameters())
+        addresses = [parameter.data_ptr() for parameter in self.parameters]
         return addresses == self.addresses and n_threads == len(self.programs)
 
     def learn(
@@ -143,13 +145,7 @@ class Learner:
                 own.of_heads,
             )
 
-        others = [machine.helpers(n_threads - 1).submit(work, number) for number in range(1, n_threads)]
-        try:
-            loss = work(0)
-        finally:
-            # whatever happened here, they write to what the next batch would write to
-            concurrent.futures.wait(others)
-        loss += sum(other.result() for other in others)
+        loss = sum(threads.share(work, n_threads))
         first, *rows = [own.row for own in self.programs]
         total = first + rows[0] if rows else first.clone()
         for row in rows[1:]:

@@ -7,14 +7,19 @@ each. Nothing here waits for a GPU to say a number.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_basics import optim as reference
+from llm_basics.fast import directions, threads, tiles
 
-# the reference, whose name comes to stand for what is defined here
-clip_of_reference = reference.clip_grad_norm_
+# the reference, whose names come to stand for what is defined here
+clip_of_reference, muon_of_reference = reference.clip_grad_norm_, reference.muon_step_
+
+# a side of matrices that do not fit into the cache of a core any more, where torch is as fast
+MOST_ROWS = 512
 
 
 @torch.no_grad()
@@ -29,7 +34,10 @@ def clip_grad_norm_(
     total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(f"the gradient norm must be finite, got {total_norm.item()}; nothing was clipped")
-    torch._foreach_mul_(gradients, (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
+    scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    # to ask a GPU would be to wait for it
+    if total_norm.is_cuda or scale != 1:
+        torch._foreach_mul_(gradients, scale)
     return total_norm
 
 
@@ -82,3 +90,46 @@ def adamw_step_(
             amsgrad=False,
             maximize=False,
         )
+
+
+def muon_step_(
+    parameters: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+) -> None:
+    """`optim.muon_step_`, on a CPU by loops, each thread with matrices of its own."""
+    (rows, cols), n_threads = parameters[0].shape, torch.get_num_threads()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for parameter, state in zip(parameters, states, strict=True):
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+    buffers = [state["momentum_buffer"] for state in states]
+    if (
+        dtype != torch.float32
+        or min(rows, cols) > MOST_ROWS
+        or rows % tiles.VECTOR
+        or cols % tiles.VECTOR
+        or len(parameters) < n_threads
+        or not all(map(_is_plain, (*parameters, *gradients, *buffers)))
+    ):
+        muon_of_reference(parameters, states, lr, momentum, weight_decay, dtype)
+        return
+    matrices = zip(parameters, gradients, buffers, strict=True)
+    addresses = np.array([[tensor.data_ptr() for tensor in three] for three in matrices], np.int64)
+
+    def work(number: int) -> None:
+        own = addresses[number * len(addresses) // n_threads : (number + 1) * len(addresses) // n_threads]
+        room = torch.empty(directions.room_for(rows, cols))
+        settings = lr, momentum, weight_decay, reference.NEWTON_SCHULZ
+        directions.update(own, rows, cols, *settings, room.data_ptr())
+
+    threads.share(work, n_threads)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether loops can read a tensor: not one without content, by which memory is estimated."""
+    is_float = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return is_float and tensor.is_contiguous() and type(tensor) in (Tensor, nn.Parameter)

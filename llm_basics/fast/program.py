@@ -227,7 +227,7 @@ class Program:
         self._add(gradient.PROJECT_BACK, dy, weight, start, dx, *self._sizes(name))
 
     def _learn(self, dy: Tensor, x: Tensor, name: str) -> None:
-        learned = self._gradient(f"{name}.weight"), self._gradient(f"{name}.bias")
+        learned = self.gradients[f"{name}.weight"], self.gradients.get(f"{name}.bias", 0)
         self._add(gradient.LEARN, dy, x, *learned, *self._sizes(name))
 
     def _sizes(self, name: str) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def batch_loss(
 ) -> Float[Tensor, ""]:
     """`update.batch_loss` by loops on a CPU; else a piece of the batch at a time if its logits are many."""
     if torch.is_grad_enabled() and (learner := learning.learner_for(model, inputs, targets)):
-        return _LossByLoops.apply(learner, inputs, targets, z_loss, *model.parameters())
+        return _LossByLoops.apply(learner, inputs, targets, z_loss, *learner.parameters)
     # a model of somebody else's need not be made of hidden states and logits
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
         if targets.numel() > rows_at_a_time(targets.device, model.config.n_rows):

@@ -4,6 +4,7 @@ A model of another kind, or with a piece of somebody's own in it, is told by its
 its config: what is not known here is not guessed.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,9 +72,8 @@ def supports(model: models.TransformerLM) -> str:
         for name, tensor in (module._parameters | module._buffers).items()
         if tensor is not None
     ]:
-        if (name.split(".", 2)[2] if name.startswith("layers.") else name) not in NAMES:
-            if not name.startswith("value_embeddings."):
-                return f"the model has {name}"
+        if not _is_known(name):
+            return f"the model has {name}"
         if tensor.device.type == "cuda":
             continue
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
@@ -81,6 +81,13 @@ def supports(model: models.TransformerLM) -> str:
         if not tensor.is_contiguous():
             return f"the numbers of {name} do not lie in a row"
     return "half precision is asked for" if torch.is_autocast_enabled("cpu") else ""
+
+
+@functools.cache
+def _is_known(name: str) -> bool:
+    """Whether a parameter or buffer of this name is understood."""
+    of_block = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return of_block in NAMES or name.startswith("value_embeddings.")
 
 
 def shape_of(model: models.TransformerLM) -> decoding.Shape:
