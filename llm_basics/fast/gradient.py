@@ -40,7 +40,7 @@ LONGEST = 10
 IGNORED = -100
 
 # tokens whose scores exist at a time
-SCORED = 64
+SCORED = 128
 
 
 class Task(NamedTuple):

@@ -21,11 +21,15 @@ from llm_basics.fast import gradient, machine, program, threads, tiles, weights
 # tokens that are taken forward and back at a time, if texts are not longer
 TOKENS = 128
 
+# what was measured to be no slower than torch: wide models spend their time in products, which MKL makes
+# better use of all caches for; and gradients of each thread must be added up, however few the tokens are
+WIDEST, MOST_WEIGHTS_PER_TOKEN = 384, 10_000
+
+# float32 numbers in a vector, as AVX has; others were not measured
+LEAST_VECTOR = 8
+
 # gradients of all threads together: 1 GB of them
 MOST_GRADIENTS = 1 << 28
-
-# float32 numbers in a vector, as AVX has; of others nobody has measured whether torch is slower
-LEAST_VECTOR = 8
 
 
 # of each model that has learned here, as long as there is the model
@@ -79,7 +83,10 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
         return "some weights are not to be learned"
     if len(inputs) < n_threads:
         return f"{len(inputs)} texts are too few for {n_threads} threads"
-    if n_threads * sum(parameter.numel() for parameter in parameters) > MOST_GRADIENTS:
+    n_parameters = sum(parameter.numel() for parameter in parameters)
+    if c.d_model > WIDEST or n_parameters > MOST_WEIGHTS_PER_TOKEN * inputs.numel():
+        return f"{n_parameters:,} weights, {c.d_model} wide, are too many for {inputs.numel()} tokens"
+    if n_threads * n_parameters > MOST_GRADIENTS:
         return f"gradients of {n_threads} threads would take too much memory"
     return ""
 

@@ -26,6 +26,9 @@ VECTOR = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4
 ROWS = 4 if VECTOR == 8 else 8
 COLUMNS = 2 * VECTOR
 
+# rows of a panel that are multiplied before the next panel, so that a core's own caches hold it: 64 KB
+DEPTH = 512
+
 FLOAT, INDEX, LANE = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 FLOATS = ir.VectorType(FLOAT, VECTOR)
 FUSED = ("contract",)
@@ -93,25 +96,27 @@ def product(a: Matrix, b: Matrix, start: Matrix, out: Matrix, m: int, n: int, k:
     Of `out`, `start` and `b`, n is rounded up to a multiple of VECTOR. `start` may be `out`, or one row that
     serves for all.
     """
-    for column in range(0, n, COLUMNS):
-        panel = b.address + 4 * (column // COLUMNS) * b.tile
-        is_whole = n - column > VECTOR
-        row = 0
-        while row < m:
-            n_rows = ROWS if row + ROWS <= m else 1
-            left = a.address + 4 * (row // ROWS * a.tile + row % ROWS * a.row), a.row, a.column
-            right = panel, b.row, k
-            begin = start.address + 4 * (row * start.row + column)
-            ends = begin, start.row, out.address + 4 * (row * out.row + column), out.row
-            if n_rows == ROWS and is_whole:
-                _tile(ROWS, 2, left, right, ends)
-            elif n_rows == ROWS:
-                _tile(ROWS, 1, left, right, ends)
-            elif is_whole:
-                _tile(1, 2, left, right, ends)
-            else:
-                _tile(1, 1, left, right, ends)
-            row += n_rows
+    for done in range(0, k, DEPTH):
+        depth, begin = min(DEPTH, k - done), out if done else start
+        for column in range(0, n, COLUMNS):
+            panel = b.address + 4 * (done * b.row + column // COLUMNS * b.tile)
+            is_whole = n - column > VECTOR
+            row = 0
+            while row < m:
+                n_rows = ROWS if row + ROWS <= m else 1
+                first = row // ROWS * a.tile + row % ROWS * a.row + done * a.column
+                left, right = (a.address + 4 * first, a.row, a.column), (panel, b.row, depth)
+                before = begin.address + 4 * (row * begin.row + column)
+                ends = before, begin.row, out.address + 4 * (row * out.row + column), out.row
+                if n_rows == ROWS and is_whole:
+                    _tile(ROWS, 2, left, right, ends)
+                elif n_rows == ROWS:
+                    _tile(ROWS, 1, left, right, ends)
+                elif is_whole:
+                    _tile(1, 2, left, right, ends)
+                else:
+                    _tile(1, 1, left, right, ends)
+                row += n_rows
 
 
 @machine.compiled
