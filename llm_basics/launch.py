@@ -81,6 +81,8 @@ def start(
     try:
         if training.is_compiled:
             compile_or_say_why_not(training)
+        else:
+            update.make_ready(training.model, *training.next_batches()[0])
         if options.resume is not None:
             go_on(training, output)
         output.followers.append(followers.Terminal(options.train.steps, training.step))

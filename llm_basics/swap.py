@@ -205,7 +205,7 @@ def _current(piece: str) -> Any:
 
 def _use_twins(paths: Mapping[str, Sequence[str]], say: Callable[[str], None]) -> None:
     machine = importlib.import_module("llm_basics.fast.machine")
-    if "llm_basics.bpe" in sys.modules and not machine.used_before():
+    if "llm_basics.bpe" in sys.modules and not machine.used_before() and not twins():
         say("compiling the fast tokenizer, which takes about 10 s and is done once (--fast off does without)")
     own = set(yours())
     for module, name, twin in _twins(paths):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_basics import config, data, layers, memory, model, optim, session, swap, update
-from llm_basics.fast import gradient, heads, learning, machine, threads, tiles
+from llm_basics.fast import directions, gradient, heads, learning, machine, threads, tiles
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import update as fast
 
@@ -308,6 +308,22 @@ def test_texts_that_are_too_long_have_the_error_of_torch():
     lm = make(context_length=8)
     with pytest.raises(ValueError, match="sees 8 tokens at most, got 9"):
         fast.batch_loss(lm, *random_batch(lm, 2, 9), 0.0)
+
+
+def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
+    lm = make()
+    batch, before = random_batch(lm), copy.deepcopy(lm.state_dict())
+    compiled = []
+    monkeypatch.setattr(directions, "update", lambda *arguments: compiled.append("directions"))
+    learn = learning.Learner.learn
+    monkeypatch.setattr(learning.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
+    for is_there in (True, False):
+        monkeypatch.setattr(machine, "used_before", lambda module, is_there=is_there: is_there)
+        fast.make_ready(lm, *batch)
+        assert compiled == [] if is_there else ["gradient", "directions"]
+    assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
+    assert all(parameter.grad is None for parameter in lm.parameters())
+    update.make_ready(lm, *batch)
 
 
 def test_without_a_gradient_there_is_none():

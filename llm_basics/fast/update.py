@@ -8,19 +8,28 @@ On a CPU, what torch does for a small model takes as long as what it is for: `le
 without torch, both ways at once.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_basics import data
+from llm_basics import data, optim
 from llm_basics import functional as F
 from llm_basics import model as models
-from llm_basics.fast import learning
+from llm_basics.fast import directions, learning, machine
 
 # logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
 # the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
 MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 LEAST_ROWS = 512
+
+
+def make_ready(model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]) -> None:
+    """Compile the loops that steps need, if this machine never did."""
+    if not machine.used_before("gradient") and (learner := learning.learner_for(model, inputs, targets)):
+        learner.learn(inputs, targets, 0.0)
+        nothing = np.empty((0, 3), np.int64)
+        directions.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
 
 
 class _LossByLoops(torch.autograd.Function):
