@@ -55,7 +55,7 @@ def learner_for(
 def say_if_compiling() -> None:
     """Say once what the first step of all waits for."""
     if not machine.used_before("gradient"):
-        line = "compiling the loops that learn, which takes about ten seconds and is done once"
+        line = "compiling the loops that learn, which takes ten seconds or more and is done once"
         print(f"{line} (--fast off does without)", file=sys.stderr)
 
 
