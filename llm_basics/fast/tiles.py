@@ -7,7 +7,8 @@ vectors that are multiplied and added, and a processor that can do two of these 
 All tiles below each other need the same columns of `b`, a panel, which the nearest cache holds (Goto and
 van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication").
 
-On one core of an Intel Xeon of 2023 that gives 185 GFLOP/s of 192 for a panel that lies in a row.
+On one core of an Intel Xeon of 2023 that gives 180 to 187 GFLOP/s for a panel that lies in a row, and MKL has
+165 to 190.
 """
 
 from typing import NamedTuple
