@@ -149,6 +149,14 @@ def test_a_later_batch_leaves_gradients_alone_and_adds_to_them():
     assert_same(found, {name: 0.25 * kept[name] + 0.75 * second[name] for name in kept})
 
 
+def test_a_second_backward_is_refused():
+    lm = make()
+    loss = fast.batch_loss(lm, *random_batch(lm), 0.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once for each loss"):
+        loss.backward()
+
+
 def test_nothing_to_learn():
     lm = make()
     inputs, targets = random_batch(lm)

@@ -31,7 +31,6 @@ LEAST_VECTOR = 8
 # gradients of all threads together: 1 GB of them
 MOST_GRADIENTS = 1 << 28
 
-
 # of each model that has learned here, as long as there is the model
 _LEARNERS: weakref.WeakKeyDictionary[nn.Module, "Learner"] = weakref.WeakKeyDictionary()
 

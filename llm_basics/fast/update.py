@@ -44,6 +44,8 @@ class _LossByLoops(torch.autograd.Function):
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
         # given away, not kept: so each becomes the gradient of its parameter without a copy
         gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward must be called once for each loss; make the loss anew")
         if dloss != 1:
             torch._foreach_mul_(gradients, dloss)
         return None, None, None, None, *gradients
