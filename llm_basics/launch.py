@@ -82,7 +82,8 @@ def start(
         if training.is_compiled:
             compile_or_say_why_not(training)
         else:
-            update.make_ready(training.model, *training.next_batches()[0])
+            ours = training.options
+            update.make_ready(training.model, ours.train.batch_size, ours.model.context_length)
         if options.resume is not None:
             go_on(training, output)
         output.followers.append(followers.Terminal(options.train.steps, training.step))

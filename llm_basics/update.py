@@ -37,8 +37,11 @@ def batch_loss(
     return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
 
 
-def make_ready(model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]) -> None:
-    """Do now what the first step alone would take time for; the reference has nothing like it."""
+def make_ready(model: nn.Module, n_texts: int, seq: int) -> None:
+    """Do now what the first step alone would take time for, of `n_texts` texts of `seq` tokens.
+
+    The reference has nothing like it.
+    """
 
 
 def train_step(

@@ -320,18 +320,18 @@ def test_texts_that_are_too_long_have_the_error_of_torch():
 
 def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
     lm = make()
-    batch, before = random_batch(lm), copy.deepcopy(lm.state_dict())
+    before = copy.deepcopy(lm.state_dict())
     compiled = []
     monkeypatch.setattr(directions, "update", lambda *arguments: compiled.append("directions"))
     learn = learning.Learner.learn
     monkeypatch.setattr(learning.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
     for is_there in (True, False):
         monkeypatch.setattr(machine, "used_before", lambda module, is_there=is_there: is_there)
-        fast.make_ready(lm, *batch)
+        fast.make_ready(lm, 4, 20)
         assert compiled == [] if is_there else ["gradient", "directions"]
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
-    update.make_ready(lm, *batch)
+    update.make_ready(lm, 4, 20)
 
 
 def test_without_a_gradient_there_is_none():

@@ -24,10 +24,13 @@ MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 LEAST_ROWS = 512
 
 
-def make_ready(model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]) -> None:
+def make_ready(model: nn.Module, n_texts: int, seq: int) -> None:
     """Compile the loops that steps need, if this machine never did."""
-    if not machine.used_before("gradient") and (learner := learning.learner_for(model, inputs, targets)):
-        learner.learn(inputs, targets, 0.0)
+    if machine.used_before("gradient"):
+        return
+    tokens = torch.zeros(n_texts, seq, dtype=torch.long)
+    if learner := learning.learner_for(model, tokens, tokens):
+        learner.learn(tokens, tokens, 0.0)
         nothing = np.empty((0, 3), np.int64)
         directions.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
 
