@@ -272,8 +272,7 @@ def think(block: int, n: int, shape: Shape, w: Weights, s: State, m: Member) -> 
     if shape.ffn == vectors.SWIGLU:
         vectors.multiply(w.gated[block], s.seen, n, w.up_bias[block], s.gated, start, end)
     for t in range(n):
-        hidden = s.hidden[t, start:end]
-        vectors.activate(shape.ffn, hidden, s.gated[t, start:end], hidden)
+        vectors.activate(shape.ffn, s.hidden[t, start:end], s.gated[t, start:end])
     threads.meet(m.meeting, m.size)
     multiply(w.down[block], s.hidden, n, w.down_bias[block], s.added, m)
     threads.meet(m.meeting, m.size)

@@ -15,6 +15,9 @@ from llm_basics.fast import machine, tiles, vectors
 
 ZERO, HALF, ONE, TWO = vectors.ZERO, vectors.HALF, vectors.ONE, np.float32(2)
 TWO_ROOT_2_PI, HIGHEST_DENSITY = vectors.TWO_ROOT_2_PI, np.float32(1 / math.sqrt(2 * math.pi))
+# numbers that the nearest cache still holds when they are worked on
+COPIED_AT_A_TIME = 1024
+
 CUBIC, THREE_CUBIC = np.float32(0.044715), np.float32(3 * 0.044715)
 
 
@@ -138,8 +141,12 @@ def normalize_back(
 
 @machine.summing
 def activate(kind: int, hidden: int, gated: int, n: int, out: int) -> None:
-    """`vectors.activate` of `n` numbers."""
-    vectors.activate(kind, machine.array(hidden, (n,)), machine.array(gated, (n,)), machine.array(out, (n,)))
+    """`vectors.activate` of `n` numbers, which stay as they are."""
+    for start in range(0, n, COPIED_AT_A_TIME):
+        size, place = min(COPIED_AT_A_TIME, n - start), 4 * start
+        to = machine.array(out + place, (size,))
+        to[:] = machine.array(hidden + place, (size,))
+        vectors.activate(kind, to, machine.array(gated + place, (size,)))
 
 
 @machine.summing

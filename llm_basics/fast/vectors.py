@@ -178,25 +178,25 @@ def normalize(
 
 
 @machine.summing
-def activate(kind: int, hidden: np.ndarray, gated: np.ndarray, out: np.ndarray) -> None:
-    """A feed-forward network's activation; swiglu's gates let `gated` through. `out` may be `hidden`."""
+def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
+    """Apply a feed-forward network's activation in place; swiglu's gates let `gated` through."""
     if kind == SWIGLU:
-        for i in range(len(out)):
-            out[i] = hidden[i] * sigmoid(hidden[i]) * gated[i]
+        for i in range(len(hidden)):
+            hidden[i] *= sigmoid(hidden[i]) * gated[i]
     elif kind == SILU:
-        for i in range(len(out)):
-            out[i] = hidden[i] * sigmoid(hidden[i])
+        for i in range(len(hidden)):
+            hidden[i] *= sigmoid(hidden[i])
     elif kind == RELU2:
-        for i in range(len(out)):
-            out[i] = max(hidden[i], ZERO) * max(hidden[i], ZERO)
+        for i in range(len(hidden)):
+            hidden[i] = max(hidden[i], ZERO) * max(hidden[i], ZERO)
     elif kind == GELU:
-        for i in range(len(out)):
-            out[i] = hidden[i] * HALF * (ONE + math.erf(hidden[i] * ROOT_HALF))
+        for i in range(len(hidden)):
+            hidden[i] *= HALF * (ONE + math.erf(hidden[i] * ROOT_HALF))
     else:
         # the tanh form: (1 + tanh(u)) / 2 is sigmoid(2 u)
-        for i in range(len(out)):
+        for i in range(len(hidden)):
             h = hidden[i]
-            out[i] = h * sigmoid(TWO_ROOT_2_PI * (h + np.float32(0.044715) * h * h * h))
+            hidden[i] = h * sigmoid(TWO_ROOT_2_PI * (h + np.float32(0.044715) * h * h * h))
 
 
 @machine.summing
