@@ -411,6 +411,11 @@ def test_gradients_that_lie_in_a_row_are_clipped_in_one_go(monkeypatch):
     assert fast_optim.joined([own[1], own[0]])[0] is own[1]
     assert fast_optim.joined([own[0].T, own[1]])[1] is own[1]
     assert fast_optim.joined([]) == []
+    # side by side in memory, as GPUs often have them, but with a storage each
+    numbers = np.zeros(8, np.float32)
+    neighbors = [torch.from_numpy(numbers[:4]), torch.from_numpy(numbers[4:])]
+    assert neighbors[0].data_ptr() + 16 == neighbors[1].data_ptr()
+    assert fast_optim.joined(neighbors) == neighbors
 
 
 # --------------------------------------------------------------------------------------------------

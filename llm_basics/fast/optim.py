@@ -42,18 +42,23 @@ def clip_grad_norm_(
 
 
 def joined(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers as one tensor, where they lie behind each other in memory.
+    """The same numbers as one tensor, where they lie behind each other in one storage.
 
     >>> both = torch.arange(6.0)
     >>> joined([both[:4].view(2, 2), both[4:]])
     [tensor([0., 1., 2., 3., 4., 5.])]
     """
-    end = tensors[0].data_ptr() if tensors else 0
+    if not tensors:
+        return []
+    first, end = tensors[0], tensors[0].data_ptr()
+    # an allocator may put two tensors side by side that have nothing to do with each other
+    storage = first.untyped_storage().data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
+        is_next = tensor.data_ptr() == end and tensor.untyped_storage().data_ptr() == storage
+        if not is_next or not tensor.is_contiguous() or tensor.dtype != first.dtype:
             return tensors
         end += tensor.nbytes
-    return [tensors[0].as_strided((sum(map(torch.numel, tensors)),), (1,))] if tensors else []
+    return [first.as_strided((sum(map(torch.numel, tensors)),), (1,))]
 
 
 def adamw_step_(
