@@ -281,6 +281,7 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
         vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False, mode=mode)
     optimizer = session.make_optimizer(model, train)
     spikes, count = watch.SpikeDetector(), itertools.count(1)
+    begun: list[Any] = []
 
     def accepts(loss: float) -> bool:
         spikes.z_score(loss)
@@ -288,7 +289,13 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
 
     def step(batch: session.Batch) -> Tensor:
         device.random_state(chosen)
-        return update.train_step(model, optimizer, [batch], next(count), train, accepts).train_loss
+        result = update.queue_step(model, optimizer, [batch], next(count), train, accepts)
+        while begun:
+            begun.pop()()
+        if not callable(result):
+            return result.train_loss
+        begun.append(result)
+        return result.result.train_loss
 
     return step
 

@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -106,6 +106,15 @@ def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:
         raise ValueError(f"your pieces must make the parameters that the config asks for, but {told}")
 
 
+class Place(NamedTuple):
+    """How far a session has come, as its attributes say."""
+
+    step: int
+    windows: int
+    looked: bool
+    val_loss: float | None
+
+
 class Session:
     """Model, optimizer, data and how far they have come.
 
@@ -190,6 +199,15 @@ class Session:
             return False
         self.best_loss = val_loss
         return True
+
+    @property
+    def place(self) -> Place:
+        """How far training has come."""
+        return Place(self.step, self.windows, self.looked, self.val_loss)
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self.step, self.windows, self.looked, self.val_loss = place
 
     @property
     def windows_per_step(self) -> int:

@@ -59,6 +59,11 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.default_int_handler if handler is _receive else handler)
 
 
+def came() -> bool:
+    """Whether a signal has come that `poll` would answer."""
+    return _State.number is not None
+
+
 def poll() -> None:
     """Raise `Stopped` if a signal has come."""
     if _State.number is not None:

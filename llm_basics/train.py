@@ -16,6 +16,7 @@ if __name__ == "__main__":
     command_line.spin_less()
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -56,54 +57,138 @@ def fit(training: session.Session, output: run.Run) -> None:
     Raises signals.Stopped, when all is saved, if that was requested; FloatingPointError, session.SaveError
     and OSError as the options say.
     """
-    options = training.options.train
-    clock = run.Stopwatch()
-    timed_steps = skipped = 0
+    steps = Steps(training, output)
     training.model.train()
     try:
         while True:
             if not training.looked:
-                with clock.paused():
+                with steps.clock.paused():
                     look(training, output)
-            signals.poll()
-            if training.step == options.steps:
+            if signals.came():
+                steps.settle()
+                signals.poll()
+            if training.step == training.options.train.steps:
                 break
-            step, batches = training.step + 1, training.next_batches()
-            random_state = device.random_state(training.device)
-            try:
-                result = update.train_step(
-                    training.model, training.optimizer, batches, step, options, _judge(training, output)
-                )
-                skipped = 0
-            except FloatingPointError as error:
-                skipped += 1
-                device.set_random_state(random_state, training.device)
-                result = _leave_out(training, output, error, skipped)
-            training.finish_step()
-            timed_steps += 1
-            if _due(step, options.log_every) or step in (1, options.steps) or not result.updated:
-                train_loss, grad_norm = result.train_loss.item(), result.grad_norm.item()
-                seconds = clock.lap() / timed_steps
-                output.metrics(
-                    step,
-                    train_loss=train_loss,
-                    lr=result.lr,
-                    grad_norm=grad_norm,
-                    step_seconds=seconds,
-                    tokens_per_second=sum(targets.numel() for _, targets in batches) / seconds,
-                    eta_seconds=(options.steps - step) * seconds,
-                )
-                timed_steps = 0
+            steps.take()
     except signals.Stopped:
         save(training, output)
         raise
     except (FloatingPointError, OSError):
+        with contextlib.suppress(FloatingPointError, OSError):
+            steps.settle()
         # the weights are those of the last step; but what began this may be in them, or in the way
         if all(torch.isfinite(p).all() for p in training.model.parameters()):
             with contextlib.suppress(session.SaveError, OSError):
                 save(training, output)
         raise
     save(training, output)
+
+
+@dataclasses.dataclass
+class _Begun:
+    """A step that nobody has waited for, and where training stood before it."""
+
+    result: Callable[[], update.StepResult]
+    step: int
+    n_tokens: int
+    random_state: list[torch.Tensor]
+    place: session.Place
+
+
+class Steps:
+    """One step after the other. A GPU is given the next before it has said what came of the last."""
+
+    def __init__(self, training: session.Session, output: run.Run) -> None:
+        self.training, self.output = training, output
+        self.clock = run.Stopwatch()
+        self.begun: _Begun | None = None
+        # since the last line; and in a row
+        self.timed = self.left_out = 0
+
+    def take(self) -> None:
+        """Take a step, or begin it, and see how the one before ended: if badly, what began is void."""
+        training, place = self.training, self.training.place
+        step, batches = place.step + 1, training.next_batches()
+        n_tokens = sum(targets.numel() for _, targets in batches)
+        random_state = device.random_state(training.device)
+        accepts = _judge(training, self.output)
+        try:
+            result = update.queue_step(
+                training.model, training.optimizer, batches, step, training.options.train, accepts
+            )
+        except FloatingPointError as error:
+            self._leave_out(error, random_state, step, n_tokens)
+            return
+        training.finish_step()
+        if not callable(result):
+            self.left_out = 0
+            self._count(result, step, n_tokens)
+            return
+        before, self.begun = self.begun, _Begun(result, step, n_tokens, random_state, place)
+        if before is not None:
+            self._end(before)
+        if is_looked_at(training.step, training.options.train):
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the step that has begun, if one has."""
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            self._end(begun)
+
+    def _end(self, begun: _Begun) -> None:
+        try:
+            result = begun.result()
+        except FloatingPointError as error:
+            self.begun, self.training.place = None, begun.place
+            self._leave_out(error, begun.random_state, begun.step, begun.n_tokens)
+            return
+        self.left_out = 0
+        self._count(result, begun.step, begun.n_tokens)
+
+    def _leave_out(
+        self, error: FloatingPointError, random_state: list[torch.Tensor], step: int, n_tokens: int
+    ) -> None:
+        """Go on without a step, where the options allow that; else raise `error`."""
+        training = self.training
+        self.left_out += 1
+        device.set_random_state(random_state, training.device)
+        if training.options.train.on_nonfinite == "stop":
+            raise error
+        is_whole = all(torch.isfinite(p).all() for p in training.model.parameters())
+        if self.left_out > MOST_SKIPPED or not is_whole:
+            raise FloatingPointError(
+                f"{error}; to leave out steps does not help, {self.left_out} in a row were"
+            )
+        self.output.say(f"warning: {error}; the step is left out")
+        training.finish_step()
+        nan = torch.full((), math.nan)
+        lr = training.optimizer.param_groups[0]["lr"]
+        self._count(update.StepResult(nan, nan, lr, updated=False), step, n_tokens)
+
+    def _count(self, result: update.StepResult, step: int, n_tokens: int) -> None:
+        """Count a step, and write a line if it is due."""
+        options = self.training.options.train
+        self.timed += 1
+        if _due(step, options.log_every) or step in (1, options.steps) or not result.updated:
+            train_loss, grad_norm = result.train_loss.item(), result.grad_norm.item()
+            seconds = self.clock.lap() / self.timed
+            self.output.metrics(
+                step,
+                train_loss=train_loss,
+                lr=result.lr,
+                grad_norm=grad_norm,
+                step_seconds=seconds,
+                tokens_per_second=n_tokens / seconds,
+                eta_seconds=(options.steps - step) * seconds,
+            )
+            self.timed = 0
+
+
+def is_looked_at(step: int, options: config.TrainConfig) -> bool:
+    """Whether something is due after a step that needs its weights."""
+    due = options.eval_every, options.sample_every, options.checkpoint_every
+    return step == options.steps or any(_due(step, every) for every in due)
 
 
 def look(training: session.Session, output: run.Run) -> None:
@@ -147,7 +232,8 @@ def save(training: session.Session, output: run.Run) -> None:
 
 
 def _judge(training: session.Session, output: run.Run) -> Callable[[float], bool]:
-    """What says of a loss whether it is to be learned from."""
+    """What says of the loss of the next step whether it is to be learned from."""
+    step = training.step + 1
 
     def accepts(loss: float) -> bool:
         score = training.spikes.z_score(loss)
@@ -155,25 +241,12 @@ def _judge(training: session.Session, output: run.Run) -> Callable[[float], bool
             return True
         is_left_out = training.options.train.on_spike == "skip"
         output.say(
-            f"step {training.step + 1}: the loss {loss:.4g} is a spike, {score:.0f} deviations above the "
+            f"step {step}: the loss {loss:.4g} is a spike, {score:.0f} deviations above the "
             "median of those before" + (", and the step is left out" if is_left_out else "")
         )
         return not is_left_out
 
     return accepts
-
-
-def _leave_out(
-    training: session.Session, output: run.Run, error: FloatingPointError, in_a_row: int
-) -> update.StepResult:
-    """What a step was that is left out for `error`, where the options allow that; else raises it."""
-    if training.options.train.on_nonfinite == "stop":
-        raise error
-    if in_a_row > MOST_SKIPPED or not all(torch.isfinite(p).all() for p in training.model.parameters()):
-        raise FloatingPointError(f"{error}; to leave out steps does not help, {in_a_row} in a row were")
-    output.say(f"warning: {error}; the step is left out")
-    nan = torch.full((), math.nan)
-    return update.StepResult(nan, nan, training.optimizer.param_groups[0]["lr"], updated=False)
 
 
 def _due(step: int, every: int) -> bool:

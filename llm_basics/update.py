@@ -1,7 +1,7 @@
 """One step of training: from batches to weights that are a little better."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from llm_basics import config, data, device, optim, session, watch
 from llm_basics import functional as F
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What one step measured: the loss before the update, the norm of the gradient before clipping, and
     whether there was an update."""
@@ -58,35 +58,84 @@ def train_step(
     A step whose loss `accepts` refuses leaves the weights as they were. Raises FloatingPointError, with the
     weights unchanged, where loss or gradient is not finite.
     """
+    result = find_gradients(model, optimizer, batches, step, options)
+    if not accepts(result.train_loss.item()):
+        return dataclasses.replace(result, updated=False)
+    optimizer.step()
+    return result
+
+
+def queue_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[session.Batch],
+    step: int,
+    options: config.TrainConfig,
+    accepts: Callable[[float], bool] = lambda loss: True,
+) -> StepResult | Callable[[], StepResult]:
+    """`train_step`; or its beginning, and a function that waits for its end.
+
+    Such a step leaves the weights as they are where it has to, which it says at its end, with the same
+    errors; and so does each that began meanwhile, of which nothing is left. The reference waits at once.
+    """
+    return train_step(model, optimizer, batches, step, options, accepts)
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts of a step
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: config.TrainConfig) -> float:
+    """Let `optimizer` take steps of the rate that `step` has."""
     lr = learning_rate(step, options)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    return lr
+
+
+def add_gradients(
+    model: nn.Module, batches: Sequence[session.Batch], options: config.TrainConfig
+) -> Float[Tensor, ""]:
+    """Add to each gradient that of the mean loss over all targets of all `batches`; returns this loss."""
+    train_loss = torch.zeros((), device=batches[0][0].device)
+    for loss in shares(model, batches, options):
+        loss.backward()
+        train_loss += loss.detach()
+    return train_loss
+
+
+def shares(
+    model: nn.Module, batches: Sequence[session.Batch], options: config.TrainConfig
+) -> Iterator[Float[Tensor, ""]]:
+    """What each batch contributes to the mean loss: a mean of means would favor targets of short batches."""
     # numbers on the device, which nobody waits for
     counts = [(targets != data.IGNORED).sum() for _, targets in batches]
     n_targets = torch.stack(counts).sum().clamp(min=1)
-
-    def loss_of(batch: session.Batch, count: Int[Tensor, ""]) -> Float[Tensor, ""]:
-        inputs, targets = batch
+    for (inputs, targets), count in zip(batches, counts, strict=True):
         with device.precision(inputs.device, options.dtype):
             loss = batch_loss(model, inputs, targets, options.z_loss)
-            # a batch counts by its targets: a mean of means would favor those of a smaller batch
-            return loss * (count.to(loss.dtype) / n_targets)
+            share = loss * (count.to(loss.dtype) / n_targets)
+        yield share
 
-    train_loss = torch.zeros((), device=batches[0][0].device)
-    for batch, count in zip(batches, counts, strict=True):
-        loss = loss_of(batch, count)
-        loss.backward()
-        train_loss += loss.detach()
+
+def find_gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[session.Batch],
+    step: int,
+    options: config.TrainConfig,
+) -> StepResult:
+    """All of a step but the update. Raises FloatingPointError, and says where it began, where loss or
+    gradient is not finite."""
+    lr = set_learning_rate(optimizer, step, options)
+    optimizer.zero_grad(set_to_none=True)
+    train_loss = add_gradients(model, batches, options)
     try:
         grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm, error_if_nonfinite=True)
         reason = "" if torch.isfinite(train_loss) else "the gradient is finite"
     except RuntimeError as error:
         reason = str(error)
     if reason:
-        origin = watch.find_nonfinite(model, lambda: torch.stack(list(map(loss_of, batches, counts))))
+        origin = watch.find_nonfinite(model, lambda: torch.stack(list(shares(model, batches, options))))
         raise FloatingPointError(f"step {step}: loss {train_loss.item():g}, lr {lr:g}, {reason}; {origin}")
-    updated = accepts(train_loss.item())
-    if updated:
-        optimizer.step()
-    return StepResult(train_loss, grad_norm, lr, updated)
+    return StepResult(train_loss, grad_norm, lr)

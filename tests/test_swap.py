@@ -36,7 +36,7 @@ def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
-    names |= {"update.batch_loss", "update.make_ready"}
+    names |= {"update.batch_loss", "update.make_ready", "update.queue_step"}
     names |= {"layers.MultiHeadSelfAttention", "generate.generate", "generate.next_token_probabilities"}
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())

@@ -7,6 +7,7 @@ In float32, outputs and gradients are right to 1e-5 of themselves or of 1; in ha
 the dtype, since inputs are rounded before and results after, but never between.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tF
 
+from llm_basics import config, model, swap
 from llm_basics import functional as F
+
+SMALL = config.ModelConfig(vocab_size=50, context_length=9, d_model=16, n_layers=1, n_heads=2)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -31,7 +35,7 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton", reason="there is no Triton for this system")
-    from llm_basics.fast import kernels, triton_attention, triton_cross_entropy, triton_norm
+    from llm_basics.fast import kernels, triton_attention, triton_cross_entropy, triton_norm, update
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 if kernels.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     # it takes an array of one element for a whole number, which NumPy no longer does
@@ -219,6 +223,48 @@ def test_cross_entropy_in_half_precision(normal, dtype, reduction):
 def test_cross_entropy_of_no_id_is_nan(normal, target):
     losses = cross_entropy(normal(2, 60), torch.tensor([0, target], device=DEVICE), reduction="none")
     assert losses.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("vocab_size", "width"), [(50, 64), (4097, 4097), (5000, 5056)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_gradients_in_the_place_of_logits(normal, dtype, vocab_size, width, z_loss):
+    logits, targets = (3 * normal(5, width)).to(dtype), ids(vocab_size, 5)
+    targets[2] = -100
+    wide = logits[:, :vocab_size].double().requires_grad_()
+    right = F.cross_entropy(wide, targets, z_loss=z_loss, reduction="none")
+    (gradient,) = torch.autograd.grad(right.sum(), wide)
+    found = triton_cross_entropy.replace_by_gradient_(logits, targets, vocab_size, z_loss=z_loss)
+    torch.testing.assert_close(found.double(), right, **EXACT)
+    tolerance = HALVES.get(dtype, 1e-5)
+    torch.testing.assert_close(logits[:, :vocab_size].double(), gradient, rtol=tolerance, atol=tolerance)
+    assert not logits[:, vocab_size:].any() and not logits[2].any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 64}, {"tie_embeddings": True}], ids=str)
+def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
+    lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
+    targets = ids(50, 3, 9)
+    targets[1, 2:5] = -100
+    monkeypatch.setitem(update.MOST_LOGITS, DEVICE.type, 200)
+    monkeypatch.setattr(update, "LEAST_ROWS", 1)
+    found = []
+    for module in (None, triton_cross_entropy):
+        monkeypatch.setattr(update, "kernels_for", lambda lm, rows, module=module: module)
+        loss = update.batch_loss(lm, ids(50, 3, 9), targets, 0.01)
+        found.append([loss.detach(), *torch.autograd.grad(0.7 * loss, list(lm.parameters()))])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_are_for_a_card_and_a_plain_output_projection():
+    lm = model.TransformerLM(SMALL).to(DEVICE)
+    rows = torch.zeros(3, SMALL.d_model, device=DEVICE)
+    assert update.kernels_for(lm, rows) is (triton_cross_entropy if DEVICE.type == "cuda" else None)
+    assert (
+        update.kernels_for(model.TransformerLM(dataclasses.replace(SMALL, logit_softcap=3.0)), rows) is None
+    )
+    with swap.replaced({"functional.linear": tF.linear}):
+        assert update.kernels_for(lm, rows) is None
 
 
 def test_cross_entropy_leaves_the_rest_to_the_reference(normal):

@@ -1,10 +1,12 @@
 """The pieces of `optim` for all parameters at once: a model of 124 million has 148 of them.
 
 On a GPU a kernel costs microseconds before it does anything, so there is one for all gradients, not one for
-each. Nothing here waits for a GPU to say a number.
+each. Nothing here waits for a GPU to say a number: whether a step is to change anything can be a number
+there as well (`held_by`).
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,31 @@ def joined(tensors: list[Tensor]) -> list[Tensor]:
     return [first.as_strided((sum(map(torch.numel, tensors)),), (1,))]
 
 
+class _Hold:
+    """The number that steps look at, if they are to look at one."""
+
+    flag: Tensor | None = None
+
+
+@contextlib.contextmanager
+def held_by(flag: Float[Tensor, ""]) -> Iterator[None]:
+    """Inside, steps leave weights and running means as they are if `flag`, on the same device, is 1, not 0.
+
+    They are counted all the same.
+    """
+    _Hold.flag = flag
+    try:
+        yield
+    finally:
+        _Hold.flag = None
+
+
+def can_be_held(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all that `optimizer` does heeds `held_by`."""
+    is_ours = type(optimizer) in (reference.AdamW, reference.Muon)
+    return is_ours and reference.adamw_step_ is adamw_step_ and reference.muon_step_ is muon_step_
+
+
 def adamw_step_(
     parameters: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
@@ -94,6 +121,7 @@ def adamw_step_(
             eps=eps,
             amsgrad=False,
             maximize=False,
+            found_inf=_Hold.flag,
         )
 
 
@@ -112,6 +140,13 @@ def muon_step_(
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
     buffers = [state["momentum_buffer"] for state in states]
+    if _Hold.flag is not None:
+        before = torch.stack(list(parameters)), torch.stack(buffers)
+        settings = lr, momentum, weight_decay, dtype
+        after = reference.muon_update(before[0], torch.stack(gradients), before[1], *settings)
+        for tensors, old, new in zip((list(parameters), buffers), before, after, strict=True):
+            torch._foreach_copy_(tensors, torch.where(_Hold.flag > 0, old, new).unbind())
+        return
     if (
         dtype != torch.float32
         or min(rows, cols) > MOST_ROWS

@@ -84,23 +84,12 @@ def _measure(
     # 64 bits: there may be more than 2^31 logits
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * vocab_size
-    peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
-    for first in range(0, vocab_size, BLOCK):
-        scores = _load_scores(row, first, vocab_size, BLOCK)
-        higher = tl.maximum(peak, tl.max(scores, axis=0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher), axis=0)
-        peak = higher
-    log_sum = tl.log(total)
+    target = tl.load(targets + token).to(tl.int64)
+    chosen = _load_chosen(row, target, vocab_size)
+    peak, log_sum = _normalize(row, vocab_size, BLOCK)
     tl.store(peaks + token, peak)
     tl.store(log_sums + token, log_sum)
-
-    target = tl.load(targets + token).to(tl.int64)
-    is_id = (target >= 0) & (target < vocab_size)
-    chosen = tl.load(row + target, mask=is_id, other=float("nan")).to(tl.float32)
-    # relative to the peak, as in the reference: of logits about 10,000 the difference has no digits left
-    loss = log_sum - (chosen - peak)
-    normalizer = peak + log_sum
-    loss += z_loss * normalizer * normalizer
+    loss = _loss(chosen, peak, log_sum, z_loss)
     tl.store(losses + token, tl.where(target == ignore_index, 0.0, loss))
 
 
@@ -122,15 +111,88 @@ def _differentiate(
     first = tl.program_id(1) * BLOCK
     ids = first + tl.arange(0, BLOCK)
     target = tl.load(targets + token)
-    peak, log_sum = tl.load(peaks + token), tl.load(log_sums + token)
     slope = tl.where(target == ignore_index, 0.0, tl.load(grad_losses + token))
-
     scores = _load_scores(logits + token * vocab_size, first, vocab_size, BLOCK)
-    probabilities = tl.exp(scores - peak - log_sum)
+    peak, log_sum = tl.load(peaks + token), tl.load(log_sums + token)
+    gradient = slope * _gradient(scores, ids == target, peak, log_sum, z_loss)
+    tl.store(grad_logits + token * vocab_size + ids, gradient, mask=ids < vocab_size)
+
+
+@kernels.kernel
+def _learn(
+    logits: kernels.Pointer,
+    targets: kernels.Pointer,
+    losses: kernels.Pointer,
+    vocab_size: kernels.Number,
+    width: kernels.Number,
+    ignore_index: kernels.Number,
+    z_loss: kernels.Number,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program measures the loss of one token, and writes the gradient over its logits.
+
+    There are `width` of them, of which those from `vocab_size` on are no token's and get a gradient of 0.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * width
+    target = tl.load(targets + token).to(tl.int64)
+    # before anything is written: threads wait for each other in the sums that follow
+    chosen = _load_chosen(row, target, vocab_size)
+    peak, log_sum = _normalize(row, vocab_size, BLOCK)
+    loss = _loss(chosen, peak, log_sum, z_loss)
+    counts = target != ignore_index
+    tl.store(losses + token, tl.where(counts, loss, 0.0))
+    # what was just read is in the cache still
+    for first in range(0, width, BLOCK):
+        ids = first + tl.arange(0, BLOCK)
+        scores = _load_scores(row, first, vocab_size, BLOCK)
+        gradient = _gradient(scores, ids == target, peak, log_sum, z_loss)
+        tl.store(row + ids, tl.where(counts, gradient, 0.0), mask=ids < width)
+
+
+@kernels.kernel
+def _normalize(
+    row: kernels.Pointer, vocab_size: kernels.Number, BLOCK: tl.constexpr
+) -> tuple[kernels.Number, kernels.Number]:
+    """The peak of the logits of a token, and the logarithm of the sum of exponentials relative to it."""
+    peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    for first in range(0, vocab_size, BLOCK):
+        scores = _load_scores(row, first, vocab_size, BLOCK)
+        higher = tl.maximum(peak, tl.max(scores, axis=0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher), axis=0)
+        peak = higher
+    return peak, tl.log(total)
+
+
+@kernels.kernel
+def _load_chosen(row: kernels.Pointer, target: kernels.Number, vocab_size: kernels.Number) -> kernels.Number:
+    """The logit of the target; NaN if that is no id."""
+    is_id = (target >= 0) & (target < vocab_size)
+    return tl.load(row + target, mask=is_id, other=float("nan")).to(tl.float32)
+
+
+@kernels.kernel
+def _loss(
+    chosen: kernels.Number, peak: kernels.Number, log_sum: kernels.Number, z_loss: kernels.Number
+) -> kernels.Number:
+    """The loss of one token, as a number."""
+    normalizer = peak + log_sum
+    # relative to the peak, as in the reference: of logits about 10,000 the difference has no digits left
+    return log_sum - (chosen - peak) + z_loss * normalizer * normalizer
+
+
+@kernels.kernel
+def _gradient(
+    scores: kernels.Tile,
+    is_target: kernels.Tile,
+    peak: kernels.Number,
+    log_sum: kernels.Number,
+    z_loss: kernels.Number,
+) -> kernels.Tile:
+    """The gradient of a loss with respect to a block of logits."""
     # z * lse^2 has the slope 2 z lse, and lse the gradient p
     by_sum = 1.0 + 2.0 * z_loss * (peak + log_sum)
-    gradient = slope * (by_sum * probabilities - tl.where(ids == target, 1.0, 0.0))
-    tl.store(grad_logits + token * vocab_size + ids, gradient, mask=ids < vocab_size)
+    return by_sum * tl.exp(scores - peak - log_sum) - tl.where(is_target, 1.0, 0.0)
 
 
 @kernels.kernel
@@ -142,6 +204,32 @@ def _load_scores(
     return tl.load(row + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
 
 
+def replace_by_gradient_(
+    logits: Float[Tensor, "tokens width"],
+    targets: Int[Tensor, " tokens"],
+    vocab_size: int,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Float[Tensor, " tokens"]:
+    """The losses in float32 by the first `vocab_size` logits of each token; in the place of the logits then
+    stand the gradients of the sum of these losses.
+
+    Where both are wanted there need not be two tensors of that size.
+    """
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    options = _options(vocab_size, ignore_index, z_loss)
+    with kernels.on_device_of(logits):
+        _learn[(len(targets),)](logits, targets, losses, width=logits.shape[-1], **options)
+    return losses
+
+
+def _options(vocab_size: int, ignore_index: int, z_loss: float) -> dict[str, Any]:
+    """What kernels are told, with 16 logits a thread."""
+    block = kernels.block_size(vocab_size, BLOCK)
+    options = {"vocab_size": vocab_size, "ignore_index": ignore_index, "z_loss": z_loss}
+    return options | {"BLOCK": block, "num_warps": max(block // 512, 1)}
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Both kernels, as one operation that has a gradient: a loss in float32 for each token."""
 
@@ -151,11 +239,7 @@ class _CrossEntropy(torch.autograd.Function):
         losses, peaks, log_sums = (
             torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
         )
-        vocab_size = logits.shape[-1]
-        block = kernels.block_size(vocab_size, BLOCK)
-        # 16 logits a thread
-        options = {"ignore_index": ignore_index, "z_loss": z_loss, "BLOCK": block}
-        options |= {"vocab_size": vocab_size, "num_warps": max(block // 512, 1)}
+        options = _options(logits.shape[-1], ignore_index, z_loss)
         with kernels.on_device_of(logits):
             _measure[(targets.numel(),)](logits, targets, losses, peaks, log_sums, **options)
         ctx.save_for_backward(logits, targets, peaks, log_sums)

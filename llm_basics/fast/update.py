@@ -4,24 +4,45 @@ Logits are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 
 state has. So the end of the model runs forward and backward for a few rows at a time, and what is kept is
 the gradient of the hidden states alone.
 
+On a GPU a kernel writes the gradient of logits over them: they are read twice and written once, and there
+is one tensor of that size, in bfloat16. What torch does takes three times as many passes.
+
+And nobody waits for a GPU to say whether its step was fit to be learned from: the next is begun before that
+is known, and leaves the weights as they are if it was not.
+
 On a CPU, what torch does for a small model takes as long as what it is for: `learning` does all of it
 without torch, both ways at once.
 """
+
+import importlib
+import importlib.util
+import types
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_basics import data, optim
+from llm_basics import config, data, device, layers, optim, update
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics.fast import directions, learning, machine
+from llm_basics.fast import optim as fast_optim
 
-# logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
+# the reference, whose name comes to stand for what is defined here
+queue_of_reference = update.queue_step
+
+# logits that exist at a time: on a CPU few enough for its cache, on a GPU two GB; but each piece is added to
 # the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
-MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 30}
 LEAST_ROWS = 512
+
+Batch = tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
+
+# devices that say late what came of a step
+LATE = ["cuda"]
 
 
 def make_ready(model: nn.Module, n_texts: int, seq: int) -> None:
@@ -64,16 +85,16 @@ class _LossInPieces(torch.autograd.Function):
         dhidden = torch.empty_like(rows)
         dparameters = [torch.zeros_like(parameter) for parameter in parameters]
         total = torch.zeros((), device=hidden.device)
+        kernels = kernels_for(model, rows)
         for start in range(0, len(rows), n_rows):
             piece = slice(start, start + n_rows)
-            with torch.enable_grad():
-                part = rows[piece].detach().requires_grad_()
-                logits = F.widen(model.logits(part))
-                loss = F.cross_entropy(logits, answers[piece], z_loss=z_loss, reduction="sum")
-            dpart, *more = torch.autograd.grad(loss, [part, *parameters])
+            if kernels is None:
+                loss, dpart, *more = _by_autograd(model, rows[piece], answers[piece], z_loss, parameters)
+            else:
+                loss, dpart, *more = _by_kernels(kernels, model, rows[piece], answers[piece], z_loss)
             dhidden[piece] = dpart
             torch._foreach_add_(dparameters, more)
-            total += loss.detach()
+            total += loss
         ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
         ctx.n_targets = (answers != data.IGNORED).sum().clamp(min=1)
         return total / ctx.n_targets
@@ -84,9 +105,53 @@ class _LossInPieces(torch.autograd.Function):
         return None, dhidden, None, None, *dparameters
 
 
-def rows_at_a_time(device: torch.device, n_logits: int) -> int:
+def _by_autograd(
+    model: models.TransformerLM,
+    rows: Float[Tensor, "tokens d_model"],
+    answers: Int[Tensor, " tokens"],
+    z_loss: float,
+    parameters: Sequence[Tensor],
+) -> list[Tensor]:
+    """The sum of the losses, and its gradients: of `rows`, and of `parameters`."""
+    with torch.enable_grad():
+        rows = rows.detach().requires_grad_()
+        logits = F.widen(model.logits(rows))
+        loss = F.cross_entropy(logits, answers, z_loss=z_loss, reduction="sum")
+    return [loss.detach(), *torch.autograd.grad(loss, [rows, *parameters])]
+
+
+def _by_kernels(
+    kernels: types.ModuleType,
+    model: models.TransformerLM,
+    rows: Float[Tensor, "tokens d_model"],
+    answers: Int[Tensor, " tokens"],
+    z_loss: float,
+) -> list[Tensor]:
+    """The same, of the output projection."""
+    weight, place = model.lm_head.weight, rows.device.type
+    if torch.is_autocast_enabled(place):
+        dtype = torch.get_autocast_dtype(place)
+        weight, rows = weight.to(dtype), rows.to(dtype)
+    logits = rows @ weight.T
+    losses = kernels.replace_by_gradient_(logits, answers, model.config.vocab_size, data.IGNORED, z_loss)
+    return [losses.sum(), logits @ weight, logits.T @ rows]
+
+
+def kernels_for(
+    model: models.TransformerLM, rows: Float[Tensor, "tokens d_model"]
+) -> types.ModuleType | None:
+    """The kernels that can do the end of the model; None where that is for autograd to do."""
+    is_plain = model.config.logit_softcap is None and type(model.lm_head).__module__ == layers.__name__
+    is_plain = is_plain and F.linear.__module__.startswith("llm_basics.")
+    if not rows.is_cuda or not is_plain or importlib.util.find_spec("triton") is None:
+        return None
+    # loaded here, since Triton is not there for every system
+    return importlib.import_module("llm_basics.fast.triton_cross_entropy")
+
+
+def rows_at_a_time(place: torch.device, n_logits: int) -> int:
     """How many tokens of `n_logits` each have theirs at a time."""
-    return max(LEAST_ROWS, MOST_LOGITS.get(device.type, MOST_LOGITS["cpu"]) // n_logits)
+    return max(LEAST_ROWS, MOST_LOGITS.get(place.type, MOST_LOGITS["cpu"]) // n_logits)
 
 
 def batch_loss(
@@ -101,3 +166,110 @@ def batch_loss(
             hidden = model.hidden_states(inputs)
             return _LossInPieces.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
     return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps that nobody waits for
+
+
+class _Queue:
+    """The steps of an optimizer that have begun, and whether there is one from which nothing may be learned.
+
+    That is a number on the device, and the optimizer heeds it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.held = torch.zeros((), device=device)
+        self.steps: list[_QueuedStep] = []
+
+
+_QUEUES: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Queue] = weakref.WeakKeyDictionary()
+
+
+class _QueuedStep:
+    """A step whose numbers are on their way; call it to have them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[Batch],
+        step: int,
+        options: config.TrainConfig,
+        accepts: Callable[[float], bool],
+    ) -> None:
+        self.arguments = model, optimizer, batches, step, options
+        self.accepts = accepts
+        self.device = batches[0][0].device
+        self.random_state = device.random_state(self.device)
+        self.queue = _QUEUES.setdefault(optimizer, _Queue(self.device))
+        lr = update.set_learning_rate(optimizer, step, options)
+        optimizer.zero_grad(set_to_none=True)
+        train_loss = update.add_gradients(model, batches, options)
+        grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        self.queue.held.copy_((self.queue.held > 0) | ~(train_loss.isfinite() & grad_norm.isfinite()))
+        with fast_optim.held_by(self.queue.held):
+            optimizer.step()
+        self.queue.steps.append(self)
+        # whose count of steps is one higher now
+        groups = optimizer.param_groups
+        self.stepped = [p for group in groups for p in group["params"] if p.grad is not None]
+        # on the device, where somebody may use it without waiting
+        self.result = update.StepResult(train_loss, grad_norm, lr)
+        self.read = _send(torch.stack([train_loss, grad_norm, self.queue.held]))
+
+    def __call__(self) -> update.StepResult:
+        train_loss, grad_norm, is_held = self.read()
+        if is_held:
+            self._undo()
+            device.set_random_state(self.random_state, self.device)
+            # which finds where it began
+            again = update.find_gradients(*self.arguments)
+            raise FloatingPointError(
+                f"step {self.arguments[3]}: loss {train_loss:g}, lr {again.lr:g}, the gradient norm is "
+                f"{grad_norm:g}; done again, loss {again.train_loss:g} and norm {again.grad_norm:g}"
+            )
+        self.queue.steps.remove(self)
+        self.accepts(train_loss)
+        return self.result
+
+    def _undo(self) -> None:
+        """Let it be as if neither this step nor those that began after it had been."""
+        _, optimizer, *_ = self.arguments
+        for parameter in (parameter for step in self.queue.steps for parameter in step.stepped):
+            if "step" in optimizer.state[parameter]:
+                optimizer.state[parameter]["step"] -= 1
+        self.queue.steps.clear()
+        self.queue.held.zero_()
+
+
+def _send(numbers: Float[Tensor, " n"]) -> Callable[[], list[float]]:
+    """Let numbers come from a GPU, and return what waits for them."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    arrived, there = torch.cuda.Event(), torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    there.copy_(numbers, non_blocking=True)
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return there.tolist()
+
+    return read
+
+
+def queue_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    step: int,
+    options: config.TrainConfig,
+    accepts: Callable[[float], bool] = lambda loss: True,
+) -> update.StepResult | Callable[[], update.StepResult]:
+    """`update.queue_step`, which a GPU is not waited for; a CPU has nothing to do meanwhile."""
+    arguments = model, optimizer, batches, step, options, accepts
+    can_wait = batches[0][0].device.type in LATE and fast_optim.can_be_held(optimizer)
+    # a loss that may be refused must be known before the step
+    if not can_wait or options.on_spike == "skip":
+        return queue_of_reference(*arguments)
+    return _QueuedStep(*arguments)

@@ -1,0 +1,300 @@
+"""Steps that nobody waits for: a run is the same run, whether its device tells at once or late.
+
+What a GPU does is done here on the CPU, where the same steps are begun ahead if they are told to be.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_basics import checkpoint, config, optim, run, session, signals, swap, train, update
+from llm_basics import model as models
+from llm_basics.fast import optim as fast_optim
+from llm_basics.fast import update as fast_update
+
+STEPS = 9
+SHAPE = config.ModelConfig(256, 8, d_model=16, n_layers=1, n_heads=2, dropout=0.1)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> config.Config:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(300)))
+    settings = config.TrainConfig(
+        STEPS,
+        4,
+        lr=0.01,
+        warmup_steps=0,
+        log_every=1,
+        eval_every=6,
+        eval_batches=1,
+        sample_tokens=2,
+        checkpoint_every=3,
+        keep_checkpoints=0,
+        device="cpu",
+    )
+    return config.Config(
+        data=str(text), tokenizer="bytes", data_dir=str(tmp_path / "data"), model=SHAPE, train=settings
+    )
+
+
+@pytest.fixture(params=["at once", "late"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    choose(monkeypatch, request.param)
+    return request.param
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(fast_update, "LATE", ["cuda", "cpu"] if way == "late" else ["cuda"])
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let the batches of these steps, and no others, make the model give out what is not finite."""
+    bad: list[Tensor] = []
+    next_batches, embed = session.Session.next_batches, models.TransformerLM.hidden_states
+
+    def batches(training: session.Session) -> list[session.Batch]:
+        found = next_batches(training)
+        if training.step + 1 in steps:
+            bad.append(found[0][0])
+        return found
+
+    def hidden_states(self: models.TransformerLM, tokens: Tensor, *rest: Any) -> Tensor:
+        hidden = embed(self, tokens, *rest)
+        # not those without content, by which memory is estimated
+        is_bad = type(tokens) is Tensor and any(torch.equal(tokens, inputs) for inputs in bad)
+        return hidden * float("nan") if is_bad else hidden
+
+    monkeypatch.setattr(session.Session, "next_batches", batches)
+    monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let somebody ask the run to stop in that step."""
+    next_batches = session.Session.next_batches
+
+    def batches(training: session.Session) -> list[session.Batch]:
+        if training.step + 1 == step:
+            signals._State.number = signals.SIGNALS[0]
+        return next_batches(training)
+
+    monkeypatch.setattr(session.Session, "next_batches", batches)
+
+
+def changed(options: config.Config, folder: Path, **settings: Any) -> config.Config:
+    """The options with other settings of training, and a folder of their own."""
+    return dataclasses.replace(
+        options, run_dir=str(folder), train=dataclasses.replace(options.train, **settings)
+    )
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What a run wrote of its steps, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    without = {"time", "step_seconds", "tokens_per_second", "eta_seconds"}
+    return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def numbers(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds, but for Python's random state: others draw from that, for names of files."""
+    tensors, about = checkpoint.read_checkpoint(path)
+    return {name: tensor for name, tensor in tensors.items() if name != "rng.python"}, about
+
+
+def assert_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert told(one) == told(other)
+    names = [path.name for path in run.checkpoints(one)]
+    assert names == [path.name for path in run.checkpoints(other)]
+    for name in names:
+        (tensors, about), (others, about_other) = (
+            numbers(folder / run.CHECKPOINTS / name) for folder in (one, other)
+        )
+        assert_equal(tensors, others)
+        for key in ("step", "windows", "looked", "val_loss", "best_loss", "spikes", "optimizer"):
+            assert about[key] == about_other[key], (name, key)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "one in the middle": {"bad": [4]},
+    "two in a row": {"bad": [4, 5]},
+    "every other": {"bad": [2, 4, 7]},
+    "the last": {"bad": [STEPS]},
+    "the one before a look": {"bad": [5]},
+    "one that is looked at": {"bad": [3, 6]},
+    "lines are few": {"bad": [4], "log_every": 5},
+    "parts": {"bad": [4], "grad_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_the_same_run(options, tmp_path, monkeypatch, capsys, case):
+    settings = dict(CASES[case])
+    poison(monkeypatch, *settings.pop("bad", []))
+    said = {}
+    for way in ("at once", "late"):
+        choose(monkeypatch, way)
+        given = changed(options, tmp_path / way, on_nonfinite="skip", **settings)
+        assert train.main(given) == 0
+        said[way] = capsys.readouterr().out.count("the step is left out")
+    assert said["late"] == said["at once"] == len(CASES[case].get("bad", []))
+    assert_same(tmp_path / "late", tmp_path / "at once")
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, STEPS])
+def test_a_run_ends_before_what_is_not_finite(options, tmp_path, monkeypatch, capsys, at):
+    poison(monkeypatch, at)
+    errors = {}
+    for way in ("at once", "late"):
+        choose(monkeypatch, way)
+        assert train.main(changed(options, tmp_path / way)) == train.NOT_FINITE
+        errors[way] = capsys.readouterr().err.splitlines()[-1]
+    assert errors["late"] == errors["at once"]
+    assert f"step {at}: loss nan" in errors["late"] and f"after step {at - 1}" in errors["late"]
+    if at > 1:
+        newest = run.checkpoints(tmp_path / "late")[0]
+        assert checkpoint.verify(newest)["step"] == at - 1
+        assert_same(tmp_path / "late", tmp_path / "at once")
+
+
+@pytest.mark.parametrize("at", [1, 4, 6, STEPS])
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypatch, way, at):
+    assert train.main(changed(options, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, at)
+        assert train.main(changed(options, tmp_path / "run")) == 128 + signals.SIGNALS[0]
+    newest = run.checkpoints(tmp_path / "run")[0]
+    assert checkpoint.verify(newest)["step"] == at
+    resumed = dataclasses.replace(options, resume=str(tmp_path / "run"))
+    assert train.main(resumed) == 0
+    assert_equal(*(numbers(run.checkpoints(tmp_path / name)[0])[0] for name in ("run", "whole")))
+
+
+def test_a_run_that_is_stopped_in_a_step_that_fails(options, tmp_path, monkeypatch, way):
+    poison(monkeypatch, 4)
+    stop_at(monkeypatch, 4)
+    assert train.main(changed(options, tmp_path / "run")) == train.NOT_FINITE
+    assert checkpoint.verify(run.checkpoints(tmp_path / "run")[0])["step"] == 3
+
+
+@pytest.mark.parametrize("bad", [[], [6]], ids=str)
+def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(
+    options, tmp_path, monkeypatch, way, bad
+):
+    assert train.main(changed(options, tmp_path / "whole", checkpoint_every=1)) == 0
+    poison(monkeypatch, *bad)
+    metrics = run.Run.metrics
+
+    def full(self: run.Run, step: int, **values: Any) -> None:
+        if step == 5:
+            raise OSError(28, "No space left on device")
+        metrics(self, step, **values)
+
+    monkeypatch.setattr(run.Run, "metrics", full)
+    # with no evaluation that would be waited for
+    given = changed(options, tmp_path / "run", checkpoint_every=0, eval_every=100)
+    assert train.main(given) == train.NOT_SAVED
+    newest = run.checkpoints(tmp_path / "run")[0]
+    assert checkpoint.verify(newest)["step"] == (6 if way == "late" and not bad else 5)
+    assert_equal(numbers(newest)[0], numbers(tmp_path / "whole" / run.CHECKPOINTS / newest.name)[0])
+
+
+def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatch, capsys, way):
+    step = models.TransformerLM.hidden_states
+    calls = []
+
+    def hidden_states(self: models.TransformerLM, *given: Any) -> Tensor:
+        calls.append(self.training)
+        return step(self, *given) * (30.0 if calls.count(True) == 43 and self.training else 1.0)
+
+    monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
+    given = changed(options, tmp_path / "run", steps=50, eval_every=100, checkpoint_every=0)
+    launch, introduce = train.launch, train.launch.introduce
+    monkeypatch.setattr(launch, "introduce", lambda *a: introduce(*a) or calls.clear())
+    assert train.main(given) == 0
+    assert "step 43: the loss" in capsys.readouterr().out
+
+
+def batch() -> list[tuple[Tensor, Tensor]]:
+    tokens = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(1))
+    return [(tokens[:, :-1], tokens[:, 1:])]
+
+
+def test_steps_are_begun_ahead_only_where_that_changes_nothing(monkeypatch):
+    plain = config.TrainConfig(10, 4, dtype="float32")
+    lm = models.TransformerLM(SHAPE)
+
+    def is_begun(
+        settings: config.TrainConfig = plain, optimizer: torch.optim.Optimizer | None = None
+    ) -> bool:
+        optimizer = optimizer or session.make_optimizer(lm, settings)
+        result = update.queue_step(lm, optimizer, batch(), 1, settings)
+        return callable(result) and bool(result())
+
+    choose(monkeypatch, "late")
+    assert not is_begun()
+    with swap.using("fast", lambda line: None):
+        assert is_begun() and is_begun(dataclasses.replace(plain, optimizer="muon", lr=0.01))
+        assert not is_begun(dataclasses.replace(plain, on_spike="skip"))
+        assert not is_begun(optimizer=torch.optim.SGD(lm.parameters(), lr=0.1))
+        with swap.replaced({"optim.adamw_step_": swap.reference("optim.adamw_step_")}):
+            assert not is_begun()
+        choose(monkeypatch, "at once")
+        assert not is_begun()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_that_is_held_changes_nothing(kind):
+    settings = config.TrainConfig(10, 4, optimizer=kind, lr=0.01, dtype="float32")
+    with swap.using("fast", lambda line: None):
+        lms = [models.TransformerLM(dataclasses.replace(SHAPE, dropout=0.0)) for _ in range(2)]
+        lms[1].load_state_dict(lms[0].state_dict())
+        optimizers = [session.make_optimizer(lm, settings) for lm in lms]
+        assert all(map(fast_optim.can_be_held, optimizers))
+        for held in (0.0, 1.0, 0.0):
+            for lm, optimizer, late in zip(lms, optimizers, (True, False), strict=True):
+                update.find_gradients(lm, optimizer, batch(), 1, settings)
+                if late:
+                    with fast_optim.held_by(torch.tensor(held)):
+                        optimizer.step()
+                    for state in optimizer.state.values():
+                        if held and "step" in state:
+                            state["step"] -= 1
+                elif not held:
+                    optimizer.step()
+            for one, other in zip(*(lm.parameters() for lm in lms), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert isinstance(optimizers[0], optim.AdamW)
+
+
+def test_a_step_that_is_finite_when_done_again_is_told_of(monkeypatch):
+    choose(monkeypatch, "late")
+    settings = config.TrainConfig(10, 4, dtype="float32")
+    with swap.using("fast", lambda line: None):
+        lm = models.TransformerLM(SHAPE)
+        before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+        optimizer = session.make_optimizer(lm, settings)
+        state = torch.get_rng_state()
+        right = update.find_gradients(lm, optimizer, batch(), 1, settings)
+        torch.set_rng_state(state)
+        with monkeypatch.context() as patch:
+            batch_loss = update.batch_loss
+            patch.setattr(update, "batch_loss", lambda *given: batch_loss(*given) * float("inf"))
+            result = update.queue_step(lm, optimizer, batch(), 1, settings)
+        after = update.queue_step(lm, optimizer, batch(), 2, settings)
+        assert callable(result) and callable(after)
+        with pytest.raises(FloatingPointError, match=f"1: loss inf.* again, loss {right.train_loss:g} "):
+            result()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+    assert {state["step"] for state in optimizer.state.values()} == {0}
