@@ -8,6 +8,7 @@ the dtype, since inputs are rounded before and results after, but never between.
 """
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tF
 
-from llm_basics import config, model, swap
+from llm_basics import config, generate, model, swap
 from llm_basics import functional as F
 
 SMALL = config.ModelConfig(vocab_size=50, context_length=9, d_model=16, n_layers=1, n_heads=2)
@@ -35,7 +36,16 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton", reason="there is no Triton for this system")
-    from llm_basics.fast import kernels, triton_attention, triton_cross_entropy, triton_norm, update
+    from llm_basics.fast import generate as fast_generate
+    from llm_basics.fast import (
+        kernels,
+        static,
+        triton_attention,
+        triton_cross_entropy,
+        triton_decoding,
+        triton_norm,
+        update,
+    )
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 if kernels.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     # it takes an array of one element for a whole number, which NumPy no longer does
@@ -391,6 +401,96 @@ def test_gradients_of_gradients_are_refused(normal):
     for out in (rms_norm(x, x[0]), cross_entropy(x, ids(16, 4)), attention(x, x, x)):
         with pytest.raises(RuntimeError, match="create_graph"):
             torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# One token through a model
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {
+        **{"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True, "init": "gpt2"},
+        **{"tie_embeddings": True, "vocab_multiple": 64},
+    },
+    "grouped, with normalized heads": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "ffn": "silu"},
+    "nothing normalized": {"norm": "none", "position": "none", "ffn": "gelu", "logit_softcap": 2.0},
+    "odd sizes": {"d_model": 36, "n_heads": 3, "d_ff": 50, "ffn": "relu2", "norm": "layer"},
+    "large": {"d_model": 320, "n_heads": 2, "context_length": 100, "vocab_size": 5000},
+}
+
+
+def make_model(name: str) -> model.TransformerLM:
+    shape = {"vocab_size": 50, "context_length": 24, "d_model": 32, "n_layers": 2, "n_heads": 2}
+    torch.manual_seed(7)
+    lm = model.TransformerLM(config.ModelConfig(**(shape | MODELS[name]))).to(DEVICE)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            # no weight of a norm or bias as it begins
+            parameter += 0.2 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(8)).to(
+                DEVICE
+            )
+    return lm.eval()
+
+
+def reader_of(lm: model.TransformerLM) -> Any:
+    reader = static.StaticStep(lm)
+    assert reader.kernels is (triton_decoding if DEVICE.type == "cuda" else None)
+    reader.kernels = triton_decoding
+    return reader
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_of_each_token(name):
+    lm = make_model(name)
+    reader, text = (
+        reader_of(lm),
+        ids(lm.config.vocab_size, lm.config.context_length if name != "large" else 5),
+    )
+    with torch.no_grad():
+        expected = lm(text)
+        found = [reader.read_prompt(text[:3]).clone()]
+    found += [reader.read_token(int(text[i]), i).clone() for i in range(3, len(text))]
+    assert expected.std() > 0.2
+    torch.testing.assert_close(torch.stack(found), expected[2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_likeliest_tokens_one_after_the_other(name, monkeypatch):
+    monkeypatch.setattr(static, "AT_ONCE", 4)
+    lm = make_model(name)
+    prompt = ids(50, 3)
+    expected = list(generate.generate(lm, prompt, 22, temperature=0.0))
+    monkeypatch.setattr(fast_generate, "Loops", reader_of)
+    assert list(fast_generate.generate(lm, prompt, 22, temperature=0.0)) == expected
+    # which is not to be given out
+    stop = expected[9]
+    until = list(fast_generate.generate(lm, prompt, 22, temperature=0.0, stop_id=stop))
+    assert until == expected[: expected.index(stop)]
+
+
+def test_of_equals_the_lowest_is_chosen_and_none_of_what_is_no_number():
+    for scores, likeliest in (
+        ([1.0, 3.0, 3.0, 2.0], 1),
+        ([-5.0, -4.0], 1),
+        ([-math.inf, -math.inf, 0.0], 2),
+        ([*range(4096), 4095.0, 7.0], 4095),
+        ([1.0, math.nan, 2.0], -1),
+        ([math.inf, 1.0], 0),
+    ):
+        token, position = (torch.tensor([n], device=DEVICE) for n in (9, 2))
+        written = torch.full((5,), 7, device=DEVICE)
+        triton_decoding.choose(torch.tensor(scores, device=DEVICE), token, position, written)
+        assert written.tolist() == [7, 7, 7, likeliest, 7] and position.item() == 3
+        assert 0 <= token.item() < len(scores) and (likeliest < 0 or token.item() == likeliest)
+
+
+def test_what_kernels_do_not_know_is_read_as_it_is_written():
+    for changes in ({"norm_placement": "post"}, {"x0_skips": True}, {"value_embeddings": True}):
+        lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
+        reader = static.StaticStep(lm)
+        assert reader.kernels is None and reader.likeliest_after(1, 0, 3) == []
+    half = model.TransformerLM(SMALL, device=DEVICE, dtype=torch.bfloat16)
+    assert static.StaticStep(half).kernels is None
 
 
 @pytest.mark.slow

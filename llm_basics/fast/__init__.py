@@ -13,12 +13,14 @@ what it is the twin of.
                 triton_norm.py           RMSNorm: each vector read once
                 triton_cross_entropy.py  the loss: softmax that does not wait for its maximum
                 triton_blocks.py         blocks of queries and keys: which see each other, where they lie
+                triton_vectors.py        one token's products, norms and activations
     floor 3     words.py                 a hash table of pre-tokens
                 merging.py               all pairs of neighbors, and the most frequent again and again
                 derivatives.py           rows of numbers, and what a loss changes by with them
                 heads.py                 attention as loops, with its gradient
                 directions.py            Muon as loops, a matrix at a time
                 triton_attention.py      FlashAttention: the scores are never written down
+                triton_decoding.py       one token through a transformer, in five kernels a block
     floor 4     chunks.py                files of any size, piece by piece, on threads
                 encoding.py              from bytes to ids: scan, look up, merge what is new
                 decoding.py              a transformer as loops, for some tokens of one text

@@ -280,7 +280,7 @@ def generate(
         while (n_new := len(text) - prompt.numel()) < max_new_tokens:
             certain: list[int] = []
             room = context_length + 1 - len(text)
-            if temperature == 0 and adjust is None and n_new and room > 0 and isinstance(reader, Loops):
+            if temperature == 0 and adjust is None and n_new and room > 0:
                 n = min(max_new_tokens - n_new, room)
                 certain = reader.likeliest_after(text[-1], len(text) - 1, n)
             for token in certain:

@@ -1,18 +1,29 @@
 """One token through a model, in tensors whose shapes never change: what a CUDA graph can hold.
 
 On a GPU a small model's time goes into starting kernels, some twenty for each block. A graph starts all of
-them at once; but it does again exactly what was recorded. So the position is a number on the device,
-and attention looks at the whole cache through a mask.
+them at once; but it does again exactly what was recorded. So the position is a number on the device. Most
+models are read by five kernels a block (`triton_decoding`), and these choose the likeliest token as well:
+several tokens can then be asked for before anybody waits. Others are read as they are written, and attention
+looks at the whole cache through a mask.
 """
+
+import importlib
+import importlib.util
+import itertools
+import types
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_basics import functional as F
 from llm_basics import layers
 from llm_basics import model as models
+
+# tokens that are asked for at once
+AT_ONCE = 16
 
 
 class StaticStep:
@@ -25,6 +36,13 @@ class StaticStep:
         self.token = torch.zeros(1, dtype=torch.long, device=self.device)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        c = model.config
+        self.kernels = kernels_for(model)
+        # what kernels leave for each other, and the tokens that they choose, by position
+        self.x, self.queries, self.mixed = (torch.empty(c.d_model, device=self.device) for _ in range(3))
+        self.hidden = torch.empty(c.d_hidden, device=self.device)
+        self.logits = torch.empty(c.vocab_size, device=self.device)
+        self.written = torch.full((c.context_length + 1,), -1, device=self.device)
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor) -> Float[Tensor, " vocab"]:
@@ -36,15 +54,34 @@ class StaticStep:
         """The scores of the token that follows `token`, in memory that the next call writes to again."""
         self.token.fill_(token)
         self.position.fill_(position)
+        self._run()
+        return self.logits
+
+    @torch.no_grad()
+    def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
+        """Up to `n` tokens that follow `token`, each the likeliest; none where kernels do not choose."""
+        if self.kernels is None:
+            return []
+        n = min(n, AT_ONCE)
+        self.token.fill_(token)
+        self.position.fill_(position)
+        for _ in range(n):
+            self._run()
+        found = self.written[position + 1 : position + 1 + n].tolist()
+        return list(itertools.takewhile(lambda token: token >= 0, found))
+
+    def _run(self) -> None:
+        """Read the token, and leave the scores of the next in `self.logits`."""
         if self.device.type != "cuda":
-            return self.step()
+            self.logits = self.step()
+            return
         if self.graph is None:
             self._record()
         assert self.graph is not None
         self.graph.replay()
-        return self.logits
 
     def _record(self) -> None:
+        token, position = self.token.clone(), self.position.clone()
         # libraries make their choices in the first calls, on a stream of their own as torch's manual asks;
         # each writes the same keys and values to the same position
         stream = torch.cuda.Stream()
@@ -52,6 +89,8 @@ class StaticStep:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.step()
+                self.token.copy_(token)
+                self.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -59,6 +98,46 @@ class StaticStep:
 
     def step(self) -> Float[Tensor, " vocab"]:
         """`model.forward` for the one token at the one position."""
+        return self._as_written() if self.kernels is None else self._by_kernels(self.kernels)
+
+    # -- by kernels -------------------------------------------------------------------------------
+
+    def _by_kernels(self, kernels: types.ModuleType) -> Float[Tensor, " vocab"]:
+        """The same, and the likeliest of the next tokens takes the place of this one."""
+        model, x = self.model, self.x
+        learned = model.position_embeddings
+        positions = None if learned is None else learned.weight
+        kernels.embed(self.token, self.position, model.token_embeddings.weight, positions, x)
+        blocks: Any = model.layers
+        for block, cache in zip(blocks, self.caches, strict=True):
+            attn, ffn, norm = block.attn, block.ffn, norm_of(kernels, block.ln2)
+            heads = kernels.Heads(
+                norm_of(kernels, block.ln1),
+                tuple(kernels.Projection(p.weight, p.bias) for p in (attn.q_proj, attn.k_proj, attn.v_proj)),
+                None if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight),
+                None if attn.rope is None else (attn.rope.cos, attn.rope.sin),
+                cache.keys[0],
+                cache.values[0],
+            )
+            kernels.project_heads(x, self.position, heads, self.queries)
+            kernels.attend(self.queries, self.position, heads, self.mixed)
+            back = kernels.Projection(attn.output_proj.weight, attn.output_proj.bias)
+            kernels.project(self.mixed, back, x, is_added=True)
+            into, back = (kernels.Projection(p.weight, p.bias) for p in (ffn.w1, ffn.w2))
+            if isinstance(ffn, layers.SwiGLU):
+                kernels.project(x, into, self.hidden, norm, "swiglu", gate=ffn.w3.weight)
+            else:
+                kernels.project(x, into, self.hidden, norm, ffn.activation)
+            kernels.project(self.hidden, back, x, is_added=True)
+        head = kernels.Projection(model.lm_head.weight, model.lm_head.bias)
+        norm, softcap = norm_of(kernels, model.ln_final), model.config.logit_softcap
+        kernels.project(x, head, self.logits, norm, softcap=softcap)
+        kernels.choose(self.logits, self.token, self.position, self.written)
+        return self.logits
+
+    # -- as written -------------------------------------------------------------------------------
+
+    def _as_written(self) -> Float[Tensor, " vocab"]:
         model = self.model
         x = model.token_embeddings(self.token)
         if model.position_embeddings is not None:
@@ -102,3 +181,24 @@ class StaticStep:
         all_values = repeat(cache.values[0], "heads keys d_head -> (heads group) keys d_head", group=group)
         mixed = F.scaled_dot_product_attention(q, all_keys, all_values, is_past[None])
         return attn.output_proj(rearrange(mixed, "heads seq d_head -> seq (heads d_head)"))
+
+
+def kernels_for(model: models.TransformerLM) -> types.ModuleType | None:
+    """The kernels that can read a model that `weights` knows; None if there are none."""
+    c, parameters = model.config, list(model.parameters())
+    is_plain = c.norm_placement == "pre" and not c.x0_skips and not c.value_embeddings and c.d_head % 2 == 0
+    are_plain = all(p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    on_one_card = len({p.device for p in parameters}) == 1
+    if not is_plain or not are_plain or not on_one_card or importlib.util.find_spec("triton") is None:
+        return None
+    # loaded here, since Triton is not there for every system
+    return importlib.import_module("llm_basics.fast.triton_decoding")
+
+
+def norm_of(kernels: types.ModuleType, norm: nn.Module) -> tuple:
+    """What kernels are told of a norm."""
+    if isinstance(norm, nn.Identity):
+        return kernels.Norm("none", None, None, 0.0)
+    assert isinstance(norm, layers.RMSNorm | layers.LayerNorm), f"the norm is a {type(norm)}"
+    kind, bias = ("layer", norm.bias) if isinstance(norm, layers.LayerNorm) else ("rms", None)
+    return kernels.Norm(kind, norm.weight, bias, norm.eps)
