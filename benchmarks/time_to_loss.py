@@ -2,6 +2,8 @@
 
 uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt
 uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt --recipes plain best --steps best=230
+uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt --recipes gpu --context_length 256 \
+    --target 1.4697
 
 A recipe is a list of options of `python -m llm_basics.train`, which runs it in a process of its own; recipes
 take turns, for some rounds of other seeds. All have the same text and split, the same context length, and
@@ -36,6 +38,7 @@ RECIPES = {
     "fast compiled": "--config gpt2-nano --tokenizer bytes --fast on --train.compile on",
     "best": "--config shakespeare --tokenizer bytes --fast on",
     "best compiled": "--config shakespeare --tokenizer bytes --fast on --train.compile on",
+    "gpu": "--config shakespeare-gpu --tokenizer bytes --fast on --train.compile graphs",
 }
 
 

@@ -183,8 +183,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32. Weights stay float32."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
-    """Compile the model with torch.compile, which takes a while before the first step; auto: on CUDA. graphs
-    starts all kernels at once as well, for models so small that a GPU waits for the next kernel."""
+    """Compile the model with torch.compile, which takes a while before the first step. graphs starts all
+    kernels at once as well, for models so small that a GPU waits for the next kernel. auto: on CUDA, and
+    small models as graphs."""
     log_every: int = 10
     """Steps between lines of training loss."""
     eval_every: int = 250
@@ -245,8 +246,8 @@ class Config:
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
-    """A YAML file, or a preset: tiny, shakespeare, gpt2-nano, gpt2-small, gpt2-medium, llama-tiny, ts-17m,
-    pretrain_small, pretrain_124m."""
+    """A YAML file, or a preset: tiny, shakespeare, shakespeare-gpu, gpt2-nano, gpt2-small, gpt2-medium,
+    llama-tiny, ts-17m, pretrain_small, pretrain_124m."""
     data: str = "stdlib"
     """A file of text, .jsonl or .parquet, a folder or a quoted glob of them; stdlib, the source of Python's
     own library; a data set, such as tinystories; or a folder that llm_basics.prepare has made."""

@@ -261,9 +261,9 @@ def _documents(source: sources.Source) -> Iterator[corpus.Document]:
 
 
 def _versions() -> dict[str, str]:
-    """What decides how text is cut, beside the options."""
-    named = {name: importlib.metadata.version(name) for name in ("llm_basics", "regex")}
-    return named | {"python": platform.python_version()}
+    """What decides how text is cut, beside the options. What was never installed has no version."""
+    packages = (p for name in ("llm_basics", "regex") for p in importlib.metadata.distributions(name=name))
+    return {p.name: p.version for p in packages} | {"python": platform.python_version()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -138,14 +138,16 @@ class Session:
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
         check_parameters(self.model, model)
-        on_cuda = self.device.type == "cuda"
-        if train.compile == "graphs" and not on_cuda:
-            raise ValueError(f"train.compile graphs needs CUDA, got the device {self.device}; try on or auto")
-        self.is_compiled = train.compile in ("on", "graphs") or (train.compile == "auto" and on_cuda)
+        # batches of one shape; and what somebody else wrote may ask the GPU for a number, which no graph can
+        can_be_graph = train.grad_accumulation_steps == 1 and isinstance(self.batches, data.Batches)
+        can_be_graph = can_be_graph and not swap.yours()
+        n_flops = model.flops_per_token * train.batch_size * model.context_length
+        how = device.how_to_compile(train.compile, self.device, n_flops, can_be_graph)
+        self.is_compiled = how != "off"
         if self.is_compiled:
             # of a model of somebody's own only the whole is known
             part = "forward" if "model.TransformerLM" in swap.yours() else "hidden_states"
-            mode = "reduce-overhead" if train.compile == "graphs" else None
+            mode = "reduce-overhead" if how == "graphs" else None
             vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
         self.optimizer = make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name

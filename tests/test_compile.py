@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from llm_basics import config, launch, model, run, swap, train, update
+from llm_basics import config, device, launch, model, run, swap, train, update
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 
@@ -49,6 +49,17 @@ def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
     assert stop.value.code == 2 and "needs CUDA, got the device cpu" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one batch a step.*got train.grad_accumulation_steps 2"):
         dataclasses.replace(graphs, grad_accumulation_steps=2)
+
+
+def test_auto_makes_graphs_of_small_models_on_cuda():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    most = int(device.MOST_GRAPHED)
+    assert device.how_to_compile("auto", cuda, most, can_be_graph=True) == "graphs"
+    assert device.how_to_compile("auto", cuda, most + 1, can_be_graph=True) == "on"
+    assert device.how_to_compile("auto", cuda, 1, can_be_graph=False) == "on"
+    assert device.how_to_compile("auto", cpu, 1, can_be_graph=True) == "off"
+    for how in ("on", "off", "graphs"):
+        assert device.how_to_compile(how, cuda, 10 * most, can_be_graph=True) == how
 
 
 @pytest.mark.gpu

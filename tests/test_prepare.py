@@ -173,6 +173,12 @@ def test_a_limit_of_tokens_goes_to_another_folder(options):
         options(max_tokens=0)
 
 
+def test_a_package_that_was_never_installed_has_no_version(monkeypatch):
+    assert prepare._versions().keys() == {"llm_basics", "regex", "python"}
+    monkeypatch.setattr(prepare.importlib.metadata, "distributions", lambda name: [])
+    assert prepare._versions().keys() == {"python"}
+
+
 def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * (i + 1))
