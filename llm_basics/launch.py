@@ -114,8 +114,11 @@ def compile_or_say_why_not(training: session.Session) -> None:
     followers.tell("compiling the model, for a minute at most as a rule (--train.compile off does without)")
     try:
         inputs, targets = training.next_batches()[0]
-        with device.precision(inputs.device, train.dtype):
-            update.batch_loss(training.model, inputs, targets, train.z_loss).backward()
+        # a graph is recorded the second time, and run the third
+        for _ in range(3 if training.is_graph else 1):
+            training.optimizer.zero_grad(set_to_none=True)
+            with device.precision(inputs.device, train.dtype):
+                update.batch_loss(training.model, inputs, targets, train.z_loss).backward()
     except Exception as error:
         # a compiler that is not there, or one of the many that it calls
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -143,11 +143,11 @@ class Session:
         can_be_graph = can_be_graph and not swap.yours()
         n_flops = model.flops_per_token * train.batch_size * model.context_length
         how = device.how_to_compile(train.compile, self.device, n_flops, can_be_graph)
-        self.is_compiled = how != "off"
+        self.is_compiled, self.is_graph = how != "off", how == "graphs"
         if self.is_compiled:
             # of a model of somebody's own only the whole is known
             part = "forward" if "model.TransformerLM" in swap.yours() else "hidden_states"
-            mode = "reduce-overhead" if how == "graphs" else None
+            mode = "reduce-overhead" if self.is_graph else None
             vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
         self.optimizer = make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
@@ -175,7 +175,7 @@ class Session:
         """Run the model as it is written."""
         for part in ("forward", "hidden_states"):
             vars(self.model).pop(part, None)
-        self.is_compiled = False
+        self.is_compiled = self.is_graph = False
 
     def _as_written(self) -> contextlib.AbstractContextManager[None]:
         """Inside, no compiled code runs, which is for batches of one shape."""

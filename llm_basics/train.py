@@ -89,7 +89,6 @@ class _Begun:
     """A step that nobody has waited for, and where training stood before it."""
 
     result: Callable[[], update.StepResult]
-    step: int
     n_tokens: int
     random_state: list[torch.Tensor]
     place: session.Place
@@ -124,7 +123,7 @@ class Steps:
             self.left_out = 0
             self._count(result, step, n_tokens)
             return
-        before, self.begun = self.begun, _Begun(result, step, n_tokens, random_state, place)
+        before, self.begun = self.begun, _Begun(result, n_tokens, random_state, place)
         if before is not None:
             self._end(before)
         if is_looked_at(training.step, training.options.train):
@@ -137,14 +136,15 @@ class Steps:
             self._end(begun)
 
     def _end(self, begun: _Begun) -> None:
+        about = begun.place.step + 1, begun.n_tokens
         try:
             result = begun.result()
         except FloatingPointError as error:
             self.begun, self.training.place = None, begun.place
-            self._leave_out(error, begun.random_state, begun.step, begun.n_tokens)
-            return
-        self.left_out = 0
-        self._count(result, begun.step, begun.n_tokens)
+            self._leave_out(error, begun.random_state, *about)
+        else:
+            self.left_out = 0
+            self._count(result, *about)
 
     def _leave_out(
         self, error: FloatingPointError, random_state: list[torch.Tensor], step: int, n_tokens: int

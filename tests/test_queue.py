@@ -4,7 +4,9 @@ What a GPU does is done here on the CPU, where the same steps are begun ahead if
 """
 
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +250,43 @@ def test_steps_are_begun_ahead_only_where_that_changes_nothing(monkeypatch):
         assert is_begun() and is_begun(dataclasses.replace(plain, optimizer="muon", lr=0.01))
         assert not is_begun(dataclasses.replace(plain, on_spike="skip"))
         assert not is_begun(optimizer=torch.optim.SGD(lm.parameters(), lr=0.1))
+        # somebody's own goes by the same name
+        own = type("AdamW", (optim.AdamW,), {"__module__": "mine"})
+        with swap.replaced({"optim.AdamW": own}):
+            assert not is_begun(optimizer=own(lm.parameters()))
+        # and may clip in a way of its own
+        with swap.replaced({"optim.clip_grad_norm_": lambda *given, **options: torch.ones(1)}):
+            assert is_begun()
         with swap.replaced({"optim.adamw_step_": swap.reference("optim.adamw_step_")}):
             assert not is_begun()
         choose(monkeypatch, "at once")
         assert not is_begun()
+
+
+def test_a_step_that_was_begun_and_forgotten_goes_with_its_optimizer(monkeypatch):
+    choose(monkeypatch, "late")
+    settings = config.TrainConfig(10, 4, dtype="float32")
+    with swap.using("fast", lambda line: None):
+        lm = models.TransformerLM(SHAPE)
+        update.queue_step(lm, session.make_optimizer(lm, settings), batch(), 1, settings)
+        gone = weakref.ref(lm)
+        del lm
+        gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_on_a_card_is_the_same_run(options, tmp_path, monkeypatch, optimizer):
+    poison(monkeypatch, 4)
+    given = {"on_nonfinite": "skip", "device": "cuda", "compile": "off", "optimizer": optimizer}
+    for way, late in (("late", ["cuda"]), ("at once", [])):
+        monkeypatch.setattr(fast_update, "LATE", late)
+        assert train.main(changed(options, tmp_path / way, **given)) == 0
+    for one, other in zip(told(tmp_path / "late"), told(tmp_path / "at once"), strict=True):
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        for key in one:
+            assert one[key] == other[key] or one[key] == pytest.approx(other[key], rel=1e-3), (one, key)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

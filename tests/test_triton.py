@@ -36,8 +36,8 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton", reason="there is no Triton for this system")
-    from llm_basics.fast import generate as fast_generate
     from llm_basics.fast import (
+        cards,
         kernels,
         static,
         triton_attention,
@@ -46,6 +46,7 @@ with pytest.MonkeyPatch.context() as patch:
         triton_norm,
         update,
     )
+    from llm_basics.fast import generate as fast_generate
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 if kernels.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     # it takes an array of one element for a whole number, which NumPy no longer does
@@ -258,11 +259,18 @@ def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
     targets[1, 2:5] = -100
     monkeypatch.setitem(update.MOST_LOGITS, DEVICE.type, 200)
     monkeypatch.setattr(update, "LEAST_ROWS", 1)
-    found = []
+    # which would do it in another way
+    monkeypatch.setattr(update.learning, "learner_for", lambda *_: None)
+    replace, pieces, found = triton_cross_entropy.replace_by_gradient_, [], []
+    monkeypatch.setattr(
+        triton_cross_entropy, "replace_by_gradient_", lambda *a: pieces.append(len(a[1])) or replace(*a)
+    )
     for module in (None, triton_cross_entropy):
         monkeypatch.setattr(update, "kernels_for", lambda lm, rows, module=module: module)
         loss = update.batch_loss(lm, ids(50, 3, 9), targets, 0.01)
         found.append([loss.detach(), *torch.autograd.grad(0.7 * loss, list(lm.parameters()))])
+    n_rows = update.BY_KERNELS * (200 // lm.config.n_rows)
+    assert pieces == [n_rows] * (27 // n_rows) + [27 % n_rows]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
@@ -270,11 +278,34 @@ def test_kernels_are_for_a_card_and_a_plain_output_projection():
     lm = model.TransformerLM(SMALL).to(DEVICE)
     rows = torch.zeros(3, SMALL.d_model, device=DEVICE)
     assert update.kernels_for(lm, rows) is (triton_cross_entropy if DEVICE.type == "cuda" else None)
-    assert (
-        update.kernels_for(model.TransformerLM(dataclasses.replace(SMALL, logit_softcap=3.0)), rows) is None
-    )
+    assert update.ends_plainly(lm)
+    bent = model.TransformerLM(dataclasses.replace(SMALL, logit_softcap=3.0))
+    assert not update.ends_plainly(bent)
     with swap.replaced({"functional.linear": tF.linear}):
-        assert update.kernels_for(lm, rows) is None
+        assert not update.ends_plainly(lm)
+    lm.lm_head = torch.nn.Linear(16, 50)
+    assert not update.ends_plainly(lm)
+
+
+def test_a_card_for_which_triton_does_not_work(monkeypatch, capsys):
+    device = torch.device("cuda:7")  # asked for nowhere else
+    said = []
+
+    def fails(place: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nand more")
+
+    monkeypatch.setattr(kernels, "try_out", fails)
+    for _ in range(2):
+        assert cards.kernels("triton_cross_entropy", device) is None
+        said.append(capsys.readouterr().err)
+    assert "cuda:7 (Failed to find C compiler.)" in said[0] and not said[1]
+
+
+def test_a_kernel_can_be_tried_out(monkeypatch):
+    kernels.try_out(DEVICE)
+    monkeypatch.setattr(kernels, "_add_one", {(1,): lambda number: None})
+    with pytest.raises(RuntimeError, match="must give 1, got 0"):
+        kernels.try_out(DEVICE)
 
 
 def test_cross_entropy_leaves_the_rest_to_the_reference(normal):
@@ -413,6 +444,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"tie_embeddings": True, "vocab_multiple": 64},
     },
     "grouped, with normalized heads": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "ffn": "silu"},
+    "heads alone normalized": {"norm": "none", "qk_norm": True, "norm_eps": 0.1, "position": "none"},
     "nothing normalized": {"norm": "none", "position": "none", "ffn": "gelu", "logit_softcap": 2.0},
     "odd sizes": {"d_model": 36, "n_heads": 3, "d_ff": 50, "ffn": "relu2", "norm": "layer"},
     "large": {"d_model": 320, "n_heads": 2, "context_length": 100, "vocab_size": 5000},
@@ -468,29 +500,45 @@ def test_the_likeliest_tokens_one_after_the_other(name, monkeypatch):
     assert until == expected[: expected.index(stop)]
 
 
-def test_of_equals_the_lowest_is_chosen_and_none_of_what_is_no_number():
+def test_a_token_is_chosen_where_it_is_clear():
     for scores, likeliest in (
-        ([1.0, 3.0, 3.0, 2.0], 1),
+        ([1.0, 3.0, 2.9, 2.0], 1),
         ([-5.0, -4.0], 1),
+        ([0.5], 0),
         ([-math.inf, -math.inf, 0.0], 2),
-        ([*range(4096), 4095.0, 7.0], 4095),
+        ([*range(4096), 4096.0, 7.0], 4096),
+        ([7.0, *range(5000)], 5000),
+        # of equals, of near ones, in one block or in two
+        ([1.0, 3.0, 3.0, 2.0], -1),
+        ([3.0 + 5e-6, 3.0], -1),
+        ([9.0, *[0.0] * 5000, 9.0], -1),
+        ([9.0, *[0.0] * 5000, 9.0 - 5e-6], -1),
+        # what is no score
         ([1.0, math.nan, 2.0], -1),
-        ([math.inf, 1.0], 0),
+        ([math.inf, 1.0], -1),
+        ([-math.inf, -math.inf], -1),
     ):
         token, position = (torch.tensor([n], device=DEVICE) for n in (9, 2))
         written = torch.full((5,), 7, device=DEVICE)
         triton_decoding.choose(torch.tensor(scores, device=DEVICE), token, position, written)
-        assert written.tolist() == [7, 7, 7, likeliest, 7] and position.item() == 3
+        assert written.tolist() == [7, 7, 7, likeliest, 7] and position.item() == 3, scores[:3]
+        # which the next step can look up in any case
         assert 0 <= token.item() < len(scores) and (likeliest < 0 or token.item() == likeliest)
 
 
 def test_what_kernels_do_not_know_is_read_as_it_is_written():
-    for changes in ({"norm_placement": "post"}, {"x0_skips": True}, {"value_embeddings": True}):
+    assert static.has_kernels(model.TransformerLM(SMALL))
+    for changes in (
+        {"norm_placement": "post"},
+        {"x0_skips": True},
+        {"value_embeddings": True},
+        {"d_model": 18, "position": "learned"},
+    ):
         lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
+        assert not static.has_kernels(lm), changes
         reader = static.StaticStep(lm)
         assert reader.kernels is None and reader.likeliest_after(1, 0, 3) == []
-    half = model.TransformerLM(SMALL, device=DEVICE, dtype=torch.bfloat16)
-    assert static.StaticStep(half).kernels is None
+    assert not static.has_kernels(model.TransformerLM(SMALL, dtype=torch.bfloat16))
 
 
 @pytest.mark.slow

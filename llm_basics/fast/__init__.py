@@ -6,6 +6,7 @@ what it is the twin of.
     floor 1     machine.py               Python to machine code, by Numba
                 products.py              products of matrices
                 kernels.py               Python to programs on a graphics card, by Triton
+                cards.py                 whether Triton works here
     floor 2     threads.py               work that several threads share
                 scanner.py               where each pre-token ends: two patterns, written as loops over bytes
                 vectors.py               rows of numbers: products, norms, activations as loops
@@ -36,5 +37,5 @@ what it is the twin of.
                 program.py               a model as a list of steps
     floor 6     learning.py              gradients of a batch by loops, on several threads
                 generate.py              generate.generate
-    floor 7     update.py                a loss that never holds the logits of a whole batch
+    floor 7     update.py                a loss in pieces, and steps that are begun ahead
 """

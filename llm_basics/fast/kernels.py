@@ -44,6 +44,15 @@ def can_take(*tensors: Tensor) -> bool:
     )
 
 
+def try_out(device: torch.device) -> None:
+    """Compile a kernel for a card and run it. Raises what Triton does, and RuntimeError if it is wrong."""
+    found = torch.zeros(1, device=device)
+    with on_device_of(found):
+        _add_one[(1,)](found)
+    if found.item() != 1:
+        raise RuntimeError(f"a kernel that adds 1 to 0 must give 1, got {found.item()}")
+
+
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass whose results have no gradients themselves: refuse where some are asked for.
 
@@ -65,6 +74,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch kernels on the card that `tensor` is on, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@kernel
+def _add_one(number: Pointer) -> None:
+    triton.language.store(number, triton.language.load(number) + 1)
 
 
 def block_size(n: int, most: int) -> int:

@@ -7,8 +7,6 @@ several tokens can then be asked for before anybody waits. Others are read as th
 looks at the whole cache through a mask.
 """
 
-import importlib
-import importlib.util
 import itertools
 import types
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from llm_basics import functional as F
 from llm_basics import layers
 from llm_basics import model as models
+from llm_basics.fast import cards
 
 # tokens that are asked for at once
 AT_ONCE = 16
@@ -75,12 +74,15 @@ class StaticStep:
         if self.device.type != "cuda":
             self.logits = self.step()
             return
-        if self.graph is None:
-            self._record()
-        assert self.graph is not None
-        self.graph.replay()
+        # which need not be the current one
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self._record()
+            assert self.graph is not None
+            self.graph.replay()
 
     def _record(self) -> None:
+        # a step by kernels puts the next token in the place of this one
         token, position = self.token.clone(), self.position.clone()
         # libraries make their choices in the first calls, on a stream of their own as torch's manual asks;
         # each writes the same keys and values to the same position
@@ -97,22 +99,22 @@ class StaticStep:
             self.logits = self.step()
 
     def step(self) -> Float[Tensor, " vocab"]:
-        """`model.forward` for the one token at the one position."""
+        """`model.forward` for the one token at the one position; by kernels, the likeliest of the next tokens
+        then stands in the place of this one, and in `self.written`."""
         return self._as_written() if self.kernels is None else self._by_kernels(self.kernels)
 
     # -- by kernels -------------------------------------------------------------------------------
 
     def _by_kernels(self, kernels: types.ModuleType) -> Float[Tensor, " vocab"]:
-        """The same, and the likeliest of the next tokens takes the place of this one."""
-        model, x = self.model, self.x
+        model, x, eps = self.model, self.x, self.model.config.norm_eps
         learned = model.position_embeddings
         positions = None if learned is None else learned.weight
         kernels.embed(self.token, self.position, model.token_embeddings.weight, positions, x)
         blocks: Any = model.layers
         for block, cache in zip(blocks, self.caches, strict=True):
-            attn, ffn, norm = block.attn, block.ffn, norm_of(kernels, block.ln2)
+            attn, ffn, norm = block.attn, block.ffn, norm_of(kernels, block.ln2, eps)
             heads = kernels.Heads(
-                norm_of(kernels, block.ln1),
+                norm_of(kernels, block.ln1, eps),
                 tuple(kernels.Projection(p.weight, p.bias) for p in (attn.q_proj, attn.k_proj, attn.v_proj)),
                 None if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight),
                 None if attn.rope is None else (attn.rope.cos, attn.rope.sin),
@@ -130,7 +132,7 @@ class StaticStep:
                 kernels.project(x, into, self.hidden, norm, ffn.activation)
             kernels.project(self.hidden, back, x, is_added=True)
         head = kernels.Projection(model.lm_head.weight, model.lm_head.bias)
-        norm, softcap = norm_of(kernels, model.ln_final), model.config.logit_softcap
+        norm, softcap = norm_of(kernels, model.ln_final, eps), model.config.logit_softcap
         kernels.project(x, head, self.logits, norm, softcap=softcap)
         kernels.choose(self.logits, self.token, self.position, self.written)
         return self.logits
@@ -185,20 +187,22 @@ class StaticStep:
 
 def kernels_for(model: models.TransformerLM) -> types.ModuleType | None:
     """The kernels that can read a model that `weights` knows; None if there are none."""
+    device = model.lm_head.weight.device
+    return cards.kernels("triton_decoding", device) if device.type == "cuda" and has_kernels(model) else None
+
+
+def has_kernels(model: models.TransformerLM) -> bool:
+    """Whether there are kernels for all that the model does, and for what its weights are."""
     c, parameters = model.config, list(model.parameters())
     is_plain = c.norm_placement == "pre" and not c.x0_skips and not c.value_embeddings and c.d_head % 2 == 0
-    are_plain = all(p.is_cuda and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-    on_one_card = len({p.device for p in parameters}) == 1
-    if not is_plain or not are_plain or not on_one_card or importlib.util.find_spec("triton") is None:
-        return None
-    # loaded here, since Triton is not there for every system
-    return importlib.import_module("llm_basics.fast.triton_decoding")
+    are_plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return is_plain and are_plain and len({p.device for p in parameters}) == 1
 
 
-def norm_of(kernels: types.ModuleType, norm: nn.Module) -> tuple:
-    """What kernels are told of a norm."""
+def norm_of(kernels: types.ModuleType, norm: nn.Module, eps: float) -> tuple:
+    """What kernels are told of a norm; `eps` is for the heads where there is none."""
     if isinstance(norm, nn.Identity):
-        return kernels.Norm("none", None, None, 0.0)
+        return kernels.Norm("none", None, None, eps)
     assert isinstance(norm, layers.RMSNorm | layers.LayerNorm), f"the norm is a {type(norm)}"
     kind, bias = ("layer", norm.bias) if isinstance(norm, layers.LayerNorm) else ("rms", None)
     return kernels.Norm(kind, norm.weight, bias, norm.eps)

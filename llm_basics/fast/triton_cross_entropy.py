@@ -17,7 +17,8 @@ old peak is brought down to the new one:
 
 A program does so for one token, a block of the vocabulary at a time. It keeps two numbers, the peak and the
 logarithm of the sum, from which any probability is one `exp` away. So the backward pass reads the logits once
-more and writes their gradient, 4 bytes a logit: `p - 1` for the target, `p` for all others.
+more and writes their gradient, 4 bytes a logit: `p - 1` for the target, `p` for all others. Where loss and
+gradient are wanted at once, a third kernel does both, and the gradient takes the place of the logits.
 """
 
 from typing import Any

@@ -181,9 +181,9 @@ def choose(
     position: Int[Tensor, "1"],
     written: Int[Tensor, " positions"],
 ) -> None:
-    """Let the likeliest token be the next, at the next position; of equals that of the lowest id.
+    """Let the likeliest token be the next, at the next position.
 
-    Where there is none, since a score is no number, -1 is written.
+    Where others are so near that rounding decides, or a score is no number, -1 is written.
     """
     block = kernels.block_size(len(logits), 4096)
     with kernels.on_device_of(logits):

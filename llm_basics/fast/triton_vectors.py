@@ -10,6 +10,8 @@ from llm_basics.fast import kernels
 
 # below any score but -inf
 LOWEST = tl.constexpr(-3.4e38)
+# scores that are no further apart may be so by rounding (`vectors.NEAR`)
+NEAR = tl.constexpr(1e-5)
 
 
 @kernels.kernel
@@ -234,20 +236,24 @@ def choose(
     vocab_size: kernels.Number,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program looks through all logits."""
-    best, likeliest, n_strange = tl.full((), LOWEST, tl.float32), 0, 0
+    """One program looks through all logits, for the highest and the one below."""
+    best, second = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
+    likeliest, n_strange = 0, 0
     for first in range(0, vocab_size, BLOCK):
         ids = first + tl.arange(0, BLOCK)
         scores = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf"))
         top = tl.max(scores, axis=0)
         lowest = tl.min(tl.where(scores == top, ids, vocab_size), axis=0)
+        others = tl.max(tl.where(ids == lowest, -float("inf"), scores), axis=0)
+        second = tl.maximum(tl.maximum(second, others), tl.minimum(best, top))
         likeliest = tl.where(top > best, lowest, likeliest)
         best = tl.maximum(best, top)
         n_strange += tl.sum((scores != scores).to(tl.int32), axis=0)
     place = tl.load(position) + 1
+    is_clear = (best - second >= NEAR) & (best < float("inf")) & (n_strange == 0)
     tl.store(token, likeliest)
     tl.store(position, place)
-    tl.store(written + place, tl.where(n_strange > 0, -1, likeliest))
+    tl.store(written + place, tl.where(is_clear, likeliest, -1))
 
 
 @kernels.kernel

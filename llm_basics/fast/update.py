@@ -1,8 +1,8 @@
-"""The pieces of `update`: a loss that never holds the logits of a whole batch, and one by loops.
+"""The pieces of `update`: a loss in pieces, one by loops, and steps that are begun ahead.
 
 Logits are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
-state has. So the end of the model runs forward and backward for a few rows at a time, and what is kept is
-the gradient of the hidden states alone.
+state has. So where they are many the end of the model runs forward and backward for some rows at a time, and
+what is kept is the gradient of the hidden states alone.
 
 On a GPU a kernel writes the gradient of logits over them: they are read twice and written once, and there
 is one tensor of that size, in bfloat16. What torch does takes three times as many passes.
@@ -14,10 +14,7 @@ On a CPU, what torch does for a small model takes as long as what it is for: `le
 without torch, both ways at once.
 """
 
-import importlib
-import importlib.util
 import types
-import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,16 +25,19 @@ from torch import Tensor, nn
 from llm_basics import config, data, device, layers, optim, update
 from llm_basics import functional as F
 from llm_basics import model as models
-from llm_basics.fast import directions, learning, machine
+from llm_basics.fast import cards, directions, learning, machine
 from llm_basics.fast import optim as fast_optim
 
 # the reference, whose name comes to stand for what is defined here
 queue_of_reference = update.queue_step
 
-# logits that exist at a time: on a CPU few enough for its cache, on a GPU two GB; but each piece is added to
+# logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
 # the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
-MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 30}
+MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 LEAST_ROWS = 512
+
+# times as many where a kernel writes gradients over them: 2 GB in bfloat16
+BY_KERNELS = 4
 
 Batch = tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
 
@@ -81,11 +81,11 @@ class _LossInPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, hidden, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
         rows, answers = hidden.flatten(0, -2), targets.flatten()
-        n_rows = rows_at_a_time(hidden.device, model.config.n_rows)
+        kernels = kernels_for(model, rows)
+        n_rows = rows_at_a_time(hidden.device, model.config.n_rows) * (1 if kernels is None else BY_KERNELS)
         dhidden = torch.empty_like(rows)
         dparameters = [torch.zeros_like(parameter) for parameter in parameters]
         total = torch.zeros((), device=hidden.device)
-        kernels = kernels_for(model, rows)
         for start in range(0, len(rows), n_rows):
             piece = slice(start, start + n_rows)
             if kernels is None:
@@ -141,12 +141,16 @@ def kernels_for(
     model: models.TransformerLM, rows: Float[Tensor, "tokens d_model"]
 ) -> types.ModuleType | None:
     """The kernels that can do the end of the model; None where that is for autograd to do."""
-    is_plain = model.config.logit_softcap is None and type(model.lm_head).__module__ == layers.__name__
-    is_plain = is_plain and F.linear.__module__.startswith("llm_basics.")
-    if not rows.is_cuda or not is_plain or importlib.util.find_spec("triton") is None:
+    if not rows.is_cuda or not ends_plainly(model):
         return None
-    # loaded here, since Triton is not there for every system
-    return importlib.import_module("llm_basics.fast.triton_cross_entropy")
+    return cards.kernels("triton_cross_entropy", rows.device)
+
+
+def ends_plainly(model: models.TransformerLM) -> bool:
+    """Whether logits are a product and nothing else, by pieces of ours."""
+    is_ours = type(model.lm_head).__module__ == layers.__name__
+    is_ours = is_ours and F.linear.__module__.startswith("llm_basics.")
+    return is_ours and model.config.logit_softcap is None
 
 
 def rows_at_a_time(place: torch.device, n_logits: int) -> int:
@@ -183,9 +187,6 @@ class _Queue:
         self.steps: list[_QueuedStep] = []
 
 
-_QUEUES: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Queue] = weakref.WeakKeyDictionary()
-
-
 class _QueuedStep:
     """A step whose numbers are on their way; call it to have them."""
 
@@ -202,11 +203,16 @@ class _QueuedStep:
         self.accepts = accepts
         self.device = batches[0][0].device
         self.random_state = device.random_state(self.device)
-        self.queue = _QUEUES.setdefault(optimizer, _Queue(self.device))
+        # the optimizer's own, which goes when it goes
+        if "_queue" not in vars(optimizer):
+            vars(optimizer)["_queue"] = _Queue(self.device)
+        self.queue: _Queue = vars(optimizer)["_queue"]
         lr = update.set_learning_rate(optimizer, step, options)
         optimizer.zero_grad(set_to_none=True)
         train_loss = update.add_gradients(model, batches, options)
         grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        # somebody's own may be a number elsewhere
+        grad_norm = grad_norm.reshape(()).to(self.device)
         self.queue.held.copy_((self.queue.held > 0) | ~(train_loss.isfinite() & grad_norm.isfinite()))
         with fast_optim.held_by(self.queue.held):
             optimizer.step()
@@ -231,7 +237,8 @@ class _QueuedStep:
             )
         self.queue.steps.remove(self)
         self.accepts(train_loss)
-        return self.result
+        # as numbers that nobody has to wait for any more
+        return update.StepResult(torch.tensor(train_loss), torch.tensor(grad_norm), self.result.lr)
 
     def _undo(self) -> None:
         """Let it be as if neither this step nor those that began after it had been."""
@@ -249,7 +256,7 @@ def _send(numbers: Float[Tensor, " n"]) -> Callable[[], list[float]]:
         return numbers.tolist
     arrived, there = torch.cuda.Event(), torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     there.copy_(numbers, non_blocking=True)
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(numbers.device))
 
     def read() -> list[float]:
         arrived.synchronize()
