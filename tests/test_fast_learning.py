@@ -1,18 +1,23 @@
 """Loss and gradients by loops: autograd's. Alone: uv run pytest tests/test_fast_learning.py"""
 
 import copy
+import functools
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from llm_basics import config, data, layers, memory, model, optim, session, swap, update
-from llm_basics.fast import directions, gradient, heads, learning, machine, threads, tiles
+from llm_basics import checkpoint, config, data, layers, memory, model, optim, run, session, swap, update
+from llm_basics.fast import gradient, heads, learning, machine, threads, tiles
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import update as fast
 
@@ -321,17 +326,41 @@ def test_texts_that_are_too_long_have_the_error_of_torch():
 def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
     lm = make()
     before = copy.deepcopy(lm.state_dict())
-    compiled = []
-    monkeypatch.setattr(directions, "update", lambda *arguments: compiled.append("directions"))
-    learn = learning.Learner.learn
-    monkeypatch.setattr(learning.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
+    commands, compiled = [], []
+    monkeypatch.setattr(learning.subprocess, "run", lambda command, **options: commands.append(command))
     for is_there in (True, False):
-        monkeypatch.setattr(machine, "used_before", lambda module, is_there=is_there: is_there)
+        monkeypatch.setattr(
+            machine, "used_before", functools.cache(lambda module, is_there=is_there: is_there)
+        )
         fast.make_ready(lm, 4, 20)
-        assert compiled == [] if is_there else ["gradient", "directions"]
+        assert [command[2:] for command in commands] == ([] if is_there else [["llm_basics.fast.learning"]])
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
     update.make_ready(lm, 4, 20)
+    # what that process does
+    monkeypatch.setattr(learning.directions, "update", lambda *arguments: compiled.append("directions"))
+    learn = learning.Learner.learn
+    monkeypatch.setattr(learning.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
+    learning.main()
+    assert compiled == ["gradient", "directions"]
+
+
+@pytest.mark.slow
+def test_a_run_that_compiles_learns_the_same_to_the_last_bit(tmp_path):
+    home = Path(learning.__file__).parents[1]
+    shutil.copytree(home, tmp_path / "llm_basics", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
+    options = "--tokenizer bytes --data text.txt --config gpt2-nano --train.steps 3 --train.sample_tokens 1"
+    weights = []
+    for number in range(2):
+        command = [sys.executable, "-m", "llm_basics.train", *options.split(), "--run_dir", f"run{number}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("compiling the loops that learn" in done.stderr) == (number == 0)
+        path = tmp_path / f"run{number}" / run.CHECKPOINTS / "step_00000003.safetensors"
+        weights.append(checkpoint.read_checkpoint(path)[0])
+    for name, tensor in weights[0].items():
+        assert name.startswith("rng.") or torch.equal(tensor, weights[1][name]), name
 
 
 def test_without_a_gradient_there_is_none():

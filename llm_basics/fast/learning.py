@@ -6,17 +6,20 @@ reason it takes some texts at a time, forward and back.
 """
 
 import functools
+import os
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from llm_basics import config, data
+from llm_basics import config, data, optim
 from llm_basics import model as models
-from llm_basics.fast import gradient, machine, program, threads, tiles, weights
+from llm_basics.fast import directions, gradient, machine, program, threads, tiles, weights
 
 # tokens that are taken forward and back at a time, if texts are not longer
 TOKENS = 128
@@ -159,3 +162,35 @@ class Learner:
         parts = total.split([parameter.numel() for parameter in self.parameters])
         shaped = zip(parts, self.parameters, strict=True)
         return loss / n_targets, [part.view(parameter.shape) for part, parameter in shaped]
+
+
+# --------------------------------------------------------------------------------------------------
+# Machine code that is not there yet
+
+
+def compile_apart() -> None:
+    """Make the machine code that steps need, in a process of its own, for this one to load.
+
+    What a process has just made is not to the last bit what it would load: a function that several others
+    call is there in several versions, and whose version is called depends on which came first. So the run
+    that compiled could not be gone on with bit for bit.
+    """
+    here = str(Path(__file__).parents[2])
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # where it fails, this process compiles for itself, and says what is wrong
+    subprocess.run([sys.executable, "-m", __name__], env=environment, stderr=subprocess.DEVNULL)
+    machine.used_before.cache_clear()
+
+
+def main() -> None:
+    """Use all loops once."""
+    shape = config.ModelConfig(256, 8, d_model=4 * tiles.VECTOR, n_layers=1, n_heads=4)
+    model, tokens = models.TransformerLM(shape), torch.zeros(1, 8, dtype=torch.long)
+    Learner(model, 1).learn(tokens, tokens, 0.0)
+    nothing = np.empty((0, 3), np.int64)
+    directions.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,6 @@ without torch, both ways at once.
 import types
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from llm_basics import config, data, device, layers, optim, update
 from llm_basics import functional as F
 from llm_basics import model as models
-from llm_basics.fast import cards, directions, learning, machine
+from llm_basics.fast import cards, learning, machine
 from llm_basics.fast import optim as fast_optim
 
 # the reference, whose name comes to stand for what is defined here
@@ -50,10 +49,8 @@ def make_ready(model: nn.Module, n_texts: int, seq: int) -> None:
     if machine.used_before("gradient"):
         return
     tokens = torch.zeros(n_texts, seq, dtype=torch.long)
-    if learner := learning.learner_for(model, tokens, tokens):
-        learner.learn(tokens, tokens, 0.0)
-        nothing = np.empty((0, 3), np.int64)
-        directions.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
+    if learning.learner_for(model, tokens, tokens):
+        learning.compile_apart()
 
 
 class _LossByLoops(torch.autograd.Function):
