@@ -541,7 +541,6 @@ def test_what_kernels_do_not_know_is_read_as_it_is_written():
     assert not static.has_kernels(model.TransformerLM(SMALL, dtype=torch.bfloat16))
 
 
-@pytest.mark.slow
 def test_kernels_compile(tmp_path, monkeypatch):
     program = Path(__file__).parent / "fixtures" / "compile_kernels.py"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
