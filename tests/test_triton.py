@@ -500,6 +500,17 @@ def test_the_likeliest_tokens_one_after_the_other(name, monkeypatch):
     assert until == expected[: expected.index(stop)]
 
 
+def test_equals_are_left_to_the_reference(monkeypatch):
+    lm, prompt = make_model("llama"), ids(50, 3)
+    with torch.no_grad():
+        # each token has one that is as likely
+        lm.lm_head.weight[25:] = lm.lm_head.weight[:25]
+    expected = list(generate.generate(lm, prompt, 12, temperature=0.0))
+    monkeypatch.setattr(fast_generate, "Loops", reader_of)
+    assert reader_of(lm).likeliest_after(7, 0, 5) == []
+    assert list(fast_generate.generate(lm, prompt, 12, temperature=0.0)) == expected
+
+
 def test_a_token_is_chosen_where_it_is_clear():
     for scores, likeliest in (
         ([1.0, 3.0, 2.9, 2.0], 1),
