@@ -2,7 +2,7 @@
 
 uv run python -m llm_basics.plot newest
 uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out both.png
-uv run python -m llm_basics.plot runs/one wandb:me/llm_basics/two --y train_loss,grad_norm --log
+uv run python -m llm_basics.plot runs/one runs/two --y train_loss,grad_norm --log
 """
 
 import itertools

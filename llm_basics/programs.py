@@ -257,7 +257,7 @@ class PlotConfig:
     """Draw what training runs measured, one over the other."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
-    """Folders of runs, their names under runs/, newest, or wandb:ENTITY/PROJECT/RUN."""
+    """Folders of runs, their names under runs/, or newest."""
     x: Literal["step", "tokens", "time"] = "step"
     """What to draw over: steps, tokens, or seconds of training, without evaluations and saving."""
     y: str = "train_loss,val_loss"
@@ -283,7 +283,7 @@ class CompareConfig:
     """Compare training runs: what came out, what was different, what they write."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
-    """Folders of runs, their names under runs/, newest, or wandb:ENTITY/PROJECT/RUN."""
+    """Folders of runs, their names under runs/, or newest."""
     x: Literal["step", "tokens", "time"] = "step"
     """What the curves of the report are drawn over."""
     out: str | None = None

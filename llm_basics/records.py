@@ -1,6 +1,6 @@
 """A training run as somebody reads it: what it was told, what it measured, what it wrote.
 
-From a run directory, finished or not; or from Weights & Biases.
+From a run directory, finished or not.
 """
 
 import contextlib
@@ -15,11 +15,6 @@ from typing import Any
 import numpy as np
 
 from llm_basics import config, presets, run
-
-WANDB = "wandb:"
-
-# seconds that an unreachable server may take
-WANDB_TIMEOUT = 20
 
 
 @dataclass(frozen=True)
@@ -124,9 +119,7 @@ def read_all(names: Sequence[str]) -> list[Record]:
 
 
 def read(name: str) -> Record:
-    """A run by its folder, by its name under runs/, `newest`, or `wandb:ENTITY/PROJECT/RUN`."""
-    if name.startswith(WANDB):
-        return from_wandb(name.removeprefix(WANDB), connect_wandb())
+    """A run by its folder, by its name under runs/, or `newest`."""
     folder = find(name)
     options = presets.flat(run.read_config(folder))
     return Record(folder.resolve().name, options, run.read_metrics(folder), run.read_samples(folder))
@@ -142,55 +135,8 @@ def find(name: str) -> Path:
     known = [path.parent.name for path in run.RUNS.glob("*/config.json")]
     near = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.5)
     raise ValueError(
-        f"a run must be a folder with config.json, one under {run.RUNS}/, newest or "
-        f"{WANDB}ENTITY/PROJECT/RUN, got {name}" + (f"; the closest is {near[0]}" if near else "")
-    )
-
-
-def connect_wandb() -> Any:
-    """Weights & Biases, as its own package gives access to what was recorded there."""
-    import wandb
-
-    try:
-        return wandb.Api(timeout=WANDB_TIMEOUT)
-    except Exception as error:  # of any kind: network, login, a bad install
-        raise _unreachable(error) from None
-
-
-def from_wandb(path: str, api: Any) -> Record:
-    """The run ENTITY/PROJECT/RUN, from what `wandb.Api` gives."""
-    if path.count("/") != 2 or not all(path.split("/")):
-        raise ValueError(f"a run of Weights & Biases must be {WANDB}ENTITY/PROJECT/RUN, got {WANDB}{path}")
-    try:
-        found = api.run(path)
-        name, options, rows = str(found.name), presets.flat(dict(found.config)), list(found.scan_history())
-    except Exception as error:
-        raise _unreachable(error) from None
-    return Record(name, options, run.each_step_once(_lines_of(rows)), samples=[])
-
-
-def _lines_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a run sent to wandb, as it stands in metrics.jsonl: there, an attempt says where it began."""
-    lines: list[dict[str, Any]] = []
-    attempt = 1
-    for row in rows:
-        lost = row.get("nonfinite") or []
-        entry = {k: v for k, v in row.items() if not k.startswith("_") and (v is not None or k in lost)}
-        if not isinstance(entry.get("step"), int | float):
-            continue
-        entry["step"] = int(entry["step"])
-        if entry.get("attempt", attempt) != attempt:
-            attempt = entry["attempt"]
-            lines.append({"step": entry["step"] - 1, "resumed": True})
-        lines.append(entry)
-    return lines
-
-
-def _unreachable(error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(
-        f"Weights & Biases could not be read ({reason}); log in once with `uv run wandb login`, or name the "
-        "folder of a run"
+        f"a run must be a folder with config.json, one under {run.RUNS}/, or newest, got {name}"
+        + (f"; the closest is {near[0]}" if near else "")
     )
 
 

@@ -212,10 +212,10 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A torn line, and what an attempt measured after the step from which a later one went on, are left out.
     """
-    return each_step_once(_lines(Path(folder) / METRICS))
+    return deduplicate_steps(_lines(Path(folder) / METRICS))
 
 
-def each_step_once(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is still so of the lines of metrics.jsonl."""
     valid: dict[tuple[int, bool], dict[str, Any]] = {}
     for entry in entries:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import numpy as np
 import pytest
@@ -110,59 +109,3 @@ def test_options_that_differ(tmp_path):
     two = records.read(str(recorded.record(tmp_path / "two", [3.0], train__lr=0.5, model__norm="none")))
     assert records.differences([one, two]) == {"model.norm": ["rms", "none"], "train.lr": [3e-4, 0.5]}
     assert records.differences([one, one]) == records.differences([one]) == {}
-
-
-# --------------------------------------------------------------------------------------------------
-# Weights & Biases
-
-
-def fake_api(rows, config):
-    found = types.SimpleNamespace(name="two", config=config, scan_history=lambda: iter(rows))
-    return types.SimpleNamespace(run=lambda path: found if path == "me/llm/two" else pytest.fail(path))
-
-
-def test_a_run_of_wandb_is_the_one_that_was_sent_there(tmp_path):
-    """As wandb keeps it: columns of its own; what was null is missing; after a resume, steps again."""
-    folder = recorded.record(tmp_path, [3.0, 2.0, math.nan, 9.0])
-    output = run.Run(folder)
-    output.resumed(20)
-    output.metrics(30, train_loss=1.0, tokens_per_second=500.0)
-    local = records.read(str(folder))
-    sent = [json.loads(line) for line in (folder / run.METRICS).read_text().splitlines()]
-    rows = [
-        {"_step": i, "_runtime": 0.1, "_timestamp": 1e9, **{k: v for k, v in entry.items() if v is not None}}
-        for i, entry in enumerate(entry for entry in sent if "resumed" not in entry)
-    ]
-    found = records.from_wandb("me/llm/two", fake_api(rows, json.loads((folder / "config.json").read_text())))
-    assert found.name == "two" and found.summary() == local.summary()
-    for x in ("step", "tokens", "time"):
-        for one, other in zip(found.curve("train_loss", x), local.curve("train_loss", x), strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
-def test_a_number_that_wandb_gives_as_null_is_nan_where_it_was_not_finite():
-    rows = [{"step": 1, "train_loss": None, "val_loss": None, "nonfinite": ["train_loss"]}]
-    found = records.from_wandb("me/llm/two", fake_api(rows, {}))
-    assert np.isnan(found.curve("train_loss")[1]).all() and not len(found.curve("val_loss")[1])
-
-
-def test_a_wandb_that_cannot_be_read_is_one_line():
-    def offline(path):
-        raise ConnectionError("no route\nto host")
-
-    with pytest.raises(ValueError, match=r"could not be read \(no route to host\); log in once with"):
-        records.from_wandb("me/llm/two", types.SimpleNamespace(run=offline))
-    for wrong in ("two", "me/two", "a/b/c/d", "me//two"):
-        with pytest.raises(ValueError, match="must be wandb:ENTITY/PROJECT/RUN"):
-            records.from_wandb(wrong, None)
-
-
-def test_without_an_account_wandb_is_one_line(monkeypatch):
-    import wandb
-
-    def no_key(**options):
-        raise wandb.errors.UsageError("No API key configured.")
-
-    monkeypatch.setattr(wandb, "Api", no_key)
-    with pytest.raises(ValueError, match="No API key configured"):
-        records.read("wandb:me/llm/two")
