@@ -58,16 +58,12 @@ def label(setting: dict[str, Any]) -> str:
 
 
 def draw_options(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Draw the loss over what was changed: lines over numbers, bars for choices, points if all were drawn."""
+    """Draw the loss over what was changed: lines over numbers, bars for choices."""
     found = [outcome for outcome in outcomes if outcome.losses]
     if not found:
         raise ValueError("no run of the sweep has come to its end, so there is nothing to draw")
     numeric = [name for name in found[0].setting if _is_numeric(found, name)]
-    if not numeric:
-        return _draw_bars(found, path)
-    if len(numeric) > 1 and len({outcome.without(numeric[0]) for outcome in found}) == len(found):
-        return _draw_points(found, numeric, path)
-    return _draw_lines(found, numeric[0], path)
+    return _draw_lines(found, numeric[0], path) if numeric else _draw_bars(found, path)
 
 
 def _is_numeric(outcomes: Sequence[Outcome], name: str) -> bool:
@@ -119,23 +115,6 @@ def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("difference of the validation loss (nats per token); points are seeds")
     plot.set_title(axes, f"Validation loss beside that of: {label(first.setting)}")
-    return plot.save(canvas, path)
-
-
-def _draw_points(outcomes: Sequence[Outcome], names: Sequence[str], path: Path) -> Path:
-    canvas = figure.Figure(figsize=(max(9, 4 * len(names)), 4.4), layout="constrained")
-    panels = canvas.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    best = min(outcomes, key=lambda outcome: outcome.mean)
-    for axes, name in zip(panels, names, strict=True):
-        plot.dress(axes)
-        xs = [outcome.setting[name] for outcome in outcomes]
-        axes.plot(xs, [outcome.mean for outcome in outcomes], "o", color=plot.COLORS[0], alpha=0.7, ms=5)
-        axes.plot([best.setting[name]], [best.mean], "o", color=plot.COLORS[1], ms=7)
-        axes.set_xlabel(plot.word(name.rpartition(".")[2]))
-        _scale(axes, xs)
-    _cut_off(panels[0], [outcome.mean for outcome in outcomes])
-    panels[0].set_ylabel("validation loss (nats per token)")
-    plot.set_title(panels[0], f"{len(outcomes)} settings, the best {best.mean:.3f}")
     return plot.save(canvas, path)
 
 

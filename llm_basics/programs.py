@@ -301,7 +301,7 @@ class SweepConfig:
     """Train with many settings, and compare what comes out. Interrupted, the same command goes on."""
 
     sweep: tyro.conf.Positional[str] = "lr"
-    """A preset (lr, batch, ablations, scaling) or a YAML file with base, grid, random, variants, seeds."""
+    """A preset (lr, batch, ablations, scaling) or a YAML file with base, grid, variants, seeds."""
     jobs: int = 1
     """Training runs at the same time, among which the processor's cores are divided."""
     out: str | None = None

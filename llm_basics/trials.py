@@ -4,10 +4,6 @@ base: shakespeare                  a preset; or options as in a file for --confi
 grid:                              every combination of these
   train.lr: [1e-3, 3e-3]
   train.batch_size, train.steps: [[4, 2000], [16, 500]]    options that change together
-random:                            or drawn, `trials` times: log, uniform or choice
-  train.lr: {log: [1e-4, 1e-1]}
-trials: 20
-seed: 0                            of what is drawn
 variants:                          options under names of your own; each with all of the above
   post-norm: {model.norm_placement: post}
 seeds: [0, 1, 2]                   each of these runs, once for each seed
@@ -16,8 +12,7 @@ figure: options                    loss over what was changed; or scaling: over 
 
 import dataclasses
 import itertools
-import math
-import random
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +23,7 @@ from llm_basics import config, presets, run
 
 SWEEPS = presets.PRESETS / "sweeps"
 
-KEYS = ("base", "grid", "random", "trials", "seed", "variants", "seeds", "figure")
-DRAWS = ("log", "uniform", "choice")
+KEYS = ("base", "grid", "variants", "seeds", "figure")
 FIGURES = ("options", "scaling")
 
 # what a sweep decides for each of its runs
@@ -54,7 +48,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep, in the order in which they are made, and how they are drawn."""
+    """The runs of a sweep, in the order in which they are made."""
 
     name: str
     trials: list[Trial]
@@ -83,21 +77,15 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
     for key in content:
         if key not in KEYS:
             raise ValueError(f"unknown key {key} ({origin}); a sweep has {', '.join(KEYS)}")
-    if "grid" in content and "random" in content:
-        raise ValueError(f"a sweep must have grid or random, got both ({origin})")
-    if ("random" in content) != ("trials" in content):
-        raise ValueError(f"random and trials must come together, got only one ({origin})")
     figure = content.get("figure", FIGURES[0])
     if figure not in FIGURES:
         raise ValueError(f"figure must be {' or '.join(FIGURES)}, got {figure!r} ({origin})")
     base = _base(content.get("base", {}), origin)
     axes = [_linked(key, values, origin) for key, values in _mapping(content, "grid", origin).items()]
-    if "random" in content:
-        axes.append(_drawn(base, content, origin))
     if "variants" in content:
         axes.append(_variants(content, origin))
     if not axes:
-        raise ValueError(f"a sweep must have grid, random or variants, got none ({origin})")
+        raise ValueError(f"a sweep must have grid or variants, got none ({origin})")
     seeds = content.get("seeds", [base.train.seed])
     if not isinstance(seeds, list) or not seeds or len(set(map(repr, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different numbers, got {seeds!r} ({origin})")
@@ -114,7 +102,7 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
                 for setting, _ in choices
                 for key, value in setting.items()
             }
-            # what was drawn may be what was drawn before
+            # a value that is listed twice is trained once
             if all((options, setting) != (trial.options, trial.setting) for trial in trials):
                 trials.append(Trial(_name(setting, seed, trials), setting, options.train.seed, options))
     return Sweep(name, trials, figure)
@@ -158,44 +146,6 @@ def _variants(content: dict[str, Any], origin: str) -> list[Choice]:
         if not isinstance(options, dict):
             raise ValueError(f"variants: {name} must hold options, got {options!r} ({origin})")
     return [({VARIANT: str(name)}, options) for name, options in variants.items()]
-
-
-def _drawn(base: config.Config, content: dict[str, Any], origin: str) -> list[Choice]:
-    """Random values, the same for the same seed; more trials begin with those of fewer."""
-    trials = content["trials"]
-    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
-        raise ValueError(f"trials must be a number from 1, got {trials!r} ({origin})")
-    rules = _mapping(content, "random", origin)
-    source = random.Random(repr(content.get("seed", 0)))
-    drawn = [
-        {option: _draw(base, option, rule, source, origin) for option, rule in rules.items()}
-        for _ in range(trials)
-    ]
-    return [(dict.fromkeys(rules), options) for options in drawn]
-
-
-def _draw(base: config.Config, option: str, rule: Any, source: random.Random, origin: str) -> Any:
-    kind, values = next(iter(rule.items())) if isinstance(rule, dict) and len(rule) == 1 else (None, None)
-    if kind not in DRAWS or not isinstance(values, list) or not values:
-        raise ValueError(
-            f"random: {option} must be one of {', '.join(f'{{{draw}: [...]}}' for draw in DRAWS)}, "
-            f"got {rule!r} ({origin})"
-        )
-    if kind == "choice":
-        return source.choice(values)
-    try:
-        low, high = map(float, values)
-    except (TypeError, ValueError):
-        raise ValueError(f"random: {option} must have two numbers, got {values!r} ({origin})") from None
-    if not low < high < math.inf or (kind == "log" and low <= 0):
-        bound = "above 0 and " if kind == "log" else ""
-        raise ValueError(f"random: {option} must have a low value {bound}below a high one ({origin})")
-    if kind == "log":
-        value = math.exp(source.uniform(math.log(low), math.log(high)))
-    else:
-        value = source.uniform(low, high)
-    is_whole = isinstance(get_option(base, option, origin), int)
-    return round(value) if is_whole else float(f"{value:.4g}")
 
 
 def _mapping(content: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
@@ -246,14 +196,9 @@ def set_options(base: config.Config, changed: dict[str, Any], origin: str) -> co
     return presets.update(base, nested, origin)
 
 
-def get_option(options: config.Config, name: str, origin: str = "") -> Any:
+def get_option(options: config.Config, name: str) -> Any:
     """The value of the option `name`, as in `train.lr`."""
-    found: Any = options
-    for part in name.split("."):
-        if not hasattr(found, part):
-            set_options(options, {name: None}, origin)  # says what is known
-        found = getattr(found, part)
-    return found
+    return operator.attrgetter(name)(options)
 
 
 def what_differs(options: Any, defaults: Any) -> dict[str, Any]:

@@ -256,12 +256,6 @@ def test_choices_are_bars_beside_the_first(tmp_path, drawn):
     assert [text.get_text() for text in axes.texts] == ["3.000  (+0.900)", "2.100", "1.500  (-0.600)"]
 
 
-def test_what_was_drawn_at_random_is_points_for_each_option(tmp_path, drawn):
-    charts.draw_options([outcome(2.0 + i, lr=10.0**-i, wd=0.1 * i) for i in range(5)], tmp_path / "a.png")
-    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["learning rate", "wd"]
-    assert [axes.get_xscale() for axes in drawn[0].axes] == ["log", "linear"]
-
-
 def test_a_loss_far_above_all_others_goes_off_the_top(tmp_path, drawn):
     charts.draw_options(
         [outcome(loss, lr=i) for i, loss in enumerate([2.0, 2.1, 2.2, 2.3, 90.0])], tmp_path / "a.png"
