@@ -74,23 +74,20 @@ def _is_numeric(outcomes: Sequence[Outcome], name: str) -> bool:
 def _draw_lines(outcomes: Sequence[Outcome], name: str, path: Path) -> Path:
     canvas, (axes,) = plot.new_figure()
     best = min(outcomes, key=lambda outcome: outcome.mean)
-    tails = []
     for i, rest in enumerate(dict.fromkeys(outcome.without(name) for outcome in outcomes)):
         line = sorted((o for o in outcomes if o.without(name) == rest), key=lambda o: o.setting[name])
         color = plot.COLORS[i % len(plot.COLORS)]
         xs, means = [o.setting[name] for o in line], [o.mean for o in line]
-        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=4)
+        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=4, label=plot.readable(rest))
         for outcome in line:
             seeds = outcome.losses if len(outcome.losses) > 1 else []
             axes.plot([outcome.setting[name]] * len(seeds), seeds, ".", color=color, ms=4, alpha=0.4)
-        tails.append((means[-1], plot.readable(rest), color))
     axes.plot([best.setting[name]], [best.mean], "o", mfc="none", mec="black", ms=11, mew=1.4)
     _scale(axes, [o.setting[name] for o in outcomes])
     _cut_off(axes, [o.mean for o in outcomes])
-    axes.set(xlabel=plot.word(name.rpartition(".")[2]), ylabel="validation loss (nats per token)")
+    axes.set(xlabel=plot.axis_label(name.rpartition(".")[2]), ylabel="validation loss (nats per token)")
     plot.set_title(axes, f"Lowest validation loss: {best.mean:.3f} at {label(best.setting)}")
-    if len(tails) > 1:
-        plot.label_ends(axes, tails)
+    plot.add_legend(axes, outside=True)
     return plot.save(canvas, path)
 
 
@@ -200,10 +197,8 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
     laws = scaling_laws(found)
     canvas = figure.Figure(figsize=(12, 4.9), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
-    tails = [
-        (left, _draw_family(left, found, "weights", "tokens", "tokens")),
-        (right, _draw_family(right, found, "flops", "weights", "weights")),
-    ]
+    _draw_family(left, found, "weights", "tokens", "tokens")
+    _draw_family(right, found, "flops", "weights", "weights")
     sizes = sorted({outcome.weights for outcome in found})
     if len(sizes) <= MOST_TICKS:
         left.set_xticks(sizes, [plot.short(size) for size in sizes])
@@ -214,38 +209,32 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
             xs = np.array(
                 [min(getattr(o, name) for o in law_of), max(getattr(o, name) for o in law_of)], float
             )
-            axes.plot(xs, laws[name](xs), color="black", ls=(0, (4, 3)), lw=1.3, zorder=4)
             law = laws[name]
-            words = f"$L = {law.factor:.3g}\\,{symbol}^{{{law.exponent:.3f}}}$"
-            axes.text(0.04, 0.06, words, transform=axes.transAxes, fontsize=12)
+            formula = f"$L = {law.factor:.3g}\\,{symbol}^{{{law.exponent:.3f}}}$"
+            axes.plot(xs, law(xs), color="black", ls=(0, (4, 3)), lw=1.3, zorder=4, label=formula)
+        axes.legend(frameon=False, loc="upper right")
     left.set(xlabel="weights N, without embeddings", ylabel="validation loss (nats per token)")
     right.set(xlabel="compute C of the training (floating-point operations)")
     plot.set_title(left, "A larger model, at as many tokens")
     plot.set_title(right, "As much compute, spent on size or on tokens")
-    for axes, ends in tails:
-        plot.label_ends(axes, ends)
     return plot.save(canvas, path)
 
 
-def _draw_family(
-    axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str
-) -> list[tuple[float, str, str]]:
-    """A line for each value of `family`, from light to dark; their ends, names and colors."""
+def _draw_family(axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str) -> None:
+    """A line for each value of `family`, from light to dark."""
     plot.dress(axes)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     values = sorted({getattr(outcome, family) for outcome in outcomes})
-    tails = []
     for value, color in zip(values, shades(len(values)), strict=True):
         line = sorted((o for o in outcomes if getattr(o, family) == value), key=lambda o: getattr(o, x))
         xs, means = [getattr(o, x) for o in line], [o.mean for o in line]
-        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=5)
-        tails.append((means[-1], f"{plot.short(value)} {unit}", color))
+        size = f"{plot.short(value)} {unit}"
+        axes.plot(xs, means, color=color, lw=1.8, marker="o", ms=5, label=size)
     for which in ("major", "minor"):
         getattr(axes.yaxis, f"set_{which}_formatter")(ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(1.5, 2, 2.5, 3, 4, 5, 7)))
     axes.grid(which="minor", axis="y", alpha=0.12, lw=0.6)
-    return tails
 
 
 def shades(n: int) -> list[str]:

@@ -6,6 +6,7 @@ uv run python -m llm_basics.plot runs/one runs/two --y train_loss,grad_norm --lo
 """
 
 import itertools
+import math
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib import axes as mpl_axes
 from matplotlib import figure
@@ -26,7 +28,7 @@ GRAY, PALE = "#8a8a8a", "#d0d0d0"
 # measured now and then on held-out text: points, which smoothing leaves as they are
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", "accuracy")
 
-WORDS = {
+AXIS_LABELS = {
     "step": "step",
     "tokens": "tokens trained on",
     "time": "seconds of training",
@@ -40,8 +42,6 @@ WORDS = {
     "tokens_per_second": "tokens per second",
 }
 
-# points of a curve that are drawn: more than there are pixels across
-MOST_POINTS = 2000
 # letters of a run's name in a figure
 NAME_LENGTH = 34
 
@@ -73,51 +73,48 @@ def draw(
         raise ValueError(f"y must be what the runs have measured ({known}), got {', '.join(missing)}")
     canvas, all_axes = new_figure(len(panels))
     for axes, (panel, names) in zip(all_axes, panels.items(), strict=True):
-        tails = _draw_panel(axes, runs, x, names, smooth)
-        axes.set(ylabel=word(panel), yscale="log" if log else "linear")
+        _draw_panel(axes, runs, x, names, smooth)
+        axes.set(ylabel=axis_label(panel), yscale="log" if log else "linear")
         axes.margins(x=0.01)
         for label, level in (levels or {}).items() if panel == "loss" else ():
-            axes.axhline(level, color=GRAY, ls=(0, (4, 3)), lw=1, zorder=1)
-            tails.append((level, label, GRAY))
+            axes.axhline(level, color=GRAY, ls=(0, (4, 3)), lw=1, zorder=1, label=label)
         if panel == "loss" and not log:
             leave_out_beginning(axes)
-        label_ends(axes, tails)
+        if len(runs) == 1 or axes is all_axes[0]:
+            add_legend(axes, outside=len(runs) > 1)
     set_title(all_axes[0], readable(runs[0].name) if len(runs) == 1 else _title(runs, panels.get("loss", [])))
-    all_axes[-1].set_xlabel(word(x))
+    all_axes[-1].set_xlabel(axis_label(x))
     all_axes[-1].xaxis.set_major_formatter(lambda value, _: short(value) if value >= 10_000 else f"{value:g}")
     return save(canvas, path)
 
 
 def _title(runs: Sequence[records.Record], losses: Sequence[str]) -> str:
     """What lines and points are, where there are both."""
-    marks = [f"{word(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
+    marks = [f"{axis_label(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
     return f"{len(runs)} runs" + (f": {', '.join(marks)}" if len(marks) > 1 else "")
 
 
 def _draw_panel(
     axes: mpl_axes.Axes, runs: Sequence[records.Record], x: str, names: Sequence[str], smooth: int
-) -> list[tuple[float, str, str]]:
-    """Draw the curves; of each that has a name, its last value, the name and its color."""
-    tails = []
+) -> None:
+    """Draw the curves: of one run each in its color, of several all of a run in the run's color."""
     if len(runs) == 1:
         for name, color in zip(names, itertools.cycle(COLORS)):
+            axes.plot([], [], color=color, label=axis_label(name))
             _draw_curve(axes, runs[0].curve(name, x), name, color, smooth)
-            if len(names) > 1 and (end := _end(runs[0], [name])) is not None:
-                tails.append((end, word(name), color))
-        return tails
-    ends = {i: end for i, record in enumerate(runs) if (end := _end(record, names)) is not None}
-    best_first = sorted(ends, key=lambda i: -ends[i] if names[-1] == "accuracy" else ends[i])
-    colored = list(range(len(runs))) if len(runs) <= len(COLORS) else sorted(best_first[: len(COLORS)])
+        return
+    ends = [_end(record, names) for record in runs]
+    sign = -1 if names[-1] == "accuracy" else 1
+    best_first = sorted(range(len(runs)), key=lambda i: (math.isnan(ends[i]), sign * ends[i]))
+    colored = sorted(best_first[: len(COLORS)])
+    for i, color in zip(colored, COLORS, strict=False):
+        axes.plot([], [], color=color, label=readable(runs[i].name))
+    if len(colored) < len(runs):
+        axes.plot([], [], color=PALE, label=f"{len(runs) - len(colored)} more runs")
     for i, record in reversed(list(enumerate(runs))):
         color = COLORS[colored.index(i)] if i in colored else PALE
         for name in names:
             _draw_curve(axes, record.curve(name, x), name, color, smooth)
-        if i in colored and i in ends:
-            tails.append((ends[i], readable(record.name), color))
-    if len(colored) < len(runs):
-        axes.plot([], [], color=PALE, label=f"{len(runs) - len(colored)} more runs")
-        axes.legend(frameon=False, loc="upper right")
-    return tails
 
 
 def _draw_curve(
@@ -130,39 +127,19 @@ def _draw_curve(
         is_many = len(at) > 60 or color == PALE
         style |= {"lw": 1.6, "alpha": 1.0, "marker": "" if is_many else "o", "ms": 3.5}
     elif smooth > 1 and name != "lr":
-        axes.plot(*thin(at, values), color=color, lw=0.7, alpha=0.2, zorder=2)
+        axes.plot(at, values, color=color, lw=0.7, alpha=0.2, zorder=2)
         values, style = smoothed(values, smooth), style | {"lw": 1.6, "alpha": 0.9}
     if len(at):
-        axes.plot(*thin(at, values), **style)
+        axes.plot(at, values, **style)
 
 
-def _end(record: records.Record, names: Sequence[str]) -> float | None:
-    """The last number that a run has of the last of `names` that it has."""
+def _end(record: records.Record, names: Sequence[str]) -> float:
+    """The last finite value of the last of `names` that a run has measured; NaN without any."""
     for name in reversed(names):
         _, values = record.curve(name)
         if np.isfinite(values).any():
             return float(values[np.isfinite(values)][-1])
-    return None
-
-
-def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `most` points that look the same: of each stretch, the lowest and the highest.
-
-    >>> x, y = thin(np.arange(10_000), np.arange(10_000) == 777)
-    >>> len(x) <= 2000, 777 in x
-    (True, True)
-    """
-    if len(x) <= most:
-        return x, y
-    size = -(-len(x) // (most // 2))
-    starts = np.arange(0, len(x), size)
-    padded = np.full(len(starts) * size, np.nan)
-    padded[: len(y)] = y
-    rows = padded.reshape(len(starts), size)
-    low = np.where(np.isfinite(rows), rows, np.inf).argmin(1)
-    high = np.where(np.isfinite(rows), rows, -np.inf).argmax(1)
-    kept = np.unique(np.concatenate([starts + low, starts + high]))
-    return x[kept], y[kept]
+    return math.nan
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -199,41 +176,15 @@ def dress(axes: mpl_axes.Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_ends(axes: mpl_axes.Axes, tails: Sequence[tuple[float, str, str]]) -> None:
-    """Write names beside the right ends of curves, in their colors, moved apart where they would meet."""
-    bottom, top = axes.transData.transform([(0, limit) for limit in axes.get_ylim()])[:, 1]
-    heights = [axes.transData.transform((0, value))[1] for value, _, _ in tails]
-    places = sorted(
-        (float(np.clip((height - bottom) / (top - bottom), 0, 1)), label, color)
-        for height, (_, label, color) in zip(heights, tails, strict=True)
-    )
-    inches = axes.bbox.height / axes.figure.dpi
-    apart = spread([place for place, _, _ in places], least=0.17 / inches)
-    for (_, label, color), at in zip(places, apart, strict=True):
-        written = axes.text(1.015, at, label, transform=axes.transAxes, parse_math=False)
-        written.set(color=color, va="center", fontsize=9)
-
-
-def spread(places: Sequence[float], least: float) -> list[float]:
-    """Sorted places, moved as little as need be to lie `least` apart, and within 0 and 1 if there is room.
-
-    >>> [round(place, 2) for place in spread([0.5, 0.5, 0.9], least=0.1)]
-    [0.45, 0.55, 0.9]
-    """
-    groups: list[tuple[float, int]] = []  # the middle of labels that touch, and how many they are
-    for place in places:
-        groups.append((place, 1))
-        while len(groups) > 1:
-            (low, n_low), (high, n_high) = groups[-2:]
-            if high - low >= least * (n_low + n_high) / 2 - 1e-9:
-                break
-            groups[-2:] = [((low * n_low + high * n_high) / (n_low + n_high), n_low + n_high)]
-    apart = [middle + least * (i - (n - 1) / 2) for middle, n in groups for i in range(n)]
-    for i, place in enumerate(apart):
-        apart[i] = max(place, i * least) if len(apart) * least <= 1 else place
-    for i in range(len(apart) - 1, -1, -1):
-        apart[i] = min(apart[i], 1 - (len(apart) - 1 - i) * least)
-    return apart
+def add_legend(axes: mpl_axes.Axes, outside: bool = False) -> None:
+    """Add a legend, inside or to the right, of two labels or more; they are text, not mathtext."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        place: dict[str, Any] = (
+            {"loc": "upper left", "bbox_to_anchor": (1, 1)} if outside else {"loc": "upper right"}
+        )
+        for text in axes.legend(handles, labels, frameon=False, fontsize=9, **place).get_texts():
+            text.set_parse_math(False)
 
 
 def leave_out_beginning(axes: mpl_axes.Axes) -> None:
@@ -250,9 +201,9 @@ def set_title(axes: mpl_axes.Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", parse_math=False)
 
 
-def word(name: str) -> str:
+def axis_label(name: str) -> str:
     """What an axis is called."""
-    return WORDS.get(name, name)
+    return AXIS_LABELS.get(name, name)
 
 
 def short(count: int | float) -> str:
@@ -268,8 +219,10 @@ def short(count: int | float) -> str:
 
 
 def readable(name: str) -> str:
-    """A name on one line and not too long, whatever somebody called a run."""
+    """A name on one line, shortened to fit a legend."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in name)
+    # a legend leaves out labels that begin with an underscore
+    clean = f" {clean}" if clean.startswith("_") else clean
     return clean if len(clean) <= NAME_LENGTH else f"{clean[: NAME_LENGTH - 11]}...{clean[-8:]}"
 
 
@@ -280,7 +233,8 @@ def save(canvas: figure.Figure, path: Path) -> Path:
         with warnings.catch_warnings():
             # a letter that the font lacks is drawn as a box
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            canvas.savefig(temporary, dpi=150)
+            with matplotlib.rc_context({"agg.path.chunksize": 10_000}):
+                canvas.savefig(temporary, dpi=150)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -313,7 +267,7 @@ def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
     axes.axvline(proposal, color=COLORS[1], ls=(0, (4, 3)), lw=1.2, label=f"proposed: {proposal:g}")
     # where the loss leaps, the rest would be a flat line
     axes.set_ylim(0.9 * min(smooth), 1.1 * smooth[0])
-    axes.set(xscale="log", xlabel=word("lr"), ylabel=word("loss"))
+    axes.set(xscale="log", xlabel=axis_label("lr"), ylabel=axis_label("loss"))
     set_title(axes, readable(Path(folder).name))
     axes.legend(frameon=False)
     return save(canvas, Path(folder) / "lr_finder.png")

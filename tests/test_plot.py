@@ -1,6 +1,5 @@
 """Figures of runs. Alone: uv run pytest tests/test_plot.py"""
 
-import math
 import subprocess
 import sys
 import time
@@ -22,22 +21,12 @@ def made(losses, name="a run", step=10, **more):
     return records.Record(name, {}, metrics, [])
 
 
+def legend_of(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 def is_picture(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-
-
-@given(
-    st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), max_size=400),
-    st.integers(2, 50),
-)
-def test_thinned_points_are_points_in_order_and_keep_lowest_and_highest(values, most):
-    x, y = np.arange(float(len(values))), np.array(values)
-    kept_x, kept_y = plot.thin(x, y, most)
-    assert len(kept_x) <= max(most + 2, min(len(x), most)) and (np.diff(kept_x) > 0).all()
-    np.testing.assert_array_equal(kept_y, y[kept_x.astype(int)])
-    finite, kept = y[np.isfinite(y)], kept_y[np.isfinite(kept_y)]
-    if len(finite):
-        assert (kept.min(), kept.max()) == (finite.min(), finite.max())
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.integers(1, 90))
@@ -54,18 +43,10 @@ def test_smoothing_by_one_changes_nothing_and_gaps_stay_gaps():
     assert np.isnan(plot.smoothed(np.array([np.nan, np.nan]), 3)).all()
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_labels_keep_their_order_and_do_not_meet(places):
-    least = 0.04
-    apart = plot.spread(sorted(places), least)
-    assert all(high - low >= least - 1e-6 for low, high in zip(apart, apart[1:], strict=False))
-    assert min(apart) >= -1e-6 and max(apart) <= 1 + 1e-6
-
-
 def test_a_panel_for_each_unit_and_losses_together(tmp_path, drawn):
     runs = [made([4.0, 3.0, 2.0], val_loss=2.5, lr=0.1, grad_norm=1.0)]
     assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss", "val_loss", "lr", "grad_norm"]))
-    assert [len(axes.lines) for axes in drawn[0].axes] == [2, 1, 1]
+    assert [sum(len(line.get_xdata()) > 0 for line in axes.lines) for axes in drawn[0].axes] == [2, 1, 1]
     assert [axes.get_ylabel() for axes in drawn[0].axes] == [
         "loss (nats per token)",
         "learning rate",
@@ -76,7 +57,8 @@ def test_a_panel_for_each_unit_and_losses_together(tmp_path, drawn):
 def test_smoothing_is_of_training_and_leaves_evaluations(tmp_path, drawn):
     metrics = [{"step": i, "train_loss": float(i % 2), "val_loss": float(i % 2)} for i in range(40)]
     plot.draw([records.Record("r", {}, metrics, [])], tmp_path / "a.png", smooth=10, log=True)
-    faint, smooth, evaluated = (np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines)
+    curves = [np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines]
+    faint, smooth, evaluated = (curve for curve in curves if len(curve))
     assert np.ptp(faint) == np.ptp(evaluated) == 1 and np.ptp(smooth[5:-5]) < 0.01
     assert drawn[0].axes[0].get_yscale() == "log"
 
@@ -86,22 +68,17 @@ def test_of_many_runs_the_best_have_colors_and_names(tmp_path, drawn):
     began = time.perf_counter()
     assert is_picture(plot.draw(runs[::-1], tmp_path / "a.png", ys=["train_loss"]))
     assert time.perf_counter() - began < 20
-    named = {text.get_text() for text in drawn[0].axes[0].texts}
-    assert named == {f"number {i}" for i in range(len(plot.COLORS))}
-    assert drawn[0].axes[0].get_legend().get_texts()[0].get_text() == f"{100 - len(plot.COLORS)} more runs"
+    n = len(plot.COLORS)
+    assert legend_of(drawn[0]) == [*(f"number {i}" for i in reversed(range(n))), f"{100 - n} more runs"]
 
 
-def test_a_million_points_are_few_when_drawn(tmp_path, drawn):
-    losses = np.ones(1_000_000)
-    losses[777_777] = 99.0
+def test_a_million_points_are_drawn_in_seconds(tmp_path):
+    losses = np.random.default_rng(0).normal(3, 1, 1_000_000)
     record = made([1.0])
     object.__setattr__(record, "curve", lambda y, x="step": (np.arange(1e6), losses))
     began = time.perf_counter()
     plot.draw([record], tmp_path / "a.png", ys=["train_loss"], smooth=50)
     assert time.perf_counter() - began < 10
-    lines = drawn[0].axes[0].lines
-    assert all(len(line.get_xdata()) <= plot.MOST_POINTS for line in lines)
-    assert max(lines[0].get_ydata()) == 99.0
 
 
 @pytest.mark.filterwarnings("error")
@@ -110,6 +87,10 @@ def test_names_of_any_letters_are_drawn_as_they_are(tmp_path, drawn):
         assert is_picture(
             plot.draw([made([3.0, 2.0], name=HOSTILE)] * count, tmp_path / "a.png", ys=["train_loss"])
         )
+    plot.draw(
+        [made([3.0, 2.0], name=name) for name in (HOSTILE, "_b")], tmp_path / "a.png", ys=["train_loss"]
+    )
+    assert legend_of(drawn[-1]) == [plot.readable(HOSTILE), " _b"]
     assert "\n" not in plot.readable(HOSTILE) and len(plot.readable("x" * 500)) == plot.NAME_LENGTH
 
 
@@ -127,7 +108,7 @@ def test_the_curve_of_a_run_and_what_counting_would_reach(tmp_path, drawn):
     folder = recorded.record(tmp_path / "r", [4.0, 3.0, 2.0])
     assert plot.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"
     (axes,) = drawn[0].axes
-    assert {text.get_text() for text in axes.texts} == {"training", "validation", "unigram entropy"}
+    assert legend_of(drawn[0]) == ["training", "validation", "unigram entropy"]
     assert axes.get_title(loc="left") == "r" and axes.get_ylim()[1] > 3.3
 
 
