@@ -27,7 +27,6 @@ Read it in this order; a file imports only from the floors below it.
     floor 2     command_line.py   the options that somebody typed
                 records.py        a run as somebody reads it
                 trials.py         a sweep file -> the training runs that it asks for
-                report.py         a page about runs that needs no other file
                 layouts.py        what transformers calls the parts of a model
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken

@@ -10,6 +10,7 @@ compares again.
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,6 @@ from llm_basics import (
     presets,
     programs,
     records,
-    report,
     run,
     signals,
     sources,
@@ -269,8 +269,9 @@ def conclude(sweep: trials.Sweep, places: Sequence[Place], statuses: dict[str, i
     """Compare: print a table, and write results, figures and a page."""
     found = outcomes(places)
     write_results(list(results(places, statuses)), out)
-    titles, rows = table(found)
-    compare.print_table(compare.new_screen(), titles, rows)
+    screens = [compare.new_screen(), compare.recording_screen()]
+    for screen in screens:
+        compare.print_table(screen, *table(found))
     ended = [records.read(str(place.folder)) for place in places if place.is_finished]
     if not ended:
         print(f"no run has come to its end; {out}/results.csv says of each how far it came")
@@ -281,11 +282,10 @@ def conclude(sweep: trials.Sweep, places: Sequence[Place], statuses: dict[str, i
         f"loss over {name}: {law.factor:.4g} * {name} ** {law.exponent:.4f}"
         for name, law in (charts.scaling_laws(found) if sweep.figure == "scaling" else {}).items()
     ]
-    sections = [report.picture(pictures[0]), *map(report.paragraph, lines)]
-    sections += [report.heading("What came out"), report.table(titles, rows, best_first=True)]
-    sections += [report.heading("Curves"), report.picture(pictures[1])]
-    report.write(out / "report.html", f"Sweep {sweep.name}", sections)
-    print("\n".join([*lines, *map(str, pictures), str(out / "report.html"), str(out / "results.csv")]))
+    for screen, line in itertools.product(screens, lines):
+        screen.print(line)
+    compare.write_page(out / "report.html", f"Sweep {sweep.name}", screens[1], pictures)
+    print(*pictures, out / "report.html", out / "results.csv", sep="\n")
 
 
 def main(options: programs.SweepConfig) -> int:
