@@ -15,7 +15,7 @@ from typing import Any
 
 from rich import box, console, table, text
 
-from llm_basics import command_line, plot, programs, records, run
+from llm_basics import command_line, plot, presets, programs, records, run
 
 # characters per line, where there is no terminal, and of a sample beside others
 PIPE_WIDTH = 200
@@ -24,6 +24,9 @@ SAMPLE_WIDTH = 36
 
 # characters of a sample that are shown
 SAMPLE_LETTERS = 600
+
+# options that name a run and change no result
+UNCOMPARED = ("config", "run_dir", "resume")
 
 # keys of Record.summary and the titles of their columns
 COLUMNS = {
@@ -82,7 +85,8 @@ def _has_loss(summary: dict[str, int | float]) -> bool:
 
 def options_that_differ(runs: Sequence[records.Record]) -> tuple[list[str], list[list[str]]]:
     """The options that are not the same in all runs, in a table that has fewer columns than rows."""
-    found = records.differences(runs)
+    found = presets.differences(*(record.options for record in runs))
+    found = {name: values for name, values in found.items() if name not in UNCOMPARED}
     by_option = [[name, *map(_shown, values)] for name, values in found.items()]
     names = [record.name for record in runs]
     if len(found) >= len(runs):

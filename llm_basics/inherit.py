@@ -22,11 +22,11 @@ GPT2_MERGES = 50_000
 def check(options: config.Config, folder: str) -> None:
     """Raise ValueError unless the run in `folder` has the model and the tokenizer that `options` ask for."""
     theirs = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
-    asked, found = dataclasses.asdict(options.model), dataclasses.asdict(theirs.model)
+    found = presets.differences(dataclasses.asdict(theirs.model), dataclasses.asdict(options.model))
     differences = [
-        f"model.{name} is {found[name]} there, here {value}"
-        for name, value in asked.items()
-        if name not in FREE and found[name] != value
+        f"model.{name} is {there} there, here {here}"
+        for name, (there, here) in found.items()
+        if name not in FREE
     ]
     if differences:
         raise ValueError(f"the model must be that of --init_from {folder}, but {'; '.join(differences)}")

@@ -140,3 +140,32 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in options.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
+
+
+def nest(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with dotted names as nested dictionaries, the inverse of `flat`; what is nested stays so.
+
+    >>> nest({"data": "a.txt", "train.lr": 1, "train": {"steps": 5}})
+    {'data': 'a.txt', 'train': {'lr': 1, 'steps': 5}}
+    """
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        outer, _, inner = str(name).partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        elif isinstance(value, dict):
+            nested.setdefault(outer, {}).update(value)
+        else:
+            nested[outer] = value
+    return nested
+
+
+def differences(*options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Flattened options that differ between dictionaries, with the value in each; None where missing.
+
+    >>> differences({"train": {"lr": 1, "steps": 5}}, {"train": {"lr": 2, "steps": 5}})
+    {'train.lr': (1, 2)}
+    """
+    flattened = [flat(each) for each in options]
+    values = {name: tuple(each.get(name) for each in flattened) for each in flattened for name in each}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}

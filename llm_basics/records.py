@@ -138,18 +138,3 @@ def find(name: str) -> Path:
         f"a run must be a folder with config.json, one under {run.RUNS}/, or newest, got {name}"
         + (f"; the closest is {near[0]}" if near else "")
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Comparing
-
-
-def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """The options that are not the same in all runs, each with its values; None where a run has none.
-
-    Left out is what names a run rather than making it.
-    """
-    names = dict.fromkeys(name for record in records for name in record.options)
-    values = {name: [record.options.get(name) for record in records] for name in names}
-    told = ("config", "run_dir", "resume")
-    return {n: found for n, found in values.items() if n not in told and any(v != found[0] for v in found)}

@@ -91,11 +91,12 @@ def find_places(sweep: trials.Sweep, out: Path) -> list[Place]:
         path.name for path in out.glob("*") if path.is_dir()
     }
     known = [
-        (_identity(presets.load(str(path))), path.with_suffix("")) for path in sorted(out.glob("*.yaml"))
+        (trials.changed_options(presets.load(str(path))), path.with_suffix(""))
+        for path in sorted(out.glob("*.yaml"))
     ]
     places = []
     for trial in sweep.trials:
-        own = _identity(trial.options)
+        own = trials.changed_options(trial.options)
         # one that was killed before its first checkpoint cannot be gone on with
         found = [folder for options, folder in known if options == own and not _is_stuck(folder)]
         if not found:
@@ -112,10 +113,6 @@ def check_texts(places: Sequence[Place], origin: str) -> None:
             sources.find(source)
         except ValueError as error:
             raise ValueError(f"data: {error} ({origin})") from None
-
-
-def _identity(options: config.Config) -> dict[str, Any]:
-    return trials.what_differs(options, config.Config(config=options.config))
 
 
 def _is_stuck(folder: Path) -> bool:

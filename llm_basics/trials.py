@@ -184,16 +184,7 @@ def set_options(base: config.Config, changed: dict[str, Any], origin: str) -> co
     >>> set_options(config.Config(), {"train.lr": "1e-3"}, "here").train.lr
     0.001
     """
-    nested: dict[str, Any] = {}
-    for option, value in changed.items():
-        outer, _, inner = str(option).partition(".")
-        if inner:
-            nested.setdefault(outer, {})[inner] = value
-        elif isinstance(value, dict):
-            nested.setdefault(outer, {}).update(value)
-        else:
-            nested[outer] = value
-    return presets.update(base, nested, origin)
+    return presets.update(base, presets.nest(changed), origin)
 
 
 def get_option(options: config.Config, name: str) -> Any:
@@ -201,23 +192,17 @@ def get_option(options: config.Config, name: str) -> Any:
     return operator.attrgetter(name)(options)
 
 
-def what_differs(options: Any, defaults: Any) -> dict[str, Any]:
-    """The options that are not the defaults, nested as in a file for --config.
+def changed_options(options: config.Config) -> dict[str, Any]:
+    """Options that differ from the defaults, by their names on the command line; not the preset's name.
 
-    >>> what_differs(presets.load("llama-tiny").model, config.ModelConfig())
-    {'n_layers': 6, 'n_heads': 8, 'n_kv_heads': 4}
+    >>> changed_options(config.Config(data="a.txt", train=config.TrainConfig(lr=0.5)))
+    {'data': 'a.txt', 'train.lr': 0.5}
     """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(options):
-        value, default = getattr(options, field.name), getattr(defaults, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= {field.name: inner} if (inner := what_differs(value, default)) else {}
-        elif value != default:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    defaults = config.Config(config=options.config)
+    changed = presets.differences(dataclasses.asdict(defaults), dataclasses.asdict(options))
+    return {name: value for name, (_, value) in changed.items()}
 
 
 def write_options(options: config.Config, path: Path) -> None:
     """Write a file for --config."""
-    differing = what_differs(options, config.Config(config=options.config))
-    run.write_file(path, presets.dump(differing))
+    run.write_file(path, presets.dump(presets.nest(changed_options(options))))

@@ -102,10 +102,3 @@ def test_a_config_of_another_program_costs_numbers_and_no_more(tmp_path):
     (folder / "config.json").write_text(json.dumps({"lr": 1, "model": {"depth": 3}}))
     found = records.read(str(folder)).summary()
     assert found["val_loss"] == 3.5 and not {"parameters", "tokens", "seconds"} & set(found)
-
-
-def test_options_that_differ(tmp_path):
-    one = records.read(str(recorded.record(tmp_path / "one", [3.0])))
-    two = records.read(str(recorded.record(tmp_path / "two", [3.0], train__lr=0.5, model__norm="none")))
-    assert records.differences([one, two]) == {"model.norm": ["rms", "none"], "train.lr": [3e-4, 0.5]}
-    assert records.differences([one, one]) == records.differences([one]) == {}
