@@ -25,24 +25,24 @@ Read it in this order; a file imports only from the floors below it.
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
     floor 2     command_line.py   the options that somebody typed
-                records.py        a run as somebody reads it
-                trials.py         a sweep file -> the training runs that it asks for
+                records.py        a run directory as data
+                trials.py         a sweep file -> its training runs
                 layouts.py        what transformers calls the parts of a model
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
                 exchange.py       vocabularies of Hugging Face and tiktoken
-    floor 3     plot.py           runs -> figures
+    floor 3     plot.py           figures of training runs
                 tokenizer.py      text <-> token ids with a learned vocabulary
                 transplant.py     weights between our models and a layout of transformers
                 likelihood.py     what does a model say of each token of a text?
     fast        fast/             twins of pieces, made for speed, with a map of their own
-    floor 4     charts.py         the outcome of a sweep -> figures
-                compare.py        what came out of runs, side by side
+    floor 4     charts.py         figures of a sweep
+                compare.py        runs side by side, printed and as a page
                 streaming.py      token ids -> text as they come, up to a stop string
                 chat.py           conversations <-> token ids, and which of them are learned
                 choices.py        questions with several answers, of which a model picks one
                 packing.py        documents -> token files, in steps that a kill cannot tear
                 swap.py           whose pieces are in use: the reference's, its twins, or yours
-    floor 5     sweep.py          many trainings, and what came out
+    floor 5     sweep.py          train and compare many settings
                 prepare.py        raw text -> tokenizer and token files, once
                 evaluate.py       how good is a model on text it has not seen?
                 generate.py       let a model write

@@ -1,4 +1,4 @@
-"""The outcome of a sweep -> figures: the loss over what was changed, and how it scales."""
+"""Figures of a sweep: loss over the changed options, and scaling laws."""
 
 import dataclasses
 import math
@@ -13,43 +13,43 @@ from matplotlib import colormaps, colors, figure, ticker
 
 from llm_basics import plot
 
-# values that are so far apart want a logarithmic axis
-WIDE = 20
+# ratio of the largest to the smallest value from which an axis is logarithmic
+LOG_SCALE_RATIO = 20
 
-# values that have room to stand on an axis
+# values that fit on an axis as ticks
 MOST_TICKS = 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting led to, with each seed."""
+    """The results of a setting over its seeds."""
 
     setting: dict[str, Any]
     losses: list[float]
-    """Validation losses at the end, one a seed; without runs that did not get there."""
+    """Final validation losses, one per finished seed."""
     weights: int
-    """Weights that multiply: those of embeddings do not count."""
+    """Weights in matrix products, without embeddings."""
     tokens: int
     flops: float
-    """Of the whole training."""
+    """Floating-point operations of the whole training."""
 
     @property
     def mean(self) -> float:
-        """The mean loss; NaN without any."""
+        """The mean loss; NaN without losses."""
         return float(np.mean(self.losses)) if self.losses else math.nan
 
     @property
     def spread(self) -> float:
-        """The standard deviation over seeds, estimated from them; NaN for a single one."""
+        """The sample standard deviation over seeds; NaN for a single seed."""
         return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else math.nan
 
     def without(self, name: str) -> str:
-        """What is left of the setting beside one option."""
+        """The label of the setting without one option."""
         return label({key: value for key, value in self.setting.items() if key != name})
 
 
 def label(setting: dict[str, Any]) -> str:
-    """A setting in words.
+    """A setting as text.
 
     >>> label({"train.lr": 0.001, "variant": "post-norm"})
     'lr 0.001, post-norm'
@@ -58,10 +58,10 @@ def label(setting: dict[str, Any]) -> str:
 
 
 def draw_options(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Draw the loss over what was changed: lines over numbers, bars for choices."""
+    """Draw the loss over the changed options: lines over a numeric option, else bars."""
     found = [outcome for outcome in outcomes if outcome.losses]
     if not found:
-        raise ValueError("no run of the sweep has come to its end, so there is nothing to draw")
+        raise ValueError("the sweep must have a finished run to draw, got none")
     numeric = [name for name in found[0].setting if _is_numeric(found, name)]
     return _draw_lines(found, numeric[0], path) if numeric else _draw_bars(found, path)
 
@@ -92,7 +92,7 @@ def _draw_lines(outcomes: Sequence[Outcome], name: str, path: Path) -> Path:
 
 
 def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Differences from the first choice: bars of whole losses would all look the same."""
+    """Draw bars of differences from the first setting, since bars of losses would look the same."""
     canvas, (axes,) = plot.new_figure(height=1.4 + 0.45 * len(outcomes))
     first, ordered = outcomes[0], sorted(outcomes, key=lambda outcome: -outcome.mean)
     beside = [outcome.mean - first.mean for outcome in ordered]
@@ -110,14 +110,14 @@ def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
     axes.axvline(0, color="black", lw=0.8)
     axes.margins(x=0.2)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference of the validation loss (nats per token); points are seeds")
-    plot.set_title(axes, f"Validation loss beside that of: {label(first.setting)}")
+    axes.set_xlabel("difference in validation loss (nats per token); points are seeds")
+    plot.set_title(axes, f"Validation loss relative to: {label(first.setting)}")
     return plot.save(canvas, path)
 
 
 def _scale(axes: mpl_axes.Axes, values: Sequence[int | float]) -> None:
-    """A logarithmic axis where values are far apart, with the values themselves on it if they are few."""
-    if min(values) > 0 and max(values) / min(values) >= WIDE:
+    """Set a logarithmic axis if values are far apart, with the values as ticks if they are few."""
+    if min(values) > 0 and max(values) / min(values) >= LOG_SCALE_RATIO:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     if len(distinct := sorted(set(values))) <= MOST_TICKS:
@@ -125,7 +125,7 @@ def _scale(axes: mpl_axes.Axes, values: Sequence[int | float]) -> None:
 
 
 def _cut_off(axes: mpl_axes.Axes, losses: Sequence[float]) -> None:
-    """Let losses that are far above all others go off the top."""
+    """Set y limits without losses far above the others."""
     low, middle = min(losses), float(np.median(losses))
     within = [loss for loss in losses if loss <= middle + 3 * (middle - low)]
     room = max(within) - low
@@ -149,7 +149,7 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[int | float], y: Sequence[int | float]) -> PowerLaw:
-    """The line of least squares through the logarithms.
+    """A least-squares fit of a line to the logarithms.
 
     >>> law = fit_power_law([1, 10, 100], [8, 4, 2])
     >>> round(law.factor, 3), round(law.exponent, 3)
@@ -160,7 +160,7 @@ def fit_power_law(x: Sequence[int | float], y: Sequence[int | float]) -> PowerLa
 
 
 def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those that no other beats with as much compute or less, from the least compute on."""
+    """The Pareto frontier of loss over compute, in increasing order of compute."""
     kept: list[Outcome] = []
     for outcome in sorted((o for o in outcomes if o.losses), key=lambda o: (o.flops, o.mean)):
         if not kept or outcome.mean < kept[-1].mean:
@@ -169,9 +169,9 @@ def frontier(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def scaling_laws(outcomes: Sequence[Outcome]) -> dict[str, PowerLaw]:
-    """How the loss falls: with weights at the most tokens, with tokens at the most weights, with compute.
+    """Power laws of the loss: in weights at the most tokens, in tokens at the most weights, in compute.
 
-    With compute, along what is best for so much of it. What has fewer than three points is left out.
+    The law in compute is fitted to the Pareto frontier. A law needs three points.
     """
     found = [outcome for outcome in outcomes if outcome.losses]
     most_tokens, most_weights = (
@@ -190,10 +190,10 @@ def scaling_laws(outcomes: Sequence[Outcome]) -> dict[str, PowerLaw]:
 
 
 def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Draw the loss over weights and over compute, both logarithmic, with the power laws that fit them."""
+    """Draw the loss over weights and over compute, on logarithmic axes, with fitted power laws."""
     found = [dataclasses.replace(o, losses=[o.mean]) for o in outcomes if o.losses]
     if not found:
-        raise ValueError("no run of the sweep has come to its end, so there is nothing to draw")
+        raise ValueError("the sweep must have a finished run to draw, got none")
     laws = scaling_laws(found)
     canvas = figure.Figure(figsize=(12, 4.9), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
@@ -213,15 +213,15 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
             formula = f"$L = {law.factor:.3g}\\,{symbol}^{{{law.exponent:.3f}}}$"
             axes.plot(xs, law(xs), color="black", ls=(0, (4, 3)), lw=1.3, zorder=4, label=formula)
         axes.legend(frameon=False, loc="upper right")
-    left.set(xlabel="weights N, without embeddings", ylabel="validation loss (nats per token)")
-    right.set(xlabel="compute C of the training (floating-point operations)")
-    plot.set_title(left, "A larger model, at as many tokens")
-    plot.set_title(right, "As much compute, spent on size or on tokens")
+    left.set(xlabel="weights N without embeddings", ylabel="validation loss (nats per token)")
+    right.set(xlabel="training compute C (FLOPs)")
+    plot.set_title(left, "Model size at fixed tokens")
+    plot.set_title(right, "Compute, spent on size or on tokens")
     return plot.save(canvas, path)
 
 
 def _draw_family(axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, family: str, unit: str) -> None:
-    """A line for each value of `family`, from light to dark."""
+    """Draw a line for each value of `family`, from light to dark."""
     plot.dress(axes)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -238,5 +238,5 @@ def _draw_family(axes: mpl_axes.Axes, outcomes: Sequence[Outcome], x: str, famil
 
 
 def shades(n: int) -> list[str]:
-    """Colors from light to dark, of which everybody sees the order."""
+    """Colors from light to dark, in a perceptually uniform order."""
     return [colors.to_hex(colormaps["viridis"](0.85 - 0.8 * i / max(1, n - 1))) for i in range(n)]

@@ -1,4 +1,4 @@
-"""Compare training runs: what came out, what was different, what they write.
+"""Compare training runs: results, options that differ, samples.
 
 uv run python -m llm_basics.compare runs/one runs/two
 uv run python -m llm_basics.compare runs/* --out report.html
@@ -68,7 +68,7 @@ def format_number(name: str, value: int | float | None) -> str:
 
 
 def results(runs: Sequence[records.Record]) -> tuple[list[str], list[list[str]]]:
-    """What came out, best first: titles, and a row for each run."""
+    """Titles and a row for each run, lowest validation loss first."""
     summaries = [(record, record.summary()) for record in runs]
     summaries.sort(key=lambda pair: pair[1].get("val_loss", math.inf) if _has_loss(pair[1]) else math.inf)
     shown = [name for name in COLUMNS if any(name in summary for _, summary in summaries)]
@@ -84,7 +84,7 @@ def _has_loss(summary: dict[str, int | float]) -> bool:
 
 
 def options_that_differ(runs: Sequence[records.Record]) -> tuple[list[str], list[list[str]]]:
-    """The options that are not the same in all runs, in a table that has fewer columns than rows."""
+    """Titles and rows of the options that differ, with the longer side of the table as rows."""
     found = presets.differences(*(record.options for record in runs))
     found = {name: values for name, values in found.items() if name not in UNCOMPARED}
     by_option = [[name, *map(_shown, values)] for name, values in found.items()]
@@ -177,7 +177,7 @@ def write_report(runs: Sequence[records.Record], path: Path, x: str) -> list[Pat
 
 
 def main(options: programs.CompareConfig) -> int:
-    """Compare what `options` name. Returns the exit status."""
+    """Print the comparison and write the report. Returns the exit status."""
     with command_line.exit_on_mistake():
         runs = records.read_all(options.runs)
         print_report(runs, new_screen())

@@ -1,4 +1,4 @@
-"""Runs -> figures.
+"""Figures of training runs.
 
 uv run python -m llm_basics.plot newest
 uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out both.png
@@ -21,28 +21,28 @@ from matplotlib import figure
 
 from llm_basics import command_line, programs, records, run
 
-# told apart by people who do not see all colors, too (Okabe and Ito 2008), dark enough for lines on white
+# colorblind-safe (Okabe and Ito 2008), in an order that suits lines on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GRAY, PALE = "#8a8a8a", "#d0d0d0"
 
-# measured now and then on held-out text: points, which smoothing leaves as they are
+# evaluations on held-out text: drawn as points and never smoothed
 EVALUATED = ("val_loss", "perplexity", "bits_per_byte", "accuracy")
 
 AXIS_LABELS = {
     "step": "step",
-    "tokens": "tokens trained on",
+    "tokens": "training tokens",
     "time": "seconds of training",
     "train_loss": "training",
     "val_loss": "validation",
     "loss": "loss (nats per token)",
     "lr": "learning rate",
     "bits_per_byte": "bits per byte",
-    "accuracy": "accuracy of the next token",
-    "grad_norm": "norm of the gradient",
+    "accuracy": "next-token accuracy",
+    "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
 
-# letters of a run's name in a figure
+# characters of a run's name in a figure
 NAME_LENGTH = 34
 
 
@@ -59,18 +59,18 @@ def draw(
     smooth: int = 1,
     levels: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw what `runs` measured, one over the other, and return the picture's path.
+    """Draw the metrics of `runs` over each other, and return the path of the figure.
 
-    Losses share a panel; `levels` are lines across it. With more runs than colors, the best have one, and
-    the others are gray.
+    Losses share a panel, with the `levels` as horizontal lines. With more runs than colors, the best runs are
+    colored and the others gray.
     """
     panels: dict[str, list[str]] = {}
     for y in ys:
         panels.setdefault("loss" if y.endswith("loss") else y, []).append(y)
     measured = {name for record in runs for entry in record.metrics for name in entry}
     if missing := [y for y in ys if y not in measured]:
-        known = ", ".join(sorted(measured - {"step", "attempt", "nonfinite"})) or "nothing yet"
-        raise ValueError(f"y must be what the runs have measured ({known}), got {', '.join(missing)}")
+        known = ", ".join(sorted(measured - {"step", "attempt", "nonfinite"})) or "none yet"
+        raise ValueError(f"y must be a metric of the runs ({known}), got {', '.join(missing)}")
     canvas, all_axes = new_figure(len(panels))
     for axes, (panel, names) in zip(all_axes, panels.items(), strict=True):
         _draw_panel(axes, runs, x, names, smooth)
@@ -89,7 +89,7 @@ def draw(
 
 
 def _title(runs: Sequence[records.Record], losses: Sequence[str]) -> str:
-    """What lines and points are, where there are both."""
+    """The number of runs, and the losses drawn as lines and as points."""
     marks = [f"{axis_label(y)} ({'points' if y in EVALUATED else 'line'})" for y in losses]
     return f"{len(runs)} runs" + (f": {', '.join(marks)}" if len(marks) > 1 else "")
 
@@ -97,7 +97,7 @@ def _title(runs: Sequence[records.Record], losses: Sequence[str]) -> str:
 def _draw_panel(
     axes: mpl_axes.Axes, runs: Sequence[records.Record], x: str, names: Sequence[str], smooth: int
 ) -> None:
-    """Draw the curves: of one run each in its color, of several all of a run in the run's color."""
+    """Draw the curves: one color per metric of a single run, else one color per run."""
     if len(runs) == 1:
         for name, color in zip(names, itertools.cycle(COLORS)):
             axes.plot([], [], color=color, label=axis_label(name))
@@ -120,7 +120,7 @@ def _draw_panel(
 def _draw_curve(
     axes: mpl_axes.Axes, points: tuple[np.ndarray, np.ndarray], name: str, color: str, smooth: int
 ) -> None:
-    """Points for what is measured now and then; else a line, smooth over a faint one if that is asked for."""
+    """Draw evaluations as points, other metrics as a line, or as a smooth line over a faint one."""
     at, values = points
     style: dict[str, Any] = {"color": color, "lw": 1.1, "alpha": 0.6, "zorder": 2 if color == PALE else 3}
     if name in EVALUATED:
@@ -143,7 +143,7 @@ def _end(record: records.Record, names: Sequence[str]) -> float:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and its neighbors, `window` of them in all, those that are no number apart.
+    """The moving average over `window` values, without those that are not finite.
 
     >>> smoothed(np.array([1.0, 2.0, np.nan, 4.0]), 3).tolist()
     [1.5, 1.5, 3.0, 4.0]
@@ -156,11 +156,11 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# What all figures share
+# Parts of all figures
 
 
 def new_figure(panels: int = 1, height: float = 4.6) -> tuple[figure.Figure, list[mpl_axes.Axes]]:
-    """A figure with panels one below the other over the same x, the first the highest."""
+    """A figure of stacked panels over the same x; the first panel is the highest."""
     ratios = [1.0] + [0.45] * (panels - 1)
     canvas = figure.Figure(figsize=(9, height * sum(ratios)), layout="constrained")
     all_axes = canvas.subplots(panels, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
@@ -170,7 +170,7 @@ def new_figure(panels: int = 1, height: float = 4.6) -> tuple[figure.Figure, lis
 
 
 def dress(axes: mpl_axes.Axes) -> None:
-    """A light grid, and no frame but the two axes."""
+    """Set a light grid, and the left and bottom spines alone."""
     axes.grid(alpha=0.25, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -188,7 +188,7 @@ def add_legend(axes: mpl_axes.Axes, outside: bool = False) -> None:
 
 
 def leave_out_beginning(axes: mpl_axes.Axes) -> None:
-    """Let the steep beginning of curves go off the top, where it would flatten all that follows."""
+    """Set y limits without the first 5% of each curve, whose steep fall would flatten the rest."""
     drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
     values = np.concatenate([np.empty(0), *(values[len(values) // 20 :] for values in drawn)])
     values = values[np.isfinite(values)]
@@ -197,12 +197,12 @@ def leave_out_beginning(axes: mpl_axes.Axes) -> None:
 
 
 def set_title(axes: mpl_axes.Axes, title: str) -> None:
-    """A title above the left end, of which no letter is taken for mathematics."""
+    """Set a left-aligned title, as text without mathtext."""
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", parse_math=False)
 
 
 def axis_label(name: str) -> str:
-    """What an axis is called."""
+    """The label of an axis or curve."""
     return AXIS_LABELS.get(name, name)
 
 
@@ -227,11 +227,11 @@ def readable(name: str) -> str:
 
 
 def save(canvas: figure.Figure, path: Path) -> Path:
-    """Write a picture, whole or not at all."""
+    """Write a figure atomically."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         with warnings.catch_warnings():
-            # a letter that the font lacks is drawn as a box
+            # a character missing from the font is drawn as a box
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             with matplotlib.rc_context({"agg.path.chunksize": 10_000}):
                 canvas.savefig(temporary, dpi=150)
@@ -248,7 +248,7 @@ def save(canvas: figure.Figure, path: Path) -> Path:
 def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = None) -> Path:
     """Draw training and validation loss over the steps of a run to `loss.png`, and return its path.
 
-    `unigram_entropy`, in nats, is drawn as a line: a model that only counts tokens stays above it.
+    The baseline `unigram_entropy`, in nats, is drawn as a horizontal line.
     """
     record = records.Record(Path(folder).name, {}, run.read_metrics(folder), [])
     ys = [y for y in ("train_loss", "val_loss") if len(record.curve(y)[0])]
@@ -257,7 +257,7 @@ def plot_loss(folder: str | os.PathLike[str], unigram_entropy: float | None = No
 
 
 def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
-    """Draw the loss over the rates that a search tried, and the proposed one, to `lr_finder.png`."""
+    """Draw the loss over the learning rates of a range test, and the proposed rate, to `lr_finder.png`."""
     tried = run.read_tried(folder)
     canvas, (axes,) = new_figure()
     lrs = [entry["lr"] for entry in tried]
@@ -265,7 +265,7 @@ def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
     axes.plot(lrs, losses, color=COLORS[0], alpha=0.4, lw=1, label="training")
     axes.plot(lrs, smooth, color=COLORS[0], lw=1.8, label="smoothed")
     axes.axvline(proposal, color=COLORS[1], ls=(0, (4, 3)), lw=1.2, label=f"proposed: {proposal:g}")
-    # where the loss leaps, the rest would be a flat line
+    # a diverging loss would flatten the rest
     axes.set_ylim(0.9 * min(smooth), 1.1 * smooth[0])
     axes.set(xscale="log", xlabel=axis_label("lr"), ylabel=axis_label("loss"))
     set_title(axes, readable(Path(folder).name))
@@ -274,14 +274,14 @@ def plot_lr_finder(folder: str | os.PathLike[str], proposal: float) -> Path:
 
 
 def plot_runs(folders: Mapping[str, Path], path: Path) -> Path:
-    """Draw the training and validation losses of several runs, named, over their steps."""
+    """Draw the training and validation losses of named runs over their steps."""
     return draw(
         [records.Record(name, {}, run.read_metrics(folder), []) for name, folder in folders.items()], path
     )
 
 
 def main(options: programs.PlotConfig) -> int:
-    """Draw what `options` name. Returns the exit status."""
+    """Draw the figure. Returns the exit status."""
     with command_line.exit_on_mistake():
         runs = records.read_all(options.runs)
         ys = [y.strip() for y in options.y.split(",")]

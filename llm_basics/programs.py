@@ -254,24 +254,24 @@ class HarnessConfig:
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw what training runs measured, one over the other."""
+    """Draw the metrics of training runs over each other."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
-    """Folders of runs, their names under runs/, or newest."""
+    """Run directories, their names under runs/, or newest."""
     x: Literal["step", "tokens", "time"] = "step"
-    """What to draw over: steps, tokens, or seconds of training, without evaluations and saving."""
+    """The x axis: steps, tokens, or seconds of training without evaluation and saving."""
     y: str = "train_loss,val_loss"
-    """What to draw, names from metrics.jsonl separated by commas; losses share a panel."""
+    """Metrics to draw, names from metrics.jsonl separated by commas; losses share a panel."""
     log: bool = False
     """A logarithmic y axis."""
     smooth: int = 1
-    """Draw the mean of so many measurements of training, those themselves faintly behind."""
+    """Window of the moving average of training metrics; the raw values are drawn faintly."""
     out: str = "runs.png"
-    """The picture to write; its ending (.png, .svg, .pdf) says of which kind."""
+    """Figure to write, as .png, .svg or .pdf."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise ValueError("there must be a run to draw, got none")
+            raise ValueError("runs must name at least one run, got none")
         if self.smooth < 1:
             raise ValueError(f"smooth must be at least 1, got {self.smooth}")
         if not self.out.endswith((".png", ".svg", ".pdf")):
@@ -280,32 +280,32 @@ class PlotConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare training runs: what came out, what was different, what they write."""
+    """Compare training runs: results, options that differ, samples."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
-    """Folders of runs, their names under runs/, or newest."""
+    """Run directories, their names under runs/, or newest."""
     x: Literal["step", "tokens", "time"] = "step"
-    """What the curves of the report are drawn over."""
+    """The x axis of the curves in the report."""
     out: str | None = None
-    """A page to write, report.html, which needs no other file; and its curves, report.png."""
+    """HTML report to write, self-contained, with its curves beside it as .png."""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise ValueError("there must be a run to look at, got none")
+            raise ValueError("runs must name at least one run, got none")
         if self.out is not None and not self.out.endswith(".html"):
             raise ValueError(f"out must end in .html, got {self.out}")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Train with many settings, and compare what comes out. Interrupted, the same command goes on."""
+    """Train each setting of a sweep, and compare the results. The same command resumes."""
 
     sweep: tyro.conf.Positional[str] = "lr"
     """A preset (lr, batch, ablations, scaling) or a YAML file with base, grid, variants, seeds."""
     jobs: int = 1
-    """Training runs at the same time, among which the processor's cores are divided."""
+    """Training runs at the same time, which share the CPU cores."""
     out: str | None = None
-    """Folder for the runs and their comparison. None: runs/ and the name of the sweep."""
+    """Folder of the runs and their comparison. None: runs/ and the name of the sweep."""
 
     def __post_init__(self) -> None:
         if self.jobs < 1:

@@ -1,7 +1,4 @@
-"""A training run as somebody reads it: what it was told, what it measured, what it wrote.
-
-From a run directory, finished or not.
-"""
+"""A run directory as data: options, curves, samples and a summary, of a finished run or a running one."""
 
 import contextlib
 import dataclasses
@@ -19,24 +16,24 @@ from llm_basics import config, presets, run
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a run."""
+    """Options, metrics and samples of a run."""
 
     name: str
     options: dict[str, Any]
-    """As on the command line: `train.lr`."""
+    """By their names on the command line: `train.lr`."""
     metrics: list[dict[str, Any]]
     """The lines of metrics.jsonl, each step once."""
     samples: list[dict[str, Any]]
 
     def curve(self, y: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Where `y` was measured, as a step, in tokens or in seconds, and what it was; NaN if not finite."""
+        """Positions on the axis `x` (step, tokens or time) and values of `y`; NaN for a value not finite."""
         found = [(m["step"], m[y]) for m in self.metrics if y in m]
         steps = np.array([step for step, _ in found], dtype=float)
         values = np.array([math.nan if value is None else value for _, value in found], dtype=float)
         return self.position(steps, x), values
 
     def position(self, steps: np.ndarray, x: str) -> np.ndarray:
-        """Steps in the unit of an axis: step, tokens, or time, which is that of training alone."""
+        """Steps in the unit of an axis: step, tokens, or time, in seconds without evaluation and saving."""
         if x == "step":
             return steps
         at, speed = self.curve("tokens_per_second")
@@ -44,8 +41,11 @@ class Record:
         if x == "tokens" and not len(at):
             return steps * self.tokens_per_step
         if not len(at):
-            raise ValueError(f"the run {self.name} has no tokens_per_second, so no time; take step or tokens")
-        # both are means since the line before; batches of conversations differ in size, those of text do not
+            raise ValueError(
+                f"x=time needs tokens_per_second in metrics.jsonl, got none (run {self.name}); "
+                "use x=step or x=tokens"
+            )
+        # both are means since the previous line; batches of conversations vary in size, those of text do not
         _, seconds = self.curve("step_seconds")
         seconds = seconds if len(seconds) == len(at) else self.tokens_per_step / speed
         each = seconds if x == "time" else seconds * speed
@@ -53,15 +53,15 @@ class Record:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that each step of the optimizer learned from."""
+        """Tokens in the batches of one optimizer step."""
         names = ("train.batch_size", "train.grad_accumulation_steps", "model.context_length")
         if missing := [name for name in names if not isinstance(self.options.get(name), int)]:
-            raise ValueError(f"the config of the run {self.name} must have {', '.join(missing)}")
+            raise ValueError(f"config.json must have {', '.join(missing)} (run {self.name}); use x=step")
         return math.prod(self.options[name] for name in names)
 
     @property
     def shape(self) -> config.ModelConfig | None:
-        """The shape of the model, if the config tells one."""
+        """The model config, or None if config.json has none."""
         known = {field.name for field in dataclasses.fields(config.ModelConfig)}
         parts = {name.removeprefix("model."): value for name, value in self.options.items()}
         parts = {name: value for name, value in parts.items() if name in known}
@@ -69,11 +69,11 @@ class Record:
 
     @property
     def last_step(self) -> int:
-        """The last step of which there is a measurement."""
+        """The last step with metrics."""
         return max((m["step"] for m in self.metrics), default=0)
 
     def summary(self) -> dict[str, int | float]:
-        """What came out: NaN stands for what was measured and is no number; what is unknown is left out."""
+        """Final and best results; NaN for a value not finite, no entry for an unknown one."""
         found: dict[str, int | float] = {}
         for name in ("val_loss", "perplexity", "bits_per_byte", "accuracy", "train_loss"):
             _, values = self.curve(name)
@@ -87,7 +87,7 @@ class Record:
             found["parameters"] = self.shape.n_parameters
         found["steps"] = self.last_step
         last = np.array([self.last_step], dtype=float)
-        # an unusual config, or no speed, costs a number and no more
+        # a config of another program, or a run without speeds, lacks these two entries
         with contextlib.suppress(ValueError):
             found["tokens"] = round(self.position(last, "tokens")[0])
             found["seconds"] = float(self.position(last, "time")[0])
@@ -96,7 +96,7 @@ class Record:
         return found
 
     def last_sample(self) -> str:
-        """The last text it wrote, its prompt in front; "" if it wrote none."""
+        """The last sample, prompt included; "" without samples."""
         return (
             "".join(str(self.samples[-1].get(part, "")) for part in ("prompt", "text"))
             if self.samples
@@ -105,11 +105,11 @@ class Record:
 
 
 # --------------------------------------------------------------------------------------------------
-# Finding
+# Run directories
 
 
 def read_all(names: Sequence[str]) -> list[Record]:
-    """The runs that somebody names; those of equal names are told apart by their folders."""
+    """The runs of the given names or folders; runs with the same name are shown by their folders."""
     records = [read(name) for name in names]
     taken = [record.name for record in records]
     return [
@@ -126,7 +126,7 @@ def read(name: str) -> Record:
 
 
 def find(name: str) -> Path:
-    """The folder of the run that is called `name`. Raises ValueError with the name that is closest."""
+    """The folder of the run `name`. Raises ValueError with the closest known name."""
     if name == "newest":
         return run.newest_folder()
     for folder in (Path(name), run.RUNS / name):

@@ -1,11 +1,11 @@
-"""Train with many settings, and compare what comes out.
+"""Train a model with each setting of a sweep, and compare the results.
 
 uv run python -m llm_basics.sweep lr --jobs 2
 uv run python -m llm_basics.sweep mine.yaml --out runs/mine
 
-What a sweep file may hold stands in `trials.py`. In the folder of a sweep each run has a file of options, so
-that it can be trained alone too, a folder, and a log. Interrupted, the same command goes on; finished, it
-compares again.
+`trials.py` describes the format of a sweep file. The folder of a sweep holds a run directory, a file for
+--config and a log of each trial. The same command resumes an interrupted sweep, and compares a finished one
+again.
 """
 
 import csv
@@ -43,50 +43,50 @@ from llm_basics import (
 
 TRAIN = (sys.executable, "-m", "llm_basics.train")
 
-# of all training runs together
+# limit for all training runs together
 MOST_THREADS = 1024
 
-# how often running trainings are looked at
-LOOK_SECONDS = 0.2
+# interval between polls of the training processes
+POLL_SECONDS = 0.2
 
-# of a log that may say why a run failed
+# bytes at the end of a log that are searched for the error
 TAIL_BYTES = 4000
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a trial is, and how far it has come."""
+class TrialRun:
+    """A trial and its run directory."""
 
     trial: trials.Trial
     folder: Path
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step was made and evaluated."""
+        """Whether the last step was evaluated."""
         steps = self.trial.options.train.steps
         return any(m["step"] == steps and "val_loss" in m for m in run.read_metrics(self.folder))
 
     @property
     def log(self) -> Path:
-        """What the training run says."""
+        """Output of the training process."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def file(self) -> Path:
-        """The options of the training run."""
+        """Options of the training run, for --config."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     def reason(self) -> str:
-        """The last words of a run that failed."""
+        """The last line in the log of a failed run."""
         try:
-            said = self.log.read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="replace").splitlines()
+            lines = self.log.read_bytes()[-TAIL_BYTES:].decode("utf-8", errors="replace").splitlines()
         except OSError:
-            return "it said nothing"
-        return next((line for line in reversed(said) if line.strip()), "it said nothing")
+            return "the log is empty"
+        return next((line for line in reversed(lines) if line.strip()), "the log is empty")
 
 
-def find_places(sweep: trials.Sweep, out: Path) -> list[Place]:
-    """Where each trial is: the folder of a run with the same options, or a new one."""
+def find_trial_runs(sweep: trials.Sweep, out: Path) -> list[TrialRun]:
+    """The run of each trial: an existing one with the same options, or a new directory."""
     taken = {path.stem for path in out.glob("*.yaml")} | {
         path.name for path in out.glob("*") if path.is_dir()
     }
@@ -94,21 +94,23 @@ def find_places(sweep: trials.Sweep, out: Path) -> list[Place]:
         (trials.changed_options(presets.load(str(path))), path.with_suffix(""))
         for path in sorted(out.glob("*.yaml"))
     ]
-    places = []
+    trial_runs = []
     for trial in sweep.trials:
         own = trials.changed_options(trial.options)
-        # one that was killed before its first checkpoint cannot be gone on with
+        # a run killed before its first checkpoint cannot be resumed
         found = [folder for options, folder in known if options == own and not _is_stuck(folder)]
         if not found:
             found = [out / next(name for name in trials.numbered(trial.name) if name not in taken)]
             taken.add(found[0].name)
-        places.append(Place(trial, found[0]))
-    return places
+        trial_runs.append(TrialRun(trial, found[0]))
+    return trial_runs
 
 
-def check_texts(places: Sequence[Place], origin: str) -> None:
-    """Raise ValueError if the text of a run that is to be trained is not there."""
-    for source in dict.fromkeys(place.trial.options.data for place in places if not place.is_finished):
+def check_sources(trial_runs: Sequence[TrialRun], origin: str) -> None:
+    """Raise ValueError if the text of an unfinished run does not exist."""
+    for source in dict.fromkeys(
+        trial_run.trial.options.data for trial_run in trial_runs if not trial_run.is_finished
+    ):
         try:
             sources.find(source)
         except ValueError as error:
@@ -123,32 +125,32 @@ def _is_stuck(folder: Path) -> bool:
 # Training
 
 
-def train_all(places: Sequence[Place], jobs: int) -> dict[str, int]:
-    """Train what is not finished, `jobs` runs at a time, and return the exit statuses that are not 0.
+def train_all(trial_runs: Sequence[TrialRun], jobs: int) -> dict[str, int]:
+    """Train the unfinished runs, `jobs` at a time, and return the nonzero exit statuses.
 
-    One that fails stops no other. A request to stop goes on to those that run, which save; then it is raised.
+    A failed run does not stop the others. A signal is forwarded to the running processes, which save; then
+    `signals.Stopped` is raised.
     """
-    waiting, statuses = deque(place for place in places if not place.is_finished), {}
-    done, total = len(places) - len(waiting), len(places)
+    waiting, statuses = deque(trial_run for trial_run in trial_runs if not trial_run.is_finished), {}
+    done, total = len(trial_runs) - len(waiting), len(trial_runs)
     if done:
-        followers.tell(f"{done} of {total} runs are finished already")
-    running: list[tuple[Place, subprocess.Popen[bytes], float]] = []
+        followers.tell(f"{done} of {total} runs are already finished")
+    running: list[tuple[TrialRun, subprocess.Popen[bytes], float]] = []
     try:
         while waiting or running:
             signals.poll()
             for entry in [entry for entry in running if entry[1].poll() is not None]:
-                place, process, began = entry
+                trial_run, process, began = entry
                 running.remove(entry)
                 done += 1
-                followers.tell(
-                    f"[{done}/{total}] {place.folder.name}: {_verdict(place, process.returncode, began)}"
-                )
+                result = _verdict(trial_run, process.returncode, began)
+                followers.tell(f"[{done}/{total}] {trial_run.folder.name}: {result}")
                 if process.returncode:
-                    statuses[place.folder.name] = process.returncode
-            # one prepares the text, those after it find it
-            if waiting and len(running) < jobs and all(_has_begun(place) for place, _, _ in running):
+                    statuses[trial_run.folder.name] = process.returncode
+            # the first run prepares the text for the others
+            if waiting and len(running) < jobs and all(_has_begun(trial_run) for trial_run, _, _ in running):
                 running.append((waiting[0], start(waiting.popleft(), jobs), time.monotonic()))
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
     finally:
         for _, process, _ in running:
             process.send_signal(signals.SIGNALS[0])
@@ -157,51 +159,53 @@ def train_all(places: Sequence[Place], jobs: int) -> dict[str, int]:
     return statuses
 
 
-def start(place: Place, jobs: int) -> subprocess.Popen[bytes]:
-    """Begin a training run, or go on with one, on its share of the cores."""
+def start(trial_run: TrialRun, jobs: int) -> subprocess.Popen[bytes]:
+    """Start or resume a training run on its share of the cores."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, bpe.usable_cores(MOST_THREADS) // jobs)))
-    if run.checkpoints(place.folder):
-        arguments = ["--resume", str(place.folder)]
+    if run.checkpoints(trial_run.folder):
+        arguments = ["--resume", str(trial_run.folder)]
     else:
-        trials.write_options(place.trial.options, place.file)
-        arguments = ["--config", str(place.file), "--run_dir", str(place.folder)]
-    with open(place.log, "ab") as log:
+        trials.write_options(trial_run.trial.options, trial_run.file)
+        arguments = ["--config", str(trial_run.file), "--run_dir", str(trial_run.folder)]
+    with open(trial_run.log, "ab") as log:
         return subprocess.Popen(
             [*TRAIN, *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
-            # a Ctrl-C reaches it through this program alone, once
+            # only this program forwards Ctrl-C, once
             start_new_session=True,
         )
 
 
-def _has_begun(place: Place) -> bool:
-    return (place.folder / "config.json").exists()
+def _has_begun(trial_run: TrialRun) -> bool:
+    return (trial_run.folder / "config.json").exists()
 
 
-def _verdict(place: Place, status: int, began: float) -> str:
+def _verdict(trial_run: TrialRun, status: int, began: float) -> str:
     seconds = f"{time.monotonic() - began:.0f} s"
     if status:
-        return f"failed after {seconds} with status {status}: {place.reason()} (see {place.log})"
-    loss = records.read(str(place.folder)).summary().get("val_loss", math.nan)
+        return f"failed after {seconds} with status {status}: {trial_run.reason()} (see {trial_run.log})"
+    loss = records.read(str(trial_run.folder)).summary().get("val_loss", math.nan)
     return f"validation loss {loss:.4f}, {seconds}"
 
 
 # --------------------------------------------------------------------------------------------------
-# What came out
+# Results
 
 
-def outcomes(places: Sequence[Place]) -> list[charts.Outcome]:
-    """What each setting led to, its seeds together, in the order of the sweep."""
-    groups: dict[str, list[Place]] = {}
-    for place in places:
-        groups.setdefault(repr(place.trial.setting), []).append(place)
+def outcomes(trial_runs: Sequence[TrialRun]) -> list[charts.Outcome]:
+    """The outcome of each setting over its seeds, in the order of the sweep."""
+    groups: dict[str, list[TrialRun]] = {}
+    for trial_run in trial_runs:
+        groups.setdefault(repr(trial_run.trial.setting), []).append(trial_run)
     found = []
     for group in groups.values():
-        ended = [records.read(str(place.folder)).summary() for place in group if place.is_finished]
+        ended = [
+            records.read(str(trial_run.folder)).summary() for trial_run in group if trial_run.is_finished
+        ]
         options = group[0].trial.options
         train, model = options.train, _shape(group, options)
         tokens = train.steps * train.batch_size * train.grad_accumulation_steps * model.context_length
@@ -217,16 +221,16 @@ def outcomes(places: Sequence[Place]) -> list[charts.Outcome]:
     return found
 
 
-def _shape(group: Sequence[Place], options: config.Config) -> config.ModelConfig:
-    """As it was trained: the tokenizer says how large the vocabulary is."""
-    for place in group:
-        if _has_begun(place) and (shape := records.read(str(place.folder)).shape) is not None:
+def _shape(group: Sequence[TrialRun], options: config.Config) -> config.ModelConfig:
+    """The trained model's config, whose vocabulary size comes from the tokenizer."""
+    for trial_run in group:
+        if _has_begun(trial_run) and (shape := records.read(str(trial_run.folder)).shape) is not None:
             return shape
     return options.model
 
 
 def table(found: Sequence[charts.Outcome]) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row for each setting, the lowest loss first; without a loss last."""
+    """Titles and a row for each setting, lowest loss first; settings without a loss last."""
     names = list(found[0].setting)
     rows = [
         [
@@ -242,13 +246,18 @@ def table(found: Sequence[charts.Outcome]) -> tuple[list[str], list[list[str]]]:
     return [*names, "val loss", "spread", "runs", "weights", "tokens"], rows
 
 
-def results(places: Sequence[Place], statuses: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """A flat row for each run: its setting, how it ended, what it measured."""
-    for place in places:
-        is_finished = place.is_finished
-        state = "finished" if is_finished else "failed" if place.folder.name in statuses else "unfinished"
-        row = {"run": place.folder.name, "state": state, **place.trial.setting, "seed": place.trial.seed}
-        yield row | (records.read(str(place.folder)).summary() if is_finished else {})
+def results(trial_runs: Sequence[TrialRun], statuses: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """A flat row for each run: setting, state and summary."""
+    for trial_run in trial_runs:
+        is_finished = trial_run.is_finished
+        state = "finished" if is_finished else "failed" if trial_run.folder.name in statuses else "unfinished"
+        row = {
+            "run": trial_run.folder.name,
+            "state": state,
+            **trial_run.trial.setting,
+            "seed": trial_run.trial.seed,
+        }
+        yield row | (records.read(str(trial_run.folder)).summary() if is_finished else {})
 
 
 def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -262,16 +271,18 @@ def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
     run.write_file(out / "results.csv", content.getvalue())
 
 
-def conclude(sweep: trials.Sweep, places: Sequence[Place], statuses: dict[str, int], out: Path) -> None:
-    """Compare: print a table, and write results, figures and a page."""
-    found = outcomes(places)
-    write_results(list(results(places, statuses)), out)
+def conclude(
+    sweep: trials.Sweep, trial_runs: Sequence[TrialRun], statuses: dict[str, int], out: Path
+) -> None:
+    """Print a table, and write results, figures and a report."""
+    found = outcomes(trial_runs)
+    write_results(list(results(trial_runs, statuses)), out)
     screens = [compare.new_screen(), compare.recording_screen()]
     for screen in screens:
         compare.print_table(screen, *table(found))
-    ended = [records.read(str(place.folder)) for place in places if place.is_finished]
+    ended = [records.read(str(trial_run.folder)) for trial_run in trial_runs if trial_run.is_finished]
     if not ended:
-        print(f"no run has come to its end; {out}/results.csv says of each how far it came")
+        print(f"no run has finished; see {out}/results.csv")
         return
     draw = charts.draw_scaling if sweep.figure == "scaling" else charts.draw_options
     pictures = [draw(found, out / f"{sweep.name}.png"), plot.draw(ended, out / "curves.png", "tokens")]
@@ -286,21 +297,21 @@ def conclude(sweep: trials.Sweep, places: Sequence[Place], statuses: dict[str, i
 
 
 def main(options: programs.SweepConfig) -> int:
-    """Train and compare as `options` say. Returns the exit status."""
+    """Train and compare. Returns the exit status."""
     with command_line.exit_on_mistake():
         sweep = trials.load(options.sweep)
         out = Path(options.out or run.RUNS / sweep.name)
-        check_texts(find_places(sweep, out), options.sweep)
+        check_sources(find_trial_runs(sweep, out), options.sweep)
         out.mkdir(parents=True, exist_ok=True)
         with signals.listening(), run.locked(out):
-            places = find_places(sweep, out)
+            trial_runs = find_trial_runs(sweep, out)
             try:
-                statuses = train_all(places, options.jobs)
+                statuses = train_all(trial_runs, options.jobs)
             except signals.Stopped as stop:
                 command = f"uv run python -m llm_basics.sweep {shlex.join(sys.argv[1:])}"
-                followers.tell(f"stopped by {stop.name}; what ran is saved; go on with: {command}")
+                followers.tell(f"stopped by {stop.name}; running trials are saved; resume with: {command}")
                 return stop.status
-            conclude(sweep, places, statuses, out)
+            conclude(sweep, trial_runs, statuses, out)
     return 1 if statuses else 0
 
 

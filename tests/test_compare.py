@@ -1,4 +1,4 @@
-"""Runs side by side, on the terminal and as a page. Alone: uv run pytest tests/test_compare.py"""
+"""Comparisons of runs, printed and as a page. Alone: uv run pytest tests/test_compare.py"""
 
 import base64
 import html.parser
@@ -14,7 +14,7 @@ HOSTILE = '<img src=x onerror="alert(1)"> [red]&amp; \u202e\x1b[31m'
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see."""
+    """Tags and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -30,7 +30,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Three, of which the second ended best and the third not at all."""
+    """Three runs; the second has the lowest loss, the third a loss that is not finite."""
     monkeypatch.chdir(tmp_path)
     recorded.record(run.RUNS / "one", [4.0, 3.0], samples=[("old", ""), ("def ", "f(x):\n\treturn 1")])
     recorded.record(run.RUNS / "two", [4.0, 2.0], samples=[("ROMEO:", HOSTILE)], train__lr=0.5)
@@ -42,26 +42,28 @@ def options_of(*arguments):
     return command_line.program_options(programs.CompareConfig(), arguments, prog="compare")
 
 
-def test_the_terminal_shows_results_best_first_differences_and_samples(runs, capsys):
+def test_prints_results_best_first_differing_options_and_samples(runs, capsys):
     assert compare.main(options_of(*runs)) == 0
-    said = capsys.readouterr().out
-    rows = [line.split() for line in said.splitlines() if line.strip().startswith(tuple(runs))][:6]
+    output = capsys.readouterr().out
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith(tuple(runs))][:6]
     assert [row[0] for row in rows] == ["two", "one", "lost", "one", "two", "lost"]
     assert rows[0][1:] == "2.5000 2.5000 20 9.000 2.500 25.0% 246,464 20 20,480 20.5 1,000".split()
     assert rows[2][1:3] == ["not", "finite"]
     assert rows[3:] == [["one", "adamw", "0.0003"], ["two", "adamw", "0.5"], ["lost", "muon", "0.0003"]]
-    assert "def f(x):" in said and "    return 1" in said and "old" not in said
-    # as it was written, but for what moves the cursor
-    assert "<img src=x" in said and "[red]&amp;" in said and "\x1b" not in said and "\u202e" not in said
+    assert "def f(x):" in output and "    return 1" in output and "old" not in output
+    # literal text, without control characters
+    assert (
+        "<img src=x" in output and "[red]&amp;" in output and "\x1b" not in output and "\u202e" not in output
+    )
 
 
-def test_one_run_is_looked_at_as_well(runs, capsys):
+def test_a_single_run_is_reported(runs, capsys):
     assert compare.main(options_of("one")) == 0
-    said = capsys.readouterr().out
-    assert "3.5000" in said and "options that differ" not in said
+    output = capsys.readouterr().out
+    assert "3.5000" in output and "options that differ" not in output
 
 
-def test_many_options_of_few_runs_are_rows(tmp_path):
+def test_more_options_than_runs_are_rows(tmp_path):
     changed = {"train__lr": 0.5, "model__norm": "none", "train__steps": 7}
     paths = [recorded.record(tmp_path / "a", [3.0]), recorded.record(tmp_path / "b", [3.0], **changed)]
     titles, rows = compare.options_that_differ(records.read_all([str(path) for path in paths]))
@@ -73,8 +75,8 @@ def test_many_options_of_few_runs_are_rows(tmp_path):
     ]
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(runs, tmp_path, capsys):
-    """However hostile the names: what is text stays text."""
+def test_the_page_is_self_contained_and_has_no_scripts(runs, tmp_path, capsys):
+    """Also with hostile names and samples, which stay text."""
     (run.RUNS / "two").rename(run.RUNS / HOSTILE.replace("/", "").replace("\x1b", ""))
     names = ["one", "lost", HOSTILE.replace("/", "").replace("\x1b", "")]
     assert compare.main(options_of(*names, "--out", "report.html")) == 0
@@ -103,7 +105,7 @@ def test_a_page_of_runs_without_curves_or_samples(tmp_path):
     assert "<img" not in (tmp_path / "a.html").read_text()
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_page_is_written_atomically(tmp_path, monkeypatch):
     compare.write_page(tmp_path / "a.html", "first", compare.recording_screen(), [])
     before = (tmp_path / "a.html").read_text()
 
@@ -117,21 +119,21 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["one", "tow"], "got tow; the closest is two"),
         (["one", "--out", "report.pdf"], "out must end in .html, got report.pdf"),
         (["one", "--out", "nowhere/report.html"], "No such file or directory"),
     ],
 )
-def test_mistakes_are_one_line(runs, capsys, arguments, said):
+def test_errors_are_one_line(runs, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         compare.main(options_of(*arguments))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_numbers_are_readable():
+def test_numbers_are_formatted_by_column():
     numbers = {"val_loss": 1.23456, "perplexity": 12345.6, "seconds": 3.14159, "bits_per_byte": 123.456}
     assert [compare.format_number(*pair) for pair in numbers.items()] == ["1.2346", "12,346", "3.1", "123.5"]
     assert (

@@ -30,31 +30,31 @@ def is_picture(path):
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.integers(1, 90))
-def test_smoothing_keeps_length_and_bounds_and_what_is_constant(values, window):
+def test_smoothing_keeps_length_bounds_and_constants(values, window):
     smooth = plot.smoothed(np.array(values), window)
     assert len(smooth) == len(values)
     assert min(values) - 1e-6 <= smooth.min() and smooth.max() <= max(values) + 1e-6
     np.testing.assert_allclose(plot.smoothed(np.full(len(values), 3.0), window), 3.0)
 
 
-def test_smoothing_by_one_changes_nothing_and_gaps_stay_gaps():
+def test_window_of_one_is_the_identity_and_gaps_stay_nan():
     values = np.array([1.0, np.nan, 3.0, 8.0])
     np.testing.assert_array_equal(plot.smoothed(values, 1), values)
     assert np.isnan(plot.smoothed(np.array([np.nan, np.nan]), 3)).all()
 
 
-def test_a_panel_for_each_unit_and_losses_together(tmp_path, drawn):
+def test_losses_share_a_panel_and_other_metrics_have_their_own(tmp_path, drawn):
     runs = [made([4.0, 3.0, 2.0], val_loss=2.5, lr=0.1, grad_norm=1.0)]
     assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss", "val_loss", "lr", "grad_norm"]))
     assert [sum(len(line.get_xdata()) > 0 for line in axes.lines) for axes in drawn[0].axes] == [2, 1, 1]
     assert [axes.get_ylabel() for axes in drawn[0].axes] == [
         "loss (nats per token)",
         "learning rate",
-        "norm of the gradient",
+        "gradient norm",
     ]
 
 
-def test_smoothing_is_of_training_and_leaves_evaluations(tmp_path, drawn):
+def test_smoothing_applies_to_training_metrics_only(tmp_path, drawn):
     metrics = [{"step": i, "train_loss": float(i % 2), "val_loss": float(i % 2)} for i in range(40)]
     plot.draw([records.Record("r", {}, metrics, [])], tmp_path / "a.png", smooth=10, log=True)
     curves = [np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines]
@@ -63,7 +63,7 @@ def test_smoothing_is_of_training_and_leaves_evaluations(tmp_path, drawn):
     assert drawn[0].axes[0].get_yscale() == "log"
 
 
-def test_of_many_runs_the_best_have_colors_and_names(tmp_path, drawn):
+def test_the_best_of_many_runs_are_colored_and_named(tmp_path, drawn):
     runs = [made([5.0, 1.0 + i / 100], name=f"number {i}") for i in range(100)]
     began = time.perf_counter()
     assert is_picture(plot.draw(runs[::-1], tmp_path / "a.png", ys=["train_loss"]))
@@ -82,7 +82,7 @@ def test_a_million_points_are_drawn_in_seconds(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_of_any_letters_are_drawn_as_they_are(tmp_path, drawn):
+def test_names_are_drawn_literally(tmp_path, drawn):
     for count in (1, 2):
         assert is_picture(
             plot.draw([made([3.0, 2.0], name=HOSTILE)] * count, tmp_path / "a.png", ys=["train_loss"])
@@ -94,17 +94,17 @@ def test_names_of_any_letters_are_drawn_as_they_are(tmp_path, drawn):
     assert "\n" not in plot.readable(HOSTILE) and len(plot.readable("x" * 500)) == plot.NAME_LENGTH
 
 
-def test_runs_that_have_only_numbers_that_are_none(tmp_path):
+def test_runs_without_finite_values_are_drawn(tmp_path):
     runs = [made([None, None], name="lost"), made([3.0, None, 2.0], name="partly")]
     assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss"]))
 
 
-def test_the_steep_beginning_does_not_flatten_the_rest(tmp_path, drawn):
+def test_y_limits_leave_out_the_steep_beginning(tmp_path, drawn):
     plot.draw([made([100.0, *np.linspace(3, 2, 60)])], tmp_path / "a.png", ys=["train_loss"])
     assert drawn[0].axes[0].get_ylim()[1] < 4
 
 
-def test_the_curve_of_a_run_and_what_counting_would_reach(tmp_path, drawn):
+def test_plot_loss_draws_the_unigram_entropy(tmp_path, drawn):
     folder = recorded.record(tmp_path / "r", [4.0, 3.0, 2.0])
     assert plot.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"
     (axes,) = drawn[0].axes
@@ -112,7 +112,7 @@ def test_the_curve_of_a_run_and_what_counting_would_reach(tmp_path, drawn):
     assert axes.get_title(loc="left") == "r" and axes.get_ylim()[1] > 3.3
 
 
-def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_figure_is_written_atomically(tmp_path, monkeypatch):
     path = plot.draw([made([3.0, 2.0])], tmp_path / "a.png", ys=["train_loss"])
     before = path.read_bytes()
 
@@ -127,7 +127,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 
 def options_of(*arguments):
@@ -135,7 +135,7 @@ def options_of(*arguments):
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_program_draws_runs(tmp_path, monkeypatch, capsys, ending):
+def test_the_command_draws_runs(tmp_path, monkeypatch, capsys, ending):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         recorded.record(run.RUNS / name, [3.0, 2.0, 1.0])
@@ -145,24 +145,24 @@ def test_the_program_draws_runs(tmp_path, monkeypatch, capsys, ending):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["r", "--y", "valloss"], "y must be what the runs have measured (accuracy, bits_per_byte, lr, "),
+        (["r", "--y", "valloss"], "y must be a metric of the runs (accuracy, bits_per_byte, lr, "),
         (["nowhere"], "a run must be a folder with config.json"),
         (["r", "--out", "nowhere/a.png"], "No such file or directory"),
         (["r", "--out", "a.gif"], "out must end in .png, .svg or .pdf, got a.gif"),
         (["r", "--smooth", "0"], "smooth must be at least 1, got 0"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     recorded.record(run.RUNS / "r", [3.0, 2.0])
     with pytest.raises(SystemExit) as stop:
         plot.main(options_of(*arguments))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_plot_compare_and_sweep_answer_without_torch():
+def test_plot_compare_and_sweep_do_not_import_torch():
     code = "import sys; from llm_basics import plot, compare, sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

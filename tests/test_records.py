@@ -1,4 +1,4 @@
-"""Runs as somebody reads them. Alone: uv run pytest tests/test_records.py"""
+"""Run directories as data. Alone: uv run pytest tests/test_records.py"""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_a_run_is_found_by_folder_by_name_and_as_the_newest(tmp_path, monkeypatc
         records.read("empty")
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_named_by_folder(tmp_path):
     names = [str(recorded.record(tmp_path / outer / "run", [3.0])) for outer in ("a", "b")]
     other = str(recorded.record(tmp_path / "c", [3.0]))
     assert [record.name for record in records.read_all([*names, other])] == [*names, "c"]
@@ -63,7 +63,7 @@ def test_batches_that_differ_in_size_count_as_what_they_were(tmp_path):
 
 def test_without_a_speed_there_is_no_time(tmp_path):
     run.Run(recorded.record(tmp_path, [])).metrics(1, train_loss=1.0)
-    with pytest.raises(ValueError, match="no tokens_per_second"):
+    with pytest.raises(ValueError, match="x=time needs tokens_per_second"):
         records.read(str(tmp_path)).curve("train_loss", "time")
 
 

@@ -1,6 +1,6 @@
-"""Many trainings and their comparison. Alone: uv run pytest tests/test_sweep.py
+"""Sweeps: training runs and their comparison. Alone: uv run pytest tests/test_sweep.py
 
-But for the last test, trainings are those of fixtures/trainer.py, which take no time.
+All but the last test of training use the stand-in fixtures/trainer.py, which takes no time.
 """
 
 import csv
@@ -25,13 +25,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(TRAINER)))
-    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
     for text in ("fail", "interrupt"):
         Path(text).touch()
     return tmp_path
 
 
-def do(content, *arguments):
+def run_sweep(content, *arguments):
     Path("mine.yaml").write_text(content)
     return sweep.main(
         command_line.program_options(programs.SweepConfig(), ["mine.yaml", *arguments], "sweep")
@@ -51,11 +51,11 @@ GRID = "base: {train: {steps: 3}}\ngrid: {train.lr: [1e-2, 1e-3]}\nseeds: [0, 1]
 
 
 def test_a_sweep_trains_each_run_and_compares(here, capsys):
-    assert do(GRID) == 0
-    said = capsys.readouterr().out
+    assert run_sweep(GRID) == 0
+    output = capsys.readouterr().out
     names = [f"lr={lr},seed={seed}" for lr in (0.01, 0.001) for seed in (0, 1)]
     assert calls() == [["begin", name] for name in names]
-    rows = [line.split() for line in said.splitlines() if line.strip().startswith("0.0")]
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith("0.0")]
     assert [row[:4] for row in rows] == [
         ["0.001", "2.0050", "0.0071", "2"],
         ["0.01", "3.0050", "0.0071", "2"],
@@ -76,78 +76,80 @@ def test_a_sweep_trains_each_run_and_compares(here, capsys):
     assert Path("runs/mine/report.html").read_text().count("<img") == 2
 
 
-def test_a_second_call_does_nothing_but_compare(here, capsys):
-    do(TWO)
+def test_a_finished_sweep_is_only_compared(here, capsys):
+    run_sweep(TWO)
     capsys.readouterr()
     Path("calls.txt").unlink()
     shutil.rmtree("runs/mine/lr=0.001,seed=0")
     os.remove("runs/mine/results.json")
-    assert do(TWO) == 0 and calls() == [["begin", "lr=0.001,seed=0"]]
-    assert "1 of 2 runs are finished already" in capsys.readouterr().out and len(results()) == 2
+    assert run_sweep(TWO) == 0 and calls() == [["begin", "lr=0.001,seed=0"]]
+    assert "1 of 2 runs are already finished" in capsys.readouterr().out and len(results()) == 2
     Path("calls.txt").unlink()
-    assert do(TWO) == 0 and not Path("calls.txt").exists()
+    assert run_sweep(TWO) == 0 and not Path("calls.txt").exists()
 
 
-def test_runs_are_known_by_their_options_not_by_their_names(here):
-    """Those of other options stay as they are, and count no longer."""
-    do(TWO)
+def test_runs_are_identified_by_their_options(here):
+    """Runs with other options are kept and left out of the comparison."""
+    run_sweep(TWO)
     Path("calls.txt").unlink()
     longer = TWO.replace("steps: 3", "steps: 4")
-    assert do(longer) == 0
+    assert run_sweep(longer) == 0
     assert calls() == [["begin", "lr=0.01,seed=0-2"], ["begin", "lr=0.001,seed=0-2"]]
     assert [(r["run"], r["steps"]) for r in results()] == [("lr=0.01,seed=0-2", 4), ("lr=0.001,seed=0-2", 4)]
     Path("calls.txt").unlink()
-    assert do(TWO) == 0 and not Path("calls.txt").exists()
+    assert run_sweep(TWO) == 0 and not Path("calls.txt").exists()
     assert [r["run"] for r in results()][0] == "lr=0.01,seed=0"
 
 
-def test_a_run_that_fails_stops_no_other_and_is_told(here, capsys):
-    assert do("base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: fail}, c: {train.lr: 1e-2}}") == 1
-    said = capsys.readouterr().out
-    assert "[2/3] b,seed=0: failed after 0 s with status 1: error: it was asked for (see runs/mine/b" in said
+def test_a_failed_run_is_reported_and_stops_no_other(here, capsys):
+    content = "base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: fail}, c: {train.lr: 1e-2}}"
+    assert run_sweep(content) == 1
+    output = capsys.readouterr().out
+    assert "[2/3] b,seed=0: failed after " in output
+    assert " s with status 1: error: it was asked for (see runs/mine/b" in output
     assert [r["state"] for r in results()] == ["finished", "failed", "finished"]
-    assert [line.split()[1] for line in said.splitlines() if line.startswith(("  a ", "  b ", "  c "))] == [
+    assert [line.split()[1] for line in output.splitlines() if line.startswith(("  a ", "  b ", "  c "))] == [
         "2.5229",
         "3.0000",
         "none",
     ]
 
 
-def test_where_all_fail_the_results_say_so(here, capsys):
-    assert do("variants: {b: {data: fail}}") == 1
-    said = capsys.readouterr().out
-    assert results()[0]["state"] == "failed" and "no run has come to its end" in said
-    (row,) = [line.split() for line in said.splitlines() if line.startswith("  b ")]
+def test_results_are_written_when_all_runs_fail(here, capsys):
+    assert run_sweep("variants: {b: {data: fail}}") == 1
+    output = capsys.readouterr().out
+    assert results()[0]["state"] == "failed" and "no run has finished" in output
+    (row,) = [line.split() for line in output.splitlines() if line.startswith("  b ")]
     assert row == ["b", "none", "-", "0", "-", "-"]
     assert not Path("runs/mine/mine.png").exists()
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_interrupted_it_saves_and_the_same_command_goes_on(here, capsys, jobs):
+def test_an_interrupted_sweep_saves_and_resumes(here, capsys, jobs):
     content = "base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: interrupt}, c: {train.lr: 1e-2}}"
-    assert do(content, "--jobs", jobs) == 130
-    assert "stopped by SIGINT; what ran is saved; go on with: uv run" in capsys.readouterr().out
+    assert run_sweep(content, "--jobs", jobs) == 130
+    assert "stopped by SIGINT; running trials are saved; resume with: uv run" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert do(content, "--jobs", jobs) == 0
+    assert run_sweep(content, "--jobs", jobs) == 0
     made = calls()
     assert ["resume", "b,seed=0"] in made and made.count(["begin", "a,seed=0"]) == 1
     assert [r["state"] for r in results()] == ["finished"] * 3
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(here):
-    do(TWO)
+def test_a_run_killed_before_its_first_checkpoint_restarts(here):
+    run_sweep(TWO)
     for path in Path("runs/mine/lr=0.01,seed=0/checkpoints").iterdir():
         path.unlink()
-    assert do(TWO) == 0
+    assert run_sweep(TWO) == 0
     assert calls()[2:] == [["begin", "lr=0.01,seed=0-2"]]
 
 
 def test_jobs_share_the_cores_and_the_first_prepares_the_text(here, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert do(TWO, "--jobs", "3") == 0
+    assert run_sweep(TWO, "--jobs", "3") == 0
     assert {line.split()[2] for line in Path("calls.txt").read_text().splitlines()} == {"2"}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert do(TWO, "--out", "other") == 0
+    assert run_sweep(TWO, "--out", "other") == 0
     assert Path("calls.txt").read_text().splitlines()[-1].split()[2] == "5"
 
 
@@ -155,26 +157,26 @@ def test_a_second_run_waits_until_the_first_has_its_text(here, monkeypatch):
     begun = []
     start = sweep.start
 
-    def watched(place, jobs):
+    def watched(trial_run, jobs):
         begun.append([(other / "config.json").exists() for other in begun_folders])
-        begun_folders.append(place.folder)
-        return start(place, jobs)
+        begun_folders.append(trial_run.folder)
+        return start(trial_run, jobs)
 
     begun_folders = []
     monkeypatch.setattr(sweep, "start", watched)
-    assert do(TWO, "--jobs", "4") == 0
+    assert run_sweep(TWO, "--jobs", "4") == 0
     assert begun == [[], [True]]
 
 
 def test_two_sweeps_do_not_write_one_folder(here, capsys):
     Path("runs/mine").mkdir(parents=True)
     with run.locked("runs/mine"), pytest.raises(SystemExit) as stop:
-        do(GRID)
+        run_sweep(GRID)
     assert stop.value.code == 2 and "runs/mine is locked by pid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("grid: {train.lrr: [1]}", "unknown option train.lrr (mine.yaml); the closest is train.lr"),
         ("grids: {train.lr: [1]}", "unknown key grids (mine.yaml); a sweep has base, grid"),
@@ -182,41 +184,41 @@ def test_two_sweeps_do_not_write_one_folder(here, capsys):
         ("variants: {a: {}, b: {data: nowhere.txt}}", " got nowhere.txt; "),
     ],
 )
-def test_mistakes_are_one_line_and_make_nothing(here, capsys, content, said):
+def test_errors_are_one_line_and_create_no_files(here, capsys, content, message):
     with pytest.raises(SystemExit) as stop:
-        do(content)
+        run_sweep(content)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
     assert sorted(path.name for path in here.iterdir()) == ["fail", "interrupt", "mine.yaml"]
 
 
-def test_what_is_finished_is_compared_without_its_text(here):
+def test_a_finished_sweep_needs_no_text(here):
     content = "base: {data: book.txt, train: {steps: 3}}\ngrid: {train.lr: [1e-2]}"
     Path("book.txt").touch()
-    assert do(content) == 0
+    assert run_sweep(content) == 0
     os.remove("book.txt")
     os.remove("runs/mine/results.json")
-    assert do(content) == 0 and results()[0]["state"] == "finished"
+    assert run_sweep(content) == 0 and results()[0]["state"] == "finished"
 
 
-def test_the_options_of_a_run_are_there_whole_or_not_at_all(here, monkeypatch):
+def test_options_of_a_run_are_written_atomically(here, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="2"):
-        do(TWO)
+        run_sweep(TWO)
     assert not [*Path("runs/mine").glob("*.yaml*")]
 
 
 def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
-    """What the file of a run says, trained alone, gives the same losses to the last bit."""
+    """Training with the options file of a trial gives bitwise the same losses."""
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, "-m", "llm_basics.train"))
     Path("text.txt").write_text("All is well that ends well.\n" * 60)
     model = "{context_length: 8, d_model: 16, n_layers: 1, n_heads: 2}"
     steps = "{steps: 5, batch_size: 2, eval_batches: 1, sample_tokens: 5, device: cpu}"
     base = f"{{data: text.txt, tokenizer: bytes, fast: off, model: {model}, train: {steps}}}"
-    assert do(f"base: {base}\nvariants: {{no norm: {{model.norm: none}}}}\nfigure: scaling") == 0
+    assert run_sweep(f"base: {base}\nvariants: {{no norm: {{model.norm: none}}}}\nfigure: scaling") == 0
     arguments = ["--config", "runs/mine/no-norm,seed=0.yaml", "--run_dir", "alone"]
     assert train.main(command_line.train_options(arguments)) == 0
     losses = [
@@ -239,7 +241,7 @@ def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_numbers_are_lines_with_a_logarithmic_axis_where_they_are_far_apart(tmp_path, drawn):
+def test_numeric_options_are_lines_on_a_logarithmic_axis_if_far_apart(tmp_path, drawn):
     found = [outcome([3 - i, 3.2 - i], lr=10.0**-i, kind=kind) for i in range(3) for kind in ("a", "b")]
     charts.draw_options([*found, outcome([], lr=5.0, kind="a")], tmp_path / "a.png")
     (axes,) = drawn[0].axes
@@ -251,7 +253,7 @@ def test_numbers_are_lines_with_a_logarithmic_axis_where_they_are_far_apart(tmp_
     assert axes.get_title(loc="left") == "Lowest validation loss: 1.100 at lr 0.01, kind a"
 
 
-def test_choices_are_bars_beside_the_first(tmp_path, drawn):
+def test_other_options_are_bars_relative_to_the_first(tmp_path, drawn):
     found = [outcome([2.0, 2.2], variant="$x_"), outcome([1.5], variant="b"), outcome([3.0], variant="c")]
     charts.draw_options(found, tmp_path / "a.png")
     (axes,) = drawn[0].axes
@@ -260,14 +262,14 @@ def test_choices_are_bars_beside_the_first(tmp_path, drawn):
     assert [text.get_text() for text in axes.texts] == ["3.000  (+0.900)", "2.100", "1.500  (-0.600)"]
 
 
-def test_a_loss_far_above_all_others_goes_off_the_top(tmp_path, drawn):
+def test_y_limits_leave_out_losses_far_above_the_others(tmp_path, drawn):
     charts.draw_options(
         [outcome(loss, lr=i) for i, loss in enumerate([2.0, 2.1, 2.2, 2.3, 90.0])], tmp_path / "a.png"
     )
     assert drawn[0].axes[0].get_ylim()[1] < 3
 
 
-def test_power_laws_are_found_again(tmp_path, drawn):
+def test_power_laws_are_recovered(tmp_path, drawn):
     found = [
         outcome(20 * n**-0.1 * d**-0.05, n, d, 6.0 * n * d, model_d=n, steps=d)
         for n in (1000, 3000, 9000)
@@ -293,5 +295,5 @@ def test_a_law_needs_three_points(tmp_path):
     assert charts.draw_scaling(found, tmp_path / "a.png").exists()
 
 
-def test_spread_is_that_of_the_seeds():
+def test_spread_is_the_standard_deviation_over_seeds():
     assert outcome([1.0, 2.0, 3.0]).spread == 1.0 and math.isnan(outcome([1.0]).spread)

@@ -35,7 +35,7 @@ def test_options_of_one_key_change_together():
     assert sweep.trials[1].setting == {"model.d_model": 64, "model.n_layers": 3}
 
 
-def test_variants_have_names_and_each_has_all_of_the_grid():
+def test_each_variant_is_combined_with_the_whole_grid():
     sweep = parse(
         variants={"as it is": {}, "post/../norm": {"model": {"norm_placement": "post"}, "train.lr": 0.5}},
         grid={"model.n_layers": [1, 2]},
@@ -46,19 +46,19 @@ def test_variants_have_names_and_each_has_all_of_the_grid():
     assert sweep.trials[1].name == "n_layers=1,post-..-norm,seed=0"
 
 
-def test_what_is_listed_twice_is_run_once():
+def test_values_listed_twice_are_trained_once():
     found = parse(grid={"model.n_layers": [1, 2, 1]}, seeds=[0, 1]).trials
     assert [(t.options.model.n_layers, t.seed) for t in found] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
-@pytest.mark.parametrize("option", trials.TAKEN)
-def test_what_a_sweep_decides_is_no_variant(option):
+@pytest.mark.parametrize("option", trials.RESERVED)
+def test_options_set_by_the_sweep_are_no_variant(option):
     value = {"find_lr": True, "train.seed": 5}.get(option, "tiny")
-    with pytest.raises(ValueError, match=f"{option} is set for each run of a sweep"):
+    with pytest.raises(ValueError, match=f"{option} is set by the sweep"):
         parse(variants={"a": {option: value}})
 
 
-def test_folders_have_names_that_no_other_run_has():
+def test_names_of_run_directories_are_unique():
     names = [t.name for t in parse(variants={"a b": {}, "a/b": {}, "x" * 300: {}, "..": {}}).trials]
     assert len(set(names)) == 4 and names[:2] == ["a-b,seed=0", "a-b,seed=0-2"]
     assert all(0 < len(name) <= 103 and "/" not in name and not name.startswith(".") for name in names)
@@ -98,7 +98,7 @@ def test_a_sweep_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("grids: {}", "unknown key grids ({path}); a sweep has base, grid, variants, seeds"),
         (
@@ -112,51 +112,51 @@ def test_a_sweep_of_ones_own(tmp_path):
         ("grid: {train.lr: [-1]}", "train.lr must be at least 0, got -1"),
         (
             "grid: {'train.lr, train.steps': [[1]]}",
-            "train.lr, train.steps must have 2 values each time, got [1]",
+            "train.lr, train.steps must have 2 values in each row, got [1]",
         ),
-        ("grid: {run_dir: [a]}", "grid: run_dir is set for each run of a sweep ({path})"),
-        ("grid: {train.seed: [1]}", "train.seed is set for each run of a sweep; seeds has a list of them"),
+        ("grid: {run_dir: [a]}", "grid: run_dir is set by the sweep ({path})"),
+        ("grid: {train.seed: [1]}", "train.seed is set by the sweep; use seeds"),
         (
             "base: {run_dir: a}\ngrid: {train.lr: [1]}",
-            "base: run_dir is set for each run of a sweep; leave it",
+            "base: run_dir is set by the sweep; remove it",
         ),
-        ("base: {resume: a}\ngrid: {train.lr: [1]}", "base: resume is set for each run of a sweep; leave it"),
+        ("base: {resume: a}\ngrid: {train.lr: [1]}", "base: resume is set by the sweep; remove it"),
         (
             "base: {find_lr: true}\ngrid: {train.lr: [1]}",
-            "base: find_lr is set for each run of a sweep; leave",
+            "base: find_lr is set by the sweep; remove it",
         ),
-        ("grid: [1]", "grid must hold options and their values, got [1] ({path})"),
+        ("grid: [1]", "grid must map options to values, got [1] ({path})"),
         ("base: tiny", "a sweep must have grid or variants, got none ({path})"),
         ("base: tini\ngrid: {train.lr: [1]}", "--config must be a preset"),
-        ("base: 3\ngrid: {train.lr: [1]}", "base must be a preset or hold options, got 3 ({path})"),
-        ("variants: {a: 1}", "variants: a must hold options, got 1 ({path})"),
+        ("base: 3\ngrid: {train.lr: [1]}", "base must be a preset or a mapping of options, got 3 ({path})"),
+        ("variants: {a: 1}", "variants: a must be a mapping of options, got 1 ({path})"),
         (
             "variants: {a: {model.norm: batch}}",
             "model.norm must be Literal['rms', 'layer', 'none'], got 'batch'",
         ),
-        ("grid: {train.lr: [1]}\nseeds: 3", "seeds must be a list of different numbers, got 3 ({path})"),
-        ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of different numbers, got [1, 1]"),
+        ("grid: {train.lr: [1]}\nseeds: 3", "seeds must be a list of distinct integers, got 3 ({path})"),
+        ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of distinct integers, got [1, 1]"),
         ("grid: {train.lr: [1]}\nseeds: [a]", "train.seed must be int, got 'a' ({path})"),
         ("grid: {train.lr: [1]}\nfigure: cake", "figure must be options or scaling, got 'cake' ({path})"),
         ("grid: [", "{path}:1 must be YAML"),
     ],
 )
-def test_mistakes_in_a_file_name_it_and_the_key(tmp_path, content, said):
+def test_errors_name_the_file_and_the_key(tmp_path, content, message):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
         trials.load(str(path))
-    assert said.format(path=path) in str(error.value) and "\n" not in str(error.value)
+    assert message.format(path=path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_set_for_each_run_may_not_come_by_a_preset(tmp_path):
+def test_options_set_by_the_sweep_are_refused_in_a_preset(tmp_path):
     (tmp_path / "mine.yaml").write_text("find_lr: true")
     for base in (str(tmp_path / "mine.yaml"), {"config": str(tmp_path / "mine.yaml")}):
-        with pytest.raises(ValueError, match=r"base: find_lr is set for each run of a sweep; .* \(here\)"):
+        with pytest.raises(ValueError, match=r"base: find_lr is set by the sweep; .* \(here\)"):
             trials.parse({"base": base, "grid": {"train.lr": [1]}}, "a", "here")
 
 
-def test_a_sweep_that_is_not_there():
+def test_an_unknown_sweep_is_an_error():
     with pytest.raises(ValueError, match=r"a sweep must be a preset \(ablations, batch, lr, scaling\) or a"):
         trials.load("learning-rate")
 
