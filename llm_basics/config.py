@@ -152,6 +152,9 @@ class TrainConfig:
     """Sequences in one forward pass."""
     grad_accumulation_steps: int = 1
     """Forward passes whose gradients are averaged into one step."""
+    stride: int | None = None
+    """Tokens between the starts of two training windows of text. None: model.context_length, side by side;
+    smaller: windows overlap. Not for conversations (sft)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon steps the matrices of the blocks in orthogonal directions, and leaves the rest to adamw."""
     lr: float = 3e-4
@@ -285,6 +288,11 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+        if self.train.stride is not None and not 1 <= self.train.stride <= self.model.context_length:
+            raise ValueError(
+                f"train.stride must be from 1 to model.context_length {self.model.context_length}, got "
+                f"{self.train.stride}"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.find_lr and self.resume is not None:

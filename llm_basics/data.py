@@ -53,11 +53,49 @@ def check_length(n_tokens: int, context_length: int, what: str = "the text") -> 
         )
 
 
+def check_stride(stride: int | None, context_length: int) -> int:
+    """The distance of the starts of two windows; None is `context_length`. Raises ValueError outside 1 to it.
+
+    >>> check_stride(None, context_length=64), check_stride(16, context_length=64)
+    (64, 16)
+    """
+    if stride is not None and not 1 <= stride <= context_length:
+        raise ValueError(f"stride must be from 1 to context_length {context_length}, got {stride}")
+    return context_length if stride is None else stride
+
+
+class WindowDataset(torch.utils.data.Dataset[tuple[Int[Tensor, " seq"], Int[Tensor, " seq"]]]):
+    """The windows of `tokens` from beginning to end, for `torch.utils.data.DataLoader` or any other loop.
+
+    Window i begins at token `i * stride`; None: `context_length`, side by side. Tokens at the end that
+    do not fill a window are left out.
+
+    >>> windows = WindowDataset(np.arange(7), context_length=4, stride=2)
+    >>> len(windows), windows[1]
+    (2, (tensor([2, 3, 4, 5]), tensor([3, 4, 5, 6])))
+    """
+
+    def __init__(self, tokens: np.ndarray, context_length: int, stride: int | None = None) -> None:
+        check_length(len(tokens), context_length)
+        self.tokens = tokens
+        self.context_length = context_length
+        self.starts = range(0, len(tokens) - context_length, check_stride(stride, context_length))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> tuple[Int[Tensor, " seq"], Int[Tensor, " seq"]]:
+        start = self.starts[index]
+        window = torch.from_numpy(self.tokens[start : start + self.context_length + 1].astype(np.int64))
+        return window[:-1], window[1:]
+
+
 class Batches:
     """All of the data in shuffled windows, epoch after epoch: `batches[i]` is batch number i.
 
-    An epoch cuts every shard into windows side by side, from an offset of its own, and shuffles them: each
-    token is seen about once. Windows do not reach from one shard into the next.
+    An epoch cuts every shard into windows whose starts are `stride` tokens apart, from a random offset, and
+    shuffles them. None: `context_length`, windows side by side, so that an epoch has each token about once; a
+    smaller stride makes windows overlap. Windows do not reach from one shard into the next.
 
     >>> batches = Batches([np.arange(9)], batch_size=2, context_length=2, seed=0)
     >>> batches.windows_per_epoch
@@ -74,15 +112,17 @@ class Batches:
         context_length: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        stride: int | None = None,
     ) -> None:
         self.shards = [tokens for tokens in shards if len(tokens) > context_length]
         check_length(max(map(len, shards), default=0), context_length)
         self.batch_size = batch_size
         self.context_length = context_length
+        self.stride = check_stride(stride, context_length)
         self.seed = seed
         self.device = device
         # one window fewer than fit leaves room for the offset
-        fit = [(len(tokens) - 1) // context_length for tokens in self.shards]
+        fit = [len(range(0, len(tokens) - context_length, self.stride)) for tokens in self.shards]
         self._first = np.cumsum([0] + [max(1, windows - 1) for windows in fit])
         self.windows_per_epoch = int(self._first[-1])
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -101,14 +141,14 @@ class Batches:
         epoch, place = divmod(number, self.windows_per_epoch)
         offsets, order = self._order(epoch)
         shard = int(np.searchsorted(self._first, order[place], side="right")) - 1
-        start = offsets[shard] + (order[place] - self._first[shard]) * self.context_length
+        start = offsets[shard] + (order[place] - self._first[shard]) * self.stride
         return shard, int(start)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The offset of each shard, and the order of all windows, in `epoch`."""
         rng = np.random.default_rng((self.seed, epoch))
         rooms = [
-            len(tokens) - windows * self.context_length
+            len(tokens) - self.context_length - (windows - 1) * self.stride
             for tokens, windows in zip(self.shards, np.diff(self._first), strict=True)
         ]
         return rng.integers(0, rooms), rng.permutation(self.windows_per_epoch)

@@ -169,7 +169,8 @@ class Session:
         texts = [shard.tokens for shard in prepared.train]
         data.check_length(max(map(len, texts), default=0), length, "the training text")
         data.check_length(len(prepared.val.tokens), length, "the held-out text")
-        return data.Batches(texts, train.batch_size, length, train.seed, self.device), prepared.val.tokens
+        batches = data.Batches(texts, train.batch_size, length, train.seed, self.device, train.stride)
+        return batches, prepared.val.tokens
 
     def uncompile(self) -> None:
         """Run the model as it is written."""

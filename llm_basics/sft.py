@@ -102,6 +102,11 @@ def make(options: config.Config) -> Session:
     """A run that learns to answer as the conversations do that `options` name."""
     if options.init_from is None and options.resume is None:
         raise ValueError("--init_from must name what is to be taught: a run, or newest; or give --resume")
+    if options.train.stride is not None:
+        raise ValueError(
+            f"--train.stride must be left out for conversations, got {options.train.stride}: their rows are "
+            "not windows of a text"
+        )
     if options.resume is not None:
         known = tokenizer.Tokenizer.load(Path(options.resume) / "tokenizer")
         if not chat.is_chat(known):

@@ -143,6 +143,8 @@ def test_adamw_defaults():
         (["--train.seed", "-1"], "train.seed must be at least 0, got -1"),
         (["--model.rope_theta", "0"], "model.rope_theta must be above 0, got 0.0"),
         (["--train.lr", "nan"], "train.lr must be"),
+        (["--train.stride", "0"], "train.stride must be from 1 to model.context_length 128, got 0"),
+        (["--train.stride", "9", "--model.context_length", "8"], "to model.context_length 8, got 9"),
         (["--train.betas", "2", "3"], "train.betas must be at least 0 and below 1"),
         (["--resume", "r", "--run_dir", "x"], "--resume must stand without --run_dir"),
         (["--config"], "Missing value for argument '--config'"),

@@ -314,11 +314,11 @@ def test_a_model_of_somebody_else_is_asked_for_its_logits():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64])
-@pytest.mark.parametrize("way", ["resident", "ahead"])
-def test_batches_are_those_of_the_reference(way, dtype):
+@pytest.mark.parametrize(("way", "stride"), [("resident", None), ("ahead", None), ("resident", 3)])
+def test_batches_are_those_of_the_reference(way, stride, dtype):
     shards = [(np.arange(n) * 7 % min(60_000, np.iinfo(dtype).max)).astype(dtype) for n in (9_001, 5, 70, 40)]
-    expected = data.Batches(shards, batch_size=4, context_length=8, seed=3)
-    found = fast_data.Batches(shards, batch_size=4, context_length=8, seed=3)
+    expected = data.Batches(shards, batch_size=4, context_length=8, seed=3, stride=stride)
+    found = fast_data.Batches(shards, batch_size=4, context_length=8, seed=3, stride=stride)
     if way == "resident":
         found._keep_resident()
     else:

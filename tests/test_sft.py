@@ -306,6 +306,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         ({"data": "nowhere.jsonl"}, "", "--data must be a file of conversations, or demo, got nowhere.jsonl"),
         ({"init_from": None}, "", "--init_from must name what is to be taught"),
         ({"init_from": None, "resume": "old"}, "", "--resume must name a run of sft, but old is none (its"),
+        (
+            {"train": config.TrainConfig(stride=8)},
+            "",
+            "--train.stride must be left out for conversations, got 8",
+        ),
         ({"tokenizer": "gpt2"}, "", "got gpt2, which gives other ids; leave --tokenizer out"),
         (
             {},

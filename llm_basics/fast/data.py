@@ -32,8 +32,9 @@ class Batches(BatchesOfReference):
         context_length: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        stride: int | None = None,
     ) -> None:
-        super().__init__(shards, batch_size, context_length, seed, device)
+        super().__init__(shards, batch_size, context_length, seed, device, stride)
         self.on_gpu = torch.device(device).type == "cuda"
         self.resident: Tensor | None = None
         if self.on_gpu and _n_bytes(self.shards) <= SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
