@@ -218,7 +218,8 @@ class Packer:
 
         `fraction` says how much of the source has been read.
         """
-        state, rest = ledger.state or State(), self._told(iter(pieces), ledger.state or State(), fraction)
+        state = ledger.state or State()
+        rest = self._told(iter(pieces), reader, state, fraction)
         sweep(self.work, state)
         fingerprint = self.tokenizer.fingerprint()
         while not state.is_complete:
@@ -248,7 +249,7 @@ class Packer:
             ledger.commit(state)
 
     def _told(
-        self, pieces: Iterator[Piece], state: State, fraction: Callable[[], float]
+        self, pieces: Iterator[Piece], reader: Reader, state: State, fraction: Callable[[], float]
     ) -> Iterator[tuple[Piece, list[int], int]]:
         """Each piece with its ids, the end-of-text token behind them, and its size; progress is told."""
         end = self.tokenizer.special_id(corpus.DOCUMENT_SEPARATOR)
@@ -260,7 +261,9 @@ class Packer:
             done, n_tokens = done + n_bytes, n_tokens + len(ids)
             if done - told >= TOLD_BYTES:
                 told = done
-                part = max(fraction(), n_tokens / self.max_tokens if self.max_tokens else 0.0)
+                # reading may be ahead of encoding
+                part = fraction() * piece.place.n_documents / reader.place.n_documents
+                part = max(part, n_tokens / self.max_tokens if self.max_tokens else 0.0)
                 began_at = part if began_at is None else began_at
                 # at the rate at which it went so far
                 left = done * (1 - part) / (part - began_at) if part > began_at else 0

@@ -92,9 +92,16 @@ def prepare(options: config.Config, say: Callable[[str], None] = print) -> Prepa
     folder = _folder(options, content)
     if not (folder / packing.META).exists():
         say(f"reading {options.data}: {survey.n_documents:,} documents, {survey.n_characters:,} characters")
+        documents: Iterable[corpus.Document] = _documents(source)
+        if survey.n_documents == 1:
+            documents = corpus.cut(survey.first, options.val_fraction)[::-1]
         work = folder.with_name(f"{folder.name}{PARTIAL}-{os.getpid()}")
+        # copies of documents stay, and bpe learns from all of the training text
+        program = dataclasses.replace(_as_program(options, folder), sample_bytes=sys.maxsize)
         try:
-            _tokenize(options, source, survey, split, work, say)
+            (work / packing.PROGRESS).mkdir(parents=True)
+            with packing.Ledger(None, {}) as ledger:
+                _fill(program, source, packing.Reader(source.name, documents, split), work, ledger, say)
             about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
             packing.finish(work, about)
             packing.publish(work, folder)
@@ -117,39 +124,6 @@ def _load_for(options: config.Config, say: Callable[[str], None]) -> Prepared:
             )
     say(f"{options.data} is prepared; its tokenizer has {found.tokenizer.vocab_size:,} tokens")
     return found
-
-
-def _tokenize(
-    options: config.Config,
-    source: sources.Source,
-    survey: corpus.Survey,
-    split: corpus.Split,
-    work: Path,
-    say: Callable[[str], None],
-) -> None:
-    """Write the token files of a source that can be read again, copies of documents included."""
-
-    def reader() -> packing.Reader:
-        documents: Iterable[corpus.Document] = _documents(source)
-        if survey.first is not None and survey.n_documents == 1:
-            documents = corpus.cut(survey.first, options.val_fraction)[::-1]
-        return packing.Reader(source.name, documents, split)
-
-    (work / packing.PROGRESS).mkdir(parents=True)
-    with (
-        packing.Ledger(None, {}) as ledger,
-        swap.using("fast", say) if options.fast != "off" else contextlib.nullcontext(),
-    ):
-        if options.tokenizer == "bpe":
-            chosen = _learn((p.text for p in reader() if not p.held_out), options.model.vocab_size, say)
-        else:
-            chosen = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
-        chosen.save(work / "tokenizer")
-        say(f"encoding with {chosen.vocab_size:,} tokens")
-        with followers.progress_bar("bytes") as progress:
-            packer = packing.Packer(work, chosen, shards.SHARD_TOKENS, options.max_tokens, progress)
-            whole = reader()
-            packer.pack(whole, whole, ledger, lambda: source.fraction)
 
 
 def _settings(options: config.Config) -> list[Any]:
@@ -208,8 +182,13 @@ def build(options: programs.PrepareConfig, say: Callable[[str], None] = print) -
     with packing.Ledger(work, settings, stamp) as ledger:
         # unless another process has come to its end since this one looked
         if not (out / packing.META).is_file():
+            state = ledger.state or packing.State()
             try:
-                _fill(options, source, work, ledger, say)
+                if not state.is_complete:
+                    say(f"reading {source.about()}")
+                    split, documents = corpus.split_ahead(_documents(source), options.val_fraction)
+                    reader = packing.Reader(source.name, documents, split, state.place, ledger.is_new)
+                    _fill(options, source, reader, work, ledger, say)
             except BaseException:
                 if ledger.state is None:
                     shutil.rmtree(work)
@@ -223,26 +202,21 @@ def build(options: programs.PrepareConfig, say: Callable[[str], None] = print) -
 def _fill(
     options: programs.PrepareConfig,
     source: sources.Source,
+    reader: packing.Reader,
     work: Path,
     ledger: packing.Ledger,
     say: Callable[[str], None],
 ) -> None:
-    """Write the token files that are not written yet."""
-    state = ledger.state or packing.State()
-    if state.is_complete:
-        return
-    say(f"reading {source.about()}")
-    split, documents = corpus.split_ahead(_documents(source), options.val_fraction)
-    reader = packing.Reader(source.name, documents, split, state.place, ledger.is_new)
+    """Write the token files that are not written yet: choose a tokenizer, unless there is one, and encode."""
     pieces = iter(reader)
     with swap.using("fast", say) if options.fast == "on" else contextlib.nullcontext():
         if ledger.state is not None:
-            say(f"going on behind document {state.place.n_documents:,}, with {state.n_tokens:,} tokens")
+            done = ledger.state
+            say(f"going on behind document {done.place.n_documents:,}, with {done.n_tokens:,} tokens")
             chosen = tokenizer.Tokenizer.load(work / "tokenizer")
         elif options.tokenizer == "bpe":
             ahead = work / packing.PROGRESS / "ahead.jsonl"
-            sample = packing.keep(pieces, options.sample_bytes, ahead)
-            chosen = _learn(sample, options.vocab_size, say)
+            chosen = _learn(packing.keep(pieces, options.sample_bytes, ahead), options.vocab_size, say)
             pieces = itertools.chain(packing.kept(ahead), pieces)
         else:
             chosen = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
