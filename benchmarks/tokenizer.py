@@ -179,10 +179,12 @@ def gpt2() -> Any:
     from llm_basics.fast import tokenizer
 
     theirs = tiktoken.get_encoding("gpt2")
-    chosen = tokenizer.Tokenizer.from_ranks(theirs._mergeable_ranks, {END_OF_TEXT: theirs.eot_token})
+    chosen = tokenizer.Tokenizer.of_vocabulary(
+        exchange.from_ranks(theirs._mergeable_ranks, {END_OF_TEXT: theirs.eot_token})
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "words").write_text("a few words")
-        tokenizer.Tokenizer.of_bytes().encode_to_file(Path(folder) / "words", folder, "words", 1)
+        shards.encode_to_file(tokenizer.Tokenizer.of_bytes(), Path(folder) / "words", folder, "words", 1)
     tokenizer.Tokenizer.of_bytes().encode_batch(["a few words"], 1)
     return chosen
 
@@ -202,7 +204,7 @@ def encode_ours_to_file(path: Path, _: int, n_threads: int) -> dict[str, Any]:
     chosen = gpt2()
     with tempfile.TemporaryDirectory() as folder:
         return measured(
-            lambda: chosen.encode_to_file(path, folder, "text", n_threads),
+            lambda: shards.encode_to_file(chosen, path, folder, "text", n_threads),
             lambda paths: digest([shards.read_shard(path).tokens.tobytes() for path in paths]),
         )
 

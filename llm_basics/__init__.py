@@ -6,8 +6,7 @@ Read it in this order; a file imports only from the floors below it.
                 adjusting.py      min-p and repetition penalty: what is done to scores before a token is drawn
                 optim.py          AdamW, gradient clipping, the learning-rate schedule
                 bpe.py            learn a vocabulary from text
-                corpus.py         where texts are found, how they are split
-                shards.py         token files on disk
+                files.py          text and JSON read with the place of every mistake; files written whole
                 data.py           token files -> batches
                 theirs.py         a file of somebody's own: which pieces it has, whether they fit
                 questions.py      questions with answers that can be checked
@@ -17,21 +16,23 @@ Read it in this order; a file imports only from the floors below it.
                 signals.py        being asked to stop
                 followers.py      who is told of a run as it goes on: the terminal, Weights & Biases
                 watch.py          what goes wrong in a step, and where it began
-    floor 1     sources.py        where documents come from: files, standard input, data sets by name
+    floor 1     corpus.py         where texts are found, how they are split
                 presets.py        options in YAML files; those in configs/ have names
                 run.py            the run directory: where a training run writes all it knows
                 vocabulary.py     a learned vocabulary, and its files
                 tasks.py          small tasks whose right answers are known
                 layers.py         the mathematics with weights: Linear, RMSNorm, attention, ...
                 checkpoint.py     a model and its optimizer <-> one file
-    floor 2     command_line.py   the options that somebody typed
-                records.py        a run directory as data
-                trials.py         a sweep file -> its training runs
+    floor 2     tokenizer.py      text <-> token ids with a learned vocabulary
+                sources.py        where documents come from: files, standard input, data sets by name
+                command_line.py   the options that somebody typed
+                records.py        a run as somebody reads it
+                trials.py         a sweep file -> the training runs that it asks for
                 layouts.py        what transformers calls the parts of a model
                 model.py          TransformerLM, Llama-style and GPT-2-style from one config
+    floor 3     plot.py           runs -> figures
                 exchange.py       vocabularies of Hugging Face and tiktoken
-    floor 3     plot.py           figures of training runs
-                tokenizer.py      text <-> token ids with a learned vocabulary
+                shards.py         token files on disk
                 transplant.py     weights between our models and a layout of transformers
                 likelihood.py     what does a model say of each token of a text?
     fast        fast/             twins of pieces, made for speed, with a map of their own

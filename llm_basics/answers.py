@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from llm_basics import chat, config, corpus, data, prepare, questions, shards
+from llm_basics import chat, config, corpus, data, files, prepare, questions, shards
 from llm_basics import tokenizer as tokenizers
 
 # changes when the same conversations would be prepared differently
@@ -65,9 +65,8 @@ def prepare_conversations(options: config.Config, say: Callable[[str], None] = p
             shards.write_shards(folder, name, rendered, tokenizer.vocab_size, tokenizer.fingerprint(), size)
         tokenizer.save(folder / "tokenizer")
         # written last: a folder without it was interrupted and is made again
-        (folder / "meta.json").write_text(
-            json.dumps({"data": options.data, "conversations": len(conversations)}) + "\n"
-        )
+        about = {"data": options.data, "conversations": len(conversations)}
+        files.write(folder / "meta.json", json.dumps(about) + "\n")
     return prepare.load(folder)
 
 

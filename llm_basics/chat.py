@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import command_line, corpus, programs
+from llm_basics import command_line, files, programs
 from llm_basics import tokenizer as tokenizers
 
 SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -97,10 +97,10 @@ def read(path: str | os.PathLike[str], on_bad_utf8: str | None = None) -> list[l
     content = Path(path).read_bytes()
     records: Iterable[tuple[str, Any]]
     if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        array = corpus.parse_json(corpus.decode(content, path, on_bad_utf8), path)
+        array = files.parse_json(files.decode(content, path, on_bad_utf8), path)
         records = ((f"{path}, record {number}", record) for number, record in enumerate(array, start=1))
     else:
-        records = corpus.json_lines(path, io.BytesIO(content), on_bad_utf8)
+        records = files.json_lines(path, io.BytesIO(content), on_bad_utf8)
     conversations = []
     for place, record in records:
         try:

@@ -23,6 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from llm_basics import files as file_io
+
 SCHEMA = 2
 
 PATTERN = "step_*.safetensors"
@@ -61,7 +63,8 @@ def save_checkpoint(
         tensors, {"llm_basics": described, "sha256": _digest(tensors, described)}
     )
     if isinstance(out, str | os.PathLike):
-        _write_durably(Path(out), content)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        file_io.write(out, content)
     else:
         out.write(content)
 
@@ -91,27 +94,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if place in seen or not whole else tensor
         seen.add(place)
     return result
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write so that whatever happens, `path` holds all of the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name, too, must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is safe
-                os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _digest(tensors: dict[str, Tensor], described: str) -> str:

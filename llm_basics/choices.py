@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import corpus, likelihood
+from llm_basics import files, likelihood
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
 
@@ -61,7 +61,7 @@ class Answers:
 def read(path: str | os.PathLike[str]) -> list[Question]:
     """The questions of a file. Raises ValueError for the first line that is none, with its number."""
     questions = []
-    for place, fields in corpus.json_lines(path, io.BytesIO(Path(path).read_bytes())):
+    for place, fields in files.json_lines(path, io.BytesIO(Path(path).read_bytes())):
         try:
             questions.append(_question(fields, place))
         except ValueError as error:

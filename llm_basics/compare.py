@@ -15,7 +15,7 @@ from typing import Any
 
 from rich import box, console, table, text
 
-from llm_basics import command_line, plot, presets, programs, records, run
+from llm_basics import command_line, files, plot, presets, programs, records
 
 # characters per line, where there is no terminal, and of a sample beside others
 PIPE_WIDTH = 200
@@ -162,7 +162,7 @@ def write_page(path: Path, title: str, screen: console.Console, pictures: Sequen
 </head><body><h1>{heading}</h1>
 {images}<pre>{content}</pre></body></html>
 """
-    run.write_file(path, page)
+    files.write(path, page)
 
 
 def write_report(runs: Sequence[records.Record], path: Path, x: str) -> list[Path]:

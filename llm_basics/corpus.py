@@ -4,13 +4,13 @@ import glob
 import hashlib
 import io
 import itertools
-import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from llm_basics import files
 
 # between the documents of a file, by convention of GPT-2's and many later data sets
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -41,30 +41,30 @@ def find_files(source: str) -> list[Path]:
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if file.is_file()]
         hidden = re.compile(r"\.|__pycache__$")
-        files = [file for file in found if not any(map(hidden.match, file.relative_to(path).parts))]
+        paths = [file for file in found if not any(map(hidden.match, file.relative_to(path).parts))]
     else:
-        files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
-    if not files:
+        paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+    if not paths:
         raise ValueError(
             f"the text must be a file, a folder or a glob with files in it, or stdlib, got {source}"
         )
-    return files
+    return paths
 
 
 def stdlib_files() -> list[Path]:
     """The source files of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [file for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
-    if not files:
+    paths = [file for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
+    if not paths:
         raise ValueError(f"this Python keeps no source of its library in {root}; name a text with --data")
-    return files
+    return paths
 
 
-def read_documents(files: Iterable[Path], on_bad_utf8: str | None = None) -> list[Document]:
+def read_documents(paths: Iterable[Path], on_bad_utf8: str | None = None) -> list[Document]:
     """The documents of UTF-8 files, all at once."""
     documents: list[Document] = []
-    for file in files:
+    for file in paths:
         with open(file, "rb") as content:
             documents += stream_documents(file, content, on_bad_utf8)
     return documents
@@ -81,7 +81,7 @@ def stream_documents(
         waiting += block
         while (end := waiting.find(separator, searched)) >= 0 or not block:
             part = bytes(waiting[:end] if end >= 0 else waiting)
-            text = decode(part, name, on_bad_utf8, line, offset)
+            text = files.decode(part, name, on_bad_utf8, line, offset)
             if text.strip():
                 yield Document(f"{name}:{number}" if number else str(name), text)
                 number += 1
@@ -90,55 +90,6 @@ def stream_documents(
             del waiting[: end + len(separator)]
             offset, line, searched = offset + end + len(separator), line + part.count(b"\n"), 0
         searched = max(0, len(waiting) - len(separator) + 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is wrong with a file is told with its place, `a.jsonl:3`, the third line of it
-
-
-def decode(
-    content: bytes, name: object, on_bad_utf8: str | None = None, line: int = 1, offset: int = 0
-) -> str:
-    """The text of bytes that begin in `line` and at `offset` of a file. Raises ValueError if it is not UTF-8.
-
-    `on_bad_utf8` is `replace`, `error`, or None where that is no option.
-    """
-    try:
-        return content.decode("utf-8", errors="replace" if on_bad_utf8 == "replace" else "strict")
-    except UnicodeDecodeError as error:
-        place, byte = line + content.count(b"\n", 0, error.start), content[error.start]
-        advice = ", or replace such bytes with --on_bad_utf8 replace" if on_bad_utf8 else ""
-        raise ValueError(
-            f"{name}:{place} must be UTF-8, got byte 0x{byte:02x} at offset {offset + error.start}; "
-            f"mend the file{advice}"
-        ) from None
-
-
-def parse_json(text: str, name: object, line: int = 1) -> Any:
-    """What JSON says that begins in `line` of a file. Raises ValueError if it is none."""
-    try:
-        return json.loads(text.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        place = f"{name}:{line + error.lineno - 1}"
-        raise ValueError(f"{place} must be JSON; {error.msg} in column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}:{line} must be JSON; {error}") from None
-
-
-def json_lines(
-    name: object, lines: Iterable[bytes], on_bad_utf8: str | None = None
-) -> Iterator[tuple[str, Any]]:
-    """What stands in each line of JSON that is not empty, with its place.
-
-    >>> list(json_lines("a.jsonl", [b"[1]\\n", b"\\n", b"2\\n"]))
-    [('a.jsonl:1', [1]), ('a.jsonl:3', 2)]
-    """
-    offset = 0
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            text = decode(line, name, on_bad_utf8, number, offset)
-            yield f"{name}:{number}", parse_json(text.rstrip(), name, number)
-        offset += len(line)
 
 
 # --------------------------------------------------------------------------------------------------

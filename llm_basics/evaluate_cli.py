@@ -18,6 +18,7 @@ from llm_basics import (
     config,
     device,
     evaluate,
+    files,
     followers,
     generate,
     likelihood,
@@ -102,7 +103,7 @@ def main(options: programs.EvaluateConfig) -> int:
             return NOT_FINITE
         show(found)
         if options.out is not None:
-            run.write_file(Path(options.out), json.dumps(as_json(found), indent=2, allow_nan=False) + "\n")
+            files.write(Path(options.out), json.dumps(as_json(found), indent=2, allow_nan=False) + "\n")
             print(f"written to {options.out}")
         return 0
 

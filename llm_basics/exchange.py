@@ -23,7 +23,7 @@ from typing import Any
 import regex
 import tiktoken
 
-from llm_basics import bpe, vocabulary
+from llm_basics import bpe, files, tokenizer, vocabulary
 
 # --------------------------------------------------------------------------------------------------
 # Hugging Face: tokenizer.json
@@ -73,7 +73,7 @@ def write_tokenizer_json(known: vocabulary.Vocabulary, path: str | os.PathLike[s
             "merges": [[vocabulary.spell(left), vocabulary.spell(right)] for left, right in known.merges],
         },
     }
-    vocabulary.write(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    files.write(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -92,7 +92,7 @@ PORTABLE = {
 def read_tokenizer_json(path: str | os.PathLike[str]) -> vocabulary.Vocabulary:
     """A byte-level BPE tokenizer in Hugging Face's format. Raises ValueError for any other kind."""
     with vocabulary.reading(f"{path} must be a byte-level BPE tokenizer of Hugging Face"):
-        content = vocabulary.read_json(Path(path))
+        content = files.read_json(Path(path))
         if not isinstance(content, dict) or not isinstance(content["model"], dict):
             raise ValueError(f"got {type(content).__name__} instead of an object with a model")
         model = content["model"]
@@ -122,6 +122,17 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> vocabulary.Vocabulary:
         specials = {id: special.encode("utf-8") for special, id in added.items()}
         pattern = _pattern_of(content["pre_tokenizer"])
         return vocabulary.Vocabulary(dict(found.vocab) | specials, found.merges, list(added), pattern)
+
+
+def load(path: str | os.PathLike[str]) -> tokenizer.Tokenizer:
+    """The tokenizer of a `tokenizer.json`, or of a saved folder, ours or foreign."""
+    path = Path(path)
+    # what other programs save stands whole in tokenizer.json alone
+    if (path / "tokenizer.json").is_file() and not (path / "special_tokens.json").exists():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return tokenizer.Tokenizer.of_vocabulary(read_tokenizer_json(path), path)
+    return tokenizer.Tokenizer.load(path)
 
 
 def _added_tokens(tokens: Sequence[Mapping[str, Any]], vocab: Mapping[str, int]) -> dict[str, int]:

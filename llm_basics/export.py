@@ -29,13 +29,13 @@ from llm_basics import (
     checkpoint,
     config,
     exchange,
+    files,
     generate,
     layouts,
     presets,
     run,
     theirs,
     transplant,
-    vocabulary,
 )
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -80,7 +80,7 @@ def export(
     _write_json(folder / "generation_config.json", ids | {"eos_token_id": ends, "pad_token_id": end})
     exchange.write_tokenizer_json(tokenizer.as_vocabulary(), folder / "tokenizer.json")
     _write_json(folder / "tokenizer_config.json", tokenizer_options(tokenizer, shape.context_length))
-    vocabulary.write(folder / "README.md", card)
+    files.write(folder / "README.md", card)
     return layout
 
 
@@ -97,7 +97,7 @@ def tokenizer_options(tokenizer: tokenizers.Tokenizer, context_length: int) -> d
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    vocabulary.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------

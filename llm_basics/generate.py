@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import adjusting, checkpoint, config, presets, run, streaming
+from llm_basics import adjusting, checkpoint, config, exchange, presets, run, streaming
 from llm_basics import functional as F
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
@@ -261,7 +261,7 @@ def load_run(
     options = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
     model = models.TransformerLM(options.model, device=place)
     checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run.CHECKPOINTS, which), model)
-    return model, tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
+    return model, exchange.load(Path(folder) / "tokenizer")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ uv run python -m llm_basics.generate runs/NAME --prompts prompts.txt --out texts
 uv run python -m llm_basics.generate runs/NAME --prompt "def " --show_probs
 """
 
-import contextlib
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +21,8 @@ from torch import Tensor
 from llm_basics import (
     adjusting,
     command_line,
-    corpus,
     device,
+    files,
     generate,
     model,
     programs,
@@ -81,11 +79,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"--prompts must be a file with a prompt a line, got {path}")
     content = path.read_bytes()
     if path.suffix != ".jsonl":
-        lines = corpus.decode(content, path).removeprefix("\ufeff")
+        lines = files.decode(content, path).removeprefix("\ufeff")
         found = [{"prompt": line.removesuffix("\r")} for line in lines.split("\n") if line.strip()]
     else:
         found = []
-        for place, record in corpus.json_lines(path, io.BytesIO(content)):
+        for place, record in files.json_lines(path, io.BytesIO(content)):
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise ValueError(f'{place} must be an object with a text "prompt", got {record!r:.60}')
             found.append(record)
@@ -161,23 +159,11 @@ def write_to_file(
     seeds = range(options.seed, options.seed + options.samples)
     entries = [{**entry, "seed": seed} for entry in prompts for seed in seeds]
     asked = [(entry["prompt"], entry["seed"]) for entry in entries]
-    with _written_whole(path) as file:
+    with files.replacing(path) as file:
         for entry, pieces in zip(entries, write(lm, chosen, asked, options), strict=True):
             line = json.dumps({**entry, "text": "".join(pieces)}, ensure_ascii=False)
-            file.write(line.encode("utf-8", "replace").decode() + "\n")
+            file.write(line.encode("utf-8", "replace") + b"\n")
     print(f"{len(entries)} texts written to {path}")
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    """A file to write to, which has its name only once all is in it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,18 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from llm_basics import checkpoint, config, layouts, optim, prepare, run, transplant, vocabulary
+from llm_basics import (
+    checkpoint,
+    config,
+    exchange,
+    files,
+    layouts,
+    optim,
+    prepare,
+    run,
+    transplant,
+    vocabulary,
+)
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
 
@@ -38,7 +49,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from those that an index names."""
     if (folder / INDEX).is_file():
         with vocabulary.reading(f"{folder / INDEX} must name the file of each tensor"):
-            file_of: dict[str, str] = vocabulary.read_json(folder / INDEX)["weight_map"]
+            file_of: dict[str, str] = files.read_json(folder / INDEX)["weight_map"]
             for file in file_of.values():
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(f"a file must be a .safetensors in the same folder, got {file!r}")
@@ -71,7 +82,7 @@ def read_model(folder: Path) -> tuple[models.TransformerLM, layouts.Layout]:
     """The model in a folder of transformers, and the layout that it has there."""
     path = folder / "config.json"
     with vocabulary.reading(f"{path} must describe a model"):
-        options = vocabulary.read_json(path)
+        options = files.read_json(path)
         if not isinstance(options, dict):
             raise ValueError(f"got {type(options).__name__}")
     layout, shape = layouts.read_options(options, origin=str(path))
@@ -87,7 +98,7 @@ def read_tokenizer(folder: Path, name: str | None, vocab_size: int) -> tokenizer
         raise ValueError(
             f"{folder} must hold tokenizer.json or vocab.json and merges.txt; name another by --tokenizer"
         )
-    found = tokenizers.Tokenizer.load(folder) if name is None else prepare.load_tokenizer(name)
+    found = exchange.load(folder) if name is None else prepare.load_tokenizer(name)
     if found.vocab_size != vocab_size:
         raise ValueError(
             f"the tokenizer must have the model's vocabulary of {vocab_size:,}, got {found.vocab_size:,} "
@@ -111,7 +122,7 @@ def write_run(
     options = dataclasses.asdict(
         config.Config(config=source, tokenizer=str(out / "tokenizer"), run_dir=str(out), model=model.config)
     )
-    vocabulary.write(folder / "config.json", json.dumps(options, indent=2) + "\n")
+    files.write(folder / "config.json", json.dumps(options, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer")
     checkpoint.save_checkpoint(
         model,

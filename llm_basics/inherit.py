@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_basics import config, generate, prepare, presets, run
+from llm_basics import config, exchange, generate, prepare, presets, run
 from llm_basics import model as models
 from llm_basics import tokenizer as tokenizers
 
@@ -30,7 +30,7 @@ def check(options: config.Config, folder: str) -> None:
     ]
     if differences:
         raise ValueError(f"the model must be that of --init_from {folder}, but {'; '.join(differences)}")
-    known = tokenizers.Tokenizer.load(Path(folder) / "tokenizer")
+    known = exchange.load(Path(folder) / "tokenizer")
     # known without fetching it
     is_other = options.tokenizer == "gpt2" and len(known.merges) != GPT2_MERGES
     if (

@@ -32,7 +32,7 @@ from lm_eval import tasks, utils
 from lm_eval.api import model as harness
 from lm_eval.api import registry
 
-from llm_basics import device, generate, likelihood, run, swap
+from llm_basics import device, files, generate, likelihood, run, swap
 from llm_basics import tokenizer as tokenizers
 
 # what a task that does not say gets of a text
@@ -142,7 +142,7 @@ def main(options: programs.HarnessConfig) -> int:
         print(utils.make_table(found))
         if options.out is not None:
             results = {name: found[name] for name in ("results", "n-samples", "versions", "n-shot")}
-            run.write_file(Path(options.out), json.dumps(results, indent=2) + "\n")
+            files.write(Path(options.out), json.dumps(results, indent=2) + "\n")
             print(f"written to {options.out}")
         return 0
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, corpus, run, shards, tokenizer
+from llm_basics import bpe, corpus, files, shards, tokenizer
 
 META = "meta.json"
 PROGRESS = "progress"
@@ -274,7 +274,7 @@ def sweep(work: Path, state: State) -> None:
     """Delete what was written after `state`."""
     for folder, n in ((work, state.n_train), (work / PROGRESS, state.n_held)):
         for path in folder.glob("*_*.*"):
-            found = re.fullmatch(r"(?:train|held|val)_(\d+)\.(bin|tmp-.*)", path.name)
+            found = re.fullmatch(r"(?:train|held|val)_(\d+)\.(bin|(?:bin\.)?tmp-.*)", path.name)
             if found and (int(found[1]) >= n or found[2] != "bin"):
                 path.unlink()
 
@@ -295,7 +295,7 @@ def finish(work: Path, about: dict[str, Any]) -> None:
         "bytes": {"train": sum(s.n_bytes for s in train), "val": sum(s.n_bytes for s in parts)},
     }
     meta = about | counts | {"tokenizer": chosen.fingerprint(), "vocab_size": chosen.vocab_size}
-    run.write_file(work / META, json.dumps(meta, indent=2) + "\n")
+    files.write(work / META, json.dumps(meta, indent=2) + "\n")
 
 
 def publish(work: Path, out: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import axes as mpl_axes
 from matplotlib import figure
 
-from llm_basics import command_line, programs, records, run
+from llm_basics import command_line, files, programs, records, run
 
 # colorblind-safe (Okabe and Ito 2008), in an order that suits lines on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -228,16 +228,11 @@ def readable(name: str) -> str:
 
 def save(canvas: figure.Figure, path: Path) -> Path:
     """Write a figure atomically."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        with warnings.catch_warnings():
-            # a character missing from the font is drawn as a box
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            with matplotlib.rc_context({"agg.path.chunksize": 10_000}):
-                canvas.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as file, warnings.catch_warnings():
+        # a character missing from the font is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        with matplotlib.rc_context({"agg.path.chunksize": 10_000}):
+            canvas.savefig(file, dpi=150, format=path.suffix[1:])
     return path
 
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, config, corpus, followers, packing, shards, sources, swap, tokenizer
+from llm_basics import bpe, config, corpus, exchange, followers, packing, shards, sources, swap, tokenizer
 
 # changes when the same text would be prepared differently
 VERSION = 2
@@ -132,7 +132,7 @@ def _settings(options: config.Config) -> list[Any]:
     if options.tokenizer == "bpe":
         settings.append(options.model.vocab_size)
     elif Path(options.tokenizer).exists():
-        settings.append(tokenizer.Tokenizer.load(options.tokenizer).fingerprint())
+        settings.append(exchange.load(options.tokenizer).fingerprint())
     # what pieces of somebody's own have made must be made by them
     settings += [origin for piece, origin in swap.yours().items() if piece.startswith(("bpe.", "tokenizer."))]
     return settings if options.max_tokens is None else [*settings, f"max_tokens {options.max_tokens}"]
@@ -278,7 +278,7 @@ def load_tokenizer(name: str) -> tokenizer.Tokenizer:
             "a tokenizer must be bytes, gpt2, a folder or a tokenizer.json with one, or in training bpe, "
             f"got {name}"
         )
-    return tokenizer.Tokenizer.load(name)
+    return exchange.load(name)
 
 
 def _gpt2() -> tokenizer.Tokenizer:
@@ -292,7 +292,8 @@ def _gpt2() -> tokenizer.Tokenizer:
             f"--tokenizer gpt2 must be downloaded once by tiktoken, which failed ({type(error).__name__}); "
             "connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from None
-    return tokenizer.Tokenizer.from_ranks(encoding._mergeable_ranks, {"<|endoftext|>": encoding.eot_token})
+    specials = {tokenizer.END_OF_TEXT: encoding.eot_token}
+    return tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(encoding._mergeable_ranks, specials))
 
 
 # --------------------------------------------------------------------------------------------------

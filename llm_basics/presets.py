@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from llm_basics import config, corpus
+from llm_basics import config, files
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -45,7 +45,7 @@ def find(name_or_path: str, folder: Path, what: str) -> Path:
 
 def read_file(path: Path) -> dict[str, Any]:
     """What a YAML file of `option: value` lines holds."""
-    text = corpus.decode(path.read_bytes(), path)
+    text = files.read_text(path)
     try:
         options = yaml.safe_load(text) or {}
     except yaml.MarkedYAMLError as error:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_basics import corpus, followers
+from llm_basics import files, followers
 
 try:
     import fcntl
@@ -70,7 +70,7 @@ class Run:
     def write_config(self, options: dict[str, Any]) -> None:
         """Store the options that the run was started with."""
         with self._tolerating(self.folder / "config.json"):
-            write_file(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
+            files.write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
 
     def resumed(self, step: int) -> None:
         """Record that what an earlier attempt measured after `step` is no longer so."""
@@ -202,7 +202,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"a run directory must hold config.json, got {folder}")
-    options = corpus.parse_json(corpus.decode(path.read_bytes(), path), path)
+    options = files.read_json(path)
     options.pop(ORIGINS, None)
     return options
 
@@ -304,16 +304,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file that has its name only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

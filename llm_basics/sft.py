@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_basics import answers, chat, generate, prepare, questions, run, session, tokenizer, train
+from llm_basics import answers, chat, exchange, generate, prepare, questions, run, session, train
 
 # questions that are answered before and after, and those by which answers are judged
 N_SHOWN, N_JUDGED = 12, 500
@@ -108,7 +108,7 @@ def make(options: config.Config) -> Session:
             "not windows of a text"
         )
     if options.resume is not None:
-        known = tokenizer.Tokenizer.load(Path(options.resume) / "tokenizer")
+        known = exchange.load(Path(options.resume) / "tokenizer")
         if not chat.is_chat(known):
             raise ValueError(
                 f"--resume must name a run of sft, but {options.resume} is none (its tokenizer has no "

@@ -8,15 +8,19 @@ than memory.
     then  from the next multiple of 8: behind which token each document ends, eight bytes each
 """
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from llm_basics import bpe, files
+from llm_basics import tokenizer as tokenizers
 
 MAGIC = b"LLMBASIC"
 HEADER_BYTES = 4096
@@ -77,21 +81,20 @@ class ShardWriter:
         self.dtype = _dtype(vocab_size)
         self.paths: list[Path] = []
         self._file: BinaryIO | None = None
+        self._replacing = contextlib.ExitStack()
         self._max_id = -1
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if self._file is not None and exception is None:
-            self._finish()
-        elif exception is not None:
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is not None:
             # a part of the text would be taken for all of it
-            if self._file is not None:
-                self._file.close()
-                self.paths.append(Path(self._file.name))
+            self._replacing.__exit__(*exception)
             for path in self.paths:
                 path.unlink()
+        elif self._file is not None:
+            self._finish()
 
     def write(self, ids: Sequence[int] | np.ndarray, ends: Sequence[int] | np.ndarray, n_bytes: int) -> None:
         """Add ids, which stand for `n_bytes` of text; `ends` counts those up to the end of each document.
@@ -123,13 +126,12 @@ class ShardWriter:
         if self._counts["n_tokens"] >= self.shard_tokens:
             self._finish()
 
-    def _name(self) -> str:
-        return f"{self.prefix}_{self.first + len(self.paths):04d}"
+    def _path(self) -> Path:
+        return self.folder / f"{self.prefix}_{self.first + len(self.paths):04d}.bin"
 
     def _begin(self) -> None:
         """Open the next file, with room for its header."""
-        temporary = self.folder / f"{self._name()}.tmp-{os.getpid()}"
-        self._file = open(temporary, "wb")
+        self._file = self._replacing.enter_context(files.replacing(self._path()))
         self._file.seek(HEADER_BYTES)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._ends = bytearray()  # as in the file: a list needs ten times the memory
@@ -141,17 +143,12 @@ class ShardWriter:
         about = {"version": VERSION, "dtype": self.dtype.name, "vocab_size": self.vocab_size}
         about |= self._counts | {"max_id": self._max_id, "tokenizer": self.tokenizer}
         header = json.dumps(about | {"crc32": _checksum(about)})
-        with self._file as file:
-            file.write(bytes(-file.tell() % 8))
-            file.write(self._ends)
-            file.seek(0)
-            file.write((MAGIC + header.encode()).ljust(HEADER_BYTES))
-            # without it, a power cut may leave the name on a file without its content
-            file.flush()
-            os.fsync(file.fileno())
-        path = self.folder / f"{self._name()}.bin"
-        os.replace(self._file.name, path)
-        self.paths.append(path)
+        self._file.write(bytes(-self._file.tell() % 8))
+        self._file.write(self._ends)
+        self._file.seek(0)
+        self._file.write((MAGIC + header.encode()).ljust(HEADER_BYTES))
+        self._replacing.close()
+        self.paths.append(self._path())
         self._file = None
 
 
@@ -167,6 +164,31 @@ def write_shards(
     with ShardWriter(folder, prefix, vocab_size, tokenizer, shard_tokens) as writer:
         for ids, n_bytes in documents:
             writer.write(ids, [len(ids)], n_bytes)
+    return writer.paths
+
+
+def encode_to_file(
+    chosen: tokenizers.Tokenizer,
+    input_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    prefix: str,
+    n_threads: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Callable[[str, int, int], None] = bpe.silent,
+) -> list[Path]:
+    """Encode a UTF-8 file of any size into token files `folder/prefix_0000.bin` and on.
+
+    Documents are what END_OF_TEXT separates; each keeps it, and the last one gets it.
+    """
+    end, last = chosen.special_id(tokenizers.END_OF_TEXT), -1
+    size = Path(input_path).stat().st_size
+    with ShardWriter(folder, prefix, chosen.vocab_size, chosen.fingerprint(), shard_tokens) as writer:
+        for ids, offset, n_bytes in chosen.encode_file(input_path, n_threads):
+            writer.write(ids, np.flatnonzero(ids == end) + 1, n_bytes)
+            progress("encoding", offset + n_bytes, size)
+            last = int(ids[-1]) if len(ids) else last
+        if last != end:
+            writer.write([end], [1], 0)
     return writer.paths
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import corpus
+from llm_basics import corpus, files
 
 HUB = "hub:"
 
@@ -206,7 +206,7 @@ def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
 ) -> Iterator[corpus.Document]:
     """The documents of JSON lines, one object each; lines that are empty, or whose text is, hold none."""
-    for place, row in corpus.json_lines(name, lines, on_bad_utf8):
+    for place, row in files.json_lines(name, lines, on_bad_utf8):
         if not isinstance(row, dict):
             raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
         text = text_of(row, text_field, place)

@@ -30,6 +30,7 @@ from llm_basics import (
     command_line,
     compare,
     config,
+    files,
     followers,
     plot,
     presets,
@@ -267,8 +268,8 @@ def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
     writer = csv.DictWriter(content, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    run.write_file(out / "results.json", json.dumps(run.as_json(list(rows)), indent=2) + "\n")
-    run.write_file(out / "results.csv", content.getvalue())
+    files.write(out / "results.json", json.dumps(run.as_json(list(rows)), indent=2) + "\n")
+    files.write(out / "results.csv", content.getvalue())
 
 
 def conclude(

@@ -16,7 +16,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from llm_basics import bpe, exchange, shards, vocabulary
+from llm_basics import bpe, vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -158,34 +158,10 @@ class Tokenizer:
                 cut = max(cut, match.end())
         return cut
 
-    def encode_to_file(
-        self,
-        input_path: str | os.PathLike[str],
-        folder: str | os.PathLike[str],
-        prefix: str,
-        n_threads: int | None = None,
-        shard_tokens: int = shards.SHARD_TOKENS,
-        progress: Callable[[str, int, int], None] = bpe.silent,
-    ) -> list[Path]:
-        """Encode a UTF-8 file of any size into token files `folder/prefix_0000.bin` and on.
-
-        Documents are what END_OF_TEXT separates; each keeps it, and the last one gets it.
-        """
-        end, last = self.special_id(END_OF_TEXT), -1
-        size = Path(input_path).stat().st_size
-        with shards.ShardWriter(folder, prefix, self.vocab_size, self.fingerprint(), shard_tokens) as writer:
-            for ids, offset, n_bytes in self._encode_file(input_path, n_threads):
-                writer.write(ids, np.flatnonzero(ids == end) + 1, n_bytes)
-                progress("encoding", offset + n_bytes, size)
-                last = int(ids[-1]) if len(ids) else last
-            if last != end:
-                writer.write([end], [1], 0)
-        return writer.paths
-
-    def _encode_file(
-        self, path: str | os.PathLike[str], n_threads: int | None
+    def encode_file(
+        self, path: str | os.PathLike[str], n_threads: int | None = None
     ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """The ids of a file part by part, with the offset and the number of bytes of each part."""
+        """The ids of a UTF-8 file part by part, with the offset and the number of bytes of each part."""
         n_parts = Path(path).stat().st_size // PART_BYTES + 1
         with open(path, "rb") as file:
             for start, end in pairwise(bpe.chunk_boundaries(path, self.special_tokens, n_parts)):
@@ -233,9 +209,12 @@ class Tokenizer:
     # -- files ------------------------------------------------------------------------------------
 
     @classmethod
-    def of_vocabulary(cls, found: vocabulary.Vocabulary) -> "Tokenizer":
-        """The tokenizer of a vocabulary that was read from somewhere."""
-        return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
+    def of_vocabulary(cls, found: vocabulary.Vocabulary, source: object = "a vocabulary") -> "Tokenizer":
+        """The tokenizer of a vocabulary that was read from `source`."""
+        try:
+            return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
+        except ValueError as error:
+            raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
 
     def as_vocabulary(self) -> vocabulary.Vocabulary:
         """All that makes this tokenizer what it is: what the functions of `vocabulary` write."""
@@ -246,22 +225,10 @@ class Tokenizer:
         vocabulary.write_gpt2(self.as_vocabulary(), folder)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer that `save` has written to a folder, or that stands in a `tokenizer.json`."""
-        path = Path(path)
-        # what others keep in a folder stands whole in tokenizer.json alone
-        if (path / "tokenizer.json").is_file() and not (path / "special_tokens.json").exists():
-            path = path / "tokenizer.json"
-        if path.is_file():
-            return cls._named(exchange.read_tokenizer_json(path), str(path))
-        return cls._named(vocabulary.read_gpt2_folder(path), f"vocab.json and merges.txt in {path}")
-
-    @classmethod
-    def _named(cls, found: vocabulary.Vocabulary, source: str) -> "Tokenizer":
-        try:
-            return cls.of_vocabulary(found)
-        except ValueError as error:
-            raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
+    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer that `save` has written to a folder."""
+        found = vocabulary.read_gpt2_folder(folder)
+        return cls.of_vocabulary(found, f"vocab.json and merges.txt in {folder}")
 
     @classmethod
     def from_gpt2_files(
@@ -272,17 +239,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """A tokenizer from a vocabulary and merges in GPT-2's format: `vocabulary.read_gpt2`."""
         found = vocabulary.read_gpt2(vocab_path, merges_path, special_tokens)
-        return cls._named(found, f"{vocab_path} and {merges_path}")
-
-    @classmethod
-    def from_ranks(
-        cls,
-        ranks: Mapping[bytes, int],
-        special_ids: Mapping[str, int],
-        pattern: regex.Pattern = bpe.SPLIT_PATTERN,
-    ) -> "Tokenizer":
-        """A tokenizer from tiktoken's form, the rank of every token: `exchange.from_ranks`."""
-        return cls.of_vocabulary(exchange.from_ranks(ranks, special_ids, pattern))
+        return cls.of_vocabulary(found, f"{vocab_path} and {merges_path}")
 
     def fingerprint(self) -> str:
         """A SHA-256 over all that decides which ids a text gets."""

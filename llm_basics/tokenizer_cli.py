@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 from rich import box, console, table, text
 
-from llm_basics import bpe, command_line, corpus, followers, prepare, swap, tokenizer
+from llm_basics import bpe, command_line, corpus, followers, prepare, shards, swap, tokenizer
 
 PATTERNS = {"gpt2": bpe.SPLIT_PATTERN, "cl100k": bpe.CL100K_PATTERN}
 
@@ -144,7 +144,7 @@ def encode(options: Encode) -> None:
             chosen = tokenizer.Tokenizer(chosen.vocab, chosen.merges, specials, chosen.pattern)
         with followers.progress_bar() as progress:
             began = time.perf_counter()
-            written = chosen.encode_to_file(path, options.out, "tokens", progress=progress)
+            written = shards.encode_to_file(chosen, path, options.out, "tokens", progress=progress)
             seconds, size = time.perf_counter() - began, path.stat().st_size
     chosen.save(Path(options.out) / "tokenizer")
     print(f"encoded {size:,} bytes in {seconds:.2f} s ({size / seconds / 1e6:.0f} MB/s)")

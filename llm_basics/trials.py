@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics import config, presets, run
+from llm_basics import config, files, presets
 
 SWEEPS = presets.PRESETS / "sweeps"
 
@@ -207,4 +207,4 @@ def changed_options(options: config.Config) -> dict[str, Any]:
 
 def write_options(options: config.Config, path: Path) -> None:
     """Write a file for --config."""
-    run.write_file(path, presets.dump(presets.nest(changed_options(options))))
+    files.write(path, presets.dump(presets.nest(changed_options(options))))

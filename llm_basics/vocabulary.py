@@ -20,7 +20,7 @@ from typing import Any
 
 import regex
 
-from llm_basics import bpe, corpus
+from llm_basics import bpe, files
 
 # the patterns that other programs write differently and that cut every text alike
 SAME_AS_GPT2 = (
@@ -87,11 +87,6 @@ def reading(must: str) -> Iterator[None]:
         raise ValueError(f"{must}; {textwrap.shorten(str(error), 300)}") from None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return corpus.parse_json(corpus.decode(path.read_bytes(), path), path)
-
-
 def own_pattern(pattern: regex.Pattern) -> regex.Pattern:
     """The pattern of `bpe` that is the same as `pattern`, if there is one, else `pattern`.
 
@@ -113,23 +108,25 @@ def write_gpt2(vocabulary: Vocabulary, folder: str | os.PathLike[str]) -> None:
     vocab = {spell(token): id for id, token in sorted(vocabulary.vocab.items())}
     merges = "".join(f"{spell(left)} {spell(right)}\n" for left, right in vocabulary.merges)
     specials = json.dumps(list(vocabulary.special_tokens), ensure_ascii=False)
-    write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, indent=0) + "\n")
-    write(folder / "merges.txt", "#version: 0.2\n" + merges)
-    write(folder / "special_tokens.json", specials + "\n")
+    files.write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, indent=0) + "\n")
+    files.write(folder / "merges.txt", "#version: 0.2\n" + merges)
+    files.write(folder / "special_tokens.json", specials + "\n")
     (folder / "pattern.txt").unlink(missing_ok=True)
     if vocabulary.pattern != bpe.SPLIT_PATTERN:
-        write(folder / "pattern.txt", pattern)
+        files.write(folder / "pattern.txt", pattern)
 
 
 def read_gpt2_folder(folder: str | os.PathLike[str]) -> Vocabulary:
     """What `write_gpt2` has written to `folder`."""
     folder = Path(folder)
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"a saved tokenizer must be a folder, got the file {folder}")
         raise ValueError(f"a tokenizer must be a folder or a tokenizer.json, but {folder} does not exist")
     special_tokens, pattern = None, bpe.SPLIT_PATTERN
     if (path := folder / "special_tokens.json").exists():
         with reading(f"{path} must be a list of texts"):
-            special_tokens = read_json(path)
+            special_tokens = files.read_json(path)
             if not isinstance(special_tokens, list):
                 raise ValueError(f"got {special_tokens!r}")
             for special in special_tokens:
@@ -156,7 +153,7 @@ def read_gpt2(
         if lines[0].startswith("#version"):
             lines = lines[1:]
         pairs = [line.split(" ") for line in lines if line]
-        return from_spellings(read_json(Path(vocab_path)), pairs, special_tokens)
+        return from_spellings(files.read_json(Path(vocab_path)), pairs, special_tokens)
 
 
 def from_spellings(
@@ -203,8 +200,3 @@ def unspell(spelling: str) -> bytes:
     if all(character in byte_of for character in spelling):
         return bytes(byte_of[character] for character in spelling)
     return spelling.encode("utf-8")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text as it is, on any system."""
-    path.write_text(text, encoding="utf-8", newline="\n")

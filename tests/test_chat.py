@@ -136,7 +136,7 @@ def test_a_saved_chat_tokenizer_is_one(chatting, tmp_path):
     loaded = tokenizer.Tokenizer.load(tmp_path)
     assert chat.is_chat(loaded) and loaded.fingerprint() == chatting.fingerprint()
     exchange.write_tokenizer_json(chatting.as_vocabulary(), tmp_path / "tokenizer.json")
-    assert chat.is_chat(tokenizer.Tokenizer.load(tmp_path / "tokenizer.json"))
+    assert chat.is_chat(exchange.load(tmp_path / "tokenizer.json"))
 
 
 def test_the_fast_tokenizer_renders_the_same(chatting):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     network, optimizer = make(optim.AdamW)
     path = tmp_path / "checkpoint"
     checkpoint.save_checkpoint(network, optimizer, 1, path)
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save_checkpoint(network, optimizer, 2, path)
     assert checkpoint.read_checkpoint(path)[1]["step"] == 1
@@ -191,8 +192,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_content_is_on_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
-        real = getattr(checkpoint.os, name)
-        monkeypatch.setattr(checkpoint.os, name, lambda *a, n=name, r=real: calls.append(n) or r(*a))
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: calls.append(n) or r(*a))
     checkpoint.save_checkpoint(*make(optim.AdamW), 1, tmp_path / "checkpoint")
     assert calls == ["fsync", "replace", "fsync"]
 

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import math
+import os
 import re
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_page_is_written_atomically(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
         compare.write_page(tmp_path / "a.html", "second", compare.recording_screen(), [])
     assert (tmp_path / "a.html").read_text() == before and len(list(tmp_path.iterdir())) == 1

@@ -848,7 +848,9 @@ def test_a_pattern_without_a_scanner_gets_the_ids_of_the_reference(learned, tmp_
     assert list(compiled.encode_iterable(texts)) == reference.encode("".join(texts))
     path = tmp_path / "text.txt"
     path.write_bytes("".join(texts).encode("utf-8"))
-    assert ids_in(compiled.encode_to_file(path, tmp_path, "x", 2))[:-1] == reference.encode("".join(texts))
+    assert ids_in(shards.encode_to_file(compiled, path, tmp_path, "x", 2))[:-1] == reference.encode(
+        "".join(texts)
+    )
     assert compiled.encode("It's") != fast.Tokenizer(*learned("gpt2"), [END_OF_TEXT]).encode("It's")
 
 
@@ -917,8 +919,8 @@ def test_a_file_gets_the_ids_of_its_text(kind, make, tmp_path, part_bytes, n_thr
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode("utf-8"))
     model, reports = make(kind, pattern), []
-    paths = model.encode_to_file(
-        path, tmp_path / "ids", "train", n_threads, progress=lambda *report: reports.append(report)
+    paths = shards.encode_to_file(
+        model, path, tmp_path / "ids", "train", n_threads, progress=lambda *report: reports.append(report)
     )
     assert paths == sorted((tmp_path / "ids").iterdir()) == [tmp_path / "ids" / "train_0000.bin"]
     end, shard = model.special_id(END_OF_TEXT), shards.read_shard(paths[0], model.fingerprint())
@@ -942,7 +944,7 @@ def test_a_file_in_several_shards_gets_the_ids_of_its_text(kind, make, tmp_path,
     path, text = tmp_path / "text.txt", FILES["documents"]
     path.write_bytes(text.encode("utf-8"))
     model = make(kind)
-    paths = model.encode_to_file(path, tmp_path / "ids", "train", 2, shard_tokens=700)
+    paths = shards.encode_to_file(model, path, tmp_path / "ids", "train", 2, shard_tokens=700)
     assert sorted((tmp_path / "ids").iterdir()) == paths
     assert part_bytes is None or len(paths) > 5
     read = [shards.read_shard(path) for path in paths]
@@ -960,7 +962,7 @@ def test_a_file_with_special_tokens_in_each_other_gets_the_ids_of_its_text(
     path, text = tmp_path / "text.txt", "".join(texts_with(specials, 250, 23))
     path.write_bytes(text.encode("utf-8"))
     model = CLASSES[kind].of_bytes(specials)
-    found = ids_in(model.encode_to_file(path, tmp_path / "ids", "train", 1))
+    found = ids_in(shards.encode_to_file(model, path, tmp_path / "ids", "train", 1))
     expected = model.encode(text)
     assert found == expected + ([] if expected[-1] == model.special_id(END_OF_TEXT) else [found[-1]])
     assert found[-1] == model.special_id(END_OF_TEXT)
@@ -986,7 +988,7 @@ def test_a_file_that_is_no_text_is_named_with_the_place(
     line = content[:offset].count(b"\n") + 1
     message = f"{path}:{line} must be UTF-8, got byte 0x{content[offset]:02x} at offset {offset}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        make(kind).encode_to_file(path, tmp_path / "ids", "train", n_threads)
+        shards.encode_to_file(make(kind), path, tmp_path / "ids", "train", n_threads)
     assert list((tmp_path / "ids").iterdir()) == [], "no half of a file stays behind"
 
 
@@ -994,7 +996,7 @@ def test_a_failure_leaves_the_tokenizer_as_it_was(kind, make, tmp_path, tiktoken
     model, path = make(kind), tmp_path / "text.txt"
     path.write_bytes(b"the ship \xff")
     with pytest.raises(ValueError, match="must be UTF-8"):
-        model.encode_to_file(path, tmp_path, "train", 2)
+        shards.encode_to_file(model, path, tmp_path, "train", 2)
     assert_same(varied_texts(50, 24), model.encode, lambda t: tiktoken_of().encode(t, allowed_special="all"))
 
 
@@ -1002,7 +1004,7 @@ def test_a_file_without_an_end_of_text_in_the_vocabulary_is_refused(kind, tmp_pa
     path = tmp_path / "text.txt"
     path.write_bytes(b"the ship")
     with pytest.raises((KeyError, ValueError), match=re.escape(END_OF_TEXT)):
-        CLASSES[kind].of_bytes([]).encode_to_file(path, tmp_path / "ids", "train")
+        shards.encode_to_file(CLASSES[kind].of_bytes([]), path, tmp_path / "ids", "train")
     assert not (tmp_path / "ids").exists()
 
 

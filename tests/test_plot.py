@@ -116,8 +116,8 @@ def test_a_figure_is_written_atomically(tmp_path, monkeypatch):
     path = plot.draw([made([3.0, 2.0])], tmp_path / "a.png", ys=["train_loss"])
     before = path.read_bytes()
 
-    def full(self, path, **options):
-        path.write_bytes(b"half")
+    def full(self, file, **options):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure.Figure, "savefig", full)

@@ -1,6 +1,7 @@
 """Token files. Alone: uv run pytest tests/test_shards.py"""
 
 import dataclasses
+import os
 import random
 
 import numpy as np
@@ -267,7 +268,7 @@ def test_a_highest_id_other_than_in_the_header_is_found(shard, place, new, highe
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
-        true = getattr(shards.os, name)
-        monkeypatch.setattr(shards.os, name, lambda *a, n=name, true=true: [calls.append(n), true(*a)])
+        true = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, true=true: [calls.append(n), true(*a)])
     shards.write_shards(tmp_path, "train", [([1, 2], 3)], 300, "abc")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]

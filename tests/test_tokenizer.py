@@ -21,7 +21,7 @@ from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_basics import tokenizer
+from llm_basics import exchange, tokenizer
 from llm_basics.fast import tokenizer as fast
 
 either = pytest.mark.parametrize("cls", [tokenizer.Tokenizer, fast.Tokenizer], ids=["reference", "fast"])
@@ -461,7 +461,7 @@ def test_ordinary_text_gets_the_ids_of_tiktoken(mine, text):
 
 def test_the_ranks_of_tiktoken_give_the_merges_back():
     ranks = {token: id for id, token in VOCAB.items() if id > 0}
-    model = tokenizer.Tokenizer.from_ranks(ranks, {END_OF_TEXT: 0})
+    model = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {END_OF_TEXT: 0}))
     assert model.vocab == VOCAB
     assert model.merges == MERGES
     assert model.special_tokens == [END_OF_TEXT]
@@ -473,7 +473,7 @@ def test_the_ranks_of_tiktoken_give_the_merges_back():
 def test_the_ranks_of_dense_merges_give_the_merges_back(training_text, n_merges):
     merges = slow.train(training_text, n_merges, [])
     ranks = {token: id for id, token in bytes_and(merges).items()}
-    assert tokenizer.Tokenizer.from_ranks(ranks, {}).merges == merges
+    assert tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {})).merges == merges
 
 
 @many
@@ -700,7 +700,7 @@ def gpt2_ours(adapters, data) -> Any:
 
 def test_gpt2_ranks_give_the_merges_of_its_files(data, gpt2):
     model = tokenizer.Tokenizer.from_gpt2_files(data / "gpt2_vocab.json", data / "gpt2_merges.bpe")
-    same = tokenizer.Tokenizer.from_ranks(gpt2._mergeable_ranks, gpt2._special_tokens)
+    same = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(gpt2._mergeable_ranks, gpt2._special_tokens))
     assert same.merges == model.merges
     assert same.fingerprint() == model.fingerprint()
 
@@ -748,7 +748,7 @@ def test_a_text_is_no_list_of_special_tokens():
 
 def test_merges_are_recovered_from_ranks_with_gaps():
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 1000, b"cd": 1001, b"bc": 1002, b"abcd": 1003}
-    found = tokenizer.Tokenizer.from_ranks(ranks, {"<|endoftext|>": 2000})
+    found = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {"<|endoftext|>": 2000}))
     assert found.merges == [(b"a", b"b"), (b"c", b"d"), (b"b", b"c"), (b"ab", b"cd")]
     assert found.encode("abcd<|endoftext|>bc") == [1003, 2000, 1002]
 

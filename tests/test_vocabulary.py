@@ -309,7 +309,7 @@ def test_the_flags_of_a_pattern_are_not_lost(tmp_path):
     except ValueError:
         return
     assert read_json(tmp_path / "tokenizer.json").encode("aA") == [256]
-    assert Tokenizer.load(tmp_path / "folder").encode("aA") == [256]
+    assert exchange.load(tmp_path / "folder").encode("aA") == [256]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_special_tokens_in_the_characters_of_spellings_come_back(tmp_path):
     assert exchange.read_tokenizer_json(tmp_path / "tokenizer.json").special_tokens == specials
     assert_same_ids(mine, lambda text: theirs.encode(text).ids, some_texts(500, specials))
     mine.save(tmp_path / "folder")
-    assert Tokenizer.load(tmp_path / "folder").fingerprint() == mine.fingerprint()
+    assert exchange.load(tmp_path / "folder").fingerprint() == mine.fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -451,9 +451,9 @@ def assert_refused(load: Callable[[Any], Any], path: Path, said: str = "", named
 
 def test_the_file_that_is_changed_below_is_good(tmp_path):
     path = small_json(tmp_path / "tokenizer.json", {})
-    assert Tokenizer.load(path).fingerprint() == SMALL.fingerprint()
+    assert exchange.load(path).fingerprint() == SMALL.fingerprint()
     path = small_json(path, {"pre_tokenizer": after(SPLIT, BYTE_LEVEL)})
-    assert Tokenizer.load(path).pattern.pattern == r"\S+|\s"
+    assert exchange.load(path).pattern.pattern == r"\S+|\s"
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_the_file_that_is_changed_below_is_good(tmp_path):
     ],
 )
 def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, said):
-    assert_refused(Tokenizer.load, small_json(tmp_path / "tokenizer.json", change), said)
+    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", change), said)
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, said):
 )
 def test_what_is_missing_is_named(tmp_path, place):
     path = small_json(tmp_path / "tokenizer.json", {place: GONE})
-    assert_refused(Tokenizer.load, path, f"{place.split('.')[-1]} is missing")
+    assert_refused(exchange.load, path, f"{place.split('.')[-1]} is missing")
 
 
 @pytest.mark.parametrize("key", ["id", "content"])
@@ -525,7 +525,7 @@ def test_a_special_token_that_lacks_something_is_refused(tmp_path, key):
     content = json.loads(write_json(SMALL, tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     del content["added_tokens"][0][key]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert_refused(Tokenizer.load, tmp_path / "tokenizer.json", f"{key} is missing")
+    assert_refused(exchange.load, tmp_path / "tokenizer.json", f"{key} is missing")
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_a_special_token_that_lacks_something_is_refused(tmp_path, key):
 )
 def test_what_may_be_missing_is_not_asked_for(tmp_path, place):
     path = small_json(tmp_path / "tokenizer.json", {place: GONE})
-    assert Tokenizer.load(path).fingerprint() == SMALL.fingerprint()
+    assert exchange.load(path).fingerprint() == SMALL.fingerprint()
 
 
 DEEP = 100_000
@@ -559,7 +559,7 @@ NOT_JSON = {
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    assert_refused(Tokenizer.load, path)
+    assert_refused(exchange.load, path)
     assert_refused(exchange.read_tokenizer_json, path)
 
 
@@ -570,7 +570,7 @@ IDS = [-1, 2**32, 2**64, 10**30, 1.0, 2.5, float("inf"), float("nan"), "7", "x",
 @pytest.mark.parametrize("id", IDS, ids=repr)
 @pytest.mark.parametrize("place", ["model.vocab.abc", "added_tokens.0.id"])
 def test_an_id_that_is_none_is_refused(tmp_path, place, id):
-    assert_refused(Tokenizer.load, small_json(tmp_path / "tokenizer.json", {place: id}))
+    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", {place: id}))
 
 
 @pytest.mark.parametrize(
@@ -609,7 +609,7 @@ def test_an_id_that_is_none_is_refused(tmp_path, place, id):
     ids=lambda change: json.dumps(change, default=lambda gone: "gone")[:60],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
-    assert_refused(Tokenizer.load, small_json(tmp_path / "tokenizer.json", change))
+    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", change))
 
 
 @pytest.mark.parametrize(
@@ -620,20 +620,20 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
 )
 def test_a_merge_that_is_none_is_refused(tmp_path, merge):
     path = small_json(tmp_path / "tokenizer.json", {"model.merges": [["a", "b"], ["ab", "c"], merge]})
-    assert_refused(Tokenizer.load, path)
+    assert_refused(exchange.load, path)
 
 
 @pytest.mark.parametrize(
     "merges", [None, {"a b": 1, "ab c": 2}, "a b", 3, [["ab", "c"], ["a", "b"]]], ids=repr
 )
 def test_merges_that_are_none_are_refused(tmp_path, merges):
-    assert_refused(Tokenizer.load, small_json(tmp_path / "tokenizer.json", {"model.merges": merges}))
+    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", {"model.merges": merges}))
 
 
 def test_a_message_stays_short(tmp_path):
     path = small_json(tmp_path / "tokenizer.json", {"normalizer": ["x"] * 100_000})
     with pytest.raises(ValueError, match="normalizer") as caught:
-        Tokenizer.load(path)
+        exchange.load(path)
     assert len(str(caught.value)) < 2000
 
 
@@ -713,7 +713,7 @@ def test_ranks_give_the_vocabulary_back():
     assert Tokenizer.of_vocabulary(found).fingerprint() == mine.fingerprint()
     # whatever their order
     backwards = dict(reversed(encoding._mergeable_ranks.items()))
-    same = Tokenizer.from_ranks(backwards, ids, bpe.CL100K_PATTERN)
+    same = Tokenizer.of_vocabulary(exchange.from_ranks(backwards, ids, bpe.CL100K_PATTERN))
     assert same.fingerprint() == mine.fingerprint()
 
 
@@ -797,7 +797,7 @@ def test_a_damaged_line_of_ranks_is_named(tmp_path, line):
 def test_ranks_that_are_no_vocabulary_are_refused(tokens, specials):
     ranks = {bytes([id]): id for id in range(256)} | tokens if tokens else {}
     with pytest.raises(ValueError):
-        Tokenizer.from_ranks(ranks, specials)
+        Tokenizer.of_vocabulary(exchange.from_ranks(ranks, specials))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -809,7 +809,7 @@ def test_the_pattern_is_written_only_if_it_is_not_that_of_gpt2(tmp_path, pattern
     mine = make(SPECIALS, pattern)
     mine.save(tmp_path)
     assert (tmp_path / "pattern.txt").exists() == (pattern != bpe.SPLIT_PATTERN)
-    loaded = Tokenizer.load(tmp_path)
+    loaded = exchange.load(tmp_path)
     assert loaded.pattern.pattern == pattern.pattern
     assert loaded.fingerprint() == mine.fingerprint()
     assert loaded.special_tokens == SPECIALS
@@ -819,13 +819,13 @@ def test_any_pattern_comes_back_as_it_was(tmp_path):
     # line ends of all kinds, which a file in text mode would change
     pattern = regex.compile("a\r\nb|\r|\n|\u00e9\u2028| |[\\s\\S]\n")
     make([], pattern).save(tmp_path)
-    assert Tokenizer.load(tmp_path).pattern.pattern == pattern.pattern
+    assert exchange.load(tmp_path).pattern.pattern == pattern.pattern
 
 
 def test_an_older_pattern_does_not_stay(tmp_path):
     make([], bpe.CL100K_PATTERN).save(tmp_path)
     make([]).save(tmp_path)
-    assert Tokenizer.load(tmp_path).pattern == bpe.SPLIT_PATTERN
+    assert exchange.load(tmp_path).pattern == bpe.SPLIT_PATTERN
 
 
 def test_gpt2_files_by_name_have_the_pattern_of_gpt2(tmp_path):
@@ -838,11 +838,11 @@ def test_gpt2_files_by_name_have_the_pattern_of_gpt2(tmp_path):
 def test_without_a_list_what_no_merge_makes_is_special(tmp_path):
     make(["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]).save(tmp_path)
     (tmp_path / "special_tokens.json").unlink()
-    assert Tokenizer.load(tmp_path).special_tokens == ["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]
+    assert exchange.load(tmp_path).special_tokens == ["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]
     # another program may not spell them
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"\u6f22 x": 999}), encoding="utf-8")
-    assert Tokenizer.load(tmp_path).special_id("\u6f22 x") == 999
+    assert exchange.load(tmp_path).special_id("\u6f22 x") == 999
 
 
 @pytest.mark.parametrize("merge", [(b"#version:", b" "), (b"#", b"#"), (b"\xc2", b"\xa0"), (b"\n", b"\r")])
@@ -850,15 +850,15 @@ def test_merges_of_any_bytes_come_back(tmp_path, merge):
     steps = [(merge[0][:n], merge[0][n : n + 1]) for n in range(1, len(merge[0]))]
     mine = Tokenizer(learned([*steps, merge]), [*steps, merge], ["#version: 0.2", "\ufeff"])
     mine.save(tmp_path)
-    assert Tokenizer.load(tmp_path).fingerprint() == mine.fingerprint()
+    assert exchange.load(tmp_path).fingerprint() == mine.fingerprint()
     write_json(mine, tmp_path / "other.json")
-    assert Tokenizer.load(tmp_path / "other.json").fingerprint() == mine.fingerprint()
+    assert exchange.load(tmp_path / "other.json").fingerprint() == mine.fingerprint()
 
 
 def test_a_merge_in_the_first_line_is_no_header(tmp_path):
     SMALL.save(tmp_path)
     (tmp_path / "merges.txt").write_text("a b\nab c\n", encoding="utf-8")
-    assert Tokenizer.load(tmp_path).merges == SMALL.merges
+    assert exchange.load(tmp_path).merges == SMALL.merges
 
 
 @pytest.mark.parametrize(
@@ -896,7 +896,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content):
     SMALL.save(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        Tokenizer.load(tmp_path)
+        exchange.load(tmp_path)
     assert name in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -904,7 +904,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content):
 def test_a_special_token_that_text_could_make_is_named_with_its_folder(tmp_path, special):
     SMALL.save(tmp_path)
     (tmp_path / "special_tokens.json").write_text(json.dumps([special]), encoding="utf-8")
-    assert_refused(Tokenizer.load, tmp_path, f"special token must.*{special}")
+    assert_refused(exchange.load, tmp_path, f"special token must.*{special}")
 
 
 @pytest.mark.parametrize("id", [*IDS, 5], ids=repr)
@@ -912,19 +912,19 @@ def test_an_id_of_a_folder_that_is_none_is_refused(tmp_path, id):
     SMALL.save(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"abc": id}), encoding="utf-8")
-    assert_refused(Tokenizer.load, tmp_path, "vocab.json")
+    assert_refused(exchange.load, tmp_path, "vocab.json")
 
 
 def test_a_folder_that_has_only_a_tokenizer_json_is_loaded(tmp_path):
     mine = make(SPECIALS, bpe.CL100K_PATTERN)
     path = write_json(mine, tmp_path / "tokenizer.json")
     for where in (tmp_path, str(tmp_path), path, str(path)):
-        assert Tokenizer.load(where).fingerprint() == mine.fingerprint()
+        assert exchange.load(where).fingerprint() == mine.fingerprint()
 
 
 def test_a_tokenizer_json_of_any_name_is_loaded_by_its_path(tmp_path):
     path = write_json(make(SPECIALS), tmp_path / "mine.json")
-    assert Tokenizer.load(path).fingerprint() == make(SPECIALS).fingerprint()
+    assert exchange.load(path).fingerprint() == make(SPECIALS).fingerprint()
 
 
 def test_a_folder_of_hugging_face_keeps_its_pattern(tmp_path):
@@ -934,13 +934,13 @@ def test_a_folder_of_hugging_face_keeps_its_pattern(tmp_path):
     for name in ("pattern.txt", "special_tokens.json"):
         (tmp_path / name).unlink()
     write_json(mine, tmp_path / "tokenizer.json")
-    assert Tokenizer.load(tmp_path).fingerprint() == mine.fingerprint()
+    assert exchange.load(tmp_path).fingerprint() == mine.fingerprint()
 
 
 def test_nothing_at_a_path_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nothing", tmp_path / "nothing.json", tmp_path / "empty"):
-        assert_refused(Tokenizer.load, path, "missing|exist")
+        assert_refused(exchange.load, path, "missing|exist")
     assert_refused(exchange.read_tokenizer_json, tmp_path / "nothing.json", "missing|exist")
     assert_refused(exchange.read_tokenizer_json, tmp_path / "empty")
     assert_refused(lambda path: exchange.read_ranks(path, {}), tmp_path / "nothing", "missing|exist")
@@ -949,7 +949,7 @@ def test_nothing_at_a_path_is_named(tmp_path):
 def test_a_file_of_another_kind_is_named(tmp_path):
     SMALL.save(tmp_path)
     for name in ("vocab.json", "merges.txt", "special_tokens.json"):
-        assert_refused(Tokenizer.load, tmp_path / name, "Hugging Face")
+        assert_refused(exchange.load, tmp_path / name, "Hugging Face")
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
@@ -958,7 +958,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        Tokenizer.load(tmp_path)
+        exchange.load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ class Tokenizer(tokenizer.Tokenizer):
         with ThreadPoolExecutor(n_threads or bpe.usable_cores()) as pool:
             return list(pool.map(self.encode, texts))
 
-    def _encode_file(
-        self, path: str | os.PathLike[str], n_threads: int | None
+    def encode_file(
+        self, path: str | os.PathLike[str], n_threads: int | None = None
     ) -> Iterator[tuple[np.ndarray, int, int]]:
         if self._scanner is None:
-            yield from super()._encode_file(path, n_threads)
+            yield from super().encode_file(path, n_threads)
             return
 
         def encode(chunk: chunks.Chunk) -> tuple[np.ndarray, int, int]:
