@@ -13,7 +13,6 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -37,7 +36,7 @@ def train_options(
         if resumed is None:
             base = _of_new_run(arguments, preset)
         else:
-            folder = run.newest_folder() if resumed == "auto" else Path(resumed)
+            folder = run.resolve("newest" if resumed == "auto" else resumed)
             base = presets.update(config.Config(), run.read_config(folder), origin=f"{folder}/config.json")
         options = parse(base, arguments, prog)
         if resumed is None:
@@ -55,7 +54,7 @@ def _of_new_run(arguments: Sequence[str], preset: str) -> config.Config:
     source = _value_of("--init_from", arguments) or options.get("init_from")
     base = config.Config()
     if source is not None:
-        folder = run.newest_folder() if source == "newest" else Path(source)
+        folder = run.resolve(source)
         theirs = {"model": run.read_config(folder).get("model", {}), "tokenizer": f"{folder}/tokenizer"}
         base = presets.update(base, theirs, origin=f"{folder}/config.json")
         options |= {"init_from": str(folder)}

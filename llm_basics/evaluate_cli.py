@@ -115,7 +115,7 @@ def judge(
     progress: Callable[[str, int, int], None],
 ) -> Judged:
     """Load a run, and measure it on text, on questions, or both."""
-    folder = run.newest_folder() if name == "newest" else Path(name)
+    folder = run.resolve(name)
     path = checkpoint.find(folder / run.CHECKPOINTS, options.checkpoint)
     model, tokenizer = generate.load_run(folder, device.choose(options.device), options.checkpoint)
     if tokenizer.vocab_size > model.config.vocab_size:

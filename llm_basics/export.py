@@ -201,7 +201,7 @@ def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dic
 def main(options: programs.ExportConfig) -> int:
     """Export as `options` say. Returns the exit status."""
     with command_line.exit_on_mistake():
-        folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
+        folder = run.resolve(options.run_dir)
         name = folder.resolve().name
         out = Path(options.out) if options.out is not None else EXPORTS / name
         path = checkpoint.find(folder / run.CHECKPOINTS, options.checkpoint)

@@ -69,7 +69,7 @@ def open_run(
     if options.fast == "on":
         swap.use("fast", say=lambda line: print(line, file=sys.stderr))
     device.keep_memory()
-    folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
+    folder = run.resolve(options.run_dir)
     return generate.load_run(folder, device.choose(options.device), options.checkpoint)
 
 

@@ -131,7 +131,7 @@ def main(options: programs.HarnessConfig) -> int:
         manager = tasks.TaskManager(include_path=own, include_defaults=own is None)
         if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
             raise ValueError(f"--tasks must name tasks that there are, got {', '.join(unknown)}")
-        folder = run.newest_folder() if options.run_dir == "newest" else Path(options.run_dir)
+        folder = run.resolve(options.run_dir)
         found = lm_eval.simple_evaluate(
             HarnessModel(str(folder), options.checkpoint, options.device, options.batch_size),
             tasks=list(options.tasks),

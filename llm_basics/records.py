@@ -127,9 +127,7 @@ def read(name: str) -> Record:
 
 def find(name: str) -> Path:
     """The folder of the run `name`. Raises ValueError with the closest known name."""
-    if name == "newest":
-        return run.newest_folder()
-    for folder in (Path(name), run.RUNS / name):
+    for folder in (run.resolve(name), run.RUNS / name):
         if (folder / "config.json").is_file():
             return folder
     known = [path.parent.name for path in run.RUNS.glob("*/config.json")]

@@ -197,6 +197,11 @@ def newest_folder() -> Path:
     return max(folders, key=lambda folder: max(file.stat().st_mtime_ns for file in folder.iterdir()))
 
 
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """The folder of the run `name`: a path, or `newest`."""
+    return newest_folder() if str(name) == "newest" else Path(name)
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of the run in `folder`."""
     path = Path(folder) / "config.json"

@@ -1,6 +1,7 @@
 """The run directory and the figure. Alone: uv run pytest tests/test_run.py"""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -114,7 +115,8 @@ def test_newest_folder_is_the_last_written(tmp_path, monkeypatch):
         output.close()
     for name in ("b", "without checkpoint"):
         run.Run(run.RUNS / name).metrics(1, train_loss=1.0)
-    assert run.newest_folder().name == "b"
+    assert run.newest_folder().name == run.resolve("newest").name == "b"
+    assert run.resolve("runs/a") == Path("runs/a")
     assert run.read_config(run.RUNS / "a") == {"name": "a"}
 
 

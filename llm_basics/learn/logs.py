@@ -8,7 +8,6 @@ a gradient that is nearly zero teaches nothing.
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from llm_basics import run
@@ -107,7 +106,7 @@ def _merged(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main(folder: str) -> int:
     """Print what is found in a run; the exit status is 1 if something is."""
-    path = run.newest_folder() if folder == "newest" else Path(folder)
+    path = run.resolve(folder)
     vocab_size = run.read_config(path)["model"]["vocab_size"]
     found = list(findings(run.read_metrics(path), vocab_size))
     for seen, cause in found:
