@@ -47,12 +47,6 @@ class ModelConfig:
     """Initial weights: normal of variance 2 / (d_in + d_out) cut at 3 std, or GPT-2's 0.02."""
     zero_init: bool = False
     """Start the projections that lead back to the residual stream at 0: at first no block changes it."""
-    value_embeddings: bool = False
-    """In each block, add a learned vector of the token itself to the values that attention mixes."""
-    x0_skips: bool = False
-    """Let each block mix the embedded tokens back into its input, by two learned numbers."""
-    logit_softcap: float | None = None
-    """Bend logits smoothly so that none is beyond this. None: leave them as they are."""
     vocab_multiple: int = 1
     """Round the rows of embeddings and output up to a multiple (64 on GPUs); no id is drawn from the rest."""
 
@@ -81,8 +75,6 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
-            raise ValueError(f"model.logit_softcap must be above 0 and finite, got {self.logit_softcap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
@@ -125,8 +117,7 @@ class ModelConfig:
             self.position == "learned"
         )
         norm = {"rms": 1, "layer": 1 + self.bias, "none": 0}[self.norm] * self.d_model
-        block = 2 * norm + 2 * self.d_head * self.qk_norm + 2 * self.x0_skips
-        block += self.n_rows * self.d_kv * self.value_embeddings
+        block = 2 * norm + 2 * self.d_head * self.qk_norm
         # of the four projections of attention and the two of the feed-forward network
         block += (3 * self.d_model + 2 * self.d_kv + self.d_hidden) * self.bias
         return self.n_multiplied + rows * self.d_model + self.n_layers * block + norm

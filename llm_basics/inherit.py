@@ -65,7 +65,7 @@ def take_weights(model: models.TransformerLM, folder: str) -> None:
     n_known = min(tokenizer.vocab_size, theirs.config.vocab_size)
     weights = theirs.state_dict()
     for name in weights:
-        if name.startswith(("token_embeddings.", "value_embeddings.", "lm_head.")):
+        if name.startswith(("token_embeddings.", "lm_head.")):
             weights[name] = with_rows(weights[name][:n_known], model.config.n_rows)
     model.load_state_dict(weights)
 

@@ -301,14 +301,9 @@ class MultiHeadSelfAttention(nn.Module):
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: KVCache | None = None,
-        values: Float[Tensor, "... seq d_kv"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Mix information along `seq`. With a `cache`, `x` continues the tokens that it holds.
-
-        `values` are added to those that are made from `x`.
-        """
+        """Mix information along `seq`. With a `cache`, `x` continues the tokens that it holds."""
         q, k, v = self.project(x)
-        v = v if values is None else v + values
         q = rearrange(q, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
         k = rearrange(k, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
         v = rearrange(v, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)

@@ -24,7 +24,7 @@ ACTIVATIONS = {
 }
 
 # what all architectures are like
-EVERYWHERE = {"norm_placement": "pre", "value_embeddings": False, "x0_skips": False, "logit_softcap": None}
+EVERYWHERE = {"norm_placement": "pre"}
 
 
 @dataclass(frozen=True)

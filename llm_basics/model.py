@@ -46,27 +46,18 @@ class TransformerBlock(nn.Module):
         self.ln2 = make_norm(shape, device, dtype)
         self.ffn = make_ffn(shape, device, dtype)
         self.dropout = layers.Dropout(shape.dropout)
-        # as in modded-nanogpt (Jordan et al. 2024)
-        self.x0_mix = (
-            nn.Parameter(torch.tensor([1.0, 0.0], device=device, dtype=dtype)) if shape.x0_skips else None
-        )
 
     def forward(
         self,
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: layers.KVCache | None = None,
-        values: Float[Tensor, "... seq d_kv"] | None = None,
-        x0: Float[Tensor, "... seq d_model"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Refine `x`, with what the config asks for: `values` of value embeddings, embedded tokens `x0`."""
-        if x0 is not None and self.x0_mix is not None:
-            x = self.x0_mix[0] * x + self.x0_mix[1] * x0
-        added = {} if values is None else {"values": values}
+        """Attention, then the feed-forward network, each added to the residual stream `x`."""
         if self.norm_placement == "pre":
-            x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache, **added))
+            x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache))
             return x + self.dropout(self.ffn(self.ln2(x)))
-        x = self.ln1(x + self.dropout(self.attn(x, token_positions, cache, **added)))
+        x = self.ln1(x + self.dropout(self.attn(x, token_positions, cache)))
         return self.ln2(x + self.dropout(self.ffn(x)))
 
 
@@ -92,10 +83,6 @@ class TransformerLM(nn.Module):
             if shape.position == "learned"
             else None
         )
-        self.value_embeddings = nn.ModuleList(
-            layers.Embedding(shape.n_rows, shape.d_kv, device, dtype)
-            for _ in range(shape.n_layers if shape.value_embeddings else 0)
-        )
         # one table serves all blocks
         rope = (
             layers.RotaryEmbedding(shape.d_head, shape.context_length, shape.rope_theta, device)
@@ -113,7 +100,8 @@ class TransformerLM(nn.Module):
             self.token_embeddings.weight = self.lm_head.weight
         if shape.init == "gpt2":
             init_gpt2_(self)
-        init_zero_(self)
+        if shape.zero_init:
+            init_zero_(self)
 
     def forward(
         self,
@@ -143,13 +131,9 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(tokens)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(token_positions)
-        x = x0 = self.dropout(x)
+        x = self.dropout(x)
         for i, block in enumerate(self.layers):
-            # a block of somebody's own need not know of what the config does not ask for
-            added = {"x0": x0} if self.config.x0_skips else {}
-            if self.config.value_embeddings:
-                added["values"] = self.value_embeddings[i](tokens)
-            x = block(x, token_positions, caches[i] if caches else None, **added)
+            x = block(x, token_positions, caches[i] if caches else None)
         return self.ln_final(x)
 
     def logits(self, hidden: Float[Tensor, "... seq d_model"]) -> Float[Tensor, "... seq vocab"]:
@@ -157,12 +141,9 @@ class TransformerLM(nn.Module):
         return self.finish(self.lm_head(hidden))
 
     def finish(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
-        """What the output projection gave, without rows that are no token's, and bent if the config asks."""
-        if self.config.n_rows > self.config.vocab_size:
-            logits = logits[..., : self.config.vocab_size]
-        if self.config.logit_softcap is None:
-            return logits
-        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        """The output projection's result without the padding rows, which belong to no token."""
+        n_rows, vocab_size = self.config.n_rows, self.config.vocab_size
+        return logits[..., :vocab_size] if n_rows > vocab_size else logits
 
     def new_caches(self, batch: int) -> list[layers.KVCache]:
         """Empty key-value caches for `batch` texts, one for each block."""
@@ -231,13 +212,10 @@ def init_gpt2_(model: TransformerLM) -> None:
 
 @torch.no_grad()
 def init_zero_(model: TransformerLM) -> None:
-    """Zeros where the config asks for them.
+    """Set the projections that lead back to the residual stream to zero.
 
-    With `zero_init`, the projections that lead back to the residual stream: each block begins as the
-    identity, whatever the depth (as in Fixup, arXiv 1901.09321). Value embeddings begin at 0 as well: the
-    model is then the one without them (after value residual learning, arXiv 2410.17897).
+    Each block begins as the identity, whatever the depth (as in Fixup, arXiv 1901.09321).
     """
     for name, parameter in model.named_parameters():
-        is_back = name.endswith(("attn.output_proj.weight", "ffn.w2.weight"))
-        if name.startswith("value_embeddings.") or (is_back and model.config.zero_init):
+        if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
             nn.init.zeros_(parameter)

@@ -15,6 +15,9 @@ from llm_basics import config, files
 
 PRESETS = Path(__file__).parent / "configs"
 
+# options of earlier versions that are gone, each with the only value that a stored config may have
+REMOVED = {"model.value_embeddings": False, "model.x0_skips": False, "model.logit_softcap": None}
+
 T = TypeVar("T")
 
 
@@ -67,23 +70,29 @@ def read_file(path: Path) -> dict[str, Any]:
 def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
     """A copy of `base` with `options` set; nested dictionaries update nested configs.
 
+    Removed options are left out if they were off, as in the config of an old run.
+
     >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
     2
     """
     hints = typing.get_type_hints(type(base))
     values: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in hints:
+        if (full_name := prefix + name) in REMOVED:
+            if value != REMOVED[full_name]:
+                raise ValueError(
+                    f"{full_name} must be {REMOVED[full_name]}, got {value!r} ({origin}); this version has "
+                    "no such option: use the version that trained the run"
+                )
+        elif name not in hints:
             inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
-            raise ValueError(
-                unknown_option(f"{prefix}{name}", [prefix + n for n in [*hints, *inner]], origin)
-            )
-        if dataclasses.is_dataclass(hints[name]):
+            raise ValueError(unknown_option(full_name, [prefix + n for n in [*hints, *inner]], origin))
+        elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{name} must hold options of its own, got {value!r} ({origin})")
-            values[name] = update(getattr(base, name), value, origin, f"{prefix}{name}.")
+                raise ValueError(f"{full_name} must hold options of its own, got {value!r} ({origin})")
+            values[name] = update(getattr(base, name), value, origin, f"{full_name}.")
         else:
-            values[name] = _check(value, hints[name], f"{prefix}{name}", origin)
+            values[name] = _check(value, hints[name], full_name, origin)
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
 
 

@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from llm_basics import command_line, config, presets, programs
+from llm_basics import command_line, config, generate, presets, programs
 
 PRESETS = sorted(path.stem for path in presets.PRESETS.glob("*.yaml"))
 
@@ -194,6 +194,29 @@ def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
         resumed = command_line.train_options(["--resume", named, "--train.steps", "9"])
         assert (resumed.data, resumed.model, resumed.train.steps) == ("book.txt", options.model, 9)
         assert resumed.resume is not None and resumed.resume.endswith("old")
+
+
+REMOVED = {"value_embeddings": False, "x0_skips": False, "logit_softcap": None}
+
+
+def test_removed_options_that_were_off_are_left_out():
+    written = presets.load("gpt2-nano")
+    stored = json.loads(json.dumps(dataclasses.asdict(written)))
+    stored["model"] |= REMOVED
+    assert presets.update(config.Config(), stored, "here") == written
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("value_embeddings", True), ("x0_skips", True), ("logit_softcap", 15.0)]
+)
+def test_removed_options_that_were_on_are_refused(capsys, tmp_path, name, value):
+    options = dataclasses.asdict(presets.load("gpt2-nano"))
+    options["model"] |= REMOVED | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    said = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has no"
+    assert f"{said} such option" in complaint(capsys, "--resume", str(tmp_path))
+    with pytest.raises(ValueError, match=f"model.{name} must be {REMOVED[name]}, got {value}"):
+        generate.load_run(tmp_path)
 
 
 def generate_options(arguments):

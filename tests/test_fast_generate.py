@@ -35,13 +35,9 @@ SHAPES = {
     "large eps": {"norm_eps": 0.3, "qk_norm": True},
     "large eps, layer": {"norm_eps": 0.3, "norm": "layer"},
     "theta": {"rope_theta": 7.0},
-    "value embeddings": {"value_embeddings": True, "n_kv_heads": 2},
-    "x0 skips": {"x0_skips": True, "n_layers": 3},
-    "soft cap": {"logit_softcap": 1.5},
     "padded vocabulary": {"vocab_multiple": 16, "zero_init": True},
     "all switches": {
-        **{"value_embeddings": True, "x0_skips": True, "logit_softcap": 5.0, "vocab_multiple": 64},
-        **{"qk_norm": True, "norm_placement": "post", "tie_embeddings": True},
+        **{"vocab_multiple": 64, "qk_norm": True, "norm_placement": "post", "tie_embeddings": True},
     },
     "default sizes": {"d_model": 64, "d_ff": None, "n_layers": 4, "init": "gpt2", "dropout": 0.1},
 }

@@ -42,8 +42,6 @@ SHAPES = {
     "qk norm without positions": {"qk_norm": True, "position": "none"},
     "two groups": {"n_kv_heads": 2, "qk_norm": True},
     "one group, wide heads": {"n_kv_heads": 1, "n_heads": 2, "d_model": 96, "d_ff": 144},
-    "value embeddings": {"value_embeddings": True, "n_kv_heads": 2},
-    "soft cap": {"logit_softcap": 1.5},
     "one score": {"vocab_size": 1},
     "many scores": {"vocab_size": 700, "vocab_multiple": 64},
 }
@@ -264,7 +262,6 @@ def test_is_left_to_torch_if_the_model_is_not_as_it_was_made(change):
     "options",
     [
         {"norm_placement": "post"},
-        {"x0_skips": True},
         {"dropout": 0.1},
         {"norm": "none"},
         {"d_model": 60, "position": "learned"},

@@ -359,12 +359,8 @@ def test_groups_with_momentum_are_of_matrices():
 # --------------------------------------------------------------------------------------------------
 # The model's parameters
 
-SHAPE = config.ModelConfig(
-    vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2, qk_norm=True, x0_skips=True
-)
-RICH = dataclasses.replace(
-    SHAPE, norm="layer", ffn="gelu", bias=True, position="learned", value_embeddings=True
-)
+SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2, qk_norm=True)
+RICH = dataclasses.replace(SHAPE, norm="layer", ffn="gelu", bias=True, position="learned")
 SETTINGS = config.TrainConfig(
     steps=6,
     batch_size=4,
@@ -406,10 +402,10 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw(shape, tie):
     assert sorted(matrices) == sorted(f"layers.{i}.{name}.weight" for i in (0, 1) for name in projections)
     embeddings = {"token_embeddings.weight"} | (set() if tie else {"lm_head.weight"})
     if shape is RICH:
-        embeddings |= {"position_embeddings.weight"} | {f"value_embeddings.{i}.weight" for i in (0, 1)}
+        embeddings.add("position_embeddings.weight")
     assert set(decayed) == embeddings
     assert sorted(matrices + decayed + kept) == sorted(name for name, _ in lm.named_parameters())
-    assert {"layers.0.x0_mix", "layers.1.attn.q_norm.weight", "ln_final.weight"} <= set(kept)
+    assert {"layers.1.attn.q_norm.weight", "ln_final.weight"} <= set(kept)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.7, 0.9), 1e-6)
 
@@ -468,9 +464,7 @@ def options(tmp_path):
         tokenizer="bytes",
         data_dir=str(tmp_path / "data"),
         run_dir=str(tmp_path / "run"),
-        model=dataclasses.replace(
-            RICH, value_embeddings=True, logit_softcap=15.0, vocab_multiple=64, zero_init=True
-        ),
+        model=dataclasses.replace(RICH, vocab_multiple=64, zero_init=True),
         train=SETTINGS,
     )
 

@@ -41,17 +41,10 @@ GPT2 = config.ModelConfig(
     init="gpt2",
 )
 POST = dataclasses.replace(LLAMA, norm_placement="post")
-BARE = dataclasses.replace(LLAMA, norm="none", position="none", qk_norm=True)
 BARE = dataclasses.replace(LLAMA, norm="none", position="none")
 FAMILIES = pytest.mark.parametrize("plain", [LLAMA, GPT2, POST], ids=["llama", "gpt2", "post-norm"])
 
-ON = {
-    "zero_init": True,
-    "value_embeddings": True,
-    "x0_skips": True,
-    "logit_softcap": 3.0,
-    "vocab_multiple": 64,
-}
+ON = {"zero_init": True, "vocab_multiple": 64}
 SWITCHES = pytest.mark.parametrize("switches", [*([name] for name in ON), [*ON]], ids="+".join)
 
 
@@ -96,13 +89,11 @@ def test_without_switches_the_model_is_what_its_parts_make(plain):
     assert torch.equal(lm(tokens), lm.lm_head(lm.ln_final(x)))
     parts = {name.split(".")[0] for name in lm.state_dict()}
     assert parts - {"position_embeddings"} == {"token_embeddings", "layers", "ln_final", "lm_head"}
-    assert not any("x0_mix" in name for name in lm.state_dict())
 
 
 def test_switches_are_off_unless_asked_for():
     plain = config.ModelConfig()
-    assert (plain.zero_init, plain.value_embeddings, plain.x0_skips) == (False, False, False)
-    assert (plain.logit_softcap, plain.vocab_multiple, plain.n_rows) == (None, 1, plain.vocab_size)
+    assert (plain.zero_init, plain.vocab_multiple, plain.n_rows) == (False, 1, plain.vocab_size)
 
 
 def test_without_norms_sublayers_add_to_what_comes_in_as_it_is():
@@ -126,9 +117,8 @@ def test_without_norms_sublayers_add_to_what_comes_in_as_it_is():
 
 
 @FAMILIES
-@pytest.mark.parametrize("others", [[], ["value_embeddings", "x0_skips"]], ids=["alone", "with others"])
-def test_blocks_that_start_at_zero_change_nothing(plain, others):
-    lm, tokens = model.TransformerLM(switched(plain, ["zero_init", *others])).eval(), some_tokens(2, 7)
+def test_blocks_that_start_at_zero_change_nothing(plain):
+    lm, tokens = model.TransformerLM(switched(plain, ["zero_init"])).eval(), some_tokens(2, 7)
     x = lm.token_embeddings(tokens)
     if plain is GPT2:
         x = x + lm.position_embeddings(torch.arange(7))
@@ -137,7 +127,7 @@ def test_blocks_that_start_at_zero_change_nothing(plain, others):
     torch.testing.assert_close(lm.hidden_states(tokens), lm.ln_final(x), rtol=0, atol=0)
     zeros = {name for name, p in lm.named_parameters() if p.dim() == 2 and not p.any()}
     back = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("attn.output_proj", "ffn.w2")}
-    assert zeros == back | ({f"value_embeddings.{i}.weight" for i in (0, 1)} if others else set())
+    assert zeros == back
 
 
 @FAMILIES
@@ -152,78 +142,17 @@ def test_blocks_that_start_at_zero_learn(plain):
     )
 
 
-@FAMILIES
-@pytest.mark.parametrize("switch", ["value_embeddings", "x0_skips"])
-def test_what_is_learned_anew_starts_as_if_it_were_not_there_and_learns(plain, switch):
-    without, tokens = model.TransformerLM(plain), some_tokens(4, 9)
-    lm = model.TransformerLM(switched(plain, [switch]))
-    missing, unexpected = lm.load_state_dict(without.state_dict(), strict=False)
-    new = {"value_embeddings": [f"value_embeddings.{i}.weight" for i in (0, 1)]}
-    new["x0_skips"] = [f"layers.{i}.x0_mix" for i in (0, 1)]
-    assert sorted(missing) == sorted(new[switch]) and not unexpected
-    assert torch.equal(lm(tokens), without(tokens))
-    loss_of(lm, tokens).backward()
-    for name in missing:
-        assert lm.get_parameter(name).grad.abs().max() > 1e-6, name
-
-
-def test_value_embeddings_are_of_the_token_itself_and_of_the_width_of_values():
-    lm, tokens = randomized(switched(LLAMA, ["value_embeddings"])), some_tokens(2, 7)
-    assert [table.weight.shape for table in lm.value_embeddings] == [(VOCAB, 2 * 4)] * 2
-    seen = []
-    for block in lm.layers:
-        block.attn.v_proj.register_forward_hook(lambda module, args, out: seen.append(out))
-    expected = lm(tokens)
-    # what is added to the values may as well be added by their projection
-    for block, table in zip(lm.layers, lm.value_embeddings, strict=True):
-        block.attn.v_proj.register_forward_hook(lambda m, args, out, t=table: out + t(tokens))
-    without = model.TransformerLM(LLAMA, dtype=torch.float64)
-    for name in ("token_embeddings", "layers", "ln_final", "lm_head"):
-        setattr(without, name, getattr(lm, name))
-    torch.testing.assert_close(without(tokens), expected)
-
-
-@FAMILIES
-def test_skips_mix_the_embedded_tokens_into_the_input_of_each_block(plain):
-    lm, tokens = randomized(switched(plain, ["x0_skips"])), some_tokens(2, 7)
-    x0 = lm.token_embeddings(tokens)
-    if plain is GPT2:
-        x0 = x0 + lm.position_embeddings(torch.arange(7))
-    x = x0
-    for block in lm.layers:
-        x = block(block.x0_mix[0] * x + block.x0_mix[1] * x0)
-    torch.testing.assert_close(lm(tokens), lm.lm_head(lm.ln_final(x)))
-
-
 # --------------------------------------------------------------------------------------------------
 # Logits
-
-
-@FAMILIES
-@pytest.mark.parametrize("cap", [0.5, 3.0, 30.0])
-def test_capped_logits_keep_their_order_within_bounds(plain, cap):
-    lm = randomized(dataclasses.replace(plain, logit_softcap=cap))
-    without = randomized(plain)
-    without.load_state_dict(lm.state_dict())
-    tokens = some_tokens(2, 7)
-    found, raw = lm(tokens), without(tokens)
-    assert found.abs().max() <= cap
-    torch.testing.assert_close(found, cap * torch.tanh(raw / cap))
-    order = raw.argsort(-1)
-    assert (found.gather(-1, order).diff(dim=-1) >= 0).all()
-    # small ones are as they were
-    nn.init.normal_(lm.lm_head.weight, std=1e-5)
-    without.load_state_dict(lm.state_dict())
-    torch.testing.assert_close(lm(tokens), without(tokens), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(("multiple", "rows"), [(1, 23), (23, 23), (2, 24), (8, 24), (64, 64), (22, 44)])
 @pytest.mark.parametrize("tie", [False, True])
 def test_rows_are_rounded_up_and_logits_are_not(multiple, rows, tie):
-    shape = dataclasses.replace(LLAMA, vocab_multiple=multiple, tie_embeddings=tie, value_embeddings=True)
+    shape = dataclasses.replace(LLAMA, vocab_multiple=multiple, tie_embeddings=tie)
     lm, tokens = model.TransformerLM(shape), some_tokens(3, 8)
-    tables = [lm.token_embeddings, lm.lm_head, *lm.value_embeddings]
-    assert [table.weight.shape[0] for table in tables] == [rows] * 4
+    tables = [lm.token_embeddings, lm.lm_head]
+    assert [table.weight.shape[0] for table in tables] == [rows] * 2
     assert lm(tokens).shape == (3, 8, VOCAB)
     loss_of(lm, torch.arange(VOCAB)[None, :CONTEXT]).backward()
     for table in tables:
@@ -239,10 +168,9 @@ def test_padding_has_no_part_in_the_loss():
     assert torch.equal(loss_of(lm, tokens), expected)
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_no_id_of_the_padding_is_ever_drawn(cap):
+def test_no_id_of_the_padding_is_ever_drawn():
     """Not in 100,000 draws at temperature 10, though its rows are by far the largest."""
-    lm = randomized(dataclasses.replace(switched(LLAMA, ["vocab_multiple"]), logit_softcap=cap))
+    lm = randomized(switched(LLAMA, ["vocab_multiple"]))
     with torch.no_grad():
         lm.lm_head.weight[VOCAB:] = 1e3
     probabilities = generate.next_token_probabilities(lm(some_tokens(1, 5))[0, -1], temperature=10.0)
@@ -262,13 +190,11 @@ def test_no_id_of_the_padding_is_ever_drawn(cap):
 def test_logits_see_tokens_up_to_their_own_and_never_later_ones(plain, switches):
     """By the gradients of the embeddings of seven tokens, no two of which are the same."""
     lm, tokens = randomized(switched(plain, switches)), torch.randperm(VOCAB)[:7]
-    tables = [lm.token_embeddings, *lm.value_embeddings]
     for i in range(7):
         lm.zero_grad()
         lm(tokens)[i].square().sum().backward()
-        for table in tables:
-            reached = table.weight.grad[tokens].abs().amax(-1)
-            assert (reached[: i + 1] > 0).all() and not reached[i + 1 :].any()
+        reached = lm.token_embeddings.weight.grad[tokens].abs().amax(-1)
+        assert (reached[: i + 1] > 0).all() and not reached[i + 1 :].any()
 
 
 @FAMILIES
@@ -328,10 +254,6 @@ def test_twins_give_the_same_loss_and_gradients(plain, switches):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"logit_softcap": 0.0}, "model.logit_softcap must be above 0 and finite, got 0.0"),
-        ({"logit_softcap": -3.0}, "model.logit_softcap must be above 0 and finite, got -3.0"),
-        ({"logit_softcap": math.nan}, "model.logit_softcap must be above 0 and finite, got nan"),
-        ({"logit_softcap": math.inf}, "model.logit_softcap must be above 0 and finite, got inf"),
         ({"vocab_multiple": 0}, "model.vocab_multiple must be at least 1, got 0"),
         ({"vocab_multiple": -64}, "model.vocab_multiple must be at least 1, got -64"),
     ],
@@ -344,23 +266,23 @@ def test_values_that_cannot_work_are_refused(wrong, said):
 # --------------------------------------------------------------------------------------------------
 # Runs of before
 
-# options that there were not, when runs had already been saved
+# options that old runs lack
 YOUNGER = {
-    "model": ["zero_init", "value_embeddings", "x0_skips", "logit_softcap", "vocab_multiple"],
+    "model": ["zero_init", "vocab_multiple"],
     "train": ["optimizer", "schedule", "decay_fraction", "momentum"],
 }
+# options that only old runs have
+REMOVED = {"value_embeddings": False, "x0_skips": False, "logit_softcap": None}
 
 
 def without_younger(options):
-    rest = {name: value for name, value in options.items() if name not in YOUNGER}
-    return rest | {
-        part: {k: v for k, v in options[part].items() if k not in YOUNGER[part]} for part in YOUNGER
-    }
+    kept = {part: {k: v for k, v in options[part].items() if k not in YOUNGER[part]} for part in YOUNGER}
+    return options | kept
 
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch):
-    """The folder of a run that was stopped after 2 of 4 steps, by a program without the younger options."""
+    """A run stopped after 2 of 4 steps, its config without the younger options and with the removed ones."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(200)))
     options = config.Config(
@@ -374,7 +296,10 @@ def old_run(tmp_path, monkeypatch):
     asdict = dataclasses.asdict
 
     def as_before(value):
-        return without_younger(asdict(value)) if isinstance(value, config.Config) else asdict(value)
+        if not isinstance(value, config.Config):
+            return asdict(value)
+        options = without_younger(asdict(value))
+        return options | {"model": options["model"] | REMOVED}
 
     with monkeypatch.context() as patch:
         patch.setattr(session.dataclasses, "asdict", as_before)
@@ -387,6 +312,7 @@ def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
     _, about = checkpoint.read_checkpoint(run.checkpoints(old_run)[0])
     for part, names in YOUNGER.items():
         assert not set(names) & (saved[part].keys() | about["config"][part].keys())
+    assert REMOVED.keys() <= saved["model"].keys() & about["config"]["model"].keys()
     resumed = command_line.train_options(["--resume", str(old_run), "--train.steps", "4"])
     assert resumed.model == dataclasses.replace(LLAMA, vocab_size=257)
     capsys.readouterr()
@@ -400,10 +326,10 @@ def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
 
 
 def test_a_run_of_before_is_not_gone_on_with_by_a_model_that_it_did_not_have(old_run, capsys):
-    arguments = ["--resume", str(old_run), "--train.steps=4", "--model.x0_skips"]
+    arguments = ["--resume", str(old_run), "--train.steps=4", "--model.zero_init"]
     with pytest.raises(SystemExit):
         train.main(command_line.train_options(arguments))
-    assert "x0_skips was False, now True" in capsys.readouterr().err
+    assert "zero_init was False, now True" in capsys.readouterr().err
 
 
 def test_the_younger_options_are_all_that_a_preset_of_before_lacks():

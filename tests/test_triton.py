@@ -279,8 +279,6 @@ def test_kernels_are_for_a_card_and_a_plain_output_projection():
     rows = torch.zeros(3, SMALL.d_model, device=DEVICE)
     assert update.kernels_for(lm, rows) is (triton_cross_entropy if DEVICE.type == "cuda" else None)
     assert update.ends_plainly(lm)
-    bent = model.TransformerLM(dataclasses.replace(SMALL, logit_softcap=3.0))
-    assert not update.ends_plainly(bent)
     with swap.replaced({"functional.linear": tF.linear}):
         assert not update.ends_plainly(lm)
     lm.lm_head = torch.nn.Linear(16, 50)
@@ -445,7 +443,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "grouped, with normalized heads": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "ffn": "silu"},
     "heads alone normalized": {"norm": "none", "qk_norm": True, "norm_eps": 0.1, "position": "none"},
-    "nothing normalized": {"norm": "none", "position": "none", "ffn": "gelu", "logit_softcap": 2.0},
+    "nothing normalized": {"norm": "none", "position": "none", "ffn": "gelu"},
     "odd sizes": {"d_model": 36, "n_heads": 3, "d_ff": 50, "ffn": "relu2", "norm": "layer"},
     "large": {"d_model": 320, "n_heads": 2, "context_length": 100, "vocab_size": 5000},
 }
@@ -541,8 +539,6 @@ def test_what_kernels_do_not_know_is_read_as_it_is_written():
     assert static.has_kernels(model.TransformerLM(SMALL))
     for changes in (
         {"norm_placement": "post"},
-        {"x0_skips": True},
-        {"value_embeddings": True},
         {"d_model": 18, "position": "learned"},
     ):
         lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)

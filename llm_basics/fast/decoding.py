@@ -48,7 +48,6 @@ class Shape(NamedTuple):
     is_layer_norm: bool
     is_post_norm: bool
     has_qk_norm: bool
-    has_value_embeddings: bool
     ffn: int
     eps: float
 
@@ -74,9 +73,6 @@ class Weights(NamedTuple):
     k_bias: np.ndarray
     v: np.ndarray
     v_bias: np.ndarray
-    value_embeddings: np.ndarray
-    # how much each block takes of the residual stream, and of the embedded token
-    x0_mix: np.ndarray
     q_norm: np.ndarray
     k_norm: np.ndarray
     output: np.ndarray
@@ -103,7 +99,6 @@ class State(NamedTuple):
     values: np.ndarray
     # the residual stream, what a sublayer sees of it and what it adds to it
     x: np.ndarray
-    x0: np.ndarray
     seen: np.ndarray
     added: np.ndarray
     q: np.ndarray
@@ -139,14 +134,10 @@ def read_tokens(
     n = len(tokens)
     for t in range(n):
         for i in range(s.x.shape[1]):
-            s.x0[t, i] = w.token_embeddings[tokens[t], i] + w.position_embeddings[position + t, i]
-            s.x[t, i] = s.x0[t, i]
+            s.x[t, i] = w.token_embeddings[tokens[t], i] + w.position_embeddings[position + t, i]
     for block in range(len(w.ln1)):
-        for t in range(n):
-            for i in range(s.x.shape[1]):
-                s.x[t, i] = w.x0_mix[block, 0] * s.x[t, i] + w.x0_mix[block, 1] * s.x0[t, i]
         prepare(n, w.ln1[block], w.ln1_bias[block], shape, s)
-        attend(block, tokens, position, shape, w, s, m)
+        attend(block, n, position, shape, w, s, m)
         add(n, w.ln1[block], w.ln1_bias[block], shape, s)
         prepare(n, w.ln2[block], w.ln2_bias[block], shape, s)
         think(block, n, shape, w, s, m)
@@ -212,12 +203,10 @@ def add(n: int, gain: np.ndarray, bias: np.ndarray, shape: Shape, s: State) -> N
 
 
 @machine.summing
-def attend(
-    block: int, tokens: np.ndarray, position: int, shape: Shape, w: Weights, s: State, m: Member
-) -> None:
+def attend(block: int, n: int, position: int, shape: Shape, w: Weights, s: State, m: Member) -> None:
     """Each head mixes the values of all tokens so far, by how well their keys match its query."""
     w, s = machine.borrowed(w), machine.borrowed(s)
-    d_head, n = s.keys.shape[-1], len(tokens)
+    d_head = s.keys.shape[-1]
     # neighbouring heads share keys and values
     group = shape.n_heads // shape.n_kv_heads
     first, end = m.number * shape.n_kv_heads // m.size, (m.number + 1) * shape.n_kv_heads // m.size
@@ -227,10 +216,6 @@ def attend(
     vectors.multiply(w.k[block], s.seen, n, w.k_bias[block], s.k, *features)
     vectors.multiply(w.v[block], s.seen, n, w.v_bias[block], s.v, *features)
     for t in range(n):
-        if shape.has_value_embeddings:
-            of_tokens = machine.array(w.value_embeddings[block, 0], (len(w.token_embeddings), s.v.shape[1]))
-            for i in range(features[0], features[1]):
-                s.v[t, i] += of_tokens[tokens[t], i]
         for head in range(first, end):
             key = s.k[t, head * d_head : (head + 1) * d_head]
             place(key, w.k_norm[block], w.cos[position + t], w.sin[position + t], shape)

@@ -51,15 +51,6 @@ def add_to_rows(tokens: np.ndarray, rows: int, d: int, out: int) -> None:
 
 
 @machine.compiled
-def add_from_rows(tokens: np.ndarray, weight: int, d: int, out: int) -> None:
-    """Add to each row the row of its token."""
-    for t in range(len(tokens)):
-        row, of_token = machine.row(out, t, d), machine.row(weight, tokens[t], d)
-        for i in range(d):
-            row[i] += of_token[i]
-
-
-@machine.compiled
 def add_rows(rows: int, n: int, d: int, period: int, out: int) -> None:
     """Add up the rows that are `period` apart: what they had in common has the sum of their gradients."""
     for t in range(n):
@@ -193,17 +184,12 @@ def activate_back(kind: int, hidden: int, gated: int, n: int, dy: int, dgated: i
 
 
 @machine.summing
-def score(logits: np.ndarray, n: int, target: int, softcap: float, z_loss: float, share: float) -> float:
+def score(logits: np.ndarray, n: int, target: int, z_loss: float, share: float) -> float:
     """The loss of one token of `n` that are possible; `logits` become `share` times what it changes by.
 
     That is the probabilities, minus 1 at the target: what is too likely is pushed down, and the target up.
-    Logits are bent below `softcap` if that is above 0.
     """
-    cap, total, part = np.float32(softcap), ZERO, np.float32(share)
-    inverse = ONE / cap if cap > ZERO else ZERO
-    if cap > ZERO:
-        for i in range(n):
-            logits[i] = cap * (TWO * vectors.sigmoid(TWO * logits[i] * inverse) - ONE)
+    total, part = ZERO, np.float32(share)
     n_whole = n - n % tiles.VECTOR
     top = tiles.highest(logits.ctypes.data, n_whole)
     for i in range(n_whole, n):
@@ -213,7 +199,6 @@ def score(logits: np.ndarray, n: int, target: int, softcap: float, z_loss: float
     size, at_target = top + np.float32(math.log(total)), logits[target]
     for_all = (ONE + TWO * np.float32(z_loss) * size) * part
     for i in range(n):
-        bent = logits[i] * inverse
-        logits[i] = for_all * vectors.exp(logits[i] - size) * (ONE - bent * bent)
-    logits[target] -= (ONE - at_target * inverse * at_target * inverse) * part
+        logits[i] = for_all * vectors.exp(logits[i] - size)
+    logits[target] -= part
     return size - at_target + np.float32(z_loss) * size * size

@@ -195,8 +195,6 @@ class Loops:
     def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
         """Up to `n` tokens that follow `token`, each the likeliest, as many as take a moment; fewer where
         rounding decides."""
-        if self.model.config.logit_softcap is not None:
-            return []  # what it brings together only `finish` sees
         assert 0 <= position <= self.model.config.context_length - n, (position, n)
         assert 0 <= token < len(self.weights.token_embeddings), token
         n = min(n, self.writing.tokens_at_once())

@@ -16,8 +16,6 @@ from llm_basics.fast import derivatives, heads, machine, tiles, vectors
 (
     EMBED,  # weight, positions, out
     EMBED_BACK,  # dx, dweight, dpositions
-    ADD_VALUES,  # weight, v, d_kv
-    ADD_VALUES_BACK,  # dv, dweight, d_kv
     NORMALIZE,  # x, gain, bias, out
     NORMALIZE_BACK,  # x, gain, dy, dgain, dbias, dx: added to
     PROJECT,  # x, packed weight, bias or what is in out already, out, d_in, d_out
@@ -31,7 +29,7 @@ from llm_basics.fast import derivatives, heads, machine, tiles, vectors
     ACTIVATE,  # hidden, gated, out
     ACTIVATE_BACK,  # hidden, gated, dout: becomes dhidden, dgated, out
     SCORE,  # x, packed weight, weight, logits, dx, dweight
-) = range(17)
+) = range(15)
 
 # an operation with all that it is given
 LONGEST = 10
@@ -60,8 +58,6 @@ class Task(NamedTuple):
     has_qk_norm: bool
     ffn: int
     eps: float
-    # 0 for none
-    softcap: float
     z_loss: float
     # how much a loss counts for the gradients
     share: float
@@ -121,10 +117,6 @@ def refine(step: np.ndarray, tokens: np.ndarray, task: Task) -> None:
         derivatives.activate_back(task.ffn, a, b, n * task.d_hidden, c, d, e)
     elif step[0] == ADD_BIAS:
         derivatives.add_bias(a, b, n, d_model, c)
-    elif step[0] == ADD_VALUES:
-        derivatives.add_from_rows(tokens, a, c, b)
-    elif step[0] == ADD_VALUES_BACK:
-        derivatives.add_to_rows(tokens, a, c, b)
     elif step[0] == EMBED:
         derivatives.embed(tokens, a, b, task.seq, d_model, c)
     elif step[0] == EMBED_BACK:
@@ -181,9 +173,7 @@ def score(step: np.ndarray, targets: np.ndarray, task: Task, room: Room) -> floa
             if target == IGNORED:
                 row[:] = vectors.ZERO
             else:
-                total += derivatives.score(
-                    row, task.vocab_size, target, task.softcap, task.z_loss, task.share
-                )
+                total += derivatives.score(row, task.vocab_size, target, task.z_loss, task.share)
                 row[task.vocab_size :] = vectors.ZERO
         to, out = tiles.rows_at(dx + start, d), tiles.rows_at(dweight, d)
         tiles.product(scores, tiles.columns_at(weight, d), zeros, to, n, d, n_rows)

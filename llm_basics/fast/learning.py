@@ -73,8 +73,8 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
         return reason
     if "hidden_states" in vars(model):
         return "the model is compiled"
-    if c.norm_placement != "pre" or c.x0_skips:
-        return "norms after sublayers and x0_skips are not known to them"
+    if c.norm_placement != "pre":
+        return "norms after sublayers are not known to them"
     if c.dropout and model.training:
         return f"the model has a dropout of {c.dropout}"
     for name, size in (("d_model / n_heads", c.d_head), ("d_ff", c.d_hidden)):

@@ -38,7 +38,6 @@ def task_of(model: models.TransformerLM) -> gradient.Task:
         has_qk_norm=c.qk_norm,
         ffn=vectors.FFN[c.ffn],
         eps=c.norm_eps,
-        softcap=c.logit_softcap or 0.0,
         z_loss=0.0,
         share=1.0,
     )
@@ -121,9 +120,6 @@ class Program:
             self._normalize(self.x[i], f"{block}.ln1")
             for name, out in (("q", self.q), ("k", self.k), ("v", self.v)):
                 self._project(self.seen, f"{block}.attn.{name}_proj", out[i])
-            if self.shape.value_embeddings:
-                of_tokens = self._given(f"value_embeddings.{i}.weight")
-                self._add(gradient.ADD_VALUES, of_tokens, self.v[i], self.shape.d_kv)
             q, k = self._place(i)
             self._add(gradient.ATTEND, q, k, self.v[i], self.sizes[i], self.mixed[i])
             self._add_projected(self.mixed[i], f"{block}.attn.output_proj", self.x[i], self.middle[i])
@@ -176,9 +172,6 @@ class Program:
             norm = f"{attn}.{name}_norm.weight"
             gain, dgain = self.parameters.get(norm, self.ones), self._gradient(norm)
             self._add(gradient.PLACE_BACK, rows[i], gain, drows, dgain, self._n_heads(name))
-        if self.shape.value_embeddings:
-            of_tokens = self._gradient(f"value_embeddings.{i}.weight")
-            self._add(gradient.ADD_VALUES_BACK, self.dv, of_tokens, self.shape.d_kv)
         self._normalize(self.x[i], f"layers.{i}.ln1")
         for name, drows in (("q", self.dq), ("k", self.dk), ("v", self.dv)):
             self._learn(drows, self.seen, f"{attn}.{name}_proj")

@@ -132,8 +132,7 @@ class StaticStep:
                 kernels.project(x, into, self.hidden, norm, ffn.activation)
             kernels.project(self.hidden, back, x, is_added=True)
         head = kernels.Projection(model.lm_head.weight, model.lm_head.bias)
-        norm, softcap = norm_of(kernels, model.ln_final, eps), model.config.logit_softcap
-        kernels.project(x, head, self.logits, norm, softcap=softcap)
+        kernels.project(x, head, self.logits, norm_of(kernels, model.ln_final, eps))
         kernels.choose(self.logits, self.token, self.position, self.written)
         return self.logits
 
@@ -144,18 +143,14 @@ class StaticStep:
         x = model.token_embeddings(self.token)
         if model.position_embeddings is not None:
             x = x + model.position_embeddings(self.position)
-        x0 = x
         is_past = torch.arange(model.config.context_length, device=self.device) <= self.position
-        for i, (block, cache) in enumerate(zip(model.layers, self.caches, strict=True)):
+        for block, cache in zip(model.layers, self.caches, strict=True):
             assert isinstance(block, models.TransformerBlock)
-            if block.x0_mix is not None:
-                x = block.x0_mix[0] * x + block.x0_mix[1] * x0
-            values = model.value_embeddings[i](self.token) if model.config.value_embeddings else 0.0
             if block.norm_placement == "pre":
-                x = x + self.attend(block.attn, block.ln1(x), cache, is_past, values)
+                x = x + self.attend(block.attn, block.ln1(x), cache, is_past)
                 x = x + block.ffn(block.ln2(x))
             else:
-                x = block.ln1(x + self.attend(block.attn, x, cache, is_past, values))
+                x = block.ln1(x + self.attend(block.attn, x, cache, is_past))
                 x = block.ln2(x + block.ffn(x))
         return model.logits(model.ln_final(x))[0]
 
@@ -165,12 +160,11 @@ class StaticStep:
         x: Float[Tensor, "1 d_model"],
         cache: layers.KVCache,
         is_past: Bool[Tensor, " keys"],
-        values: Float[Tensor, "1 d_kv"] | float,
     ) -> Float[Tensor, "1 d_model"]:
         """`attn.forward` over the whole cache, of which only the past counts."""
         q, k, v = (
             rearrange(projected, "seq (heads d_head) -> heads seq d_head", d_head=attn.d_head)
-            for projected in (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x) + values)
+            for projected in (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
         )
         if attn.q_norm is not None and attn.k_norm is not None:
             q, k = attn.q_norm(q), attn.k_norm(k)
@@ -194,7 +188,7 @@ def kernels_for(model: models.TransformerLM) -> types.ModuleType | None:
 def has_kernels(model: models.TransformerLM) -> bool:
     """Whether there are kernels for all that the model does, and for what its weights are."""
     c, parameters = model.config, list(model.parameters())
-    is_plain = c.norm_placement == "pre" and not c.x0_skips and not c.value_embeddings and c.d_head % 2 == 0
+    is_plain = c.norm_placement == "pre" and c.d_head % 2 == 0
     are_plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
     return is_plain and are_plain and len({p.device for p in parameters}) == 1
 

@@ -143,7 +143,6 @@ def project(
     activation: str = "",
     gate: Float[Tensor, "d_out d_in"] | None = None,
     is_added: bool = False,
-    softcap: float | None = None,
 ) -> None:
     """`out = activation(W norm(x) + b)`, or added to what is there.
 
@@ -163,13 +162,11 @@ def project(
             len(x),
             d_out,
             norm.eps,
-            softcap or 1.0,
             NORM=NORMS[norm.kind],
             HAS_NORM_BIAS=norm.bias is not None,
             HAS_BIAS=bias is not None,
             ACTIVATION=ACTIVATIONS[activation],
             IS_ADDED=is_added,
-            HAS_SOFTCAP=softcap is not None,
             ROWS=rows,
             BLOCK=kernels.block_size(len(x), BLOCK),
         )

@@ -175,13 +175,11 @@ def project(
     d_in: kernels.Number,
     d_out: kernels.Number,
     eps: kernels.Number,
-    softcap: kernels.Number,
     NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IS_ADDED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -203,8 +201,6 @@ def project(
     if HAS_BIAS:
         y += tl.load(bias + rows, mask=is_row, other=0.0)
     y = _activate(y, gates, ACTIVATION)
-    if HAS_SOFTCAP:
-        y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
     if IS_ADDED:
         y += tl.load(out + rows, mask=is_row, other=0.0)
     tl.store(out + rows, y, mask=is_row)

@@ -20,8 +20,7 @@ from llm_basics.fast import decoding, vectors
 # options of the model's config; of others only nothing (None, False, 0, "") is understood
 OPTIONS = set(
     "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff norm norm_eps norm_placement "
-    "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init value_embeddings x0_skips "
-    "logit_softcap vocab_multiple".split()
+    "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init vocab_multiple".split()
 )
 VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
 
@@ -31,7 +30,7 @@ NAMES = set(
     "ln_final.bias ln1.weight ln1.bias ln2.weight ln2.bias attn.q_proj.weight attn.q_proj.bias "
     "attn.k_proj.weight attn.k_proj.bias attn.v_proj.weight attn.v_proj.bias attn.output_proj.weight "
     "attn.output_proj.bias attn.q_norm.weight attn.k_norm.weight attn.rope.cos attn.rope.sin "
-    "ffn.w1.weight ffn.w1.bias ffn.w2.weight ffn.w2.bias ffn.w3.weight x0_mix".split()
+    "ffn.w1.weight ffn.w1.bias ffn.w2.weight ffn.w2.bias ffn.w3.weight".split()
 )
 
 # the modules whose layers are understood; the twins there have the parameters of their references
@@ -87,7 +86,7 @@ def supports(model: models.TransformerLM) -> str:
 def _is_known(name: str) -> bool:
     """Whether a parameter or buffer of this name is understood."""
     of_block = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return of_block in NAMES or name.startswith("value_embeddings.")
+    return of_block in NAMES
 
 
 def shape_of(model: models.TransformerLM) -> decoding.Shape:
@@ -100,7 +99,6 @@ def shape_of(model: models.TransformerLM) -> decoding.Shape:
         is_layer_norm=c.norm == "layer",
         is_post_norm=c.norm_placement == "post",
         has_qk_norm=c.qk_norm,
-        has_value_embeddings=c.value_embeddings,
         ffn=vectors.FFN[c.ffn],
         eps=c.norm_eps,
     )
@@ -135,8 +133,6 @@ def weights_of(model: models.TransformerLM) -> decoding.Weights:
         k_bias=_biases([a.k_proj for a in attention]),
         v=_matrices([a.v_proj for a in attention], d_kv, c.d_model),
         v_bias=_biases([a.v_proj for a in attention]),
-        value_embeddings=_matrices(list(model.value_embeddings), c.n_rows, d_kv),
-        x0_mix=np.array([[1, 0] if b.x0_mix is None else b.x0_mix.tolist() for b in blocks], np.float32),
         q_norm=_head_norms([a.q_norm for a in attention], c.d_head),
         k_norm=_head_norms([a.k_norm for a in attention], c.d_head),
         output=_matrices([a.output_proj for a in attention], c.d_model, c.d_model),
@@ -172,7 +168,7 @@ def states_for(
         "gated": w.up_bias[0],
         "logits": w.lm_head_bias,
     }
-    own = {"x": w.ln_final, "x0": w.ln_final, "seen": w.ln_final}
+    own = {"x": w.ln_final, "seen": w.ln_final}
     shared = {name: _room(like) for name, like in parts.items()}
     return [
         decoding.State(
