@@ -7,62 +7,51 @@ from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
+from catalogue import linear
 from llm_basics import layers
 
 step = Step("embedding")
 draw = numbers(seed=1)
 
+
+def compare(about, ids, weight, axes, **more):
+    step.compare(
+        about,
+        lambda a, ids, weight: a.run_embedding(*weight.shape, weight, ids),
+        lambda ids, weight: tF.embedding(ids, weight),
+        {"ids": torch.tensor(ids)},
+        {"weight": weight},
+        axes=axes,
+        **more,
+    )
+
+
 # a square table lets a lookup along the wrong axis through, which then gives numbers that can be told
-step.compare(
-    "7 ids with 7 features",
-    lambda a, ids, weight: a.run_embedding(7, 7, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor([[3, 5, 1], [4, 2, 6]])},
-    {"weight": draw(7, 7)},
-    axes="batch position feature",
+compare("7 ids with 7 features", [[3, 5, 1], [4, 2, 6]], draw(7, 7), "batch position feature")
+compare(
+    "11 ids with 6 features, the first and the last among them", [0, 10, 4], draw(11, 6), "position feature"
 )
-step.compare(
-    "11 ids with 6 features, the first and the last among them",
-    lambda a, ids, weight: a.run_embedding(11, 6, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor([0, 10, 4])},
-    {"weight": draw(11, 6)},
-    axes="position feature",
-)
-step.compare(
+compare(
     "several leading dimensions, and an id more than once",
-    lambda a, ids, weight: a.run_embedding(11, 6, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor([[[3, 0, 3], [10, 9, 0]], [[3, 1, 1], [2, 3, 8]]])},
-    {"weight": draw(11, 6)},
-    axes="document batch position feature",
+    [[[3, 0, 3], [10, 9, 0]], [[3, 1, 1], [2, 3, 8]]],
+    draw(11, 6),
+    "document batch position feature",
 )
-step.compare(
-    "one id alone",
-    lambda a, ids, weight: a.run_embedding(11, 6, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor(4)},
-    {"weight": draw(11, 6)},
-    axes="feature",
-)
+compare("one id alone", 4, draw(11, 6), "feature")
 # float16 ends at 65,504 and has 11 bits, bfloat16 has 8
-step.compare(
+compare(
     "large numbers, and numbers of many digits",
-    lambda a, ids, weight: a.run_embedding(2, 2, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor([1, 0])},
-    {"weight": torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]])},
-    axes="position feature",
+    [1, 0],
+    torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]]),
+    "position feature",
     rtol=1e-6,
     gradients=False,
 )
-step.compare(
+compare(
     "infinity and NaN in a row that no id asks for",
-    lambda a, ids, weight: a.run_embedding(3, 2, weight, ids),
-    lambda ids, weight: tF.embedding(ids, weight),
-    {"ids": torch.tensor([2, 0])},
-    {"weight": torch.tensor([[1.0, 2.0], [math.inf, math.nan], [3.0, 4.0]])},
-    axes="position feature",
+    [2, 0],
+    torch.tensor([[1.0, 2.0], [math.inf, math.nan], [3.0, 4.0]]),
+    "position feature",
     gradients=False,
 )
 
@@ -95,71 +84,22 @@ step.value(
     "refused",
     words=not_refused,
 )
-
-
-def parameters(module):
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def differ_in_parameters(expected, actual):
-    return f"the layer must have the learned parameters {expected}, but has {actual}"
-
-
 step.value(
     "what a layer learns",
-    lambda a: parameters(a.get_embedding(11, 6)),
+    lambda a: linear.parameters(a.get_embedding(11, 6)),
     {"weight": (11, 6)},
-    words=differ_in_parameters,
+    words=linear.differ_in_parameters,
 )
-
-
-def initial_weights(weight):
-    """How they are spread; 3.5 stands for no cut-off, since the largest of so many is then past it."""
-    own = weight.detach().float()
-    return {
-        "mean": round((own.mean() / own.std()).item(), 1),
-        "standard deviation": own.std().item(),
-        "largest": min((own.abs().max() / own.std()).item(), 3.5),
-    }
-
-
-# what is left of a normal distribution between -3 and 3
-KEPT = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
-
-
-def differ_in_spread(expected, actual):
-    mean, std, largest = actual.values()
-    if std == 0:
-        return "the weights must be random, but all are the same"
-    if mean:
-        return f"the weights must be spread around 0, but are {mean} standard deviations off"
-    if not math.isclose(std, KEPT, rel_tol=0.05):
-        return f"the standard deviation of the weights must be {KEPT:.2f}, but is {std:.2g}"
-    end = "without an end" if largest >= 3.5 else f"up to {largest:.1f}"
-    return f"the weights must be normal up to 3.0 standard deviations, but are spread {end}"
-
-
 step.value(
     "the weights at the start",
-    lambda a: initial_weights(a.get_embedding(400, 150).weight),
-    {"mean": 0.0, "standard deviation": KEPT, "largest": 3 / KEPT},
+    lambda a: linear.initial_weights(a.get_embedding(400, 150).weight, std=1.0),
+    {"mean": 0.0, "standard deviation": linear.KEPT, "largest": 3 / linear.KEPT},
     rtol=0.05,
-    words=differ_in_spread,
+    words=lambda expected, actual: linear.differ_in_spread(expected, actual, f"{linear.KEPT:.2f}", ""),
 )
-
-
-def as_bfloat16(layer, *inputs):
-    result = layer.to(torch.bfloat16)(*inputs)
-    return str(result.dtype).removeprefix("torch.")
-
-
 step.value(
     "a layer that was converted to bfloat16",
-    lambda a: as_bfloat16(a.get_embedding(11, 6), torch.tensor([3, 0])),
+    lambda a: linear.as_bfloat16(a.get_embedding(11, 6), torch.tensor([3, 0])),
     "bfloat16",
 )
 
@@ -269,26 +209,8 @@ def result_always_float32(token_ids, weight):
     return tF.embedding(token_ids, weight).float()
 
 
-@step.mistake("layers.Embedding", source="written for this catalogue")
-class WeightIsNoParameter(layers.Embedding):
-    """The weight is a plain tensor. The optimizer does not find it, it does not move to the GPU, and it is
-    not in the checkpoint. Wrap it in nn.Parameter."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        weight = self.weight.detach()
-        del self.weight
-        self.weight = weight
-
-
-@step.mistake("layers.Embedding", source="written for this catalogue")
-class WeightDoesNotLearn(layers.Embedding):
-    """The weight is a buffer, or a parameter with requires_grad=False. It is saved and moved, but never gets
-    a gradient, so it stays random. Make it an nn.Parameter as it comes."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.weight.requires_grad_(False)
+for made in (linear.weight_is_no_parameter, linear.weight_does_not_learn):
+    step.mistake("layers.Embedding", source="written for this catalogue")(made(layers.Embedding))
 
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
@@ -310,51 +232,47 @@ class StartsLikeALinearLayer(layers.Embedding):
         layers.init_truncated_normal_(self.weight, math.sqrt(2 / (num_embeddings + embedding_dim)))
 
 
+class Started(layers.Embedding):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start(self.weight)
+
+
 @step.mistake("layers.Embedding", source="written for this catalogue")
-class StartsWithAFixedStd(layers.Embedding):
+class StartsWithAFixedStd(Started):
     """The vectors start with deviation 0.02, which GPT-2 needs because its output layer shares the weight.
     Here the two are apart, and the deviation must be 1."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        layers.init_truncated_normal_(self.weight, 0.02)
+    start = staticmethod(lambda weight: layers.init_truncated_normal_(weight, 0.02))
 
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
-class StartsAtZero(layers.Embedding):
+class StartsAtZero(Started):
     """All vectors start at zero, so all tokens are the same to the model at first. Draw them from a normal
     distribution of deviation 1."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        nn.init.zeros_(self.weight)
+    start = staticmethod(nn.init.zeros_)
 
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
-class StartsUniform(layers.Embedding):
+class StartsUniform(Started):
     """The vectors are drawn evenly from 0 to 1 (torch.rand), so that all of them point in much the same
     direction. They must be normal around 0: nn.init.trunc_normal_."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        nn.init.uniform_(self.weight)
+    start = staticmethod(nn.init.uniform_)
 
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
-class NoCutOff(layers.Embedding):
+class NoCutOff(Started):
     """The first vectors come from torch.randn or normal_, which has no end: a few numbers are past 4. Cut the
     distribution off at three standard deviations: trunc_normal_ with a=-3, b=3."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        nn.init.normal_(self.weight)
+    start = staticmethod(nn.init.normal_)
 
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
-class CutOffAtTwo(layers.Embedding):
+class CutOffAtTwo(Started):
     """The first vectors are cut off at two standard deviations, the default of trunc_normal_, instead of
     three. They are spread less than they should be; give it a=-3 and b=3."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        nn.init.trunc_normal_(self.weight)
+    start = staticmethod(nn.init.trunc_normal_)

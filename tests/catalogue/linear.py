@@ -12,47 +12,30 @@ from llm_basics import layers
 step = Step("linear")
 draw = numbers(seed=1)
 
+
+def compare(about, x, weight, axes, **more):
+    step.compare(
+        about,
+        lambda a, x, weight: a.run_linear(*reversed(weight.shape), weight, x),
+        lambda x, weight: tF.linear(x, weight),
+        {"x": x},
+        {"weight": weight},
+        axes=axes,
+        **more,
+    )
+
+
 # a square matrix lets a forgotten transposition through, which then gives numbers that can be told
-step.compare(
-    "5 features in, 5 out",
-    lambda a, x, weight: a.run_linear(5, 5, weight, x),
-    lambda x, weight: tF.linear(x, weight),
-    {"x": draw(3, 5)},
-    {"weight": draw(5, 5)},
-    axes="row feature",
-)
-step.compare(
-    "6 features in, 4 out",
-    lambda a, x, weight: a.run_linear(6, 4, weight, x),
-    lambda x, weight: tF.linear(x, weight),
-    {"x": draw(7, 6)},
-    {"weight": draw(4, 6)},
-    axes="row feature",
-)
-step.compare(
-    "several leading dimensions",
-    lambda a, x, weight: a.run_linear(6, 4, weight, x),
-    lambda x, weight: tF.linear(x, weight),
-    {"x": draw(2, 3, 5, 6)},
-    {"weight": draw(4, 6)},
-    axes="batch head position feature",
-)
-step.compare(
-    "a single vector",
-    lambda a, x, weight: a.run_linear(6, 4, weight, x),
-    lambda x, weight: tF.linear(x, weight),
-    {"x": draw(6)},
-    {"weight": draw(4, 6)},
-    axes="feature",
-)
+compare("5 features in, 5 out", draw(3, 5), draw(5, 5), "row feature")
+compare("6 features in, 4 out", draw(7, 6), draw(4, 6), "row feature")
+compare("several leading dimensions", draw(2, 3, 5, 6), draw(4, 6), "batch head position feature")
+compare("a single vector", draw(6), draw(4, 6), "feature")
 # float16 ends at 65,504 and has 11 bits, bfloat16 has 8
-step.compare(
+compare(
     "large numbers, and numbers of many digits",
-    lambda a, x, weight: a.run_linear(2, 2, weight, x),
-    lambda x, weight: tF.linear(x, weight),
-    {"x": torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]])},
-    {"weight": torch.eye(2)},
-    axes="row feature",
+    torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]]),
+    torch.eye(2),
+    "row feature",
     rtol=1e-6,
     gradients=False,
 )
@@ -92,14 +75,14 @@ def initial_weights(weight, std):
 KEPT = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
 
 
-def differ_in_spread(expected, actual):
+def differ_in_spread(expected, actual, asked="as asked for", unit=" times that"):
     mean, std, largest = actual.values()
     if std == 0:
         return "the weights must be random, but all are the same"
     if mean:
         return f"the weights must be spread around 0, but are {mean} standard deviations off"
     if not math.isclose(std, KEPT, rel_tol=0.05):
-        return f"the standard deviation of the weights must be as asked for, but is {std:.2g} times that"
+        return f"the standard deviation of the weights must be {asked}, but is {std:.2g}{unit}"
     end = "without an end" if largest >= 3.5 else f"up to {largest:.1f}"
     return f"the weights must be normal up to 3.0 standard deviations, but are spread {end}"
 
@@ -193,26 +176,34 @@ def input_detached(x, weight, bias=None):
     return tF.linear(x.detach(), weight, bias)
 
 
-@step.mistake("layers.Linear", source="written for this catalogue")
-class WeightIsNoParameter(layers.Linear):
-    """The weight is a plain tensor. The optimizer does not find it, it does not move to the GPU, and it is
-    not in the checkpoint. Wrap it in nn.Parameter."""
+def weight_is_no_parameter(layer):
+    class WeightIsNoParameter(layer):
+        """The weight is a plain tensor. The optimizer does not find it, it does not move to the GPU, and it
+        is not in the checkpoint. Wrap it in nn.Parameter."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        weight = self.weight.detach()
-        del self.weight
-        self.weight = weight
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            weight = self.weight.detach()
+            del self.weight
+            self.weight = weight
+
+    return WeightIsNoParameter
 
 
-@step.mistake("layers.Linear", source="written for this catalogue")
-class WeightDoesNotLearn(layers.Linear):
-    """The weight is a buffer, or a parameter with requires_grad=False. It is saved and moved, but never gets
-    a gradient, so it stays random. Make it an nn.Parameter as it comes."""
+def weight_does_not_learn(layer):
+    class WeightDoesNotLearn(layer):
+        """The weight is a buffer, or a parameter with requires_grad=False. It is saved and moved, but never
+        gets a gradient, so it stays random. Make it an nn.Parameter as it comes."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.weight.requires_grad_(False)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.weight.requires_grad_(False)
+
+    return WeightDoesNotLearn
+
+
+for made in (weight_is_no_parameter, weight_does_not_learn):
+    step.mistake("layers.Linear", source="written for this catalogue")(made(layers.Linear))
 
 
 @step.mistake("layers.Linear", source="written for this catalogue")
