@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from llm_basics import config, device, session
+from llm_basics import config, data, device
 from llm_basics import model as models
 
 OURS = "ours.safetensors"
@@ -137,7 +137,7 @@ def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> di
 
 def make_step(
     folder: Path, chosen: torch.device, train: config.TrainConfig, is_compiled: bool
-) -> Callable[[session.Batch], Tensor]:
+) -> Callable[[data.Batch], Tensor]:
     """What takes one step of training by transformers and torch, and returns its loss."""
     transformers = _transformers()
 
@@ -151,7 +151,7 @@ def make_step(
     ]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
 
-    def step(batch: session.Batch) -> Tensor:
+    def step(batch: data.Batch) -> Tensor:
         inputs, targets = batch
         optimizer.zero_grad()
         with device.precision(chosen, train.dtype):

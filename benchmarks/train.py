@@ -31,7 +31,7 @@ import tyro
 import workers
 from torch import Tensor
 
-from llm_basics import command_line, config, device, session, swap, update, watch
+from llm_basics import command_line, config, data, device, monitor, swap, update, watch
 from llm_basics import model as models
 
 CPU = config.ModelConfig(vocab_size=256, context_length=64, d_model=128, n_layers=4, n_heads=4)
@@ -270,8 +270,8 @@ def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[
 # One step of ours
 
 
-def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Batch], Tensor]:
-    """What `train.fit` does for a step, apart from reading data and writing of it."""
+def our_step(name: str, options: Options, folder: Path) -> Callable[[data.Batch], Tensor]:
+    """What `loop.fit` does for a step, apart from reading data and writing of it."""
     if name.startswith("fast"):
         swap.use("fast", say=lambda line: None)
     chosen, train = device.choose(options.device), options.train
@@ -279,23 +279,18 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[session.Bat
     if name.endswith(("compiled", "graphs")):
         mode = "reduce-overhead" if name.endswith("graphs") else None
         vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False, mode=mode)
-    optimizer = session.make_optimizer(model, train)
+    optimizer = update.make_optimizer(model, train)
     spikes, count = watch.SpikeDetector(), itertools.count(1)
-    begun: list[Any] = []
+    pending: list[Callable[[], list[float]]] = []
 
-    def accepts(loss: float) -> bool:
-        spikes.z_score(loss)
-        return True
-
-    def step(batch: session.Batch) -> Tensor:
+    def step(batch: data.Batch) -> Tensor:
         device.random_state(chosen)
-        result = update.queue_step(model, optimizer, [batch], next(count), train, accepts)
-        while begun:
-            begun.pop()()
-        if not callable(result):
-            return result.train_loss
-        begun.append(result)
-        return result.result.train_loss
+        result = update.train_step(model, optimizer, [batch], next(count), train)
+        pending.append(monitor.start_reading(result))
+        # on a GPU the numbers of the step before
+        if len(pending) > (chosen.type in device.ASYNCHRONOUS):
+            spikes.z_score(pending.pop(0)()[0])
+        return result.train_loss
 
     return step
 

@@ -58,13 +58,15 @@ Read it in this order; a file imports only from the floors below it.
                 evaluate_cli.py   the program of evaluation: models side by side, on text and on questions
                 lm_harness.py     a model for EleutherAI's lm-evaluation-harness
     floor 7     generate_cli.py   the program of generate: prompts, samples, files
-                update.py         one step of training
+                monitor.py        the numbers of training steps: metrics, spikes, skipped steps
     floor 8     chat_cli.py       the program of chat: a conversation in the terminal
                 launch.py         from options to a run that can take its first step
+                loop.py           the training loop: steps, evaluation, samples, checkpoints
                 find_lr.py        which learning rate? a short run through all of them
                 probe.py          can this stack of pieces learn? tasks with known answers
-    floor 9     train.py          all of it together
-    floor 10    sft.py            teach a trained model to answer
+    floor 9     job.py            a training job, from options to an exit status
+    floor 10    train.py          the program of training
+                sft.py            teach a trained model to answer
     learn       learn/            write the pieces yourself, with a map of its own
 """
 

@@ -197,7 +197,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep, beside the best. 0: all."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Where loss or gradient is not finite: stop, or go on without that step."""
+    """Where loss or gradient is not finite: stop, or skip that step. CUDA stops one good step later."""
     on_spike: Literal["log", "skip"] = "log"
     """Where the loss is far above those before it: say so, or go on without that step too."""
     on_save_error: Literal["stop", "warn"] = "stop"

@@ -6,11 +6,15 @@ from a step sees what it would have seen.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+# inputs and targets; the batches of a step may differ in size
+Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # a target that does not count: what cross-entropy leaves out by default, ours as torch's
 IGNORED = -100
@@ -51,6 +55,16 @@ def check_length(n_tokens: int, context_length: int, what: str = "the text") -> 
             f"{what} must have more tokens than model.context_length {context_length}, got {n_tokens}; "
             "give more text, a smaller --model.context_length or another --val_fraction"
         )
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Batches to train on, in an order that is a pure function of (seed, epoch, step)."""
+
+    shards: list[np.ndarray]
+
+    def starting_at(self, first: int) -> Batch:
+        """The batch whose first row is number `first` since the beginning of training."""
 
 
 def check_stride(stride: int | None, context_length: int) -> int:

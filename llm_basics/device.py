@@ -21,6 +21,9 @@ HUGEPAGE, PAGE, RESERVED = 14, 1 << 21, (1 << 30) - (1 << 21)
 # 1.2 * 10^12 a step took an H200 8 to 11 ms by graphs, 17 to 20 without
 MOST_GRAPHED = 2e12
 
+# devices that compute while the program goes on, whose results are read a step later
+ASYNCHRONOUS = {"cuda"}
+
 
 def choose(name: str) -> torch.device:
     """The device called `name`; for "auto" the first of cuda, mps and cpu that is there.

@@ -78,7 +78,8 @@ def try_rates(training: session.Session) -> Iterator[dict[str, Any]]:
         step, options = training.step + 1, at_rate(training.options.train, lr)
         batches = training.next_batches()
         result = update.train_step(training.model, training.optimizer, batches, step, options)
-        training.finish_step()
+        update.check_finite(step, lr, result.train_loss, result.grad_norm)
+        training.advance()
         losses.append(result.train_loss.item())
         smoothed = smooth(losses)
         yield {

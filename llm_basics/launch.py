@@ -83,7 +83,7 @@ def start(
             compile_or_say_why_not(training)
         else:
             ours = training.options
-            update.make_ready(training.model, ours.train.batch_size, ours.model.context_length)
+            swap.prepare_model(training.model, ours.train.batch_size, ours.model.context_length)
         if options.resume is not None:
             go_on(training, output)
         output.followers.append(followers.Terminal(options.train.steps, training.step))
@@ -201,7 +201,7 @@ def introduce(training: session.Session, output: run.Run) -> None:
 def estimate(options: config.Config) -> memory.Estimate | None:
     """How much memory training will take; None where somebody's own pieces do not let that be known."""
     try:
-        return memory.estimate(options, session.make_optimizer, update.batch_loss)
+        return memory.estimate(options, update.make_optimizer, update.batch_loss)
     except Exception:
         # any code may stand in a file of somebody's own
         if not swap.yours():

@@ -140,7 +140,7 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
 def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Estimate:
     """The memory at the peak of a training step; `options.model.vocab_size` must be the final one.
 
-    `make_optimizer` and `batch_loss` are what training uses (`session.make_optimizer`, `update.batch_loss`).
+    `make_optimizer` and `batch_loss` are what training uses (`update.make_optimizer`, `update.batch_loss`).
 
     Counts tensors. Not counted is what is taken before there is a model (the program, torch, CUDA's context),
     and the holes that an allocator leaves between tensors: on Linux the heap of a process on the CPU was

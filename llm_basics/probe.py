@@ -28,7 +28,7 @@ from jaxtyping import Int
 from matplotlib import figure
 from torch import Tensor, nn
 
-from llm_basics import data, run, session, swap, update
+from llm_basics import data, run, swap, update
 from llm_basics import functional as F
 from llm_basics import model as models
 
@@ -220,11 +220,12 @@ def learn(
     torch.manual_seed(seed)
     try:
         model = models.TransformerLM(task.model)
-        optimizer = session.make_optimizer(model, options)
+        optimizer = update.make_optimizer(model, options)
         for step in range(1, n_steps + 1):
             # one batch a step: its loss is the mean over its answers alone, whatever their number
             batch = to_batch(task, next(sequences))
             result = update.train_step(model, optimizer, [batch], step, options)
+            update.check_finite(step, result.lr, result.train_loss, result.grad_norm)
             outcome.train_losses.append(result.train_loss.item())
             if step % max(1, n_steps // MEASUREMENTS) == 0 or step == n_steps:
                 looked_at = held_out if step == n_steps else held_out[:LOOK_AT]

@@ -1,4 +1,4 @@
-"""A training run as it stands: what `train.fit` works on, and what a checkpoint holds of it."""
+"""A training run as it stands: what `loop.fit` works on, and what a checkpoint holds of it."""
 
 import contextlib
 import dataclasses
@@ -7,12 +7,11 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from llm_basics import (
     checkpoint,
@@ -22,19 +21,16 @@ from llm_basics import (
     device,
     evaluate,
     generate,
-    optim,
     prepare,
     presets,
     shards,
     signals,
     swap,
     theirs,
+    update,
     watch,
 )
 from llm_basics import model as models
-
-# inputs and targets; the batches of a step may differ in size
-Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
 # settings that change nothing about what is learned
 HARMLESS = {
@@ -47,44 +43,15 @@ HARMLESS = {
 # random state and descriptions in a checkpoint
 REST_BYTES = 32_000
 
+# names in checkpoints of before -> names now
+RENAMED = {"looked": "evaluated"}
+
 # what a checkpoint of a training run says of it
-KEPT = {"config", "data", "environment", "windows", "looked", "val_loss", "best_loss", "spikes"}
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """What a run learns from, in an order that is a pure function of (seed, epoch, step)."""
-
-    shards: list[np.ndarray]
-
-    def starting_at(self, first: int) -> Batch:
-        """The batch whose first row is number `first` since the beginning of training."""
+KEPT = {"config", "data", "environment", "windows", "evaluated", "val_loss", "best_loss", "spikes"}
 
 
 class SaveError(Exception):
     """A checkpoint could not be written; the ones before it are as they were."""
-
-
-def make_optimizer(model: models.TransformerLM, options: config.TrainConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices and embeddings towards 0, but neither norms nor biases.
-
-    Or Muon for the matrices of the blocks, and AdamW for the rest.
-    """
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_muon = {name for name, p in names.items() if name.startswith("layers.") and p.dim() == 2}
-    rest = [p for name, p in names.items() if options.optimizer == "adamw" or name not in by_muon]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    settings = (options.lr, options.betas, options.eps, options.weight_decay)
-    if options.optimizer == "adamw":
-        return optim.AdamW(groups, *settings)
-    groups.append(
-        {"params": [names[name] for name in names if name in by_muon], "momentum": options.momentum}
-    )
-    dtype = device.product_dtype(model.lm_head.weight.device)
-    return optim.Muon(groups, *settings, dtype=dtype)
 
 
 def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:
@@ -104,15 +71,6 @@ def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:
     if differences:
         told = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
         raise ValueError(f"your pieces must make the parameters that the config asks for, but {told}")
-
-
-class Place(NamedTuple):
-    """How far a session has come, as its attributes say."""
-
-    step: int
-    windows: int
-    looked: bool
-    val_loss: float | None
 
 
 class Session:
@@ -149,13 +107,13 @@ class Session:
             part = "forward" if "model.TransformerLM" in swap.yours() else "hidden_states"
             mode = "reduce-overhead" if self.is_graph else None
             vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
-        self.optimizer = make_optimizer(self.model, train)
+        self.optimizer = update.make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
         # windows of text that were trained on: with the seed, the position in the data
         self.windows = 0
         # whether evaluation and sample that are due after `step` were made
-        self.looked = True
+        self.evaluated = True
         # of these weights, and the lowest so far; None where not measured
         self.val_loss: float | None = None
         self.best_loss: float | None = None
@@ -163,7 +121,7 @@ class Session:
         self.saved: tuple[int, float | None] | None = None
         self.spikes = watch.SpikeDetector()
 
-    def read(self, prepared: prepare.Prepared) -> tuple[Batches, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[data.BatchSource, np.ndarray]:
         """What is trained on, and the tokens that are held out."""
         train, length = self.options.train, self.options.model.context_length
         texts = [shard.tokens for shard in prepared.train]
@@ -182,16 +140,16 @@ class Session:
         """Inside, no compiled code runs, which is for batches of one shape."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
-    def next_batches(self) -> list[Batch]:
+    def next_batches(self) -> list[data.Batch]:
         """The batches whose gradients make up the next step."""
         train = self.options.train
         firsts = range(self.windows, self.windows + self.windows_per_step, train.batch_size)
         return [self.batches.starting_at(first) for first in firsts]
 
-    def finish_step(self) -> None:
+    def advance(self) -> None:
         """Count a step that was made."""
         self.step, self.windows = self.step + 1, self.windows + self.windows_per_step
-        self.looked, self.val_loss = False, None
+        self.evaluated, self.val_loss = False, None
 
     def is_best(self, val_loss: float) -> bool:
         """Note the validation loss of the weights as they are: is none of those before as low?"""
@@ -204,15 +162,6 @@ class Session:
         return True
 
     @property
-    def place(self) -> Place:
-        """How far training has come."""
-        return Place(self.step, self.windows, self.looked, self.val_loss)
-
-    @place.setter
-    def place(self, place: Place) -> None:
-        self.step, self.windows, self.looked, self.val_loss = place
-
-    @property
     def windows_per_step(self) -> int:
         return self.options.train.batch_size * self.options.train.grad_accumulation_steps
 
@@ -222,7 +171,7 @@ class Session:
         with device.precision(self.device, self.options.train.dtype), self._as_written():
             return evaluate.evaluate(self.model, batches, self.token_bytes)
 
-    def held_out_batches(self, max_batches: int) -> Iterator[Batch]:
+    def held_out_batches(self, max_batches: int) -> Iterator[data.Batch]:
         """What is held out, or so much of it, evenly spaced."""
         size, length = self.options.train.batch_size, self.options.model.context_length
         return data.sequential_batches(self.held_out, size, length, max_batches, self.device)
@@ -256,7 +205,7 @@ class Session:
                 environment=device.describe(self.device),
                 windows=self.windows,
                 tokens=self.windows * self.options.model.context_length,
-                looked=self.looked,
+                evaluated=self.evaluated,
                 val_loss=self.val_loss,
                 best_loss=self.best_loss,
                 spikes=self.spikes.state(),
@@ -286,7 +235,7 @@ class Session:
 
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
-        about = checkpoint.verify(path)
+        about = {RENAMED.get(name, name): value for name, value in checkpoint.verify(path).items()}
         if missing := KEPT - about.keys():
             raise ValueError(
                 f"{path} must be of a training run, but does not say {', '.join(sorted(missing))}"
@@ -303,7 +252,8 @@ class Session:
             raise ValueError(f"{path} was trained on {about['data']}, now the data is {self.prepared_in}")
         checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
         self.step, self.windows = about["step"], about["windows"]
-        self.looked, self.val_loss, self.best_loss = about["looked"], about["val_loss"], about["best_loss"]
+        self.evaluated = about["evaluated"]
+        self.val_loss, self.best_loss = about["val_loss"], about["best_loss"]
         self.saved = self.step, self.val_loss
         self.spikes.load(about["spikes"])
         settings = _differences(presets.flat(now), presets.flat(then))
@@ -312,7 +262,8 @@ class Session:
             settings.append(
                 "each run: compiled code on several threads adds up in any order (see --deterministic)"
             )
-        before = {k: origin for k, origin in about.get("origins", {}).items() if theirs.is_of_file(origin)}
+        origins = about.get("origins", {})
+        before = {swap.piece(k): origin for k, origin in origins.items() if theirs.is_of_file(origin)}
         now_used = dict.fromkeys(before, "the reference's") | swap.yours()
         settings += [
             f"{piece} was {before.get(piece, 'the reference')}, now {origin}"

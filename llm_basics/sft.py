@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm_basics import answers, chat, exchange, generate, prepare, questions, run, session, train
+from llm_basics import answers, chat, data, exchange, generate, job, prepare, questions, run, session
 
 # questions that are answered before and after, and those by which answers are judged
 N_SHOWN, N_JUDGED = 12, 500
@@ -46,7 +46,7 @@ class Asked:
 class Session(session.Session):
     """A training run on conversations."""
 
-    def read(self, prepared: prepare.Prepared) -> tuple[session.Batches, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[data.BatchSource, np.ndarray]:
         """Rows to train on, and the tokens that are learned of those that are held out."""
         train, length = self.options.train, self.options.model.context_length
         taught = answers.rows_of(prepared.train, self.tokenizer, length + 1)
@@ -63,7 +63,7 @@ class Session(session.Session):
         batches = answers.Batches(rows, train.batch_size, length, train.seed, self.device)
         return batches, np.concatenate([row.ids[row.learned] for row in held_out.rows])
 
-    def held_out_batches(self, max_batches: int) -> Iterator[session.Batch]:
+    def held_out_batches(self, max_batches: int) -> Iterator[data.Batch]:
         """The conversations that are held out, or so many, evenly spaced."""
         size, length = self.options.train.batch_size, self.options.model.context_length
         return answers.sequential_batches(self.withheld.rows, size, length, max_batches, self.device)
@@ -133,7 +133,7 @@ def work(training: session.Session, output: run.Run, clock: run.Stopwatch) -> in
         output.metrics(0, **training.evaluate(training.options.train.eval_batches))
         for asked in shown:
             output.keep_sample(0, training.tokenizer.decode(asked.ids), training.answer(asked))
-    status = train.work(training, output, clock)
+    status = job.work(training, output, clock)
     if not training.options.find_lr:
         show(training, output, shown)
         judge(training, output)
@@ -180,7 +180,7 @@ def _line(text: str) -> str:
 
 def main(options: config.Config) -> int:
     """Teach as `options` say. Returns the exit status."""
-    return train.main(options, make, work)
+    return job.main(options, make, work)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ PIECES = {
     "data": "get_batch",
     "evaluate": "evaluate",
     "generate": "next_token_probabilities generate",
-    "session": "make_optimizer",
-    "update": "train_step",
+    "update": "train_step make_optimizer compute_loss",
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
+
+# pieces that a fast implementation calls just as its reference does, so that yours are not bypassed
+STILL_CALLED = {"update.train_step": {"optim.clip_grad_norm_"}}
 
 # the reference's own pieces, kept from the moment they were first replaced
 _REFERENCE: dict[str, Any] = {}
@@ -70,7 +72,7 @@ def use(
     for piece, own in _load(what, say, prepare).items():
         put(piece, own)
     for piece in twins():
-        if set(yours()) & _needs(piece):
+        if set(yours()) & _bypassed(piece):
             put(piece, reference(piece))
 
 
@@ -103,6 +105,16 @@ def _load(
     if not found:
         raise ValueError(f"{path} must define a piece (such as softmax or RMSNorm), but has none")
     return found
+
+
+def piece(key: str) -> str:
+    """The present key of a piece, where an older version may have had it in another module.
+
+    >>> piece("session.make_optimizer")
+    'update.make_optimizer'
+    """
+    name = key.rpartition(".")[2]
+    return f"{HOMES[name]}.{name}" if name in HOMES else key
 
 
 def reference(piece: str) -> Any:
@@ -182,6 +194,12 @@ def explain() -> str:
     return "; ".join([*told, "the others are the reference's"]) if told else "all are the reference's"
 
 
+def prepare_model(model: Any, batch_size: int, seq: int) -> None:
+    """Compile the kernels for training steps of this shape, if fast implementations are in use."""
+    if "update.batch_loss" in twins():
+        importlib.import_module("llm_basics.fast.update").prepare_model(model, batch_size, seq)
+
+
 def _modules(home: str) -> list[types.ModuleType]:
     """The module of that name; and the program that runs, if it is that one under the name `__main__`."""
     path = f"llm_basics.{home}"
@@ -210,7 +228,7 @@ def _use_twins(paths: Mapping[str, Sequence[str]], say: Callable[[str], None]) -
     own = set(yours())
     for module, name, twin in _twins(paths):
         piece = f"{_home(module)}.{name}"
-        bypassed = own & _needs(piece)
+        bypassed = own & _bypassed(piece)
         if bypassed - {piece}:
             say(f"the fast twin of {name} is not used: it would go past your {', '.join(sorted(bypassed))}")
         # a piece that somebody else has put there wins
@@ -243,6 +261,11 @@ def _twins(
 
 def _home(module: types.ModuleType) -> str:
     return module.__name__.removeprefix("llm_basics.")
+
+
+def _bypassed(piece: str) -> set[str]:
+    """The pieces that the fast implementation of `piece` does not call, where its reference does."""
+    return _needs(piece) - STILL_CALLED.get(piece, set())
 
 
 def _needs(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:

@@ -25,7 +25,6 @@ from llm_basics import (
     layers,
     model,
     optim,
-    session,
     tokenizer,
     update,
 )
@@ -329,7 +328,7 @@ def get_adamw_cls() -> type[torch.optim.Optimizer]:
 
 def get_optimizer(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """AdamW over a model's parameters, in groups; `options` are fields of the training config."""
-    return session.make_optimizer(model, config.TrainConfig(**options))
+    return update.make_optimizer(model, config.TrainConfig(**options))
 
 
 def run_train_step(

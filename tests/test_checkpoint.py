@@ -13,7 +13,7 @@ import torch
 from fixtures import make_checkpoint
 from torch import nn
 
-from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, session, update
+from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, update
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -220,7 +220,7 @@ def test_checkpoints_of_every_version_so_far_can_be_gone_on_with(path):
     shape, settings = config.ModelConfig(**about["config"]["model"]), about["config"]["train"]
     settings = config.TrainConfig(**settings | {"betas": tuple(settings["betas"])})
     lm = model.TransformerLM(shape)
-    optimizer = session.make_optimizer(lm, settings)
+    optimizer = update.make_optimizer(lm, settings)
     assert checkpoint.load_checkpoint(path, lm, optimizer, restore_rng=True)["step"] == 3
     steps = [(step, make_checkpoint.batch(step)) for step in (4, 5)]
     found = [

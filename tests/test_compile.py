@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from llm_basics import config, device, launch, model, run, swap, train, update
+from llm_basics import config, device, job, launch, model, run, swap, update
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 
@@ -45,7 +45,7 @@ def test_auto_compiles_nothing_on_a_cpu(options):
 def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
     graphs = dataclasses.replace(options.train, compile="graphs")
     with pytest.raises(SystemExit) as stop:
-        train.main(dataclasses.replace(options, train=graphs))
+        job.main(dataclasses.replace(options, train=graphs))
     assert stop.value.code == 2 and "needs CUDA, got the device cpu" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one batch a step.*got train.grad_accumulation_steps 2"):
         dataclasses.replace(graphs, grad_accumulation_steps=2)
@@ -68,7 +68,7 @@ def test_graphs_learn_the_same(options):
     for how in ("off", "graphs"):
         settings = dataclasses.replace(options.train, steps=20, device="cuda", dtype="float32", compile=how)
         folder = f"{options.run_dir}-{how}"
-        assert train.main(dataclasses.replace(options, run_dir=folder, train=settings)) == 0
+        assert job.main(dataclasses.replace(options, run_dir=folder, train=settings)) == 0
         losses[how] = [m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m]
     assert losses["graphs"] == pytest.approx(losses["off"], rel=1e-4)
 
@@ -84,11 +84,11 @@ def test_what_cannot_be_compiled_is_trained_without_and_that_is_said(options, mo
     step = update.train_step
     monkeypatch.setattr(update, "train_step", lambda *a: losses.append(result := step(*a)) or result)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     out = capsys.readouterr()
     assert (out.out + out.err).count("could not be compiled (no C++ compiler was found)") == 1
     never = dataclasses.replace(options.train, compile="off")
-    assert train.main(dataclasses.replace(options, run_dir=options.run_dir + "2", train=never)) == 0
+    assert job.main(dataclasses.replace(options, run_dir=options.run_dir + "2", train=never)) == 0
     assert [x.train_loss for x in losses[:3]] == [x.train_loss for x in losses[3:]]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, config, data, layers, memory, model, optim, run, session, swap, update
+from llm_basics import checkpoint, config, data, layers, memory, model, optim, run, swap, update
 from llm_basics.fast import gradient, heads, learning, machine, threads, tiles
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import update as fast
@@ -196,7 +196,7 @@ def test_what_is_not_finite_stays_so(place, number):
     loss, found = gradients(lm, random_batch(lm), fast.batch_loss)
     assert is_by_loops(loss) and not (loss.isfinite() and found[name].isfinite().all())
     with swap.using("fast"), pytest.raises(FloatingPointError, match=f"{name} has 1 value"):
-        update.train_step(lm, session.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
+        update.train_step(lm, update.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -206,7 +206,7 @@ def test_two_hundred_steps_learn_the_same(shape):
         torch.manual_seed(0)
         lm = make(context_length=32, init="gpt2", **SHAPES[shape])
         settings = config.TrainConfig(200, lr=3e-3, warmup_steps=10, dtype="float32")
-        optimizer, text = session.make_optimizer(lm, settings), torch.randint(61, (500,)).repeat(2)
+        optimizer, text = update.make_optimizer(lm, settings), torch.randint(61, (500,)).repeat(2)
         curve = []
         with swap.using("fast") if twins else swap.the_reference_alone():
             for step in range(1, 201):
@@ -327,13 +327,15 @@ def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
     monkeypatch.setattr(learning.subprocess, "run", lambda command, **options: commands.append(command))
     for is_there in (True, False):
         monkeypatch.setattr(
-            machine, "used_before", functools.cache(lambda module, is_there=is_there: is_there)
+            machine, "used_before", functools.cache(lambda module="", is_there=is_there: is_there)
         )
-        fast.make_ready(lm, 4, 20)
+        swap.prepare_model(lm, 4, 20)
+        assert not commands
+        with swap.using("fast", lambda line: None):
+            swap.prepare_model(lm, 4, 20)
         assert [command[2:] for command in commands] == ([] if is_there else [["llm_basics.fast.learning"]])
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
-    update.make_ready(lm, 4, 20)
     # what that process does
     monkeypatch.setattr(learning.directions, "update", lambda *arguments: compiled.append("directions"))
     learn = learning.Learner.learn
@@ -371,7 +373,7 @@ def test_memory_is_estimated_without_loops():
         model=config.ModelConfig(vocab_size=61, context_length=16, d_model=64, n_layers=2, d_ff=80),
         train=config.TrainConfig(10, device="cpu"),
     )
-    estimates = [memory.estimate(options, session.make_optimizer, f.batch_loss) for f in (update, fast)]
+    estimates = [memory.estimate(options, update.make_optimizer, f.batch_loss) for f in (update, fast)]
     assert estimates[0] == estimates[1]
 
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from llm_basics import command_line, config, find_lr, plot, prepare, run, session, train, update
+from llm_basics import command_line, config, find_lr, job, plot, prepare, run, session, update
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 SETTINGS = config.TrainConfig(steps=3, batch_size=4, device="cpu", warmup_steps=50, schedule="wsd")
@@ -93,7 +93,7 @@ def test_steps_are_those_of_training_on_the_data_of_the_run(options, monkeypatch
         settings = find_lr.at_rate(options.train, lr)
         batches = second.next_batches()
         result = update.train_step(second.model, second.optimizer, batches, second.step + 1, settings)
-        second.finish_step()
+        second.advance()
         assert (entry["step"], entry["lr"], result.lr) == (second.step, lr, lr)
         assert (entry["train_loss"], entry["grad_norm"]) == (result.train_loss, result.grad_norm)
     weights = zip(first.model.parameters(), second.model.parameters(), strict=True)
@@ -117,7 +117,7 @@ def test_a_search_ends_where_the_loss_leaps_or_is_lost(options, monkeypatch, cap
         return result if arguments[3] < 60 else dataclasses.replace(result, train_loss=torch.tensor(23.0))
 
     monkeypatch.setattr(update, "train_step", diverging)
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     told = capsys.readouterr().out
     assert said in told and "--train.lr 7e-05" in told
     assert len(run.read_tried(options.run_dir)) == n_tried
@@ -137,7 +137,7 @@ def test_rates_that_are_far_too_large_are_not_gone_through(training, monkeypatch
 def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options, tmp_path, capsys):
     said = []
     for name in ("one", "two"):
-        assert train.main(dataclasses.replace(options, run_dir=str(tmp_path / name))) == 0
+        assert job.main(dataclasses.replace(options, run_dir=str(tmp_path / name))) == 0
         said.append(capsys.readouterr().out)
     files = {"config.json", "lock", "log.txt", "lr_finder.jsonl", "lr_finder.png", "tokenizer"}
     assert {path.name for path in (tmp_path / "one").iterdir()} == files
@@ -153,7 +153,7 @@ def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options,
 
 def test_the_proposal_is_better_than_rates_far_from_it(options, tmp_path):
     """After 60 steps, than a thirtieth of it and than thirty times as much."""
-    train.main(options)
+    job.main(options)
     tried = run.read_tried(options.run_dir)
     proposal = find_lr.propose([e["lr"] for e in tried], [e["train_loss"] for e in tried])
     losses = []
@@ -163,7 +163,7 @@ def test_the_proposal_is_better_than_rates_far_from_it(options, tmp_path):
         while training.step < settings.steps:
             batches = training.next_batches()
             update.train_step(training.model, training.optimizer, batches, training.step + 1, settings)
-            training.finish_step()
+            training.advance()
         losses.append(training.evaluate(10)["val_loss"])
     assert losses[1] < losses[0] - 0.1 and losses[1] < losses[2] - 0.1
 
@@ -175,7 +175,7 @@ def test_without_a_rate_that_helps_none_is_proposed(options, tmp_path, capsys, m
         return dataclasses.replace(train_step(*arguments), train_loss=torch.tensor(float(arguments[3])))
 
     monkeypatch.setattr(update, "train_step", worse_and_worse)
-    assert train.main(options) == train.NO_RATE
+    assert job.main(options) == job.NO_RATE
     said = capsys.readouterr().out
     assert "ended after 5 of 150 rates" in said and "none is proposed" in said and "--train.lr" not in said
     assert not (tmp_path / "run" / "lr_finder.png").exists()
@@ -190,7 +190,7 @@ def test_a_search_that_is_interrupted_says_that_nothing_is_kept(options, capsys,
         return train_step(*arguments)
 
     monkeypatch.setattr(update, "train_step", interrupted)
-    assert train.main(options) == 130
+    assert job.main(options) == 130
     assert "stopped by SIGINT after step 5; nothing is kept" in capsys.readouterr().out
     assert len(run.read_tried(options.run_dir)) == 5
 
@@ -200,20 +200,20 @@ def test_a_figure_that_cannot_be_written_costs_no_proposal(options, capsys, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plot, "plot_lr_finder", full)
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     said = capsys.readouterr().out
     assert "could not be written (No space left on device)" in said and "--train.lr 0.0" in said
 
 
 def test_a_run_is_not_searched_and_not_overwritten(options, tmp_path, capsys):
     trained = dataclasses.replace(options, find_lr=False)
-    train.main(trained)
+    job.main(trained)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="2"):
         command_line.train_options(["--resume", options.run_dir, "--find-lr"])
     assert "find_lr must stand without resume" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        train.main(options)
+        job.main(options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

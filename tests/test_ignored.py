@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, data, evaluate, model, optim, session, swap, update
+from llm_basics import config, data, evaluate, model, optim, swap, update
 from llm_basics.fast import update as fast_update
 
 SHAPE = config.ModelConfig(vocab_size=31, context_length=12, d_model=16, n_layers=1, n_heads=2)
@@ -94,7 +94,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(lm, n_parts):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_without_a_target_leaves_numbers(lm, optimizer):
     settings = dataclasses.replace(SETTINGS, lr=1e-2, max_grad_norm=1.0, optimizer=optimizer, z_loss=1e-3)
-    chosen = session.make_optimizer(lm, settings)
+    chosen = update.make_optimizer(lm, settings)
     batch = masked_batch(2, 8, 0.0, np.random.default_rng(0))
     for number in (1, 2):
         result = update.train_step(lm, chosen, [batch, batch], number, settings)

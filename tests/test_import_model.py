@@ -19,7 +19,6 @@ from llm_basics import (
     import_model,
     programs,
     run,
-    session,
     update,
     vocabulary,
 )
@@ -204,7 +203,7 @@ def test_an_imported_model_writes(folder, tmp_path, capsys):
 def test_an_imported_model_learns_on(folder, tmp_path):
     ours, _ = imported(folder, tmp_path / "run")
     options = config.TrainConfig(lr=0.01, warmup_steps=0, device="cpu")
-    optimizer = session.make_optimizer(ours, options)
+    optimizer = update.make_optimizer(ours, options)
     batch = (torch.arange(20)[None], torch.arange(1, 21)[None])
     losses = [
         update.train_step(ours.train(), optimizer, [batch], step, options).train_loss.item()

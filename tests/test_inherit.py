@@ -6,7 +6,18 @@ import json
 import pytest
 import torch
 
-from llm_basics import chat, command_line, config, generate, inherit, model, presets, run, tokenizer, train
+from llm_basics import (
+    chat,
+    command_line,
+    config,
+    generate,
+    inherit,
+    job,
+    model,
+    presets,
+    run,
+    tokenizer,
+)
 
 SHAPE = config.ModelConfig(context_length=16, d_model=32, n_layers=1, n_heads=2, vocab_size=257)
 SETTINGS = config.TrainConfig(
@@ -37,10 +48,10 @@ def arguments(options, *more):
 
 
 def test_training_goes_on_with_the_weights_of_another_run(options, capsys):
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     old, _ = generate.load_run(options.run_dir)
     # lr 0: what is saved is what was begun with; nothing is asked for but the run
-    assert train.main(command_line.train_options(arguments(options, "--init_from", options.run_dir))) == 0
+    assert job.main(command_line.train_options(arguments(options, "--init_from", options.run_dir))) == 0
     new, _ = generate.load_run(options.run_dir + "-new")
     assert new.config == old.config
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
@@ -48,12 +59,12 @@ def test_training_goes_on_with_the_weights_of_another_run(options, capsys):
     assert run.read_config(options.run_dir + "-new")["init_from"] == options.run_dir
     # to go on with that run, the other one is not needed for its weights
     (run.checkpoints(options.run_dir)[0]).unlink()
-    assert train.main(command_line.train_options(["--resume", options.run_dir + "-new"])) == 0
+    assert job.main(command_line.train_options(["--resume", options.run_dir + "-new"])) == 0
 
 
 def test_newest_is_the_run_written_to_last(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.main(dataclasses.replace(options, run_dir="runs/old")) == 0
+    assert job.main(dataclasses.replace(options, run_dir="runs/old")) == 0
     found = command_line.train_options(["--init_from", "newest"])
     assert (found.init_from, found.tokenizer, found.model) == ("runs/old", "runs/old/tokenizer", SHAPE)
     # how to train is said by the preset, as without it
@@ -74,13 +85,13 @@ def test_newest_is_the_run_written_to_last(options, tmp_path, monkeypatch):
     ],
 )
 def test_what_contradicts_the_weights_is_refused(options, tmp_path, capsys, more, said):
-    train.main(options)
+    job.main(options)
     capsys.readouterr()
     other = tokenizer.Tokenizer({b: bytes([255 - b]) for b in range(256)}, [], ["<|endoftext|>"])
     other.save(tmp_path / "OTHER")
     more = [str(tmp_path / "OTHER") if word == "OTHER" else word for word in more]
     with pytest.raises(SystemExit) as stop:
-        train.main(command_line.train_options(arguments(options, "--init_from", options.run_dir, *more)))
+        job.main(command_line.train_options(arguments(options, "--init_from", options.run_dir, *more)))
     assert stop.value.code == 2
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
@@ -94,7 +105,7 @@ def test_a_run_without_weights_is_refused(options, tmp_path, capsys, folder):
         tokenizer.Tokenizer.of_bytes().save(tmp_path / folder / "tokenizer")
         (tmp_path / folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
     with pytest.raises(SystemExit) as stop:
-        train.main(command_line.train_options(arguments(options, "--init_from", str(tmp_path / folder))))
+        job.main(command_line.train_options(arguments(options, "--init_from", str(tmp_path / folder))))
     assert stop.value.code == 2 and str(tmp_path / folder) in capsys.readouterr().err
     assert not (tmp_path / "old-new").exists()
 
@@ -111,7 +122,7 @@ def test_a_run_without_weights_is_refused(options, tmp_path, capsys, folder):
 )
 def test_new_tokens_get_the_mean_and_change_nothing_among_the_old(options, tmp_path, changes):
     shape = dataclasses.replace(SHAPE, **changes)
-    train.main(dataclasses.replace(options, model=shape))
+    job.main(dataclasses.replace(options, model=shape))
     old, plain = generate.load_run(options.run_dir)
     chatting = chat.with_specials(plain)
     new = model.TransformerLM(dataclasses.replace(shape, vocab_size=chatting.vocab_size))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import profiler
 
-from llm_basics import config, memory, model, session, update
+from llm_basics import config, memory, model, update
 
 SMALL = {"vocab_size": 300, "context_length": 32, "d_model": 64, "n_layers": 2, "n_heads": 4}
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True, "tie_embeddings": True}
@@ -30,7 +30,7 @@ def train_steps(options, steps):
     """Build a model and train it on noise, as a session does."""
     shape, settings = options.model, options.train
     network = model.TransformerLM(shape)
-    optimizer = session.make_optimizer(network, settings)
+    optimizer = update.make_optimizer(network, settings)
     for step in range(1, steps + 1):
         batches = [
             tuple(torch.randint(shape.vocab_size, (settings.batch_size, shape.context_length)).chunk(1) * 2)
@@ -40,7 +40,7 @@ def train_steps(options, steps):
 
 
 def estimate_of(options):
-    return memory.estimate(options, session.make_optimizer, update.batch_loss)
+    return memory.estimate(options, update.make_optimizer, update.batch_loss)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, command_line, config, model, optim, run, session, swap, train, update
+from llm_basics import checkpoint, command_line, config, job, model, optim, run, swap, update
 from llm_basics.fast import optim as fast_optim
 
 STEPS = 5
@@ -391,7 +391,7 @@ def names_by_group(lm, optimizer):
 def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw(shape, tie):
     lm = model.TransformerLM(dataclasses.replace(shape, tie_embeddings=tie))
     settings = dataclasses.replace(SETTINGS, momentum=0.9, weight_decay=0.2, betas=(0.7, 0.9), eps=1e-6)
-    optimizer = session.make_optimizer(lm, settings)
+    optimizer = update.make_optimizer(lm, settings)
     assert type(optimizer) is optim.Muon
     (decay, none, decayed), (zero, also_none, kept), (of_matrices, momentum, matrices) = names_by_group(
         lm, optimizer
@@ -413,7 +413,7 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw(shape, tie):
 def test_frozen_parameters_are_left_out():
     lm = model.TransformerLM(SHAPE)
     lm.layers[0].requires_grad_(False)
-    groups = names_by_group(lm, session.make_optimizer(lm, SETTINGS))
+    groups = names_by_group(lm, update.make_optimizer(lm, SETTINGS))
     assert not [name for _, _, names in groups for name in names if name.startswith("layers.0")]
 
 
@@ -425,7 +425,7 @@ def test_twins_train_the_same_by_muon(shape):
         with swap.using("fast", lambda line: None) if pieces == "fast" else swap.restored():
             torch.manual_seed(0)
             lm = model.TransformerLM(shape)
-            optimizer = session.make_optimizer(lm, SETTINGS)
+            optimizer = update.make_optimizer(lm, SETTINGS)
             for group in optimizer.param_groups:
                 group["eps"] = 1e-4  # where a gradient is rounding alone, its sign would count
             optimizer.dtype = torch.float32
@@ -474,17 +474,17 @@ def losses(folder):
 
 
 def test_a_run_by_muon_goes_on_as_if_it_had_not_been_stopped(options, tmp_path):
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     whole = losses(options.run_dir)
     assert whole[6] < whole[1]
     rates = {m["step"]: m["lr"] for m in run.read_metrics(options.run_dir) if "lr" in m}
     assert rates == pytest.approx({1: 0.005, 2: 0.01, 3: 0.01, 4: 0.01, 5: 0.01, 6: 0.001})
     expected = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])[0]
     stopped = dataclasses.replace(options, run_dir=str(tmp_path / "stopped"))
-    train.main(stopped)
+    job.main(stopped)
     run.checkpoints(stopped.run_dir)[0].unlink()
     torch.manual_seed(12345)
-    assert train.main(command_line.train_options(["--resume", stopped.run_dir])) == 0
+    assert job.main(command_line.train_options(["--resume", stopped.run_dir])) == 0
     found = checkpoint.read_checkpoint(run.checkpoints(stopped.run_dir)[0])[0]
     assert losses(stopped.run_dir) == whole and found.keys() == expected.keys()
     # the type checker of these tests draws from Python's generator
@@ -492,9 +492,9 @@ def test_a_run_by_muon_goes_on_as_if_it_had_not_been_stopped(options, tmp_path):
 
 
 def test_a_run_by_one_optimizer_is_not_gone_on_with_by_the_other(options, capsys):
-    train.main(dataclasses.replace(options, train=dataclasses.replace(SETTINGS, optimizer="adamw")))
+    job.main(dataclasses.replace(options, train=dataclasses.replace(SETTINGS, optimizer="adamw")))
     with pytest.raises(SystemExit):
-        train.main(command_line.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
+        job.main(command_line.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
     assert "was trained by adamw, now it is muon" in capsys.readouterr().err
 
 

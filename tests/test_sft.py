@@ -17,13 +17,13 @@ from llm_basics import (
     config,
     data,
     generate,
+    job,
     model,
     prepare,
     questions,
     run,
     sft,
     tokenizer,
-    train,
     update,
 )
 
@@ -219,7 +219,7 @@ def pretrained(tmp_path):
         model=shape,
         train=settings,
     )
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     records = [{"prompt": f"{a}{b}?", "completion": a} for a in "abcdefgh" for b in "stuvwxyz"]
     lines = [json.dumps(record) + "\n" for record in records]
     (tmp_path / "answers.jsonl").write_text("".join(lines))

@@ -19,7 +19,18 @@ from typing import Any
 import pytest
 import torch
 
-from llm_basics import checkpoint, command_line, config, optim, run, session, signals, train, update
+from llm_basics import (
+    checkpoint,
+    command_line,
+    config,
+    job,
+    monitor,
+    optim,
+    run,
+    session,
+    signals,
+    update,
+)
 
 TESTS = Path(__file__).parent
 STEPS = 10
@@ -468,9 +479,9 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
     # torch gives each class of optimizer a step of its own when the first of it is made
     for kind_of_optimizer in (optim.Muon, optim.AdamW):
         monkeypatch.setattr(kind_of_optimizer, "step", lambda self: applied.append(1) or apply(self))
-    monkeypatch.setattr(train.launch, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
+    monkeypatch.setattr(job.launch, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
     inject(monkeypatch, kind, value, at)
-    assert train.main(options) == train.NOT_FINITE
+    assert job.main(options) == job.NOT_FINITE
     error = capsys.readouterr().err
     assert f"step {at}: loss" in error and "lr 0" in error and NAMED[kind] in error, error
     assert len(applied) == at - 1
@@ -495,9 +506,9 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
 
     monkeypatch.setattr(update, "train_step", mended)
     skipping = dataclasses.replace(options.train, on_nonfinite="skip")
-    assert train.main(dataclasses.replace(options, train=skipping)) == 0
+    assert job.main(dataclasses.replace(options, train=skipping)) == 0
     said = capsys.readouterr().out
-    assert "step 4: loss" in said and "the step is left out" in said
+    assert "step 4: loss" in said and "the step is skipped" in said
     by_step = {m["step"]: m for m in run.read_metrics(options.run_dir) if "train_loss" in m}
     assert sorted(by_step) == list(range(1, STEPS + 1))
     assert by_step[4]["train_loss"] is None and by_step[5]["train_loss"] is not None
@@ -507,10 +518,10 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
 
 
 def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkeypatch):
-    monkeypatch.setattr(train, "MOST_SKIPPED", 1)
+    monkeypatch.setattr(monitor, "MOST_SKIPPED", 1)
     skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
     step = update.train_step
-    for bad, status in (({2, 4, 6}, 0), ({2, 3}, train.NOT_FINITE)):
+    for bad, status in (({2, 4, 6}, 0), ({2, 3}, job.NOT_FINITE)):
 
         def sometimes(
             model: Any, optimizer: Any, batches: Any, number: int, *rest: Any, bad: Any = bad
@@ -521,19 +532,19 @@ def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkey
 
         monkeypatch.setattr(update, "train_step", sometimes)
         folder = f"{options.run_dir}-{len(bad)}"
-        assert train.main(dataclasses.replace(skipping, run_dir=folder)) == status
+        assert job.main(dataclasses.replace(skipping, run_dir=folder)) == status
 
 
 def test_what_was_learned_is_saved_before_an_error_ends_the_run(options, monkeypatch, capsys):
     seldom = dataclasses.replace(options.train, checkpoint_every=0, eval_every=100)
     with monkeypatch.context() as patch:
         inject(patch, "loss", float("nan"), 6)
-        assert train.main(dataclasses.replace(options, train=seldom)) == train.NOT_FINITE
+        assert job.main(dataclasses.replace(options, train=seldom)) == job.NOT_FINITE
     assert checkpoint.verify(run.checkpoints(options.run_dir)[0])["step"] == 5
     # and can be gone on with as if nothing had been tried
     whole = str(Path(options.run_dir).with_name("whole"))
-    assert train.main(dataclasses.replace(options, train=seldom, run_dir=whole)) == 0
-    assert train.main(command_line.train_options(["--resume", str(options.run_dir)])) == 0
+    assert job.main(dataclasses.replace(options, train=seldom, run_dir=whole)) == 0
+    assert job.main(command_line.train_options(["--resume", str(options.run_dir)])) == 0
     assert weights_of(options.run_dir) == weights_of(whole)
 
 
@@ -544,10 +555,10 @@ def weights_of(folder: Any) -> str:
 
 def test_what_was_seen_before_a_resume_is_known_after_it(options):
     many = dataclasses.replace(options.train, steps=40, eval_every=7, checkpoint_every=0)
-    assert train.main(dataclasses.replace(options, train=many)) == 0
+    assert job.main(dataclasses.replace(options, train=many)) == 0
     about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
     resumed = command_line.train_options(["--resume", str(options.run_dir)])
-    training, output = train.launch.start(resumed)
+    training, output = job.launch.start(resumed)
     output.close()
     assert training.spikes.state() == about["spikes"] and len(about["spikes"]["losses"]) == 40
     assert (
@@ -558,12 +569,12 @@ def test_what_was_seen_before_a_resume_is_known_after_it(options):
 
 
 def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, monkeypatch, capsys):
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
         try:
             arguments = ["--resume", str(options.run_dir), "--train.compile", "on", flag]
-            train.launch.start(command_line.train_options(arguments))[1].close()
+            job.launch.start(command_line.train_options(arguments))[1].close()
         finally:
             torch.use_deterministic_algorithms(False)
         assert ("adds up in any order" in capsys.readouterr().out) == said
@@ -572,18 +583,18 @@ def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, mon
 def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, capsys):
     inject(monkeypatch, "weight", float("inf"), 4)
     skipping = dataclasses.replace(options.train, on_nonfinite="skip")
-    assert train.main(dataclasses.replace(options, train=skipping)) == train.NOT_FINITE
-    assert "to leave out steps does not help" in capsys.readouterr().err
+    assert job.main(dataclasses.replace(options, train=skipping)) == job.NOT_FINITE
+    assert "skipping does not help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice", ["log", "skip"])
 def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys, choice):
     many = dataclasses.replace(options.train, steps=60, eval_every=100, checkpoint_every=0, on_spike=choice)
     inject(monkeypatch, "loss", 50.0, 50)
-    assert train.main(dataclasses.replace(options, train=many)) == 0
+    assert job.main(dataclasses.replace(options, train=many)) == 0
     said = capsys.readouterr().out
     assert "step 50: the loss" in said and "is a spike" in said
-    assert ("the step is left out" in said) == (choice == "skip")
+    assert ("the step is skipped" in said) == (choice == "skip")
     about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
     assert about["optimizer"]["state"]["0"]["step"] == (59 if choice == "skip" else 60)
 

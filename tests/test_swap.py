@@ -36,7 +36,7 @@ def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
-    names |= {"update.batch_loss", "update.make_ready", "update.queue_step", "optim.orthogonalize"}
+    names |= {"update.batch_loss", "update.train_step", "optim.orthogonalize"}
     names |= {"layers.MultiHeadSelfAttention", "generate.generate", "generate.next_token_probabilities"}
     assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
@@ -180,7 +180,7 @@ def test_any_subset_and_kind_of_piece_can_be_replaced(mine):
     tiny = config.ModelConfig(vocab_size=11, context_length=4, d_model=8, n_layers=1, n_heads=2)
     lm = model.TransformerLM(tiny)
     assert (lm.lm_head.weight == 1).all() and (lm.layers[0].attn.q_proj.weight == 1).all()
-    optimizer = session.make_optimizer(lm, config.TrainConfig())
+    optimizer = update.make_optimizer(lm, config.TrainConfig())
     assert isinstance(optimizer, torch.optim.SGD)
     batch = torch.zeros(2, 4, dtype=torch.long)
     assert update.train_step(lm, optimizer, [(batch, batch)], 1, config.TrainConfig()).lr == 0.125
@@ -290,6 +290,11 @@ def test_own_pieces_go_before_their_fast_twins(mine, order):
             swap.use(path)
         assert bpe.train_bpe("nothing", 300, [], progress=print) == ({}, [])
         assert bpe.learn_merges.__module__ == "llm_basics.fast.bpe"
+
+
+def test_pieces_of_old_runs_are_known_by_their_present_keys():
+    assert swap.piece("session.make_optimizer") == "update.make_optimizer"
+    assert swap.piece("functional.silu") == "functional.silu" and swap.piece("bpe.gone") == "bpe.gone"
 
 
 def test_a_twin_that_would_go_past_an_own_piece_is_off_and_that_is_said(mine):

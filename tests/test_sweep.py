@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_basics import charts, command_line, programs, run, sweep, train
+from llm_basics import charts, command_line, job, programs, run, sweep
 
 TRAINER = Path(__file__).parent / "fixtures" / "trainer.py"
 
@@ -220,7 +220,7 @@ def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
     base = f"{{data: text.txt, tokenizer: bytes, fast: off, model: {model}, train: {steps}}}"
     assert run_sweep(f"base: {base}\nvariants: {{no norm: {{model.norm: none}}}}\nfigure: scaling") == 0
     arguments = ["--config", "runs/mine/no-norm,seed=0.yaml", "--run_dir", "alone"]
-    assert train.main(command_line.train_options(arguments)) == 0
+    assert job.main(command_line.train_options(arguments)) == 0
     losses = [
         [m.get("val_loss", m.get("train_loss")) for m in run.read_metrics(folder)]
         for folder in ("runs/mine/no-norm,seed=0", "alone")

@@ -14,13 +14,13 @@ from llm_basics import (
     command_line,
     config,
     generate,
+    job,
     layers,
     model,
     presets,
     run,
     session,
     swap,
-    train,
 )
 from llm_basics import functional as F
 
@@ -303,7 +303,7 @@ def old_run(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(session.dataclasses, "asdict", as_before)
-        assert train.main(options) == 0
+        assert job.main(options) == 0
     return tmp_path / "run"
 
 
@@ -316,7 +316,7 @@ def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
     resumed = command_line.train_options(["--resume", str(old_run), "--train.steps", "4"])
     assert resumed.model == dataclasses.replace(LLAMA, vocab_size=257)
     capsys.readouterr()
-    assert train.main(resumed) == 0
+    assert job.main(resumed) == 0
     said = capsys.readouterr().out
     assert "different: train.steps was 2, now 4" in said and said.count("different: ") == 1
     assert run.read_metrics(old_run)[-1]["step"] == 4
@@ -328,7 +328,7 @@ def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
 def test_a_run_of_before_is_not_gone_on_with_by_a_model_that_it_did_not_have(old_run, capsys):
     arguments = ["--resume", str(old_run), "--train.steps=4", "--model.zero_init"]
     with pytest.raises(SystemExit):
-        train.main(command_line.train_options(arguments))
+        job.main(command_line.train_options(arguments))
     assert "zero_init was False, now True" in capsys.readouterr().err
 
 

@@ -21,6 +21,8 @@ from llm_basics import (
     device,
     generate,
     generate_cli,
+    job,
+    loop,
     model,
     prepare,
     presets,
@@ -29,7 +31,6 @@ from llm_basics import (
     session,
     shards,
     swap,
-    train,
     update,
 )
 
@@ -86,7 +87,7 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
     """Compared with the same step written with torch's own loss, clipping and optimizer."""
     other = model.TransformerLM(SHAPE).double()
     other.load_state_dict(lm.double().state_dict())
-    optimizer = session.make_optimizer(lm, SETTINGS)
+    optimizer = update.make_optimizer(lm, SETTINGS)
     inputs, targets = random_batch(4)
     result = update.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
 
@@ -110,14 +111,14 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
 
 def test_every_parameter_learns(lm):
     before = weights(lm)
-    optimizer = session.make_optimizer(lm, SETTINGS)
+    optimizer = update.make_optimizer(lm, SETTINGS)
     update.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
     assert all(not torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
 def test_gradients_do_not_add_up_over_steps(lm):
     still = dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
-    optimizer = session.make_optimizer(lm, still)
+    optimizer = update.make_optimizer(lm, still)
     norms = [
         update.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)
     ]
@@ -128,7 +129,7 @@ def test_gradients_do_not_add_up_over_steps(lm):
 def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
     inputs, targets = random_batch(6)
     whole = lm.double()
-    optimizer = session.make_optimizer(whole, SETTINGS)
+    optimizer = update.make_optimizer(whole, SETTINGS)
     start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     expected = update.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
     gradients = [p.grad.clone() for p in whole.parameters()]
@@ -136,7 +137,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
 
     whole.load_state_dict(start)
     parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
-    found = update.train_step(whole, session.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
+    found = update.train_step(whole, update.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
     torch.testing.assert_close(found.train_loss, expected.train_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close([p.grad for p in whole.parameters()], gradients, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(weights(whole), after, rtol=1e-8, atol=1e-8)
@@ -146,7 +147,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
 def test_accumulated_gradient_counts_each_target_once_where_lengths_differ(lm, lengths):
     parts = [random_batch(2, length, seed=length) for length in lengths]
     update.train_step(
-        lm, session.make_optimizer(lm, SETTINGS), parts, 1, dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
+        lm, update.make_optimizer(lm, SETTINGS), parts, 1, dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
     )
     found = [p.grad.clone() for p in lm.parameters()]
     lm.zero_grad()
@@ -163,7 +164,7 @@ def test_deterministic_runs_repeat_bit_for_bit(options, monkeypatch, capsys):
     try:
         for name in "ab":
             chosen = dataclasses.replace(options, deterministic=True, run_dir=options.run_dir + name)
-            assert train.main(chosen) == 0
+            assert job.main(chosen) == 0
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
@@ -174,10 +175,10 @@ def test_deterministic_runs_repeat_bit_for_bit(options, monkeypatch, capsys):
 
 def test_z_loss_reaches_the_loss(lm):
     batch = random_batch(2)
-    plain = update.train_step(lm, session.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
+    plain = update.train_step(lm, update.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
     lm.load_state_dict(model_of_seed_0().state_dict())
     heavy = dataclasses.replace(SETTINGS, z_loss=0.5)
-    with_z = update.train_step(lm, session.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
+    with_z = update.train_step(lm, update.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
     expected = model_of_seed_0()(batch[0]).logsumexp(-1).square().mean() * 0.5
     assert (with_z - plain).item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -188,7 +189,7 @@ def model_of_seed_0():
 
 
 def test_optimizer_defaults_and_groups(lm):
-    optimizer = session.make_optimizer(lm, config.TrainConfig())
+    optimizer = update.make_optimizer(lm, config.TrainConfig())
     assert all((g["lr"], g["betas"]) == (3e-4, (0.9, 0.95)) for g in optimizer.param_groups)
     decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in lm.named_parameters():
@@ -197,7 +198,7 @@ def test_optimizer_defaults_and_groups(lm):
 
 def test_biases_do_not_decay():
     gpt2 = model.TransformerLM(dataclasses.replace(presets.load("gpt2-nano").model, n_layers=1))
-    optimizer = session.make_optimizer(gpt2, config.TrainConfig())
+    optimizer = update.make_optimizer(gpt2, config.TrainConfig())
     decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert sorted(decay_of) == sorted(id(p) for p in gpt2.parameters())
     for name, parameter in gpt2.named_parameters():
@@ -210,9 +211,9 @@ def test_gradient_that_is_not_finite_stops_before_the_update(lm):
     before = weights(lm)
     with pytest.raises(
         FloatingPointError,
-        match="step 5: loss nan, lr 0.00.*must be finite.*the weight layers.1.ffn.w1.weight",
+        match="step 5: loss nan, lr 0.00.*gradient norm nan; loss and gradient norm must be finite",
     ):
-        update.train_step(lm, session.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
+        update.train_step(lm, update.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
     assert all(torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
@@ -220,7 +221,7 @@ def test_loss_falls_on_a_pattern(lm):
     """A text of period 7 is predicted with certainty after a few steps; at first it is ln 257."""
     tokens = torch.arange(17).repeat(8, 1) % 7
     settings = dataclasses.replace(SETTINGS, steps=60)
-    optimizer = session.make_optimizer(lm, settings)
+    optimizer = update.make_optimizer(lm, settings)
     batch = (tokens[:, :-1], tokens[:, 1:])
     losses = [update.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
     assert abs(losses[0] - math.log(257)) < 1.0
@@ -232,7 +233,7 @@ def test_random_tokens_cannot_be_learned():
     torch.manual_seed(0)
     lm = model.TransformerLM(dataclasses.replace(SHAPE, vocab_size=23))
     settings = dataclasses.replace(SETTINGS, steps=80)
-    optimizer = session.make_optimizer(lm, settings)
+    optimizer = update.make_optimizer(lm, settings)
     for step in range(1, 81):
         inputs, targets = random_batch(8, seed=step)
         loss = update.train_step(
@@ -254,7 +255,7 @@ def test_loss_is_not_rounded_to_bfloat16(lm):
     batch = random_batch(4)
     with torch.autocast("cpu", torch.bfloat16):
         expected = tF.cross_entropy(lm(batch[0]).double().flatten(0, 1), batch[1].flatten())
-    result = update.train_step(lm, session.make_optimizer(lm, settings), [batch], 1, settings)
+    result = update.train_step(lm, update.make_optimizer(lm, settings), [batch], 1, settings)
     assert result.train_loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -262,7 +263,7 @@ def test_bfloat16_on_request(lm):
     settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
     seen = []
     lm.layers[0].attn.q_proj.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    result = update.train_step(lm, session.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
+    result = update.train_step(lm, update.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
     assert seen == [torch.bfloat16] and result.train_loss.isfinite()
     assert all(p.dtype == torch.float32 for p in lm.parameters())
 
@@ -276,7 +277,7 @@ def losses(folder):
 
 
 def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
@@ -303,7 +304,7 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
 
 
 def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
-    assert train.main(options) == 0
+    assert job.main(options) == 0
     capsys.readouterr()
     texts = {}
     for fast in ("on", "off"):
@@ -321,7 +322,7 @@ def test_logged_losses_are_the_computed_ones(options):
     training = session.Session(options, prepared)
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     inputs, targets = training.next_batches()[0]
-    train.main(options)
+    job.main(options)
     training.model.load_state_dict(before)
     expected = tF.cross_entropy(training.model(inputs).flatten(0, 1), targets.flatten()).item()
     assert losses(options.run_dir)[1] == pytest.approx(expected, rel=1e-6)
@@ -333,12 +334,12 @@ def test_steps_count_by_one_and_see_new_batches_each(options):
     seen = []
     while training.step < 4:
         seen += [inputs for inputs, _ in training.next_batches()]
-        training.finish_step()
+        training.advance()
     assert len(seen) == 12
     assert all(torch.equal(seen[i], training.batches[i][0]) for i in range(12))
     training.step = training.windows = 0
-    training.looked = True
-    train.fit(training, run.Run(options.run_dir))
+    training.evaluated = True
+    loop.fit(training, run.Run(options.run_dir))
     assert training.step == 4
     assert training.optimizer.state[training.model.lm_head.weight]["step"] == 4
 
@@ -353,9 +354,9 @@ def test_validation_text_is_not_trained_on(options):
 def test_evaluation_and_sampling_do_not_change_the_course(options):
     """Neither weights nor dropout's random numbers depend on how often one looks."""
     rough = dataclasses.replace(options, model=dataclasses.replace(SHAPE, dropout=0.2))
-    train.main(dataclasses.replace(rough, run_dir=options.run_dir + "1"))
+    job.main(dataclasses.replace(rough, run_dir=options.run_dir + "1"))
     quiet = dataclasses.replace(SETTINGS, eval_every=100, sample_every=0, checkpoint_every=0)
-    train.main(dataclasses.replace(rough, run_dir=options.run_dir + "2", train=quiet))
+    job.main(dataclasses.replace(rough, run_dir=options.run_dir + "2", train=quiet))
     assert losses(options.run_dir + "1") == losses(options.run_dir + "2")
 
 
@@ -366,19 +367,19 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
         SETTINGS, grad_accumulation_steps=2, checkpoint_every=1, keep_checkpoints=0
     )
     options = dataclasses.replace(options, model=dataclasses.replace(SHAPE, dropout=dropout), train=settings)
-    train.main(options)
+    job.main(options)
     whole, folder = losses(options.run_dir), tmp_path / "interrupted"
     reference = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])[0]
 
     interrupted = dataclasses.replace(options, run_dir=str(folder))
-    train.main(interrupted)
+    job.main(interrupted)
     for path in run.checkpoints(folder)[: 8 - stop_at]:
         path.unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= stop_at]
     (folder / "metrics.jsonl").write_text("".join(kept))
     torch.manual_seed(12345)
-    assert train.main(command_line.train_options(["--resume", str(folder)])) == 0
+    assert job.main(command_line.train_options(["--resume", str(folder)])) == 0
     assert losses(folder) == whole
     found = checkpoint.read_checkpoint(run.checkpoints(folder)[0])[0]
     assert found.keys() == reference.keys()
@@ -390,14 +391,14 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
 @pytest.mark.parametrize("change", ["text", "heads", "theta"])
 def test_resume_refuses_other_data_and_another_model(options, capsys, change):
     """Also where every shape still fits."""
-    train.main(options)
+    job.main(options)
     if change == "text":
         with open(options.data, "a") as file:
             file.write("more\n")
     shapes = {"heads": {"n_heads": 4}, "theta": {"rope_theta": 99.0}, "text": {}}
     other = dataclasses.replace(options, model=dataclasses.replace(SHAPE, **shapes[change]))
     with pytest.raises(SystemExit) as stop:
-        train.main(dataclasses.replace(other, resume=options.run_dir))
+        job.main(dataclasses.replace(other, resume=options.run_dir))
     said = {
         "text": "now the data is",
         "heads": "n_heads was 2, now 4",
@@ -407,7 +408,7 @@ def test_resume_refuses_other_data_and_another_model(options, capsys, change):
 
 
 def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, capsys, monkeypatch, tmp_path):
-    train.main(options)
+    job.main(options)
     whole, train_step = losses(options.run_dir), update.train_step
 
     def interrupted(*arguments):
@@ -417,11 +418,11 @@ def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, cap
 
     folder = str(tmp_path / "interrupted")
     monkeypatch.setattr(update, "train_step", interrupted)
-    assert train.main(dataclasses.replace(options, run_dir=folder)) == 130
+    assert job.main(dataclasses.replace(options, run_dir=folder)) == 130
     assert f"stopped by SIGINT after step 5; go on with --resume {folder}" in capsys.readouterr().out
     monkeypatch.setattr(update, "train_step", train_step)
     assert max(losses(folder)) == 5
-    assert train.main(command_line.train_options(["--resume", folder])) == 0
+    assert job.main(command_line.train_options(["--resume", folder])) == 0
     assert losses(folder) == whole
 
 
@@ -455,7 +456,7 @@ def test_input_that_cannot_be_trained_on(tmp_path, capsys, content, arguments, s
     fixed = ["--tokenizer=bytes", "--model.context_length=16", f"--data={path}"]
     places = [f"--data_dir={tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
-        train.main(command_line.train_options([*fixed, *places, *arguments]))
+        job.main(command_line.train_options([*fixed, *places, *arguments]))
     captured = capsys.readouterr()
     assert stop.value.code == 2
     assert captured.err.startswith("error: " + said.format(data=path)) and captured.err.count("\n") == 1
@@ -473,7 +474,7 @@ def test_token_files_that_do_not_fit_are_refused_before_the_first_step(options, 
     if change == "tokenizer":
         prepare.tokenizer.Tokenizer.of_bytes(["<|other|>"]).save(folder / "tokenizer")
     with pytest.raises(SystemExit, match="2"):
-        train.main(options)
+        job.main(options)
     error = capsys.readouterr().err
     said = {"id": f"{shards.HEADER_BYTES + 20}", "cut": "bytes", "tokenizer": "was made by tokenizer"}
     assert error.count("\n") == 1 and str(path) in error and said[change] in error, error
@@ -481,9 +482,9 @@ def test_token_files_that_do_not_fit_are_refused_before_the_first_step(options, 
 
 
 def test_a_run_directory_is_not_overwritten(options, capsys):
-    train.main(options)
+    job.main(options)
     with pytest.raises(SystemExit):
-        train.main(options)
+        job.main(options)
     assert f"--run_dir must be new or empty, got {options.run_dir}" in capsys.readouterr().err
 
 

@@ -37,5 +37,5 @@ what it is the twin of.
                 program.py               a model as a list of steps
     floor 6     learning.py              gradients of a batch by loops, on several threads
                 generate.py              generate.generate
-    floor 7     update.py                a loss in pieces, and steps that are begun ahead
+    floor 7     update.py                a loss in pieces, and steps that do not wait for a GPU
 """

@@ -1,4 +1,4 @@
-"""The pieces of `update`: a loss in pieces, one by loops, and steps that are begun ahead.
+"""The pieces of `update`: a loss in pieces, one by loops, and steps that do not wait for a GPU.
 
 Logits are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
 state has. So where they are many the end of the model runs forward and backward for some rows at a time, and
@@ -7,8 +7,7 @@ what is kept is the gradient of the hidden states alone.
 On a GPU a kernel writes the gradient of logits over them: they are read twice and written once, and there
 is one tensor of that size, in bfloat16. What torch does takes three times as many passes.
 
-And nobody waits for a GPU to say whether its step was fit to be learned from: the next is begun before that
-is known, and leaves the weights as they are if it was not.
+A step on a GPU returns before its numbers are there: the next one is started before they are read.
 
 On a CPU, what torch does for a small model takes as long as what it is for: `learning` does all of it
 without torch, both ways at once.
@@ -27,9 +26,6 @@ from llm_basics import model as models
 from llm_basics.fast import cards, learning, machine
 from llm_basics.fast import optim as fast_optim
 
-# the reference, whose name comes to stand for what is defined here
-queue_of_reference = update.queue_step
-
 # logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
 # the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
 MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -38,17 +34,12 @@ LEAST_ROWS = 512
 # times as many where a kernel writes gradients over them: 2 GB in bfloat16
 BY_KERNELS = 4
 
-Batch = tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
 
-# devices that say late what came of a step
-LATE = ["cuda"]
-
-
-def make_ready(model: nn.Module, n_texts: int, seq: int) -> None:
-    """Compile the loops that steps need, if this machine never did."""
+def prepare_model(model: nn.Module, batch_size: int, seq: int) -> None:
+    """Compile the CPU kernels of training steps, unless they are in the cache of this machine."""
     if machine.used_before("gradient"):
         return
-    tokens = torch.zeros(n_texts, seq, dtype=torch.long)
+    tokens = torch.zeros(batch_size, seq, dtype=torch.long)
     if learning.learner_for(model, tokens, tokens):
         learning.compile_apart()
 
@@ -165,114 +156,41 @@ def batch_loss(
         if targets.numel() > rows_at_a_time(targets.device, model.config.n_rows):
             hidden = model.hidden_states(inputs)
             return _LossInPieces.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
-    return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=z_loss)
+    return update.compute_loss(model(inputs), targets, z_loss)
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps that nobody waits for
+# Steps that do not wait for a GPU
 
 
-class _Queue:
-    """The steps of an optimizer that have begun, and whether there is one from which nothing may be learned.
-
-    That is a number on the device, and the optimizer heeds it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.held = torch.zeros((), device=device)
-        self.steps: list[_QueuedStep] = []
-
-
-class _QueuedStep:
-    """A step whose numbers are on their way; call it to have them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batches: Sequence[Batch],
-        step: int,
-        options: config.TrainConfig,
-        accepts: Callable[[float], bool],
-    ) -> None:
-        self.arguments = model, optimizer, batches, step, options
-        self.accepts = accepts
-        self.device = batches[0][0].device
-        self.random_state = device.random_state(self.device)
-        # the optimizer's own, which goes when it goes
-        if "_queue" not in vars(optimizer):
-            vars(optimizer)["_queue"] = _Queue(self.device)
-        self.queue: _Queue = vars(optimizer)["_queue"]
-        lr = update.set_learning_rate(optimizer, step, options)
-        optimizer.zero_grad(set_to_none=True)
-        train_loss = update.add_gradients(model, batches, options)
-        grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-        # somebody's own may be a number elsewhere
-        grad_norm = grad_norm.reshape(()).to(self.device)
-        self.queue.held.copy_((self.queue.held > 0) | ~(train_loss.isfinite() & grad_norm.isfinite()))
-        with fast_optim.held_by(self.queue.held):
-            optimizer.step()
-        self.queue.steps.append(self)
-        # whose count of steps is one higher now
-        groups = optimizer.param_groups
-        self.stepped = [p for group in groups for p in group["params"] if p.grad is not None]
-        # on the device, where somebody may use it without waiting
-        self.result = update.StepResult(train_loss, grad_norm, lr)
-        self.read = _send(torch.stack([train_loss, grad_norm, self.queue.held]))
-
-    def __call__(self) -> update.StepResult:
-        train_loss, grad_norm, is_held = self.read()
-        if is_held:
-            self._undo()
-            device.set_random_state(self.random_state, self.device)
-            # which finds where it began
-            again = update.find_gradients(*self.arguments)
-            raise FloatingPointError(
-                f"step {self.arguments[3]}: loss {train_loss:g}, lr {again.lr:g}, the gradient norm is "
-                f"{grad_norm:g}; done again, loss {again.train_loss:g} and norm {again.grad_norm:g}"
-            )
-        self.queue.steps.remove(self)
-        self.accepts(train_loss)
-        # as numbers that nobody has to wait for any more
-        return update.StepResult(torch.tensor(train_loss), torch.tensor(grad_norm), self.result.lr)
-
-    def _undo(self) -> None:
-        """Let it be as if neither this step nor those that began after it had been."""
-        _, optimizer, *_ = self.arguments
-        for parameter in (parameter for step in self.queue.steps for parameter in step.stepped):
-            if "step" in optimizer.state[parameter]:
-                optimizer.state[parameter]["step"] -= 1
-        self.queue.steps.clear()
-        self.queue.held.zero_()
-
-
-def _send(numbers: Float[Tensor, " n"]) -> Callable[[], list[float]]:
-    """Let numbers come from a GPU, and return what waits for them."""
-    if not numbers.is_cuda:
-        return numbers.tolist
-    arrived, there = torch.cuda.Event(), torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    there.copy_(numbers, non_blocking=True)
-    arrived.record(torch.cuda.current_stream(numbers.device))
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        return there.tolist()
-
-    return read
-
-
-def queue_step(
+def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Sequence[data.Batch],
     step: int,
     options: config.TrainConfig,
-    accepts: Callable[[float], bool] = lambda loss: True,
-) -> update.StepResult | Callable[[], update.StepResult]:
-    """`update.queue_step`, which a GPU is not waited for; a CPU has nothing to do meanwhile."""
-    arguments = model, optimizer, batches, step, options, accepts
-    can_wait = batches[0][0].device.type in LATE and fast_optim.can_be_held(optimizer)
-    # a loss that may be refused must be known before the step
-    if not can_wait or options.on_spike == "skip":
-        return queue_of_reference(*arguments)
-    return _QueuedStep(*arguments)
+    accept: Callable[[float], bool] | None = None,
+) -> update.StepResult:
+    """`update.train_step`; on a GPU it returns before the numbers are there, and raises nothing.
+
+    The GPU itself leaves the weights as they are where loss or gradient norm is not finite, which
+    `check_finite` of the result shows; AdamW counts such a step. With `accept`, the loss is waited for.
+    """
+    lr = update.learning_rate(step, options)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    train_loss = update.accumulate_gradients(model, batches, options)
+    grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+    if accept is None and train_loss.device.type in device.ASYNCHRONOUS and fast_optim.can_be_held(optimizer):
+        # a user's own function may return a number elsewhere
+        grad_norm = torch.as_tensor(grad_norm, device=train_loss.device).reshape(())
+        is_finite = train_loss.isfinite() & grad_norm.isfinite()
+        with fast_optim.held_by((~is_finite).float()):
+            optimizer.step()
+        return update.StepResult(train_loss, grad_norm, lr)
+    update.check_finite(step, lr, train_loss, grad_norm)
+    updated = accept is None or accept(train_loss.item())
+    if updated:
+        optimizer.step()
+    return update.StepResult(train_loss, grad_norm, lr, updated)

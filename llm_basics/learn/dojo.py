@@ -1,7 +1,7 @@
 """A small model that learns with one hidden mistake, and what can be seen of it from outside.
 
 The text comes from a Markov source, of which the lowest possible loss is known. Everything else is as in a
-real run: the steps of `update`, the optimizer of `session`.
+real run: the steps and the optimizer of `update`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_basics import config, model, session, swap, update
+from llm_basics import config, model, swap, update
 from llm_basics.learn import checks, logs
 
 PROGRAM = "uv run python -m llm_basics.learn"
@@ -76,7 +76,7 @@ def practice() -> Evidence:
     text, _ = source()
     rng = np.random.default_rng(1)
     lm = model.TransformerLM(SHAPE)
-    optimizer = session.make_optimizer(lm, SETTINGS)
+    optimizer = update.make_optimizer(lm, SETTINGS)
     losses, norms, lrs = [], [], []
     for step in range(1, STEPS + 1):
         batches = [_batch(text, rng) for _ in range(SETTINGS.grad_accumulation_steps)]

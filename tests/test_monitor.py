@@ -1,12 +1,11 @@
-"""Steps that nobody waits for: a run is the same run, whether its device tells at once or late.
+"""What is recorded of steps: metrics, spikes, skipped steps; on some devices a step late.
 
-What a GPU does is done here on the CPU, where the same steps are begun ahead if they are told to be.
+What a GPU does is done here on the CPU, whose numbers are read late if it is told to be such a device. Alone:
+uv run pytest tests/test_monitor.py
 """
 
 import dataclasses
-import gc
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_basics import checkpoint, config, optim, run, session, signals, swap, train, update
+from llm_basics import checkpoint, config, data, device, job, optim, run, session, signals, swap, update
 from llm_basics import model as models
 from llm_basics.fast import optim as fast_optim
-from llm_basics.fast import update as fast_update
 
 STEPS = 9
 SHAPE = config.ModelConfig(256, 8, d_model=16, n_layers=1, n_heads=2, dropout=0.1)
@@ -52,7 +50,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr(fast_update, "LATE", ["cuda", "cpu"] if way == "late" else ["cuda"])
+    monkeypatch.setattr(device, "ASYNCHRONOUS", {"cuda", "cpu"} if way == "late" else {"cuda"})
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -60,7 +58,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     bad: list[Tensor] = []
     next_batches, embed = session.Session.next_batches, models.TransformerLM.hidden_states
 
-    def batches(training: session.Session) -> list[session.Batch]:
+    def batches(training: session.Session) -> list[data.Batch]:
         found = next_batches(training)
         if training.step + 1 in steps:
             bad.append(found[0][0])
@@ -80,7 +78,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let somebody ask the run to stop in that step."""
     next_batches = session.Session.next_batches
 
-    def batches(training: session.Session) -> list[session.Batch]:
+    def batches(training: session.Session) -> list[data.Batch]:
         if training.step + 1 == step:
             signals._State.number = signals.SIGNALS[0]
         return next_batches(training)
@@ -123,79 +121,86 @@ def assert_same(one: Path, other: Path) -> None:
             numbers(folder / run.CHECKPOINTS / name) for folder in (one, other)
         )
         assert_equal(tensors, others)
-        for key in ("step", "windows", "looked", "val_loss", "best_loss", "spikes", "optimizer"):
+        for key in ("step", "windows", "evaluated", "val_loss", "best_loss", "spikes", "optimizer"):
             assert about[key] == about_other[key], (name, key)
 
 
+def test_a_run_is_the_same_run(options, tmp_path, monkeypatch):
+    for way in ("at once", "late"):
+        choose(monkeypatch, way)
+        assert job.main(changed(options, tmp_path / way)) == 0
+    assert_same(tmp_path / "late", tmp_path / "at once")
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "as usual": {},
     "one in the middle": {"bad": [4]},
     "two in a row": {"bad": [4, 5]},
-    "every other": {"bad": [2, 4, 7]},
-    "the last": {"bad": [STEPS]},
-    "the one before a look": {"bad": [5]},
-    "one that is looked at": {"bad": [3, 6]},
+    "every other, and the last": {"bad": [2, 4, STEPS]},
+    "the one before an evaluation": {"bad": [5]},
+    "one that is evaluated": {"bad": [3, 6]},
     "lines are few": {"bad": [4], "log_every": 5},
     "parts": {"bad": [4], "grad_accumulation_steps": 2},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_is_the_same_run(options, tmp_path, monkeypatch, capsys, case):
+def test_steps_that_are_not_finite_are_skipped(options, tmp_path, monkeypatch, capsys, way, case):
     settings = dict(CASES[case])
-    poison(monkeypatch, *settings.pop("bad", []))
-    said = {}
-    for way in ("at once", "late"):
-        choose(monkeypatch, way)
-        given = changed(options, tmp_path / way, on_nonfinite="skip", **settings)
-        assert train.main(given) == 0
-        said[way] = capsys.readouterr().out.count("the step is left out")
-    assert said["late"] == said["at once"] == len(CASES[case].get("bad", []))
-    assert_same(tmp_path / "late", tmp_path / "at once")
+    bad = settings.pop("bad")
+    poison(monkeypatch, *bad)
+    assert job.main(changed(options, tmp_path / "run", on_nonfinite="skip", **settings)) == 0
+    said = capsys.readouterr().out
+    assert [f"step {step}: loss nan" in said for step in range(1, STEPS + 1)] == [
+        step in bad for step in range(1, STEPS + 1)
+    ]
+    assert said.count("; the step is skipped") == len(bad)
+    losses = {line["step"]: line["train_loss"] for line in told(tmp_path / "run") if "train_loss" in line}
+    assert [step for step, loss in losses.items() if loss is None] == bad
+    assert list(losses) == sorted(losses)
+    if "log_every" not in settings:
+        assert len(losses) == STEPS
+    tensors, _ = numbers(run.checkpoints(tmp_path / "run")[0])
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("at", [1, 4, 5, STEPS])
-def test_a_run_ends_before_what_is_not_finite(options, tmp_path, monkeypatch, capsys, at):
+@pytest.mark.parametrize(("at", "late_by"), [(1, 1), (4, 1), (6, 0), (STEPS, 0)])
+def test_a_run_ends_at_what_is_not_finite(options, tmp_path, monkeypatch, capsys, way, at, late_by):
+    """A late device is one good step further, unless its numbers are waited for."""
     poison(monkeypatch, at)
-    errors = {}
-    for way in ("at once", "late"):
-        choose(monkeypatch, way)
-        assert train.main(changed(options, tmp_path / way)) == train.NOT_FINITE
-        errors[way] = capsys.readouterr().err.splitlines()[-1]
-    assert errors["late"] == errors["at once"]
-    assert f"step {at}: loss nan" in errors["late"] and f"after step {at - 1}" in errors["late"]
-    if at > 1:
-        newest = run.checkpoints(tmp_path / "late")[0]
-        assert checkpoint.verify(newest)["step"] == at - 1
-        assert_same(tmp_path / "late", tmp_path / "at once")
+    assert job.main(changed(options, tmp_path / "run", checkpoint_every=0)) == job.NOT_FINITE
+    error = capsys.readouterr().err.splitlines()[-1]
+    after = at + late_by if way == "late" else at - 1
+    assert f"step {at}: loss nan" in error and f"after step {after}" in error
+    newest = run.checkpoints(tmp_path / "run")[0]
+    assert checkpoint.verify(newest)["step"] == after
+    assert all(tensor.isfinite().all() for tensor in numbers(newest)[0].values())
 
 
-@pytest.mark.parametrize("at", [1, 4, 6, STEPS])
-def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypatch, way, at):
-    assert train.main(changed(options, tmp_path / "whole")) == 0
+@pytest.mark.parametrize("bad", [[], [4]], ids=str)
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 6, STEPS])
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypatch, way, at, bad):
+    poison(monkeypatch, *bad)
+    options = changed(options, tmp_path / "whole", on_nonfinite="skip")
+    assert job.main(options) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, at)
-        assert train.main(changed(options, tmp_path / "run")) == 128 + signals.SIGNALS[0]
+        assert job.main(changed(options, tmp_path / "run")) == 128 + signals.SIGNALS[0]
     newest = run.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == at
-    resumed = dataclasses.replace(options, resume=str(tmp_path / "run"))
-    assert train.main(resumed) == 0
+    assert job.main(dataclasses.replace(options, resume=str(tmp_path / "run"))) == 0
     assert_equal(*(numbers(run.checkpoints(tmp_path / name)[0])[0] for name in ("run", "whole")))
 
 
 def test_a_run_that_is_stopped_in_a_step_that_fails(options, tmp_path, monkeypatch, way):
     poison(monkeypatch, 4)
     stop_at(monkeypatch, 4)
-    assert train.main(changed(options, tmp_path / "run")) == train.NOT_FINITE
-    assert checkpoint.verify(run.checkpoints(tmp_path / "run")[0])["step"] == 3
+    assert job.main(changed(options, tmp_path / "run")) == job.NOT_FINITE
+    newest = run.checkpoints(tmp_path / "run")[0]
+    assert checkpoint.verify(newest)["step"] == (4 if way == "late" else 3)
 
 
-@pytest.mark.parametrize("bad", [[], [6]], ids=str)
-def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(
-    options, tmp_path, monkeypatch, way, bad
-):
-    assert train.main(changed(options, tmp_path / "whole", checkpoint_every=1)) == 0
-    poison(monkeypatch, *bad)
+def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(options, tmp_path, monkeypatch, way):
+    assert job.main(changed(options, tmp_path / "whole", checkpoint_every=1)) == 0
     metrics = run.Run.metrics
 
     def full(self: run.Run, step: int, **values: Any) -> None:
@@ -206,9 +211,9 @@ def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(
     monkeypatch.setattr(run.Run, "metrics", full)
     # with no evaluation that would be waited for
     given = changed(options, tmp_path / "run", checkpoint_every=0, eval_every=100)
-    assert train.main(given) == train.NOT_SAVED
+    assert job.main(given) == job.NOT_SAVED
     newest = run.checkpoints(tmp_path / "run")[0]
-    assert checkpoint.verify(newest)["step"] == (6 if way == "late" and not bad else 5)
+    assert checkpoint.verify(newest)["step"] == (6 if way == "late" else 5)
     assert_equal(numbers(newest)[0], numbers(tmp_path / "whole" / run.CHECKPOINTS / newest.name)[0])
 
 
@@ -222,9 +227,9 @@ def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatc
 
     monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
     given = changed(options, tmp_path / "run", steps=50, eval_every=100, checkpoint_every=0)
-    launch, introduce = train.launch, train.launch.introduce
+    launch, introduce = job.launch, job.launch.introduce
     monkeypatch.setattr(launch, "introduce", lambda *a: introduce(*a) or calls.clear())
-    assert train.main(given) == 0
+    assert job.main(given) == 0
     assert "step 43: the loss" in capsys.readouterr().out
 
 
@@ -233,46 +238,55 @@ def batch() -> list[tuple[Tensor, Tensor]]:
     return [(tokens[:, :-1], tokens[:, 1:])]
 
 
-def test_steps_are_begun_ahead_only_where_that_changes_nothing(monkeypatch):
+def test_a_step_waits_for_its_numbers_only_where_it_must(monkeypatch):
     plain = config.TrainConfig(10, 4, dtype="float32")
     lm = models.TransformerLM(SHAPE)
+    held: list[Tensor] = []
 
-    def is_begun(
-        settings: config.TrainConfig = plain, optimizer: torch.optim.Optimizer | None = None
-    ) -> bool:
-        optimizer = optimizer or session.make_optimizer(lm, settings)
-        result = update.queue_step(lm, optimizer, batch(), 1, settings)
-        return callable(result) and bool(result())
+    def is_held(optimizer: torch.optim.Optimizer | None = None, **settings: Any) -> bool:
+        held.clear()
+        chosen = dataclasses.replace(plain, **settings)
+        update.train_step(lm, optimizer or update.make_optimizer(lm, chosen), batch(), 1, chosen)
+        return bool(held)
 
+    held_by = fast_optim.held_by
+    monkeypatch.setattr(fast_optim, "held_by", lambda flag: held.append(flag) or held_by(flag))
     choose(monkeypatch, "late")
-    assert not is_begun()
+    assert not is_held()
     with swap.using("fast", lambda line: None):
-        assert is_begun() and is_begun(dataclasses.replace(plain, optimizer="muon", lr=0.01))
-        assert not is_begun(dataclasses.replace(plain, on_spike="skip"))
-        assert not is_begun(optimizer=torch.optim.SGD(lm.parameters(), lr=0.1))
-        # somebody's own goes by the same name
+        muon = dataclasses.replace(plain, optimizer="muon", lr=0.01)
+        assert is_held() and is_held(update.make_optimizer(lm, muon))
+        assert not is_held(torch.optim.SGD(lm.parameters(), lr=0.1))
+        refused = update.train_step(
+            lm, update.make_optimizer(lm, plain), batch(), 1, plain, lambda loss: False
+        )
+        assert not refused.updated
+        # another class may go by the same name
         own = type("AdamW", (optim.AdamW,), {"__module__": "mine"})
         with swap.replaced({"optim.AdamW": own}):
-            assert not is_begun(optimizer=own(lm.parameters()))
-        # and may clip in a way of its own
+            assert not is_held(own(lm.parameters()))
+        # and clipping may return a number of another shape
         with swap.replaced({"optim.clip_grad_norm_": lambda *given, **options: torch.ones(1)}):
-            assert is_begun()
+            assert is_held()
         with swap.replaced({"optim.adamw_step_": swap.reference("optim.adamw_step_")}):
-            assert not is_begun()
+            assert not is_held()
         choose(monkeypatch, "at once")
-        assert not is_begun()
+        assert not is_held()
 
 
-def test_a_step_that_was_begun_and_forgotten_goes_with_its_optimizer(monkeypatch):
-    choose(monkeypatch, "late")
-    settings = config.TrainConfig(10, 4, dtype="float32")
-    with swap.using("fast", lambda line: None):
-        lm = models.TransformerLM(SHAPE)
-        update.queue_step(lm, session.make_optimizer(lm, settings), batch(), 1, settings)
-        gone = weakref.ref(lm)
-        del lm
-        gc.collect()
-    assert gone() is None
+def test_own_clipping_and_loss_are_called_by_fast_steps(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False):\n    return 1.0\n")
+    said: list[str] = []
+    with swap.using("fast", said.append):
+        swap.use(path)
+        assert update.train_step.__module__ == "llm_basics.fast.update"
+    path.write_text(
+        "def cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0):\n    return logits.sum()\n"
+    )
+    with swap.using(path), swap.using("fast", said.append):
+        assert update.batch_loss.__module__ == "llm_basics.update"
+    assert not any("train_step" in line for line in said)
 
 
 @pytest.mark.gpu
@@ -280,9 +294,9 @@ def test_a_step_that_was_begun_and_forgotten_goes_with_its_optimizer(monkeypatch
 def test_a_run_on_a_card_is_the_same_run(options, tmp_path, monkeypatch, optimizer):
     poison(monkeypatch, 4)
     given = {"on_nonfinite": "skip", "device": "cuda", "compile": "off", "optimizer": optimizer}
-    for way, late in (("late", ["cuda"]), ("at once", [])):
-        monkeypatch.setattr(fast_update, "LATE", late)
-        assert train.main(changed(options, tmp_path / way, **given)) == 0
+    for way, late in (("late", {"cuda"}), ("at once", set())):
+        monkeypatch.setattr(device, "ASYNCHRONOUS", late)
+        assert job.main(changed(options, tmp_path / way, **given)) == 0
     for one, other in zip(told(tmp_path / "late"), told(tmp_path / "at once"), strict=True):
         assert one.keys() == other.keys() and one["step"] == other["step"]
         for key in one:
@@ -295,11 +309,12 @@ def test_a_step_that_is_held_changes_nothing(kind):
     with swap.using("fast", lambda line: None):
         lms = [models.TransformerLM(dataclasses.replace(SHAPE, dropout=0.0)) for _ in range(2)]
         lms[1].load_state_dict(lms[0].state_dict())
-        optimizers = [session.make_optimizer(lm, settings) for lm in lms]
+        optimizers = [update.make_optimizer(lm, settings) for lm in lms]
         assert all(map(fast_optim.can_be_held, optimizers))
         for held in (0.0, 1.0, 0.0):
             for lm, optimizer, late in zip(lms, optimizers, (True, False), strict=True):
-                update.find_gradients(lm, optimizer, batch(), 1, settings)
+                optimizer.zero_grad()
+                update.accumulate_gradients(lm, batch(), settings)
                 if late:
                     with fast_optim.held_by(torch.tensor(held)):
                         optimizer.step()
@@ -311,25 +326,3 @@ def test_a_step_that_is_held_changes_nothing(kind):
             for one, other in zip(*(lm.parameters() for lm in lms), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert isinstance(optimizers[0], optim.AdamW)
-
-
-def test_a_step_that_is_finite_when_done_again_is_told_of(monkeypatch):
-    choose(monkeypatch, "late")
-    settings = config.TrainConfig(10, 4, dtype="float32")
-    with swap.using("fast", lambda line: None):
-        lm = models.TransformerLM(SHAPE)
-        before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
-        optimizer = session.make_optimizer(lm, settings)
-        state = torch.get_rng_state()
-        right = update.find_gradients(lm, optimizer, batch(), 1, settings)
-        torch.set_rng_state(state)
-        with monkeypatch.context() as patch:
-            batch_loss = update.batch_loss
-            patch.setattr(update, "batch_loss", lambda *given: batch_loss(*given) * float("inf"))
-            result = update.queue_step(lm, optimizer, batch(), 1, settings)
-        after = update.queue_step(lm, optimizer, batch(), 2, settings)
-        assert callable(result) and callable(after)
-        with pytest.raises(FloatingPointError, match=f"1: loss inf.* again, loss {right.train_loss:g} "):
-            result()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
-    assert {state["step"] for state in optimizer.state.values()} == {0}
