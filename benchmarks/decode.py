@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 
-from llm_basics import config, device, generate, swap
-from llm_basics import model as models
+from llm_basics import swap
+from llm_basics.core import config, device, generate
+from llm_basics.core import model as models
+from llm_basics.inference import engine
 
 SHAPES = {"4x128": (4, 128, 4), "6x384": (6, 384, 6)}
 VOCAB_SIZE, CONTEXT_LENGTH, N_PROMPT = 4096, 256, 16
@@ -98,7 +100,7 @@ def measured(name: str, shape: str, n_tokens: int, place: str) -> dict[str, Any]
     """Tokens a second, and a few letters that tell texts apart; of `read`, bytes a second."""
     if name == "ours":
         # as the programs do
-        device.keep_memory()
+        device.tune_allocator()
     model = gpt2(shape).to(place)
     if name == "read":
         n_bytes = 4 * sum(p.numel() for key, p in model.named_parameters() if "position" not in key)
@@ -169,7 +171,7 @@ def reference(model: models.TransformerLM, prompt: torch.Tensor, _: int) -> Writ
 
 
 def at_once(model: models.TransformerLM, prompt: torch.Tensor, n_texts: int) -> Write:
-    return lambda n: generate.generate_batch(model, [prompt] * n_texts, n, temperature=0.0)[0]
+    return lambda n: engine.generate_batch(model, [prompt] * n_texts, n, temperature=0.0)[0]
 
 
 def transformers(model: models.TransformerLM, prompt: torch.Tensor, n_texts: int) -> Write:

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from llm_basics import config, data, device
-from llm_basics import model as models
+from llm_basics.core import config, dataloader, device
+from llm_basics.core import model as models
 
 OURS = "ours.safetensors"
 
@@ -34,7 +34,9 @@ def write_weights(shape: config.ModelConfig, folder: Path) -> None:
     ours = gpt2_weights(theirs, shape) if shape.position == "learned" else llama_weights(theirs, shape)
     for name in ("token_embeddings.weight", "lm_head.weight"):
         # rows that round the vocabulary up
-        ours[name] = torch.nn.functional.pad(ours[name], (0, 0, 0, shape.n_rows - shape.vocab_size))
+        ours[name] = torch.nn.functional.pad(
+            ours[name], (0, 0, 0, shape.padded_vocab_size - shape.vocab_size)
+        )
     safetensors.torch.save_file({name: w.clone().contiguous() for name, w in ours.items()}, folder / OURS)
 
 
@@ -137,7 +139,7 @@ def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> di
 
 def make_step(
     folder: Path, chosen: torch.device, train: config.TrainConfig, is_compiled: bool
-) -> Callable[[data.Batch], Tensor]:
+) -> Callable[[dataloader.Batch], Tensor]:
     """What takes one step of training by transformers and torch, and returns its loss."""
     transformers = _transformers()
 
@@ -151,7 +153,7 @@ def make_step(
     ]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
 
-    def step(batch: data.Batch) -> Tensor:
+    def step(batch: dataloader.Batch) -> Tensor:
         inputs, targets = batch
         optimizer.zero_grad()
         with device.precision(chosen, train.dtype):

@@ -30,7 +30,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from llm_basics import command_line, config, prepare, run
+from llm_basics.cli import parse
+from llm_basics.core import config
+from llm_basics.data import prepare
+from llm_basics.runs import run_dir
 
 RECIPES = {
     "plain": "--config gpt2-nano --tokenizer bytes --fast off",
@@ -101,9 +104,9 @@ def main(options: Options) -> None:
         folder = Path(name)
         arguments = {recipe: arguments_of(recipe, options, folder) for recipe in options.recipes}
         # mistakes are found now, and the text is tokenized before the first run
-        configs = {recipe: command_line.train_options(given) for recipe, given in arguments.items()}
+        configs = {recipe: parse.train_options(given) for recipe, given in arguments.items()}
         for settings in configs.values():
-            prepare.prepare(dataclasses.replace(settings, fast="on"), say=lambda line: None)
+            prepare.prepare(dataclasses.replace(settings, fast="on"), log=lambda line: None)
         for number, recipe in itertools.product(range(options.rounds), options.recipes):
             given = [*arguments[recipe], "--train.seed", str(number)]
             results[recipe].append(measure(given, configs[recipe], folder / f"{number}-{recipe}", options))
@@ -118,7 +121,7 @@ def arguments_of(recipe: str, options: Options, folder: Path) -> list[str]:
     given += ["--train.steps", own_steps[recipe]] if recipe in own_steps else []
     given += ["--data", options.data, "--data_dir", str(folder / "data")]
     given += ["--model.context_length", str(options.context_length)]
-    batch_size = command_line.train_options(given).train.batch_size
+    batch_size = parse.train_options(given).train.batch_size
     return [
         *given,
         *("--train.eval_every", str(options.eval_every)),
@@ -137,7 +140,7 @@ def measure(given: Sequence[str], settings: config.Config, folder: Path, options
     wall = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    metrics = run.read_metrics(folder)
+    metrics = run_dir.read_metrics(folder)
     train = settings.train
     n_tokens = train.batch_size * train.grad_accumulation_steps * settings.model.context_length
     steps, seconds, compiling = training_seconds(metrics, n_tokens)
@@ -220,5 +223,5 @@ def report(results: dict[str, list[Result]], steps: dict[str, int], options: Opt
 
 
 if __name__ == "__main__":
-    with command_line.exit_on_mistake():
+    with parse.exit_on_error():
         main(tyro.cli(Options, description=__doc__))

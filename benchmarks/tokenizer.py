@@ -26,7 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_basics import bpe, corpus, exchange, shards, vocabulary
+from llm_basics.core import bpe, vocabulary
+from llm_basics.data import documents as corpus
+from llm_basics.data import shards, tokenizer_formats
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -114,7 +116,9 @@ def train_ours(path: Path, vocab_size: int, ties: str = bpe.LOWEST_ID) -> dict[s
         fast.train_bpe(file.name, 260, n_workers=2)
     return measured(
         lambda: fast.train_bpe(path, vocab_size, [END_OF_TEXT], ties=ties),
-        lambda learned: digest([(vocabulary.spell(a), vocabulary.spell(b)) for a, b in learned[1]]),
+        lambda learned: digest(
+            [(vocabulary.bytes_to_unicode(a), vocabulary.bytes_to_unicode(b)) for a, b in learned[1]]
+        ),
     )
 
 
@@ -179,13 +183,13 @@ def gpt2() -> Any:
     from llm_basics.fast import tokenizer
 
     theirs = tiktoken.get_encoding("gpt2")
-    chosen = tokenizer.Tokenizer.of_vocabulary(
-        exchange.from_ranks(theirs._mergeable_ranks, {END_OF_TEXT: theirs.eot_token})
+    chosen = tokenizer.Tokenizer.from_vocabulary(
+        tokenizer_formats.from_ranks(theirs._mergeable_ranks, {END_OF_TEXT: theirs.eot_token})
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "words").write_text("a few words")
-        shards.encode_to_file(tokenizer.Tokenizer.of_bytes(), Path(folder) / "words", folder, "words", 1)
-    tokenizer.Tokenizer.of_bytes().encode_batch(["a few words"], 1)
+        shards.encode_to_file(tokenizer.Tokenizer.byte_level(), Path(folder) / "words", folder, "words", 1)
+    tokenizer.Tokenizer.byte_level().encode_batch(["a few words"], 1)
     return chosen
 
 
@@ -229,8 +233,8 @@ def encode_hugging_face(path: Path, _: int) -> dict[str, Any]:
     import tokenizers
 
     with tempfile.TemporaryDirectory() as folder:
-        exchange.write_tokenizer_json(
-            dataclasses.replace(gpt2().as_vocabulary(), special_tokens=[]), Path(folder) / "tokenizer.json"
+        tokenizer_formats.write_tokenizer_json(
+            dataclasses.replace(gpt2().to_vocabulary(), special_tokens=[]), Path(folder) / "tokenizer.json"
         )
         theirs = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     parts = parts_of(path)

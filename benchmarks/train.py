@@ -31,8 +31,11 @@ import tyro
 import workers
 from torch import Tensor
 
-from llm_basics import command_line, config, data, device, monitor, swap, update, watch
-from llm_basics import model as models
+from llm_basics import swap
+from llm_basics.cli import parse
+from llm_basics.core import config, dataloader, device, trainer
+from llm_basics.core import model as models
+from llm_basics.training import diagnostics, monitor
 
 CPU = config.ModelConfig(vocab_size=256, context_length=64, d_model=128, n_layers=4, n_heads=4)
 LARGE = config.ModelConfig(
@@ -216,7 +219,7 @@ def answers(
 ) -> Iterator[dict[str, float]]:
     """What the process of a contender says: of its start, then of one block after the other."""
     if has_our_settings:
-        device.keep_memory()
+        device.tune_allocator()
     if threads:
         torch.set_num_threads(threads)
     if name == PEAK:
@@ -270,22 +273,22 @@ def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[
 # One step of ours
 
 
-def our_step(name: str, options: Options, folder: Path) -> Callable[[data.Batch], Tensor]:
+def our_step(name: str, options: Options, folder: Path) -> Callable[[dataloader.Batch], Tensor]:
     """What `loop.fit` does for a step, apart from reading data and writing of it."""
     if name.startswith("fast"):
-        swap.use("fast", say=lambda line: None)
+        swap.use("fast", log=lambda line: None)
     chosen, train = device.choose(options.device), options.train
     model = peers.load_ours(options.model, folder).to(chosen).train()
     if name.endswith(("compiled", "graphs")):
         mode = "reduce-overhead" if name.endswith("graphs") else None
         vars(model)["hidden_states"] = torch.compile(model.hidden_states, dynamic=False, mode=mode)
-    optimizer = update.make_optimizer(model, train)
-    spikes, count = watch.SpikeDetector(), itertools.count(1)
+    optimizer = trainer.make_optimizer(model, train)
+    spikes, count = diagnostics.SpikeDetector(), itertools.count(1)
     pending: list[Callable[[], list[float]]] = []
 
-    def step(batch: data.Batch) -> Tensor:
+    def step(batch: dataloader.Batch) -> Tensor:
         device.random_state(chosen)
-        result = update.train_step(model, optimizer, [batch], next(count), train)
+        result = trainer.train_step(model, optimizer, [batch], next(count), train)
         pending.append(monitor.start_reading(result))
         # on a GPU the numbers of the step before
         if len(pending) > (chosen.type in device.ASYNCHRONOUS):
@@ -296,5 +299,5 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[data.Batch]
 
 
 if __name__ == "__main__":
-    with command_line.exit_on_mistake():
+    with parse.exit_on_error():
         main(tyro.cli(Options, description=__doc__))

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from llm_basics import device
+from llm_basics.core import device
 
 # the only number of an answer where memory was not enough
 FAILED = "failed"

@@ -1,151 +1,21 @@
-"""A trained model for EleutherAI's lm-evaluation-harness, which has the benchmarks that papers report.
+"""Evaluate a trained model with EleutherAI's lm-evaluation-harness.
 
 uv run --extra eval python -m llm_basics.lm_harness runs/NAME --tasks arc_easy hellaswag
 uv run --extra eval python -m llm_basics.lm_harness runs/NAME --tasks mine --include_path folder
-
-The harness brings tasks, prompts and scores; from here it has what a model says. In Python:
-
-    lm_eval.simple_evaluate(lm_harness.HarnessModel("runs/NAME"), tasks=["arc_easy"])
 """
 
 import importlib.util
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
-from llm_basics import command_line, programs
+from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # before torch is loaded, which takes seconds: --help and mistakes answer at once
-    OPTIONS = command_line.program_options(
-        programs.HarnessConfig(), sys.argv[1:], prog="python -m llm_basics.lm_harness"
-    )
-    with command_line.exit_on_mistake():
+    # parsed before torch is imported, which takes seconds: --help and errors answer at once
+    options = parse.program_options(commands.HarnessConfig(), sys.argv[1:], "python -m llm_basics.lm_harness")
+    with parse.exit_on_error():
         if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError("lm_harness needs lm_eval, which is not installed here; uv sync --extra eval")
+            raise ValueError("lm_harness needs lm_eval, which is not installed; run uv sync --extra eval")
 
-import lm_eval
-import numpy as np
-from lm_eval import tasks, utils
-from lm_eval.api import model as harness
-from lm_eval.api import registry
+    from llm_basics.evaluation import lm_harness
 
-from llm_basics import device, files, generate, likelihood, run, swap
-from llm_basics import tokenizer as tokenizers
-
-# what a task that does not say gets of a text
-MAX_NEW_TOKENS = 256
-
-
-@registry.register_model("llm_basics")
-class HarnessModel(harness.TemplateLM):
-    """The model of a run directory, as the harness asks it. Documents begin and end with END_OF_TEXT."""
-
-    def __init__(
-        self,
-        run_dir: str,
-        checkpoint: str = "latest",
-        device: str = "auto",
-        batch_size: int = likelihood.BATCH_SIZE,
-    ) -> None:
-        super().__init__()
-        self.model, self.own_tokenizer = _load(run_dir, checkpoint, device)
-        self.batch_size = int(batch_size)
-
-    @property
-    def eot_token_id(self) -> int:
-        """The id that stands before and between documents."""
-        return self.own_tokenizer.special_id(tokenizers.END_OF_TEXT)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, in which special tokens are ordinary text."""
-        return self.own_tokenizer.encode_ordinary(string)
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        """How likely continuations are. The harness has encoded them already."""
-        pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
-        return likelihood.score_continuations(self.model, pairs, self.batch_size)
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """How likely whole texts are behind END_OF_TEXT, read in windows side by side."""
-        texts = [self.tok_encode(*request.args) for request in requests]
-        return [self._log_probability(np.array([self.eot_token_id, *text])) for text in texts]
-
-    def _log_probability(self, tokens: np.ndarray) -> float:
-        scores = likelihood.score_text(self.model, tokens, batch_size=self.batch_size)
-        return sum(part.log_probabilities.sum().item() for part in scores)
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """How the model goes on, up to the first of the texts `until` that comes."""
-        return [self._write(*request.args) for request in requests]
-
-    def _write(self, context: str, settings: dict[str, Any]) -> str:
-        until = settings.get("until") or []
-        pieces = generate.complete(
-            self.model,
-            self.own_tokenizer,
-            context,
-            settings.get("max_gen_toks", MAX_NEW_TOKENS),
-            temperature=settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0,
-            top_k=settings.get("top_k") if settings.get("do_sample") else None,
-            top_p=settings.get("top_p") if settings.get("do_sample") else None,
-        )
-        return _up_to(pieces, [until] if isinstance(until, str) else until)
-
-
-def _load(run_dir: str, checkpoint: str, place: str) -> Any:
-    return generate.load_run(run_dir, device.choose(place), checkpoint)
-
-
-def _up_to(pieces: Iterator[str], stops: Sequence[str]) -> str:
-    """The text of `pieces`, before the first of `stops` in it.
-
-    >>> _up_to(iter(["4\\n", "\\nQ: wh", "y"]), ["\\n\\n", "Q:"])
-    '4'
-    """
-    text = ""
-    for piece in pieces:
-        text += piece
-        if ends := [text.find(stop) for stop in stops if stop in text]:
-            return text[: min(ends)]
-    return text
-
-
-def main(options: programs.HarnessConfig) -> int:
-    """Run the tasks that `options` name, and print the harness's table. Returns the exit status."""
-    with swap.restored(), command_line.exit_on_mistake():
-        if not options.tasks:
-            raise ValueError("--tasks must name at least one task, got none")
-        if options.out is not None and not Path(options.out).parent.is_dir():
-            raise ValueError(f"--out must be in a folder that is there, got {options.out}")
-        if options.mine is not None:
-            swap.use(options.mine)
-            print(f"pieces    {swap.explain()}", file=sys.stderr)
-        if options.fast == "on":
-            swap.use("fast", say=lambda line: print(line, file=sys.stderr))
-        own = options.include_path
-        manager = tasks.TaskManager(include_path=own, include_defaults=own is None)
-        if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
-            raise ValueError(f"--tasks must name tasks that there are, got {', '.join(unknown)}")
-        folder = run.resolve(options.run_dir)
-        found = lm_eval.simple_evaluate(
-            HarnessModel(str(folder), options.checkpoint, options.device, options.batch_size),
-            tasks=list(options.tasks),
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            task_manager=manager,
-        )
-        print(utils.make_table(found))
-        if options.out is not None:
-            results = {name: found[name] for name in ("results", "n-samples", "versions", "n-shot")}
-            files.write(Path(options.out), json.dumps(results, indent=2) + "\n")
-            print(f"written to {options.out}")
-        return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))
+    sys.exit(lm_harness.main(options))

@@ -2,21 +2,21 @@
 
 uv run python -m llm_basics.train                                   on the source code of Python's library
 uv run python -m llm_basics.train --data book.txt --tokenizer bytes --train.steps 2000
-uv run python -m llm_basics.train --data book.txt --find_lr         propose a learning rate, do not train
+uv run python -m llm_basics.train --data book.txt --find_lr         suggest a learning rate, do not train
 """
 
 import sys
 
-from llm_basics import command_line, signals
+from llm_basics.cli import parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
-    # before torch is loaded, which takes seconds: --help and mistakes answer at once, and no signal is lost
-    OPTIONS = command_line.train_options(sys.argv[1:])
+    # parsed before torch is imported, which takes seconds: --help answers at once, no signal is lost
+    options = parse.train_options(sys.argv[1:])
     signals.install()
-    command_line.spin_less()
-
-from llm_basics import job
-
-if __name__ == "__main__":
+    parse.reduce_spin_wait()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples may hold any character
-    sys.exit(job.main(OPTIONS))
+
+    from llm_basics.training import job
+
+    sys.exit(job.main(options))

@@ -15,20 +15,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llm_basics import (
+from llm_basics.core import (
     bpe,
-    checkpoint,
     config,
-    data,
+    dataloader,
     evaluate,
     generate,
     layers,
     model,
     optim,
     tokenizer,
-    update,
+    trainer,
 )
-from llm_basics import functional as F
+from llm_basics.core import functional as F
+from llm_basics.runs import checkpoint
 
 
 def call_with(module: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
@@ -328,7 +328,7 @@ def get_adamw_cls() -> type[torch.optim.Optimizer]:
 
 def get_optimizer(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """AdamW over a model's parameters, in groups; `options` are fields of the training config."""
-    return update.make_optimizer(model, config.TrainConfig(**options))
+    return trainer.make_optimizer(model, config.TrainConfig(**options))
 
 
 def run_train_step(
@@ -339,7 +339,7 @@ def run_train_step(
     **options: Any,
 ) -> dict[str, float]:
     """One step on all batches together; `it` counts from 1, `options` are fields of the training config."""
-    result = update.train_step(model, optimizer, batches, it, config.TrainConfig(**options))
+    result = trainer.train_step(model, optimizer, batches, it, config.TrainConfig(**options))
     loss, norm = (float(torch.as_tensor(x).detach()) for x in (result.train_loss, result.grad_norm))
     return {"train_loss": loss, "grad_norm": norm, "lr": result.lr}
 
@@ -385,7 +385,7 @@ def run_train_bpe(
 def run_get_batch(
     dataset: np.ndarray, batch_size: int, context_length: int, device: str
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    return data.get_batch(dataset, batch_size, context_length, device)
+    return dataloader.get_batch(dataset, batch_size, context_length, device)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     from llm_basics import swap
 
-    return [f"pieces: {swap.explain()}"] if config.getoption("--mine") else []
+    return [f"pieces: {swap.describe()}"] if config.getoption("--mine") else []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -169,13 +169,14 @@ def snapshot() -> Callable[[str], dict[str, Tensor]]:
 @pytest.fixture
 def untrained_run(tmp_path: Path) -> Callable[..., Path]:
     """Make a run directory with a model as it is before training, and a tokenizer of bytes."""
-    from llm_basics import checkpoint, config, model, run, tokenizer
+    from llm_basics.core import config, model, tokenizer
+    from llm_basics.runs import checkpoint, run_dir
 
     def make(name: str, specials: tuple[str, ...] = (), context_length: int = 64) -> Path:
-        chosen = tokenizer.Tokenizer.of_bytes(("<|endoftext|>", *specials))
+        chosen = tokenizer.Tokenizer.byte_level(("<|endoftext|>", *specials))
         shape = config.ModelConfig(chosen.vocab_size, context_length, 16, 1, 2, d_ff=24)
         folder = tmp_path / name
-        (folder / run.CHECKPOINTS).mkdir(parents=True)
+        (folder / run_dir.CHECKPOINTS).mkdir(parents=True)
         options = config.Config(model=shape, train=config.TrainConfig(device="cpu"))
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
         chosen.save(folder / "tokenizer")
@@ -183,7 +184,7 @@ def untrained_run(tmp_path: Path) -> Callable[..., Path]:
         with torch.no_grad():  # far from uniform
             for parameter in lm.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        path = folder / run.CHECKPOINTS / "step_00000000.safetensors"
+        path = folder / run_dir.CHECKPOINTS / "step_00000000.safetensors"
         checkpoint.save_checkpoint(lm, torch.optim.SGD(lm.parameters()), 0, path)
         return folder
 

@@ -52,7 +52,7 @@ class Examiner:
     def judged(self, name: str) -> mistakes.Verdict:
         """The verdict on a step; one that is not in somebody's own file is skipped."""
         step = mistakes.load(name)
-        own = {piece.split(".")[1] for piece in swap.yours()}
+        own = {piece.split(".")[1] for piece in swap.user_pieces()}
         if self.mine is not None and not own & set(mistakes.pieces_of(name)):
             pytest.skip(f"{name}: not in {self.mine}")
         if name not in self.verdicts:
@@ -144,7 +144,7 @@ class Examiner:
             step, bare, fastest = mistakes.load(name), mistakes.Adapters(self.adapters._module), [1e9, 1e9]
             for _ in range(3):
                 fastest[0] = min(fastest[0], mistakes.judge(step, bare).seconds)
-                with swap.the_reference_alone():
+                with swap.reference_only():
                     fastest[1] = min(fastest[1], mistakes.judge(step, mistakes.own_adapters()).seconds)
             ratios[name] = fastest[0] / fastest[1]
         return ratios

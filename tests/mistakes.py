@@ -215,7 +215,7 @@ def numbers(seed: int) -> Callable[..., Tensor]:
 @functools.cache
 def load(name: str) -> Step:
     """A step of the catalogue, whose wrong classes are made from the reference's, whatever is in place."""
-    with swap.the_reference_alone():
+    with swap.reference_only():
         return importlib.import_module(f"catalogue.{name}").step
 
 
@@ -381,7 +381,7 @@ def _expected(probe_of: str, index: int) -> Observation:
 @functools.cache
 def observation_of(step: str, mistake: str, index: int) -> Observation:
     """What a probe of a step sees of the reference with one mistake in it."""
-    with swap.the_reference_alone(), _unchecked_shapes():
+    with swap.reference_only(), _unchecked_shapes():
         made = next(m for m in load(step).mistakes if m.name == mistake)
         with swap.replaced({made.piece: made.wrong}):
             return observe(load(step).probes[index], own_adapters())

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from llm_basics import config
-from llm_basics import model as models
-from llm_basics import tokenizer as tokenizers
+from llm_basics.core import config
+from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
 
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh"}
 STARCODER2 = {"norm": "layer", "ffn": "gelu_tanh"}

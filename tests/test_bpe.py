@@ -1,7 +1,7 @@
 """Learning merges, against the slowest trainer there is. Alone: `uv run pytest tests/test_bpe.py`.
 
 What every implementation must do goes through the adapters; what only ours promises (errors, workers, counts
-of work) is asked of `llm_basics.bpe` itself.
+of work) is asked of `llm_basics.core.bpe` itself.
 """
 
 import random
@@ -17,7 +17,7 @@ from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_basics import bpe
+from llm_basics.core import bpe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 END_OF_TEXT = "<|endoftext|>"

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm_basics import bpe, chat, config, exchange, model, swap, tokenizer
-from llm_basics import functional as F
-from llm_basics.chat import Message
+from llm_basics import swap
+from llm_basics.core import bpe, config, model, tokenizer
+from llm_basics.core import functional as F
+from llm_basics.data import chat_template, tokenizer_formats
+from llm_basics.data.chat_template import Message
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -21,7 +23,7 @@ def messages(spelled):
 
 @pytest.fixture
 def chatting():
-    return chat.with_specials(tokenizer.Tokenizer.of_bytes())
+    return chat_template.with_specials(tokenizer.Tokenizer.byte_level())
 
 
 # what is learned, an id a sign: a special token is one, and so is each letter
@@ -62,13 +64,13 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("spelled", "mask"), GOLDEN)
 def test_what_is_learned(chatting, spelled, mask):
-    ids, learned = chat.render(chatting, messages(spelled))
+    ids, learned = chat_template.render(chatting, messages(spelled))
     assert "".join(".#"[is_learned] for is_learned in learned) == mask
     assert len(ids) == len(mask)
 
 
 def test_rendered_as_written(chatting):
-    ids, _ = chat.render(chatting, messages("s:be_kind u:hi a:yo u:bye"))
+    ids, _ = chat_template.render(chatting, messages("s:be_kind u:hi a:yo u:bye"))
     assert chatting.decode(ids) == (
         "<|system|>be kind<|end|><|user|>hi<|end|><|assistant|>yo<|end|><|user|>bye<|end|>"
     )
@@ -76,8 +78,8 @@ def test_rendered_as_written(chatting):
 
 
 def test_a_reply_is_opened_where_the_answer_was_learned(chatting):
-    ids, learned = chat.render(chatting, messages("s:a u:b a:cd"))
-    assert chat.open_reply(chatting, messages("s:a u:b")) == ids[: learned.index(True)]
+    ids, learned = chat_template.render(chatting, messages("s:a u:b a:cd"))
+    assert chat_template.open_reply(chatting, messages("s:a u:b")) == ids[: learned.index(True)]
 
 
 def test_only_answers_have_a_gradient(chatting):
@@ -86,7 +88,7 @@ def test_only_answers_have_a_gradient(chatting):
     torch.manual_seed(0)
     shape = config.ModelConfig(vocab_size=chatting.vocab_size, context_length=32, d_model=16, n_heads=2)
     lm = model.TransformerLM(shape)
-    ids, learned = chat.render(chatting, messages("u:ab a:xyz u:QRS"))
+    ids, learned = chat_template.render(chatting, messages("u:ab a:xyz u:QRS"))
     tokens = torch.tensor(ids)
     targets = tokens.masked_fill(~torch.tensor(learned), -100)
     logits = lm(tokens[None, :-1])
@@ -104,53 +106,53 @@ def test_only_answers_have_a_gradient(chatting):
 def test_content_never_becomes_a_special_token(chatting):
     """5,000 conversations of texts made of all special tokens, their halves, and signs between them."""
     rng = np.random.default_rng(0)
-    specials = [*chat.SPECIALS, "<|endoftext|>"]
+    specials = [*chat_template.SPECIALS, "<|endoftext|>"]
     halves = [part for special in specials for part in (special[:5], special[5:], special[:-1], special[1:])]
     parts = [*specials, *halves, "<|", "|>", "<", "|", ">", "user", "end", " ", "\n", "\ud83d", "\x00", "a"]
     words = {b"user": 9, b"end": 9, b"<|": 9, b"|>": 9}
     learned = tokenizer.Tokenizer(*bpe.learn_merges(words, 270, specials), specials)
     special_ids = {learned.special_id(special) for special in specials}
     for _ in range(5_000):
-        roles = rng.choice(chat.ROLES, size=3)
+        roles = rng.choice(chat_template.ROLES, size=3)
         texts = ["".join(rng.choice(parts, size=rng.integers(0, 5))) for _ in roles]
-        ids, _ = chat.render(learned, [Message(r, t) for r, t in zip(roles, texts, strict=True)])
+        ids, _ = chat_template.render(learned, [Message(r, t) for r, t in zip(roles, texts, strict=True)])
         found = [id for id in ids if id in special_ids]
         expected = [learned.special_id(s) for role in roles for s in (f"<|{role}|>", "<|end|>")]
         assert found == expected, texts
 
 
 def test_specials_are_added_behind_the_vocabulary_once():
-    plain = tokenizer.Tokenizer.of_bytes()
-    added = chat.with_specials(plain)
-    assert not chat.is_chat(plain) and chat.is_chat(added)
-    assert [added.special_id(s) for s in chat.SPECIALS] == [257, 258, 259, 260]
+    plain = tokenizer.Tokenizer.byte_level()
+    added = chat_template.with_specials(plain)
+    assert not chat_template.is_chat(plain) and chat_template.is_chat(added)
+    assert [added.special_id(s) for s in chat_template.SPECIALS] == [257, 258, 259, 260]
     assert added.encode_ordinary("caf\u00e9") == plain.encode_ordinary("caf\u00e9")
-    assert chat.with_specials(added).fingerprint() == added.fingerprint()
-    some = tokenizer.Tokenizer.of_bytes(["<|endoftext|>", "<|user|>"])
-    assert chat.with_specials(some).special_id("<|user|>") == 257
-    assert chat.with_specials(some).special_id("<|end|>") == 260
+    assert chat_template.with_specials(added).fingerprint() == added.fingerprint()
+    some = tokenizer.Tokenizer.byte_level(["<|endoftext|>", "<|user|>"])
+    assert chat_template.with_specials(some).special_id("<|user|>") == 257
+    assert chat_template.with_specials(some).special_id("<|end|>") == 260
 
 
 def test_a_saved_chat_tokenizer_is_one(chatting, tmp_path):
     chatting.save(tmp_path)
     loaded = tokenizer.Tokenizer.load(tmp_path)
-    assert chat.is_chat(loaded) and loaded.fingerprint() == chatting.fingerprint()
-    exchange.write_tokenizer_json(chatting.as_vocabulary(), tmp_path / "tokenizer.json")
-    assert chat.is_chat(exchange.load(tmp_path / "tokenizer.json"))
+    assert chat_template.is_chat(loaded) and loaded.fingerprint() == chatting.fingerprint()
+    tokenizer_formats.write_tokenizer_json(chatting.to_vocabulary(), tmp_path / "tokenizer.json")
+    assert chat_template.is_chat(tokenizer_formats.load(tmp_path / "tokenizer.json"))
 
 
 def test_the_fast_tokenizer_renders_the_same(chatting):
     conversation = messages("s:be_kind u:<|end|>_caf\u00e9 a:1,234_and_<|user|>")
-    expected = chat.render(chatting, conversation)
-    with swap.using("fast", say=lambda line: None):
-        twin = chat.with_specials(tokenizer.Tokenizer.of_bytes())
+    expected = chat_template.render(chatting, conversation)
+    with swap.using("fast", log=lambda line: None):
+        twin = chat_template.with_specials(tokenizer.Tokenizer.byte_level())
         assert type(twin).__module__ == "llm_basics.fast.tokenizer"
-        assert chat.render(twin, conversation) == expected
+        assert chat_template.render(twin, conversation) == expected
 
 
 def test_a_tokenizer_without_the_specials_is_refused():
     with pytest.raises(ValueError, match="chat.with_specials adds them"):
-        chat.render(tokenizer.Tokenizer.of_bytes(), messages("u:a"))
+        chat_template.render(tokenizer.Tokenizer.byte_level(), messages("u:a"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_all_forms_are_read(tmp_path, as_array):
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     text = f"\n [{','.join(lines)}]\n" if as_array else "\n".join([lines[0], "", *lines[1:]])
     path.write_bytes(("\ufeff" + text).encode("utf-8"))
-    assert chat.read(path) == [
+    assert chat_template.read(path) == [
         messages("u:2+2? a:4"),
         [Message("user", "Add.\n\n2, 2"), Message("assistant", "4")],
         messages("u:Add. a:4"),
@@ -203,11 +205,11 @@ def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
     path = tmp_path / "answers.jsonl"
     path.write_text(f"{json.dumps(ASKED)}\n\n{json.dumps(record)}\n")
     with pytest.raises(ValueError) as error:
-        chat.read(path)
+        chat_template.read(path)
     assert str(error.value).startswith(f"{path}:3: ") and said in str(error.value)
     path.write_text(json.dumps([ASKED, record]))
     with pytest.raises(ValueError) as error:
-        chat.read(path)
+        chat_template.read(path)
     assert str(error.value).startswith(f"{path}, record 2: ") and said in str(error.value)
 
 
@@ -230,5 +232,5 @@ def test_a_file_that_is_none_is_refused(tmp_path, content, said):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        chat.read(path)
+        chat_template.read(path)
     assert str(error.value).startswith(str(path)) and said in str(error.value)

@@ -8,23 +8,26 @@ import sys
 import pytest
 import torch
 
-from llm_basics import chat, chat_cli, command_line, generate, programs
+from llm_basics.cli import commands, parse
+from llm_basics.core import generate
+from llm_basics.data import chat_template
+from llm_basics.inference import chat_session, engine
 
 PLAIN = ["--device=cpu", "--fast=off"]
 
 
 @pytest.fixture
 def folder(untrained_run):
-    return str(untrained_run("chat", chat.SPECIALS))
+    return str(untrained_run("chat", chat_template.SPECIALS))
 
 
 def program(*arguments):
     """What the command line does, but for the start of another Python."""
-    return chat_cli.main(command_line.program_options(programs.ChatConfig(), arguments, "chat"))
+    return chat_session.main(parse.program_options(commands.ChatConfig(), arguments, "chat"))
 
 
 @pytest.fixture
-def say(folder, capsys, monkeypatch):
+def log(folder, capsys, monkeypatch):
     """Give the program lines through a pipe; returns what it answers, and what it notes beside that."""
 
     def run(*lines, arguments=(), status=0):
@@ -50,7 +53,7 @@ def scripted(monkeypatch):
 
 
 def texts(folder, shown):
-    _, tokenizer = generate.load_run(folder)
+    _, tokenizer = engine.load_run(folder)
     return [tokenizer.decode(ids) for ids, _ in shown]
 
 
@@ -58,8 +61,8 @@ def texts(folder, shown):
 # A conversation
 
 
-def test_what_was_said_before_is_shown_again(say, scripted, folder):
-    assert say("one", "", "two").out == "1\n2\n"
+def test_what_was_said_before_is_shown_again(log, scripted, folder):
+    assert log("one", "", "two").out == "1\n2\n"
     first = "<|user|>one<|end|><|assistant|>"
     assert texts(folder, scripted) == [first, f"{first}1<|end|><|user|>two<|end|><|assistant|>"]
 
@@ -70,8 +73,8 @@ def test_the_last_line_needs_no_end(folder, monkeypatch, capsys, scripted):
     assert capsys.readouterr().out == "1\n2\n"
 
 
-def test_commands(say, scripted, folder):
-    found = say("/system Be brief.", "one", "/reset", "two", "/system", " /three", "/quit", "four")
+def test_commands(log, scripted, folder):
+    found = log("/system Be brief.", "one", "/reset", "two", "/system", " /three", "/quit", "four")
     assert found.out == "1\n2\n3\n"
     system = "<|system|>Be brief.<|end|>"
     assert texts(folder, scripted) == [
@@ -81,8 +84,8 @@ def test_commands(say, scripted, folder):
     ]
 
 
-def test_help_names_every_command(say):
-    said = say("/help")
+def test_help_names_every_command(log):
+    said = log("/help")
     assert said.out == ""
     for command in ("/reset", "/system", "/temperature", "/save", "/help", "/quit"):
         assert command in said.err
@@ -102,36 +105,40 @@ def test_help_names_every_command(say):
         ),
     ],
 )
-def test_a_mistake_ends_nothing(say, scripted, line, said):
-    found = say("", line, "one", status=1)
+def test_a_mistake_ends_nothing(log, scripted, line, said):
+    found = log("", line, "one", status=1)
     assert found.err == "error: standard input:2: " + said and found.out == "1\n"
 
 
-def test_a_temperature_counts_from_then_on(say):
-    sampled = say("one", "one", "one", arguments=["--temperature=5", "--max_new_tokens=8"]).out
+def test_a_temperature_counts_from_then_on(log):
+    sampled = log("one", "one", "one", arguments=["--temperature=5", "--max_new_tokens=8"]).out
     lines = ["/temperature 0", "one", "/reset", "one"]
-    greedy = say(*lines, arguments=["--temperature=5", "--max_new_tokens=8"]).out
+    greedy = log(*lines, arguments=["--temperature=5", "--max_new_tokens=8"]).out
     assert len(greedy) % 2 == 0 and greedy[: len(greedy) // 2] * 2 == greedy
     assert not sampled.startswith(greedy[: len(greedy) // 2])
 
 
-def test_a_conversation_is_saved_as_it_is_read(say, scripted, tmp_path):
+def test_a_conversation_is_saved_as_it_is_read(log, scripted, tmp_path):
     path = tmp_path / "said.jsonl"
     odd = 'caf\u00e9 \u2028 "x" <|end|>'
     save = f"/save {path}"
-    assert "(saved to" in say(f"{odd}", save, "/system S", "/reset", "two", save).err
-    assert chat.read(path) == [
-        [chat.Message("user", odd), chat.Message("assistant", "1")],
-        [chat.Message("system", "S"), chat.Message("user", "two"), chat.Message("assistant", "2")],
+    assert "(saved to" in log(f"{odd}", save, "/system S", "/reset", "two", save).err
+    assert chat_template.read(path) == [
+        [chat_template.Message("user", odd), chat_template.Message("assistant", "1")],
+        [
+            chat_template.Message("system", "S"),
+            chat_template.Message("user", "two"),
+            chat_template.Message("assistant", "2"),
+        ],
     ]
 
 
-def test_the_same_seed_says_the_same(say):
+def test_the_same_seed_says_the_same(log):
     arguments = ["--temperature=1.5", "--max_new_tokens=8"]
     lines = ["one", "two"]
-    first = say(*lines, arguments=arguments).out
-    assert say(*lines, arguments=arguments).out == first
-    assert say(*lines, arguments=[*arguments, "--seed=1"]).out != first
+    first = log(*lines, arguments=arguments).out
+    assert log(*lines, arguments=arguments).out == first
+    assert log(*lines, arguments=[*arguments, "--seed=1"]).out != first
 
 
 def test_one_message(folder, capsys, scripted):
@@ -144,10 +151,10 @@ def test_one_message(folder, capsys, scripted):
 # Tokens
 
 
-def test_what_is_said_never_becomes_a_special_token(say, scripted, folder):
+def test_what_is_said_never_becomes_a_special_token(log, scripted, folder):
     hostile = "<|user|>"
-    say(f"/system {hostile}", hostile, "m", arguments=["--max_new_tokens=9"])
-    _, tokenizer = generate.load_run(folder)
+    log(f"/system {hostile}", hostile, "m", arguments=["--max_new_tokens=9"])
+    _, tokenizer = engine.load_run(folder)
     specials = {tokenizer.special_id(special) for special in tokenizer.special_tokens}
     (_, (ids, _)) = scripted
     kinds = [tokenizer.decode([id]) for id in ids if id in specials]
@@ -160,12 +167,12 @@ def asked(untrained_run, monkeypatch):
     """What `generate.generate` is asked for an answer to `said`."""
 
     def ask(said, **options):
-        lm, tokenizer = generate.load_run(untrained_run("other", chat.SPECIALS))
+        lm, tokenizer = engine.load_run(untrained_run("other", chat_template.SPECIALS))
         calls = []
         monkeypatch.setattr(
             generate, "generate", lambda *a, **settings: calls.append((a, settings)) or iter(())
         )
-        chat_cli.Talk(lm, tokenizer, programs.ChatConfig(**options)).reply(said, lambda piece: None)
+        chat_session.Talk(lm, tokenizer, commands.ChatConfig(**options)).reply(said, lambda piece: None)
         ((_, prompt, *_), settings) = calls[0]
         return tokenizer, prompt, settings
 
@@ -176,7 +183,7 @@ def test_an_answer_has_no_special_token_but_its_end(asked):
     tokenizer, prompt, settings = asked("?")
     specials = [tokenizer.special_id(special) for special in tokenizer.special_tokens]
     found = settings["adjust"](prompt, torch.zeros(tokenizer.vocab_size))
-    end = tokenizer.special_id(chat.END)
+    end = tokenizer.special_id(chat_template.END)
     assert settings["stop_id"] == end
     assert found.isneginf().nonzero().flatten().tolist() == sorted(set(specials) - {end})
 
@@ -193,10 +200,10 @@ def test_the_penalty_is_for_what_the_answer_says(asked):
 # A context that is full
 
 
-def test_the_oldest_turns_are_left_out_and_the_system_message_is_kept(say, scripted, folder):
+def test_the_oldest_turns_are_left_out_and_the_system_message_is_kept(log, scripted, folder):
     """Of 64 tokens 20 are for the answer; a turn of this kind has 14, the system message 5."""
     lines = [f"message {i}" for i in range(6)]
-    found = say("/system SSS", *lines, arguments=["--max_new_tokens=20"])
+    found = log("/system SSS", *lines, arguments=["--max_new_tokens=20"])
     assert found.out == "1\n2\n3\n4\n5\n6\n"
     shown = texts(folder, scripted)
     assert all(text.startswith("<|system|>SSS<|end|><|user|>") for text in shown)
@@ -210,14 +217,14 @@ def test_the_oldest_turns_are_left_out_and_the_system_message_is_kept(say, scrip
     ]
 
 
-def test_what_is_left_out_is_saved(say, scripted, tmp_path):
+def test_what_is_left_out_is_saved(log, scripted, tmp_path):
     path = tmp_path / "all.jsonl"
-    say(*[f"message {i}" for i in range(6)], f"/save {path}")
-    assert len(chat.read(path)[0]) == 12
+    log(*[f"message {i}" for i in range(6)], f"/save {path}")
+    assert len(chat_template.read(path)[0]) == 12
 
 
-def test_a_message_that_is_too_long_is_refused_and_forgotten(say, scripted, folder):
-    found = say("a" * 60, "short", status=1)
+def test_a_message_that_is_too_long_is_refused_and_forgotten(log, scripted, folder):
+    found = log("a" * 60, "short", status=1)
     assert found.out == "1\n"
     assert found.err == (
         "error: standard input:1: a message, with the system message, must have at most 32 tokens, got 63 "
@@ -227,12 +234,12 @@ def test_a_message_that_is_too_long_is_refused_and_forgotten(say, scripted, fold
 
 
 def test_an_answer_fits_into_the_context(folder):
-    lm, tokenizer = generate.load_run(folder)
-    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig(temperature=0.0))
+    lm, tokenizer = engine.load_run(folder)
+    talk = chat_session.Talk(lm, tokenizer, commands.ChatConfig(temperature=0.0))
     said = []
     talk.reply("a" * 29, said.append)
     assert len("".join(said).encode("utf-8", "replace")) <= 96  # 32 tokens, of which some are no characters
-    assert len(chat.render(tokenizer, talk.turns[:1])[0]) + 1 == 32
+    assert len(chat_template.render(tokenizer, talk.turns[:1])[0]) + 1 == 32
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,18 +267,18 @@ def terminal(monkeypatch):
                 raise line
             return line
 
-        monkeypatch.setattr(chat_cli, "input", read, raising=False)
+        monkeypatch.setattr(chat_session, "input", read, raising=False)
 
     return type_in
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(folder, monkeypatch, capsys, terminal):
-    lm, tokenizer = generate.load_run(folder)
-    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig())
+    lm, tokenizer = engine.load_run(folder)
+    talk = chat_session.Talk(lm, tokenizer, commands.ChatConfig())
     monkeypatch.setattr(generate, "generate", interrupting(5))
     terminal("hello", KeyboardInterrupt())
-    chat_cli.converse(talk, is_terminal=True)
-    assert talk.turns == [chat.Message("user", "hello"), chat.Message("assistant", "one t")]
+    chat_session.converse(talk, is_terminal=True)
+    assert talk.turns == [chat_template.Message("user", "hello"), chat_template.Message("assistant", "one t")]
     found = capsys.readouterr()
     assert found.out.startswith("one t\n") and "(Ctrl-D ends)" in found.err
 
@@ -285,11 +292,11 @@ def test_a_mistake_in_a_terminal_can_be_mended(folder, monkeypatch, capsys, term
 
 
 def test_an_answer_without_a_word_is_no_turn(folder, monkeypatch, terminal):
-    lm, tokenizer = generate.load_run(folder)
-    talk = chat_cli.Talk(lm, tokenizer, programs.ChatConfig())
+    lm, tokenizer = engine.load_run(folder)
+    talk = chat_session.Talk(lm, tokenizer, commands.ChatConfig())
     monkeypatch.setattr(generate, "generate", interrupting(0))
     terminal("hello")
-    chat_cli.converse(talk, is_terminal=True)
+    chat_session.converse(talk, is_terminal=True)
     assert talk.turns == []
 
 

@@ -13,7 +13,9 @@ import torch
 from fixtures import make_checkpoint
 from torch import nn
 
-from llm_basics import checkpoint, checkpoint_cli, config, model, optim, run, update
+from llm_basics.cli import checkpoint_commands
+from llm_basics.core import config, model, optim, trainer
+from llm_basics.runs import checkpoint, run_dir
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -220,11 +222,11 @@ def test_checkpoints_of_every_version_so_far_can_be_gone_on_with(path):
     shape, settings = config.ModelConfig(**about["config"]["model"]), about["config"]["train"]
     settings = config.TrainConfig(**settings | {"betas": tuple(settings["betas"])})
     lm = model.TransformerLM(shape)
-    optimizer = update.make_optimizer(lm, settings)
+    optimizer = trainer.make_optimizer(lm, settings)
     assert checkpoint.load_checkpoint(path, lm, optimizer, restore_rng=True)["step"] == 3
     steps = [(step, make_checkpoint.batch(step)) for step in (4, 5)]
     found = [
-        update.train_step(lm, optimizer, [batch], step, settings).train_loss.item() for step, batch in steps
+        trainer.train_step(lm, optimizer, [batch], step, settings).train_loss.item() for step, batch in steps
     ]
     # dropout's random numbers included; the last bits are those of the machine
     assert found == pytest.approx(about["next_losses"], rel=1e-5)
@@ -239,21 +241,21 @@ def folder(tmp_path):
     """A run with checkpoints after 1 to 6 steps, of which 2 was the best and 5 is damaged."""
     (tmp_path / "checkpoints").mkdir()
     for step, loss in enumerate([3.0, 1.5, None, 2.0, 1.5, None], start=1):
-        path = run.checkpoint_path(tmp_path, step)
+        path = run_dir.checkpoint_path(tmp_path, step)
         checkpoint.save_checkpoint(*make(optim.AdamW), step, path, val_loss=loss)
-    with open(run.checkpoint_path(tmp_path, 5), "rb+") as file:
+    with open(run_dir.checkpoint_path(tmp_path, 5), "rb+") as file:
         file.seek(-3, 2)
         file.write(b"abc")
     return tmp_path
 
 
 def steps_in(folder):
-    return [int(path.stem[5:]) for path in run.checkpoints(folder)]
+    return [int(path.stem[5:]) for path in run_dir.checkpoints(folder)]
 
 
 @pytest.mark.parametrize(("which", "step"), [("latest", 6), ("best", 2), ("4", 4)])
 def test_a_checkpoint_is_found_by_name_or_step(folder, which, step):
-    assert checkpoint.find(folder / "checkpoints", which) == run.checkpoint_path(folder, step)
+    assert checkpoint.find(folder / "checkpoints", which) == run_dir.checkpoint_path(folder, step)
 
 
 @pytest.mark.parametrize(("which", "said"), [("7", "of step 7"), ("newest", "latest, best or a number")])
@@ -272,12 +274,12 @@ def test_the_newest_and_the_best_are_kept(folder):
 
 def test_what_killed_saves_left_is_swept(folder):
     (folder / "checkpoints" / "step_00000003.safetensors.tmp-99").touch()
-    checkpoint.sweep(folder / "checkpoints")
+    checkpoint.delete_partial(folder / "checkpoints")
     assert not list((folder / "checkpoints").glob("*.tmp*")) and len(steps_in(folder)) == 6
 
 
 def test_a_damaged_one_does_not_count_as_kept(folder):
-    run.checkpoint_path(folder, 6).unlink()
+    run_dir.checkpoint_path(folder, 6).unlink()
     checkpoint.prune(folder / "checkpoints", 1)
     assert steps_in(folder) == [5, 4, 2]
     with pytest.raises(ValueError, match="at least 1"):
@@ -318,20 +320,20 @@ def is_readable(folder, step):
 
 def test_the_program_verifies_lists_and_prunes(folder, capsys):
     with pytest.raises(SystemExit, match="1"):
-        checkpoint_cli.main(["verify", str(folder)])
+        checkpoint_commands.main(["verify", str(folder)])
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["whole", "damaged", *["whole"] * 4] and "SHA-256" in out[1]
-    checkpoint_cli.main(["list", str(folder)])
+    checkpoint_commands.main(["list", str(folder)])
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[1] == "6" and out[0].endswith("latest")
     assert "1.5000" in out[4] and out[4].endswith("best") and "MB" in out[4]
-    with run.locked(folder), pytest.raises(SystemExit, match="2"):
-        checkpoint_cli.main(["prune", str(folder)])
+    with run_dir.locked(folder), pytest.raises(SystemExit, match="2"):
+        checkpoint_commands.main(["prune", str(folder)])
     assert "locked by pid" in capsys.readouterr().err
-    checkpoint_cli.main(["prune", str(folder), "--keep", "1"])
+    checkpoint_commands.main(["prune", str(folder), "--keep", "1"])
     assert steps_in(folder) == [6, 2]
-    checkpoint_cli.main(["list", str(folder)])
+    checkpoint_commands.main(["list", str(folder)])
     with pytest.raises(SystemExit, match="0"):
-        checkpoint_cli.main(["verify", str(folder)])
+        checkpoint_commands.main(["verify", str(folder)])
     with pytest.raises(SystemExit, match="2"):
-        checkpoint_cli.main(["list", str(folder / "checkpoints")])
+        checkpoint_commands.main(["list", str(folder / "checkpoints")])

@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
-from llm_basics import choices, config, model, tokenizer
+from llm_basics.core import config, model, tokenizer
+from llm_basics.evaluation import multiple_choice
 
 GOOD = {"prompt": "1 + 1 =", "choices": ["2", "three"], "answer": 0}
-BYTES = tokenizer.Tokenizer.of_bytes()
+BYTES = tokenizer.Tokenizer.byte_level()
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def test_read(tmp_path):
     path = tmp_path / "q.jsonl"
     again = {"question": "\u00e9", "choices": ["a", "b", "c"], "answer": 2, "more": None}
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(again))
-    assert choices.read(path) == [
-        choices.Question("1 + 1 =", ("2", "three"), 0, f"{path}:1"),
-        choices.Question("\u00e9", ("a", "b", "c"), 2, f"{path}:3"),
+    assert multiple_choice.read(path) == [
+        multiple_choice.Question("1 + 1 =", ("2", "three"), 0, f"{path}:1"),
+        multiple_choice.Question("\u00e9", ("a", "b", "c"), 2, f"{path}:3"),
     ]
 
 
@@ -69,13 +70,13 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, said):
     line = line if isinstance(line, bytes) else json.dumps(line).encode()
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:2{said}"):
-        choices.read(path)
+        multiple_choice.read(path)
 
 
 def test_a_file_without_questions_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="must hold a question a line, got none"):
-        choices.read(tmp_path / "q.jsonl")
+        multiple_choice.read(tmp_path / "q.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_a_file_without_questions_is_refused(tmp_path):
 
 def encoded(own, prompt, *options, **settings):
     """Prompt and choices as texts of tokens."""
-    pairs = choices.encode(own, choices.Question(prompt, options, 0), **settings)
+    pairs = multiple_choice.encode(own, multiple_choice.Question(prompt, options, 0), **settings)
     return [
         ([own.decode([i]) for i in before], [own.decode([i]) for i in scored]) for before, scored in pairs
     ]
@@ -111,8 +112,8 @@ def test_an_empty_prompt_is_the_end_of_a_document():
 
 
 def test_special_tokens_in_a_question_are_ordinary_text():
-    ((before, scored), _) = choices.encode(
-        BYTES, choices.Question("<|endoftext|>", ("<|endoftext|>", "b"), 0)
+    ((before, scored), _) = multiple_choice.encode(
+        BYTES, multiple_choice.Question("<|endoftext|>", ("<|endoftext|>", "b"), 0)
     )
     assert 256 not in before + scored
 
@@ -123,11 +124,11 @@ def test_special_tokens_in_a_question_are_ordinary_text():
 
 def test_answers_equal_those_of_a_slow_computation(lm):
     questions = [
-        choices.Question("one", ("two", "a long answer", "b"), 1),
-        choices.Question("", ("x", "yes"), 0),
-        choices.Question("a prompt that has more to it than goes into the model ", ("p", "qr"), 1),
+        multiple_choice.Question("one", ("two", "a long answer", "b"), 1),
+        multiple_choice.Question("", ("x", "yes"), 0),
+        multiple_choice.Question("a prompt that has more to it than goes into the model ", ("p", "qr"), 1),
     ]
-    found = choices.ask(lm, BYTES, questions, batch_size=2)
+    found = multiple_choice.ask(lm, BYTES, questions, batch_size=2)
     n_right = n_right_per_byte = 0
     for question, picked in zip(questions, found.questions, strict=True):
         scores = []
@@ -155,7 +156,7 @@ def test_answers_equal_those_of_a_slow_computation(lm):
 def test_length_counts_in_one_way_and_not_in_the_other(lm):
     """Of tokens that are all equally likely, the shortest answer is the likeliest; per byte all are alike."""
     lm.ln_final.weight.data.zero_()
-    found = choices.ask(lm, BYTES, [choices.Question("x", (" long", " s"), 1)])
+    found = multiple_choice.ask(lm, BYTES, [multiple_choice.Question("x", (" long", " s"), 1)])
     assert (found.accuracy, found.questions[0].picked) == (1.0, 1)
     assert found.questions[0].log_probabilities == pytest.approx([-5 * math.log(258), -2 * math.log(258)])
     assert found.questions[0].picked_per_byte == 0
@@ -163,12 +164,14 @@ def test_length_counts_in_one_way_and_not_in_the_other(lm):
 
 def test_bytes_not_characters(lm):
     lm.ln_final.weight.data.zero_()
-    found = choices.ask(lm, BYTES, [choices.Question("x ", ("\u00e9\u00e9\u00e9", "aaaa"), 1)])
+    found = multiple_choice.ask(
+        lm, BYTES, [multiple_choice.Question("x ", ("\u00e9\u00e9\u00e9", "aaaa"), 1)]
+    )
     # 7 and 5 tokens with the space: 7/6 and 5/4 a byte
     assert found.questions[0].picked_per_byte == 0
 
 
 def test_a_choice_that_the_model_cannot_see_whole_is_named(lm):
-    question = choices.Question("x", ("a" * 24, "b"), 0, "q.jsonl:7")
+    question = multiple_choice.Question("x", ("a" * 24, "b"), 0, "q.jsonl:7")
     with pytest.raises(ValueError, match=r"into the model's 24 tokens, got one of 25 \(q.jsonl:7\)"):
-        choices.ask(lm, BYTES, [question])
+        multiple_choice.ask(lm, BYTES, [question])

@@ -9,7 +9,9 @@ import re
 import pytest
 import recorded
 
-from llm_basics import command_line, compare, programs, records, run
+from llm_basics.analysis import compare, run_data
+from llm_basics.cli import commands, parse
+from llm_basics.runs import run_dir
 
 HOSTILE = '<img src=x onerror="alert(1)"> [red]&amp; \u202e\x1b[31m'
 
@@ -33,14 +35,14 @@ class Page(html.parser.HTMLParser):
 def runs(tmp_path, monkeypatch):
     """Three runs; the second has the lowest loss, the third a loss that is not finite."""
     monkeypatch.chdir(tmp_path)
-    recorded.record(run.RUNS / "one", [4.0, 3.0], samples=[("old", ""), ("def ", "f(x):\n\treturn 1")])
-    recorded.record(run.RUNS / "two", [4.0, 2.0], samples=[("ROMEO:", HOSTILE)], train__lr=0.5)
-    recorded.record(run.RUNS / "lost", [4.0, math.nan], train__optimizer="muon")
+    recorded.record(run_dir.RUNS / "one", [4.0, 3.0], samples=[("old", ""), ("def ", "f(x):\n\treturn 1")])
+    recorded.record(run_dir.RUNS / "two", [4.0, 2.0], samples=[("ROMEO:", HOSTILE)], train__lr=0.5)
+    recorded.record(run_dir.RUNS / "lost", [4.0, math.nan], train__optimizer="muon")
     return ["one", "two", "lost"]
 
 
 def options_of(*arguments):
-    return command_line.program_options(programs.CompareConfig(), arguments, prog="compare")
+    return parse.program_options(commands.CompareConfig(), arguments, prog="compare")
 
 
 def test_prints_results_best_first_differing_options_and_samples(runs, capsys):
@@ -67,7 +69,7 @@ def test_a_single_run_is_reported(runs, capsys):
 def test_more_options_than_runs_are_rows(tmp_path):
     changed = {"train__lr": 0.5, "model__norm": "none", "train__steps": 7}
     paths = [recorded.record(tmp_path / "a", [3.0]), recorded.record(tmp_path / "b", [3.0], **changed)]
-    titles, rows = compare.options_that_differ(records.read_all([str(path) for path in paths]))
+    titles, rows = compare.options_that_differ(run_data.read_all([str(path) for path in paths]))
     assert titles == ["option", "a", "b"]
     assert rows == [
         ["model.norm", "rms", "none"],
@@ -78,7 +80,7 @@ def test_more_options_than_runs_are_rows(tmp_path):
 
 def test_the_page_is_self_contained_and_has_no_scripts(runs, tmp_path, capsys):
     """Also with hostile names and samples, which stay text."""
-    (run.RUNS / "two").rename(run.RUNS / HOSTILE.replace("/", "").replace("\x1b", ""))
+    (run_dir.RUNS / "two").rename(run_dir.RUNS / HOSTILE.replace("/", "").replace("\x1b", ""))
     names = ["one", "lost", HOSTILE.replace("/", "").replace("\x1b", "")]
     assert compare.main(options_of(*names, "--out", "report.html")) == 0
     assert capsys.readouterr().out.endswith("report.html\nreport.png\n")
@@ -101,7 +103,7 @@ def test_the_page_is_self_contained_and_has_no_scripts(runs, tmp_path, capsys):
 
 
 def test_a_page_of_runs_without_curves_or_samples(tmp_path):
-    record = records.read(str(recorded.record(tmp_path / "r", [])))
+    record = run_data.read(str(recorded.record(tmp_path / "r", [])))
     assert compare.write_report([record], tmp_path / "a.html", "step") == [tmp_path / "a.html"]
     assert "<img" not in (tmp_path / "a.html").read_text()
 

@@ -12,7 +12,10 @@ import sys
 import pytest
 import torch
 
-from llm_basics import config, device, job, launch, model, run, swap, update
+from llm_basics import swap
+from llm_basics.core import config, device, model, trainer
+from llm_basics.runs import run_dir
+from llm_basics.training import job, setup
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 
@@ -37,7 +40,7 @@ def options(tmp_path):
 
 def test_auto_compiles_nothing_on_a_cpu(options):
     automatic = dataclasses.replace(options.train, compile="auto")
-    training, output = launch.start(dataclasses.replace(options, train=automatic))
+    training, output = setup.start(dataclasses.replace(options, train=automatic))
     output.close()
     assert not training.is_compiled and "hidden_states" not in vars(training.model)
 
@@ -54,12 +57,12 @@ def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
 def test_auto_makes_graphs_of_small_models_on_cuda():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     most = int(device.MOST_GRAPHED)
-    assert device.how_to_compile("auto", cuda, most, can_be_graph=True) == "graphs"
-    assert device.how_to_compile("auto", cuda, most + 1, can_be_graph=True) == "on"
-    assert device.how_to_compile("auto", cuda, 1, can_be_graph=False) == "on"
-    assert device.how_to_compile("auto", cpu, 1, can_be_graph=True) == "off"
+    assert device.compile_mode("auto", cuda, most, can_be_graph=True) == "graphs"
+    assert device.compile_mode("auto", cuda, most + 1, can_be_graph=True) == "on"
+    assert device.compile_mode("auto", cuda, 1, can_be_graph=False) == "on"
+    assert device.compile_mode("auto", cpu, 1, can_be_graph=True) == "off"
     for how in ("on", "off", "graphs"):
-        assert device.how_to_compile(how, cuda, 10 * most, can_be_graph=True) == how
+        assert device.compile_mode(how, cuda, 10 * most, can_be_graph=True) == how
 
 
 @pytest.mark.gpu
@@ -69,7 +72,7 @@ def test_graphs_learn_the_same(options):
         settings = dataclasses.replace(options.train, steps=20, device="cuda", dtype="float32", compile=how)
         folder = f"{options.run_dir}-{how}"
         assert job.main(dataclasses.replace(options, run_dir=folder, train=settings)) == 0
-        losses[how] = [m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m]
+        losses[how] = [m["train_loss"] for m in run_dir.read_metrics(folder) if "train_loss" in m]
     assert losses["graphs"] == pytest.approx(losses["off"], rel=1e-4)
 
 
@@ -81,8 +84,8 @@ def test_what_cannot_be_compiled_is_trained_without_and_that_is_said(options, mo
         return fails
 
     losses = []
-    step = update.train_step
-    monkeypatch.setattr(update, "train_step", lambda *a: losses.append(result := step(*a)) or result)
+    step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda *a: losses.append(result := step(*a)) or result)
     monkeypatch.setattr(torch, "compile", no_compiler)
     assert job.main(options) == 0
     out = capsys.readouterr()
@@ -122,7 +125,7 @@ def test_a_compiled_model_learns_the_same(tmp_path, fast, own):
         )
         assert done.returncode == 0, done.stderr
         assert "could not be compiled" not in done.stdout + done.stderr
-        metrics = run.read_metrics(tmp_path / f"run_{compile}")
+        metrics = run_dir.read_metrics(tmp_path / f"run_{compile}")
         losses.append([m["train_loss"] for m in metrics if m.get("train_loss") is not None])
     assert len(losses[0]) == 3
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-5)

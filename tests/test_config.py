@@ -11,7 +11,9 @@ import json
 
 import pytest
 
-from llm_basics import command_line, config, generate, presets, programs
+from llm_basics.cli import commands, parse
+from llm_basics.core import config, presets
+from llm_basics.inference import engine
 
 PRESETS = sorted(path.stem for path in presets.PRESETS.glob("*.yaml"))
 
@@ -36,7 +38,7 @@ def help_text(read, arguments=("--help",)):
 def complaint(capsys, *arguments):
     """The one line that a wrong command line is answered with."""
     with pytest.raises(SystemExit) as stop:
-        command_line.train_options(list(arguments))
+        parse.train_options(list(arguments))
     captured = capsys.readouterr()
     assert stop.value.code == 2 and captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
@@ -66,7 +68,7 @@ def test_command_line_wins_over_file_over_defaults(tmp_path):
     path.write_text(
         "data: book.txt\nmodel: {n_layers: 7, d_model: 96}\ntrain: {lr: 1e-2, betas: [0.8, 0.9]}\n"
     )
-    options = command_line.train_options(["--config", str(path), "--model.n_layers", "6", "--train.steps=5"])
+    options = parse.train_options(["--config", str(path), "--model.n_layers", "6", "--train.steps=5"])
     assert (options.data, options.model.n_layers, options.model.d_model) == ("book.txt", 6, 96)
     assert (options.train.lr, options.train.betas, options.train.steps) == (0.01, (0.8, 0.9), 5)
     assert options.train.weight_decay == config.TrainConfig().weight_decay
@@ -82,16 +84,16 @@ def test_options_from_parameters_file_and_json_are_the_same(tmp_path):
 
 
 def test_without_options_the_tiny_preset_is_trained():
-    assert command_line.train_options([]) == presets.load("tiny")
+    assert parse.train_options([]) == presets.load("tiny")
 
 
 @pytest.mark.parametrize("spelling", ["--model.n_layers", "--model.n-layers"])
 def test_both_spellings_of_a_flag(spelling):
-    assert command_line.train_options([spelling, "3"]).model.n_layers == 3
+    assert parse.train_options([spelling, "3"]).model.n_layers == 3
 
 
 def test_help_has_every_option_with_its_default_and_meaning():
-    text = " ".join(help_text(command_line.train_options).replace("\u2502", " ").split())
+    text = " ".join(help_text(parse.train_options).replace("\u2502", " ").split())
     for name in fields(config.Config):
         assert f"--{name}" in text, name
     assert text.count("(default: ") == len(list(fields(config.Config)))
@@ -100,7 +102,7 @@ def test_help_has_every_option_with_its_default_and_meaning():
 
 ALL_OPTIONS = [
     cls
-    for module in (config, programs)
+    for module in (config, commands)
     for cls in vars(module).values()
     if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
 ]
@@ -191,7 +193,7 @@ def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step_00000001.safetensors").touch()
     for named in (str(folder), "auto"):
-        resumed = command_line.train_options(["--resume", named, "--train.steps", "9"])
+        resumed = parse.train_options(["--resume", named, "--train.steps", "9"])
         assert (resumed.data, resumed.model, resumed.train.steps) == ("book.txt", options.model, 9)
         assert resumed.resume is not None and resumed.resume.endswith("old")
 
@@ -216,11 +218,11 @@ def test_removed_options_that_were_on_are_refused(capsys, tmp_path, name, value)
     said = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has no"
     assert f"{said} such option" in complaint(capsys, "--resume", str(tmp_path))
     with pytest.raises(ValueError, match=f"model.{name} must be {REMOVED[name]}, got {value}"):
-        generate.load_run(tmp_path)
+        engine.load_run(tmp_path)
 
 
 def generate_options(arguments):
-    return command_line.program_options(programs.GenerateConfig(), arguments, prog="generate")
+    return parse.program_options(commands.GenerateConfig(), arguments, prog="generate")
 
 
 def test_generate_has_its_own_options(capsys):
@@ -244,7 +246,7 @@ def test_generate_has_its_own_options(capsys):
 def test_what_is_suggested_is_near_and_can_be_typed(capsys, wrong, said):
     """The folder to import has its place and no name, and is not like a run_dir."""
     with pytest.raises(SystemExit, match="2"):
-        command_line.program_options(programs.ImportConfig(), ["x", wrong, "y"], "import_model")
+        parse.program_options(commands.ImportConfig(), ["x", wrong, "y"], "import_model")
     assert capsys.readouterr().err == f"error: unknown option {wrong} (command line); {said}\n"
 
 

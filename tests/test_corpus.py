@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from llm_basics import corpus
+from llm_basics.data import documents as corpus
 
 
 def test_file_folder_and_glob(tmp_path):
@@ -79,11 +79,11 @@ def test_long_text_is_read_in_linear_time():
 
 def split(documents, val_fraction):
     """Documents to train on, and documents to hold out, where all of them are looked at first."""
-    survey = corpus.Survey()
+    survey = corpus.SplitStats()
     for document in documents:
         survey.add(document, corpus.digest(document.text))
     rule = survey.split(val_fraction)
-    parts = documents if len(documents) > 1 else corpus.cut(documents[0], val_fraction)
+    parts = documents if len(documents) > 1 else corpus.split_tail(documents[0], val_fraction)
     held = [rule.holds_out(corpus.digest(d.text)) for d in parts]
     return tuple([d for d, h in zip(parts, held, strict=True) if h == side] for side in (False, True))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_basics import data
+from llm_basics.core import dataloader
 
 # --------------------------------------------------------------------------------------------------
 # get_batch
@@ -72,13 +72,13 @@ def test_ids_above_int16_stay_positive(adapters):
 
 def test_text_shorter_than_the_context_is_refused():
     with pytest.raises(ValueError, match="more tokens than model.context_length 8, got 8"):
-        data.get_batch(np.arange(8), 1, 8)
-    assert data.get_batch(np.arange(9), 1, 8)[1][0, -1] == 8
+        dataloader.get_batch(np.arange(8), 1, 8)
+    assert dataloader.get_batch(np.arange(9), 1, 8)[1][0, -1] == 8
 
 
 def test_batches_follow_from_the_generator():
     tokens = np.arange(1000)
-    first, again = (data.get_batch(tokens, 4, 5, rng=np.random.default_rng(3))[0] for _ in range(2))
+    first, again = (dataloader.get_batch(tokens, 4, 5, rng=np.random.default_rng(3))[0] for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -99,8 +99,8 @@ def shards():
 
 
 def test_batches_are_a_function_of_their_number(shards):
-    forward = data.Batches(shards, 3, 6, seed=5)
-    backward = data.Batches(shards, 3, 6, seed=5)
+    forward = dataloader.Batches(shards, 3, 6, seed=5)
+    backward = dataloader.Batches(shards, 3, 6, seed=5)
     expected = [forward[i] for i in range(20)]
     for i in reversed(range(20)):
         assert torch.equal(backward[i][0], expected[i][0])
@@ -108,7 +108,7 @@ def test_batches_are_a_function_of_their_number(shards):
 
 
 def test_an_epoch_sees_each_window_once_and_each_epoch_differs(shards):
-    batches = data.Batches(shards, 1, 6, seed=1)
+    batches = dataloader.Batches(shards, 1, 6, seed=1)
     n = batches.windows_per_epoch
     epochs = [[batches[epoch * n + i][0][0, 0].item() for i in range(n)] for epoch in range(3)]
     for starts in epochs:
@@ -119,40 +119,40 @@ def test_an_epoch_sees_each_window_once_and_each_epoch_differs(shards):
 
 
 def test_every_place_is_reached_in_some_epoch(shards):
-    batches = data.Batches(shards[:1], 1, 6, seed=0)
+    batches = dataloader.Batches(shards[:1], 1, 6, seed=0)
     seen = {t for i in range(60 * batches.windows_per_epoch) for t in batches[i][1][0].tolist()}
     assert seen == set(range(1001, 1050))
 
 
 def test_a_batch_may_reach_into_the_next_epoch(shards):
-    one, three = data.Batches(shards, 1, 6, seed=4), data.Batches(shards, 3, 6, seed=4)
+    one, three = dataloader.Batches(shards, 1, 6, seed=4), dataloader.Batches(shards, 3, 6, seed=4)
     for number in range(3 * one.windows_per_epoch):
         expected = torch.cat([one[i][0] for i in range(3 * number, 3 * number + 3)])
         assert torch.equal(three[number][0], expected)
 
 
 def test_shards_too_short_for_a_window_are_passed_over(shards):
-    batches = data.Batches(shards, 1, 6, seed=0)
+    batches = dataloader.Batches(shards, 1, 6, seed=0)
     assert all(not 2000 <= batches[i][0][0, 0] < 3000 for i in range(100))
     with pytest.raises(ValueError, match="context_length 100, got 91"):
-        data.Batches(shards, 1, 100)
+        dataloader.Batches(shards, 1, 100)
 
 
 def test_smallest_possible_text():
-    inputs, targets = data.Batches([np.arange(7)], 2, 6, seed=0)[123]
+    inputs, targets = dataloader.Batches([np.arange(7)], 2, 6, seed=0)[123]
     assert inputs.tolist() == [list(range(6))] * 2
     assert targets.tolist() == [list(range(1, 7))] * 2
 
 
 def test_windows_side_by_side_stand_where_they_always_stood(shards):
-    batches = data.Batches(shards, 1, 6, seed=5)
+    batches = dataloader.Batches(shards, 1, 6, seed=5)
     found = [batches[number][0][0, 0].item() for number in range(24)]
     assert found == [int(token) for token in FIRST_TOKENS.split()]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 5])
 def test_overlapping_windows_are_a_stride_apart_and_reach_every_token(shards, stride):
-    batches = data.Batches(shards, 1, 6, seed=5, stride=stride)
+    batches = dataloader.Batches(shards, 1, 6, seed=5, stride=stride)
     n, seen = batches.windows_per_epoch, set()
     assert n == sum(max(1, (len(tokens) - 7) // stride) for tokens in shards if len(tokens) > 6)
     for epoch in range(60):
@@ -166,7 +166,7 @@ def test_overlapping_windows_are_a_stride_apart_and_reach_every_token(shards, st
 
 
 def test_overlapping_batches_are_a_function_of_their_number(shards):
-    forward, backward = (data.Batches(shards, 3, 6, seed=5, stride=2) for _ in range(2))
+    forward, backward = (dataloader.Batches(shards, 3, 6, seed=5, stride=2) for _ in range(2))
     expected = [forward[i][0] for i in range(40)]
     assert all(torch.equal(backward[i][0], expected[i]) for i in reversed(range(40)))
 
@@ -175,17 +175,19 @@ def test_overlapping_batches_are_a_function_of_their_number(shards):
 def test_a_stride_outside_the_context_is_refused(shards, stride):
     said = f"stride must be from 1 to context_length 6, got {stride}"
     with pytest.raises(ValueError, match=said):
-        data.Batches(shards, 1, 6, stride=stride)
+        dataloader.Batches(shards, 1, 6, stride=stride)
     with pytest.raises(ValueError, match=said):
-        data.WindowDataset(shards[0], 6, stride)
+        dataloader.WindowDataset(shards[0], 6, stride)
 
 
 def test_sequential_batches_go_through_all_windows_once():
     tokens = np.arange(100)
-    starts = [s for inputs, _ in data.sequential_batches(tokens, 4, 9) for s in inputs[:, 0].tolist()]
+    starts = [s for inputs, _ in dataloader.sequential_batches(tokens, 4, 9) for s in inputs[:, 0].tolist()]
     assert starts == list(range(0, 99, 9))
     few = [
-        s for inputs, _ in data.sequential_batches(tokens, 2, 9, max_batches=2) for s in inputs[:, 0].tolist()
+        s
+        for inputs, _ in dataloader.sequential_batches(tokens, 2, 9, max_batches=2)
+        for s in inputs[:, 0].tolist()
     ]
     assert few == [0, 27, 63, 90]
 
@@ -196,7 +198,7 @@ def test_sequential_batches_go_through_all_windows_once():
 
 @pytest.mark.parametrize(("stride", "starts"), [(None, [0, 6, 12]), (6, [0, 6, 12]), (4, [0, 4, 8, 12])])
 def test_a_dataset_holds_all_windows_in_order(stride, starts):
-    windows = data.WindowDataset(np.arange(19, dtype=np.uint16), 6, stride)
+    windows = dataloader.WindowDataset(np.arange(19, dtype=np.uint16), 6, stride)
     assert len(windows) == len(starts)
     found = list(windows)
     assert [inputs.tolist() for inputs, _ in found] == [list(range(s, s + 6)) for s in starts]
@@ -208,13 +210,13 @@ def test_a_dataset_holds_all_windows_in_order(stride, starts):
 
 
 def test_a_dataset_of_too_few_tokens_is_refused():
-    assert len(data.WindowDataset(np.arange(7), 6)) == 1
+    assert len(dataloader.WindowDataset(np.arange(7), 6)) == 1
     with pytest.raises(ValueError, match="more tokens than model.context_length 6, got 6"):
-        data.WindowDataset(np.arange(6), 6)
+        dataloader.WindowDataset(np.arange(6), 6)
 
 
 def test_a_dataloader_makes_batches_of_a_dataset():
-    windows = data.WindowDataset(np.arange(50), 6, stride=3)
+    windows = dataloader.WindowDataset(np.arange(50), 6, stride=3)
     loader = torch.utils.data.DataLoader(windows, batch_size=4, shuffle=True, drop_last=True)
     batches = list(loader)
     assert len(batches) == len(windows) // 4

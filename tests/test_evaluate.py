@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import config, evaluate, likelihood, model, tokenizer
+from llm_basics.core import config, evaluate, model, tokenizer
+from llm_basics.evaluation import log_likelihood, metrics
 
 
 class Bigrams(nn.Module):
@@ -48,7 +49,7 @@ def test_measures_equal_hand_calculation():
 
 
 def test_bytes_of_tokens():
-    lengths = evaluate.token_lengths(tokenizer.Tokenizer.of_bytes(["<|endoftext|>"]), 260)
+    lengths = evaluate.token_lengths(tokenizer.Tokenizer.byte_level(["<|endoftext|>"]), 260)
     assert lengths.shape == (260,) and lengths[:256].unique().tolist() == [1] and lengths[256:].sum() == 0
     merged = tokenizer.Tokenizer(
         {**{i: bytes([i]) for i in range(256)}, 256: b"abc", 257: b"ab"}, [(b"a", b"b"), (b"ab", b"c")]
@@ -88,7 +89,7 @@ def said(log_probabilities, ranks=None, confidences=None, positions=None, target
         list(range(n)) if positions is None else positions,
     ]
     dtypes = [torch.long, torch.float64, torch.long, torch.float64, torch.long]
-    return likelihood.Scores(*(torch.tensor(v, dtype=t) for v, t in zip(numbers, dtypes, strict=True)))
+    return log_likelihood.Scores(*(torch.tensor(v, dtype=t) for v, t in zip(numbers, dtypes, strict=True)))
 
 
 def test_calibration_error_by_hand():
@@ -97,7 +98,7 @@ def test_calibration_error_by_hand():
         said([-1.0] * 3, ranks=[0, 3, 0], confidences=[0.04, 1 / 15, 0.6]),
         said([-1.0] * 3, ranks=[0, 0, 1], confidences=[0.6, 0.6, 1.0]),
     ]
-    found = evaluate.measure(parts, torch.ones(1))
+    found = metrics.measure(parts, torch.ones(1))
     in_bins = [(round(b.low * 15), b.count, b.confidence, b.accuracy) for b in found.calibration]
     assert in_bins == [
         (0, 2, pytest.approx((0.04 + 1 / 15) / 2), 0.5),
@@ -112,8 +113,8 @@ def test_calibration_error_by_hand():
 def test_calibration_error_equals_one_of_numpy_masks():
     rng = np.random.default_rng(0)
     confidences, ranks = rng.random(5000), rng.integers(0, 3, 5000)
-    found = evaluate.measure([said([-1.0] * 5000, ranks.tolist(), confidences.tolist())], torch.ones(1))
-    edges = np.linspace(0, 1, evaluate.N_BINS + 1)
+    found = metrics.measure([said([-1.0] * 5000, ranks.tolist(), confidences.tolist())], torch.ones(1))
+    edges = np.linspace(0, 1, metrics.N_BINS + 1)
     expected = 0.0
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         inside = (confidences > low) & (confidences <= high)
@@ -126,7 +127,7 @@ def test_a_model_that_means_what_it_says_is_calibrated():
     rng = np.random.default_rng(1)
     confidences = rng.random(100_000)
     ranks = (rng.random(100_000) > confidences).astype(int)
-    found = evaluate.measure([said([-1.0] * 100_000, ranks.tolist(), confidences.tolist())], torch.ones(1))
+    found = metrics.measure([said([-1.0] * 100_000, ranks.tolist(), confidences.tolist())], torch.ones(1))
     assert found.calibration_error < 0.01
 
 
@@ -143,7 +144,7 @@ class KnowsPositions(model.TransformerLM):
 
 def test_loss_by_position_of_a_model_that_knows_positions():
     tokens = np.ones(1 + 3 * 16, dtype=np.uint16)
-    found = evaluate.measure(likelihood.score_text(KnowsPositions(), tokens, batch_size=2), torch.ones(2))
+    found = metrics.measure(log_likelihood.score_text(KnowsPositions(), tokens, batch_size=2), torch.ones(2))
     losses = [1 / (1 + position) for position in range(16)]
     expected = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
     assert [(b.first, b.last) for b in found.by_position] == expected
@@ -151,7 +152,7 @@ def test_loss_by_position_of_a_model_that_knows_positions():
         part = losses[bucket.first : bucket.last + 1]
         assert bucket.loss == pytest.approx(sum(part) / len(part)) and bucket.count == 3 * len(part)
     # with a stride of 4, the last four positions of every window but the first
-    found = evaluate.measure(likelihood.score_text(KnowsPositions(), tokens, stride=4), torch.ones(2))
+    found = metrics.measure(log_likelihood.score_text(KnowsPositions(), tokens, stride=4), torch.ones(2))
     assert [bucket.count for bucket in found.by_position] == [1, 1, 2, 4, 8 + 32]
     assert found.val_loss == pytest.approx((sum(losses) + 8 * sum(losses[12:])) / 48)
 
@@ -170,22 +171,22 @@ class OneByteIsAsGoodAsAnother(model.TransformerLM):
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     text = "abcabcab " * 20
-    plain = tokenizer.Tokenizer.of_bytes([])
+    plain = tokenizer.Tokenizer.byte_level([])
     pairs = [(b"a", b"b"), (b"ab", b"c"), (b" ", b"abc")]
     vocab = dict(enumerate([bytes([b]) for b in range(256)] + [left + right for left, right in pairs]))
     for own in (plain, tokenizer.Tokenizer(vocab, pairs)):
         tokens = np.array(own.encode(text))
         lengths = evaluate.token_lengths(own, own.vocab_size)
-        scores = likelihood.score_text(OneByteIsAsGoodAsAnother(lengths), tokens)
+        scores = log_likelihood.score_text(OneByteIsAsGoodAsAnother(lengths), tokens)
         # the longer tokens take a share that no byte gives up
-        assert evaluate.measure(scores, lengths).bits_per_byte == pytest.approx(8, abs=1e-4)
+        assert metrics.measure(scores, lengths).bits_per_byte == pytest.approx(8, abs=1e-4)
 
 
 def test_top_5_are_the_five_likeliest():
-    found = evaluate.measure([said([-1.0] * 6, ranks=[0, 1, 3, 4, 5, 9])], torch.ones(1))
+    found = metrics.measure([said([-1.0] * 6, ranks=[0, 1, 3, 4, 5, 9])], torch.ones(1))
     assert (found.accuracy, found.top5_accuracy) == (1 / 6, 4 / 6)
 
 
 def test_a_text_of_one_token_is_refused():
     with pytest.raises(ValueError, match="at least two tokens"):
-        evaluate.measure(likelihood.score_text(KnowsPositions(), np.ones(1, np.uint16)), torch.ones(2))
+        metrics.measure(log_likelihood.score_text(KnowsPositions(), np.ones(1, np.uint16)), torch.ones(2))

@@ -11,20 +11,11 @@ import sys
 import pytest
 import torch
 
-from llm_basics import (
-    checkpoint,
-    command_line,
-    config,
-    data,
-    evaluate,
-    evaluate_cli,
-    model,
-    optim,
-    prepare,
-    programs,
-    run,
-    shards,
-)
+from llm_basics.cli import commands, parse
+from llm_basics.core import config, dataloader, evaluate, model, optim
+from llm_basics.data import prepare, shards
+from llm_basics.evaluation import compare_models
+from llm_basics.runs import checkpoint, run_dir
 
 QUESTIONS = [
     {"prompt": "the cat sat on the", "choices": ["mat", "a very long answer"], "answer": 0},
@@ -43,10 +34,10 @@ def make_run(folder, name="a", seed=0, **about):
     options = config.Config(
         data=str(text), data_dir=str(folder / "data"), tokenizer="bytes", val_fraction=0.3, model=shape
     )
-    prepared = prepare.prepare(options, say=lambda line: None)
+    prepared = prepare.prepare(options, log=lambda line: None)
     torch.manual_seed(seed)
     made = model.TransformerLM(shape)
-    output = run.Run(folder / name)
+    output = run_dir.RunDir(folder / name)
     output.write_config(dataclasses.asdict(options))
     prepared.tokenizer.save(output.folder / "tokenizer")
     about = {"data": prepared.folder.name, "val_loss": None} | about
@@ -68,8 +59,8 @@ def judge(tmp_path, capsys):
 
     def main(*folders, **options):
         out = tmp_path / "report.json"
-        chosen = programs.EvaluateConfig(tuple(map(str, folders)), out=str(out), fast="off", **options)
-        assert evaluate_cli.main(chosen) == 0
+        chosen = commands.EvaluateConfig(tuple(map(str, folders)), out=str(out), fast="off", **options)
+        assert compare_models.main(chosen) == 0
         return json.loads(out.read_text(), parse_constant=pytest.fail), capsys.readouterr().out
 
     return main
@@ -77,7 +68,7 @@ def judge(tmp_path, capsys):
 
 def complaint(capsys, options):
     with pytest.raises(SystemExit) as stop:
-        evaluate_cli.main(options)
+        compare_models.main(options)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     return error
@@ -91,7 +82,7 @@ def test_the_held_out_text_is_measured_whole(trained, judge):
     assert sum(bucket["count"] for bucket in found["report"]["by_position"]) == len(tokens) - 1
     n_whole = (len(tokens) - 1) // 32 * 32
     lengths = evaluate.token_lengths(prepared.tokenizer, 257)
-    known = evaluate.evaluate(made, data.sequential_batches(tokens[: n_whole + 1], 4, 32), lengths)
+    known = evaluate.evaluate(made, dataloader.sequential_batches(tokens[: n_whole + 1], 4, 32), lengths)
     assert found["report"]["val_loss"] == pytest.approx(known["val_loss"], abs=0.02)
     assert f"text: held out in {prepared.folder}" in out.replace("\n", "")
     assert f"{found['report']['val_loss']:.4f}" in out and f"{found['report']['perplexity']:.2f}" in out
@@ -141,7 +132,7 @@ def test_questions_alone_and_with_a_text(trained, judge, tmp_path):
 def test_fast_twins_measure_the_same(trained, judge, tmp_path):
     (found,), _ = judge(trained[0])
     out = tmp_path / "fast.json"
-    assert evaluate_cli.main(programs.EvaluateConfig((str(trained[0]),), out=str(out))) == 0
+    assert compare_models.main(commands.EvaluateConfig((str(trained[0]),), out=str(out))) == 0
     (fast,) = json.loads(out.read_text())
     assert fast["report"]["val_loss"] == pytest.approx(found["report"]["val_loss"], rel=1e-6)
 
@@ -164,10 +155,10 @@ def test_a_text_without_bytes_has_no_bits_per_byte(trained, judge, tmp_path):
 def test_scores_that_are_no_numbers_are_status_1(trained, tmp_path, capsys):
     folder, made, prepared = trained
     made.ln_final.weight.data[0] = torch.nan
-    path = run.checkpoint_path(folder, 8)
+    path = run_dir.checkpoint_path(folder, 8)
     checkpoint.save_checkpoint(made, optim.AdamW(made.parameters(), 1e-3), 8, path, data=prepared.folder.name)
     out = tmp_path / "report.json"
-    assert evaluate_cli.main(programs.EvaluateConfig((str(folder),), out=str(out), fast="off")) == 1
+    assert compare_models.main(commands.EvaluateConfig((str(folder),), out=str(out), fast="off")) == 1
     assert "must be numbers, got nan" in capsys.readouterr().err and not out.exists()
 
 
@@ -178,13 +169,13 @@ def test_scores_that_are_no_numbers_are_status_1(trained, tmp_path, capsys):
 def test_a_held_out_text_that_is_gone(trained, capsys):
     folder, _, prepared = trained
     shutil.rmtree(prepared.folder)
-    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
     assert f"must be in {prepared.folder}, which is gone" in said and "--data" in said
 
 
 def test_a_model_that_was_not_trained_here(tmp_path, capsys):
     folder, _, _ = make_run(tmp_path, data=None)
-    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
     assert "was not trained here and has no held-out text; name a text by --data" in said
 
 
@@ -194,7 +185,7 @@ def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained
     content = bytearray(path.read_bytes())
     content[shards.HEADER_BYTES + 20 : shards.HEADER_BYTES + 22] = b"\xff\xff"
     path.write_bytes(content)
-    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
     assert (
         f"{path} must be below its vocabulary size 257, got 65535 at byte {shards.HEADER_BYTES + 20}" in said
     )
@@ -202,9 +193,9 @@ def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained
 
 def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
     folder, _, prepared = trained
-    larger = prepare.tokenizer.Tokenizer.of_bytes(["<|endoftext|>", "<|more|>"])
+    larger = prepare.tokenizer.Tokenizer.byte_level(["<|endoftext|>", "<|more|>"])
     larger.save(folder / "tokenizer")
-    said = complaint(capsys, programs.EvaluateConfig((str(folder),), fast="off"))
+    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
     assert "must have ids below the 257 of its model, got 258" in said
 
 
@@ -228,7 +219,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(trained, tmp_path, monkeyp
     (tmp_path / "bad.jsonl").write_text("3\n")
     before = sorted(tmp_path.iterdir())
     options = {"run_dirs": (str(trained[0]),), "out": "report.json", "fast": "off"} | options
-    assert said in complaint(capsys, programs.EvaluateConfig(**options))
+    assert said in complaint(capsys, commands.EvaluateConfig(**options))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -242,23 +233,23 @@ def test_a_mistake_is_one_line_and_nothing_is_written(trained, tmp_path, monkeyp
 )
 def test_mistakes_on_the_command_line(capsys, arguments, said):
     with pytest.raises(SystemExit, match="2"):
-        command_line.program_options(programs.EvaluateConfig(), arguments, prog="evaluate")
+        parse.program_options(commands.EvaluateConfig(), arguments, prog="evaluate")
     assert said in capsys.readouterr().err
 
 
 def test_several_runs_on_the_command_line():
-    options = command_line.program_options(
-        programs.EvaluateConfig(), ["runs/a", "runs/b", "--data", "stdlib"], prog="evaluate"
+    options = parse.program_options(
+        commands.EvaluateConfig(), ["runs/a", "runs/b", "--data", "stdlib"], prog="evaluate"
     )
     assert (options.run_dirs, options.data) == (("runs/a", "runs/b"), "stdlib")
-    assert command_line.program_options(programs.EvaluateConfig(), [], prog="evaluate").run_dirs == ()
+    assert parse.program_options(commands.EvaluateConfig(), [], prog="evaluate").run_dirs == ()
 
 
 def test_the_newest_run_is_judged_where_none_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     make_run(tmp_path, "runs/a")
-    assert evaluate_cli.main(programs.EvaluateConfig(fast="off")) == 0
+    assert compare_models.main(commands.EvaluateConfig(fast="off")) == 0
     assert "runs/a" in capsys.readouterr().out
 
 

@@ -10,20 +10,12 @@ import small_models
 import torch
 
 import llm_basics
-from llm_basics import (
-    chat,
-    checkpoint,
-    config,
-    exchange,
-    export,
-    import_model,
-    layouts,
-    optim,
-    programs,
-    run,
-    transplant,
-)
-from llm_basics import model as models
+from llm_basics.cli import commands
+from llm_basics.core import config, optim
+from llm_basics.core import model as models
+from llm_basics.data import chat_template, tokenizer_formats
+from llm_basics.interop import hf_config, hf_export, hf_import, hf_weights
+from llm_basics.runs import checkpoint, run_dir
 
 FILES = {
     "README.md",
@@ -47,14 +39,14 @@ def transformers():
 
 def exported(lm, folder, tokenizer=None):
     folder.mkdir(exist_ok=True)
-    export.export(lm, tokenizer or small_models.tokenizer(), folder, card="a card\n")
+    hf_export.export(lm, tokenizer or small_models.tokenizer(), folder, card="a card\n")
     return folder
 
 
 def a_run(folder, lm, tokenizer=None, **about):
     """A run directory of a model, as far as a reader looks at it."""
     options = dataclasses.replace(config.Config(), model=lm.config, data="/home/somebody/secret/novels.txt")
-    output = run.Run(folder)
+    output = run_dir.RunDir(folder)
     output.write_config(dataclasses.asdict(options))
     output.metrics(5, train_loss=3.5, lr=0.1)
     output.metrics(5, val_loss=3.25, perplexity=25.79, bits_per_byte=1.5, accuracy=0.25)
@@ -64,7 +56,7 @@ def a_run(folder, lm, tokenizer=None, **about):
     for step in (5, 9):
         about = {"tokens": 1000 * step, "val_loss": 1.0 + step, "origins": {}} | about
         checkpoint.save_checkpoint(
-            lm, optim.AdamW(lm.parameters()), step, run.checkpoint_path(folder, step), **about
+            lm, optim.AdamW(lm.parameters()), step, run_dir.checkpoint_path(folder, step), **about
         )
     return folder
 
@@ -93,7 +85,7 @@ def test_transformers_gives_the_same_logits_text_and_file(layout, settings, tran
         assert written[0, 4:].tolist() == small_models.greedy(ours, prompt, 64)
 
     theirs.save_pretrained(tmp_path / "again")
-    mine, again = (import_model.read_tensors(path) for path in (folder, tmp_path / "again"))
+    mine, again = (hf_import.read_tensors(path) for path in (folder, tmp_path / "again"))
     assert mine.keys() == again.keys()
     assert all(torch.equal(mine[name], again[name]) for name in mine)
 
@@ -119,14 +111,22 @@ def test_transformers_gives_the_same_ids(transformers, tmp_path):
 
 
 CHATS = [
-    [chat.Message("user", "the  then?")],
-    [chat.Message("system", "In \u00e9!\n"), chat.Message("user", " 12 "), chat.Message("assistant", "")],
-    [chat.Message("user", "<| the |> \n\n"), chat.Message("assistant", "in"), chat.Message("user", "'ll")],
+    [chat_template.Message("user", "the  then?")],
+    [
+        chat_template.Message("system", "In \u00e9!\n"),
+        chat_template.Message("user", " 12 "),
+        chat_template.Message("assistant", ""),
+    ],
+    [
+        chat_template.Message("user", "<| the |> \n\n"),
+        chat_template.Message("assistant", "in"),
+        chat_template.Message("user", "'ll"),
+    ],
 ]
 
 
 def test_transformers_renders_the_same_chat(transformers, tmp_path):
-    ours = chat.with_specials(small_models.tokenizer())
+    ours = chat_template.with_specials(small_models.tokenizer())
     lm = small_models.model(vocab_size=ours.vocab_size)
     theirs = transformers.AutoTokenizer.from_pretrained(exported(lm, tmp_path / "out", ours))
 
@@ -136,8 +136,8 @@ def test_transformers_renders_the_same_chat(transformers, tmp_path):
         )
 
     for messages in CHATS:
-        assert rendered(messages) == chat.render(ours, messages)[0]
-        assert rendered(messages, add_generation_prompt=True) == chat.open_reply(ours, messages)
+        assert rendered(messages) == chat_template.render(ours, messages)[0]
+        assert rendered(messages, add_generation_prompt=True) == chat_template.open_reply(ours, messages)
     with pytest.raises(Exception, match="a role must be system, user or assistant, got tool"):
         theirs.apply_chat_template([{"role": "tool", "content": "2"}])
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
@@ -156,7 +156,7 @@ def test_who_cannot_chat_has_no_template(tmp_path):
 @pytest.mark.parametrize("layout, settings", small_models.SHAPES.values(), ids=small_models.SHAPES)
 def test_what_was_exported_comes_back_bit_for_bit(layout, settings, tmp_path):
     ours = small_models.model(**settings)
-    back, found = import_model.read_model(exported(ours, tmp_path / "out"))
+    back, found = hf_import.read_model(exported(ours, tmp_path / "out"))
     assert found.model_type == layout
     before, after = ours.state_dict(), back.state_dict()
     for name, tensor in after.items():
@@ -199,15 +199,15 @@ def test_any_shape_comes_back(seed):
         **(settings | {"d_ff": one_of(1, 8, 17), "tie_embeddings": one_of(False, True)}),
     )
     lm = small_models.randomize_(models.TransformerLM(shape))
-    layout = layouts.find(shape)
-    tensors = transplant.to_theirs(layout, shape, lm.state_dict())
-    again, read = layouts.read_options(layouts.write_options(layout, shape), "config.json")
-    weights = transplant.from_theirs(again, read, tensors, "here")
+    layout = hf_config.find(shape)
+    tensors = hf_weights.to_hf(layout, shape, lm.state_dict())
+    again, read = hf_config.read_options(hf_config.write_options(layout, shape), "config.json")
+    weights = hf_weights.from_hf(again, read, tensors, "here")
     models.TransformerLM(read).load_state_dict(weights)
     for name, tensor in lm.state_dict().items():
         is_padded = name in ("token_embeddings.weight", "lm_head.weight")
         assert torch.equal(weights[name], tensor[: shape.vocab_size] if is_padded else tensor), name
-    for name, tensor in transplant.to_theirs(again, read, weights).items():
+    for name, tensor in hf_weights.to_hf(again, read, weights).items():
         assert torch.equal(tensor, tensors[name]), name
 
 
@@ -231,7 +231,7 @@ def test_any_shape_comes_back(seed):
 def test_what_no_layout_has_is_named_and_nothing_is_written(settings, told, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model(**settings))
     with pytest.raises(SystemExit) as stop:
-        export.main(programs.ExportConfig(str(folder), str(tmp_path / "out")))
+        hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert told in message and "train with that" in message
@@ -247,17 +247,17 @@ def test_the_program_exports_a_run(tmp_path, capsys):
     folder = a_run(tmp_path / "novelist", lm)
     out = tmp_path / "out"
     out.mkdir()
-    assert export.main(programs.ExportConfig(str(folder), str(out))) == 0
+    assert hf_export.main(commands.ExportConfig(str(folder), str(out))) == 0
     assert {path.name for path in out.iterdir()} == FILES
     said = capsys.readouterr()
     assert "Qwen3ForCausalLM" in said.out and str(out) in said.out and not said.err
-    back, _ = import_model.read_model(out)
+    back, _ = hf_import.read_model(out)
     assert all(torch.equal(tensor, lm.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
 def test_the_card_tells_how_it_was_trained_and_nothing_of_the_machine(tmp_path):
     folder = a_run(tmp_path / "novelist", small_models.model(qk_norm=True))
-    export.main(programs.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint="best"))
+    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint="best"))
     card = (tmp_path / "out" / "README.md").read_text()
     for told in (
         "# novelist",
@@ -278,12 +278,12 @@ def test_the_card_tells_how_it_was_trained_and_nothing_of_the_machine(tmp_path):
         assert str(tmp_path).encode() not in content and b"somebody" not in content, path.name
 
 
-@pytest.mark.parametrize("specials", [(), chat.SPECIALS], ids=["text", "chat"])
+@pytest.mark.parametrize("specials", [(), chat_template.SPECIALS], ids=["text", "chat"])
 def test_what_the_card_says_works(specials, transformers, tmp_path, capsys):
     tokenizer = small_models.tokenizer(("<|endoftext|>", *specials))
     lm = small_models.model(vocab_size=tokenizer.vocab_size)
     folder = a_run(tmp_path / "run", lm, tokenizer)
-    export.main(programs.ExportConfig(str(folder), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
     capsys.readouterr()
@@ -296,7 +296,7 @@ def test_what_the_card_says_works(specials, transformers, tmp_path, capsys):
 @pytest.mark.parametrize("which, step", [("latest", 9), ("best", 5), ("5", 5)])
 def test_the_checkpoint_is_chosen(which, step, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model())
-    export.main(programs.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint=which))
+    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint=which))
     assert f"after step {step}\n" in capsys.readouterr().out
     assert f"| steps | {step} |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -305,7 +305,7 @@ def test_pieces_of_somebodys_own_are_warned_of(tmp_path, capsys):
     folder = a_run(
         tmp_path / "run", small_models.model(), origins={"functional.silu": "mine.py (0123456789ab)"}
     )
-    export.main(programs.ExportConfig(str(folder), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
     assert "functional.silu" in capsys.readouterr().err
 
 
@@ -318,7 +318,7 @@ def test_what_is_there_is_not_overwritten(kind, tmp_path, capsys):
     kept = out / "kept" if kind == "full" else out
     kept.write_text("mine")
     with pytest.raises(SystemExit) as stop:
-        export.main(programs.ExportConfig(str(folder), str(out)))
+        hf_export.main(commands.ExportConfig(str(folder), str(out)))
     assert stop.value.code == 2 and "must be new or an empty folder" in capsys.readouterr().err
     assert kept.read_text() == "mine" and sorted(tmp_path.iterdir()) == sorted([folder, out])
 
@@ -328,9 +328,9 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     folder = a_run(tmp_path / "run", small_models.model())
-    monkeypatch.setattr(exchange, "write_tokenizer_json", no_room)
+    monkeypatch.setattr(tokenizer_formats, "write_tokenizer_json", no_room)
     with pytest.raises(SystemExit) as stop:
-        export.main(programs.ExportConfig(str(folder), str(tmp_path / "out")))
+        hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
     assert stop.value.code == 2 and list(tmp_path.iterdir()) == [folder]
 
 

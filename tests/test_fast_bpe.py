@@ -20,9 +20,9 @@ from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_basics import bpe, vocabulary
+from llm_basics.core import bpe, vocabulary
 from llm_basics.fast import bpe as fast
-from llm_basics.fast import chunks, scanner, words
+from llm_basics.fast.text import chunks, hash_table, scanner
 
 FIXTURES = Path(__file__).parent / "fixtures"
 END_OF_TEXT = "<|endoftext|>"
@@ -399,7 +399,7 @@ def test_zero_bytes_count(tmp_path):
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_tables_grow(tmp_path, in_chunks, n_workers):
     # more words than half of the slots, and more long ones than the pool holds
-    empty = words.Words.empty()
+    empty = hash_table.Words.empty()
     path = tmp_path / "text.txt"
     generator = random.Random(4)
     # they share the first number of their keys, so that those in neighboring slots differ in the second alone
@@ -420,12 +420,12 @@ def test_tables_grow(tmp_path, in_chunks, n_workers):
 @pytest.mark.parametrize(("n_slots", "n_pool"), [(2, 1), (8, 64), (1 << 12, 1)])
 def test_tables_of_any_size_add_up(n_slots, n_pool):
     generator = random.Random(5)
-    total, expected = words.Words.empty(n_slots, n_pool), Counter()
+    total, expected = hash_table.Words.empty(n_slots, n_pool), Counter()
     for _ in range(4):
         text = " ".join("ab" * generator.randrange(1, 99) + "c" * generator.randrange(3) for _ in range(99))
-        table, at = words.Words.empty(n_slots, n_pool), np.zeros(2, np.int64)
+        table, at = hash_table.Words.empty(n_slots, n_pool), np.zeros(2, np.int64)
         span, array = np.array([[0, len(text)]], np.int64), scanner.padded(text.encode("utf-8"))
-        while not words.count(
+        while not hash_table.count(
             array, span, at, scanner.classes(), scanner.GPT2, table.slots, table.pool, table.used
         ):
             table.enlarge(len(text))
@@ -443,7 +443,7 @@ def colliding_words() -> tuple[bytes, bytes]:
     """Two words of 24 small letters that `words` gives the same hash."""
     # the hash takes eight bytes after eight, so that the second eight can undo what the first changed; one in
     # some 100,000 that do is spelled with letters
-    mask, multiplier = (1 << 64) - 1, int(words.MULTIPLIER)
+    mask, multiplier = (1 << 64) - 1, int(hash_table.MULTIPLIER)
 
     def mix(low: np.ndarray, high: int) -> np.ndarray:
         h = (low ^ np.uint64(high * multiplier & mask)) * np.uint64(multiplier)
@@ -466,17 +466,17 @@ def colliding_words() -> tuple[bytes, bytes]:
 
 def test_words_with_the_same_hash_are_told_apart(tmp_path):
     one, other = colliding_words()
-    hashes = {int(words.hash_bytes(scanner.padded(word), 0, len(word))) for word in (one, other)}
+    hashes = {int(hash_table.hash_bytes(scanner.padded(word), 0, len(word))) for word in (one, other)}
     assert one != other and len(one) == len(other) and len(hashes) == 1
     path = tmp_path / "text.txt"
     path.write_bytes(b"\n".join([one, other, other]))
     assert fast.count_pretokens(path, []) == {one: 1, other: 2, b"\n": 2}
     # also where the tables of two threads are put together
-    tables = words.Words.empty(), words.Words.empty()
+    tables = hash_table.Words.empty(), hash_table.Words.empty()
     for word, table in zip((one, other), tables, strict=True):
         span, at = np.array([[0, len(word)]]), np.zeros(2, np.int64)
         columns = table.slots, table.pool, table.used
-        assert words.count(scanner.padded(word), span, at, scanner.classes(), scanner.GPT2, *columns)
+        assert hash_table.count(scanner.padded(word), span, at, scanner.classes(), scanner.GPT2, *columns)
     tables[0].add(tables[1])
     assert len(tables[0]) == 2
 
@@ -700,7 +700,7 @@ def merges_of_hugging_face(documents: list[str], vocab_size: int) -> Merges:
     )
     model.train_from_iterator(documents, trainer)
     merges = json.loads(model.to_str())["model"]["merges"]
-    return [tuple(map(vocabulary.unspell, pair)) for pair in merges]
+    return [tuple(map(vocabulary.unicode_to_bytes, pair)) for pair in merges]
 
 
 def texts_for_hugging_face() -> dict[str, str]:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from llm_basics import config, data, functional, layers, model, optim, swap, update
-from llm_basics.fast import data as fast_data
+from llm_basics import swap
+from llm_basics.core import config, dataloader, functional, layers, model, optim, trainer
+from llm_basics.fast import dataloader as fast_data
 from llm_basics.fast import functional as fast
 from llm_basics.fast import layers as fast_layers
 from llm_basics.fast import optim as fast_optim
-from llm_basics.fast import products
-from llm_basics.fast import update as fast_update
+from llm_basics.fast import trainer as fast_update
+from llm_basics.fast.cpu import linear
 
 SHAPE = config.ModelConfig(vocab_size=50, context_length=16, d_model=32, n_layers=2, n_heads=4)
 
@@ -102,7 +103,7 @@ def by_onednn(monkeypatch):
     """Products by oneDNN, also on a processor on which MKL is as fast."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch comes without oneDNN here")
-    monkeypatch.setattr(products, "onednn_is_wider", lambda: True)
+    monkeypatch.setattr(linear, "onednn_is_wider", lambda: True)
 
 
 def test_products_in_float32_are_made_by_onednn(by_onednn):
@@ -122,12 +123,12 @@ def test_products_by_onednn_are_the_same(case, by_onednn):
 
 @pytest.mark.parametrize(("made_by", "capability"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2")])
 def test_where_mkl_is_as_wide_it_is_used(made_by, capability, monkeypatch):
-    monkeypatch.setattr(products, "is_of_intel", lambda: made_by == "GenuineIntel")
+    monkeypatch.setattr(linear, "is_of_intel", lambda: made_by == "GenuineIntel")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not products.onednn_is_wider.__wrapped__()
-    monkeypatch.setattr(products, "is_of_intel", lambda: False)
+    assert not linear.onednn_is_wider.__wrapped__()
+    monkeypatch.setattr(linear, "is_of_intel", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert products.onednn_is_wider.__wrapped__() == torch.backends.mkldnn.is_available()
+    assert linear.onednn_is_wider.__wrapped__() == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize(
@@ -135,28 +136,28 @@ def test_where_mkl_is_as_wide_it_is_used(made_by, capability, monkeypatch):
     [{}, {"bias": True}, {"n_kv_heads": 2, "qk_norm": True}, {"n_kv_heads": 1, "bias": True}],
     ids=str,
 )
-@pytest.mark.parametrize("seq", [1, products.LEAST_ROWS // 2, products.LEAST_ROWS])
+@pytest.mark.parametrize("seq", [1, linear.LEAST_ROWS // 2, linear.LEAST_ROWS])
 def test_one_product_projects_as_three_do(options, seq, monkeypatch):
     apart = layers.MultiHeadSelfAttention(24, 4, **options).double()
     together = fast_layers.MultiHeadSelfAttention(24, 4, **options).double()
     together.load_state_dict(apart.state_dict())
     n_merged = []
-    merged = products.merged
-    monkeypatch.setattr(products, "merged", lambda *given: n_merged.append(1) or merged(*given))
+    merged = linear.merged
+    monkeypatch.setattr(linear, "merged", lambda *given: n_merged.append(1) or merged(*given))
     x = normal(2, seq, 24, dtype=torch.float64)
     found = [outcome(lambda x, *_, a=a: a(x), (x,), {}) for a in (together, apart)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     for one, other in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
-    assert len(n_merged) == (2 * seq >= products.LEAST_ROWS)
+    assert len(n_merged) == (2 * seq >= linear.LEAST_ROWS)
 
 
 @pytest.mark.parametrize("biases", [False, True])
 def test_merged_products(biases):
     x, weights = normal(2, 3, 8), [normal(5, 8), normal(2, 8), normal(7, 8)]
     b = [normal(len(weight)) if biases else None for weight in weights]
-    for one, weight, bias in zip(products.merged(x, weights, b), weights, b, strict=True):
+    for one, weight, bias in zip(linear.merged(x, weights, b), weights, b, strict=True):
         torch.testing.assert_close(one, functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
     tokens = torch.randint(0, 50, (3, 17))
     losses, gradients = [], []
     for of_batch, most in (
-        (update.batch_loss, 0),
+        (trainer.batch_loss, 0),
         (fast_update.batch_loss, 200),
         (fast_update.batch_loss, 7),
     ):
@@ -315,7 +316,7 @@ def test_a_model_of_somebody_else_is_asked_for_its_logits():
 @pytest.mark.parametrize(("way", "stride"), [("resident", None), ("ahead", None), ("resident", 3)])
 def test_batches_are_those_of_the_reference(way, stride, dtype):
     shards = [(np.arange(n) * 7 % min(60_000, np.iinfo(dtype).max)).astype(dtype) for n in (9_001, 5, 70, 40)]
-    expected = data.Batches(shards, batch_size=4, context_length=8, seed=3, stride=stride)
+    expected = dataloader.Batches(shards, batch_size=4, context_length=8, seed=3, stride=stride)
     found = fast_data.Batches(shards, batch_size=4, context_length=8, seed=3, stride=stride)
     if way == "resident":
         found._keep_resident()

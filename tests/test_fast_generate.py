@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import adjusting, config, generate, layers, model, swap
-from llm_basics.fast import decoding, machine, static, threads, vectors, weights
+from llm_basics import swap
+from llm_basics.core import config, generate, layers, model
 from llm_basics.fast import generate as fast
+from llm_basics.fast import numba_jit
+from llm_basics.fast.cpu import decode, threads, vectors, weights
+from llm_basics.fast.cuda import cuda_graph
+from llm_basics.inference import engine
 
 # no option has its default in all of them; numbers of rows that four do not divide are among them
 SHAPES = {
@@ -68,7 +72,7 @@ def both(lm, prompt, n, *settings, **options):
     prompt = torch.tensor(prompt)
     return [
         list(home.generate(lm, prompt, n, *settings, generator=seeded(), **options))
-        for home in (generate, fast)
+        for home in (engine, fast)
     ]
 
 
@@ -93,7 +97,7 @@ def logits_by(reader, text, n_prompt):
 
 
 @pytest.mark.parametrize("n_prompt", [1, 40, 60])
-@pytest.mark.parametrize("reader", [fast.Loops, static.StaticStep])
+@pytest.mark.parametrize("reader", [fast.Loops, cuda_graph.StaticStep])
 def test_scores_of_each_token(lm, reader, n_prompt):
     text = torch.randint(lm.config.vocab_size, (64,)).tolist()
     found = logits_by(reader(lm), text, n_prompt)
@@ -140,7 +144,7 @@ def n_threads():
 
 def only(size, has_drafts=False):
     """A pace that has no choice."""
-    return fast.Pace([fast.Way(size, has_drafts)])
+    return fast.Autotuner([fast.LoopConfig(size, has_drafts)])
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -194,7 +198,7 @@ def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
     def work(number, member):
         if number == 0:
             raise KeyboardInterrupt
-        threads.meet(member.meeting, member.size)
+        threads.barrier(member.meeting, member.size)
         arrived.append(number)
         return 1
 
@@ -220,15 +224,15 @@ def test_what_fails_in_another_member_is_told():
 @pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 33, 61, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_each_row_is_somebody_s(n_rows, size):
-    parts = [range(*decoding.rows_of(n_rows, number, size)) for number in range(size)]
+    parts = [range(*decode.rows_of(n_rows, number, size)) for number in range(size)]
     assert [row for part in parts for row in part] == list(range(n_rows))
     assert all(len(part) >= min(n_rows, vectors.ROWS) for part in parts if len(part))
 
 
-@pytest.mark.parametrize("fastest", [fast.Way(2, True), fast.Way(1, False)])
+@pytest.mark.parametrize("fastest", [fast.LoopConfig(2, True), fast.LoopConfig(1, False)])
 def test_what_is_faster_is_stayed_with(fastest):
-    ways = [fast.Way(size, has_drafts) for size in (2, 1) for has_drafts in (True, False)]
-    pace, tried = fast.Pace(ways), []
+    ways = [fast.LoopConfig(size, has_drafts) for size in (2, 1) for has_drafts in (True, False)]
+    pace, tried = fast.Autotuner(ways), []
     for _ in range(200):
         way = pace.way()
         tried.append(way)
@@ -241,12 +245,12 @@ def test_what_is_faster_is_stayed_with(fastest):
 
 
 def test_one_slow_call_is_forgiven_and_a_busy_core_is_not():
-    pace = fast.Pace([fast.Way(2), fast.Way(1)])
-    pace.note(fast.Way(2), 1.0), pace.note(fast.Way(1), 1.6)
-    pace.note(fast.Way(2), 2.5)
-    assert pace.way() == fast.Way(2)
-    pace.note(fast.Way(2), 20.0)
-    assert pace.way() == fast.Way(1)
+    pace = fast.Autotuner([fast.LoopConfig(2), fast.LoopConfig(1)])
+    pace.note(fast.LoopConfig(2), 1.0), pace.note(fast.LoopConfig(1), 1.6)
+    pace.note(fast.LoopConfig(2), 2.5)
+    assert pace.way() == fast.LoopConfig(2)
+    pace.note(fast.LoopConfig(2), 20.0)
+    assert pace.way() == fast.LoopConfig(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def test_drawn_text(settings):
 @pytest.mark.parametrize("adjust", [{"repetition_penalty": 1.3}, {"min_p": 0.1}, {"min_p": 1.0}, {}])
 def test_text_of_changed_scores(temperature, adjust):
     lm = make(40)
-    adjustment = adjusting.Adjustment(temperature, **adjust)
+    adjustment = generate.LogitsProcessor(temperature, **adjust)
     plain, _ = both(lm, [5, 6, 7], 60, temperature)
     expected, found = both(lm, [5, 6, 7], 60, temperature, adjust=adjustment)
     assert found == expected and len(set(expected)) > 3
@@ -287,7 +291,7 @@ def test_the_same_text_with_twins_in_place(settings):
         assert generate.next_token_probabilities is fast.next_token_probabilities
         texts.append(list(generate.generate(lm, torch.tensor([5, 6, 7]), 60, *settings, generator=seeded())))
         prompts = [torch.tensor([5, 6, 7])] * 2
-        texts += generate.generate_batch(lm, prompts, 60, *settings, generators=[seeded(), seeded()])
+        texts += engine.generate_batch(lm, prompts, 60, *settings, generators=[seeded(), seeded()])
     assert texts == texts[:1] * 4
 
 
@@ -360,9 +364,9 @@ def drafts_of(monkeypatch):
     """How many tokens are to be drafted after each call of the loops."""
     monkeypatch.setattr(fast, "MOST_AT_ONCE", 1)
     monkeypatch.setattr(fast, "known_pace", lambda *_: only(1, True))
-    counts, write = [], decoding.write_likeliest
+    counts, write = [], decode.write_likeliest
     monkeypatch.setattr(
-        decoding, "write_likeliest", lambda *args: [write(*args), counts.append(int(args[-2][0]))][0]
+        decode, "write_likeliest", lambda *args: [write(*args), counts.append(int(args[-2][0]))][0]
     )
     return counts
 
@@ -372,7 +376,7 @@ def test_a_text_whose_drafts_are_right(monkeypatch):
     expected = both(lm, [5, 6, 7], 200, 0.0)[0]
     counts = drafts_of(monkeypatch)
     assert list(fast.generate(lm, torch.tensor([5, 6, 7]), 200, 0.0)) == expected
-    assert np.mean(counts) > 0.6 * decoding.MOST_DRAFTED and len(set(expected)) > 3
+    assert np.mean(counts) > 0.6 * decode.MOST_DRAFTED and len(set(expected)) > 3
 
 
 @pytest.fixture
@@ -403,10 +407,10 @@ def test_what_is_wrong_is_drafted_seldom(wrong_drafts, monkeypatch):
 
 def test_several_tokens_in_one_pass(lm):
     text, reader, room = torch.randint(lm.config.vocab_size, (40,)), fast.Loops(lm), []
-    alone = decoding.Member(0, 1, np.zeros(2, np.int64))
+    alone = decode.Member(0, 1, np.zeros(2, np.int64))
     for start, end in [(0, 16), (16, 17), (17, 19), (19, 26), (26, 40)]:
         given = reader.shape, reader.weights, reader.states[0], alone
-        decoding.read_tokens(text[start:end].numpy(), start, True, *given)
+        decode.read_tokens(text[start:end].numpy(), start, True, *given)
         room.append(torch.from_numpy(reader.states[0].logits[: end - start]).clone())
     with torch.no_grad():
         expected = lm(text)
@@ -420,9 +424,9 @@ def test_products_of_whole_numbers(n):
     rows[:, n:] = x[n:] = 0
     rows, x = rows.astype(np.int8), x.astype(np.int16)
 
-    @machine.compiled
+    @numba_jit.jit
     def sums(rows, x):
-        return machine.four_sums(rows.ctypes.data, rows.shape[1], x.ctypes.data)
+        return numba_jit.four_sums(rows.ctypes.data, rows.shape[1], x.ctypes.data)
 
     assert list(sums(rows, x)) == (rows.astype(int) @ x.astype(int)).tolist()
 
@@ -490,7 +494,7 @@ def test_probabilities_of_impossible_settings(wrong):
         except ValueError as error:
             return str(error)
 
-    assert outcome(fast) == outcome(generate)
+    assert outcome(fast) == outcome(engine)
 
 
 # --------------------------------------------------------------------------------------------------

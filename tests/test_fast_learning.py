@@ -16,13 +16,18 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, config, data, layers, memory, model, optim, run, swap, update
-from llm_basics.fast import gradient, heads, learning, machine, threads, tiles
+from llm_basics import swap
+from llm_basics.core import config, dataloader, layers, model, optim, trainer
+from llm_basics.fast import numba_jit
 from llm_basics.fast import optim as fast_optim
-from llm_basics.fast import update as fast
+from llm_basics.fast import trainer as fast
+from llm_basics.fast.cpu import attention, interpreter, matmul, threads
+from llm_basics.fast.cpu import trainer as cpu_trainer
+from llm_basics.runs import checkpoint, run_dir
+from llm_basics.training import memory
 
 pytestmark = pytest.mark.skipif(
-    learning.LEAST_VECTOR > tiles.VECTOR, reason="the processor has no wide vectors, so torch is used"
+    cpu_trainer.LEAST_VECTOR > matmul.VECTOR, reason="the processor has no wide vectors, so torch is used"
 )
 
 # sizes of all kinds: vocabularies that no vector divides, heads of one vector and of three, one group and two
@@ -58,7 +63,7 @@ BATCHES = {
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Each test on one thread, unless it asks for more, and with as few tokens as it likes."""
-    monkeypatch.setattr(learning, "MOST_WEIGHTS_PER_TOKEN", 10**9)
+    monkeypatch.setattr(cpu_trainer, "MOST_WEIGHTS_PER_TOKEN", 10**9)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,8 +112,8 @@ def test_finds_what_autograd_finds(shape):
     lm, exact = make(**SHAPES[shape]), make(**SHAPES[shape]).double()
     exact.load_state_dict(lm.state_dict())
     inputs, targets = random_batch(lm)
-    targets[0, :5], targets[2] = data.IGNORED, data.IGNORED
-    expected, of_weights = gradients(exact, (inputs, targets), update.batch_loss, 0.01)
+    targets[0, :5], targets[2] = dataloader.IGNORE_INDEX, dataloader.IGNORE_INDEX
+    expected, of_weights = gradients(exact, (inputs, targets), trainer.batch_loss, 0.01)
     loss, found = gradients(lm, (inputs, targets), fast.batch_loss, 0.01)
     assert is_by_loops(loss)
     assert abs(loss.item() - expected.item()) < 1e-5
@@ -122,7 +127,7 @@ def test_batches_of_any_size(shape, batch):
     lm = make(**SHAPES[shape])
     texts = random_batch(lm, n_texts, seq)
     torch.set_num_threads(n_threads)
-    expected, of_weights = gradients(lm, texts, update.batch_loss)
+    expected, of_weights = gradients(lm, texts, trainer.batch_loss)
     loss, found = gradients(lm, texts, fast.batch_loss)
     assert is_by_loops(loss) and abs(loss.item() - expected.item()) < 1e-5
     assert_same(found, of_weights)
@@ -163,7 +168,9 @@ def test_a_second_backward_is_refused():
 def test_nothing_to_learn():
     lm = make()
     inputs, targets = random_batch(lm)
-    loss, found = gradients(lm, (inputs, torch.full_like(targets, data.IGNORED)), fast.batch_loss, 0.1)
+    loss, found = gradients(
+        lm, (inputs, torch.full_like(targets, dataloader.IGNORE_INDEX)), fast.batch_loss, 0.1
+    )
     assert is_by_loops(loss) and loss == 0
     assert all(not g.any() for g in found.values())
 
@@ -178,7 +185,7 @@ def test_sees_weights_as_they_are_now():
     moved = copy.deepcopy(lm)
     for parameter in lm.parameters():  # elsewhere in memory
         parameter.data = parameter.data.clone()
-    expected, of_weights = gradients(moved, batch, update.batch_loss)
+    expected, of_weights = gradients(moved, batch, trainer.batch_loss)
     for lm_now in (lm, moved):
         loss, found = gradients(lm_now, batch, fast.batch_loss)
         assert is_by_loops(loss) and abs(loss - expected) < 1e-5
@@ -196,7 +203,7 @@ def test_what_is_not_finite_stays_so(place, number):
     loss, found = gradients(lm, random_batch(lm), fast.batch_loss)
     assert is_by_loops(loss) and not (loss.isfinite() and found[name].isfinite().all())
     with swap.using("fast"), pytest.raises(FloatingPointError, match=f"{name} has 1 value"):
-        update.train_step(lm, update.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
+        trainer.train_step(lm, trainer.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -206,14 +213,14 @@ def test_two_hundred_steps_learn_the_same(shape):
         torch.manual_seed(0)
         lm = make(context_length=32, init="gpt2", **SHAPES[shape])
         settings = config.TrainConfig(200, lr=3e-3, warmup_steps=10, dtype="float32")
-        optimizer, text = update.make_optimizer(lm, settings), torch.randint(61, (500,)).repeat(2)
+        optimizer, text = trainer.make_optimizer(lm, settings), torch.randint(61, (500,)).repeat(2)
         curve = []
-        with swap.using("fast") if twins else swap.the_reference_alone():
+        with swap.using("fast") if twins else swap.reference_only():
             for step in range(1, 201):
                 places = torch.randint(500, (8,), generator=torch.Generator().manual_seed(step))
                 windows = text[places[:, None] + torch.arange(33)]
                 batch = windows[:, :-1], windows[:, 1:]
-                curve.append(update.train_step(lm, optimizer, [batch], step, settings).train_loss.item())
+                curve.append(trainer.train_step(lm, optimizer, [batch], step, settings).train_loss.item())
         losses.append(torch.tensor(curve))
     assert losses[0][-1] < losses[0][0] - 1
     assert (losses[0] - losses[1]).abs().max() < 1e-3
@@ -271,7 +278,7 @@ def test_is_left_to_torch_if_the_model_is_not_as_it_was_made(change):
 )
 def test_is_left_to_torch_if_the_config_asks_for_what_loops_do_not_know(options):
     lm = make(**options)
-    assert learning.unsupported(lm, random_batch(lm)[0])
+    assert cpu_trainer.unsupported(lm, random_batch(lm)[0])
     assert not is_by_loops(fast.batch_loss(lm, *random_batch(lm), 0.0))
 
 
@@ -283,25 +290,25 @@ def test_dropout_is_none_in_evaluation():
 def test_is_left_to_torch_where_threads_outnumber_texts():
     lm = make()
     torch.set_num_threads(3)
-    assert "2 texts are too few for 3 threads" in learning.unsupported(lm, random_batch(lm, 2)[0])
-    assert not learning.unsupported(lm, random_batch(lm, 3)[0])
+    assert "2 texts are too few for 3 threads" in cpu_trainer.unsupported(lm, random_batch(lm, 2)[0])
+    assert not cpu_trainer.unsupported(lm, random_batch(lm, 3)[0])
 
 
 def test_is_left_to_torch_where_that_is_faster(monkeypatch):
     lm, wide = make(), make(d_model=400, n_layers=1, n_heads=25)
-    assert "400 wide" in learning.unsupported(wide, random_batch(wide)[0])
-    monkeypatch.setattr(learning, "MOST_WEIGHTS_PER_TOKEN", lm.n_parameters() / 80)
-    assert not learning.unsupported(lm, random_batch(lm, 4, 20)[0])
-    assert "too many for 76 tokens" in learning.unsupported(lm, random_batch(lm, 4, 19)[0])
+    assert "400 wide" in cpu_trainer.unsupported(wide, random_batch(wide)[0])
+    monkeypatch.setattr(cpu_trainer, "MOST_WEIGHTS_PER_TOKEN", lm.n_parameters() / 80)
+    assert not cpu_trainer.unsupported(lm, random_batch(lm, 4, 20)[0])
+    assert "too many for 76 tokens" in cpu_trainer.unsupported(lm, random_batch(lm, 4, 19)[0])
 
 
 def test_is_left_to_torch_where_gradients_of_all_threads_are_too_many(monkeypatch):
     lm = make()
-    monkeypatch.setattr(learning, "MOST_GRADIENTS", 2 * lm.n_parameters())
+    monkeypatch.setattr(cpu_trainer, "MOST_GRADIENTS", 2 * lm.n_parameters())
     torch.set_num_threads(2)
-    assert not learning.unsupported(lm, random_batch(lm)[0])
+    assert not cpu_trainer.unsupported(lm, random_batch(lm)[0])
     torch.set_num_threads(3)
-    assert "memory" in learning.unsupported(lm, random_batch(lm)[0])
+    assert "memory" in cpu_trainer.unsupported(lm, random_batch(lm)[0])
 
 
 @pytest.mark.parametrize(
@@ -324,29 +331,31 @@ def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
     lm = make()
     before = copy.deepcopy(lm.state_dict())
     commands, compiled = [], []
-    monkeypatch.setattr(learning.subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(cpu_trainer.subprocess, "run", lambda command, **options: commands.append(command))
     for is_there in (True, False):
         monkeypatch.setattr(
-            machine, "used_before", functools.cache(lambda module="", is_there=is_there: is_there)
+            numba_jit, "used_before", functools.cache(lambda module="", is_there=is_there: is_there)
         )
         swap.prepare_model(lm, 4, 20)
         assert not commands
         with swap.using("fast", lambda line: None):
             swap.prepare_model(lm, 4, 20)
-        assert [command[2:] for command in commands] == ([] if is_there else [["llm_basics.fast.learning"]])
+        assert [command[2:] for command in commands] == (
+            [] if is_there else [["llm_basics.fast.cpu.trainer"]]
+        )
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
     # what that process does
-    monkeypatch.setattr(learning.directions, "update", lambda *arguments: compiled.append("directions"))
-    learn = learning.Learner.learn
-    monkeypatch.setattr(learning.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
-    learning.main()
+    monkeypatch.setattr(cpu_trainer.directions, "update", lambda *arguments: compiled.append("directions"))
+    learn = cpu_trainer.Learner.learn
+    monkeypatch.setattr(cpu_trainer.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
+    cpu_trainer.main()
     assert compiled == ["gradient", "directions"]
 
 
 @pytest.mark.slow
 def test_a_run_that_compiles_learns_the_same_to_the_last_bit(tmp_path):
-    home = Path(learning.__file__).parents[1]
+    home = Path(cpu_trainer.__file__).parents[1]
     shutil.copytree(home, tmp_path / "llm_basics", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
     options = "--tokenizer bytes --data text.txt --config gpt2-nano --train.steps 3 --train.sample_tokens 1"
@@ -356,7 +365,7 @@ def test_a_run_that_compiles_learns_the_same_to_the_last_bit(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("compiling the loops that learn" in done.stderr) == (number == 0)
-        path = tmp_path / f"run{number}" / run.CHECKPOINTS / "step_00000003.safetensors"
+        path = tmp_path / f"run{number}" / run_dir.CHECKPOINTS / "step_00000003.safetensors"
         weights.append(checkpoint.read_checkpoint(path)[0])
     for name, tensor in weights[0].items():
         assert name.startswith("rng.") or torch.equal(tensor, weights[1][name]), name
@@ -373,7 +382,7 @@ def test_memory_is_estimated_without_loops():
         model=config.ModelConfig(vocab_size=61, context_length=16, d_model=64, n_layers=2, d_ff=80),
         train=config.TrainConfig(10, device="cpu"),
     )
-    estimates = [memory.estimate(options, update.make_optimizer, f.batch_loss) for f in (update, fast)]
+    estimates = [memory.estimate(options, trainer.make_optimizer, f.batch_loss) for f in (trainer, fast)]
     assert estimates[0] == estimates[1]
 
 
@@ -394,7 +403,7 @@ def test_an_interruption_waits_for_the_others(monkeypatch):
     torch.set_num_threads(2)
     batch = random_batch(lm, 4, 30)
     fast.batch_loss(lm, *batch, 0.0)
-    learn, running, caller = gradient.learn, [], threading.current_thread()
+    learn, running, caller = interpreter.learn, [], threading.current_thread()
     may_end = threading.Event()
 
     def interrupted(*arguments):
@@ -406,7 +415,7 @@ def test_an_interruption_waits_for_the_others(monkeypatch):
         running.clear()
         return learn(*arguments)
 
-    monkeypatch.setattr(gradient, "learn", interrupted)
+    monkeypatch.setattr(interpreter, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast.batch_loss(lm, *batch, 0.0)
     assert not running and may_end.is_set()
@@ -451,7 +460,7 @@ def test_gradients_that_lie_in_a_row_are_clipped_in_one_go(monkeypatch):
 
 
 def matrix(x, column=1, tile=0):
-    return tiles.Matrix(x.data_ptr(), x.stride(0), column, tile)
+    return matmul.Matrix(x.data_ptr(), x.stride(0), column, tile)
 
 
 @pytest.mark.parametrize(
@@ -459,70 +468,70 @@ def matrix(x, column=1, tile=0):
 )
 def test_product(m, n, k):
     """n counts vectors."""
-    n *= tiles.VECTOR
+    n *= matmul.VECTOR
     a, b, start = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
     # around what is written there is something else
     room = torch.full((m + 1, n + 5), 7.0)
-    left, right = matrix(a, tile=tiles.ROWS * k), matrix(b, tile=tiles.COLUMNS)
-    tiles.product(left, right, matrix(start), matrix(room), m, n, k)
+    left, right = matrix(a, tile=matmul.ROWS * k), matrix(b, tile=matmul.COLUMNS)
+    matmul.product(left, right, matrix(start), matrix(room), m, n, k)
     assert torch.allclose(room[:m, :n], start + a @ b, atol=1e-3)
     assert (room[m:] == 7).all() and (room[:, n:] == 7).all()
-    tiles.product(left, right, matrix(room), matrix(room), m, n, k)
+    matmul.product(left, right, matrix(room), matrix(room), m, n, k)
     assert torch.allclose(room[:m, :n], start + 2 * (a @ b), atol=1e-3)
-    tiles.product(left, right, tiles.start_at(start.data_ptr(), 0, n), matrix(room), m, n, k)
+    matmul.product(left, right, matmul.start_at(start.data_ptr(), 0, n), matrix(room), m, n, k)
     assert torch.allclose(room[:m, :n], start[0] + a @ b, atol=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 61])
 def test_pack_turns_a_matrix_and_ends_it_with_zeros(n):
-    k = 2 * tiles.VECTOR
+    k = 2 * matmul.VECTOR
     weight, x = torch.randn(n, k + 3)[:, :k], torch.randn(5, k)
-    packed = torch.full((tiles.packed_size(n, k),), float("nan"))
-    tiles.pack(weight.data_ptr(), weight.stride(0), n, k, packed.data_ptr())
-    out = torch.full((5, tiles.padded(n)), float("nan"))
-    nothing, right = torch.zeros(tiles.padded(n)), tiles.packed(packed.data_ptr(), k)
-    left = matrix(x, tile=tiles.ROWS * k)
-    tiles.product(left, right, tiles.repeated_at(nothing.data_ptr()), matrix(out), 5, n, k)
+    packed = torch.full((matmul.packed_size(n, k),), float("nan"))
+    matmul.pack(weight.data_ptr(), weight.stride(0), n, k, packed.data_ptr())
+    out = torch.full((5, matmul.padded(n)), float("nan"))
+    nothing, right = torch.zeros(matmul.padded(n)), matmul.packed(packed.data_ptr(), k)
+    left = matrix(x, tile=matmul.ROWS * k)
+    matmul.product(left, right, matmul.repeated_at(nothing.data_ptr()), matrix(out), 5, n, k)
     assert torch.allclose(out[:, :n], x @ weight.T, atol=1e-4) and (out[:, n:] == 0).all()
 
 
 @pytest.mark.parametrize("m", [1, 7, 8, 21])
 def test_turn_makes_columns_rows(m):
-    a, b = torch.randn(30, m + 2)[:, :m], torch.randn(30, tiles.VECTOR)
-    turned, out = torch.zeros(tiles.whole_tiles(m) * 30), torch.zeros(m, tiles.VECTOR)
-    tiles.turn(a.data_ptr(), a.stride(0), 30, m, turned.data_ptr())
-    left, right = tiles.turned(turned.data_ptr(), 30), matrix(b, tile=tiles.COLUMNS)
-    tiles.product(left, right, matrix(out), matrix(out), m, tiles.VECTOR, 30)
+    a, b = torch.randn(30, m + 2)[:, :m], torch.randn(30, matmul.VECTOR)
+    turned, out = torch.zeros(matmul.whole_tiles(m) * 30), torch.zeros(m, matmul.VECTOR)
+    matmul.turn(a.data_ptr(), a.stride(0), 30, m, turned.data_ptr())
+    left, right = matmul.turned(turned.data_ptr(), 30), matrix(b, tile=matmul.COLUMNS)
+    matmul.product(left, right, matrix(out), matrix(out), m, matmul.VECTOR, 30)
     assert torch.allclose(out, a.T @ b, atol=1e-4)
     out.zero_()
-    left = tiles.turned_at(a.data_ptr(), a.stride(0))
-    tiles.product(left, right, matrix(out), matrix(out), m, tiles.VECTOR, 30)
+    left = matmul.turned_at(a.data_ptr(), a.stride(0))
+    matmul.product(left, right, matrix(out), matrix(out), m, matmul.VECTOR, 30)
     assert torch.allclose(out, a.T @ b, atol=1e-4)
 
 
-@machine.compiled
+@numba_jit.jit
 def highest(x):
-    return tiles.highest(x.ctypes.data, len(x))
+    return matmul.highest(x.ctypes.data, len(x))
 
 
 def test_highest():
     for n in (1, 2, 5):
-        for place in range(n * tiles.VECTOR):
-            x = -np.random.rand(n * tiles.VECTOR).astype(np.float32)
+        for place in range(n * matmul.VECTOR):
+            x = -np.random.rand(n * matmul.VECTOR).astype(np.float32)
             x[place] = 0.5
             assert highest(x) == 0.5
 
 
 def test_scores_far_from_others_are_no_weight():
     """A softmax whose exponentials overflow or vanish, and one that sees itself alone."""
-    seq, d_head = 2 * heads.QUERIES + 3, tiles.VECTOR
+    seq, d_head = 2 * attention.QUERIES + 3, matmul.VECTOR
     q, k, v = (30 * torch.randn(seq, d_head) for _ in range(3))
     expected = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    sizes, out, zeros = torch.zeros(2 * seq), torch.zeros(seq, d_head), torch.zeros(seq + tiles.VECTOR)
-    rooms = [torch.full((heads.QUERIES * tiles.padded(seq),), float("nan")) for _ in range(2)]
-    rooms += [torch.full((tiles.packed_size(seq, d_head),), float("nan")) for _ in range(2)]
-    room = heads.Room(*(part.data_ptr() for part in (*rooms, zeros)))
+    sizes, out, zeros = torch.zeros(2 * seq), torch.zeros(seq, d_head), torch.zeros(seq + matmul.VECTOR)
+    rooms = [torch.full((attention.QUERIES * matmul.padded(seq),), float("nan")) for _ in range(2)]
+    rooms += [torch.full((matmul.packed_size(seq, d_head),), float("nan")) for _ in range(2)]
+    room = attention.Workspace(*(part.data_ptr() for part in (*rooms, zeros)))
     places = [part.data_ptr() for part in (q, k, v, sizes)]
-    heads.attend(*places, heads.Heads(1, seq, 1, 1, d_head), room, out.data_ptr())
+    attention.attend(*places, attention.Heads(1, seq, 1, 1, d_head), room, out.data_ptr())
     # scores are in the thousands: their last bits count
     assert torch.allclose(out, expected, atol=1e-2)

@@ -30,11 +30,13 @@ from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_basics import bpe, exchange, shards, tokenizer, vocabulary
+from llm_basics.core import bpe, tokenizer, vocabulary
+from llm_basics.data import shards, tokenizer_formats
 from llm_basics.fast import bpe as fast_bpe
-from llm_basics.fast import chunks, encoding, scanner
 from llm_basics.fast import tokenizer as fast
-from llm_basics.fast import words as table
+from llm_basics.fast.text import chunks, scanner
+from llm_basics.fast.text import encode as text_encode
+from llm_basics.fast.text import hash_table as table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SAMPLES = json.loads((FIXTURES / "samples.json").read_text(encoding="utf-8"))
@@ -160,7 +162,7 @@ def tiktoken_of(shared) -> Callable[..., tiktoken.Encoding]:
 
     @functools.cache
     def tiktoken_of(pattern: str = "gpt2", specials: tuple[str, ...] = (END_OF_TEXT,)) -> tiktoken.Encoding:
-        return exchange.to_tiktoken(vocabulary_of(shared("reference", pattern, specials)))
+        return tokenizer_formats.to_tiktoken(vocabulary_of(shared("reference", pattern, specials)))
 
     return tiktoken_of
 
@@ -170,7 +172,7 @@ def vocabulary_of(model: Any) -> vocabulary.Vocabulary:
 
 
 def hugging_face_of(model: Any, folder: Path) -> tokenizers.Tokenizer:
-    exchange.write_tokenizer_json(vocabulary_of(model), folder / "tokenizer.json")
+    tokenizer_formats.write_tokenizer_json(vocabulary_of(model), folder / "tokenizer.json")
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -498,8 +500,8 @@ def test_a_lone_surrogate_becomes_a_replacement_character_and_a_pair_its_charact
 @pytest.mark.parametrize("special", ["\ufffd", "\U0001f643", "a\U0001f643", "\ufffd\ufffd"])
 def test_special_tokens_are_looked_for_in_the_text_as_it_was_mended(kind, special):
     """As tiktoken does it: else the two would disagree, and what is decoded would not be encoded alike."""
-    model = CLASSES[kind].of_bytes([special])
-    theirs = exchange.to_tiktoken(vocabulary_of(model))
+    model = CLASSES[kind].byte_level([special])
+    theirs = tokenizer_formats.to_tiktoken(vocabulary_of(model))
     texts = [text + special for text in surrogate_texts()]
     assert_same(texts, model.encode, lambda text: theirs.encode(text, allowed_special="all"))
 
@@ -554,7 +556,7 @@ def found_by_hand(model: Any, text: str) -> list[int]:
 @pytest.fixture(scope="session")
 def bare_bytes() -> Callable[[str, tuple[str, ...]], Any]:
     """A tokenizer of bytes with special tokens that learned vocabularies would hold as well."""
-    return functools.cache(lambda kind, specials: CLASSES[kind].of_bytes(specials))
+    return functools.cache(lambda kind, specials: CLASSES[kind].byte_level(specials))
 
 
 def test_of_special_tokens_the_first_and_then_the_longest_is_taken(kind, bare_bytes):
@@ -583,7 +585,7 @@ def test_texts_with_special_tokens_get_the_ids_of_tiktoken(make, learned, patter
     specials = tuple(special for special in DISTINCT if special.encode("utf-8") not in tokens)
     assert len(specials) > 6
     reference, compiled = (make(kind, pattern, specials) for kind in CLASSES)
-    theirs = exchange.to_tiktoken(vocabulary_of(reference))
+    theirs = tokenizer_formats.to_tiktoken(vocabulary_of(reference))
     texts = texts_with(DISTINCT, 5000, 12) + varied_texts(500, 12, specials)
     assert_same(texts, compiled.encode, lambda text: theirs.encode(text, allowed_special="all"))
     assert_same(texts, reference.encode, compiled.encode)
@@ -616,7 +618,7 @@ def test_texts_longer_than_a_piece_get_the_ids_of_the_reference(make, shared, mo
 def test_special_tokens_across_pieces_stay_whole(bare_bytes, monkeypatch, size):
     reference = bare_bytes("reference", SPECIALS)
     monkeypatch.setattr(fast, "PIECE_CHARACTERS", size)
-    compiled = fast.Tokenizer.of_bytes(SPECIALS)
+    compiled = fast.Tokenizer.byte_level(SPECIALS)
     assert_same(long_texts(SPECIALS), compiled.encode, reference.encode)
 
 
@@ -961,7 +963,7 @@ def test_a_file_with_special_tokens_in_each_other_gets_the_ids_of_its_text(
 ):
     path, text = tmp_path / "text.txt", "".join(texts_with(specials, 250, 23))
     path.write_bytes(text.encode("utf-8"))
-    model = CLASSES[kind].of_bytes(specials)
+    model = CLASSES[kind].byte_level(specials)
     found = ids_in(shards.encode_to_file(model, path, tmp_path / "ids", "train", 1))
     expected = model.encode(text)
     assert found == expected + ([] if expected[-1] == model.special_id(END_OF_TEXT) else [found[-1]])
@@ -1004,7 +1006,7 @@ def test_a_file_without_an_end_of_text_in_the_vocabulary_is_refused(kind, tmp_pa
     path = tmp_path / "text.txt"
     path.write_bytes(b"the ship")
     with pytest.raises((KeyError, ValueError), match=re.escape(END_OF_TEXT)):
-        shards.encode_to_file(CLASSES[kind].of_bytes([]), path, tmp_path / "ids", "train")
+        shards.encode_to_file(CLASSES[kind].byte_level([]), path, tmp_path / "ids", "train")
     assert not (tmp_path / "ids").exists()
 
 
@@ -1013,7 +1015,7 @@ def test_what_is_remembered_has_room_for_the_longest(make):
     model = make("fast")
     rng = random.Random(25)
     words = ["".join(chr(rng.randint(0xC0, 0xD6)) for _ in range(48)) for _ in range(2000)]
-    assert len(words[0].encode("utf-8")) == encoding.REMEMBERED_BYTES
+    assert len(words[0].encode("utf-8")) == text_encode.REMEMBERED_BYTES
     text = "1".join(words)
     assert model.decode(model.encode(text)) == text
     one = model.encode("1")

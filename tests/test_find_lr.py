@@ -9,7 +9,12 @@ import signal
 import pytest
 import torch
 
-from llm_basics import command_line, config, find_lr, job, plot, prepare, run, session, update
+from llm_basics.analysis import figures
+from llm_basics.cli import parse
+from llm_basics.core import config, trainer
+from llm_basics.data import prepare
+from llm_basics.runs import run_dir
+from llm_basics.training import job, lr_finder, state
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 SETTINGS = config.TrainConfig(steps=3, batch_size=4, device="cpu", warmup_steps=50, schedule="wsd")
@@ -32,7 +37,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def training(options):
-    return session.Session(options, prepare.prepare(options))
+    return state.TrainingState(options, prepare.prepare(options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,41 +45,41 @@ def training(options):
 
 
 def test_rates_rise_by_one_factor_from_end_to_end():
-    rates = find_lr.rates(find_lr.STEPS)
+    rates = lr_finder.rates(lr_finder.STEPS)
     factors = [later / earlier for earlier, later in zip(rates, rates[1:], strict=False)]
-    assert (rates[0], rates[-1]) == pytest.approx((find_lr.LOWEST, find_lr.HIGHEST)) and factors[0] > 1
-    assert factors == pytest.approx([factors[0]] * (find_lr.STEPS - 1))
+    assert (rates[0], rates[-1]) == pytest.approx((lr_finder.LOWEST, lr_finder.HIGHEST)) and factors[0] > 1
+    assert factors == pytest.approx([factors[0]] * (lr_finder.STEPS - 1))
 
 
 def test_smoothed_losses_are_weighted_means_of_those_so_far():
     losses = [5.0, 1.0, 4.0, 2.0]
-    for n, smoothed in enumerate(find_lr.smooth(losses), 1):
+    for n, smoothed in enumerate(lr_finder.smooth(losses), 1):
         weights = [0.9 ** (n - 1 - i) for i in range(n)]
         expected = sum(w * loss for w, loss in zip(weights, losses[:n], strict=True)) / sum(weights)
         assert smoothed == pytest.approx(expected)
-    assert find_lr.smooth([3.0] * 5) == pytest.approx([3.0] * 5) and find_lr.smooth([]) == []
+    assert lr_finder.smooth([3.0] * 5) == pytest.approx([3.0] * 5) and lr_finder.smooth([]) == []
 
 
 def test_a_third_of_the_rate_where_the_loss_is_lowest_is_proposed():
-    rates = find_lr.rates(150)
+    rates = lr_finder.rates(150)
     for best in (1e-4, 6e-3, 0.1):
         losses = [5 + min(0.0, math.log10(1e-6 / lr)) for lr in rates if lr < best]
         losses += [9.0] * (150 - len(losses))
-        assert find_lr.propose(rates, losses) == pytest.approx(best / 3, rel=0.25)
+        assert lr_finder.propose(rates, losses) == pytest.approx(best / 3, rel=0.25)
     # a single batch that is easy decides nothing
     lucky = [3 + abs(math.log10(0.01 / lr)) for lr in rates]
     lucky[40] = 2.5
-    assert find_lr.propose(rates, lucky) == pytest.approx(0.02 / 3, rel=0.5)
-    assert find_lr.propose(rates, [5.0, *[5.1] * 149]) is None
-    assert find_lr.propose([], []) is None
+    assert lr_finder.propose(rates, lucky) == pytest.approx(0.02 / 3, rel=0.5)
+    assert lr_finder.propose(rates, [5.0, *[5.1] * 149]) is None
+    assert lr_finder.propose([], []) is None
 
 
 def test_every_step_has_the_rate_that_is_tried():
     for schedule in ("cosine", "wsd"):
         options = dataclasses.replace(SETTINGS, schedule=schedule, min_lr=1e-5)
         for lr in (1e-6, 0.0123, 1.0):
-            tried = find_lr.at_rate(options, lr)
-            assert {update.learning_rate(step, tried) for step in (1, 2, 3, 4, 99)} == {lr}
+            tried = lr_finder.at_rate(options, lr)
+            assert {trainer.learning_rate(step, tried) for step in (1, 2, 3, 4, 99)} == {lr}
             assert dataclasses.replace(tried, lr=3e-4, min_lr=1e-5, warmup_steps=50) == options
 
 
@@ -84,15 +89,15 @@ def test_every_step_has_the_rate_that_is_tried():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_are_those_of_training_on_the_data_of_the_run(options, monkeypatch, optimizer):
-    monkeypatch.setattr(find_lr, "STEPS", 12)
+    monkeypatch.setattr(lr_finder, "STEPS", 12)
     options = dataclasses.replace(options, train=dataclasses.replace(SETTINGS, optimizer=optimizer))
-    first, second = (session.Session(options, prepare.prepare(options)) for _ in range(2))
+    first, second = (state.TrainingState(options, prepare.prepare(options)) for _ in range(2))
     torch.manual_seed(0)
-    entries = list(find_lr.try_rates(first))
-    for entry, lr in zip(entries, find_lr.rates(12), strict=True):
-        settings = find_lr.at_rate(options.train, lr)
+    entries = list(lr_finder.try_rates(first))
+    for entry, lr in zip(entries, lr_finder.rates(12), strict=True):
+        settings = lr_finder.at_rate(options.train, lr)
         batches = second.next_batches()
-        result = update.train_step(second.model, second.optimizer, batches, second.step + 1, settings)
+        result = trainer.train_step(second.model, second.optimizer, batches, second.step + 1, settings)
         second.advance()
         assert (entry["step"], entry["lr"], result.lr) == (second.step, lr, lr)
         assert (entry["train_loss"], entry["grad_norm"]) == (result.train_loss, result.grad_norm)
@@ -108,7 +113,7 @@ def test_steps_are_those_of_training_on_the_data_of_the_run(options, monkeypatch
     ],
 )
 def test_a_search_ends_where_the_loss_leaps_or_is_lost(options, monkeypatch, capsys, what, n_tried, said):
-    train_step = update.train_step
+    train_step = trainer.train_step
 
     def diverging(*arguments):
         if arguments[3] == 60 and what == "is lost":
@@ -116,18 +121,18 @@ def test_a_search_ends_where_the_loss_leaps_or_is_lost(options, monkeypatch, cap
         result = train_step(*arguments)
         return result if arguments[3] < 60 else dataclasses.replace(result, train_loss=torch.tensor(23.0))
 
-    monkeypatch.setattr(update, "train_step", diverging)
+    monkeypatch.setattr(trainer, "train_step", diverging)
     assert job.main(options) == 0
     told = capsys.readouterr().out
     assert said in told and "--train.lr 7e-05" in told
-    assert len(run.read_tried(options.run_dir)) == n_tried
+    assert len(run_dir.read_tried(options.run_dir)) == n_tried
 
 
 def test_rates_that_are_far_too_large_are_not_gone_through(training, monkeypatch):
     """With nothing to hold a step back, the real loss diverges."""
-    monkeypatch.setattr(find_lr, "HIGHEST", 1e6)
-    entries = list(find_lr.try_rates(training))
-    assert 40 < len(entries) < find_lr.STEPS and entries[-1]["lr"] < 1e5
+    monkeypatch.setattr(lr_finder, "HIGHEST", 1e6)
+    entries = list(lr_finder.try_rates(training))
+    assert 40 < len(entries) < lr_finder.STEPS and entries[-1]["lr"] < 1e5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,9 +148,9 @@ def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options,
     assert {path.name for path in (tmp_path / "one").iterdir()} == files
     proposals = [float(text.split("--train.lr ")[1]) for text in said]
     assert proposals[0] == proposals[1] and 1e-3 < proposals[0] < 0.1
-    assert run.read_tried(tmp_path / "one") == run.read_tried(tmp_path / "two")
-    entries = run.read_tried(tmp_path / "one")
-    assert [entry["lr"] for entry in entries] == find_lr.rates(find_lr.STEPS)[: len(entries)]
+    assert run_dir.read_tried(tmp_path / "one") == run_dir.read_tried(tmp_path / "two")
+    entries = run_dir.read_tried(tmp_path / "one")
+    assert [entry["lr"] for entry in entries] == lr_finder.rates(lr_finder.STEPS)[: len(entries)]
     assert set(entries[0]) == {"step", "lr", "train_loss", "smoothed_loss", "grad_norm"}
     assert len([line for line in said[0].splitlines() if "e-0" in line]) >= 10
     assert json.loads((tmp_path / "one" / "config.json").read_text())["find_lr"] is True
@@ -154,27 +159,27 @@ def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options,
 def test_the_proposal_is_better_than_rates_far_from_it(options, tmp_path):
     """After 60 steps, than a thirtieth of it and than thirty times as much."""
     job.main(options)
-    tried = run.read_tried(options.run_dir)
-    proposal = find_lr.propose([e["lr"] for e in tried], [e["train_loss"] for e in tried])
+    tried = run_dir.read_tried(options.run_dir)
+    proposal = lr_finder.propose([e["lr"] for e in tried], [e["train_loss"] for e in tried])
     losses = []
     for factor in (1 / 30, 1, 30):
         settings = dataclasses.replace(SETTINGS, steps=60, lr=factor * proposal, warmup_steps=5)
-        training = session.Session(dataclasses.replace(options, train=settings), prepare.prepare(options))
+        training = state.TrainingState(dataclasses.replace(options, train=settings), prepare.prepare(options))
         while training.step < settings.steps:
             batches = training.next_batches()
-            update.train_step(training.model, training.optimizer, batches, training.step + 1, settings)
+            trainer.train_step(training.model, training.optimizer, batches, training.step + 1, settings)
             training.advance()
         losses.append(training.evaluate(10)["val_loss"])
     assert losses[1] < losses[0] - 0.1 and losses[1] < losses[2] - 0.1
 
 
 def test_without_a_rate_that_helps_none_is_proposed(options, tmp_path, capsys, monkeypatch):
-    train_step = update.train_step
+    train_step = trainer.train_step
 
     def worse_and_worse(*arguments):
         return dataclasses.replace(train_step(*arguments), train_loss=torch.tensor(float(arguments[3])))
 
-    monkeypatch.setattr(update, "train_step", worse_and_worse)
+    monkeypatch.setattr(trainer, "train_step", worse_and_worse)
     assert job.main(options) == job.NO_RATE
     said = capsys.readouterr().out
     assert "ended after 5 of 150 rates" in said and "none is proposed" in said and "--train.lr" not in said
@@ -182,24 +187,24 @@ def test_without_a_rate_that_helps_none_is_proposed(options, tmp_path, capsys, m
 
 
 def test_a_search_that_is_interrupted_says_that_nothing_is_kept(options, capsys, monkeypatch):
-    train_step = update.train_step
+    train_step = trainer.train_step
 
     def interrupted(*arguments):
         if arguments[3] == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(*arguments)
 
-    monkeypatch.setattr(update, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     assert job.main(options) == 130
     assert "stopped by SIGINT after step 5; nothing is kept" in capsys.readouterr().out
-    assert len(run.read_tried(options.run_dir)) == 5
+    assert len(run_dir.read_tried(options.run_dir)) == 5
 
 
 def test_a_figure_that_cannot_be_written_costs_no_proposal(options, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plot, "plot_lr_finder", full)
+    monkeypatch.setattr(figures, "plot_lr_finder", full)
     assert job.main(options) == 0
     said = capsys.readouterr().out
     assert "could not be written (No space left on device)" in said and "--train.lr 0.0" in said
@@ -210,7 +215,7 @@ def test_a_run_is_not_searched_and_not_overwritten(options, tmp_path, capsys):
     job.main(trained)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="2"):
-        command_line.train_options(["--resume", options.run_dir, "--find-lr"])
+        parse.train_options(["--resume", options.run_dir, "--find-lr"])
     assert "find_lr must stand without resume" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         job.main(options)
@@ -219,4 +224,4 @@ def test_a_run_is_not_searched_and_not_overwritten(options, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--find-lr", "--find_lr"])
 def test_the_flag_has_two_spellings(flag):
-    assert command_line.train_options([flag]).find_lr and not command_line.train_options([]).find_lr
+    assert parse.train_options([flag]).find_lr and not parse.train_options([]).find_lr

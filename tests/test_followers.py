@@ -9,11 +9,11 @@ import types
 
 import pytest
 
-from llm_basics import followers, run
+from llm_basics.runs import console, loggers, run_dir
 
 
 def test_piped_output_is_one_greppable_line_a_measurement(tmp_path, capsys):
-    output = run.Run(tmp_path, [followers.Terminal(total_steps=1000)])
+    output = run_dir.RunDir(tmp_path, [loggers.ConsoleLogger(total_steps=1000)])
     output.metrics(
         10, train_loss=3.14159, lr=3e-4, grad_norm=0.5, tokens_per_second=12345.6, eta_seconds=61.0
     )
@@ -27,7 +27,7 @@ def test_piped_output_is_one_greppable_line_a_measurement(tmp_path, capsys):
 def test_terminal_shows_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    terminal = followers.Terminal(total_steps=4)
+    terminal = loggers.ConsoleLogger(total_steps=4)
     terminal.metrics({"step": 2, "train_loss": 3.0, "lr": 0.1, "tokens_per_second": 5.0})
     terminal.message("[not] markup")
     terminal.close()
@@ -39,7 +39,7 @@ def test_long_work_shows_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsy
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setenv("TERM", "xterm")
-        with followers.progress_bar() as report:
+        with console.progress_bar() as report:
             report("reading", 1, 4)
             report("reading", 2, 4)
             report("merging", 1, 1)
@@ -97,7 +97,7 @@ class FakeWandb(types.ModuleType):
 @pytest.fixture
 def install(monkeypatch):
     """Put a fake in wandb's place, and grant it 0.2 s at the end of a run."""
-    monkeypatch.setattr(followers, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(loggers, "CLOSE_SECONDS", 0.2)
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     def put(module):
@@ -130,23 +130,23 @@ def interrupt():
 def assert_run_is_whole(folder, lines=1000):
     """A run of many lines writes all of them, without waiting."""
     began = time.perf_counter()
-    follower = followers.WandbFollower(folder, {})
-    output = run.Run(folder, [follower])
+    follower = loggers.WandbLogger(folder, {})
+    output = run_dir.RunDir(folder, [follower])
     assert time.perf_counter() - began < 0.5
     entries = [{"step": step, "train_loss": 2.0} for step in range(lines)]
     began = time.perf_counter()
     for entry in entries:
         follower.metrics(entry)
     assert time.perf_counter() - began < 1
-    output.followers.clear()
+    output.loggers.clear()
     for entry in entries:
         output.metrics(**entry)
-    output.followers.append(follower)
+    output.loggers.append(follower)
     output.metrics(lines, train_loss=1.0)
     began = time.perf_counter()
     output.close()
     assert time.perf_counter() - began < 1
-    assert [entry["step"] for entry in run.read_metrics(folder)] == list(range(lines + 1))
+    assert [entry["step"] for entry in run_dir.read_metrics(folder)] == list(range(lines + 1))
     return follower
 
 
@@ -157,7 +157,7 @@ def assert_one_warning(error, text):
 
 def test_wandb_gets_every_line_in_order(tmp_path, install, capsys):
     wandb = install(FakeWandb())
-    follower = followers.WandbFollower(tmp_path / "my run:1", {"seed": 1})
+    follower = loggers.WandbLogger(tmp_path / "my run:1", {"seed": 1})
     lines = [{"step": step, "train_loss": None, "nonfinite": ["train_loss"]} for step in range(1000)]
     for line in lines:
         follower.metrics(line)
@@ -218,7 +218,7 @@ def test_a_wandb_that_cannot_be_imported_costs_one_warning(tmp_path, monkeypatch
 
 
 def test_lines_that_wandb_has_no_time_for_are_counted(tmp_path, install, capsys, hang, monkeypatch):
-    monkeypatch.setattr(followers, "QUEUE_LINES", 100)
+    monkeypatch.setattr(loggers, "QUEUE_LINES", 100)
     install(FakeWandb("init", hang))
     follower = assert_run_is_whole(tmp_path)
     assert follower.lines.qsize() == 101  # and the end
@@ -226,11 +226,11 @@ def test_lines_that_wandb_has_no_time_for_are_counted(tmp_path, install, capsys,
 
 
 def test_a_slow_wandb_that_ends_well_tells_what_it_missed(tmp_path, install, capsys, monkeypatch):
-    monkeypatch.setattr(followers, "QUEUE_LINES", 100)
-    monkeypatch.setattr(followers, "CLOSE_SECONDS", 60)
+    monkeypatch.setattr(loggers, "QUEUE_LINES", 100)
+    monkeypatch.setattr(loggers, "CLOSE_SECONDS", 60)
     gate = threading.Event()
     wandb = install(FakeWandb("init", gate.wait))
-    follower = followers.WandbFollower(tmp_path, {})
+    follower = loggers.WandbLogger(tmp_path, {})
     for step in range(103):
         follower.metrics({"step": step})
     gate.set()
@@ -261,4 +261,4 @@ def test_an_unreachable_server_does_not_keep_the_interpreter(tmp_path):
     assert time.perf_counter() - began < 15
     assert done.returncode == 0 and done.stdout == ""
     assert_one_warning(done.stderr, "wandb")
-    assert len(run.read_metrics(tmp_path)) == 1
+    assert len(run_dir.read_metrics(tmp_path)) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 HALVES = [torch.float16, torch.bfloat16]
 THETA = 500.0

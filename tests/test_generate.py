@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from llm_basics import adjusting, config, generate, model, tokenizer
+from llm_basics.core import config, generate, model, tokenizer
+from llm_basics.inference import engine
 
 SHAPE = {"vocab_size": 23, "context_length": 9, "d_model": 24, "num_layers": 2, "num_heads": 3, "d_ff": 40}
 LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0])
@@ -195,7 +196,7 @@ def singly_and_at_once(lm, n, *settings, prompts=PROMPTS, **options):
         for text, prompt in enumerate(prompts)
     ]
     generators = [seeded(text) for text in range(len(prompts))]
-    return singly, generate.generate_batch(lm, prompts, n, *settings, **options, generators=generators)
+    return singly, engine.generate_batch(lm, prompts, n, *settings, **options, generators=generators)
 
 
 @pytest.mark.parametrize("settings", [(0.0,), (1.0,), (1.5, 5), (1.5, None, 0.7)])
@@ -233,7 +234,7 @@ def test_texts_at_once_without_dropout_and_the_model_as_it_was():
 
 def test_an_empty_prompt_among_others_is_refused(lm):
     with pytest.raises(ValueError, match="each prompt must have at least one token"):
-        generate.generate_batch(lm, [torch.tensor([1]), torch.tensor([], dtype=torch.long)], 3)
+        engine.generate_batch(lm, [torch.tensor([1]), torch.tensor([], dtype=torch.long)], 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,20 +243,20 @@ def test_an_empty_prompt_among_others_is_refused(lm):
 
 def test_min_p_of_one_is_greedy(lm):
     greedy = list(generate.generate(lm, torch.tensor([4, 2]), 12, 0.0))
-    adjust = adjusting.Adjustment(min_p=1.0)
+    adjust = generate.LogitsProcessor(min_p=1.0)
     assert list(generate.generate(lm, torch.tensor([4, 2]), 12, 1.0, adjust=adjust)) == greedy
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_what_changes_no_score_changes_no_text(lm, temperature):
     plain, _ = singly_and_at_once(lm, 12, temperature)
-    for texts in singly_and_at_once(lm, 12, temperature, adjust=adjusting.Adjustment(temperature)):
+    for texts in singly_and_at_once(lm, 12, temperature, adjust=generate.LogitsProcessor(temperature)):
         assert texts == plain
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_changed_scores_for_texts_at_once(lm, temperature):
-    adjust = adjusting.Adjustment(temperature, min_p=0.2, repetition_penalty=1.5)
+    adjust = generate.LogitsProcessor(temperature, min_p=0.2, repetition_penalty=1.5)
     plain, _ = singly_and_at_once(lm, 12, temperature)
     singly, at_once = singly_and_at_once(lm, 12, temperature, adjust=adjust)
     assert at_once == singly != plain
@@ -273,7 +274,7 @@ def test_the_whole_text_is_told_though_it_is_longer_than_the_context(lm):
         tell_one, tell_all = (functools.partial(tell, to=to) for to in (told, again))
         text = list(generate.generate(lm, torch.tensor(prompt), 12, 0.0, adjust=tell_one))
         assert told == [[*prompt, *text[:n]] for n in range(12)]
-        generate.generate_batch(lm, [torch.tensor(prompt)], 12, 0.0, adjust=tell_all)
+        engine.generate_batch(lm, [torch.tensor(prompt)], 12, 0.0, adjust=tell_all)
         assert again == told
 
 
@@ -287,7 +288,7 @@ def test_who_has_ended_leaves_the_others_alone(lm):
 
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
-    at_once = generate.generate_batch(lm, prompts, 12, 1.5, generators=generators, ends_with=ends_with)
+    at_once = engine.generate_batch(lm, prompts, 12, 1.5, generators=generators, ends_with=ends_with)
     assert at_once == told == [text[: i + 1] for i, text in enumerate(singly)]
 
 
@@ -295,7 +296,7 @@ def test_who_has_ended_leaves_the_others_alone(lm):
 # Text
 
 
-BYTES = tokenizer.Tokenizer.of_bytes()
+BYTES = tokenizer.Tokenizer.byte_level()
 
 
 @pytest.fixture
@@ -308,7 +309,7 @@ def writer():
     return lm
 
 
-@pytest.mark.parametrize("adjust", [None, adjusting.Adjustment(0.9, 0.05, 1.2)])
+@pytest.mark.parametrize("adjust", [None, generate.LogitsProcessor(0.9, 0.05, 1.2)])
 @pytest.mark.parametrize("n_stops", [0, 3])
 def test_texts_at_once_are_those_that_are_completed_singly(writer, n_stops, adjust):
     prompts = ["", "a", "a longer prompt", "caf\u00e9"]
@@ -317,12 +318,12 @@ def test_texts_at_once_are_those_that_are_completed_singly(writer, n_stops, adju
     def singly(stops):
         pairs = enumerate(prompts)
         options = {"stops": stops, "adjust": adjust}
-        return ["".join(generate.complete(writer, BYTES, p, *settings, i, **options)) for i, p in pairs]
+        return ["".join(engine.complete(writer, BYTES, p, *settings, i, **options)) for i, p in pairs]
 
     whole = singly(())
     stops = [text[10 + i : 12 + i] for i, text in enumerate(whole[:n_stops])]
     seeds = range(len(prompts))
-    found = generate.complete_batch(writer, BYTES, prompts, *settings, seeds, stops=stops, adjust=adjust)
+    found = engine.complete_batch(writer, BYTES, prompts, *settings, seeds, stops=stops, adjust=adjust)
     assert found == singly(stops) and len(set(found)) == len(found)
     cut = [text[: min([text.find(s) for s in stops if s in text], default=len(text))] for text in whole]
     assert found == cut and (found != whole) == bool(n_stops)
@@ -331,8 +332,8 @@ def test_texts_at_once_are_those_that_are_completed_singly(writer, n_stops, adju
 def test_complete_ends_with_the_document():
     torch.manual_seed(0)
     lm = model.TransformerLM(config.ModelConfig(257, 16, 16, 1, 2))
-    text = "".join(generate.complete(lm, tokenizer.Tokenizer.of_bytes(), "", 40, seed=1))
+    text = "".join(engine.complete(lm, tokenizer.Tokenizer.byte_level(), "", 40, seed=1))
     assert text and "<|endoftext|>" not in text
     with torch.no_grad():
         lm.ln_final.weight.zero_()  # all tokens equally likely; the lowest id, NUL, is first
-    assert "".join(generate.complete(lm, tokenizer.Tokenizer.of_bytes(), "x", 3, temperature=0.0)) == "\0\0\0"
+    assert "".join(engine.complete(lm, tokenizer.Tokenizer.byte_level(), "x", 3, temperature=0.0)) == "\0\0\0"

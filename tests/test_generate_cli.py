@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from llm_basics import command_line, generate, generate_cli, programs, swap
+from llm_basics import swap
+from llm_basics.cli import commands, parse
+from llm_basics.inference import engine
+from llm_basics.inference import samples as sample_program
 
 # every text with twins would compile machine code for a model of this size
 PLAIN = ["--device=cpu", "--fast=off", "--max_new_tokens=12"]
@@ -19,7 +22,7 @@ def folder(untrained_run):
 
 def program(*arguments):
     """What the command line does, but for the start of another Python."""
-    return generate_cli.main(command_line.program_options(programs.GenerateConfig(), arguments, "generate"))
+    return sample_program.main(parse.program_options(commands.GenerateConfig(), arguments, "generate"))
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def written(folder, capsys):
 
 
 def singly(folder, prompt, seed, **options):
-    lm, tokenizer = generate.load_run(folder)
-    return "".join(generate.complete(lm, tokenizer, prompt, 12, 0.8, seed=seed, **options))
+    lm, tokenizer = engine.load_run(folder)
+    return "".join(engine.complete(lm, tokenizer, prompt, 12, 0.8, seed=seed, **options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,8 +56,10 @@ def test_samples_are_the_texts_of_seeds_that_count_up(written, folder):
 
 def test_pieces_are_shown_as_they_come(folder, monkeypatch):
     shown = []
-    monkeypatch.setattr(generate, "complete", lambda *args: iter(["one", " two"]))
-    monkeypatch.setattr(generate_cli, "print", lambda *args, **_: shown.append("".join(args)), raising=False)
+    monkeypatch.setattr(engine, "complete", lambda *args: iter(["one", " two"]))
+    monkeypatch.setattr(
+        sample_program, "print", lambda *args, **_: shown.append("".join(args)), raising=False
+    )
     program(folder, *PLAIN, "--prompt=zero ")
     assert shown == ["zero ", "one", " two", ""]
 
@@ -163,7 +168,7 @@ def test_an_interrupted_file_is_not_there(folder, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "complete_batch", interrupted)
+    monkeypatch.setattr(engine, "complete_batch", interrupted)
     out = tmp_path / "texts.jsonl"
     out.write_text("what was there")
     assert program(folder, *PLAIN, "--samples=2", "--out", str(out)) == 130

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, data, evaluate, model, optim, swap, update
-from llm_basics.fast import update as fast_update
+from llm_basics import swap
+from llm_basics.core import config, dataloader, evaluate, model, optim, trainer
+from llm_basics.fast import trainer as fast_update
 
 SHAPE = config.ModelConfig(vocab_size=31, context_length=12, d_model=16, n_layers=1, n_heads=2)
 # the weights stay, so that gradients can be compared
@@ -38,7 +39,7 @@ def masked_batch(rows, length, share, rng):
     """Random tokens, of which a share is to be predicted."""
     tokens = torch.from_numpy(rng.integers(0, SHAPE.vocab_size, (rows, length + 1)))
     counted = torch.from_numpy(rng.random((rows, length)) < share)
-    return tokens[:, :-1], tokens[:, 1:].masked_fill(~counted, data.IGNORED)
+    return tokens[:, :-1], tokens[:, 1:].masked_fill(~counted, dataloader.IGNORE_INDEX)
 
 
 def reference(lm, batches):
@@ -49,7 +50,7 @@ def reference(lm, batches):
 
 
 def step(lm, batches):
-    result = update.train_step(lm, optim.AdamW(lm.parameters()), batches, 1, SETTINGS)
+    result = trainer.train_step(lm, optim.AdamW(lm.parameters()), batches, 1, SETTINGS)
     return result.train_loss, [p.grad for p in lm.parameters()]
 
 
@@ -65,7 +66,7 @@ def assert_same(found, expected):
 def test_any_mask_gives_the_gradient_of_the_whole(pieces, n_masks):
     """Of one to four batches of unequal lengths, with none, few or all targets."""
     lm, rng, n_empty = Bigrams(), np.random.default_rng(0), 0
-    used = swap.using("fast", say=lambda line: None) if pieces == "fast" else contextlib.nullcontext()
+    used = swap.using("fast", log=lambda line: None) if pieces == "fast" else contextlib.nullcontext()
     with used:
         for _ in range(n_masks):
             share = rng.choice([0.0, 0.05, 0.5, 1.0])
@@ -76,7 +77,7 @@ def test_any_mask_gives_the_gradient_of_the_whole(pieces, n_masks):
             found = step(lm, batches)
             assert torch.isfinite(found[0]) and all(torch.isfinite(gradient).all() for gradient in found[1])
             assert_same(found, reference(lm, batches))
-            n_empty += all(bool((y == data.IGNORED).all()) for _, y in batches)
+            n_empty += all(bool((y == dataloader.IGNORE_INDEX).all()) for _, y in batches)
     assert n_empty > n_masks / 10
 
 
@@ -85,7 +86,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(lm, n_parts):
     rng = np.random.default_rng(n_parts)
     inputs, targets = masked_batch(12, 12, 0.4, rng)
     # lengths from none to all of a row
-    targets[torch.arange(12)[None] > torch.arange(12)[:, None]] = data.IGNORED
+    targets[torch.arange(12)[None] > torch.arange(12)[:, None]] = dataloader.IGNORE_INDEX
     found = step(lm, list(zip(inputs.chunk(n_parts), targets.chunk(n_parts), strict=True)))
     assert_same(found, reference(lm, [(inputs, targets)]))
     assert_same(found, step(lm, [(inputs, targets)]))
@@ -94,10 +95,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(lm, n_parts):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_without_a_target_leaves_numbers(lm, optimizer):
     settings = dataclasses.replace(SETTINGS, lr=1e-2, max_grad_norm=1.0, optimizer=optimizer, z_loss=1e-3)
-    chosen = update.make_optimizer(lm, settings)
+    chosen = trainer.make_optimizer(lm, settings)
     batch = masked_batch(2, 8, 0.0, np.random.default_rng(0))
     for number in (1, 2):
-        result = update.train_step(lm, chosen, [batch, batch], number, settings)
+        result = trainer.train_step(lm, chosen, [batch, batch], number, settings)
         assert (result.train_loss.item(), result.grad_norm.item()) == (0, 0)
     assert all(torch.isfinite(p).all() for p in lm.parameters())
 

@@ -10,18 +10,12 @@ import safetensors.torch
 import small_models
 import torch
 
-from llm_basics import (
-    config,
-    exchange,
-    export,
-    generate,
-    generate_cli,
-    import_model,
-    programs,
-    run,
-    update,
-    vocabulary,
-)
+from llm_basics.cli import commands
+from llm_basics.core import config, trainer, vocabulary
+from llm_basics.data import tokenizer_formats
+from llm_basics.inference import engine, samples
+from llm_basics.interop import hf_export, hf_import
+from llm_basics.runs import run_dir
 
 SIZES = {"vocab_size": small_models.tokenizer().vocab_size, "bos_token_id": None, "eos_token_id": None}
 GPT2 = {**SIZES, "n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -72,7 +66,9 @@ def make(tmp_path_factory):
             small_models.randomize_(theirs).to(dtype)
             folder = tmp_path_factory.mktemp(model_type)
             theirs.save_pretrained(folder, **saving)
-            exchange.write_tokenizer_json(small_models.tokenizer().as_vocabulary(), folder / "tokenizer.json")
+            tokenizer_formats.write_tokenizer_json(
+                small_models.tokenizer().to_vocabulary(), folder / "tokenizer.json"
+            )
             return theirs, folder
 
         yield make_model
@@ -90,15 +86,15 @@ def folder(llama, tmp_path):
 
 
 def imported(folder, out, **options):
-    assert import_model.main(programs.ImportConfig(str(folder), str(out), **options)) == 0
-    return generate.load_run(out)
+    assert hf_import.main(commands.ImportConfig(str(folder), str(out), **options)) == 0
+    return engine.load_run(out)
 
 
 def refused(folder, capsys, **options):
     """The line that says why a folder is not imported."""
     out = folder.parent / "out"
     with pytest.raises(SystemExit) as stop:
-        import_model.main(programs.ImportConfig(str(folder), str(out), **options))
+        hf_import.main(commands.ImportConfig(str(folder), str(out), **options))
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out
     assert not list(folder.parent.glob("out*")), "something was left"
@@ -112,7 +108,7 @@ def change(folder, **options):
 
 
 def change_tensors(folder, spoil):
-    tensors = import_model.read_tensors(folder)
+    tensors = hf_import.read_tensors(folder)
     spoil(tensors)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -135,10 +131,10 @@ def test_an_imported_model_gives_their_logits_and_is_exported_as_it_was(model_ty
     assert tokenizer.fingerprint() == small_models.tokenizer().fingerprint()
 
     (tmp_path / "again").mkdir()
-    layout = export.export(ours, tokenizer, tmp_path / "again", "a card")
+    layout = hf_export.export(ours, tokenizer, tmp_path / "again", "a card")
     # Mistral without its window is Llama
     assert layout.model_type == ("llama" if model_type == "mistral" else model_type)
-    before, after = import_model.read_tensors(folder), import_model.read_tensors(tmp_path / "again")
+    before, after = hf_import.read_tensors(folder), hf_import.read_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -194,8 +190,8 @@ def test_an_imported_model_writes(folder, tmp_path, capsys):
     out = tmp_path / "run"
     ours, tokenizer = imported(folder, out)
     assert f"uv run python -m llm_basics.generate {out}" in capsys.readouterr().out
-    options = programs.GenerateConfig(str(out), prompt="the", max_new_tokens=8, temperature=0.0, fast="off")
-    assert generate_cli.main(options) == 0
+    options = commands.GenerateConfig(str(out), prompt="the", max_new_tokens=8, temperature=0.0, fast="off")
+    assert samples.main(options) == 0
     ids = small_models.greedy(ours.eval(), torch.tensor(tokenizer.encode("the")), 8)
     assert capsys.readouterr().out == "the" + tokenizer.decode(ids) + "\n"
 
@@ -203,10 +199,10 @@ def test_an_imported_model_writes(folder, tmp_path, capsys):
 def test_an_imported_model_learns_on(folder, tmp_path):
     ours, _ = imported(folder, tmp_path / "run")
     options = config.TrainConfig(lr=0.01, warmup_steps=0, device="cpu")
-    optimizer = update.make_optimizer(ours, options)
+    optimizer = trainer.make_optimizer(ours, options)
     batch = (torch.arange(20)[None], torch.arange(1, 21)[None])
     losses = [
-        update.train_step(ours.train(), optimizer, [batch], step, options).train_loss.item()
+        trainer.train_step(ours.train(), optimizer, [batch], step, options).train_loss.item()
         for step in range(1, 9)
     ]
     assert losses[-1] < losses[0] - 1
@@ -214,15 +210,15 @@ def test_an_imported_model_learns_on(folder, tmp_path):
 
 def test_an_import_says_where_it_is_from_when_it_is_exported(folder, tmp_path):
     imported(folder, tmp_path / "run")
-    export.main(programs.ExportConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(tmp_path / "run"), str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| imported from | theirs |" in card and "trained on" not in card and str(tmp_path) not in card
 
 
 def test_the_run_has_the_name_of_the_folder_unless_another_is_given(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert import_model.main(programs.ImportConfig("theirs")) == 0
-    assert run.read_config("runs/theirs")["tokenizer"] == "runs/theirs/tokenizer"
+    assert hf_import.main(commands.ImportConfig("theirs")) == 0
+    assert run_dir.read_config("runs/theirs")["tokenizer"] == "runs/theirs/tokenizer"
     assert [path.name for path in Path("runs").iterdir()] == ["theirs"]
 
 
@@ -231,7 +227,7 @@ def test_the_run_has_the_name_of_the_folder_unless_another_is_given(folder, tmp_
 
 
 def test_a_tokenizer_of_gpt2s_two_files(folder, tmp_path):
-    vocabulary.write_gpt2(small_models.tokenizer().as_vocabulary(), folder)
+    vocabulary.write_gpt2(small_models.tokenizer().to_vocabulary(), folder)
     (folder / "special_tokens.json").unlink()
     (folder / "tokenizer.json").unlink()
     _, tokenizer = imported(folder, tmp_path / "run")
@@ -251,14 +247,14 @@ def test_a_folder_without_a_tokenizer_is_refused(folder, capsys):
 
 def test_a_tokenizer_of_another_size_is_refused(folder, capsys):
     larger = small_models.tokenizer(("<|endoftext|>", "<|more|>"))
-    exchange.write_tokenizer_json(larger.as_vocabulary(), folder / "tokenizer.json")
+    tokenizer_formats.write_tokenizer_json(larger.to_vocabulary(), folder / "tokenizer.json")
     assert "the model's vocabulary of 263, got 264" in refused(folder, capsys)
     assert "the model's vocabulary of 263, got 257" in refused(folder, capsys, tokenizer="bytes")
 
 
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(folder, capsys):
     other = small_models.tokenizer(("</s>",))
-    exchange.write_tokenizer_json(other.as_vocabulary(), folder / "tokenizer.json")
+    tokenizer_formats.write_tokenizer_json(other.to_vocabulary(), folder / "tokenizer.json")
     assert "must have the special token <|endoftext|>" in refused(folder, capsys)
 
 

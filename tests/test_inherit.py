@@ -6,18 +6,12 @@ import json
 import pytest
 import torch
 
-from llm_basics import (
-    chat,
-    command_line,
-    config,
-    generate,
-    inherit,
-    job,
-    model,
-    presets,
-    run,
-    tokenizer,
-)
+from llm_basics.cli import parse
+from llm_basics.core import config, model, presets, tokenizer
+from llm_basics.data import chat_template
+from llm_basics.inference import engine
+from llm_basics.runs import run_dir
+from llm_basics.training import job, warm_start
 
 SHAPE = config.ModelConfig(context_length=16, d_model=32, n_layers=1, n_heads=2, vocab_size=257)
 SETTINGS = config.TrainConfig(
@@ -49,23 +43,23 @@ def arguments(options, *more):
 
 def test_training_goes_on_with_the_weights_of_another_run(options, capsys):
     assert job.main(options) == 0
-    old, _ = generate.load_run(options.run_dir)
+    old, _ = engine.load_run(options.run_dir)
     # lr 0: what is saved is what was begun with; nothing is asked for but the run
-    assert job.main(command_line.train_options(arguments(options, "--init_from", options.run_dir))) == 0
-    new, _ = generate.load_run(options.run_dir + "-new")
+    assert job.main(parse.train_options(arguments(options, "--init_from", options.run_dir))) == 0
+    new, _ = engine.load_run(options.run_dir + "-new")
     assert new.config == old.config
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
     assert f"weights   of {options.run_dir} to begin with" in capsys.readouterr().out
-    assert run.read_config(options.run_dir + "-new")["init_from"] == options.run_dir
+    assert run_dir.read_config(options.run_dir + "-new")["init_from"] == options.run_dir
     # to go on with that run, the other one is not needed for its weights
-    (run.checkpoints(options.run_dir)[0]).unlink()
-    assert job.main(command_line.train_options(["--resume", options.run_dir + "-new"])) == 0
+    (run_dir.checkpoints(options.run_dir)[0]).unlink()
+    assert job.main(parse.train_options(["--resume", options.run_dir + "-new"])) == 0
 
 
 def test_newest_is_the_run_written_to_last(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert job.main(dataclasses.replace(options, run_dir="runs/old")) == 0
-    found = command_line.train_options(["--init_from", "newest"])
+    found = parse.train_options(["--init_from", "newest"])
     assert (found.init_from, found.tokenizer, found.model) == ("runs/old", "runs/old/tokenizer", SHAPE)
     # how to train is said by the preset, as without it
     assert found.train == presets.load("tiny").train
@@ -91,7 +85,7 @@ def test_what_contradicts_the_weights_is_refused(options, tmp_path, capsys, more
     other.save(tmp_path / "OTHER")
     more = [str(tmp_path / "OTHER") if word == "OTHER" else word for word in more]
     with pytest.raises(SystemExit) as stop:
-        job.main(command_line.train_options(arguments(options, "--init_from", options.run_dir, *more)))
+        job.main(parse.train_options(arguments(options, "--init_from", options.run_dir, *more)))
     assert stop.value.code == 2
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
@@ -102,10 +96,10 @@ def test_what_contradicts_the_weights_is_refused(options, tmp_path, capsys, more
 def test_a_run_without_weights_is_refused(options, tmp_path, capsys, folder):
     if folder == "empty":
         (tmp_path / folder).mkdir()
-        tokenizer.Tokenizer.of_bytes().save(tmp_path / folder / "tokenizer")
+        tokenizer.Tokenizer.byte_level().save(tmp_path / folder / "tokenizer")
         (tmp_path / folder / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
     with pytest.raises(SystemExit) as stop:
-        job.main(command_line.train_options(arguments(options, "--init_from", str(tmp_path / folder))))
+        job.main(parse.train_options(arguments(options, "--init_from", str(tmp_path / folder))))
     assert stop.value.code == 2 and str(tmp_path / folder) in capsys.readouterr().err
     assert not (tmp_path / "old-new").exists()
 
@@ -123,10 +117,10 @@ def test_a_run_without_weights_is_refused(options, tmp_path, capsys, folder):
 def test_new_tokens_get_the_mean_and_change_nothing_among_the_old(options, tmp_path, changes):
     shape = dataclasses.replace(SHAPE, **changes)
     job.main(dataclasses.replace(options, model=shape))
-    old, plain = generate.load_run(options.run_dir)
-    chatting = chat.with_specials(plain)
+    old, plain = engine.load_run(options.run_dir)
+    chatting = chat_template.with_specials(plain)
     new = model.TransformerLM(dataclasses.replace(shape, vocab_size=chatting.vocab_size))
-    inherit.take_weights(new, options.run_dir)
+    warm_start.load_initial_weights(new, options.run_dir)
     tokens = torch.tensor([list(b"12 and 12")])
     logits = new(tokens)
     torch.testing.assert_close(logits[..., :257], old(tokens), rtol=1e-6, atol=1e-6)
@@ -141,8 +135,8 @@ def test_new_tokens_get_the_mean_and_change_nothing_among_the_old(options, tmp_p
 
 
 def test_which_tokenizers_go_with_the_weights():
-    plain = tokenizer.Tokenizer.of_bytes()
-    assert inherit.extends(chat.with_specials(plain), plain) and inherit.extends(plain, plain)
-    assert not inherit.extends(plain, chat.with_specials(plain))
+    plain = tokenizer.Tokenizer.byte_level()
+    assert warm_start.extends(chat_template.with_specials(plain), plain) and warm_start.extends(plain, plain)
+    assert not warm_start.extends(plain, chat_template.with_specials(plain))
     merged = tokenizer.Tokenizer({**plain.vocab, 257: b"ab"}, [(b"a", b"b")], ["<|endoftext|>"])
-    assert not inherit.extends(merged, plain) and not inherit.extends(plain, merged)
+    assert not warm_start.extends(merged, plain) and not warm_start.extends(plain, merged)

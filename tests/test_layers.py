@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as tF
 
-from llm_basics import layers
+from llm_basics.core import layers
 
 D_MODEL, N_HEADS, SEQ = 12, 3, 5
 THETA = 500.0

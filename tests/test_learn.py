@@ -16,7 +16,7 @@ import yaml
 
 from llm_basics import swap
 from llm_basics.learn import __main__ as learn
-from llm_basics.learn import blanks, checks, dojo, lessons, logs, progress, race
+from llm_basics.learn import checks, dojo, lessons, log_checks, progress, race, stubs
 
 REPOSITORY = Path(__file__).parent.parent
 RIGHT = "def silu(x):\n    return x * torch.sigmoid(x)\n"
@@ -74,9 +74,9 @@ def test_an_unknown_step_is_refused():
 
 def test_all_blanks_together_run_and_none_is_started(mine):
     for name in lessons.ORDER:
-        blanks.start(name, "mine.py")
+        stubs.start(name, "mine.py")
     with pytest.raises(ValueError, match="has softmax already; delete it there to begin again"):
-        blanks.start("softmax", "mine.py")
+        stubs.start("softmax", "mine.py")
     found = results("mine.py")
     assert list(found) == lessons.ORDER
     assert {result.status for result in found.values()} == {"not started"}
@@ -86,8 +86,8 @@ def test_all_blanks_together_run_and_none_is_started(mine):
 
 def test_blanks_leave_what_is_there_and_take_the_imports_they_need(mine):
     path = mine("# mine\n\n\n" + RIGHT)
-    blanks.start("rms_norm", path)
-    blanks.start("attention", path)
+    stubs.start("rms_norm", path)
+    stubs.start("attention", path)
     source = path.read_text()
     assert RIGHT in source and "# mine" in source
     head = source[: source.index("# mine")]
@@ -217,7 +217,7 @@ def test_a_file_that_calls_itself_through_the_package_is_told_so(mine):
 def test_the_reference_is_back_after_a_check(mine):
     before = swap.origins()
     results(mine(WRONG))
-    assert swap.origins() == before and not swap.yours()
+    assert swap.origins() == before and not swap.user_pieces()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,12 +326,12 @@ def log(losses, grad_norm=1.0, **last):
     ],
 )
 def test_signs_of_mistakes_are_read_from_a_log(metrics, message):
-    assert message in " ".join(seen for seen, _ in logs.findings(metrics, vocab_size=256))
+    assert message in " ".join(seen for seen, _ in log_checks.findings(metrics, vocab_size=256))
 
 
 def test_a_good_log_has_nothing_strange():
     good = log([5.6, 5.0, 4.0, 3.0, 2.5, 2.2, 2.0, 1.9, 1.8, 1.8], bits_per_byte=2.5, val_loss=1.9)
-    assert not list(logs.findings(good, vocab_size=256))
+    assert not list(log_checks.findings(good, vocab_size=256))
 
 
 def test_a_healthy_model_reaches_the_entropy_rate_and_not_more():

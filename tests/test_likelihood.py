@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, data, evaluate, likelihood, model
+from llm_basics.core import config, dataloader, evaluate, model
+from llm_basics.evaluation import log_likelihood, metrics
 
 TEXT = np.random.default_rng(0).integers(0, test_model.VOCAB, 50).astype(np.uint16)
 
@@ -30,8 +31,8 @@ def lm():
 def joined(scores):
     """All that was said, a tensor for each field."""
     parts = list(scores)
-    names = [field.name for field in dataclasses.fields(likelihood.Scores)]
-    return likelihood.Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    names = [field.name for field in dataclasses.fields(log_likelihood.Scores)]
+    return log_likelihood.Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def by_transformers():
@@ -53,7 +54,7 @@ def by_transformers():
 def test_each_token_equals_transformers_gpt2_on_its_own_window(stride):
     """Token by token, each with all of its window before it, as slow as can be."""
     theirs, ours = by_transformers()
-    found = joined(likelihood.score_text(ours, TEXT, stride))
+    found = joined(log_likelihood.score_text(ours, TEXT, stride))
     assert found.targets.tolist() == TEXT[1:].tolist()
     end, length = 0, test_model.CONTEXT
     for i in range(len(TEXT) - 1):
@@ -74,14 +75,14 @@ def test_loss_of_a_whole_text_is_that_which_transformers_gives_for_labels():
     text = TEXT[: test_model.CONTEXT]
     labels = torch.from_numpy(text.astype(np.int64))[None]
     expected = theirs(labels, labels=labels).loss.item()
-    found = evaluate.measure(likelihood.score_text(ours, text), torch.ones(test_model.VOCAB))
+    found = metrics.measure(log_likelihood.score_text(ours, text), torch.ones(test_model.VOCAB))
     assert found.val_loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_side_by_side_it_is_what_evaluate_measures_in_training(lm):
     tokens = TEXT[: 4 * 9 + 1]
-    expected = evaluate.evaluate(lm, data.sequential_batches(tokens, 3, 9), torch.arange(23.0))
-    found = evaluate.measure(likelihood.score_text(lm.train(), tokens, batch_size=3), torch.arange(23.0))
+    expected = evaluate.evaluate(lm, dataloader.sequential_batches(tokens, 3, 9), torch.arange(23.0))
+    found = metrics.measure(log_likelihood.score_text(lm.train(), tokens, batch_size=3), torch.arange(23.0))
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-12), name
     assert lm.training
@@ -90,7 +91,7 @@ def test_side_by_side_it_is_what_evaluate_measures_in_training(lm):
 @pytest.mark.parametrize("stride", [2, 9])
 def test_the_size_of_batches_changes_nothing(lm, stride):
     losses = [
-        evaluate.measure(likelihood.score_text(lm, TEXT, stride, size), torch.ones(23)).val_loss
+        metrics.measure(log_likelihood.score_text(lm, TEXT, stride, size), torch.ones(23)).val_loss
         for size in (1, 3, 64)
     ]
     assert max(losses) - min(losses) <= 1e-12
@@ -100,7 +101,7 @@ def test_the_size_of_batches_changes_nothing(lm, stride):
 def test_windows_score_each_token_but_the_first_once(n_tokens, context_length, share):
     stride = max(1, round(share * context_length))
     scored = []
-    for start, n_scored in likelihood.windows(n_tokens, context_length, stride):
+    for start, n_scored in log_likelihood.windows(n_tokens, context_length, stride):
         end = start + min(context_length, n_tokens - 1)
         assert start >= 0 and end < n_tokens and 1 <= n_scored
         scored += range(end + 1 - n_scored, end + 1)
@@ -118,7 +119,7 @@ def test_windows_are_those_of_the_harness():
             text = [-1, *tokens]
             ours = [
                 (start, n_scored, text[start : start + min(7, n_tokens)])
-                for start, n_scored in likelihood.windows(n_tokens + 1, 7, stride)
+                for start, n_scored in log_likelihood.windows(n_tokens + 1, 7, stride)
             ]
             assert [read for _, _, read in ours] == [read[: min(7, n_tokens)] for read, _ in theirs]
             assert [n for _, n, _ in ours] == [len(predicted) for _, predicted in theirs]
@@ -127,21 +128,21 @@ def test_windows_are_those_of_the_harness():
 @pytest.mark.parametrize("stride", [0, 10])
 def test_a_stride_that_leaves_tokens_out_is_refused(lm, stride):
     with pytest.raises(ValueError, match=f"stride must be from 1 to .* got {stride}"):
-        list(likelihood.windows(20, 9, stride))
+        list(log_likelihood.windows(20, 9, stride))
 
 
 def test_scores_that_are_no_numbers_are_refused(lm):
     lm.ln_final.weight.data[0] = torch.nan
     with pytest.raises(FloatingPointError, match="must be numbers"):
-        list(likelihood.score_text(lm, TEXT))
+        list(log_likelihood.score_text(lm, TEXT))
     with pytest.raises(FloatingPointError, match="must be numbers"):
-        likelihood.score_continuations(lm, [([1], [2])])
+        log_likelihood.score_continuations(lm, [([1], [2])])
 
 
 def test_of_equal_scores_the_lower_id_is_likelier(lm):
     """As argmax has it: else a model that finds all alike would be right every time."""
     lm.ln_final.weight.data.zero_()
-    found = joined(likelihood.score_text(lm, TEXT))
+    found = joined(log_likelihood.score_text(lm, TEXT))
     assert found.ranks.tolist() == found.targets.tolist()
     assert found.confidences.tolist() == pytest.approx([1 / 23] * 49)
 
@@ -156,7 +157,7 @@ def test_continuations_equal_transformers_gpt2_one_by_one():
     with torch.no_grad():
         likeliest = [theirs(torch.tensor([[6, 2]])).logits[0, -1].argmax().item()]
     pairs.append(([6, 2], likeliest))
-    found = likelihood.score_continuations(ours, pairs, batch_size=4)
+    found = log_likelihood.score_continuations(ours, pairs, batch_size=4)
     for (first, second), (score, is_greedy) in zip(pairs, found, strict=True):
         text = torch.tensor([*first, *second][-test_model.CONTEXT - 1 :])
         with torch.no_grad():
@@ -171,8 +172,8 @@ def test_continuations_equal_transformers_gpt2_one_by_one():
 
 def test_a_continuation_longer_than_the_context_is_refused(lm):
     with pytest.raises(ValueError, match="must fit into the model's 9 tokens, got 10"):
-        likelihood.score_continuations(lm, [([1], [2]), ([1], [2] * 10)])
+        log_likelihood.score_continuations(lm, [([1], [2]), ([1], [2] * 10)])
 
 
 def test_no_continuations_are_no_scores(lm):
-    assert likelihood.score_continuations(lm, []) == []
+    assert log_likelihood.score_continuations(lm, []) == []

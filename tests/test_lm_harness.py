@@ -9,14 +9,17 @@ import pytest
 import torch
 from test_evaluate_cli import QUESTIONS, make_run
 
-from llm_basics import choices, command_line, generate, programs, tokenizer
+from llm_basics.cli import commands, parse
+from llm_basics.core import generate, tokenizer
+from llm_basics.evaluation import lm_harness, multiple_choice
+from llm_basics.inference import engine
 
 lm_eval = pytest.importorskip("lm_eval", reason="uv sync --extra eval")
 
 from lm_eval import tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from llm_basics import lm_harness  # noqa: E402
+# noqa: E402
 
 TASK = """
 task: mine
@@ -63,8 +66,11 @@ def requests(kind, *arguments):
 def test_a_task_gives_the_scores_of_our_own_questions(folder, harness_model):
     manager = tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     found = lm_eval.simple_evaluate(harness_model, tasks=["mine"], task_manager=manager, bootstrap_iters=0)
-    own = choices.ask(
-        harness_model.model, harness_model.own_tokenizer, choices.read(folder / "q.jsonl"), batch_size=2
+    own = multiple_choice.ask(
+        harness_model.model,
+        harness_model.own_tokenizer,
+        multiple_choice.read(folder / "q.jsonl"),
+        batch_size=2,
     )
     samples = sorted(found["samples"]["mine"], key=lambda sample: sample["doc_id"])
     theirs = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
@@ -78,12 +84,12 @@ def test_a_task_gives_the_scores_of_our_own_questions(folder, harness_model):
 @pytest.mark.parametrize("prompt", ["is", "is ", "a\n\n", "", "x" * 60])
 def test_the_harness_encodes_a_choice_as_we_do(harness_model, prompt):
     """Its own code splits prompt and choice, ours does so for `choices`."""
-    question = choices.Question(prompt, ("Pa", "\u00e9"), 0)
+    question = multiple_choice.Question(prompt, ("Pa", "\u00e9"), 0)
     texts = [(" " if prompt == "is" or len(prompt) > 9 else "") + choice for choice in question.choices]
     theirs = harness_model.loglikelihood(
         requests("loglikelihood", *((prompt, text) for text in texts)), disable_tqdm=True
     )
-    (own,) = choices.ask(harness_model.model, harness_model.own_tokenizer, [question]).questions
+    (own,) = multiple_choice.ask(harness_model.model, harness_model.own_tokenizer, [question]).questions
     assert [score for score, _ in theirs] == pytest.approx(own.log_probabilities, abs=1e-4)
 
 
@@ -118,7 +124,7 @@ def test_a_whole_text_is_as_likely_as_its_tokens(harness_model, n):
 def test_text_is_written_up_to_a_stop(harness_model):
     settings = {"until": [], "max_gen_toks": 12, "do_sample": False}
     (whole,) = harness_model.generate_until(requests("generate_until", ("the cat", settings)))
-    ids = generate.complete(harness_model.model, harness_model.own_tokenizer, "the cat", 12, temperature=0.0)
+    ids = engine.complete(harness_model.model, harness_model.own_tokenizer, "the cat", 12, temperature=0.0)
     assert whole == "".join(ids) and len(whole) > 3
     stop = whole[2]
     for until in (stop, [stop], ["never", stop]):
@@ -132,7 +138,9 @@ def test_the_model_is_known_to_the_harness_by_name(folder):
     from lm_eval.api import registry
 
     made = registry.get_model("llm_basics").create_from_arg_string(f"run_dir={folder / 'a'},device=cpu")
-    assert made.tok_encode("<|endoftext|>") == tokenizer.Tokenizer.of_bytes().encode_ordinary("<|endoftext|>")
+    assert made.tok_encode("<|endoftext|>") == tokenizer.Tokenizer.byte_level().encode_ordinary(
+        "<|endoftext|>"
+    )
     assert made.eot_token_id == made.prefix_token_id == 256
 
 
@@ -159,12 +167,12 @@ def test_the_module_is_a_program(folder):
 def test_a_mistake_is_one_line(folder, capsys, options, said):
     chosen = {"run_dir": str(folder / "a"), "include_path": str(folder / "tasks"), "fast": "off"} | options
     with pytest.raises(SystemExit, match="2"):
-        lm_harness.main(programs.HarnessConfig(**chosen))
+        lm_harness.main(commands.HarnessConfig(**chosen))
     error = capsys.readouterr().err
     assert said in error and error.splitlines()[-1].startswith("error: ")
 
 
 def test_tasks_on_the_command_line():
     arguments = ["runs/a", "--tasks", "arc_easy", "hellaswag", "--limit", "9"]
-    options = command_line.program_options(programs.HarnessConfig(), arguments, prog="lm_harness")
+    options = parse.program_options(commands.HarnessConfig(), arguments, prog="lm_harness")
     assert (options.run_dir, options.tasks, options.limit) == ("runs/a", ("arc_easy", "hellaswag"), 9)

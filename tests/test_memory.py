@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import profiler
 
-from llm_basics import config, memory, model, update
+from llm_basics.core import config, model, trainer
+from llm_basics.training import memory
 
 SMALL = {"vocab_size": 300, "context_length": 32, "d_model": 64, "n_layers": 2, "n_heads": 4}
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True, "tie_embeddings": True}
@@ -30,17 +31,17 @@ def train_steps(options, steps):
     """Build a model and train it on noise, as a session does."""
     shape, settings = options.model, options.train
     network = model.TransformerLM(shape)
-    optimizer = update.make_optimizer(network, settings)
+    optimizer = trainer.make_optimizer(network, settings)
     for step in range(1, steps + 1):
         batches = [
             tuple(torch.randint(shape.vocab_size, (settings.batch_size, shape.context_length)).chunk(1) * 2)
             for _ in range(settings.grad_accumulation_steps)
         ]
-        update.train_step(network, optimizer, batches, step, settings)
+        trainer.train_step(network, optimizer, batches, step, settings)
 
 
 def estimate_of(options):
-    return memory.estimate(options, update.make_optimizer, update.batch_loss)
+    return memory.estimate(options, trainer.make_optimizer, trainer.batch_loss)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,10 +186,10 @@ def test_the_strongest_option_is_named_first():
     weights = memory.Estimate(10**9, 10**9, 2 * 10**9, 10**8)
     activations = memory.Estimate(10**7, 10**7, 2 * 10**7, 10**9)
     options = options_of(SMALL, {"batch_size": 4})
-    first = [memory.explain(e, options).split("smaller ")[1].split()[0] for e in (weights, activations)]
+    first = [memory.describe(e, options).split("smaller ")[1].split()[0] for e in (weights, activations)]
     assert first == ["--model.d_model", "--train.batch_size"]
-    assert "batch_size" not in memory.explain(weights, options_of(SMALL, {"batch_size": 1}))
-    assert "4.1 GB of tensors at the peak: 1.0 parameters, 1.0 gradients" in memory.explain(weights, options)
+    assert "batch_size" not in memory.describe(weights, options_of(SMALL, {"batch_size": 1}))
+    assert "4.1 GB of tensors at the peak: 1.0 parameters, 1.0 gradients" in memory.describe(weights, options)
 
 
 def test_available_is_below_what_the_machine_has():

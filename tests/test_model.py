@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, layers, model, presets
-from llm_basics import functional as F
+from llm_basics.core import config, layers, model, presets
+from llm_basics.core import functional as F
 
 VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, SEQ = 23, 16, 12, 2, 3, 20, 7
 THETA = 500.0
@@ -507,7 +507,7 @@ def test_block_snapshot(run_block, frozen_lm):
 @pytest.mark.parametrize("chunks", [[CONTEXT], [1] * CONTEXT, [5, 1, 1, 9]], ids=str)
 def test_cached_logits_equal_uncached_ones(settings, chunks):
     lm, tokens = randomized(settings), some_tokens(2, CONTEXT)
-    caches = lm.new_caches(batch=2)
+    caches = lm.make_kv_caches(batch=2)
     logits = torch.cat([lm(chunk, caches=caches) for chunk in tokens.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, lm(tokens))
 
@@ -515,7 +515,7 @@ def test_cached_logits_equal_uncached_ones(settings, chunks):
 @FAMILIES
 def test_cache_refuses_more_than_the_context(settings):
     lm, tokens = randomized(settings), some_tokens(1, CONTEXT)
-    caches = lm.new_caches(batch=1)
+    caches = lm.make_kv_caches(batch=1)
     lm(tokens, caches=caches)
     with pytest.raises(ValueError, match="the model sees 16 tokens at most, got 17"):
         lm(tokens[:, :1], caches=caches)
@@ -524,7 +524,7 @@ def test_cache_refuses_more_than_the_context(settings):
 @FAMILIES
 def test_caches_follow_the_model(settings):
     lm = model.TransformerLM(settings, device="meta", dtype=torch.bfloat16)
-    caches = lm.new_caches(batch=3)
+    caches = lm.make_kv_caches(batch=3)
     assert len(caches) == 2 and all(isinstance(cache, layers.KVCache) for cache in caches)
     for cache in caches:
         assert cache.keys.shape == (3, settings.n_kv_heads or settings.n_heads, CONTEXT, 4)

@@ -13,9 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_basics import checkpoint, config, data, device, job, optim, run, session, signals, swap, update
-from llm_basics import model as models
+from llm_basics import swap
+from llm_basics.core import config, dataloader, device, optim, trainer
+from llm_basics.core import model as models
 from llm_basics.fast import optim as fast_optim
+from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.training import job
+from llm_basics.training import state as training_state
 
 STEPS = 9
 SHAPE = config.ModelConfig(256, 8, d_model=16, n_layers=1, n_heads=2, dropout=0.1)
@@ -56,9 +60,9 @@ def choose(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let the batches of these steps, and no others, make the model give out what is not finite."""
     bad: list[Tensor] = []
-    next_batches, embed = session.Session.next_batches, models.TransformerLM.hidden_states
+    next_batches, embed = training_state.TrainingState.next_batches, models.TransformerLM.hidden_states
 
-    def batches(training: session.Session) -> list[data.Batch]:
+    def batches(training: training_state.TrainingState) -> list[dataloader.Batch]:
         found = next_batches(training)
         if training.step + 1 in steps:
             bad.append(found[0][0])
@@ -70,20 +74,20 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         is_bad = type(tokens) is Tensor and any(torch.equal(tokens, inputs) for inputs in bad)
         return hidden * float("nan") if is_bad else hidden
 
-    monkeypatch.setattr(session.Session, "next_batches", batches)
+    monkeypatch.setattr(training_state.TrainingState, "next_batches", batches)
     monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let somebody ask the run to stop in that step."""
-    next_batches = session.Session.next_batches
+    next_batches = training_state.TrainingState.next_batches
 
-    def batches(training: session.Session) -> list[data.Batch]:
+    def batches(training: training_state.TrainingState) -> list[dataloader.Batch]:
         if training.step + 1 == step:
             signals._State.number = signals.SIGNALS[0]
         return next_batches(training)
 
-    monkeypatch.setattr(session.Session, "next_batches", batches)
+    monkeypatch.setattr(training_state.TrainingState, "next_batches", batches)
 
 
 def changed(options: config.Config, folder: Path, **settings: Any) -> config.Config:
@@ -114,11 +118,11 @@ def assert_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
 
 def assert_same(one: Path, other: Path) -> None:
     assert told(one) == told(other)
-    names = [path.name for path in run.checkpoints(one)]
-    assert names == [path.name for path in run.checkpoints(other)]
+    names = [path.name for path in run_dir.checkpoints(one)]
+    assert names == [path.name for path in run_dir.checkpoints(other)]
     for name in names:
         (tensors, about), (others, about_other) = (
-            numbers(folder / run.CHECKPOINTS / name) for folder in (one, other)
+            numbers(folder / run_dir.CHECKPOINTS / name) for folder in (one, other)
         )
         assert_equal(tensors, others)
         for key in ("step", "windows", "evaluated", "val_loss", "best_loss", "spikes", "optimizer"):
@@ -159,7 +163,7 @@ def test_steps_that_are_not_finite_are_skipped(options, tmp_path, monkeypatch, c
     assert list(losses) == sorted(losses)
     if "log_every" not in settings:
         assert len(losses) == STEPS
-    tensors, _ = numbers(run.checkpoints(tmp_path / "run")[0])
+    tensors, _ = numbers(run_dir.checkpoints(tmp_path / "run")[0])
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
@@ -171,7 +175,7 @@ def test_a_run_ends_at_what_is_not_finite(options, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err.splitlines()[-1]
     after = at + late_by if way == "late" else at - 1
     assert f"step {at}: loss nan" in error and f"after step {after}" in error
-    newest = run.checkpoints(tmp_path / "run")[0]
+    newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == after
     assert all(tensor.isfinite().all() for tensor in numbers(newest)[0].values())
 
@@ -185,36 +189,36 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, 
     with monkeypatch.context() as patch:
         stop_at(patch, at)
         assert job.main(changed(options, tmp_path / "run")) == 128 + signals.SIGNALS[0]
-    newest = run.checkpoints(tmp_path / "run")[0]
+    newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == at
     assert job.main(dataclasses.replace(options, resume=str(tmp_path / "run"))) == 0
-    assert_equal(*(numbers(run.checkpoints(tmp_path / name)[0])[0] for name in ("run", "whole")))
+    assert_equal(*(numbers(run_dir.checkpoints(tmp_path / name)[0])[0] for name in ("run", "whole")))
 
 
 def test_a_run_that_is_stopped_in_a_step_that_fails(options, tmp_path, monkeypatch, way):
     poison(monkeypatch, 4)
     stop_at(monkeypatch, 4)
     assert job.main(changed(options, tmp_path / "run")) == job.NOT_FINITE
-    newest = run.checkpoints(tmp_path / "run")[0]
+    newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == (4 if way == "late" else 3)
 
 
 def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(options, tmp_path, monkeypatch, way):
     assert job.main(changed(options, tmp_path / "whole", checkpoint_every=1)) == 0
-    metrics = run.Run.metrics
+    metrics = run_dir.RunDir.metrics
 
-    def full(self: run.Run, step: int, **values: Any) -> None:
+    def full(self: run_dir.RunDir, step: int, **values: Any) -> None:
         if step == 5:
             raise OSError(28, "No space left on device")
         metrics(self, step, **values)
 
-    monkeypatch.setattr(run.Run, "metrics", full)
+    monkeypatch.setattr(run_dir.RunDir, "metrics", full)
     # with no evaluation that would be waited for
     given = changed(options, tmp_path / "run", checkpoint_every=0, eval_every=100)
     assert job.main(given) == job.NOT_SAVED
-    newest = run.checkpoints(tmp_path / "run")[0]
+    newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == (6 if way == "late" else 5)
-    assert_equal(numbers(newest)[0], numbers(tmp_path / "whole" / run.CHECKPOINTS / newest.name)[0])
+    assert_equal(numbers(newest)[0], numbers(tmp_path / "whole" / run_dir.CHECKPOINTS / newest.name)[0])
 
 
 def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatch, capsys, way):
@@ -246,7 +250,7 @@ def test_a_step_waits_for_its_numbers_only_where_it_must(monkeypatch):
     def is_held(optimizer: torch.optim.Optimizer | None = None, **settings: Any) -> bool:
         held.clear()
         chosen = dataclasses.replace(plain, **settings)
-        update.train_step(lm, optimizer or update.make_optimizer(lm, chosen), batch(), 1, chosen)
+        trainer.train_step(lm, optimizer or trainer.make_optimizer(lm, chosen), batch(), 1, chosen)
         return bool(held)
 
     held_by = fast_optim.held_by
@@ -255,10 +259,10 @@ def test_a_step_waits_for_its_numbers_only_where_it_must(monkeypatch):
     assert not is_held()
     with swap.using("fast", lambda line: None):
         muon = dataclasses.replace(plain, optimizer="muon", lr=0.01)
-        assert is_held() and is_held(update.make_optimizer(lm, muon))
+        assert is_held() and is_held(trainer.make_optimizer(lm, muon))
         assert not is_held(torch.optim.SGD(lm.parameters(), lr=0.1))
-        refused = update.train_step(
-            lm, update.make_optimizer(lm, plain), batch(), 1, plain, lambda loss: False
+        refused = trainer.train_step(
+            lm, trainer.make_optimizer(lm, plain), batch(), 1, plain, lambda loss: False
         )
         assert not refused.updated
         # another class may go by the same name
@@ -280,12 +284,12 @@ def test_own_clipping_and_loss_are_called_by_fast_steps(tmp_path):
     said: list[str] = []
     with swap.using("fast", said.append):
         swap.use(path)
-        assert update.train_step.__module__ == "llm_basics.fast.update"
+        assert trainer.train_step.__module__ == "llm_basics.fast.trainer"
     path.write_text(
         "def cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0):\n    return logits.sum()\n"
     )
     with swap.using(path), swap.using("fast", said.append):
-        assert update.batch_loss.__module__ == "llm_basics.update"
+        assert trainer.batch_loss.__module__ == "llm_basics.core.trainer"
     assert not any("train_step" in line for line in said)
 
 
@@ -309,12 +313,12 @@ def test_a_step_that_is_held_changes_nothing(kind):
     with swap.using("fast", lambda line: None):
         lms = [models.TransformerLM(dataclasses.replace(SHAPE, dropout=0.0)) for _ in range(2)]
         lms[1].load_state_dict(lms[0].state_dict())
-        optimizers = [update.make_optimizer(lm, settings) for lm in lms]
+        optimizers = [trainer.make_optimizer(lm, settings) for lm in lms]
         assert all(map(fast_optim.can_be_held, optimizers))
         for held in (0.0, 1.0, 0.0):
             for lm, optimizer, late in zip(lms, optimizers, (True, False), strict=True):
                 optimizer.zero_grad()
-                update.accumulate_gradients(lm, batch(), settings)
+                trainer.accumulate_gradients(lm, batch(), settings)
                 if late:
                     with fast_optim.held_by(torch.tensor(held)):
                         optimizer.step()

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import checkpoint, command_line, config, job, model, optim, run, swap, update
+from llm_basics import swap
+from llm_basics.cli import parse
+from llm_basics.core import config, model, optim, trainer
 from llm_basics.fast import optim as fast_optim
+from llm_basics.runs import checkpoint, run_dir
+from llm_basics.training import job
 
 STEPS = 5
 OPTIONS = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.3}
@@ -65,10 +69,10 @@ def test_the_schedule_of_the_options_is_the_one_that_is_followed():
     options = config.TrainConfig(
         steps=20, lr=3.0, min_lr=0.5, warmup_steps=4, schedule="wsd", decay_fraction=0.25
     )
-    rates = [update.learning_rate(step, options) for step in range(25)]
+    rates = [trainer.learning_rate(step, options) for step in range(25)]
     assert rates == [optim.wsd_schedule(step, 3.0, 0.5, 4, 20, 5) for step in range(25)]
     cosine = dataclasses.replace(options, schedule="cosine")
-    assert update.learning_rate(12, cosine) == optim.cosine_schedule(12, 3.0, 0.5, 4, 20)
+    assert trainer.learning_rate(12, cosine) == optim.cosine_schedule(12, 3.0, 0.5, 4, 20)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,7 +395,7 @@ def names_by_group(lm, optimizer):
 def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw(shape, tie):
     lm = model.TransformerLM(dataclasses.replace(shape, tie_embeddings=tie))
     settings = dataclasses.replace(SETTINGS, momentum=0.9, weight_decay=0.2, betas=(0.7, 0.9), eps=1e-6)
-    optimizer = update.make_optimizer(lm, settings)
+    optimizer = trainer.make_optimizer(lm, settings)
     assert type(optimizer) is optim.Muon
     (decay, none, decayed), (zero, also_none, kept), (of_matrices, momentum, matrices) = names_by_group(
         lm, optimizer
@@ -413,7 +417,7 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw(shape, tie):
 def test_frozen_parameters_are_left_out():
     lm = model.TransformerLM(SHAPE)
     lm.layers[0].requires_grad_(False)
-    groups = names_by_group(lm, update.make_optimizer(lm, SETTINGS))
+    groups = names_by_group(lm, trainer.make_optimizer(lm, SETTINGS))
     assert not [name for _, _, names in groups for name in names if name.startswith("layers.0")]
 
 
@@ -425,12 +429,12 @@ def test_twins_train_the_same_by_muon(shape):
         with swap.using("fast", lambda line: None) if pieces == "fast" else swap.restored():
             torch.manual_seed(0)
             lm = model.TransformerLM(shape)
-            optimizer = update.make_optimizer(lm, SETTINGS)
+            optimizer = trainer.make_optimizer(lm, SETTINGS)
             for group in optimizer.param_groups:
                 group["eps"] = 1e-4  # where a gradient is rounding alone, its sign would count
             optimizer.dtype = torch.float32
             for step in range(1, 4):
-                update.train_step(lm, optimizer, [(inputs, inputs + 1)], step, SETTINGS)
+                trainer.train_step(lm, optimizer, [(inputs, inputs + 1)], step, SETTINGS)
             after.append(lm.state_dict())
     for name, weight in after[0].items():
         torch.testing.assert_close(after[1][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
@@ -470,22 +474,22 @@ def options(tmp_path):
 
 
 def losses(folder):
-    return {m["step"]: m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m}
+    return {m["step"]: m["train_loss"] for m in run_dir.read_metrics(folder) if "train_loss" in m}
 
 
 def test_a_run_by_muon_goes_on_as_if_it_had_not_been_stopped(options, tmp_path):
     assert job.main(options) == 0
     whole = losses(options.run_dir)
     assert whole[6] < whole[1]
-    rates = {m["step"]: m["lr"] for m in run.read_metrics(options.run_dir) if "lr" in m}
+    rates = {m["step"]: m["lr"] for m in run_dir.read_metrics(options.run_dir) if "lr" in m}
     assert rates == pytest.approx({1: 0.005, 2: 0.01, 3: 0.01, 4: 0.01, 5: 0.01, 6: 0.001})
-    expected = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])[0]
+    expected = checkpoint.read_checkpoint(run_dir.checkpoints(options.run_dir)[0])[0]
     stopped = dataclasses.replace(options, run_dir=str(tmp_path / "stopped"))
     job.main(stopped)
-    run.checkpoints(stopped.run_dir)[0].unlink()
+    run_dir.checkpoints(stopped.run_dir)[0].unlink()
     torch.manual_seed(12345)
-    assert job.main(command_line.train_options(["--resume", stopped.run_dir])) == 0
-    found = checkpoint.read_checkpoint(run.checkpoints(stopped.run_dir)[0])[0]
+    assert job.main(parse.train_options(["--resume", stopped.run_dir])) == 0
+    found = checkpoint.read_checkpoint(run_dir.checkpoints(stopped.run_dir)[0])[0]
     assert losses(stopped.run_dir) == whole and found.keys() == expected.keys()
     # the type checker of these tests draws from Python's generator
     assert {name for name in found if not torch.equal(found[name], expected[name])} <= {"rng.python"}
@@ -494,7 +498,7 @@ def test_a_run_by_muon_goes_on_as_if_it_had_not_been_stopped(options, tmp_path):
 def test_a_run_by_one_optimizer_is_not_gone_on_with_by_the_other(options, capsys):
     job.main(dataclasses.replace(options, train=dataclasses.replace(SETTINGS, optimizer="adamw")))
     with pytest.raises(SystemExit):
-        job.main(command_line.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
+        job.main(parse.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
     assert "was trained by adamw, now it is muon" in capsys.readouterr().err
 
 

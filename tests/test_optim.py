@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import optim
+from llm_basics.core import optim
 
 STEPS = 8
 # snapshots are compared in float32

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_basics import corpus, packing, prepare, programs, shards
+from llm_basics.cli import commands
+from llm_basics.data import documents, prepare, shard_builder, shards
 
 WORDS = "the cat sat on a mat and the dog ran far away from its own tail".split()
 
@@ -42,7 +43,7 @@ def source(tmp_path):
 def options(source, tmp_path):
     def make(out, **changes):
         settings = {"tokenizer": "bytes", "val_fraction": 0.1, "shard_tokens": 3000, "fast": "off"} | changes
-        return programs.PrepareConfig(source=str(source), out=str(tmp_path / out), **settings)
+        return commands.PrepareConfig(source=str(source), out=str(tmp_path / out), **settings)
 
     return make
 
@@ -59,7 +60,7 @@ def content(folder):
 
 def texts(prepared, parts):
     ids = [int(i) for shard in parts for i in shard.tokens]
-    return prepared.tokenizer.decode(ids).split(corpus.DOCUMENT_SEPARATOR)[:-1]
+    return prepared.tokenizer.decode(ids).split(documents.DOCUMENT_SEPARATOR)[:-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_every_text_is_there_once_on_the_side_that_its_digest_decides(options):
     meta = build(options("out"))
     prepared = prepare.load(options("out").out)
     given = list(dict.fromkeys(make_documents(300)))
-    held = [t for t in given if corpus.Split(0.1).holds_out(corpus.digest(t))]
+    held = [t for t in given if documents.Split(0.1).holds_out(documents.digest(t))]
     assert texts(prepared, [prepared.val]) == held
     assert texts(prepared, prepared.train) == [t for t in given if t not in held]
     assert meta["duplicates"] == 300 - len(given) > 30
@@ -171,7 +172,7 @@ def test_a_vocabulary_is_learned_from_the_first_texts_to_train_on(options, monke
     build(options("out", tokenizer="bpe", vocab_size=300, sample_bytes=5000))
     prepared = prepare.load(options("out").out)
     (sample,) = seen
-    read = sample.split(corpus.DOCUMENT_SEPARATOR)
+    read = sample.split(documents.DOCUMENT_SEPARATOR)
     assert read == texts(prepared, prepared.train)[: len(read)]
     assert 5000 <= sum(map(len, read)) < 5200 and len(read) < 0.9 * sum(s.n_documents for s in prepared.train)
     assert prepared.tokenizer.vocab_size == 300
@@ -201,12 +202,14 @@ def cut_at(monkeypatch, home, name, number, after):
     monkeypatch.setattr(home, name, call)
 
 
-POINTS = [(packing.Ledger, "commit", number, after) for number in (1, 2, 4) for after in (False, True)] + [
+POINTS = [
+    (shard_builder.Journal, "commit", number, after) for number in (1, 2, 4) for after in (False, True)
+] + [
     *((shards.ShardWriter, "_finish", number, after) for number in (1, 2, 3, 6) for after in (False, True)),
-    *((packing.Ledger, "is_new", number, True) for number in (1, 30, 79)),
-    *((packing.shutil, "rmtree", 1, after) for after in (False, True)),
-    *((packing.os, "rename", 1, after) for after in (False, True)),
-    (packing, "sweep", 1, True),
+    *((shard_builder.Journal, "is_new", number, True) for number in (1, 30, 79)),
+    *((shard_builder.shutil, "rmtree", 1, after) for after in (False, True)),
+    *((shard_builder.os, "rename", 1, after) for after in (False, True)),
+    (shard_builder, "sweep", 1, True),
 ]
 
 
@@ -248,7 +251,7 @@ def test_cut_off_again_and_again(options, monkeypatch):
     again = options("cut")
     for _ in range(100):
         with monkeypatch.context() as patch:
-            cut_at(patch, packing.Ledger, "commit", 2, False)
+            cut_at(patch, shard_builder.Journal, "commit", 2, False)
             try:
                 build(again)
                 break
@@ -267,7 +270,7 @@ def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
         lambda s, text: encoded.append(text) or encode(s, text),
     )
     with monkeypatch.context() as patch:
-        cut_at(patch, packing.Ledger, "commit", 3, True)
+        cut_at(patch, shard_builder.Journal, "commit", 3, True)
         with pytest.raises(Cut):
             build(options("cut"))
     first = len(encoded)
@@ -281,10 +284,10 @@ def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
 
 def test_what_is_finished_but_for_its_name_is_not_written_again(options, monkeypatch):
     with monkeypatch.context() as patch:
-        cut_at(patch, packing, "publish", 1, False)
+        cut_at(patch, shard_builder, "publish", 1, False)
         with pytest.raises(Cut):
             build(options("out"))
-    monkeypatch.setattr(packing.shards, "ShardWriter", pytest.fail)
+    monkeypatch.setattr(shard_builder.shards, "ShardWriter", pytest.fail)
     assert build(options("out")) == json.loads(Path(options("out").out, "meta.json").read_text())
 
 
@@ -319,7 +322,7 @@ def test_killed_for_real(options, source):
 def partial(options, monkeypatch, out="out", commits=2):
     """A preparation that was cut off."""
     with monkeypatch.context() as patch:
-        cut_at(patch, packing.Ledger, "commit", commits, True)
+        cut_at(patch, shard_builder.Journal, "commit", commits, True)
         with pytest.raises(Cut):
             build(options(out))
 
@@ -407,7 +410,7 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch):
         .execute("SELECT settings FROM committed")
         .fetchone()[0]
     )
-    with packing.Ledger(work, settings) as ledger:
+    with shard_builder.Journal(work, settings) as ledger:
         for _ in range(2):
             with pytest.raises(ValueError, match="no other process may use it: database is locked"):
                 build(options("out"))
@@ -417,10 +420,10 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch):
 
 def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, monkeypatch):
     build(options("whole"))
-    write, publish, find, seen = packing.files.write, packing.publish, prepare.sources.find, []
+    write, publish, find, seen = shard_builder.files.write, shard_builder.publish, prepare.sources.find, []
 
     def write_while_another_begins(path, text):
-        if path.name != packing.META:
+        if path.name != shard_builder.META:
             return write(path, text)
         with pytest.raises(ValueError, match="no other process may use it: database is locked"):
             build(options("out"))
@@ -428,7 +431,7 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
         write(path, text)
 
     def publish_behind_another(work, out):
-        monkeypatch.setattr(packing, "publish", publish)
+        monkeypatch.setattr(shard_builder, "publish", publish)
         seen.append(publish(work, out))
         return publish(work, out)
 
@@ -438,10 +441,10 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
         monkeypatch.setattr(prepare, "_fill", pytest.fail)
         return find(*arguments)
 
-    monkeypatch.setattr(packing.files, "write", write_while_another_begins)
-    monkeypatch.setattr(packing, "publish", publish_behind_another)
+    monkeypatch.setattr(shard_builder.files, "write", write_while_another_begins)
+    monkeypatch.setattr(shard_builder, "publish", publish_behind_another)
     assert build(options("out")) == seen[1] and seen[0] == "refused"
-    monkeypatch.setattr(packing.files, "write", write)
+    monkeypatch.setattr(shard_builder.files, "write", write)
     stamp = prepare.sources.stamp(options("third").source)
     monkeypatch.setattr(prepare.sources, "stamp", lambda source: stamp)
     monkeypatch.setattr(prepare.sources, "find", find_before_another_ends)

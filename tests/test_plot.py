@@ -11,14 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import figure
 
-from llm_basics import command_line, plot, programs, records, run
+from llm_basics.analysis import figures, run_data
+from llm_basics.cli import commands, parse
+from llm_basics.runs import run_dir
 
 HOSTILE = "<img src=x> $\\frac{$ _x\n\u202e\u6f22"
 
 
 def made(losses, name="a run", step=10, **more):
     metrics = [{"step": step * i, "train_loss": loss, **more} for i, loss in enumerate(losses, start=1)]
-    return records.Record(name, {}, metrics, [])
+    return run_data.Record(name, {}, metrics, [])
 
 
 def legend_of(figure):
@@ -31,21 +33,23 @@ def is_picture(path):
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.integers(1, 90))
 def test_smoothing_keeps_length_bounds_and_constants(values, window):
-    smooth = plot.smoothed(np.array(values), window)
+    smooth = figures.smoothed(np.array(values), window)
     assert len(smooth) == len(values)
     assert min(values) - 1e-6 <= smooth.min() and smooth.max() <= max(values) + 1e-6
-    np.testing.assert_allclose(plot.smoothed(np.full(len(values), 3.0), window), 3.0)
+    np.testing.assert_allclose(figures.smoothed(np.full(len(values), 3.0), window), 3.0)
 
 
 def test_window_of_one_is_the_identity_and_gaps_stay_nan():
     values = np.array([1.0, np.nan, 3.0, 8.0])
-    np.testing.assert_array_equal(plot.smoothed(values, 1), values)
-    assert np.isnan(plot.smoothed(np.array([np.nan, np.nan]), 3)).all()
+    np.testing.assert_array_equal(figures.smoothed(values, 1), values)
+    assert np.isnan(figures.smoothed(np.array([np.nan, np.nan]), 3)).all()
 
 
 def test_losses_share_a_panel_and_other_metrics_have_their_own(tmp_path, drawn):
     runs = [made([4.0, 3.0, 2.0], val_loss=2.5, lr=0.1, grad_norm=1.0)]
-    assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss", "val_loss", "lr", "grad_norm"]))
+    assert is_picture(
+        figures.draw(runs, tmp_path / "a.png", ys=["train_loss", "val_loss", "lr", "grad_norm"])
+    )
     assert [sum(len(line.get_xdata()) > 0 for line in axes.lines) for axes in drawn[0].axes] == [2, 1, 1]
     assert [axes.get_ylabel() for axes in drawn[0].axes] == [
         "loss (nats per token)",
@@ -56,7 +60,7 @@ def test_losses_share_a_panel_and_other_metrics_have_their_own(tmp_path, drawn):
 
 def test_smoothing_applies_to_training_metrics_only(tmp_path, drawn):
     metrics = [{"step": i, "train_loss": float(i % 2), "val_loss": float(i % 2)} for i in range(40)]
-    plot.draw([records.Record("r", {}, metrics, [])], tmp_path / "a.png", smooth=10, log=True)
+    figures.draw([run_data.Record("r", {}, metrics, [])], tmp_path / "a.png", smooth=10, log=True)
     curves = [np.asarray(line.get_ydata()) for line in drawn[0].axes[0].lines]
     faint, smooth, evaluated = (curve for curve in curves if len(curve))
     assert np.ptp(faint) == np.ptp(evaluated) == 1 and np.ptp(smooth[5:-5]) < 0.01
@@ -66,9 +70,9 @@ def test_smoothing_applies_to_training_metrics_only(tmp_path, drawn):
 def test_the_best_of_many_runs_are_colored_and_named(tmp_path, drawn):
     runs = [made([5.0, 1.0 + i / 100], name=f"number {i}") for i in range(100)]
     began = time.perf_counter()
-    assert is_picture(plot.draw(runs[::-1], tmp_path / "a.png", ys=["train_loss"]))
+    assert is_picture(figures.draw(runs[::-1], tmp_path / "a.png", ys=["train_loss"]))
     assert time.perf_counter() - began < 20
-    n = len(plot.COLORS)
+    n = len(figures.COLORS)
     assert legend_of(drawn[0]) == [*(f"number {i}" for i in reversed(range(n))), f"{100 - n} more runs"]
 
 
@@ -77,7 +81,7 @@ def test_a_million_points_are_drawn_in_seconds(tmp_path):
     record = made([1.0])
     object.__setattr__(record, "curve", lambda y, x="step": (np.arange(1e6), losses))
     began = time.perf_counter()
-    plot.draw([record], tmp_path / "a.png", ys=["train_loss"], smooth=50)
+    figures.draw([record], tmp_path / "a.png", ys=["train_loss"], smooth=50)
     assert time.perf_counter() - began < 10
 
 
@@ -85,35 +89,35 @@ def test_a_million_points_are_drawn_in_seconds(tmp_path):
 def test_names_are_drawn_literally(tmp_path, drawn):
     for count in (1, 2):
         assert is_picture(
-            plot.draw([made([3.0, 2.0], name=HOSTILE)] * count, tmp_path / "a.png", ys=["train_loss"])
+            figures.draw([made([3.0, 2.0], name=HOSTILE)] * count, tmp_path / "a.png", ys=["train_loss"])
         )
-    plot.draw(
+    figures.draw(
         [made([3.0, 2.0], name=name) for name in (HOSTILE, "_b")], tmp_path / "a.png", ys=["train_loss"]
     )
-    assert legend_of(drawn[-1]) == [plot.readable(HOSTILE), " _b"]
-    assert "\n" not in plot.readable(HOSTILE) and len(plot.readable("x" * 500)) == plot.NAME_LENGTH
+    assert legend_of(drawn[-1]) == [figures.readable(HOSTILE), " _b"]
+    assert "\n" not in figures.readable(HOSTILE) and len(figures.readable("x" * 500)) == figures.NAME_LENGTH
 
 
 def test_runs_without_finite_values_are_drawn(tmp_path):
     runs = [made([None, None], name="lost"), made([3.0, None, 2.0], name="partly")]
-    assert is_picture(plot.draw(runs, tmp_path / "a.png", ys=["train_loss"]))
+    assert is_picture(figures.draw(runs, tmp_path / "a.png", ys=["train_loss"]))
 
 
 def test_y_limits_leave_out_the_steep_beginning(tmp_path, drawn):
-    plot.draw([made([100.0, *np.linspace(3, 2, 60)])], tmp_path / "a.png", ys=["train_loss"])
+    figures.draw([made([100.0, *np.linspace(3, 2, 60)])], tmp_path / "a.png", ys=["train_loss"])
     assert drawn[0].axes[0].get_ylim()[1] < 4
 
 
 def test_plot_loss_draws_the_unigram_entropy(tmp_path, drawn):
     folder = recorded.record(tmp_path / "r", [4.0, 3.0, 2.0])
-    assert plot.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"
+    assert figures.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"
     (axes,) = drawn[0].axes
     assert legend_of(drawn[0]) == ["training", "validation", "unigram entropy"]
     assert axes.get_title(loc="left") == "r" and axes.get_ylim()[1] > 3.3
 
 
 def test_a_figure_is_written_atomically(tmp_path, monkeypatch):
-    path = plot.draw([made([3.0, 2.0])], tmp_path / "a.png", ys=["train_loss"])
+    path = figures.draw([made([3.0, 2.0])], tmp_path / "a.png", ys=["train_loss"])
     before = path.read_bytes()
 
     def full(self, file, **options):
@@ -122,7 +126,7 @@ def test_a_figure_is_written_atomically(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure.Figure, "savefig", full)
     with pytest.raises(OSError):
-        plot.draw([made([3.0, 1.0])], path, ys=["train_loss"])
+        figures.draw([made([3.0, 1.0])], path, ys=["train_loss"])
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
@@ -131,16 +135,16 @@ def test_a_figure_is_written_atomically(tmp_path, monkeypatch):
 
 
 def options_of(*arguments):
-    return command_line.program_options(programs.PlotConfig(), arguments, prog="plot")
+    return parse.program_options(commands.PlotConfig(), arguments, prog="plot")
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_command_draws_runs(tmp_path, monkeypatch, capsys, ending):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        recorded.record(run.RUNS / name, [3.0, 2.0, 1.0])
+        recorded.record(run_dir.RUNS / name, [3.0, 2.0, 1.0])
     options = options_of("one", "runs/two", "--x", "time", "--smooth", "2", "--out", f"both.{ending}")
-    assert plot.main(options) == 0 and capsys.readouterr().out == f"both.{ending}\n"
+    assert figures.main(options) == 0 and capsys.readouterr().out == f"both.{ending}\n"
     assert (tmp_path / f"both.{ending}").stat().st_size > 5000
 
 
@@ -156,9 +160,9 @@ def test_the_command_draws_runs(tmp_path, monkeypatch, capsys, ending):
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    recorded.record(run.RUNS / "r", [3.0, 2.0])
+    recorded.record(run_dir.RUNS / "r", [3.0, 2.0])
     with pytest.raises(SystemExit) as stop:
-        plot.main(options_of(*arguments))
+        figures.main(options_of(*arguments))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 

@@ -12,18 +12,11 @@ import types
 
 import pytest
 
-from llm_basics import (
-    command_line,
-    config,
-    corpus,
-    followers,
-    launch,
-    prepare,
-    presets,
-    programs,
-    run,
-    tokenizer,
-)
+from llm_basics.cli import commands, parse
+from llm_basics.core import config, presets, tokenizer
+from llm_basics.data import documents, prepare
+from llm_basics.runs import console, run_dir
+from llm_basics.training import setup
 
 DATA = os.environ.get("LLM_BASICS_DATA")
 
@@ -51,7 +44,7 @@ def options(folder):
 def texts(prepared, shards):
     """The documents in token files, decoded again."""
     ids = [int(i) for shard in shards for i in shard.tokens]
-    return prepared.tokenizer.decode(ids).split(corpus.DOCUMENT_SEPARATOR)[:-1]
+    return prepared.tokenizer.decode(ids).split(documents.DOCUMENT_SEPARATOR)[:-1]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -73,7 +66,7 @@ def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch
         lambda path, *args, **kw: seen.append(path.read_bytes().decode()) or train_bpe(path, *args, **kw),
     )
     prepared = prepare.prepare(options())
-    assert seen == [corpus.DOCUMENT_SEPARATOR.join(texts(prepared, prepared.train))]
+    assert seen == [documents.DOCUMENT_SEPARATOR.join(texts(prepared, prepared.train))]
 
 
 def test_second_time_finds_what_the_first_has_made(options, monkeypatch):
@@ -148,7 +141,7 @@ def test_copies_of_a_document_stay(folder, options):
 def test_documents_are_not_kept_in_memory(folder, options, monkeypatch):
     alive = []
 
-    class Counted(corpus.Document):
+    class Counted(documents.Document):
         def __init__(self, name, text):
             super().__init__(name, text)
             alive.append(name)
@@ -157,9 +150,9 @@ def test_documents_are_not_kept_in_memory(folder, options, monkeypatch):
             alive.pop()
 
     most = []
-    digest = corpus.digest
-    monkeypatch.setattr(corpus, "Document", Counted)
-    monkeypatch.setattr(corpus, "digest", lambda text: most.append(len(alive)) or digest(text))
+    digest = documents.digest
+    monkeypatch.setattr(documents, "Document", Counted)
+    monkeypatch.setattr(documents, "digest", lambda text: most.append(len(alive)) or digest(text))
     prepare.prepare(options(tokenizer="bytes"))
     assert len(most) >= 40 and max(most) <= 5
 
@@ -194,7 +187,7 @@ def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
 def made(folder):
     """A folder that the program has made."""
     settings = {"tokenizer": "bpe", "vocab_size": 270, "val_fraction": 0.3, "fast": "off"}
-    options = programs.PrepareConfig(str(folder / "text"), str(folder / "made"), **settings)
+    options = commands.PrepareConfig(str(folder / "text"), str(folder / "made"), **settings)
     prepare.build(options, lambda line: None)
     return folder / "made"
 
@@ -221,12 +214,12 @@ def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(made, optio
 def test_training_begins_from_a_prepared_folder(made, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = ["--model.context_length=16", "--model.d_model=16", "--model.n_heads=2", "--fast=off"]
-    options = command_line.train_options(["--data", str(made), *sizes, "--run_dir", "run"])
-    training, output = launch.start(options)
+    options = parse.train_options(["--data", str(made), *sizes, "--run_dir", "run"])
+    training, output = setup.start(options)
     output.close()
     assert "is prepared; its tokenizer has 270 tokens" in capsys.readouterr().out
     assert training.options.model.vocab_size == 270 and training.prepared_in == "made"
-    assert run.read_config("run")["tokenizer"] == f"{made}/tokenizer"
+    assert run_dir.read_config("run")["tokenizer"] == f"{made}/tokenizer"
     # what is recorded can be asked for again
     assert prepare.prepare(training.options).folder == made
     assert len(training.held_out) == len(prepare.load(made).val.tokens)
@@ -283,7 +276,7 @@ def test_standard_input_must_be_prepared_first(options):
 
 
 def prepare_program(*arguments):
-    options = command_line.program_options(programs.PrepareConfig(), list(arguments), prog="prepare")
+    options = parse.program_options(commands.PrepareConfig(), list(arguments), prog="prepare")
     return prepare.main(options)
 
 
@@ -335,9 +328,9 @@ def test_mistakes_end_the_program_in_one_line(folder, capsys, monkeypatch, argum
 
 
 def test_without_a_terminal_progress_comes_in_lines(monkeypatch):
-    monkeypatch.setattr(followers, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), followers.progress_bar("bytes") as progress:
+    with contextlib.redirect_stdout(out), console.progress_bar("bytes") as progress:
         progress("encoding", 3_000_000, 12_000_000)
         progress("encoding", 6_000_000, 0)
     first, second = out.getvalue().splitlines()
@@ -350,7 +343,7 @@ def test_on_a_terminal_progress_is_a_bar_with_speed_and_time(monkeypatch):
     out.isatty = lambda: True
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with contextlib.redirect_stdout(out), followers.progress_bar("bytes") as progress:
+    with contextlib.redirect_stdout(out), console.progress_bar("bytes") as progress:
         for done in range(0, 6_000_001, 1_000_000):
             progress("encoding", done, 12_000_000)
             time.sleep(0.02)

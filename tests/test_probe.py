@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from llm_basics import functional as F
-from llm_basics import model, probe, swap, tasks
+from llm_basics import swap
+from llm_basics.cli import commands
+from llm_basics.core import functional as F
+from llm_basics.core import model
+from llm_basics.learn import probe, probe_tasks
 
-ANSWERED = [name for name in tasks.TASKS if name != "markov"]
+ANSWERED = [name for name in probe_tasks.TASKS if name != "markov"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -23,7 +26,7 @@ def words(task, row):
 
 
 def some(name, n=40):
-    task = tasks.TASKS[name](0)
+    task = probe_tasks.TASKS[name](0)
     return task, task.draw(n, np.random.default_rng(5)).tolist()
 
 
@@ -70,7 +73,7 @@ def test_after_the_second_a_comes_what_came_after_the_first():
     assert not any(row[:16] == row[16:] for row in rows)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", probe_tasks.TASKS)
 def test_tokens_fit_the_model(name):
     task, rows = some(name)
     assert {len(row) for row in rows} == {task.model.context_length + 1}
@@ -78,36 +81,39 @@ def test_tokens_fit_the_model(name):
     assert list(task.losses.values()) == sorted(task.losses.values())
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", probe_tasks.TASKS)
 def test_held_out_sequences_are_different_and_never_trained_on(name):
-    task = tasks.TASKS[name](0)
-    held_out = tasks.hold_out(task, 3)
+    task = probe_tasks.TASKS[name](0)
+    held_out = probe_tasks.hold_out(task, 3)
     keys = {task.key(row) for row in held_out.tolist()}
     assert len(held_out) == len(keys) == task.n_held_out
-    for batch in itertools.islice(tasks.fresh(task, held_out, 3), 20):
+    for batch in itertools.islice(probe_tasks.fresh(task, held_out, 3), 20):
         assert keys.isdisjoint(task.key(row) for row in batch.tolist())
 
 
 def test_what_is_held_out_is_left_out_where_chance_draws_it_again():
-    task = tasks.addition(0)
-    trained = next(tasks.fresh(task, tasks.hold_out(task, 0), 0)).tolist()
+    task = probe_tasks.addition(0)
+    trained = next(probe_tasks.fresh(task, probe_tasks.hold_out(task, 0), 0)).tolist()
     drawn = task.draw(task.train.batch_size, np.random.default_rng((0, 1))).tolist()
-    held_out = {tuple(row[1:3]) for row in tasks.hold_out(task, 0).tolist()}
+    held_out = {tuple(row[1:3]) for row in probe_tasks.hold_out(task, 0).tolist()}
     held_out |= {(b, a) for a, b in held_out}
     assert trained == [row for row in drawn if tuple(row[1:3]) not in held_out]
     assert 0 < len(trained) < len(drawn)
 
 
 def test_a_seed_makes_the_same_sequences():
-    task = tasks.reverse(0)
-    for make in (tasks.hold_out, lambda task, seed: next(tasks.fresh(task, np.empty((0, 20), int), seed))):
+    task = probe_tasks.reverse(0)
+    for make in (
+        probe_tasks.hold_out,
+        lambda task, seed: next(probe_tasks.fresh(task, np.empty((0, 20), int), seed)),
+    ):
         assert np.array_equal(make(task, 1), make(task, 1))
         assert not np.array_equal(make(task, 1), make(task, 2))
 
 
 def test_an_example_is_shown_with_its_answers_below():
     row = [26, *range(9), 27, *reversed(range(9))]
-    assert tasks.reverse(0).show(row).splitlines() == [
+    assert probe_tasks.reverse(0).show(row).splitlines() == [
         "given     [BOS] a b c d e f g h i [SEP] _ _ _ _ _ _ _ _ _",
         "wanted                                  i h g f e d c b a",
     ]
@@ -119,7 +125,7 @@ def test_an_example_is_shown_with_its_answers_below():
 
 def test_entropy_of_two_states_is_that_of_the_formula():
     a, b = 0.1, 0.4
-    source = tasks.Source(np.array([[1 - a, a], [b, 1 - b]]))
+    source = probe_tasks.Source(np.array([[1 - a, a], [b, 1 - b]]))
 
     def h(p):
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
@@ -132,11 +138,11 @@ def test_entropy_of_two_states_is_that_of_the_formula():
 
 
 def test_what_never_comes_adds_nothing_to_the_entropy():
-    assert tasks.Source(np.array([[0.0, 1.0], [1.0, 0.0]])).entropy_rate() == 0
+    assert probe_tasks.Source(np.array([[0.0, 1.0], [1.0, 0.0]])).entropy_rate() == 0
 
 
 def test_a_simulation_has_the_entropies_of_the_source():
-    source = tasks.markov(0).source
+    source = probe_tasks.markov(0).source
     text = source.draw(2000, 100, np.random.default_rng(0))
     pairs = np.zeros((16, 16))
     np.add.at(pairs, (text[:, :-1].ravel(), text[:, 1:].ravel()), 1)
@@ -154,10 +160,10 @@ def test_a_simulation_has_the_entropies_of_the_source():
 # What is measured
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", probe_tasks.TASKS)
 def test_only_answers_count_in_the_loss(name):
     task, rows = some(name)
-    inputs, targets = probe.to_batch(task, np.array(rows))
+    inputs, targets = probe.collate(task, np.array(rows))
     assert inputs.tolist() == [row[:-1] for row in rows]
     for row, wanted in zip(rows, targets.tolist(), strict=True):
         assert wanted == [row[i] if i in task.answers else -100 for i in range(1, len(row))]
@@ -235,7 +241,7 @@ def test_answers_are_given_from_what_is_before_them_alone():
     ],
 )
 def test_a_failure_says_where_to_look(found, said):
-    task = tasks.reverse(0)
+    task = probe_tasks.reverse(0)
     last = probe.Measurement(**({"step": task.train.steps, "train_loss": 3.2, "loss": 3.2} | found))
     passed, verdict = probe.judge(task, last)
     assert not passed
@@ -253,7 +259,7 @@ def test_a_failure_says_where_to_look(found, said):
     ],
 )
 def test_a_loss_below_the_entropy_rate_is_a_leak(above, passed, said):
-    task = tasks.markov(0)
+    task = probe_tasks.markov(0)
     loss = task.source.entropy_rate() + above
     last = probe.Measurement(task.train.steps, loss, loss, 0.4, noise=0.02)
     found, verdict = probe.judge(task, last)
@@ -262,7 +268,7 @@ def test_a_loss_below_the_entropy_rate_is_a_leak(above, passed, said):
 
 @pytest.mark.parametrize(("line", "said"), [(1, "how often each token comes"), (2, "nothing was learned")])
 def test_a_loss_at_a_floor_says_what_is_not_made_use_of(line, said):
-    task = tasks.markov(0)
+    task = probe_tasks.markov(0)
     loss = list(task.losses.values())[line]
     passed, verdict = probe.judge(task, probe.Measurement(10, loss, loss, 0.1))
     assert not passed and said in verdict
@@ -286,7 +292,9 @@ def small(monkeypatch):
 
         return made
 
-    monkeypatch.setattr(tasks, "TASKS", {name: shrink(make) for name, make in tasks.TASKS.items()})
+    monkeypatch.setattr(
+        probe_tasks, "TASKS", {name: shrink(make) for name, make in probe_tasks.TASKS.items()}
+    )
     # small as they are, several measurements would take most of the time
     monkeypatch.setattr(probe, "MEASUREMENTS", 1)
 
@@ -299,7 +307,7 @@ def run(tmp_path, capsys, *mine, **options):
         options["mine"] = str(path)
     pieces = "functional.causal_mask functional.cross_entropy functional.softmax".split()
     with swap.replaced({piece: swap.reference(piece) for piece in pieces}):
-        status = probe.main(tasks.ProbeConfig(out=str(tmp_path / "out"), **options))
+        status = probe.main(commands.ProbeConfig(out=str(tmp_path / "out"), **options))
     return status, capsys.readouterr().out
 
 
@@ -315,7 +323,7 @@ def test_a_few_steps_fail_and_are_drawn(small, tmp_path, capsys):
 def test_all_is_every_task(small, tmp_path, capsys):
     status, out = run(tmp_path, capsys, steps=1)
     assert status == 1 and out.endswith("0 of 6 tasks passed\n")
-    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(tasks.TASKS)
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(probe_tasks.TASKS)
 
 
 def test_attention_without_a_causal_mask_is_a_leak(small, tmp_path, capsys):
@@ -362,7 +370,7 @@ def test_a_piece_that_breaks_down_fails_the_task(small, tmp_path, capsys, body, 
 
 
 def test_an_error_of_the_reference_is_not_hidden(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe, "to_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr(probe, "collate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, capsys, task="copy", steps=1)
 
@@ -379,7 +387,7 @@ def test_an_error_of_the_reference_is_not_hidden(small, tmp_path, capsys, monkey
 )
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys, options, said):
     with pytest.raises(SystemExit) as stop:
-        probe.main(tasks.ProbeConfig(out=str(tmp_path), **options))
+        probe.main(commands.ProbeConfig(out=str(tmp_path), **options))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {said}\n"
 
@@ -398,7 +406,7 @@ def test_the_command_line_answers_before_torch_is_loaded(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", probe_tasks.TASKS)
 def test_the_reference_learns_every_task(tmp_path, capsys, name):
     status, out = run(tmp_path, capsys, task=name)
     assert status == 0, out

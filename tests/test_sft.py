@@ -10,30 +10,20 @@ import pytest
 import torch
 from test_chat import GOLDEN, messages
 
-from llm_basics import (
-    answers,
-    chat,
-    command_line,
-    config,
-    data,
-    generate,
-    job,
-    model,
-    prepare,
-    questions,
-    run,
-    sft,
-    tokenizer,
-    update,
-)
+from llm_basics.cli import parse
+from llm_basics.core import config, dataloader, generate, model, tokenizer, trainer
+from llm_basics.data import chat_template, prepare, sft_dataset, synthetic_qa
+from llm_basics.inference import engine
+from llm_basics.runs import run_dir
+from llm_basics.training import job, sft
 
-CHATTING = chat.with_specials(tokenizer.Tokenizer.of_bytes())
+CHATTING = chat_template.with_specials(tokenizer.Tokenizer.byte_level())
 SPECIAL_IDS = {CHATTING.special_id(special) for special in CHATTING.special_tokens}
 
 
 def row(spelled):
-    ids, learned = chat.render(CHATTING, messages(spelled))
-    return answers.Row(np.array(ids), np.array(learned))
+    ids, learned = chat_template.render(CHATTING, messages(spelled))
+    return sft_dataset.Example(np.array(ids), np.array(learned))
 
 
 def text(found):
@@ -47,7 +37,7 @@ def text(found):
 def test_what_is_learned_is_read_off_the_ids():
     for spelled, _ in GOLDEN:
         rendered = row(spelled)
-        assert np.array_equal(answers.learned(rendered.ids, CHATTING), rendered.learned), spelled
+        assert np.array_equal(sft_dataset.loss_mask(rendered.ids, CHATTING), rendered.learned), spelled
 
 
 @pytest.mark.parametrize(
@@ -70,7 +60,7 @@ def test_what_is_learned_is_read_off_the_ids():
     ],
 )
 def test_a_long_conversation_is_cut_from_the_front(spelled, most, kept):
-    found = answers.cut(row(spelled), CHATTING, most)
+    found = sft_dataset.truncate(row(spelled), CHATTING, most)
     assert (found and text(found)) == kept
 
 
@@ -81,13 +71,15 @@ def test_no_conversation_becomes_a_row_without_a_target():
     for _ in range(1_000):
         parts = [f"{rng.choice(list('sua'))}:{'x' * rng.integers(0, 9)}" for _ in range(rng.integers(0, 5))]
         most = int(rng.integers(3, 30))
-        found = answers.cut(row(" ".join([*parts, "u:y", "a:" + "z" * rng.integers(1, 9)])), CHATTING, most)
+        found = sft_dataset.truncate(
+            row(" ".join([*parts, "u:y", "a:" + "z" * rng.integers(1, 9)])), CHATTING, most
+        )
         n_left_out += found is None
         if found is not None:
             assert len(found.ids) <= most and found.learned[1:].any() and not found.learned[0]
             assert found.ids[0] in SPECIAL_IDS
-            _, targets = answers.to_batch([found], most - 1)
-            assert (targets != data.IGNORED).any()
+            _, targets = sft_dataset.collate([found], most - 1)
+            assert (targets != dataloader.IGNORE_INDEX).any()
         else:
             assert most < len("[y][z"), "a question of one letter leaves room for an answer from 5 ids on"
     assert n_left_out > 0
@@ -96,14 +88,14 @@ def test_no_conversation_becomes_a_row_without_a_target():
 def test_packed_rows_hold_every_conversation_once():
     rng = np.random.default_rng(0)
     rows = [row(f"u:{'q' * rng.integers(0, 20)} a:{'r' * rng.integers(1, 20)}") for _ in range(200)]
-    packed = answers.pack(rows, 64)
+    packed = sft_dataset.pack(rows, 64)
     assert all(len(one.ids) <= 64 and one.learned[1:].any() for one in packed)
     expected = sorted(text(one) for one in rows)
     found = [f"<|user|>{part}" for one in packed for part in text(one).split("<|user|>")[1:]]
     assert sorted(found) == expected
     # at most a tenth more than if nothing were lost
     assert len(packed) <= 1.1 * sum(len(one.ids) for one in rows) / 64
-    assert all(np.array_equal(one.learned, answers.learned(one.ids, CHATTING)) for one in packed)
+    assert all(np.array_equal(one.learned, sft_dataset.loss_mask(one.ids, CHATTING)) for one in packed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,11 +106,14 @@ def marked_rows(n):
     """Rows of 4 to 31 ids, of which the first says which row it is."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 32, size=n)
-    return [answers.Row(np.array([i, *[9] * (m - 1)]), np.arange(m) > m - 3) for i, m in enumerate(lengths)]
+    return [
+        sft_dataset.Example(np.array([i, *[9] * (m - 1)]), np.arange(m) > m - 3)
+        for i, m in enumerate(lengths)
+    ]
 
 
 def test_an_epoch_has_every_row_once_in_another_order():
-    batches = answers.Batches(marked_rows(240), 8, 32, seed=1)
+    batches = sft_dataset.Batches(marked_rows(240), 8, 32, seed=1)
     epochs = [[batches.starting_at(i)[0][:, 0] for i in range(e * 240, (e + 1) * 240, 8)] for e in (0, 1)]
     for epoch in epochs:
         assert sorted(torch.cat(epoch).tolist()) == list(range(240))
@@ -127,28 +122,28 @@ def test_an_epoch_has_every_row_once_in_another_order():
 
 def test_the_order_is_a_pure_function_of_seed_epoch_and_step():
     rows = marked_rows(50)
-    one, other = (answers.Batches(rows, 8, 32, seed=3) for _ in range(2))
+    one, other = (sft_dataset.Batches(rows, 8, 32, seed=3) for _ in range(2))
     in_order = [one.starting_at(first) for first in range(0, 400, 8)]
     for first in (392, 0, 136, 48, 136):
         for found, expected in zip(other.starting_at(first), in_order[first // 8], strict=True):
             assert torch.equal(found, expected)
-    different = answers.Batches(rows, 8, 32, seed=4)
+    different = sft_dataset.Batches(rows, 8, 32, seed=4)
     assert any(not torch.equal(different.starting_at(i)[0], one.starting_at(i)[0]) for i in (0, 8))
 
 
 def test_batches_are_as_wide_as_their_rows_and_hold_a_target_a_row():
-    batches = answers.Batches(marked_rows(240), 8, 30)
+    batches = sft_dataset.Batches(marked_rows(240), 8, 30)
     widths, padded = set(), 0
     for first in range(0, 240, 8):
         inputs, targets = batches.starting_at(first)
         widths.add(inputs.shape[1])
         padded += (inputs == 0).sum().item()
-        assert (targets != data.IGNORED).any(1).all()
+        assert (targets != dataloader.IGNORE_INDEX).any(1).all()
     assert widths <= {8, 16, 24, 30} and len(widths) > 1
 
 
 def test_fewer_rows_than_a_batch_are_repeated():
-    inputs, _ = answers.Batches(marked_rows(3), 8, 32).starting_at(8)
+    inputs, _ = sft_dataset.Batches(marked_rows(3), 8, 32).starting_at(8)
     assert set(inputs[:, 0].tolist()) == {0, 1, 2} and len(inputs) == 8
 
 
@@ -157,14 +152,14 @@ def test_padding_changes_no_gradient():
     shape = config.ModelConfig(vocab_size=CHATTING.vocab_size, context_length=32, d_model=16, n_heads=2)
     lm = model.TransformerLM(shape).double()
     rows = [row("u:ab a:c"), row("u:defg a:hijklmnop")]
-    update.batch_loss(lm, *answers.to_batch(rows, 32), z_loss=0.0).backward()
+    trainer.batch_loss(lm, *sft_dataset.collate(rows, 32), z_loss=0.0).backward()
     together = [p.grad.clone() for p in lm.parameters()]
     lm.zero_grad()
     for one in rows:
         inputs, targets = torch.from_numpy(one.ids[None, :-1]), torch.from_numpy(one.ids[None, 1:]).clone()
         targets[torch.from_numpy(~one.learned[None, 1:])] = -100
         n = sum(int(r.learned.sum()) for r in rows)
-        (update.batch_loss(lm, inputs, targets, z_loss=0.0) * int(one.learned.sum()) / n).backward()
+        (trainer.batch_loss(lm, inputs, targets, z_loss=0.0) * int(one.learned.sum()) / n).backward()
     torch.testing.assert_close(together, [p.grad for p in lm.parameters()], rtol=1e-8, atol=1e-12)
 
 
@@ -173,14 +168,14 @@ def test_padding_changes_no_gradient():
 
 
 def test_questions_are_the_same_each_time_and_no_two_alike():
-    found = questions.all_questions()
-    assert found == questions.all_questions() and len(found) > 4_000
+    found = synthetic_qa.all_questions()
+    assert found == synthetic_qa.all_questions() and len(found) > 4_000
     assert len({question.asked for question in found}) == len(found)
-    assert {question.kind for question in found} == set(questions.KINDS)
+    assert {question.kind for question in found} == set(synthetic_qa.KINDS)
 
 
 def test_answers_of_questions_are_right():
-    for question in questions.all_questions():
+    for question in synthetic_qa.all_questions():
         words = question.asked.rstrip(".?").replace(",", "").split()
         match question.kind:
             case "plus":
@@ -230,7 +225,7 @@ def options_of(folder, name="chat", **changes):
     """What `sft` is started with on the command line."""
     arguments = ["--init_from", f"{folder}/old", "--data", f"{folder}/answers.jsonl", "--data_dir"]
     arguments += [f"{folder}/data", "--run_dir", f"{folder}/{name}", "--train.device", "cpu"]
-    found = command_line.train_options(arguments, prog="sft", preset="sft")
+    found = parse.train_options(arguments, prog="sft", preset="sft")
     settings = {"steps": 6, "batch_size": 8, "eval_every": 3, "checkpoint_every": 3, "eval_batches": 1}
     settings |= {"sample_tokens": 4, "log_every": 1, **changes}
     return dataclasses.replace(found, train=dataclasses.replace(found.train, **settings))
@@ -239,19 +234,19 @@ def options_of(folder, name="chat", **changes):
 def test_a_model_is_taught_to_answer(pretrained, capsys):
     """From text to a model that says the first letter, also of what it has never seen."""
     assert sft.main(options_of(pretrained, steps=150, lr=0.02, eval_every=100, log_every=50)) == 0
-    lm, found = generate.load_run(pretrained / "chat")
-    assert chat.is_chat(found) and lm.config.vocab_size == found.vocab_size == 261
+    lm, found = engine.load_run(pretrained / "chat")
+    assert chat_template.is_chat(found) and lm.config.vocab_size == found.vocab_size == 261
     out = capsys.readouterr().out
-    metrics = [m for m in run.read_metrics(pretrained / "chat") if "val_loss" in m]
+    metrics = [m for m in run_dir.read_metrics(pretrained / "chat") if "val_loss" in m]
     assert metrics[0]["step"] == 0 and metrics[-1]["val_loss"] < 0.2 * metrics[0]["val_loss"]
-    samples = run.read_samples(pretrained / "chat")
+    samples = run_dir.read_samples(pretrained / "chat")
     asked = [s["prompt"] for s in samples if s["step"] == 0]
     assert asked and all(prompt.endswith("<|end|><|assistant|>") for prompt in asked)
     after = {s["prompt"]: s["text"] for s in samples if s["step"] == 150}
     right = [after[prompt] == f"{prompt[len('<|user|>')]}<|end|>" for prompt in asked]
     assert sum(right) >= 0.8 * len(right)
     assert "held-out questions are answered exactly" in out and "before" in out
-    prompt = torch.tensor(chat.open_reply(found, [chat.Message("user", "cx?")]))
+    prompt = torch.tensor(chat_template.open_reply(found, [chat_template.Message("user", "cx?")]))
     ids = list(generate.generate(lm, prompt, 4, temperature=0.0, stop_id=found.special_id("<|end|>")))
     assert found.decode(ids) == "c"
 
@@ -276,7 +271,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
     options = dataclasses.replace(options_of(pretrained), packing=packing)
     assert sft.main(options) == 0
     stopped = dataclasses.replace(options, run_dir=str(pretrained / "stopped"))
-    make_step = update.train_step
+    make_step = trainer.train_step
 
     def step_and_stop(*arguments):
         if arguments[3] == 4:
@@ -284,17 +279,17 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         return make_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(update, "train_step", step_and_stop)
+        patch.setattr(trainer, "train_step", step_and_stop)
         assert sft.main(stopped) == 128 + signal.SIGTERM
     # neither the run it began from nor its tokenizer is needed any more
     (pretrained / "old").rename(pretrained / "gone")
-    resumed = command_line.train_options(["--resume", str(pretrained / "stopped")], preset="sft")
+    resumed = parse.train_options(["--resume", str(pretrained / "stopped")], preset="sft")
     assert sft.main(resumed) == 0
-    one, other = (generate.load_run(pretrained / name)[0].state_dict() for name in ("chat", "stopped"))
+    one, other = (engine.load_run(pretrained / name)[0].state_dict() for name in ("chat", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     # what was answered before the first step was written once
-    assert sum(s["step"] == 0 for s in run.read_samples(pretrained / "stopped")) == sum(
-        s["step"] == 0 for s in run.read_samples(pretrained / "chat")
+    assert sum(s["step"] == 0 for s in run_dir.read_samples(pretrained / "stopped")) == sum(
+        s["step"] == 0 for s in run_dir.read_samples(pretrained / "chat")
     )
 
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from llm_basics import shards
+from llm_basics.data import shards
 
 
 @pytest.mark.parametrize(

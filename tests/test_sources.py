@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from llm_basics import sources
+from llm_basics.data import sources
 
 TEXTS = ["one", "two\nlines \u00e9", 'quoted "three" \u2028', "four"]
 

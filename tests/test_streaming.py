@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_basics import streaming, tokenizer
+from llm_basics.core import tokenizer
+from llm_basics.inference import detokenizer
 
-BYTES = tokenizer.Tokenizer.of_bytes()
+BYTES = tokenizer.Tokenizer.byte_level()
 
 
 class Pieces(tokenizer.Tokenizer):
@@ -17,7 +18,7 @@ class Pieces(tokenizer.Tokenizer):
 
 
 def stream(pieces, stops=()):
-    return list(streaming.stream_text(Pieces(pieces), range(len(pieces)), stops))
+    return list(detokenizer.detokenize(Pieces(pieces), range(len(pieces)), stops))
 
 
 def cut(text, stops):
@@ -39,19 +40,19 @@ def tokens_of(draw, texts):
 @given(st.text())
 def test_streamed_text_is_the_text_and_never_half_a_character(text):
     text = text.encode("utf-8", "replace").decode()
-    pieces = list(streaming.stream_text(BYTES, list(text.encode())))
+    pieces = list(detokenizer.detokenize(BYTES, list(text.encode())))
     assert "".join(pieces) == text
     assert all(len(piece) == 1 for piece in pieces)
 
 
 def test_streaming_waits_only_for_the_character():
     ids = iter(b"a\xe2\x82\xacb")
-    stream = streaming.stream_text(BYTES, ids)
+    stream = detokenizer.detokenize(BYTES, ids)
     assert next(stream) == "a" and list(ids)[:1] == [0xE2]
 
 
 def test_half_a_character_at_the_end_is_shown_as_such():
-    assert "".join(streaming.stream_text(BYTES, b"ok\xe2\x82")) == "ok\ufffd"
+    assert "".join(detokenizer.detokenize(BYTES, b"ok\xe2\x82")) == "ok\ufffd"
 
 
 @given(tokens_of(st.text()))
@@ -64,7 +65,7 @@ def test_a_stream_of_any_tokens_is_the_text(tokens):
 
 @given(st.binary())
 def test_a_stream_of_any_bytes_is_what_decoding_gives(content):
-    assert "".join(streaming.stream_text(BYTES, content)) == BYTES.decode(content)
+    assert "".join(detokenizer.detokenize(BYTES, content)) == BYTES.decode(content)
 
 
 SAMPLES = [
@@ -79,7 +80,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("text", SAMPLES)
 def test_languages_byte_by_byte(text):
-    pieces = list(streaming.stream_text(BYTES, text.encode()))
+    pieces = list(detokenizer.detokenize(BYTES, text.encode()))
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert all(len(piece) == 1 for piece in pieces)
 
@@ -99,7 +100,7 @@ def test_a_stream_ends_before_the_first_stop_string(tokens, stops):
 @given(tokens_of(FEW), st.lists(st.text("ab\u00e9\n", min_size=1, max_size=4), max_size=3))
 def test_nothing_is_given_out_that_may_have_to_be_taken_back(tokens, stops):
     """Whatever follows: what is out by now is the beginning of what will be there in the end."""
-    text = streaming.TextStream(BYTES, stops)
+    text = detokenizer.Detokenizer(BYTES, stops)
     out = "".join(text.read(id) for id in b"".join(tokens) if not text.is_over)
     so_far = b"".join(tokens).decode()
     for going_on in ["", *stops]:
@@ -107,18 +108,18 @@ def test_nothing_is_given_out_that_may_have_to_be_taken_back(tokens, stops):
 
 
 def test_only_what_may_be_a_stop_string_is_held_back():
-    text = streaming.TextStream(BYTES, ["\n\nQ"])
+    text = detokenizer.Detokenizer(BYTES, ["\n\nQ"])
     assert [text.read(id) for id in b"a\nb\n\n\nQ"] == ["a", "", "\nb", "", "", "\n", ""]
     assert text.is_over and text.close() == ""
 
 
 def test_held_back_at_the_end_is_given_out():
-    assert list(streaming.stream_text(BYTES, b"a<|en", ["<|end|>"])) == ["a", "<|en"]
+    assert list(detokenizer.detokenize(BYTES, b"a<|en", ["<|end|>"])) == ["a", "<|en"]
 
 
 def test_after_a_stop_string_no_more_ids_are_asked_for():
     ids = iter(b"one. two. three")
-    assert "".join(streaming.stream_text(BYTES, ids, [". t"])) == "one"
+    assert "".join(detokenizer.detokenize(BYTES, ids, [". t"])) == "one"
     assert bytes(ids) == b"wo. three"
 
 
@@ -130,4 +131,4 @@ def test_of_two_stop_strings_the_one_that_begins_first():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="at least one character"):
-        streaming.TextStream(BYTES, ["a", ""])
+        detokenizer.Detokenizer(BYTES, ["a", ""])

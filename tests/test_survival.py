@@ -19,18 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from llm_basics import (
-    checkpoint,
-    command_line,
-    config,
-    job,
-    monitor,
-    optim,
-    run,
-    session,
-    signals,
-    update,
-)
+from llm_basics.cli import parse
+from llm_basics.core import config, optim, trainer
+from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.training import job, monitor, state
 
 TESTS = Path(__file__).parent
 STEPS = 10
@@ -116,12 +108,12 @@ def undisturbed(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) ->
 
 def learned(folder: Path) -> tuple[str, dict[int, Any]]:
     """The SHA-256 of weights, optimizer and random state after the last step, and all losses, exactly."""
-    (path,) = [path for path in run.checkpoints(folder) if f"{STEPS:08d}" in path.name]
+    (path,) = [path for path in run_dir.checkpoints(folder) if f"{STEPS:08d}" in path.name]
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.read_checkpoint(path)[0].items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     losses: dict[Any, Any] = {}
-    for entry in run.read_metrics(folder):
+    for entry in run_dir.read_metrics(folder):
         key = "train_loss" if "train_loss" in entry else "val_loss"
         losses[entry["step"], key] = entry[key]
     return digest.hexdigest(), losses
@@ -129,7 +121,7 @@ def learned(folder: Path) -> tuple[str, dict[int, Any]]:
 
 def go_on_to_the_end(trainers: Trainers, folder: Path) -> None:
     """What a user would do: go on where there is a checkpoint, else begin again."""
-    if run.checkpoints(folder):
+    if run_dir.checkpoints(folder):
         status = trainers.resume(folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -161,15 +153,15 @@ def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
         if status == -signal.SIGKILL:
             inside += "phase" in plan
             # a step is recorded, then saved: the last may be missing, the one before must be there
-            last = max((e["step"] for e in run.read_metrics(folder)), default=0)
-            found, rejected = checkpoint.newest_valid(folder / run.CHECKPOINTS)
+            last = max((e["step"] for e in run_dir.read_metrics(folder)), default=0)
+            found, rejected = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)
             assert not rejected
             assert (checkpoint.verify(found)["step"] if found else 0) >= last - 1, plan
             go_on_to_the_end(trainers, folder)
         else:
             assert status == 0, trainers.said  # it was faster than the clock
         assert learned(folder) == expected, plan
-        assert not list((folder / run.CHECKPOINTS).glob("*.tmp*"))
+        assert not list((folder / run_dir.CHECKPOINTS).glob("*.tmp*"))
         shutil.rmtree(folder)
     assert inside >= n_trials // 2
 
@@ -204,8 +196,8 @@ def test_a_signal_in_any_phase_saves_and_says_why(trainers, undisturbed, tmp_pat
         assert trainers.seconds is not None and trainers.seconds < 5, plan
         assert f"stopped by {signal.Signals(number).name}" in trainers.said
         if phase != "startup":
-            found = checkpoint.newest_valid(folder / run.CHECKPOINTS)[0]
-            last = max(entry["step"] for entry in run.read_metrics(folder))
+            found = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)[0]
+            last = max(entry["step"] for entry in run_dir.read_metrics(folder))
             assert found and checkpoint.verify(found)["step"] == last, plan
         go_on_to_the_end(trainers, folder)
         assert learned(folder) == expected, plan
@@ -214,7 +206,7 @@ def test_a_signal_in_any_phase_saves_and_says_why(trainers, undisturbed, tmp_pat
 
 def test_a_second_interrupt_leaves_at_once(trainers, tmp_path):
     assert trainers.train(tmp_path / "run", {"train.steps": 100000}, phase="twice", at=1, signal=2) < 0
-    found, rejected = checkpoint.newest_valid(tmp_path / "run" / run.CHECKPOINTS)
+    found, rejected = checkpoint.newest_valid(tmp_path / "run" / run_dir.CHECKPOINTS)
     assert found is None and not rejected
 
 
@@ -252,7 +244,7 @@ def test_resumed_once_twice_or_five_times_is_the_same_to_the_last_bit(
             plan = {"phase": "step", "at": stop - before, "signal": signal.SIGTERM}
             status = trainers.resume(folder, **plan) if before else trainers.train(folder, settings, **plan)
             assert status == 143, trainers.said
-            assert [path.name for path in run.checkpoints(folder)][0] == f"step_{stop:08d}.safetensors"
+            assert [path.name for path in run_dir.checkpoints(folder)][0] == f"step_{stop:08d}.safetensors"
             before = stop
         assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
         assert learned(folder) == expected, stops
@@ -263,7 +255,8 @@ def test_compiled_is_resumed_to_the_last_bit_too(trainers, tmp_path):
     settings = {"train.compile": "on", "train.eval_every": 100, "train.checkpoint_every": 100}
     assert trainers.train(tmp_path / "whole", settings) == 0, trainers.said
     assert {"model", "optimizer", "rng"} == {
-        name.split(".")[0] for name in checkpoint.read_checkpoint(run.checkpoints(tmp_path / "whole")[0])[0]
+        name.split(".")[0]
+        for name in checkpoint.read_checkpoint(run_dir.checkpoints(tmp_path / "whole")[0])[0]
     }
     for stops in ([3], [2, 5]):
         folder, before = tmp_path / "-".join(map(str, stops)), 0
@@ -284,7 +277,7 @@ def test_what_is_different_after_a_resume_is_said(trainers, tmp_path):
     assert "different: train.batch_size was 4, now 2" in trainers.said
     assert "log_every" not in trainers.said and "not to the last bit" in trainers.said
     # the data goes on where it was: 4 steps of 4 windows, then 6 of 2
-    about = checkpoint.verify(run.checkpoints(folder)[0])
+    about = checkpoint.verify(run_dir.checkpoints(folder)[0])
     assert about["windows"] == 4 * 4 + 6 * 2 and about["tokens"] == 16 * about["windows"]
 
 
@@ -323,7 +316,7 @@ def damage(path: Path, other: Path, chance: random.Random) -> str:
 
 
 def test_500_damaged_checkpoints_are_seen_and_the_one_before_is_found(undisturbed, tmp_path):
-    newest, older = run.checkpoints(undisturbed)[:2]
+    newest, older = run_dir.checkpoints(undisturbed)[:2]
     chance, kinds = random.Random(0), set()
     for trial in range(500):
         folder = tmp_path / str(trial)
@@ -342,7 +335,7 @@ def test_500_damaged_checkpoints_are_seen_and_the_one_before_is_found(undisturbe
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_why(trainers, undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert trainers.train(folder, phase="step", at=6, signal=signal.SIGTERM) == 143
-    with open(run.checkpoints(folder)[0], "rb+") as file:
+    with open(run_dir.checkpoints(folder)[0], "rb+") as file:
         file.truncate(1000)
     assert trainers.resume(folder) == 0
     assert "not used" in trainers.said and "going on from" in trainers.said
@@ -353,9 +346,9 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_why(trainers, und
 def test_what_an_attempt_measured_beyond_its_last_checkpoint_is_not_read_after_a_resume(trainers, tmp_path):
     folder, seldom = tmp_path / "run", {"train.checkpoint_every": 5, "train.eval_every": 20}
     assert trainers.train(folder, seldom, phase="step", at=9, signal=signal.SIGKILL) == -signal.SIGKILL
-    assert max(entry["step"] for entry in run.read_metrics(folder)) == 8
+    assert max(entry["step"] for entry in run_dir.read_metrics(folder)) == 8
     assert trainers.resume(folder, phase="step", at=1, signal=signal.SIGTERM) == 143
-    read = run.read_metrics(folder)
+    read = run_dir.read_metrics(folder)
     assert [(entry["step"], entry["attempt"]) for entry in read] == [*((s, 1) for s in range(1, 6)), (6, 2)]
 
 
@@ -367,8 +360,8 @@ def test_fewer_steps_than_were_made_are_refused(trainers, undisturbed, tmp_path)
 
 
 def test_the_newest_and_the_best_are_kept(undisturbed):
-    steps = [int(path.stem.removeprefix("step_")) for path in run.checkpoints(undisturbed)]
-    measured = {e["step"]: e["val_loss"] for e in run.read_metrics(undisturbed) if "val_loss" in e}
+    steps = [int(path.stem.removeprefix("step_")) for path in run_dir.checkpoints(undisturbed)]
+    measured = {e["step"]: e["val_loss"] for e in run_dir.read_metrics(undisturbed) if "val_loss" in e}
     best = min(measured, key=lambda step: measured[step])
     assert steps == sorted({10, 9, 8, best}, reverse=True)
     assert checkpoint.find(undisturbed / "checkpoints", "best").name == f"step_{best:08d}.safetensors"
@@ -383,7 +376,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainer
     chance = random.Random(n_trials)
     begun = tmp_path / "begun"
     assert trainers.train(begun, phase="step", at=4, signal=signal.SIGTERM) == 143
-    size = run.checkpoints(begun)[0].stat().st_size
+    size = run_dir.checkpoints(begun)[0].stat().st_size
     for trial in range(n_trials):
         folder = tmp_path / str(trial)
         shutil.copytree(begun, folder)
@@ -394,9 +387,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainer
         assert status == 3 and ("step=10/10" in trainers.said) == warns, (room, trainers.said)
         assert "could not be written" in trainers.said and "File too large" in trainers.said
         assert "bytes, " in trainers.said and "are free" in trainers.said and "Traceback" not in trainers.said
-        found, rejected = checkpoint.newest_valid(folder / run.CHECKPOINTS)
+        found, rejected = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)
         assert found and not rejected and found.name == "step_00000004.safetensors"
-        assert not list((folder / run.CHECKPOINTS).glob("*.tmp*"))
+        assert not list((folder / run_dir.CHECKPOINTS).glob("*.tmp*"))
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(trainers, tmp_path):
@@ -427,16 +420,14 @@ def options(trainers: Trainers, tmp_path: Path) -> config.Config:
     """What the trainers train, to be trained here."""
     arguments = [f"--data={trainers.home / 'text.txt'}", "--tokenizer=bytes", "--fast=off"]
     arguments += [f"--data_dir={trainers.home / 'data'}", f"--run_dir={tmp_path / 'run'}"]
-    return command_line.train_options(
-        [*arguments, *(f"--{name}={value}" for name, value in SETTINGS.items())]
-    )
+    return parse.train_options([*arguments, *(f"--{name}={value}" for name, value in SETTINGS.items())])
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) -> None:
     """Let a value that is not finite come up in step number `at`."""
-    next_batches, step = session.Session.next_batches, update.train_step
+    next_batches, step = state.TrainingState.next_batches, trainer.train_step
 
-    def batches(training: session.Session) -> Any:
+    def batches(training: state.TrainingState) -> Any:
         ffn = training.model.layers[0].ffn
         if training.step + 1 == at and kind == "weight":
             with torch.no_grad():
@@ -451,13 +442,13 @@ def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) ->
     def stepped(model: Any, optimizer: Any, batches: Any, number: int, *rest: Any) -> Any:
         if kind == "loss" and number == at:
             with monkeypatch.context() as patch:
-                cross_entropy = update.F.cross_entropy
-                patch.setattr(update.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * value)
+                cross_entropy = trainer.F.cross_entropy
+                patch.setattr(trainer.F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * value)
                 return step(model, optimizer, batches, number, *rest)
         return step(model, optimizer, batches, number, *rest)
 
-    monkeypatch.setattr(session.Session, "next_batches", batches)
-    monkeypatch.setattr(update, "train_step", stepped)
+    monkeypatch.setattr(state.TrainingState, "next_batches", batches)
+    monkeypatch.setattr(trainer, "train_step", stepped)
 
 
 NAMED = {
@@ -485,7 +476,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
     error = capsys.readouterr().err
     assert f"step {at}: loss" in error and "lr 0" in error and NAMED[kind] in error, error
     assert len(applied) == at - 1
-    found, rejected = checkpoint.newest_valid(Path(options.run_dir) / run.CHECKPOINTS)
+    found, rejected = checkpoint.newest_valid(Path(options.run_dir) / run_dir.CHECKPOINTS)
     assert not rejected and (checkpoint.verify(found)["step"] if found else 0) == at - 1
     assert all(
         torch.isfinite(t).all() for t in (checkpoint.read_checkpoint(found)[0].values() if found else [])
@@ -495,7 +486,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
 @pytest.mark.parametrize("kind", ["output", "gradient", "loss"])
 def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys, kind):
     inject(monkeypatch, kind, float("nan"), 4)
-    step = update.train_step
+    step = trainer.train_step
 
     def mended(model: Any, *rest: Any) -> Any:
         try:
@@ -504,15 +495,15 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
             model.layers[0].ffn._forward_hooks.clear()
             model.layers[0].ffn.w2.weight._backward_hooks = None
 
-    monkeypatch.setattr(update, "train_step", mended)
+    monkeypatch.setattr(trainer, "train_step", mended)
     skipping = dataclasses.replace(options.train, on_nonfinite="skip")
     assert job.main(dataclasses.replace(options, train=skipping)) == 0
     said = capsys.readouterr().out
     assert "step 4: loss" in said and "the step is skipped" in said
-    by_step = {m["step"]: m for m in run.read_metrics(options.run_dir) if "train_loss" in m}
+    by_step = {m["step"]: m for m in run_dir.read_metrics(options.run_dir) if "train_loss" in m}
     assert sorted(by_step) == list(range(1, STEPS + 1))
     assert by_step[4]["train_loss"] is None and by_step[5]["train_loss"] is not None
-    tensors, about = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])
+    tensors, about = checkpoint.read_checkpoint(run_dir.checkpoints(options.run_dir)[0])
     assert about["optimizer"]["state"]["0"]["step"] == STEPS - 1
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
@@ -520,7 +511,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
 def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkeypatch):
     monkeypatch.setattr(monitor, "MOST_SKIPPED", 1)
     skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
-    step = update.train_step
+    step = trainer.train_step
     for bad, status in (({2, 4, 6}, 0), ({2, 3}, job.NOT_FINITE)):
 
         def sometimes(
@@ -530,7 +521,7 @@ def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkey
                 raise FloatingPointError(f"step {number}")
             return step(model, optimizer, batches, number, *rest)
 
-        monkeypatch.setattr(update, "train_step", sometimes)
+        monkeypatch.setattr(trainer, "train_step", sometimes)
         folder = f"{options.run_dir}-{len(bad)}"
         assert job.main(dataclasses.replace(skipping, run_dir=folder)) == status
 
@@ -540,31 +531,31 @@ def test_what_was_learned_is_saved_before_an_error_ends_the_run(options, monkeyp
     with monkeypatch.context() as patch:
         inject(patch, "loss", float("nan"), 6)
         assert job.main(dataclasses.replace(options, train=seldom)) == job.NOT_FINITE
-    assert checkpoint.verify(run.checkpoints(options.run_dir)[0])["step"] == 5
+    assert checkpoint.verify(run_dir.checkpoints(options.run_dir)[0])["step"] == 5
     # and can be gone on with as if nothing had been tried
     whole = str(Path(options.run_dir).with_name("whole"))
     assert job.main(dataclasses.replace(options, train=seldom, run_dir=whole)) == 0
-    assert job.main(command_line.train_options(["--resume", str(options.run_dir)])) == 0
+    assert job.main(parse.train_options(["--resume", str(options.run_dir)])) == 0
     assert weights_of(options.run_dir) == weights_of(whole)
 
 
 def weights_of(folder: Any) -> str:
-    tensors = checkpoint.read_checkpoint(run.checkpoints(folder)[0])[0]
+    tensors = checkpoint.read_checkpoint(run_dir.checkpoints(folder)[0])[0]
     return repr([(name, t.tolist()) for name, t in sorted(tensors.items()) if not name.startswith("rng")])
 
 
 def test_what_was_seen_before_a_resume_is_known_after_it(options):
     many = dataclasses.replace(options.train, steps=40, eval_every=7, checkpoint_every=0)
     assert job.main(dataclasses.replace(options, train=many)) == 0
-    about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
-    resumed = command_line.train_options(["--resume", str(options.run_dir)])
+    about = checkpoint.verify(run_dir.checkpoints(options.run_dir)[0])
+    resumed = parse.train_options(["--resume", str(options.run_dir)])
     training, output = job.launch.start(resumed)
     output.close()
     assert training.spikes.state() == about["spikes"] and len(about["spikes"]["losses"]) == 40
     assert (
         training.best_loss
         == about["best_loss"]
-        == min(m["val_loss"] for m in run.read_metrics(options.run_dir) if "val_loss" in m)
+        == min(m["val_loss"] for m in run_dir.read_metrics(options.run_dir) if "val_loss" in m)
     )
 
 
@@ -574,7 +565,7 @@ def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, mon
     for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
         try:
             arguments = ["--resume", str(options.run_dir), "--train.compile", "on", flag]
-            job.launch.start(command_line.train_options(arguments))[1].close()
+            job.launch.start(parse.train_options(arguments))[1].close()
         finally:
             torch.use_deterministic_algorithms(False)
         assert ("adds up in any order" in capsys.readouterr().out) == said
@@ -595,7 +586,7 @@ def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "step 50: the loss" in said and "is a spike" in said
     assert ("the step is skipped" in said) == (choice == "skip")
-    about = checkpoint.verify(run.checkpoints(options.run_dir)[0])
+    about = checkpoint.verify(run_dir.checkpoints(options.run_dir)[0])
     assert about["optimizer"]["state"]["0"]["step"] == (59 if choice == "skip" else 60)
 
 
@@ -604,14 +595,14 @@ def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys
 
 
 def test_a_run_belongs_to_one_process_until_it_ends_however(tmp_path):
-    (tmp_path / run.CHECKPOINTS).mkdir()
+    (tmp_path / run_dir.CHECKPOINTS).mkdir()
     code = f"import time; from llm_basics import run; h = run.locked({str(tmp_path)!r}); h.__enter__(); "
     code += "print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=f"is locked by pid {holder.pid}"):
-        run.Run(tmp_path)
+        run_dir.RunDir(tmp_path)
     holder.kill()
     holder.wait()
-    run.Run(tmp_path).close()
-    run.Run(tmp_path).close()
+    run_dir.RunDir(tmp_path).close()
+    run_dir.RunDir(tmp_path).close()

@@ -12,9 +12,12 @@ import regex
 import torch
 
 import llm_basics
-from llm_basics import bpe, config, model, prepare, presets, session, swap, tokenizer, update
-from llm_basics import functional as F
-from llm_basics.fast import machine
+from llm_basics import swap
+from llm_basics.core import bpe, config, model, presets, tokenizer, trainer
+from llm_basics.core import functional as F
+from llm_basics.data import prepare
+from llm_basics.fast import numba_jit
+from llm_basics.training import state
 
 FUNCTIONS = [
     *("linear", "embedding", "gelu", "silu", "swiglu", "relu2", "rms_norm", "layer_norm"),
@@ -50,7 +53,7 @@ def test_kernels_of_our_own_are_for_those_who_ask():
         for name in ("rms_norm", "cross_entropy", "scaled_dot_product_attention"):
             assert swap.origins()[f"functional.{name}"].startswith("llm_basics.fast.triton_")
         assert swap.origins()["functional.linear"] == "llm_basics.fast.functional"
-    assert swap.origins()["functional.rms_norm"] == "llm_basics.functional"
+    assert swap.origins()["functional.rms_norm"] == "llm_basics.core.functional"
 
 
 def test_twins_stand_in_for_the_length_of_a_block():
@@ -58,7 +61,7 @@ def test_twins_stand_in_for_the_length_of_a_block():
     with pytest.raises(RuntimeError), swap.using("fast", lambda line: None):
         assert bpe.train_bpe is not before[0]
         assert swap.origins()["bpe.train_bpe"] == "llm_basics.fast.bpe"
-        assert type(tokenizer.Tokenizer.of_bytes()).__module__ == "llm_basics.fast.tokenizer"
+        assert type(tokenizer.Tokenizer.byte_level()).__module__ == "llm_basics.fast.tokenizer"
         raise RuntimeError("the block ends early")
     assert (bpe.train_bpe, tokenizer.Tokenizer) == before
 
@@ -127,10 +130,10 @@ def test_machine_code_is_made_again_when_any_source_changes(tmp_path):
 
 def test_machine_code_of_this_version_is_known():
     tokenizer_twin = __import__("llm_basics.fast.tokenizer", fromlist=["Tokenizer"])
-    tokenizer_twin.Tokenizer.of_bytes().encode("compiled now at the latest")
+    tokenizer_twin.Tokenizer.byte_level().encode("compiled now at the latest")
     # what may have been asked before that
-    machine.used_before.cache_clear()
-    assert machine.used_before()
+    numba_jit.used_before.cache_clear()
+    assert numba_jit.used_before()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,8 +162,8 @@ def test_own_pieces_are_called_from_inside_too(mine):
     assert torch.equal(F.softmax(q), torch.full_like(q, 0.5))
     torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), 0.5 * q.sum(1, True).expand_as(q))
     origin = swap.origins()["functional.softmax"]
-    assert origin.startswith("mine.py (") and swap.yours() == {"functional.softmax": origin}
-    assert swap.explain() == f"softmax from {origin}; the others are the reference's"
+    assert origin.startswith("mine.py (") and swap.user_pieces() == {"functional.softmax": origin}
+    assert swap.describe() == f"softmax from {origin}; the others are the reference's"
 
 
 def test_any_subset_and_kind_of_piece_can_be_replaced(mine):
@@ -180,10 +183,10 @@ def test_any_subset_and_kind_of_piece_can_be_replaced(mine):
     tiny = config.ModelConfig(vocab_size=11, context_length=4, d_model=8, n_layers=1, n_heads=2)
     lm = model.TransformerLM(tiny)
     assert (lm.lm_head.weight == 1).all() and (lm.layers[0].attn.q_proj.weight == 1).all()
-    optimizer = update.make_optimizer(lm, config.TrainConfig())
+    optimizer = trainer.make_optimizer(lm, config.TrainConfig())
     assert isinstance(optimizer, torch.optim.SGD)
     batch = torch.zeros(2, 4, dtype=torch.long)
-    assert update.train_step(lm, optimizer, [(batch, batch)], 1, config.TrainConfig()).lr == 0.125
+    assert trainer.train_step(lm, optimizer, [(batch, batch)], 1, config.TrainConfig()).lr == 0.125
 
 
 def test_what_a_class_lacks_is_the_reference_s(mine):
@@ -208,7 +211,7 @@ def test_own_tokenizer_does_the_work_and_the_reference_the_files(mine, tmp_path)
         "    def decode(self, ids):\n        return ''.join(chr(i - 1) for i in ids)\n"
     )
     swap.use(mine(source))
-    made = tokenizer.Tokenizer.of_bytes()
+    made = tokenizer.Tokenizer.byte_level()
     assert made.encode("ab") == made.encode_ordinary("ab") == [98, 99]
     assert made.decode([98, 99]) == "ab" and made.encode_batch(["a"]) == [[98]]
     made.save(tmp_path / "saved")
@@ -245,7 +248,7 @@ def test_a_parameter_that_is_left_out_is_missed_only_when_it_is_needed(mine):
         ("import math\n\n1 / 0\ndef silu(x):\n    pass\n", "mine.py:5 could not be run: ZeroDivisionError"),
         ("def my_softmax(x):\n    pass\n", "must define a piece .such as softmax or RMSNorm., but has none"),
         (
-            "from llm_basics.functional import softmax\n",
+            "from llm_basics.core.functional import softmax\n",
             "must define softmax itself, but takes it from llm_basics.withheld",
         ),
         ("from llm_basics import functional\nsoftmax = functional.softmax\n", "must define softmax itself"),
@@ -301,7 +304,7 @@ def test_a_twin_that_would_go_past_an_own_piece_is_off_and_that_is_said(mine):
     said = []
     swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {7: b'mine'}, []\n"))
     with swap.using("fast", said.append):
-        assert bpe.train_bpe.__module__ == "llm_basics.bpe"
+        assert bpe.train_bpe.__module__ == "llm_basics.core.bpe"
         assert bpe.count_pretokens.__module__ == "llm_basics.fast.bpe"
     assert said[-1] == "the fast twin of train_bpe is not used: it would go past your bpe.learn_merges"
 
@@ -391,7 +394,7 @@ def test_inherited_and_decorated_methods_of_a_tokenizer_are_used(mine):
         "class Tokenizer(Base):\n    pass\n"
     )
     swap.use(mine(source))
-    made = tokenizer.Tokenizer.of_bytes()
+    made = tokenizer.Tokenizer.byte_level()
     assert made.encode("abc") == [7]
     assert pickle.loads(pickle.dumps(made)).encode("abc") == [7]
 
@@ -399,7 +402,7 @@ def test_inherited_and_decorated_methods_of_a_tokenizer_are_used(mine):
 def test_a_twin_that_is_in_place_gives_way_to_own_parts_of_it(mine):
     with swap.using("fast", lambda line: None):
         swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {}, []\n"))
-        assert bpe.train_bpe.__module__ == "llm_basics.bpe"
+        assert bpe.train_bpe.__module__ == "llm_basics.core.bpe"
 
 
 def test_a_model_with_other_parameters_than_the_config_asks_is_refused(mine):
@@ -415,4 +418,4 @@ def test_a_model_with_other_parameters_than_the_config_asks_is_refused(mine):
     swap.use(mine(source))
     shape = config.ModelConfig(n_layers=1)
     with pytest.raises(ValueError, match="must make the parameters that the config asks for, but layers.0"):
-        session.check_parameters(model.TransformerLM(shape), shape)
+        state.check_parameters(model.TransformerLM(shape), shape)

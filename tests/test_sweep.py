@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_basics import charts, command_line, job, programs, run, sweep
+from llm_basics.analysis import sweep, sweep_figures
+from llm_basics.cli import commands, parse
+from llm_basics.runs import run_dir
+from llm_basics.training import job
 
 TRAINER = Path(__file__).parent / "fixtures" / "trainer.py"
 
@@ -33,9 +36,7 @@ def here(tmp_path, monkeypatch):
 
 def run_sweep(content, *arguments):
     Path("mine.yaml").write_text(content)
-    return sweep.main(
-        command_line.program_options(programs.SweepConfig(), ["mine.yaml", *arguments], "sweep")
-    )
+    return sweep.main(parse.program_options(commands.SweepConfig(), ["mine.yaml", *arguments], "sweep"))
 
 
 def calls():
@@ -170,7 +171,7 @@ def test_a_second_run_waits_until_the_first_has_its_text(here, monkeypatch):
 
 def test_two_sweeps_do_not_write_one_folder(here, capsys):
     Path("runs/mine").mkdir(parents=True)
-    with run.locked("runs/mine"), pytest.raises(SystemExit) as stop:
+    with run_dir.locked("runs/mine"), pytest.raises(SystemExit) as stop:
         run_sweep(GRID)
     assert stop.value.code == 2 and "runs/mine is locked by pid" in capsys.readouterr().err
 
@@ -220,9 +221,9 @@ def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
     base = f"{{data: text.txt, tokenizer: bytes, fast: off, model: {model}, train: {steps}}}"
     assert run_sweep(f"base: {base}\nvariants: {{no norm: {{model.norm: none}}}}\nfigure: scaling") == 0
     arguments = ["--config", "runs/mine/no-norm,seed=0.yaml", "--run_dir", "alone"]
-    assert job.main(command_line.train_options(arguments)) == 0
+    assert job.main(parse.train_options(arguments)) == 0
     losses = [
-        [m.get("val_loss", m.get("train_loss")) for m in run.read_metrics(folder)]
+        [m.get("val_loss", m.get("train_loss")) for m in run_dir.read_metrics(folder)]
         for folder in ("runs/mine/no-norm,seed=0", "alone")
     ]
     assert losses[0] == losses[1] and results()[0]["val_loss"] == losses[0][-1]
@@ -234,7 +235,7 @@ def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
 
 def outcome(loss, weights=1000, tokens=1000, flops=1e9, **setting):
     losses = [float(one) for one in (loss if isinstance(loss, list) else [loss])]
-    return charts.Outcome(setting, losses, weights, tokens, flops)
+    return sweep_figures.Outcome(setting, losses, weights, tokens, flops)
 
 
 def legend_of(axes):
@@ -243,7 +244,7 @@ def legend_of(axes):
 
 def test_numeric_options_are_lines_on_a_logarithmic_axis_if_far_apart(tmp_path, drawn):
     found = [outcome([3 - i, 3.2 - i], lr=10.0**-i, kind=kind) for i in range(3) for kind in ("a", "b")]
-    charts.draw_options([*found, outcome([], lr=5.0, kind="a")], tmp_path / "a.png")
+    sweep_figures.draw_options([*found, outcome([], lr=5.0, kind="a")], tmp_path / "a.png")
     (axes,) = drawn[0].axes
     means = [line for line in axes.lines if line.get_linestyle() == "-"]
     assert len(means) == 2 and axes.get_xscale() == "log"
@@ -255,7 +256,7 @@ def test_numeric_options_are_lines_on_a_logarithmic_axis_if_far_apart(tmp_path, 
 
 def test_other_options_are_bars_relative_to_the_first(tmp_path, drawn):
     found = [outcome([2.0, 2.2], variant="$x_"), outcome([1.5], variant="b"), outcome([3.0], variant="c")]
-    charts.draw_options(found, tmp_path / "a.png")
+    sweep_figures.draw_options(found, tmp_path / "a.png")
     (axes,) = drawn[0].axes
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.9, 0.0, -0.6])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "$x_", "b"]
@@ -263,7 +264,7 @@ def test_other_options_are_bars_relative_to_the_first(tmp_path, drawn):
 
 
 def test_y_limits_leave_out_losses_far_above_the_others(tmp_path, drawn):
-    charts.draw_options(
+    sweep_figures.draw_options(
         [outcome(loss, lr=i) for i, loss in enumerate([2.0, 2.1, 2.2, 2.3, 90.0])], tmp_path / "a.png"
     )
     assert drawn[0].axes[0].get_ylim()[1] < 3
@@ -275,14 +276,14 @@ def test_power_laws_are_recovered(tmp_path, drawn):
         for n in (1000, 3000, 9000)
         for d in (10_000, 40_000, 160_000)
     ]
-    laws = charts.scaling_laws([*found, outcome([], 27_000, 160_000, 1e12)])
+    laws = sweep_figures.scaling_laws([*found, outcome([], 27_000, 160_000, 1e12)])
     assert (laws["weights"].exponent, laws["tokens"].exponent) == pytest.approx((-0.1, -0.05))
     assert laws["weights"](np.array([1000.0])) == pytest.approx(found[2].mean)
-    best = charts.frontier(found)
+    best = sweep_figures.frontier(found)
     assert [o.flops for o in best] == sorted(o.flops for o in best)
     for one in found:
         assert any(o.flops <= one.flops and o.mean <= one.mean for o in best)
-    charts.draw_scaling(found, tmp_path / "a.png")
+    sweep_figures.draw_scaling(found, tmp_path / "a.png")
     left, right = drawn[0].axes
     assert legend_of(left)[:3] == ["10k tokens", "40k tokens", "160k tokens"]
     assert legend_of(right)[:3] == ["1k weights", "3k weights", "9k weights"]
@@ -291,8 +292,8 @@ def test_power_laws_are_recovered(tmp_path, drawn):
 
 def test_a_law_needs_three_points(tmp_path):
     found = [outcome(2.0, 1000), outcome(1.9, 2000, flops=2e9)]
-    assert charts.scaling_laws(found) == {}
-    assert charts.draw_scaling(found, tmp_path / "a.png").exists()
+    assert sweep_figures.scaling_laws(found) == {}
+    assert sweep_figures.draw_scaling(found, tmp_path / "a.png").exists()
 
 
 def test_spread_is_the_standard_deviation_over_seeds():

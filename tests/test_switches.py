@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from llm_basics import (
-    checkpoint,
-    command_line,
-    config,
-    generate,
-    job,
-    layers,
-    model,
-    presets,
-    run,
-    session,
-    swap,
-)
-from llm_basics import functional as F
+from llm_basics import swap
+from llm_basics.cli import parse
+from llm_basics.core import config, generate, layers, model, presets
+from llm_basics.core import functional as F
+from llm_basics.inference import engine
+from llm_basics.runs import checkpoint, run_dir
+from llm_basics.training import job, state
 
 VOCAB, CONTEXT = 23, 16
 LLAMA = config.ModelConfig(
@@ -202,7 +195,7 @@ def test_logits_see_tokens_up_to_their_own_and_never_later_ones(plain, switches)
 def test_cached_logits_and_texts_are_the_uncached_ones(plain, switches):
     lm, tokens = randomized(switched(plain, switches)), some_tokens(2, CONTEXT)
     for chunks in ([1] * CONTEXT, [5, 1, 1, 9]):
-        caches = lm.new_caches(batch=2)
+        caches = lm.make_kv_caches(batch=2)
         logits = torch.cat([lm(chunk, caches=caches) for chunk in tokens.split(chunks, dim=1)], dim=1)
         torch.testing.assert_close(logits, lm(tokens))
     text = tokens[0, :4].tolist()
@@ -220,7 +213,7 @@ def test_parameters_and_flops_are_known_without_making_them(plain, switches, oth
     lm = model.TransformerLM(shape, device="meta")
     assert shape.n_parameters == lm.n_parameters()
     matrices = [module.weight.numel() for module in lm.modules() if isinstance(module, layers.Linear)]
-    assert shape.n_multiplied == sum(matrices)
+    assert shape.n_matmul_params == sum(matrices)
     attended = 12 * shape.n_layers * shape.d_model * shape.context_length
     assert shape.flops_per_token == lm.flops_per_token() == 6 * sum(matrices) + attended
 
@@ -302,33 +295,33 @@ def old_run(tmp_path, monkeypatch):
         return options | {"model": options["model"] | REMOVED}
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.dataclasses, "asdict", as_before)
+        patch.setattr(state.dataclasses, "asdict", as_before)
         assert job.main(options) == 0
     return tmp_path / "run"
 
 
 def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
     saved = json.loads((old_run / "config.json").read_text())
-    _, about = checkpoint.read_checkpoint(run.checkpoints(old_run)[0])
+    _, about = checkpoint.read_checkpoint(run_dir.checkpoints(old_run)[0])
     for part, names in YOUNGER.items():
         assert not set(names) & (saved[part].keys() | about["config"][part].keys())
     assert REMOVED.keys() <= saved["model"].keys() & about["config"]["model"].keys()
-    resumed = command_line.train_options(["--resume", str(old_run), "--train.steps", "4"])
+    resumed = parse.train_options(["--resume", str(old_run), "--train.steps", "4"])
     assert resumed.model == dataclasses.replace(LLAMA, vocab_size=257)
     capsys.readouterr()
     assert job.main(resumed) == 0
     said = capsys.readouterr().out
     assert "different: train.steps was 2, now 4" in said and said.count("different: ") == 1
-    assert run.read_metrics(old_run)[-1]["step"] == 4
-    lm, tokenizer = generate.load_run(old_run)
-    assert lm.config.n_rows == 257
-    assert isinstance("".join(generate.complete(lm, tokenizer, "1 times", 3)), str)
+    assert run_dir.read_metrics(old_run)[-1]["step"] == 4
+    lm, tokenizer = engine.load_run(old_run)
+    assert lm.config.padded_vocab_size == 257
+    assert isinstance("".join(engine.complete(lm, tokenizer, "1 times", 3)), str)
 
 
 def test_a_run_of_before_is_not_gone_on_with_by_a_model_that_it_did_not_have(old_run, capsys):
     arguments = ["--resume", str(old_run), "--train.steps=4", "--model.zero_init"]
     with pytest.raises(SystemExit):
-        job.main(command_line.train_options(arguments))
+        job.main(parse.train_options(arguments))
     assert "zero_init was False, now True" in capsys.readouterr().err
 
 

@@ -21,7 +21,8 @@ from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_basics import exchange, tokenizer
+from llm_basics.core import tokenizer
+from llm_basics.data import tokenizer_formats
 from llm_basics.fast import tokenizer as fast
 
 either = pytest.mark.parametrize("cls", [tokenizer.Tokenizer, fast.Tokenizer], ids=["reference", "fast"])
@@ -461,7 +462,7 @@ def test_ordinary_text_gets_the_ids_of_tiktoken(mine, text):
 
 def test_the_ranks_of_tiktoken_give_the_merges_back():
     ranks = {token: id for id, token in VOCAB.items() if id > 0}
-    model = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {END_OF_TEXT: 0}))
+    model = tokenizer.Tokenizer.from_vocabulary(tokenizer_formats.from_ranks(ranks, {END_OF_TEXT: 0}))
     assert model.vocab == VOCAB
     assert model.merges == MERGES
     assert model.special_tokens == [END_OF_TEXT]
@@ -473,22 +474,22 @@ def test_the_ranks_of_tiktoken_give_the_merges_back():
 def test_the_ranks_of_dense_merges_give_the_merges_back(training_text, n_merges):
     merges = slow.train(training_text, n_merges, [])
     ranks = {token: id for id, token in bytes_and(merges).items()}
-    assert tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {})).merges == merges
+    assert tokenizer.Tokenizer.from_vocabulary(tokenizer_formats.from_ranks(ranks, {})).merges == merges
 
 
 @many
 @given(st.binary(max_size=20))
 def test_any_bytes_can_be_decoded(data):
-    model = tokenizer.Tokenizer.of_bytes()
+    model = tokenizer.Tokenizer.byte_level()
     assert model.decode_bytes(data) == data
     assert model.decode(data) == data.decode("utf-8", errors="replace")
 
 
 def test_the_tokenizer_of_bytes_has_a_token_a_byte():
-    model = tokenizer.Tokenizer.of_bytes()
+    model = tokenizer.Tokenizer.byte_level()
     assert model.encode(f"h\u00e9{END_OF_TEXT}") == [104, 0xC3, 0xA9, 256]
     assert model.vocab_size == 257
-    assert tokenizer.Tokenizer.of_bytes([]).vocab_size == 256
+    assert tokenizer.Tokenizer.byte_level([]).vocab_size == 256
 
 
 @pytest.mark.parametrize("id", [-1, 757 + len(SPECIALS), 10**9])
@@ -545,8 +546,8 @@ def test_the_fingerprint_tells_tokenizers_apart():
         tokenizer.Tokenizer(bytes_and(merges) | {258: b"<pad>"}, merges, ["<pad>"]),
         tokenizer.Tokenizer(bytes_and(merges), merges, ["<pad>", "<s>"]),
         tokenizer.Tokenizer(bytes_and(merges), merges, ["<s>", "<pad>"]),
-        tokenizer.Tokenizer.of_bytes(),
-        tokenizer.Tokenizer.of_bytes([]),
+        tokenizer.Tokenizer.byte_level(),
+        tokenizer.Tokenizer.byte_level([]),
     ]
     assert len({model.fingerprint() for model in different}) == len(different)
 
@@ -621,7 +622,7 @@ def test_we_read_the_files_of_hugging_face(tmp_path):
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_a_missing_file_is_named(tmp_path, name):
-    tokenizer.Tokenizer.of_bytes().save(tmp_path)
+    tokenizer.Tokenizer.byte_level().save(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ".*missing"):
         tokenizer.Tokenizer.load(tmp_path)
@@ -647,7 +648,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     ],
 )
 def test_a_garbled_file_is_named(tmp_path, name, content):
-    tokenizer.Tokenizer.of_bytes().save(tmp_path)
+    tokenizer.Tokenizer.byte_level().save(tmp_path)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         tokenizer.Tokenizer.load(tmp_path)
@@ -700,7 +701,9 @@ def gpt2_ours(adapters, data) -> Any:
 
 def test_gpt2_ranks_give_the_merges_of_its_files(data, gpt2):
     model = tokenizer.Tokenizer.from_gpt2_files(data / "gpt2_vocab.json", data / "gpt2_merges.bpe")
-    same = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(gpt2._mergeable_ranks, gpt2._special_tokens))
+    same = tokenizer.Tokenizer.from_vocabulary(
+        tokenizer_formats.from_ranks(gpt2._mergeable_ranks, gpt2._special_tokens)
+    )
     assert same.merges == model.merges
     assert same.fingerprint() == model.fingerprint()
 
@@ -743,12 +746,12 @@ def test_special_tokens_that_are_ordinary_ones_too_are_refused(special):
 
 def test_a_text_is_no_list_of_special_tokens():
     with pytest.raises(ValueError, match="must be a list of texts, got the text '<s>'"):
-        tokenizer.Tokenizer.of_bytes("<s>")
+        tokenizer.Tokenizer.byte_level("<s>")
 
 
 def test_merges_are_recovered_from_ranks_with_gaps():
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 1000, b"cd": 1001, b"bc": 1002, b"abcd": 1003}
-    found = tokenizer.Tokenizer.of_vocabulary(exchange.from_ranks(ranks, {"<|endoftext|>": 2000}))
+    found = tokenizer.Tokenizer.from_vocabulary(tokenizer_formats.from_ranks(ranks, {"<|endoftext|>": 2000}))
     assert found.merges == [(b"a", b"b"), (b"c", b"d"), (b"b", b"c"), (b"ab", b"cd")]
     assert found.encode("abcd<|endoftext|>bc") == [1003, 2000, 1002]
 

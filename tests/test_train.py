@@ -14,25 +14,13 @@ import pytest
 import torch
 from torch.nn import functional as tF
 
-from llm_basics import (
-    checkpoint,
-    command_line,
-    config,
-    device,
-    generate,
-    generate_cli,
-    job,
-    loop,
-    model,
-    prepare,
-    presets,
-    programs,
-    run,
-    session,
-    shards,
-    swap,
-    update,
-)
+from llm_basics import swap
+from llm_basics.cli import commands, parse
+from llm_basics.core import config, device, model, presets, trainer
+from llm_basics.data import prepare, shards
+from llm_basics.inference import engine, samples
+from llm_basics.runs import checkpoint, run_dir
+from llm_basics.training import job, loop, state
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
 SETTINGS = config.TrainConfig(
@@ -87,9 +75,9 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
     """Compared with the same step written with torch's own loss, clipping and optimizer."""
     other = model.TransformerLM(SHAPE).double()
     other.load_state_dict(lm.double().state_dict())
-    optimizer = update.make_optimizer(lm, SETTINGS)
+    optimizer = trainer.make_optimizer(lm, SETTINGS)
     inputs, targets = random_batch(4)
-    result = update.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
+    result = trainer.train_step(lm, optimizer, [(inputs, targets)], 1, SETTINGS)
 
     loss = tF.cross_entropy(other(inputs).flatten(0, 1), targets.flatten())
     loss.backward()
@@ -111,16 +99,16 @@ def test_a_step_is_forward_loss_backward_clip_update(lm):
 
 def test_every_parameter_learns(lm):
     before = weights(lm)
-    optimizer = update.make_optimizer(lm, SETTINGS)
-    update.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
+    optimizer = trainer.make_optimizer(lm, SETTINGS)
+    trainer.train_step(lm, optimizer, [random_batch(4)], 1, SETTINGS)
     assert all(not torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
 def test_gradients_do_not_add_up_over_steps(lm):
     still = dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
-    optimizer = update.make_optimizer(lm, still)
+    optimizer = trainer.make_optimizer(lm, still)
     norms = [
-        update.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)
+        trainer.train_step(lm, optimizer, [random_batch(4)], s, still).grad_norm.item() for s in (1, 2, 3)
     ]
     assert norms[0] == pytest.approx(norms[1]) == pytest.approx(norms[2])
 
@@ -129,15 +117,15 @@ def test_gradients_do_not_add_up_over_steps(lm):
 def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
     inputs, targets = random_batch(6)
     whole = lm.double()
-    optimizer = update.make_optimizer(whole, SETTINGS)
+    optimizer = trainer.make_optimizer(whole, SETTINGS)
     start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-    expected = update.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
+    expected = trainer.train_step(whole, optimizer, [(inputs, targets)], 3, SETTINGS)
     gradients = [p.grad.clone() for p in whole.parameters()]
     after = weights(whole)
 
     whole.load_state_dict(start)
     parts = list(zip(inputs.split(rows), targets.split(rows), strict=True))
-    found = update.train_step(whole, update.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
+    found = trainer.train_step(whole, trainer.make_optimizer(whole, SETTINGS), parts, 3, SETTINGS)
     torch.testing.assert_close(found.train_loss, expected.train_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close([p.grad for p in whole.parameters()], gradients, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(weights(whole), after, rtol=1e-8, atol=1e-8)
@@ -146,8 +134,8 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(lm, rows):
 @pytest.mark.parametrize("lengths", [(16, 5), (3, 16, 1, 9), (1, 1, 2)])
 def test_accumulated_gradient_counts_each_target_once_where_lengths_differ(lm, lengths):
     parts = [random_batch(2, length, seed=length) for length in lengths]
-    update.train_step(
-        lm, update.make_optimizer(lm, SETTINGS), parts, 1, dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
+    trainer.train_step(
+        lm, trainer.make_optimizer(lm, SETTINGS), parts, 1, dataclasses.replace(SETTINGS, lr=0.0, min_lr=0.0)
     )
     found = [p.grad.clone() for p in lm.parameters()]
     lm.zero_grad()
@@ -175,10 +163,10 @@ def test_deterministic_runs_repeat_bit_for_bit(options, monkeypatch, capsys):
 
 def test_z_loss_reaches_the_loss(lm):
     batch = random_batch(2)
-    plain = update.train_step(lm, update.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
+    plain = trainer.train_step(lm, trainer.make_optimizer(lm, SETTINGS), [batch], 8, SETTINGS).train_loss
     lm.load_state_dict(model_of_seed_0().state_dict())
     heavy = dataclasses.replace(SETTINGS, z_loss=0.5)
-    with_z = update.train_step(lm, update.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
+    with_z = trainer.train_step(lm, trainer.make_optimizer(lm, heavy), [batch], 8, heavy).train_loss
     expected = model_of_seed_0()(batch[0]).logsumexp(-1).square().mean() * 0.5
     assert (with_z - plain).item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -189,7 +177,7 @@ def model_of_seed_0():
 
 
 def test_optimizer_defaults_and_groups(lm):
-    optimizer = update.make_optimizer(lm, config.TrainConfig())
+    optimizer = trainer.make_optimizer(lm, config.TrainConfig())
     assert all((g["lr"], g["betas"]) == (3e-4, (0.9, 0.95)) for g in optimizer.param_groups)
     decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in lm.named_parameters():
@@ -198,7 +186,7 @@ def test_optimizer_defaults_and_groups(lm):
 
 def test_biases_do_not_decay():
     gpt2 = model.TransformerLM(dataclasses.replace(presets.load("gpt2-nano").model, n_layers=1))
-    optimizer = update.make_optimizer(gpt2, config.TrainConfig())
+    optimizer = trainer.make_optimizer(gpt2, config.TrainConfig())
     decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert sorted(decay_of) == sorted(id(p) for p in gpt2.parameters())
     for name, parameter in gpt2.named_parameters():
@@ -213,7 +201,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(lm):
         FloatingPointError,
         match="step 5: loss nan, lr 0.00.*gradient norm nan; loss and gradient norm must be finite",
     ):
-        update.train_step(lm, update.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
+        trainer.train_step(lm, trainer.make_optimizer(lm, SETTINGS), [random_batch(2)], 5, SETTINGS)
     assert all(torch.equal(before[name], parameter) for name, parameter in weights(lm).items())
 
 
@@ -221,9 +209,9 @@ def test_loss_falls_on_a_pattern(lm):
     """A text of period 7 is predicted with certainty after a few steps; at first it is ln 257."""
     tokens = torch.arange(17).repeat(8, 1) % 7
     settings = dataclasses.replace(SETTINGS, steps=60)
-    optimizer = update.make_optimizer(lm, settings)
+    optimizer = trainer.make_optimizer(lm, settings)
     batch = (tokens[:, :-1], tokens[:, 1:])
-    losses = [update.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
+    losses = [trainer.train_step(lm, optimizer, [batch], s, settings).train_loss.item() for s in range(1, 61)]
     assert abs(losses[0] - math.log(257)) < 1.0
     assert losses[-1] < 0.05
 
@@ -233,10 +221,10 @@ def test_random_tokens_cannot_be_learned():
     torch.manual_seed(0)
     lm = model.TransformerLM(dataclasses.replace(SHAPE, vocab_size=23))
     settings = dataclasses.replace(SETTINGS, steps=80)
-    optimizer = update.make_optimizer(lm, settings)
+    optimizer = trainer.make_optimizer(lm, settings)
     for step in range(1, 81):
         inputs, targets = random_batch(8, seed=step)
-        loss = update.train_step(
+        loss = trainer.train_step(
             lm, optimizer, [(inputs % 23, targets % 23)], step, settings
         ).train_loss.item()
     assert math.log(23) - 0.1 < loss < math.log(23) + 0.4
@@ -255,7 +243,7 @@ def test_loss_is_not_rounded_to_bfloat16(lm):
     batch = random_batch(4)
     with torch.autocast("cpu", torch.bfloat16):
         expected = tF.cross_entropy(lm(batch[0]).double().flatten(0, 1), batch[1].flatten())
-    result = update.train_step(lm, update.make_optimizer(lm, settings), [batch], 1, settings)
+    result = trainer.train_step(lm, trainer.make_optimizer(lm, settings), [batch], 1, settings)
     assert result.train_loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -263,7 +251,7 @@ def test_bfloat16_on_request(lm):
     settings = dataclasses.replace(SETTINGS, dtype="bfloat16")
     seen = []
     lm.layers[0].attn.q_proj.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    result = update.train_step(lm, update.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
+    result = trainer.train_step(lm, trainer.make_optimizer(lm, settings), [random_batch(2)], 1, settings)
     assert seen == [torch.bfloat16] and result.train_loss.isfinite()
     assert all(p.dtype == torch.float32 for p in lm.parameters())
 
@@ -273,7 +261,7 @@ def test_bfloat16_on_request(lm):
 
 
 def losses(folder):
-    return {m["step"]: m["train_loss"] for m in run.read_metrics(folder) if "train_loss" in m}
+    return {m["step"]: m["train_loss"] for m in run_dir.read_metrics(folder) if "train_loss" in m}
 
 
 def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
@@ -289,17 +277,17 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
         "samples.jsonl",
         "tokenizer",
     }
-    assert [path.name for path in run.checkpoints(folder)] == [
+    assert [path.name for path in run_dir.checkpoints(folder)] == [
         f"step_{step:08d}.safetensors" for step in (8, 6, 3)
     ]
-    metrics = run.read_metrics(folder)
+    metrics = run_dir.read_metrics(folder)
     assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 9))
     assert [m["step"] for m in metrics if "val_loss" in m] == [3, 6, 8]
     measured = {"train_loss", "lr", "grad_norm", "step_seconds", "tokens_per_second", "eta_seconds"}
     assert set(metrics[0]) == {"step", "attempt"} | measured
     said = capsys.readouterr().out
     assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
-    restored, tokenizer = generate.load_run(folder)
+    restored, tokenizer = engine.load_run(folder)
     assert restored.config == SHAPE and tokenizer.vocab_size == 257
 
 
@@ -308,18 +296,18 @@ def test_the_program_writes_the_same_with_and_without_twins(options, capsys):
     capsys.readouterr()
     texts = {}
     for fast in ("on", "off"):
-        asked = programs.GenerateConfig(
+        asked = commands.GenerateConfig(
             options.run_dir, prompt="3 times ", samples=2, fast=fast, device="cpu"
         )
         with swap.restored():
-            assert generate_cli.main(asked) == 0
+            assert samples.main(asked) == 0
         texts[fast] = capsys.readouterr().out
     assert texts["on"] == texts["off"] and texts["on"].count("3 times ") == 2
 
 
 def test_logged_losses_are_the_computed_ones(options):
     prepared = prepare.prepare(options)
-    training = session.Session(options, prepared)
+    training = state.TrainingState(options, prepared)
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     inputs, targets = training.next_batches()[0]
     job.main(options)
@@ -330,7 +318,7 @@ def test_logged_losses_are_the_computed_ones(options):
 
 def test_steps_count_by_one_and_see_new_batches_each(options):
     accumulating = dataclasses.replace(SETTINGS, grad_accumulation_steps=3, steps=4)
-    training = session.Session(dataclasses.replace(options, train=accumulating), prepare.prepare(options))
+    training = state.TrainingState(dataclasses.replace(options, train=accumulating), prepare.prepare(options))
     seen = []
     while training.step < 4:
         seen += [inputs for inputs, _ in training.next_batches()]
@@ -339,7 +327,7 @@ def test_steps_count_by_one_and_see_new_batches_each(options):
     assert all(torch.equal(seen[i], training.batches[i][0]) for i in range(12))
     training.step = training.windows = 0
     training.evaluated = True
-    loop.fit(training, run.Run(options.run_dir))
+    loop.fit(training, run_dir.RunDir(options.run_dir))
     assert training.step == 4
     assert training.optimizer.state[training.model.lm_head.weight]["step"] == 4
 
@@ -369,19 +357,19 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout,
     options = dataclasses.replace(options, model=dataclasses.replace(SHAPE, dropout=dropout), train=settings)
     job.main(options)
     whole, folder = losses(options.run_dir), tmp_path / "interrupted"
-    reference = checkpoint.read_checkpoint(run.checkpoints(options.run_dir)[0])[0]
+    reference = checkpoint.read_checkpoint(run_dir.checkpoints(options.run_dir)[0])[0]
 
     interrupted = dataclasses.replace(options, run_dir=str(folder))
     job.main(interrupted)
-    for path in run.checkpoints(folder)[: 8 - stop_at]:
+    for path in run_dir.checkpoints(folder)[: 8 - stop_at]:
         path.unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["step"] <= stop_at]
     (folder / "metrics.jsonl").write_text("".join(kept))
     torch.manual_seed(12345)
-    assert job.main(command_line.train_options(["--resume", str(folder)])) == 0
+    assert job.main(parse.train_options(["--resume", str(folder)])) == 0
     assert losses(folder) == whole
-    found = checkpoint.read_checkpoint(run.checkpoints(folder)[0])[0]
+    found = checkpoint.read_checkpoint(run_dir.checkpoints(folder)[0])[0]
     assert found.keys() == reference.keys()
     # the type checker of these tests draws from Python's generator
     different = [name for name in found if not torch.equal(found[name], reference[name])]
@@ -409,7 +397,7 @@ def test_resume_refuses_other_data_and_another_model(options, capsys, change):
 
 def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, capsys, monkeypatch, tmp_path):
     job.main(options)
-    whole, train_step = losses(options.run_dir), update.train_step
+    whole, train_step = losses(options.run_dir), trainer.train_step
 
     def interrupted(*arguments):
         if arguments[3] == 5:
@@ -417,19 +405,19 @@ def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, cap
         return train_step(*arguments)
 
     folder = str(tmp_path / "interrupted")
-    monkeypatch.setattr(update, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     assert job.main(dataclasses.replace(options, run_dir=folder)) == 130
     assert f"stopped by SIGINT after step 5; go on with --resume {folder}" in capsys.readouterr().out
-    monkeypatch.setattr(update, "train_step", train_step)
+    monkeypatch.setattr(trainer, "train_step", train_step)
     assert max(losses(folder)) == 5
-    assert job.main(command_line.train_options(["--resume", folder])) == 0
+    assert job.main(parse.train_options(["--resume", folder])) == 0
     assert losses(folder) == whole
 
 
 def test_a_sample_begins_with_a_line_that_asks_for_more():
-    assert session.opening_line("a\n  def f(x):\n    return x") == "  def f(x):"
-    assert session.opening_line("\n\nonly this\n") == "only this"
-    assert session.opening_line(" \n<|endoftext|>def f(x):") == ""
+    assert state.opening_line("a\n  def f(x):\n    return x") == "  def f(x):"
+    assert state.opening_line("\n\nonly this\n") == "only this"
+    assert state.opening_line(" \n<|endoftext|>def f(x):") == ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,7 +444,7 @@ def test_input_that_cannot_be_trained_on(tmp_path, capsys, content, arguments, s
     fixed = ["--tokenizer=bytes", "--model.context_length=16", f"--data={path}"]
     places = [f"--data_dir={tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
-        job.main(command_line.train_options([*fixed, *places, *arguments]))
+        job.main(parse.train_options([*fixed, *places, *arguments]))
     captured = capsys.readouterr()
     assert stop.value.code == 2
     assert captured.err.startswith("error: " + said.format(data=path)) and captured.err.count("\n") == 1
@@ -472,7 +460,7 @@ def test_token_files_that_do_not_fit_are_refused_before_the_first_step(options, 
         content[shards.HEADER_BYTES + 20 : shards.HEADER_BYTES + 22] = b"\xff\xff"
     path.write_bytes(content[:-6] if change == "cut" else content)
     if change == "tokenizer":
-        prepare.tokenizer.Tokenizer.of_bytes(["<|other|>"]).save(folder / "tokenizer")
+        prepare.tokenizer.Tokenizer.byte_level(["<|other|>"]).save(folder / "tokenizer")
     with pytest.raises(SystemExit, match="2"):
         job.main(options)
     error = capsys.readouterr().err
@@ -521,6 +509,6 @@ def test_the_default_run_learns_python(tmp_path):
     trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert trained.returncode == 0, trained.stderr
     entropy = float(re.search(r"unigram entropy.*: ([\d.]+)\)", trained.stdout)[1])
-    assert run.read_metrics(tmp_path / "r")[-1]["val_loss"] < 0.65 * entropy
+    assert run_dir.read_metrics(tmp_path / "r")[-1]["val_loss"] < 0.65 * entropy
     sample = (tmp_path / "r" / "samples.jsonl").read_text().splitlines()[-1]
     assert sum(word in sample for word in ("def ", "self", "return", "import", "if ", "):")) >= 3

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
-from llm_basics import config, presets, trials
+from llm_basics.analysis import sweep_spec
+from llm_basics.core import config, presets
 
-PRESETS = sorted(path.stem for path in trials.SWEEPS.glob("*.yaml"))
+PRESETS = sorted(path.stem for path in sweep_spec.SWEEPS.glob("*.yaml"))
 
 
 def parse(**content):
-    return trials.parse(content, "name", "f.yaml")
+    return sweep_spec.parse(content, "name", "f.yaml")
 
 
 def test_a_grid_is_every_combination_with_every_seed():
@@ -51,7 +52,7 @@ def test_values_listed_twice_are_trained_once():
     assert [(t.options.model.n_layers, t.seed) for t in found] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
-@pytest.mark.parametrize("option", trials.RESERVED)
+@pytest.mark.parametrize("option", sweep_spec.RESERVED)
 def test_options_set_by_the_sweep_are_no_variant(option):
     value = {"find_lr": True, "train.seed": 5}.get(option, "tiny")
     with pytest.raises(ValueError, match=f"{option} is set by the sweep"):
@@ -72,28 +73,30 @@ def test_base_is_a_preset_or_options_over_one(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_and_their_files_give_the_same_options(tmp_path, name):
-    sweep = trials.load(name)
+    sweep = sweep_spec.load(name)
     assert 6 <= len(sweep.trials) <= 30
     for trial in sweep.trials:
         path = tmp_path / "options.yaml"
-        trials.write_options(trial.options, path)
+        sweep_spec.write_options(trial.options, path)
         assert dataclasses.replace(presets.load(str(path)), config=trial.options.config) == trial.options
 
 
 def test_presets_that_must_be_there():
     assert set(PRESETS) >= {"lr", "batch", "ablations", "scaling"}
-    tokens = {t.options.train.steps * t.options.train.batch_size for t in trials.load("batch").trials}
+    tokens = {t.options.train.steps * t.options.train.batch_size for t in sweep_spec.load("batch").trials}
     assert max(tokens) <= 1.02 * min(tokens)
-    trains = [trial.options.train for trial in trials.load("batch").trials]
+    trains = [trial.options.train for trial in sweep_spec.load("batch").trials]
     assert len({train.batch_size * train.eval_batches for train in trains}) == 1
-    by_variant = {t.setting["variant"]: t.options.model.n_parameters for t in trials.load("ablations").trials}
+    by_variant = {
+        t.setting["variant"]: t.options.model.n_parameters for t in sweep_spec.load("ablations").trials
+    }
     assert by_variant["silu for swiglu"] == by_variant["as it is"] == by_variant["post-norm"]
 
 
 def test_a_sweep_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("grid: {train.betas: [[0.8, 0.9], [0.9, 0.99]]}")
-    sweep = trials.load(str(path))
+    sweep = sweep_spec.load(str(path))
     assert sweep.name == "mine" and sweep.trials[0].options.train.betas == (0.8, 0.9)
 
 
@@ -145,7 +148,7 @@ def test_errors_name_the_file_and_the_key(tmp_path, content, message):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
-        trials.load(str(path))
+        sweep_spec.load(str(path))
     assert message.format(path=path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -153,14 +156,16 @@ def test_options_set_by_the_sweep_are_refused_in_a_preset(tmp_path):
     (tmp_path / "mine.yaml").write_text("find_lr: true")
     for base in (str(tmp_path / "mine.yaml"), {"config": str(tmp_path / "mine.yaml")}):
         with pytest.raises(ValueError, match=r"base: find_lr is set by the sweep; .* \(here\)"):
-            trials.parse({"base": base, "grid": {"train.lr": [1]}}, "a", "here")
+            sweep_spec.parse({"base": base, "grid": {"train.lr": [1]}}, "a", "here")
 
 
 def test_an_unknown_sweep_is_an_error():
     with pytest.raises(ValueError, match=r"a sweep must be a preset \(ablations, batch, lr, scaling\) or a"):
-        trials.load("learning-rate")
+        sweep_spec.load("learning-rate")
 
 
 def test_options_have_names_to_set_and_get_them():
-    options = trials.set_options(config.Config(), {"train": {"steps": 5}, "train.lr": 1, "data": "x"}, "here")
-    assert (options.train.steps, trials.get_option(options, "train.lr"), options.data) == (5, 1.0, "x")
+    options = sweep_spec.set_options(
+        config.Config(), {"train": {"steps": 5}, "train.lr": 1, "data": "x"}, "here"
+    )
+    assert (options.train.steps, sweep_spec.get_option(options, "train.lr"), options.data) == (5, 1.0, "x")

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as tF
 
-from llm_basics import config, generate, model, swap
-from llm_basics import functional as F
+from llm_basics import swap
+from llm_basics.core import config, generate, model
+from llm_basics.core import functional as F
 
 SMALL = config.ModelConfig(vocab_size=50, context_length=9, d_model=16, n_layers=1, n_heads=2)
 
@@ -36,19 +37,12 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE.type == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
     triton = pytest.importorskip("triton", reason="there is no Triton for this system")
-    from llm_basics.fast import (
-        cards,
-        kernels,
-        static,
-        triton_attention,
-        triton_cross_entropy,
-        triton_decoding,
-        triton_norm,
-        update,
-    )
     from llm_basics.fast import generate as fast_generate
+    from llm_basics.fast import trainer, triton_norm
+    from llm_basics.fast.cuda import availability, cuda_graph, decode, flash_attention, triton_jit
+    from llm_basics.fast.cuda import cross_entropy as cuda_cross_entropy
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-if kernels.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+if triton_jit.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     # it takes an array of one element for a whole number, which NumPy no longer does
     pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
 
@@ -58,8 +52,8 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 REFERENCES = [
     (triton_norm, "rms_norm_in_steps"),
-    (triton_cross_entropy, "cross_entropy_in_steps"),
-    (triton_attention, "attention_in_steps"),
+    (cuda_cross_entropy, "cross_entropy_in_steps"),
+    (flash_attention, "attention_in_steps"),
 ]
 
 # what no query sees may overflow before it is set to 0
@@ -74,7 +68,7 @@ class ReferenceCalled(Exception):
 @pytest.fixture(autouse=True)
 def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No twin may leave the work to its reference, or these tests would compare that with itself."""
-    if kernels.INTERPRETED:
+    if triton_jit.INTERPRETED:
         # for these tests alone: programs that others start should not interpret
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -163,7 +157,7 @@ def test_rms_norm_leaves_the_rest_to_the_reference(normal):
 # --------------------------------------------------------------------------------------------------
 # Cross-entropy
 
-cross_entropy = triton_cross_entropy.cross_entropy
+cross_entropy = cuda_cross_entropy.cross_entropy
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
@@ -245,7 +239,7 @@ def test_gradients_in_the_place_of_logits(normal, dtype, vocab_size, width, z_lo
     wide = logits[:, :vocab_size].double().requires_grad_()
     right = F.cross_entropy(wide, targets, z_loss=z_loss, reduction="none")
     (gradient,) = torch.autograd.grad(right.sum(), wide)
-    found = triton_cross_entropy.replace_by_gradient_(logits, targets, vocab_size, z_loss=z_loss)
+    found = cuda_cross_entropy.replace_by_gradient_(logits, targets, vocab_size, z_loss=z_loss)
     torch.testing.assert_close(found.double(), right, **EXACT)
     tolerance = HALVES.get(dtype, 1e-5)
     torch.testing.assert_close(logits[:, :vocab_size].double(), gradient, rtol=tolerance, atol=tolerance)
@@ -257,19 +251,19 @@ def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
     lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
     targets = ids(50, 3, 9)
     targets[1, 2:5] = -100
-    monkeypatch.setitem(update.MOST_LOGITS, DEVICE.type, 200)
-    monkeypatch.setattr(update, "LEAST_ROWS", 1)
+    monkeypatch.setitem(trainer.MOST_LOGITS, DEVICE.type, 200)
+    monkeypatch.setattr(trainer, "LEAST_ROWS", 1)
     # which would do it in another way
-    monkeypatch.setattr(update.learning, "learner_for", lambda *_: None)
-    replace, pieces, found = triton_cross_entropy.replace_by_gradient_, [], []
+    monkeypatch.setattr(trainer.learning, "learner_for", lambda *_: None)
+    replace, pieces, found = cuda_cross_entropy.replace_by_gradient_, [], []
     monkeypatch.setattr(
-        triton_cross_entropy, "replace_by_gradient_", lambda *a: pieces.append(len(a[1])) or replace(*a)
+        cuda_cross_entropy, "replace_by_gradient_", lambda *a: pieces.append(len(a[1])) or replace(*a)
     )
-    for module in (None, triton_cross_entropy):
-        monkeypatch.setattr(update, "kernels_for", lambda lm, rows, module=module: module)
-        loss = update.batch_loss(lm, ids(50, 3, 9), targets, 0.01)
+    for module in (None, cuda_cross_entropy):
+        monkeypatch.setattr(trainer, "kernels_for", lambda lm, rows, module=module: module)
+        loss = trainer.batch_loss(lm, ids(50, 3, 9), targets, 0.01)
         found.append([loss.detach(), *torch.autograd.grad(0.7 * loss, list(lm.parameters()))])
-    n_rows = update.BY_KERNELS * (200 // lm.config.n_rows)
+    n_rows = trainer.BY_KERNELS * (200 // lm.config.padded_vocab_size)
     assert pieces == [n_rows] * (27 // n_rows) + [27 % n_rows]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
@@ -277,12 +271,12 @@ def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
 def test_kernels_are_for_a_card_and_a_plain_output_projection():
     lm = model.TransformerLM(SMALL).to(DEVICE)
     rows = torch.zeros(3, SMALL.d_model, device=DEVICE)
-    assert update.kernels_for(lm, rows) is (triton_cross_entropy if DEVICE.type == "cuda" else None)
-    assert update.ends_plainly(lm)
+    assert trainer.kernels_for(lm, rows) is (cuda_cross_entropy if DEVICE.type == "cuda" else None)
+    assert trainer.ends_plainly(lm)
     with swap.replaced({"functional.linear": tF.linear}):
-        assert not update.ends_plainly(lm)
+        assert not trainer.ends_plainly(lm)
     lm.lm_head = torch.nn.Linear(16, 50)
-    assert not update.ends_plainly(lm)
+    assert not trainer.ends_plainly(lm)
 
 
 def test_a_card_for_which_triton_does_not_work(monkeypatch, capsys):
@@ -292,18 +286,18 @@ def test_a_card_for_which_triton_does_not_work(monkeypatch, capsys):
     def fails(place: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.\nand more")
 
-    monkeypatch.setattr(kernels, "try_out", fails)
+    monkeypatch.setattr(triton_jit, "try_out", fails)
     for _ in range(2):
-        assert cards.kernels("triton_cross_entropy", device) is None
+        assert not availability.has_triton(device)
         said.append(capsys.readouterr().err)
     assert "cuda:7 (Failed to find C compiler.)" in said[0] and not said[1]
 
 
 def test_a_kernel_can_be_tried_out(monkeypatch):
-    kernels.try_out(DEVICE)
-    monkeypatch.setattr(kernels, "_add_one", {(1,): lambda number: None})
+    triton_jit.try_out(DEVICE)
+    monkeypatch.setattr(triton_jit, "_add_one", {(1,): lambda number: None})
     with pytest.raises(RuntimeError, match="must give 1, got 0"):
-        kernels.try_out(DEVICE)
+        triton_jit.try_out(DEVICE)
 
 
 def test_cross_entropy_leaves_the_rest_to_the_reference(normal):
@@ -319,7 +313,7 @@ def test_cross_entropy_leaves_the_rest_to_the_reference(normal):
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-attention = triton_attention.scaled_dot_product_attention
+attention = flash_attention.scaled_dot_product_attention
 causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 
 
@@ -347,7 +341,7 @@ def test_attention_of_many_heads(normal, leading, is_causal):
     "queries, keys, d_head", [(1, 1, 16), (300, 300, 20), (140, 270, 64), (150, 150, 128)]
 )
 def test_attention_in_half_precision(normal, queries, keys, d_head, is_causal, dtype):
-    if dtype == torch.bfloat16 and kernels.INTERPRETED:
+    if dtype == torch.bfloat16 and triton_jit.INTERPRETED:
         pytest.skip("the interpreter multiplies matrices of bfloat16 as if they were whole numbers")
     tensors = [normal(2, n, d_head).to(dtype) for n in (queries, keys, keys)]
     tolerance = 2 * HALVES[dtype]
@@ -463,9 +457,9 @@ def make_model(name: str) -> model.TransformerLM:
 
 
 def reader_of(lm: model.TransformerLM) -> Any:
-    reader = static.StaticStep(lm)
-    assert reader.kernels is (triton_decoding if DEVICE.type == "cuda" else None)
-    reader.kernels = triton_decoding
+    reader = cuda_graph.StaticStep(lm)
+    assert reader.kernels is (decode if DEVICE.type == "cuda" else None)
+    reader.kernels = decode
     return reader
 
 
@@ -486,7 +480,7 @@ def test_scores_of_each_token(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_likeliest_tokens_one_after_the_other(name, monkeypatch):
-    monkeypatch.setattr(static, "AT_ONCE", 4)
+    monkeypatch.setattr(cuda_graph, "AT_ONCE", 4)
     lm = make_model(name)
     prompt = ids(50, 3)
     expected = list(generate.generate(lm, prompt, 22, temperature=0.0))
@@ -529,23 +523,23 @@ def test_a_token_is_chosen_where_it_is_clear():
     ):
         token, position = (torch.tensor([n], device=DEVICE) for n in (9, 2))
         written = torch.full((5,), 7, device=DEVICE)
-        triton_decoding.choose(torch.tensor(scores, device=DEVICE), token, position, written)
+        decode.choose(torch.tensor(scores, device=DEVICE), token, position, written)
         assert written.tolist() == [7, 7, 7, likeliest, 7] and position.item() == 3, scores[:3]
         # which the next step can look up in any case
         assert 0 <= token.item() < len(scores) and (likeliest < 0 or token.item() == likeliest)
 
 
 def test_what_kernels_do_not_know_is_read_as_it_is_written():
-    assert static.has_kernels(model.TransformerLM(SMALL))
+    assert cuda_graph.has_kernels(model.TransformerLM(SMALL))
     for changes in (
         {"norm_placement": "post"},
         {"d_model": 18, "position": "learned"},
     ):
         lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
-        assert not static.has_kernels(lm), changes
-        reader = static.StaticStep(lm)
+        assert not cuda_graph.has_kernels(lm), changes
+        reader = cuda_graph.StaticStep(lm)
         assert reader.kernels is None and reader.likeliest_after(1, 0, 3) == []
-    assert not static.has_kernels(model.TransformerLM(SMALL, dtype=torch.bfloat16))
+    assert not cuda_graph.has_kernels(model.TransformerLM(SMALL, dtype=torch.bfloat16))
 
 
 def test_kernels_compile(tmp_path, monkeypatch):

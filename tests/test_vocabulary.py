@@ -23,8 +23,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
-from llm_basics import bpe, exchange, vocabulary
-from llm_basics.tokenizer import Tokenizer
+from llm_basics.core import bpe, vocabulary
+from llm_basics.core.tokenizer import Tokenizer
+from llm_basics.data import tokenizer_formats
 
 FIXTURES = Path(__file__).parent / "fixtures"
 END_OF_TEXT = "<|endoftext|>"
@@ -167,12 +168,12 @@ def some_dense_texts(n: int, seed: int = 1) -> list[str]:
 
 
 def write_json(model: Tokenizer, path: Path) -> Path:
-    exchange.write_tokenizer_json(model.as_vocabulary(), path)
+    tokenizer_formats.write_tokenizer_json(model.to_vocabulary(), path)
     return path
 
 
 def read_json(path: Path) -> Tokenizer:
-    return Tokenizer.of_vocabulary(exchange.read_tokenizer_json(path))
+    return Tokenizer.from_vocabulary(tokenizer_formats.read_tokenizer_json(path))
 
 
 def hugging_face(path: Path) -> tokenizers.Tokenizer:
@@ -204,7 +205,9 @@ def test_hugging_face_cuts_into_the_same_pretokens(tmp_path, pattern):
     """Two pre-tokens may have the ids of one by chance, so this is the sharper question."""
     theirs = hugging_face(write_json(make([], pattern), tmp_path / "tokenizer.json")).pre_tokenizer
     for text in [*some_texts(2000, seed=2), *some_dense_texts(4000, seed=3), CORPUS]:
-        pieces = [vocabulary.unspell(piece).decode("utf-8") for piece, _ in theirs.pre_tokenize_str(text)]
+        pieces = [
+            vocabulary.unicode_to_bytes(piece).decode("utf-8") for piece, _ in theirs.pre_tokenize_str(text)
+        ]
         assert pieces == pattern.findall(text)
 
 
@@ -309,7 +312,7 @@ def test_the_flags_of_a_pattern_are_not_lost(tmp_path):
     except ValueError:
         return
     assert read_json(tmp_path / "tokenizer.json").encode("aA") == [256]
-    assert exchange.load(tmp_path / "folder").encode("aA") == [256]
+    assert tokenizer_formats.load(tmp_path / "folder").encode("aA") == [256]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,12 +324,12 @@ def test_the_flags_of_a_pattern_are_not_lost(tmp_path):
 def test_our_own_file_comes_back_equal(tmp_path, pattern, specials):
     mine = make(specials, pattern)
     write_json(mine, tmp_path / "first.json")
-    found = exchange.read_tokenizer_json(tmp_path / "first.json")
+    found = tokenizer_formats.read_tokenizer_json(tmp_path / "first.json")
     assert found.vocab == mine.vocab
     assert found.merges == mine.merges
     assert found.special_tokens == specials
     assert found.pattern.pattern == pattern.pattern
-    same = Tokenizer.of_vocabulary(found)
+    same = Tokenizer.from_vocabulary(found)
     assert same.fingerprint() == mine.fingerprint()
     write_json(same, tmp_path / "second.json")
     assert (tmp_path / "first.json").read_bytes() == (tmp_path / "second.json").read_bytes()
@@ -337,10 +340,10 @@ def test_special_tokens_in_the_characters_of_spellings_come_back(tmp_path):
     specials = ["\u00e9\u00e9", "\u0120\u6f22", "\u0120q\u0120", "<\u00ff>"]
     mine = make(specials)
     theirs = hugging_face(write_json(mine, tmp_path / "tokenizer.json"))
-    assert exchange.read_tokenizer_json(tmp_path / "tokenizer.json").special_tokens == specials
+    assert tokenizer_formats.read_tokenizer_json(tmp_path / "tokenizer.json").special_tokens == specials
     assert_same_ids(mine, lambda text: theirs.encode(text).ids, some_texts(500, specials))
     mine.save(tmp_path / "folder")
-    assert exchange.load(tmp_path / "folder").fingerprint() == mine.fingerprint()
+    assert tokenizer_formats.load(tmp_path / "folder").fingerprint() == mine.fingerprint()
 
 
 @pytest.fixture(scope="module")
@@ -451,9 +454,9 @@ def assert_refused(load: Callable[[Any], Any], path: Path, said: str = "", named
 
 def test_the_file_that_is_changed_below_is_good(tmp_path):
     path = small_json(tmp_path / "tokenizer.json", {})
-    assert exchange.load(path).fingerprint() == SMALL.fingerprint()
+    assert tokenizer_formats.load(path).fingerprint() == SMALL.fingerprint()
     path = small_json(path, {"pre_tokenizer": after(SPLIT, BYTE_LEVEL)})
-    assert exchange.load(path).pattern.pattern == r"\S+|\s"
+    assert tokenizer_formats.load(path).pattern.pattern == r"\S+|\s"
 
 
 @pytest.mark.parametrize(
@@ -500,7 +503,7 @@ def test_the_file_that_is_changed_below_is_good(tmp_path):
     ],
 )
 def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, said):
-    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", change), said)
+    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", change), said)
 
 
 @pytest.mark.parametrize(
@@ -517,7 +520,7 @@ def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, said):
 )
 def test_what_is_missing_is_named(tmp_path, place):
     path = small_json(tmp_path / "tokenizer.json", {place: GONE})
-    assert_refused(exchange.load, path, f"{place.split('.')[-1]} is missing")
+    assert_refused(tokenizer_formats.load, path, f"{place.split('.')[-1]} is missing")
 
 
 @pytest.mark.parametrize("key", ["id", "content"])
@@ -525,7 +528,7 @@ def test_a_special_token_that_lacks_something_is_refused(tmp_path, key):
     content = json.loads(write_json(SMALL, tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     del content["added_tokens"][0][key]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert_refused(exchange.load, tmp_path / "tokenizer.json", f"{key} is missing")
+    assert_refused(tokenizer_formats.load, tmp_path / "tokenizer.json", f"{key} is missing")
 
 
 @pytest.mark.parametrize(
@@ -535,7 +538,7 @@ def test_a_special_token_that_lacks_something_is_refused(tmp_path, key):
 )
 def test_what_may_be_missing_is_not_asked_for(tmp_path, place):
     path = small_json(tmp_path / "tokenizer.json", {place: GONE})
-    assert exchange.load(path).fingerprint() == SMALL.fingerprint()
+    assert tokenizer_formats.load(path).fingerprint() == SMALL.fingerprint()
 
 
 DEEP = 100_000
@@ -559,8 +562,8 @@ NOT_JSON = {
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    assert_refused(exchange.load, path)
-    assert_refused(exchange.read_tokenizer_json, path)
+    assert_refused(tokenizer_formats.load, path)
+    assert_refused(tokenizer_formats.read_tokenizer_json, path)
 
 
 # what attackers write where an id is expected
@@ -570,7 +573,7 @@ IDS = [-1, 2**32, 2**64, 10**30, 1.0, 2.5, float("inf"), float("nan"), "7", "x",
 @pytest.mark.parametrize("id", IDS, ids=repr)
 @pytest.mark.parametrize("place", ["model.vocab.abc", "added_tokens.0.id"])
 def test_an_id_that_is_none_is_refused(tmp_path, place, id):
-    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", {place: id}))
+    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", {place: id}))
 
 
 @pytest.mark.parametrize(
@@ -609,7 +612,7 @@ def test_an_id_that_is_none_is_refused(tmp_path, place, id):
     ids=lambda change: json.dumps(change, default=lambda gone: "gone")[:60],
 )
 def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
-    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", change))
+    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", change))
 
 
 @pytest.mark.parametrize(
@@ -620,20 +623,20 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, change):
 )
 def test_a_merge_that_is_none_is_refused(tmp_path, merge):
     path = small_json(tmp_path / "tokenizer.json", {"model.merges": [["a", "b"], ["ab", "c"], merge]})
-    assert_refused(exchange.load, path)
+    assert_refused(tokenizer_formats.load, path)
 
 
 @pytest.mark.parametrize(
     "merges", [None, {"a b": 1, "ab c": 2}, "a b", 3, [["ab", "c"], ["a", "b"]]], ids=repr
 )
 def test_merges_that_are_none_are_refused(tmp_path, merges):
-    assert_refused(exchange.load, small_json(tmp_path / "tokenizer.json", {"model.merges": merges}))
+    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", {"model.merges": merges}))
 
 
 def test_a_message_stays_short(tmp_path):
     path = small_json(tmp_path / "tokenizer.json", {"normalizer": ["x"] * 100_000})
     with pytest.raises(ValueError, match="normalizer") as caught:
-        exchange.load(path)
+        tokenizer_formats.load(path)
     assert len(str(caught.value)) < 2000
 
 
@@ -645,7 +648,7 @@ def test_a_message_stays_short(tmp_path):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_tiktoken_gives_the_same_ids_and_text(pattern, specials):
     mine = make(specials, pattern)
-    theirs = exchange.to_tiktoken(mine.as_vocabulary(), "ours")
+    theirs = tokenizer_formats.to_tiktoken(mine.to_vocabulary(), "ours")
     assert isinstance(theirs, tiktoken.Encoding)
     assert theirs.name == "ours"
     assert theirs.special_tokens_set == set(specials)
@@ -662,7 +665,7 @@ def test_tiktoken_gives_the_same_ids_and_text(pattern, specials):
 def test_tiktoken_keeps_ids_with_gaps_and_special_tokens_anywhere(first):
     vocab = {first + 2 * id: token for id, token in learned(MERGES).items()} | {1: b"<p>", 10_001: b"[x]"}
     mine = Tokenizer(vocab, MERGES, ["[x]", "<p>"])
-    theirs = exchange.to_tiktoken(mine.as_vocabulary())
+    theirs = tokenizer_formats.to_tiktoken(mine.to_vocabulary())
     for text in some_texts(500, ["[x]", "<p>"]):
         assert mine.encode(text) == theirs.encode(text, allowed_special="all")
 
@@ -674,12 +677,12 @@ def test_ids_that_do_not_rise_are_refused_for_tiktoken(ids, said):
     vocab = learned([]) | {ids[0]: b"ab", ids[1]: b"abc"}
     falling = Tokenizer(vocab, SMALL.merges)
     with pytest.raises(ValueError, match=f"{said}.*tokenizer.json"):
-        exchange.to_tiktoken(falling.as_vocabulary())
+        tokenizer_formats.to_tiktoken(falling.to_vocabulary())
 
 
 def test_ids_below_those_of_bytes_are_good_for_tiktoken():
     mine = Tokenizer({0: b"ab", 1: b"abc"} | {id + 2: bytes([id]) for id in range(256)}, SMALL.merges)
-    assert exchange.to_tiktoken(mine.as_vocabulary()).encode("abcabx") == mine.encode("abcabx")
+    assert tokenizer_formats.to_tiktoken(mine.to_vocabulary()).encode("abcabx") == mine.encode("abcabx")
 
 
 @pytest.mark.parametrize(
@@ -695,7 +698,7 @@ def test_ids_below_those_of_bytes_are_good_for_tiktoken():
 def test_what_tiktoken_would_merge_differently_is_refused(merges, more, text):
     mine = Tokenizer(learned(merges) | more, merges)
     try:
-        theirs = exchange.to_tiktoken(mine.as_vocabulary())
+        theirs = tokenizer_formats.to_tiktoken(mine.to_vocabulary())
     except ValueError:
         return
     assert theirs.encode(text) == mine.encode(text)
@@ -703,17 +706,17 @@ def test_what_tiktoken_would_merge_differently_is_refused(merges, more, text):
 
 def test_ranks_give_the_vocabulary_back():
     mine = make(SPECIALS, bpe.CL100K_PATTERN)
-    encoding = exchange.to_tiktoken(mine.as_vocabulary())
+    encoding = tokenizer_formats.to_tiktoken(mine.to_vocabulary())
     ids = {special: mine.special_id(special) for special in SPECIALS}
-    found = exchange.from_ranks(encoding._mergeable_ranks, ids, bpe.CL100K_PATTERN)
+    found = tokenizer_formats.from_ranks(encoding._mergeable_ranks, ids, bpe.CL100K_PATTERN)
     assert found.vocab == mine.vocab
     assert found.merges == mine.merges
     assert found.special_tokens == SPECIALS
     assert found.special_ids() == ids
-    assert Tokenizer.of_vocabulary(found).fingerprint() == mine.fingerprint()
+    assert Tokenizer.from_vocabulary(found).fingerprint() == mine.fingerprint()
     # whatever their order
     backwards = dict(reversed(encoding._mergeable_ranks.items()))
-    same = Tokenizer.of_vocabulary(exchange.from_ranks(backwards, ids, bpe.CL100K_PATTERN))
+    same = Tokenizer.from_vocabulary(tokenizer_formats.from_ranks(backwards, ids, bpe.CL100K_PATTERN))
     assert same.fingerprint() == mine.fingerprint()
 
 
@@ -744,10 +747,10 @@ def test_a_file_of_ranks_is_read(tmp_path, monkeypatch):
     path = tmp_path / "ours.tiktoken"
     for end in (b"\n", b"\r\n"):
         path.write_bytes(rank_lines(ranks).replace(b"\n", end))
-        found = exchange.read_ranks(path, {END_OF_TEXT: special}, bpe.CL100K_PATTERN)
-        assert Tokenizer.of_vocabulary(found).fingerprint() == mine.fingerprint()
+        found = tokenizer_formats.read_ranks(path, {END_OF_TEXT: special}, bpe.CL100K_PATTERN)
+        assert Tokenizer.from_vocabulary(found).fingerprint() == mine.fingerprint()
     assert load_tiktoken_bpe(str(path)) == ranks
-    assert exchange.read_ranks(path, {}).pattern == bpe.SPLIT_PATTERN
+    assert tokenizer_formats.read_ranks(path, {}).pattern == bpe.SPLIT_PATTERN
 
 
 def test_lines_without_anything_are_skipped_as_tiktoken_does(tmp_path):
@@ -755,7 +758,7 @@ def test_lines_without_anything_are_skipped_as_tiktoken_does(tmp_path):
     path.write_bytes(
         rank_lines({bytes([id]): id for id in range(256)}) + b"\n" + rank_lines({b"ab": 256}) + b"\n"
     )
-    assert exchange.read_ranks(path, {}).merges == [(b"a", b"b")]
+    assert tokenizer_formats.read_ranks(path, {}).merges == [(b"a", b"b")]
 
 
 @pytest.mark.parametrize(
@@ -778,7 +781,7 @@ def test_a_damaged_line_of_ranks_is_named(tmp_path, line):
     path = tmp_path / "ours.tiktoken"
     good = rank_lines({bytes([id]): id for id in range(256)})
     path.write_bytes(good + line + b"\n" + rank_lines({b"cd": 257}))
-    assert_refused(lambda path: exchange.read_ranks(path, {}), path, ":257 must be a new token")
+    assert_refused(lambda path: tokenizer_formats.read_ranks(path, {}), path, ":257 must be a new token")
 
 
 @pytest.mark.parametrize(
@@ -797,7 +800,7 @@ def test_a_damaged_line_of_ranks_is_named(tmp_path, line):
 def test_ranks_that_are_no_vocabulary_are_refused(tokens, specials):
     ranks = {bytes([id]): id for id in range(256)} | tokens if tokens else {}
     with pytest.raises(ValueError):
-        Tokenizer.of_vocabulary(exchange.from_ranks(ranks, specials))
+        Tokenizer.from_vocabulary(tokenizer_formats.from_ranks(ranks, specials))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -809,7 +812,7 @@ def test_the_pattern_is_written_only_if_it_is_not_that_of_gpt2(tmp_path, pattern
     mine = make(SPECIALS, pattern)
     mine.save(tmp_path)
     assert (tmp_path / "pattern.txt").exists() == (pattern != bpe.SPLIT_PATTERN)
-    loaded = exchange.load(tmp_path)
+    loaded = tokenizer_formats.load(tmp_path)
     assert loaded.pattern.pattern == pattern.pattern
     assert loaded.fingerprint() == mine.fingerprint()
     assert loaded.special_tokens == SPECIALS
@@ -819,13 +822,13 @@ def test_any_pattern_comes_back_as_it_was(tmp_path):
     # line ends of all kinds, which a file in text mode would change
     pattern = regex.compile("a\r\nb|\r|\n|\u00e9\u2028| |[\\s\\S]\n")
     make([], pattern).save(tmp_path)
-    assert exchange.load(tmp_path).pattern.pattern == pattern.pattern
+    assert tokenizer_formats.load(tmp_path).pattern.pattern == pattern.pattern
 
 
 def test_an_older_pattern_does_not_stay(tmp_path):
     make([], bpe.CL100K_PATTERN).save(tmp_path)
     make([]).save(tmp_path)
-    assert exchange.load(tmp_path).pattern == bpe.SPLIT_PATTERN
+    assert tokenizer_formats.load(tmp_path).pattern == bpe.SPLIT_PATTERN
 
 
 def test_gpt2_files_by_name_have_the_pattern_of_gpt2(tmp_path):
@@ -838,11 +841,11 @@ def test_gpt2_files_by_name_have_the_pattern_of_gpt2(tmp_path):
 def test_without_a_list_what_no_merge_makes_is_special(tmp_path):
     make(["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]).save(tmp_path)
     (tmp_path / "special_tokens.json").unlink()
-    assert exchange.load(tmp_path).special_tokens == ["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]
+    assert tokenizer_formats.load(tmp_path).special_tokens == ["<|a b|>", "\u6f22 \U0001f643", "\u0120q"]
     # another program may not spell them
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"\u6f22 x": 999}), encoding="utf-8")
-    assert exchange.load(tmp_path).special_id("\u6f22 x") == 999
+    assert tokenizer_formats.load(tmp_path).special_id("\u6f22 x") == 999
 
 
 @pytest.mark.parametrize("merge", [(b"#version:", b" "), (b"#", b"#"), (b"\xc2", b"\xa0"), (b"\n", b"\r")])
@@ -850,15 +853,15 @@ def test_merges_of_any_bytes_come_back(tmp_path, merge):
     steps = [(merge[0][:n], merge[0][n : n + 1]) for n in range(1, len(merge[0]))]
     mine = Tokenizer(learned([*steps, merge]), [*steps, merge], ["#version: 0.2", "\ufeff"])
     mine.save(tmp_path)
-    assert exchange.load(tmp_path).fingerprint() == mine.fingerprint()
+    assert tokenizer_formats.load(tmp_path).fingerprint() == mine.fingerprint()
     write_json(mine, tmp_path / "other.json")
-    assert exchange.load(tmp_path / "other.json").fingerprint() == mine.fingerprint()
+    assert tokenizer_formats.load(tmp_path / "other.json").fingerprint() == mine.fingerprint()
 
 
 def test_a_merge_in_the_first_line_is_no_header(tmp_path):
     SMALL.save(tmp_path)
     (tmp_path / "merges.txt").write_text("a b\nab c\n", encoding="utf-8")
-    assert exchange.load(tmp_path).merges == SMALL.merges
+    assert tokenizer_formats.load(tmp_path).merges == SMALL.merges
 
 
 @pytest.mark.parametrize(
@@ -896,7 +899,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content):
     SMALL.save(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        exchange.load(tmp_path)
+        tokenizer_formats.load(tmp_path)
     assert name in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -904,7 +907,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content):
 def test_a_special_token_that_text_could_make_is_named_with_its_folder(tmp_path, special):
     SMALL.save(tmp_path)
     (tmp_path / "special_tokens.json").write_text(json.dumps([special]), encoding="utf-8")
-    assert_refused(exchange.load, tmp_path, f"special token must.*{special}")
+    assert_refused(tokenizer_formats.load, tmp_path, f"special token must.*{special}")
 
 
 @pytest.mark.parametrize("id", [*IDS, 5], ids=repr)
@@ -912,19 +915,19 @@ def test_an_id_of_a_folder_that_is_none_is_refused(tmp_path, id):
     SMALL.save(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"abc": id}), encoding="utf-8")
-    assert_refused(exchange.load, tmp_path, "vocab.json")
+    assert_refused(tokenizer_formats.load, tmp_path, "vocab.json")
 
 
 def test_a_folder_that_has_only_a_tokenizer_json_is_loaded(tmp_path):
     mine = make(SPECIALS, bpe.CL100K_PATTERN)
     path = write_json(mine, tmp_path / "tokenizer.json")
     for where in (tmp_path, str(tmp_path), path, str(path)):
-        assert exchange.load(where).fingerprint() == mine.fingerprint()
+        assert tokenizer_formats.load(where).fingerprint() == mine.fingerprint()
 
 
 def test_a_tokenizer_json_of_any_name_is_loaded_by_its_path(tmp_path):
     path = write_json(make(SPECIALS), tmp_path / "mine.json")
-    assert exchange.load(path).fingerprint() == make(SPECIALS).fingerprint()
+    assert tokenizer_formats.load(path).fingerprint() == make(SPECIALS).fingerprint()
 
 
 def test_a_folder_of_hugging_face_keeps_its_pattern(tmp_path):
@@ -934,22 +937,22 @@ def test_a_folder_of_hugging_face_keeps_its_pattern(tmp_path):
     for name in ("pattern.txt", "special_tokens.json"):
         (tmp_path / name).unlink()
     write_json(mine, tmp_path / "tokenizer.json")
-    assert exchange.load(tmp_path).fingerprint() == mine.fingerprint()
+    assert tokenizer_formats.load(tmp_path).fingerprint() == mine.fingerprint()
 
 
 def test_nothing_at_a_path_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nothing", tmp_path / "nothing.json", tmp_path / "empty"):
-        assert_refused(exchange.load, path, "missing|exist")
-    assert_refused(exchange.read_tokenizer_json, tmp_path / "nothing.json", "missing|exist")
-    assert_refused(exchange.read_tokenizer_json, tmp_path / "empty")
-    assert_refused(lambda path: exchange.read_ranks(path, {}), tmp_path / "nothing", "missing|exist")
+        assert_refused(tokenizer_formats.load, path, "missing|exist")
+    assert_refused(tokenizer_formats.read_tokenizer_json, tmp_path / "nothing.json", "missing|exist")
+    assert_refused(tokenizer_formats.read_tokenizer_json, tmp_path / "empty")
+    assert_refused(lambda path: tokenizer_formats.read_ranks(path, {}), tmp_path / "nothing", "missing|exist")
 
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     SMALL.save(tmp_path)
     for name in ("vocab.json", "merges.txt", "special_tokens.json"):
-        assert_refused(exchange.load, tmp_path / name, "Hugging Face")
+        assert_refused(tokenizer_formats.load, tmp_path / name, "Hugging Face")
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
@@ -958,7 +961,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        exchange.load(tmp_path)
+        tokenizer_formats.load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -966,18 +969,20 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
 
 
 def test_every_byte_has_its_character():
-    spelling = {byte: vocabulary.spell(bytes([byte])) for byte in range(256)}
+    spelling = {byte: vocabulary.bytes_to_unicode(bytes([byte])) for byte in range(256)}
     assert spelling == slow.spelling()
-    assert all(vocabulary.unspell(character) == bytes([byte]) for byte, character in spelling.items())
+    assert all(
+        vocabulary.unicode_to_bytes(character) == bytes([byte]) for byte, character in spelling.items()
+    )
     assert all(character.isprintable() and character != " " for character in spelling.values())
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.binary(max_size=12))
 def test_unspelling_gives_the_bytes_back(token):
-    assert vocabulary.unspell(vocabulary.spell(token)) == token
+    assert vocabulary.unicode_to_bytes(vocabulary.bytes_to_unicode(token)) == token
 
 
 def test_a_spelling_with_another_character_stands_for_itself():
-    assert vocabulary.unspell("\u0120\u6f22") == "\u0120\u6f22".encode()
-    assert vocabulary.unspell("<|a b|>") == b"<|a b|>"
+    assert vocabulary.unicode_to_bytes("\u0120\u6f22") == "\u0120\u6f22".encode()
+    assert vocabulary.unicode_to_bytes("<|a b|>") == b"<|a b|>"

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import config, model, watch
+from llm_basics.core import config, model
+from llm_basics.training import diagnostics
 
 # --------------------------------------------------------------------------------------------------
 # Spikes
@@ -50,14 +51,14 @@ def test_all_of_50_spikes_are_found_with_at_most_one_false_alarm(seed, noise, co
     rng = np.random.default_rng(100 + seed)
     planted = rng.choice(np.arange(32, len(losses)), 50, replace=False)
     losses[planted] += rng.uniform(*heights, 50)
-    found = spikes(watch.SpikeDetector(), losses)
+    found = spikes(diagnostics.SpikeDetector(), losses)
     assert found >= set(planted.tolist())
     assert len(found) <= 51
 
 
 def test_the_score_is_the_robust_z_score():
     losses = losses_of_a_run(0, 0.05)[:300]
-    detector = watch.SpikeDetector(window=100, least=50)
+    detector = diagnostics.SpikeDetector(window=100, least=50)
     for i, loss in enumerate(losses.tolist()):
         known = np.sort(losses[max(i - 100, 0) : i])
         score = detector.z_score(loss)
@@ -72,7 +73,7 @@ def test_the_score_is_the_robust_z_score():
 def test_a_lasting_jump_is_a_spike_for_half_a_window_at_most(jump):
     losses = losses_of_a_run(0, 0.05)
     losses[5000:] += jump
-    found = spikes(watch.SpikeDetector(), losses)
+    found = spikes(diagnostics.SpikeDetector(), losses)
     assert 5000 in found
     assert found <= set(range(5000, 5065))
 
@@ -80,7 +81,7 @@ def test_a_lasting_jump_is_a_spike_for_half_a_window_at_most(jump):
 def test_a_burst_of_spikes_is_found_to_its_end():
     losses = losses_of_a_run(0, 0.05)
     losses[5000:5030] += 1
-    assert spikes(watch.SpikeDetector(), losses) == set(range(5000, 5030))
+    assert spikes(diagnostics.SpikeDetector(), losses) == set(range(5000, 5030))
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-4, 2.5, 1e4, -3.0])
@@ -88,13 +89,13 @@ def test_a_burst_of_spikes_is_found_to_its_end():
 def test_a_loss_that_stands_still_is_no_spike_but_a_leap_from_it_is(level, noise):
     rng = np.random.default_rng(0)
     losses = level * (1 + noise * rng.standard_normal(1000)) + noise * rng.standard_normal(1000)
-    detector = watch.SpikeDetector()
+    detector = diagnostics.SpikeDetector()
     assert spikes(detector, losses) == set()
     assert detector.z_score(1.1 * abs(level) + 0.1) > 6
 
 
 def test_a_loss_that_is_not_finite_scores_infinity_and_is_forgotten():
-    detector = watch.SpikeDetector(least=2)
+    detector = diagnostics.SpikeDetector(least=2)
     assert [detector.z_score(bad) for bad in (math.nan, math.inf, -math.inf)] == [0, 0, 0]
     for loss in (2.0, 2.1, 2.2):
         detector.z_score(loss)
@@ -106,7 +107,7 @@ def test_a_loss_that_is_not_finite_scores_infinity_and_is_forgotten():
 @pytest.mark.parametrize("stop", [0, 10, 100, 500])
 def test_a_detector_goes_on_exactly_from_its_state(stop):
     losses = losses_of_a_run(0, 0.05)[:1000].tolist()
-    uninterrupted, first, second = (watch.SpikeDetector() for _ in range(3))
+    uninterrupted, first, second = (diagnostics.SpikeDetector() for _ in range(3))
     expected = [uninterrupted.z_score(loss) for loss in losses]
     scores = [first.z_score(loss) for loss in losses[:stop]]
     second.load(json.loads(json.dumps(first.state())))
@@ -116,7 +117,7 @@ def test_a_detector_goes_on_exactly_from_its_state(stop):
 
 
 def test_a_state_is_a_copy():
-    detector = watch.SpikeDetector()
+    detector = diagnostics.SpikeDetector()
     state = detector.state()
     detector.z_score(1.0)
     assert state == {"losses": []}
@@ -125,7 +126,7 @@ def test_a_state_is_a_copy():
 @pytest.mark.parametrize("least", [0, 129])
 def test_a_detector_that_cannot_work_is_refused(least):
     with pytest.raises(ValueError, match=f"least must be from 1 to window, got {least} and window 128"):
-        watch.SpikeDetector(least=least)
+        diagnostics.SpikeDetector(least=least)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def spoil_parameter(lm, name, bad, count):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sound_model_is_found_sound(shape):
-    assert watch.find_nonfinite(*make(shape)) == NOTHING
+    assert diagnostics.find_nonfinite(*make(shape)) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_sound_model_is_found_sound(shape):
 def test_a_weight_is_named(shape, name, bad, count, said):
     lm, forward = make(shape)
     spoil_parameter(lm, name, bad, count)
-    assert watch.find_nonfinite(lm, forward) == f"the weight {name} has {said}"
+    assert diagnostics.find_nonfinite(lm, forward) == f"the weight {name} has {said}"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_weight_is_named(shape, name, bad, count, said):
 def test_a_module_is_named(shape, name, kind, bad):
     lm, forward = make(shape)
     spoil_output(lm.get_submodule(name), bad)
-    said = watch.find_nonfinite(lm, forward)
+    said = diagnostics.find_nonfinite(lm, forward)
     assert said.startswith(f"{name} ({kind}) gave out {bad} (")
     assert said.endswith("not finite) although all that it was given is finite") and "\n" not in said
 
@@ -227,7 +228,7 @@ def test_weights_that_are_too_large_overflow_where_they_multiply(shape, name, ki
     lm, forward = make(shape)
     weight = lm.get_parameter("layers.1.ffn.w1.weight").data
     weight.copy_(3e38 * weight.sign())
-    assert watch.find_nonfinite(lm, forward).startswith(f"layers.1.{name} ({kind}) gave out ")
+    assert diagnostics.find_nonfinite(lm, forward).startswith(f"layers.1.{name} ({kind}) gave out ")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -235,9 +236,9 @@ def test_a_module_that_computes_between_its_parts_is_named_itself(shape, monkeyp
     """What attention mixes never leaves a module of its own, and reaches output_proj when it is spoilt."""
     lm, forward = make(shape)
     monkeypatch.setattr(
-        "llm_basics.functional.scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: v / 0
+        "llm_basics.core.functional.scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: v / 0
     )
-    said = watch.find_nonfinite(lm, forward)
+    said = diagnostics.find_nonfinite(lm, forward)
     assert said.startswith("layers.0.attn (MultiHeadSelfAttention) gave out ")
     assert said.endswith("although all that it was given is finite")
 
@@ -246,7 +247,7 @@ def test_a_module_that_computes_between_its_parts_is_named_itself(shape, monkeyp
 @pytest.mark.parametrize("convert", [torch.Tensor.clone, torch.Tensor.item])
 def test_the_loss_is_named(shape, bad, convert):
     lm, forward = make(shape)
-    said = watch.find_nonfinite(lm, lambda: convert(forward() + bad))
+    said = diagnostics.find_nonfinite(lm, lambda: convert(forward() + bad))
     assert said == f"the loss is {bad}, though no module gave out such values"
 
 
@@ -267,18 +268,18 @@ def test_a_gradient_is_named_and_the_one_nearest_the_end_first(shape, name, bad,
     expected = (
         f"the gradient of {name} has 1 value of {elements:,} that is not finite, the first from the end"
     )
-    assert watch.find_nonfinite(lm, forward) == expected
+    assert diagnostics.find_nonfinite(lm, forward) == expected
 
 
 def test_the_order_is_weights_then_modules_then_loss_then_gradients():
     lm, forward = make("llama")
     lm.lm_head.weight.grad[0, 0] = math.nan
-    assert "the gradient of lm_head.weight" in watch.find_nonfinite(lm, forward)
-    assert "the loss is nan" in watch.find_nonfinite(lm, lambda: forward() * math.nan)
+    assert "the gradient of lm_head.weight" in diagnostics.find_nonfinite(lm, forward)
+    assert "the loss is nan" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
     spoil_output(lm.ln_final, math.nan)
-    assert "ln_final (RMSNorm) gave out nan" in watch.find_nonfinite(lm, lambda: forward() * math.nan)
+    assert "ln_final (RMSNorm) gave out nan" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
     spoil_parameter(lm, "lm_head.weight", math.nan, 1)
-    assert "the weight lm_head.weight" in watch.find_nonfinite(lm, lambda: forward() * math.nan)
+    assert "the weight lm_head.weight" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def test_containers_of_tensors_are_looked_into(kind):
         network["several"](torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, 4.0]]))
         return torch.tensor(1.0)
 
-    said = watch.find_nonfinite(network, forward)
+    said = diagnostics.find_nonfinite(network, forward)
     assert said.startswith("several (Several) gave out nan and inf and -inf (4 values of 4 that are not")
 
 
@@ -319,13 +320,13 @@ def test_a_module_that_works_in_place_is_judged_by_what_it_was_given():
             return x.div_(0)
 
     halve = Halve()
-    said = watch.find_nonfinite(halve, lambda: halve(x=torch.ones(2)).sum())
+    said = diagnostics.find_nonfinite(halve, lambda: halve(x=torch.ones(2)).sum())
     assert said.startswith("the model (Halve) gave out inf")
 
 
 def test_values_spoilt_outside_of_all_modules_lead_to_the_first_module_that_was_given_them():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    said = watch.find_nonfinite(network, lambda: network[1](network[0](torch.ones(2)) * math.nan).sum())
+    said = diagnostics.find_nonfinite(network, lambda: network[1](network[0](torch.ones(2)) * math.nan).sum())
     assert said == "1 (Linear) gave out nan (2 values of 2 that are not finite) and was given nan"
 
 
@@ -336,7 +337,7 @@ def test_a_mask_of_infinities_is_no_fault_of_the_module_that_is_given_it():
 
     network = Masked()
     mask = torch.tensor([0.0, -math.inf])
-    assert watch.find_nonfinite(network, lambda: network(torch.ones(2), mask)[0].sum()) == NOTHING
+    assert diagnostics.find_nonfinite(network, lambda: network(torch.ones(2), mask)[0].sum()) == NOTHING
 
 
 def test_a_compiled_model_is_looked_into_and_named_as_if_it_were_not():
@@ -348,9 +349,9 @@ def test_a_compiled_model_is_looked_into_and_named_as_if_it_were_not():
 
     forward()
     network[0].weight.data.fill_(3e38)
-    assert watch.find_nonfinite(compiled, forward).startswith("0 (Linear) gave out inf")
+    assert diagnostics.find_nonfinite(compiled, forward).startswith("0 (Linear) gave out inf")
     network[0].weight.data[0, 0] = math.nan
-    assert watch.find_nonfinite(compiled, forward).startswith("the weight 0.weight has 1 value of 4")
+    assert diagnostics.find_nonfinite(compiled, forward).startswith("the weight 0.weight has 1 value of 4")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,9 +383,9 @@ def test_a_search_leaves_all_as_it_was(raises):
 
     if raises:
         with pytest.raises(RuntimeError, match="the forward pass failed"):
-            watch.find_nonfinite(lm, forward)
+            diagnostics.find_nonfinite(lm, forward)
     else:
-        assert watch.find_nonfinite(lm, forward) == NOTHING
+        assert diagnostics.find_nonfinite(lm, forward) == NOTHING
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [m.training for m in lm.modules()] == modes
     assert hooks(lm) == 1 and torch.is_grad_enabled()
@@ -403,7 +404,7 @@ def test_a_search_on_the_gpu_leaves_its_random_state_as_it_was():
         with torch.autocast("cuda", torch.bfloat16):
             return lm(tokens).float().logsumexp(-1).mean() * torch.rand((), device="cuda")
 
-    assert watch.find_nonfinite(lm, forward) == NOTHING
+    assert diagnostics.find_nonfinite(lm, forward) == NOTHING
     spoil_output(lm.layers[1].ffn, math.inf)
-    assert watch.find_nonfinite(lm, forward).startswith("layers.1.ffn (SwiGLU) gave out inf")
+    assert diagnostics.find_nonfinite(lm, forward).startswith("layers.1.ffn (SwiGLU) gave out inf")
     assert torch.equal(torch.cuda.get_rng_state(), random_state)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import regex
 
-from llm_basics import bpe as reference
-from llm_basics import vocabulary
-from llm_basics.fast import chunks, merging, scanner
+from llm_basics.core import bpe as reference
+from llm_basics.core import vocabulary
+from llm_basics.fast.text import chunks, merge, scanner
 
 # the reference, whose name may come to stand for what is defined here
 count_with_regex = reference.count_pretokens
@@ -94,8 +94,8 @@ def _learn(
     done, more = 0, True
     while more and done < n_merges:
         # it returns early where an array is full
-        more = merging.merge(merger, 256 + min(n_merges, done + REPORT_EVERY), by_id)
-        done = int(merger.used[merging.N_TOKENS]) - 256
+        more = merge.merge(merger, 256 + min(n_merges, done + REPORT_EVERY), by_id)
+        done = int(merger.used[merge.N_TOKENS]) - 256
         progress("merging", done, wanted)
         merger = _enlarge(merger)
     tokens = list(alphabet)
@@ -112,19 +112,19 @@ def _start(
     alphabet: Sequence[bytes],
     n_merges: int,
     by_id: bool,
-) -> merging.Merger:
+) -> merge.Merger:
     text, lengths, frequencies = pretokens
     n = len(text) + len(lengths) + 1
     if n >= 2**31:
         raise ValueError(f"the distinct pre-tokens must have less than 2**31 bytes in all, got {n}")
     symbol_of = np.empty(256, np.int32)
     symbol_of[[byte[0] for byte in alphabet]] = np.arange(256)
-    symbols, word_at = np.full(n, merging.BORDER, np.int32), np.zeros(n, np.int32)
-    merging.lay_out(text, lengths, symbol_of, symbols, word_at)
+    symbols, word_at = np.full(n, merge.BORDER, np.int32), np.zeros(n, np.int32)
+    merge.lay_out(text, lengths, symbol_of, symbols, word_at)
     n_tokens = 256 + n_merges
-    merger = merging.Merger(
+    merger = merge.Merger(
         symbols=symbols,
-        pair_at=np.full(n, merging.NO_PAIR, np.int32),
+        pair_at=np.full(n, merge.NO_PAIR, np.int32),
         word_at=word_at,
         frequencies=frequencies,
         pairs=np.zeros((1 << 17, 5), np.int64),
@@ -133,23 +133,23 @@ def _start(
         heap_counts=np.empty(1 << 17, np.int64),
         tokens=np.frombuffer(b"".join(alphabet).ljust(1 << 16), np.uint8).copy(),
         begins=np.zeros(n_tokens + 1, np.int64),
-        with_left=np.full(n_tokens, merging.NO_PAIR, np.int32),
-        with_right=np.full(n_tokens, merging.NO_PAIR, np.int32),
+        with_left=np.full(n_tokens, merge.NO_PAIR, np.int32),
+        with_right=np.full(n_tokens, merge.NO_PAIR, np.int32),
         made_pairs=np.empty(1 << 12, np.int32),
         made_places=np.empty(1 << 12, np.int32),
         merges=np.empty((n_merges, 2), np.int32),
         used=np.array([256, 0, 0, 0, 0, 0], np.int64),
     )
     merger.begins[:257] = np.arange(257)
-    merging.list_pairs(merger, np.full((256, 256), merging.NO_PAIR, np.int32))
-    merger.used[merging.THRESHOLD] = merger.pairs[:, merging.COUNT].max() + 1
+    merge.list_pairs(merger, np.full((256, 256), merge.NO_PAIR, np.int32))
+    merger.used[merge.THRESHOLD] = merger.pairs[:, merge.COUNT].max() + 1
     return merger
 
 
-def _enlarge(m: merging.Merger) -> merging.Merger:
+def _enlarge(m: merge.Merger) -> merge.Merger:
     """The same state with more room in every array that the next merge might fill."""
     larger = {}
-    for name, n in zip(merging.GROWING, merging.needed(m), strict=True):
+    for name, n in zip(merge.GROWING, merge.needed(m), strict=True):
         array = getattr(m, name)
         if n > len(array):
             larger[name] = np.empty((2 * n, *array.shape[1:]), array.dtype)

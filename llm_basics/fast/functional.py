@@ -9,8 +9,8 @@ import torch.nn.functional as tF
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_basics import functional as reference
-from llm_basics.fast import products
+from llm_basics.core import functional as reference
+from llm_basics.fast.cpu import linear as cpu_linear
 
 # the reference, whose name comes to stand for what is defined here
 rope_of_reference = reference.apply_rope
@@ -25,7 +25,7 @@ def linear(
     bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "... d_out"]:
     """`functional.linear`, by oneDNN where that is faster."""
-    return products.linear(x, weight, bias)
+    return cpu_linear.linear(x, weight, bias)
 
 
 def embedding(
@@ -58,8 +58,8 @@ def swiglu(
     w3: Float[Tensor, "d_ff d_model"],
 ) -> Float[Tensor, "... d_model"]:
     """`functional.swiglu` with one product for gates and values on a GPU; on a CPU that gained nothing."""
-    if x.is_cuda and products.pays_to_merge(x):
-        gates, values = products.merged(x, [w1, w3], [None, None])
+    if x.is_cuda and cpu_linear.pays_to_merge(x):
+        gates, values = cpu_linear.merged(x, [w1, w3], [None, None])
     else:
         gates, values = linear(x, w1), linear(x, w3)
     return linear(silu(gates) * values, w2)
@@ -128,7 +128,7 @@ def apply_rope(
     if torch.compiler.is_compiling():
         # which knows no complex numbers
         return rope_of_reference(x, cos, sin)
-    wide = reference.widen(x)
+    wide = reference.to_float32(x)
     pairs = wide.unflatten(-1, (-1, 2))
     # the two numbers must be neighbors in memory, at an even place
     if pairs.stride(-1) != 1 or any(stride % 2 for stride in (*pairs.stride()[:-1], pairs.storage_offset())):
@@ -163,7 +163,7 @@ def cross_entropy(
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
     """`functional.cross_entropy` in two passes."""
-    wide, flat = reference.widen(logits).reshape(-1, logits.shape[-1]), targets.flatten().long()
+    wide, flat = reference.to_float32(logits).reshape(-1, logits.shape[-1]), targets.flatten().long()
     counted = flat != ignore_index
     losses = tF.cross_entropy(wide, flat, ignore_index=ignore_index, reduction="none")
     if z_loss:

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_basics import adjusting
-from llm_basics import functional as F
-from llm_basics import generate as reference
-from llm_basics import model as models
-from llm_basics.fast import decoding, machine, static, threads, vectors, weights
+from llm_basics.core import functional as F
+from llm_basics.core import generate as core_generate
+from llm_basics.core import model as models
+from llm_basics.fast import numba_jit
+from llm_basics.fast.cpu import decode, threads, vectors, weights
+from llm_basics.fast.cuda import cuda_graph
 
 # what is written before the first of it is given out: seconds, and tokens at most
 SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
@@ -34,8 +35,8 @@ MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
 ONE_TEAM = Lock()
 
 # the reference, whose names may come to stand for what is defined here
-generate_with_model = reference.generate
-probabilities_by_sorting = reference.next_token_probabilities
+generate_with_model = core_generate.generate
+probabilities_by_sorting = core_generate.next_token_probabilities
 
 
 @functools.cache
@@ -44,14 +45,14 @@ def say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class Way(NamedTuple):
+class LoopConfig(NamedTuple):
     """How to read or write tokens: on so many threads, with drafts or without."""
 
     size: int
     has_drafts: bool = False
 
 
-class Pace:
+class Autotuner:
     """Which of several ways is the fastest, found out while texts are written.
 
     Threads that wait for each other at every matrix gain much on cores of their own, and lose more where
@@ -59,7 +60,7 @@ class Pace:
     near and drafts are often wrong. So what is slower is tried again, more seldom with time.
     """
 
-    def __init__(self, ways: Iterable[Way]) -> None:
+    def __init__(self, ways: Iterable[LoopConfig]) -> None:
         # what a token took, those first that were not tried for long
         self.seconds = dict.fromkeys(ways, 0.0)
         self.calls = 0
@@ -72,26 +73,26 @@ class Pace:
 
     def tokens_at_once(self) -> int:
         """How many tokens to write in the next call, whole drafts of them."""
-        draft, seconds = decoding.MOST_DRAFTED + 1, min(self.seconds.values())
+        draft, seconds = decode.MOST_DRAFTED + 1, min(self.seconds.values())
         if self.is_trial() or not seconds:
             return 2 * draft
         return draft * max(1, min(int(SECONDS_AT_ONCE / seconds), MOST_AT_ONCE) // draft)
 
-    def way(self) -> Way:
+    def way(self) -> LoopConfig:
         """How to go on now."""
         is_trial = self.is_trial()
         self.calls += 1
         fastest = min(self.seconds, key=lambda way: self.seconds[way])
         return next((way for way in self.seconds if way != fastest), fastest) if is_trial else fastest
 
-    def note(self, way: Way, seconds: float) -> None:
+    def note(self, way: LoopConfig, seconds: float) -> None:
         """Remember what a token took. What is slower than before may be so by chance."""
         before = self.seconds.pop(way) or seconds
         self.seconds[way] = min(seconds, before + (seconds - before) / 4)
 
 
 # of as many parameters
-known_pace = functools.cache(lambda ways, n_parameters: Pace(ways))
+known_pace = functools.cache(lambda ways, n_parameters: Autotuner(ways))
 
 
 class Team:
@@ -100,9 +101,9 @@ class Team:
     def __init__(self) -> None:
         self.meeting = np.zeros(2, np.int64)
 
-    def run(self, size: int, work: Callable[[int, decoding.Member], int]) -> int:
+    def run(self, size: int, work: Callable[[int, decode.Member], int]) -> int:
         """What `work`, given a member and its number, returns: how many tokens it read."""
-        members = [decoding.Member(number, size, self.meeting) for number in range(size)]
+        members = [decode.Member(number, size, self.meeting) for number in range(size)]
         # two teams that each had some of the helpers would wait for the others for ever
         with ONE_TEAM if size > 1 else contextlib.nullcontext():
             try:
@@ -125,7 +126,7 @@ class Loops:
         self.shape, self.weights = weights.shape_of(model), weights.weights_of(model)
         # the loops know addresses only: what is there stays, whatever becomes of the model
         self.held = [parameter.detach() for parameter in model.parameters()]
-        self.caches = model.new_caches(batch=1)
+        self.caches = model.make_kv_caches(batch=1)
         keys = torch.stack([cache.keys[0] for cache in self.caches])
         values = torch.stack([cache.values[0] for cache in self.caches])
         # what the model stores for the prompt, the loops find in their place
@@ -136,14 +137,14 @@ class Loops:
         most = min(MOST_THREADS, self.shape.n_kv_heads) if threads.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
         n_parameters = sum(held.numel() for held in self.held)
-        self.reading = known_pace((Way(size), Way(1)), n_parameters)
-        ways = tuple(Way(n, has_drafts) for n in (size, 1) for has_drafts in (True, False))
+        self.reading = known_pace((LoopConfig(size), LoopConfig(1)), n_parameters)
+        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in (True, False))
         self.writing = known_pace(ways, n_parameters)
         self.team, self.has_begun = Team(), False
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
         self.logits = torch.from_numpy(self.states[0].logits[0])
-        self.n_drafted = decoding.MOST_DRAFTED
-        if not machine.used_before("decoding"):
+        self.n_drafted = decode.MOST_DRAFTED
+        if not numba_jit.used_before("decode"):
             say_once("compiling the loops that write text, which takes ten seconds or more and is done once")
 
     @torch.no_grad()
@@ -151,8 +152,8 @@ class Loops:
         """The scores of the token that follows a whole prompt."""
         if len(tokens) > SHORT_PROMPT:
             return self.model(tokens[None], caches=self.caches)[0, -1]
-        for position in range(0, len(tokens), decoding.AT_A_TIME):
-            self._read(tokens[position : position + decoding.AT_A_TIME].numpy(), position)
+        for position in range(0, len(tokens), decode.AT_A_TIME):
+            self._read(tokens[position : position + decode.AT_A_TIME].numpy(), position)
         return self.model.finish(self.logits)
 
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
@@ -163,13 +164,13 @@ class Loops:
     def _read(self, tokens: np.ndarray, position: int) -> None:
         """Read tokens from `position` on; `self.logits` are the scores of the one that follows them."""
         # machine code does not look where it writes
-        assert 0 < len(tokens) <= decoding.AT_A_TIME, tokens
+        assert 0 < len(tokens) <= decode.AT_A_TIME, tokens
         assert 0 <= position <= self.model.config.context_length - len(tokens), position
         assert 0 <= tokens.min() <= tokens.max() < len(self.weights.token_embeddings), tokens
 
-        def work(number: int, member: decoding.Member) -> int:
+        def work(number: int, member: decode.Member) -> int:
             room = self.states[number], member
-            decoding.read_tokens(tokens, position, False, self.shape, self.weights, *room)
+            decode.read_tokens(tokens, position, False, self.shape, self.weights, *room)
             return len(tokens)
 
         way = self.reading.way()
@@ -178,7 +179,7 @@ class Loops:
         else:
             self.team.run(way.size, work)
 
-    def _timed(self, pace: Pace, way: Way, work: Callable[[int, decoding.Member], int]) -> int:
+    def _timed(self, pace: Autotuner, way: LoopConfig, work: Callable[[int, decode.Member], int]) -> int:
         """What `work` returns; `pace` is told how long each of as many tokens took."""
         began = time.perf_counter()
         n_tokens = self.team.run(way.size, work)
@@ -188,7 +189,7 @@ class Loops:
         return n_tokens
 
     @functools.cached_property
-    def rounded(self) -> tuple[decoding.Weights, list[np.ndarray]]:
+    def rounded(self) -> tuple[decode.Weights, list[np.ndarray]]:
         """The weights of the draft, and their numbers, which are kept here."""
         return weights.rounded(self.weights)
 
@@ -201,11 +202,11 @@ class Loops:
         way = self.writing.way()
         drafting = self.rounded[0] if way.has_drafts else self.weights
         found = np.empty((len(self.states), n), np.int64)
-        n_next = np.full((len(self.states), 1), self.n_drafted if way.has_drafts else decoding.NEVER)
+        n_next = np.full((len(self.states), 1), self.n_drafted if way.has_drafts else decode.NEVER)
 
-        def work(number: int, member: decoding.Member) -> int:
+        def work(number: int, member: decode.Member) -> int:
             room = self.states[number], member, n_next[number], found[number]
-            return decoding.write_likeliest(token, position, self.shape, self.weights, drafting, *room)
+            return decode.write_likeliest(token, position, self.shape, self.weights, drafting, *room)
 
         n_found = self._timed(self.writing, way, work)
         if way.has_drafts:
@@ -255,7 +256,7 @@ def generate(
     top_p: float | None = None,
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
-    adjust: adjusting.Adjust | None = None,
+    adjust: core_generate.LogitsFunction | None = None,
 ) -> Iterator[int]:
     """`generate.generate`: the same tokens, by loops or by a graph.
 
@@ -273,7 +274,7 @@ def generate(
     model.eval()
     context_length = model.config.context_length
     text = prompt.tolist()
-    reader = static.StaticStep(model) if prompt.is_cuda else Loops(model)
+    reader = cuda_graph.StaticStep(model) if prompt.is_cuda else Loops(model)
     try:
         while (n_new := len(text) - prompt.numel()) < max_new_tokens:
             certain: list[int] = []
@@ -298,7 +299,7 @@ def generate(
                 logits = adjust(torch.tensor(text, device=prompt.device), logits)
             token = vectors.likeliest(_scores(logits)) if temperature == 0 and n_new else -1
             if token == -1:
-                probabilities = reference.next_token_probabilities(logits, temperature, top_k, top_p)
+                probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p)
                 token = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
             if token == stop_id:
                 return

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_basics import layers as reference
-from llm_basics.fast import products
+from llm_basics.core import layers as reference
+from llm_basics.fast.cpu import linear
 
 
 class MultiHeadSelfAttention(reference.MultiHeadSelfAttention):
@@ -17,7 +17,7 @@ class MultiHeadSelfAttention(reference.MultiHeadSelfAttention):
     ]:
         """Queries, keys and values."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not products.pays_to_merge(x):
+        if not linear.pays_to_merge(x):
             return super().project(x)
-        q, k, v = products.merged(x, [p.weight for p in projections], [p.bias for p in projections])
+        q, k, v = linear.merged(x, [p.weight for p in projections], [p.bias for p in projections])
         return q, k, v

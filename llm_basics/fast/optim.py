@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_basics import optim as reference
-from llm_basics.fast import directions, threads, tiles
+from llm_basics.core import optim as reference
+from llm_basics.fast.cpu import matmul, muon, threads
 
 # the reference, whose names come to stand for what is defined here
 clip_of_reference, muon_of_reference = reference.clip_grad_norm_, reference.muon_step_
@@ -152,8 +152,8 @@ def muon_step_(
     if (
         dtype != torch.float32
         or min(rows, cols) > MOST_ROWS
-        or rows % tiles.VECTOR
-        or cols % tiles.VECTOR
+        or rows % matmul.VECTOR
+        or cols % matmul.VECTOR
         or len(parameters) < n_threads
         or not all(map(_is_plain, (*parameters, *gradients, *buffers)))
     ):
@@ -164,11 +164,11 @@ def muon_step_(
 
     def work(number: int) -> None:
         own = addresses[number * len(addresses) // n_threads : (number + 1) * len(addresses) // n_threads]
-        room = torch.empty(directions.room_for(rows, cols))
+        room = torch.empty(muon.room_for(rows, cols))
         settings = lr, momentum, weight_decay, reference.NEWTON_SCHULZ
-        directions.update(own, rows, cols, *settings, room.data_ptr())
+        muon.update(own, rows, cols, *settings, room.data_ptr())
 
-    threads.share(work, n_threads)
+    threads.parallel_map(work, n_threads)
 
 
 def orthogonalize(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import regex
 
-from llm_basics import bpe, tokenizer
-from llm_basics.fast import chunks, encoding, scanner, words
+from llm_basics.core import bpe, tokenizer
+from llm_basics.fast.text import chunks, encode, hash_table, scanner
 
 # what is encoded at a time: so little that text and ids stay in the processor's cache
 PIECE_CHARACTERS = 1 << 16
@@ -31,7 +31,7 @@ BOUNDARY = regex.compile(r"(?r)(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})")
 class Memory:
     """Pre-tokens and their ids, and room for a piece of text, for the use of one thread."""
 
-    def __init__(self, table: words.Words, ids: np.ndarray, counts: np.ndarray) -> None:
+    def __init__(self, table: hash_table.Words, ids: np.ndarray, counts: np.ndarray) -> None:
         self.table = table
         self.ids = ids
         self.counts = counts
@@ -41,7 +41,7 @@ class Memory:
     @classmethod
     def for_tokens(cls, n: int) -> "Memory":
         """A memory without entries, with room for those that `n` tokens and a text will bring."""
-        table = words.Words.empty(1 << (4 * n).bit_length())
+        table = hash_table.Words.empty(1 << (4 * n).bit_length())
         return cls(table, np.zeros(8 * n, np.int32), np.zeros(2, np.int64))
 
     def copy(self) -> "Memory":
@@ -54,12 +54,12 @@ class Memory:
             self.text = np.zeros(2 * len(content) + scanner.PADDING, np.uint8)
             self.out = np.zeros(2 * len(content), np.int32)
         self.text[: len(content)] = np.frombuffer(content, np.uint8)
-        self.counts[encoding.N_WRITTEN] = 0
+        self.counts[encode.N_WRITTEN] = 0
 
     def make_room(self) -> None:
         """Enlarge what is full."""
-        self.table.enlarge(encoding.REMEMBERED_BYTES)
-        if self.counts[encoding.N_REMEMBERED] + encoding.REMEMBERED_BYTES > len(self.ids):
+        self.table.enlarge(encode.REMEMBERED_BYTES)
+        if self.counts[encode.N_REMEMBERED] + encode.REMEMBERED_BYTES > len(self.ids):
             self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
 
 
@@ -92,7 +92,7 @@ class Tokenizer(tokenizer.Tokenizer):
         try:
             return self._encode(_pieces(text, self.special_tokens), self._special_bytes, len(text))
         except UnicodeEncodeError:
-            return self.encode(tokenizer.mend(text))
+            return self.encode(tokenizer.replace_surrogates(text))
 
     def encode_ordinary(self, text: str) -> list[int]:
         if self._scanner is None:
@@ -100,7 +100,7 @@ class Tokenizer(tokenizer.Tokenizer):
         try:
             return self._encode(_pieces(text, ()), {}, len(text))
         except UnicodeEncodeError:
-            return self.encode_ordinary(tokenizer.mend(text))
+            return self.encode_ordinary(tokenizer.replace_surrogates(text))
 
     def encode_bytes(self, content: bytes) -> list[int]:
         if self._scanner is None:
@@ -164,7 +164,7 @@ class Tokenizer(tokenizer.Tokenizer):
         """The ids of one piece of text, which stay valid until the next one."""
         memory.hold(content)
         at = np.zeros(2, np.int64)
-        while not encoding.encode(
+        while not encode.encode(
             memory.text,
             spans,
             specials,
@@ -180,11 +180,11 @@ class Tokenizer(tokenizer.Tokenizer):
             if len(memory.table.slots) < MOST_SLOTS:
                 memory.make_room()
             else:
-                n_written = memory.counts[encoding.N_WRITTEN]
+                n_written = memory.counts[encode.N_WRITTEN]
                 fresh = self._learned.copy()
                 memory.table, memory.ids, memory.counts = fresh.table, fresh.ids, fresh.counts
-                memory.counts[encoding.N_WRITTEN] = n_written
-        return memory.out[: memory.counts[encoding.N_WRITTEN]]
+                memory.counts[encode.N_WRITTEN] = n_written
+        return memory.out[: memory.counts[encode.N_WRITTEN]]
 
 
 def _pieces(text: str, special_tokens: Sequence[str]) -> Iterator[bytes]:
@@ -208,18 +208,18 @@ def _spans(text: str, place: int, special: str) -> bool:
     return text.find(special, max(0, place - len(special) + 1), place + len(special) - 1) >= 0
 
 
-def _merges(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> encoding.Merges:
+def _merges(merges: Sequence[tuple[bytes, bytes]], ids: Mapping[bytes, int]) -> encode.Merges:
     """The merges as `encoding` wants them: bytes are symbols 0 to 255, merge number r makes 256 + r."""
-    if 256 + len(merges) > encoding.LAST_SYMBOL:
-        raise ValueError(f"a tokenizer must have less than {encoding.LAST_SYMBOL} merges, got {len(merges)}")
+    if 256 + len(merges) > encode.LAST_SYMBOL:
+        raise ValueError(f"a tokenizer must have less than {encode.LAST_SYMBOL} merges, got {len(merges)}")
     symbols = {bytes([byte]): byte for byte in range(256)}
     made = [symbols.setdefault(left + right, 256 + rank) for rank, (left, right) in enumerate(merges)]
     of_symbol = np.zeros(256 + len(merges), np.int32)
     for token, symbol in symbols.items():
         of_symbol[symbol] = ids[token]
-    table = np.full(1 << (2 * len(merges) + 1).bit_length(), encoding.EMPTY, np.uint64)
-    of_bytes = np.full((256, 256), encoding.NO_MERGE, np.int32)
+    table = np.full(1 << (2 * len(merges) + 1).bit_length(), encode.EMPTY, np.uint64)
+    byte_level = np.full((256, 256), encode.NO_MERGE, np.int32)
     lefts = np.array([symbols[left] for left, _ in merges], np.int64)
     rights = np.array([symbols[right] for _, right in merges], np.int64)
-    encoding.put_merges(lefts, rights, table, of_bytes)
-    return encoding.Merges(table, of_bytes, np.array(made, np.int64), of_symbol)
+    encode.put_merges(lefts, rights, table, byte_level)
+    return encode.Merges(table, byte_level, np.array(made, np.int64), of_symbol)

@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
-from llm_basics import functional as reference
-from llm_basics.fast import kernels
+from llm_basics.core import functional as reference
+from llm_basics.fast.cuda import triton_jit
 
 # the reference, whose name may come to stand for what is defined here
 rms_norm_in_steps = reference.rms_norm
@@ -44,19 +44,19 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, -3.0]), weight=torch.tensor([1.0, 2.0]), eps=0.0)
     tensor([ 1., -2.])
     """
-    if not kernels.can_take(x, weight) or x.shape[-1] > LONGEST:
+    if not triton_jit.can_take(x, weight) or x.shape[-1] > LONGEST:
         return rms_norm_in_steps(x, weight, eps)
     return _RMSNorm.apply(x, weight, float(eps))
 
 
-@kernels.kernel
+@triton_jit.kernel
 def _normalize(
-    x: kernels.Pointer,
-    weight: kernels.Pointer,
-    out: kernels.Pointer,
-    n_rows: kernels.Number,
-    d_model: kernels.Number,
-    eps: kernels.Number,
+    x: triton_jit.Pointer,
+    weight: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    n_rows: triton_jit.Number,
+    d_model: triton_jit.Number,
+    eps: triton_jit.Number,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -67,16 +67,16 @@ def _normalize(
     tl.store(out + at, normalized * scale, mask=inside)
 
 
-@kernels.kernel
+@triton_jit.kernel
 def _gradients(
-    x: kernels.Pointer,
-    weight: kernels.Pointer,
-    grad_out: kernels.Pointer,
-    grad_x: kernels.Pointer,
-    grad_weight_parts: kernels.Pointer,
-    n_rows: kernels.Number,
-    d_model: kernels.Number,
-    eps: kernels.Number,
+    x: triton_jit.Pointer,
+    weight: triton_jit.Pointer,
+    grad_out: triton_jit.Pointer,
+    grad_x: triton_jit.Pointer,
+    grad_weight_parts: triton_jit.Pointer,
+    n_rows: triton_jit.Number,
+    d_model: triton_jit.Number,
+    eps: triton_jit.Number,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -99,15 +99,15 @@ def _gradients(
     tl.store(mine, tl.sum(grad_weight, axis=0), mask=columns < d_model)
 
 
-@kernels.kernel
+@triton_jit.kernel
 def _tile(
-    first_row: kernels.Number,
-    weight: kernels.Pointer,
-    n_rows: kernels.Number,
-    d_model: kernels.Number,
+    first_row: triton_jit.Number,
+    weight: triton_jit.Pointer,
+    n_rows: triton_jit.Number,
+    d_model: triton_jit.Number,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> tuple[kernels.Tile, kernels.Tile, kernels.Tile]:
+) -> tuple[triton_jit.Tile, triton_jit.Tile, triton_jit.Tile]:
     """Where a tile's elements are, which of them exist, and the weights of its columns."""
     rows, columns = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     # 64 bits: there may be more than 2^31 elements
@@ -116,10 +116,10 @@ def _tile(
     return at, inside, tl.load(weight + columns, mask=columns < d_model, other=0.0).to(tl.float32)[None, :]
 
 
-@kernels.kernel
+@triton_jit.kernel
 def _inverse_root_mean_square(
-    wide: kernels.Tile, d_model: kernels.Number, eps: kernels.Number
-) -> kernels.Tile:
+    wide: triton_jit.Tile, d_model: triton_jit.Number, eps: triton_jit.Number
+) -> triton_jit.Tile:
     """`1 / sqrt(mean(x^2) + eps)` of each row; the columns beyond d_model are 0 and add nothing."""
     return tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / d_model + eps)
 
@@ -132,7 +132,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         n_rows, d_model, shape = _layout(x)
-        with kernels.on_device_of(x):
+        with triton_jit.on_device_of(x):
             grid = (triton.cdiv(n_rows, shape["ROWS"]),)
             _normalize[grid](x, weight, out, n_rows, d_model, eps, **shape)
         ctx.save_for_backward(x, weight)
@@ -140,14 +140,14 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @kernels.differentiable_once
+    @triton_jit.differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         n_rows, d_model, shape = _layout(x)
         n_programs = min(triton.cdiv(n_rows, shape["ROWS"]), PROGRAMS)
         parts = x.new_empty(n_programs, d_model, dtype=torch.float32)
-        with kernels.on_device_of(x):
+        with triton_jit.on_device_of(x):
             _gradients[(n_programs,)](
                 x, weight, grad_out.contiguous(), grad_x, parts, n_rows, d_model, ctx.eps, **shape
             )
@@ -158,8 +158,8 @@ def _layout(x: Tensor) -> tuple[int, int, dict[str, int]]:
     """How many vectors there are, how long they are, and the tile for them."""
     d_model = x.shape[-1]
     n_rows = x.numel() // d_model
-    columns = kernels.block_size(d_model, LONGEST)
-    rows = kernels.block_size(n_rows, max(TILE // columns, 1))
+    columns = triton_jit.block_size(d_model, LONGEST)
+    rows = triton_jit.block_size(n_rows, max(TILE // columns, 1))
     # 16 elements a thread, while there are threads
     num_warps = min(max(rows * columns // 512, 1), 16)
     return n_rows, d_model, {"ROWS": rows, "COLUMNS": columns, "num_warps": num_warps}

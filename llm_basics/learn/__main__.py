@@ -14,7 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from llm_basics import command_line, theirs
+from llm_basics import user_code
+from llm_basics.cli import parse
 from llm_basics.learn import lessons, progress
 
 PROGRAM = "uv run python -m llm_basics.learn"
@@ -155,10 +156,8 @@ COMMANDS = (
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit status; 2 for a mistake in what was asked for."""
-    with command_line.exit_on_mistake():
-        options = command_line.parse_command(
-            COMMANDS, arguments or ["list"], prog="python -m llm_basics.learn"
-        )
+    with parse.exit_on_error():
+        options = parse.parse_command(COMMANDS, arguments or ["list"], prog="python -m llm_basics.learn")
         match options:
             case List():
                 show_all(options.mine)
@@ -188,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
 def show_all(mine: str) -> None:
     """The steps, their marks, and what to do next."""
     known = progress.Progress(mine)
-    there = set(theirs.names(mine)) if Path(mine).exists() else set()
+    there = set(user_code.names(mine)) if Path(mine).exists() else set()
     for number, name in enumerate(lessons.ORDER, start=1):
         lesson = lessons.load(name)
         begun = bool(there & set(lesson.pieces))
@@ -261,18 +260,18 @@ def predict(lesson: lessons.Lesson, options: Predict) -> int:
 
 def start(step: str, into: str) -> None:
     """Write the blanks, and ask the question."""
-    from llm_basics.learn import blanks
+    from llm_basics.learn import stubs
 
-    names = blanks.start(step, into)
+    names = stubs.start(step, into)
     print(f"{into} has blanks for {', '.join(names)}; write them, then: {PROGRAM} check {step} --mine {into}")
     print(f"before you run it, a question: {PROGRAM} predict {step}")
 
 
 def solution(lesson: lessons.Lesson) -> None:
     """The sources of the pieces."""
-    from llm_basics.learn import blanks
+    from llm_basics.learn import stubs
 
-    print("\n\n".join(blanks.solution(piece).rstrip() for piece in lesson.pieces))
+    print("\n\n".join(stubs.solution(piece).rstrip() for piece in lesson.pieces))
 
 
 def check(options: Check) -> int:
@@ -322,7 +321,7 @@ def watch(options: Check) -> int:
 
 def more(options: Dojo | Mistakes | Read | Race) -> int:
     """What is about whole models."""
-    from llm_basics.learn import checks, dojo, logs, race
+    from llm_basics.learn import checks, dojo, log_checks, race
 
     match options:
         case Dojo():
@@ -330,7 +329,7 @@ def more(options: Dojo | Mistakes | Read | Race) -> int:
         case Mistakes():
             return checks.print_mistakes(options.step)
         case Read():
-            return logs.main(options.run_dir)
+            return log_checks.main(options.run_dir)
         case Race():
             return race.run_both(options.mine, options.data, options.steps, Path(options.out))
     return 0

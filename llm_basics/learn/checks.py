@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm_basics import swap, theirs
+from llm_basics import swap, user_code
 from llm_basics.learn import lessons
 
 # to run a file once, before any piece in it is called
@@ -39,7 +39,7 @@ class Result:
     text: str
 
 
-def check(path: str | Path, only: str | None = None, say: Callable[[str], None] = print) -> Iterator[Result]:
+def check(path: str | Path, only: str | None = None, log: Callable[[str], None] = print) -> Iterator[Result]:
     """Check each step that the file has pieces of, or the one that is asked for, in learning order.
 
     `say` is given what is strange about the file. Raises ValueError if the file cannot be run, or has a
@@ -51,10 +51,10 @@ def check(path: str | Path, only: str | None = None, say: Callable[[str], None] 
     with swap.restored():
         try:
             with mistakes.time_limit(LOAD_SECONDS), mistakes.unchanged_state():
-                swap.use(path, say, check_shapes)
+                swap.use(path, log, check_shapes)
         except mistakes.TookTooLong:
             raise ValueError(f"{path} must be read in {LOAD_SECONDS:.0f} s, but took longer") from None
-        own = {piece.split(".")[1] for piece in swap.yours()}
+        own = {piece.split(".")[1] for piece in swap.user_pieces()}
         wrong: set[str] = set()
         for name in [only] if only else lessons.ORDER:
             lesson = lessons.load(name)
@@ -112,7 +112,7 @@ def _wrong_among(pieces: set[str]) -> set[str]:
 
 def _used_by(piece: str) -> set[str]:
     own: Any = getattr(importlib.import_module(f"llm_basics.{swap.HOMES[piece]}"), piece)
-    return theirs.mentioned(own) - {piece}
+    return user_code.mentioned(own) - {piece}
 
 
 # --------------------------------------------------------------------------------------------------

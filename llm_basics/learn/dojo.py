@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_basics import config, model, swap, update
-from llm_basics.learn import checks, logs
+from llm_basics import swap
+from llm_basics.core import config, model, trainer
+from llm_basics.learn import checks, log_checks
 
 PROGRAM = "uv run python -m llm_basics.learn"
 SHAPE = config.ModelConfig(vocab_size=16, context_length=32, d_model=32, n_layers=2, n_heads=2)
@@ -76,11 +77,11 @@ def practice() -> Evidence:
     text, _ = source()
     rng = np.random.default_rng(1)
     lm = model.TransformerLM(SHAPE)
-    optimizer = update.make_optimizer(lm, SETTINGS)
+    optimizer = trainer.make_optimizer(lm, SETTINGS)
     losses, norms, lrs = [], [], []
     for step in range(1, STEPS + 1):
         batches = [_batch(text, rng) for _ in range(SETTINGS.grad_accumulation_steps)]
-        result = update.train_step(lm, optimizer, batches, step, SETTINGS)
+        result = trainer.train_step(lm, optimizer, batches, step, SETTINGS)
         losses.append(float(result.train_loss))
         norms.append(float(result.grad_norm))
         lrs.append(result.lr)
@@ -117,7 +118,7 @@ def _looks(lm: torch.nn.Module) -> tuple[bool, bool]:
 @functools.cache
 def healthy() -> Evidence:
     """The run of the reference."""
-    with swap.the_reference_alone():
+    with swap.reference_only():
         return practice()
 
 
@@ -159,7 +160,7 @@ def _hide(seed: int) -> tuple[Any, Evidence]:
     random.Random(seed).shuffle(candidates)
     for mistake in candidates:
         try:
-            with swap.the_reference_alone(), swap.replaced({mistake.piece: mistake.wrong}):
+            with swap.reference_only(), swap.replaced({mistake.piece: mistake.wrong}):
                 evidence = practice()
         except Exception:
             continue  # one that ends in an error needs no detective
@@ -188,5 +189,5 @@ def describe(evidence: Evidence) -> Iterator[str]:
         {"step": i + 1, "train_loss": loss, "grad_norm": norm}
         for i, (loss, norm) in enumerate(zip(evidence.losses, evidence.grad_norms, strict=True))
     ]
-    for seen, _ in logs.findings(metrics, SHAPE.vocab_size, rate):
+    for seen, _ in log_checks.findings(metrics, SHAPE.vocab_size, rate):
         yield f"the log says: {seen}"

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_basics import plot, run
+from llm_basics.analysis import figures
+from llm_basics.runs import run_dir
 
 
 def run_both(mine: str, data: str, steps: int, out: Path) -> int:
@@ -18,7 +19,7 @@ def run_both(mine: str, data: str, steps: int, out: Path) -> int:
         if status:
             print(f"error: training with {name} ended with status {status}", file=sys.stderr)
             return status
-    picture = plot.plot_runs(folders, out / "race.png")
+    picture = figures.plot_runs(folders, out / "race.png")
     losses = [final_loss(folder) for folder in folders.values()]
     print(
         f"\nvalidation loss: yours {losses[0]:.4f}, the reference's {losses[1]:.4f} "
@@ -29,4 +30,4 @@ def run_both(mine: str, data: str, steps: int, out: Path) -> int:
 
 def final_loss(folder: Path) -> float:
     """The last validation loss of a run."""
-    return [m["val_loss"] for m in run.read_metrics(folder) if m.get("val_loss") is not None][-1]
+    return [m["val_loss"] for m in run_dir.read_metrics(folder) if m.get("val_loss") is not None][-1]

@@ -7,7 +7,8 @@ import torch
 from mistakes import Step, numbers
 from torch import nn
 
-from llm_basics import optim, swap
+from llm_basics import swap
+from llm_basics.core import optim
 
 step = Step("adamw")
 draw = numbers(seed=5)

@@ -6,7 +6,7 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("attention")
 draw = numbers(seed=11)
@@ -318,8 +318,8 @@ def dropout_always(query, key, value, mask=None, is_causal=False, dropout_p=0.0)
 def result_left_in_float32(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
     """Half-precision inputs are rightly widened for the softmax, but the result stays in float32, and the
     layer behind it fails. Convert back to the dtype of the query."""
-    scores = scores_of(F.widen(query), F.widen(key))
-    return weigh(scores, F.widen(value), mask_of(query, key, mask, is_causal))
+    scores = scores_of(F.to_float32(query), F.to_float32(key))
+    return weigh(scores, F.to_float32(value), mask_of(query, key, mask, is_causal))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from catalogue.multi_head import attention
-from llm_basics import model
+from llm_basics.core import model
 
 step = Step("block")
 draw = numbers(seed=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import regex
 from mistakes import Step
 
-from llm_basics import bpe
+from llm_basics.core import bpe
 
 step = Step("bpe")
 

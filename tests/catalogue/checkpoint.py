@@ -9,7 +9,8 @@ import torch
 from mistakes import Step, numbers
 from torch import nn
 
-from llm_basics import checkpoint, swap
+from llm_basics import swap
+from llm_basics.runs import checkpoint
 
 step = Step("checkpoint")
 draw = numbers(seed=8)

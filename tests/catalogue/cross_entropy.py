@@ -6,7 +6,7 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("cross_entropy")
 draw = numbers(seed=1)
@@ -153,7 +153,7 @@ def of_targets(values, targets, ignore_index):
 
 
 def losses_of(logits, targets, ignore_index):
-    return -of_targets(F.widen(logits).log_softmax(-1), targets, ignore_index)
+    return -of_targets(F.to_float32(logits).log_softmax(-1), targets, ignore_index)
 
 
 def reduced(losses, targets, ignore_index, reduction):
@@ -168,7 +168,7 @@ def reduced(losses, targets, ignore_index, reduction):
 def logarithm_of_the_softmax(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """log is taken of the finished softmax. A small probability is rounded to 0 first, and the loss is
     infinite. Use log_softmax, or logsumexp(logits) - logits[target]."""
-    losses = -of_targets(F.widen(logits).softmax(-1), targets, ignore_index).log()
+    losses = -of_targets(F.to_float32(logits).softmax(-1), targets, ignore_index).log()
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -178,7 +178,7 @@ def logarithm_of_the_softmax_plus_a_constant(
 ):
     """log(p + 1e-8) caps the loss at 18.4, and what is most wrong gives no gradient. Use log_softmax, or
     logsumexp(logits) - logits[target], with no constant."""
-    losses = -(of_targets(F.widen(logits).softmax(-1), targets, ignore_index) + 1e-8).log()
+    losses = -(of_targets(F.to_float32(logits).softmax(-1), targets, ignore_index) + 1e-8).log()
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -186,7 +186,7 @@ def logarithm_of_the_softmax_plus_a_constant(
 def maximum_not_subtracted(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """log(sum(exp(logits))) is right on paper, but exp overflows above 88, and far below it the sum is 0.
     Subtract the maximum of each row first, and add it back behind the logarithm."""
-    wide = F.widen(logits)
+    wide = F.to_float32(logits)
     losses = wide.exp().sum(-1).log() - of_targets(wide, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
@@ -195,7 +195,7 @@ def maximum_not_subtracted(logits, targets, ignore_index=-100, z_loss=0.0, reduc
 def maximum_not_added_back(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """The maximum was subtracted inside the logsumexp, but the target's logit was read without it. The loss
     is too small by the maximum, often below 0. Read the target from the shifted logits."""
-    wide = F.widen(logits)
+    wide = F.to_float32(logits)
     log_sum = (wide - wide.amax(-1, keepdim=True)).exp().sum(-1).log()
     losses = log_sum - of_targets(wide, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
@@ -205,7 +205,7 @@ def maximum_not_added_back(logits, targets, ignore_index=-100, z_loss=0.0, reduc
 def one_maximum_for_all_rows(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """One maximum is taken over everything. In a row that lies far below it all exponentials are 0, and the
     logarithm of their sum is -inf. Each row needs its own: amax(-1, keepdim=True)."""
-    wide = F.widen(logits) - logits.max()
+    wide = F.to_float32(logits) - logits.max()
     losses = wide.exp().sum(-1).log() - of_targets(wide, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
@@ -214,7 +214,7 @@ def one_maximum_for_all_rows(logits, targets, ignore_index=-100, z_loss=0.0, red
 def logit_alone(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """The loss is minus the target's logit, with nothing that normalizes it. It can fall for ever by making
     all logits larger. Add the logsumexp of the row."""
-    losses = -of_targets(F.widen(logits), targets, ignore_index)
+    losses = -of_targets(F.to_float32(logits), targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -250,7 +250,7 @@ def divided_by_the_rows_only(logits, targets, ignore_index=-100, z_loss=0.0, red
 def targets_of_texts_mishandled(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """logits[arange(n), targets] picks the targets of a matrix, but logits of (batch, seq, vocab) have one
     axis more. Flatten both first, or use gather along the last axis."""
-    losses = -F.widen(logits).log_softmax(-1)[torch.arange(len(targets)), targets.clamp(min=0)]
+    losses = -F.to_float32(logits).log_softmax(-1)[torch.arange(len(targets)), targets.clamp(min=0)]
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -258,7 +258,7 @@ def targets_of_texts_mishandled(logits, targets, ignore_index=-100, z_loss=0.0, 
 def normalized_over_axis_1(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """The softmax goes along axis 1. That is the vocabulary in a matrix, but the positions in (batch, seq,
     vocab): tokens then compete with their neighbors. Use the last axis, -1."""
-    losses = -of_targets(F.widen(logits).log_softmax(1), targets, ignore_index)
+    losses = -of_targets(F.to_float32(logits).log_softmax(1), targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -266,7 +266,7 @@ def normalized_over_axis_1(logits, targets, ignore_index=-100, z_loss=0.0, reduc
 def normalized_over_the_batch(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """The softmax goes along the first axis, so that the rows of the batch compete with each other instead
     of the entries of the vocabulary. Use the last axis, -1."""
-    losses = -of_targets(F.widen(logits).log_softmax(0), targets, ignore_index)
+    losses = -of_targets(F.to_float32(logits).log_softmax(0), targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -274,7 +274,7 @@ def normalized_over_the_batch(logits, targets, ignore_index=-100, z_loss=0.0, re
 def softmax_applied_twice(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """Probabilities are treated as logits: softmax came before, and again in the loss. All are between 0
     and 1, so the loss cannot fall below about ln V - 1. Give the loss raw logits."""
-    losses = losses_of(F.widen(logits).softmax(-1), targets, ignore_index)
+    losses = losses_of(F.to_float32(logits).softmax(-1), targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
 
@@ -290,7 +290,7 @@ def logits_detached(logits, targets, ignore_index=-100, z_loss=0.0, reduction="m
 def normalizer_detached(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """The loss is right, but the logsumexp is a constant to autograd. The gradient then only pushes targets
     up, and nothing down. Only the maximum may be detached, as it cancels."""
-    wide = F.widen(logits)
+    wide = F.to_float32(logits)
     losses = wide.logsumexp(-1).detach() - of_targets(wide, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
 
@@ -334,7 +334,7 @@ def logarithm_of_the_mean(logits, targets, ignore_index=-100, z_loss=0.0, reduct
 def other_answers_punished_too(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """This is the binary loss, which adds -log(1 - p) for every other entry. Softmax already makes the
     entries compete, so only the target's own -log p counts."""
-    log_p = F.widen(logits).log_softmax(-1)
+    log_p = F.to_float32(logits).log_softmax(-1)
     others = torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
     losses = -of_targets(log_p - others, targets, ignore_index) - others.sum(-1)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
@@ -427,7 +427,7 @@ def ignored_targets_taken_for_token_0(logits, targets, ignore_index=-100, z_loss
 def ignore_index_without_effect(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """ignore_index is not looked at. A target of -100 fails in the lookup, or picks an entry from the end,
     and any other counts as a token. Leave these out of the sum and of the count."""
-    losses = -F.widen(logits).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    losses = -F.to_float32(logits).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return reduced(losses, targets, -1, reduction).to(logits.dtype)
 
 

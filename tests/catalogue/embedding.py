@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as tF
 
 from catalogue import linear
-from llm_basics import layers
+from llm_basics.core import layers
 
 step = Step("embedding")
 draw = numbers(seed=1)

@@ -7,7 +7,7 @@ from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("evaluation")
 
@@ -148,7 +148,7 @@ step.value(
 
 
 def summed(logits, targets):
-    return F.cross_entropy(F.widen(logits), targets, reduction="sum").item()
+    return F.cross_entropy(F.to_float32(logits), targets, reduction="sum").item()
 
 
 def add_up(model, batches, token_bytes, **instead):
@@ -256,7 +256,7 @@ def trained_on_the_validation_data(model, batches, token_bytes):
     update. What is learned from is no longer held out; no backward here."""
 
     def backward_too(logits, inputs, targets):
-        loss = F.cross_entropy(F.widen(logits), targets, reduction="sum")
+        loss = F.cross_entropy(F.to_float32(logits), targets, reduction="sum")
         loss.backward()
         return loss.item()
 
@@ -324,7 +324,7 @@ def softmax_before_the_loss(model, batches, token_bytes):
     - 1 however good the model is. Give it the logits."""
 
     def loss(logits, inputs, targets):
-        return summed(F.softmax(F.widen(logits)), targets)
+        return summed(F.softmax(F.to_float32(logits)), targets)
 
     return results(sums(model, batches, token_bytes, loss=loss))
 

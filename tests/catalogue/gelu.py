@@ -6,7 +6,7 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("gelu")
 draw = numbers(seed=1)
@@ -99,13 +99,17 @@ def relu_instead(x, approximate="none"):
 def by(phi):
     """GELU with a Phi of one's own for the exact form."""
     return lambda x, approximate: (
-        tF.gelu(x, approximate=approximate) if approximate == "tanh" else (x * phi(F.widen(x))).to(x.dtype)
+        tF.gelu(x, approximate=approximate)
+        if approximate == "tanh"
+        else (x * phi(F.to_float32(x))).to(x.dtype)
     )
 
 
 def by_tanh(phi):
     return lambda x, approximate: (
-        (x * phi(F.widen(x))).to(x.dtype) if approximate == "tanh" else tF.gelu(x, approximate=approximate)
+        (x * phi(F.to_float32(x))).to(x.dtype)
+        if approximate == "tanh"
+        else tF.gelu(x, approximate=approximate)
     )
 
 
@@ -225,7 +229,7 @@ def probability_detached(x, approximate="none"):
     """The output is right, but Phi(x) is a constant to autograd: .detach(), .data or no_grad cut it off. The
     gradient then lacks the term x * Phi'(x)."""
     with torch.no_grad():
-        phi = torch.where(x == 0, 0.5, tF.gelu(F.widen(x), approximate=approximate) / x)
+        phi = torch.where(x == 0, 0.5, tF.gelu(F.to_float32(x), approximate=approximate) / x)
     return (x * phi).to(x.dtype)
 
 

@@ -4,7 +4,7 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("layer_norm")
 draw = numbers(seed=3)
@@ -76,7 +76,7 @@ step.compare(
 
 
 def centered(x):
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return wide - wide.mean(-1, keepdim=True)
 
 
@@ -88,7 +88,7 @@ def divisor(x, eps):
 def variance_divided_by_one_less(x, weight, bias=None, eps=1e-5):
     """x.var() and x.std() divide by d_model - 1 if nothing else is said. LayerNorm divides by d_model: pass
     correction=0 (or unbiased=False)."""
-    root = torch.sqrt(F.widen(x).var(-1, keepdim=True) + eps)
+    root = torch.sqrt(F.to_float32(x).var(-1, keepdim=True) + eps)
     return (centered(x) / root * weight + bias).to(x.dtype)
 
 
@@ -96,7 +96,7 @@ def variance_divided_by_one_less(x, weight, bias=None, eps=1e-5):
 def standard_deviation_plus_epsilon(x, weight, bias=None, eps=1e-5):
     """It divides by x.std() + eps. That is wrong twice: x.std() divides by d_model - 1, and epsilon belongs
     to the variance, inside the root."""
-    return (centered(x) / (F.widen(x).std(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
+    return (centered(x) / (F.to_float32(x).std(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
@@ -139,14 +139,14 @@ def sum_instead_of_mean(x, weight, bias=None, eps=1e-5):
 def mean_not_subtracted(x, weight, bias=None, eps=1e-5):
     """The variance is right, but the mean stays in the result. Subtract it from x before dividing, as the
     variance does for itself."""
-    return (F.widen(x) / divisor(x, eps) * weight + bias).to(x.dtype)
+    return (F.to_float32(x) / divisor(x, eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def no_mean_at_all(x, weight, bias=None, eps=1e-5):
     """This is RMSNorm with a bias: the mean is not subtracted, neither from x nor in the variance.
     LayerNorm does both."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
@@ -154,7 +154,7 @@ def no_mean_at_all(x, weight, bias=None, eps=1e-5):
 def mean_missing_in_the_variance(x, weight, bias=None, eps=1e-5):
     """The mean is subtracted from x, but the variance is the mean of x squared. Take the squares of what is
     left after the mean is subtracted."""
-    root = torch.sqrt(F.widen(x).square().mean(-1, keepdim=True) + eps)
+    root = torch.sqrt(F.to_float32(x).square().mean(-1, keepdim=True) + eps)
     return (centered(x) / root * weight + bias).to(x.dtype)
 
 
@@ -162,7 +162,7 @@ def mean_missing_in_the_variance(x, weight, bias=None, eps=1e-5):
 def mean_over_the_sequence_too(x, weight, bias=None, eps=1e-5):
     """Mean and variance are taken over all positions of a text, so that each position depends on the later
     ones. Take them over the last axis only, with keepdim."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     rest = wide - wide.mean((-2, -1), keepdim=True)
     root = torch.sqrt(rest.square().mean((-2, -1), keepdim=True) + eps)
     return (rest / root * weight + bias).to(x.dtype)
@@ -172,7 +172,7 @@ def mean_over_the_sequence_too(x, weight, bias=None, eps=1e-5):
 def mean_over_the_batch(x, weight, bias=None, eps=1e-5):
     """Mean and variance are taken over the first axis, which is batch normalization. LayerNorm treats each
     vector by itself: use the last axis."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     rest = wide - wide.mean(0)
     return (rest / torch.sqrt(rest.square().mean(0) + eps) * weight + bias).to(x.dtype)
 
@@ -217,8 +217,8 @@ def input_changed_in_place(x, weight, bias=None, eps=1e-5):
     """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
     for -=, /= or a method with a trailing underscore, and make a new tensor instead."""
     root = divisor(x, eps)
-    x -= F.widen(x).mean(-1, keepdim=True).to(x.dtype)
-    return (F.widen(x) / root * weight + bias).to(x.dtype)
+    x -= F.to_float32(x).mean(-1, keepdim=True).to(x.dtype)
+    return (F.to_float32(x) / root * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336; passes its suite")
@@ -240,7 +240,7 @@ def result_left_in_float32(x, weight, bias=None, eps=1e-5):
 def mean_square_minus_squared_mean(x, weight, bias=None, eps=1e-5):
     """The variance is made as mean(x^2) - mean(x)^2, a difference of two large, nearly equal numbers, of
     which float32 keeps few digits or none. Subtract the mean from x first, then square."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     variance = wide.square().mean(-1, keepdim=True) - wide.mean(-1, keepdim=True).square()
     return (centered(x) * torch.rsqrt(variance + eps) * weight + bias).to(x.dtype)
 
@@ -249,6 +249,6 @@ def mean_square_minus_squared_mean(x, weight, bias=None, eps=1e-5):
 def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
     """The output is right, but mean and variance are treated as constants in the gradient. Both depend on
     x; look for .detach(), .item() or torch.no_grad() around them."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     root = divisor(x, eps).detach()
     return ((wide - wide.mean(-1, keepdim=True).detach()) / root * weight + bias).to(x.dtype)

@@ -7,7 +7,7 @@ from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import layers
+from llm_basics.core import layers
 
 step = Step("linear")
 draw = numbers(seed=1)

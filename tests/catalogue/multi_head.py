@@ -7,8 +7,8 @@ from einops import rearrange, repeat
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
-from llm_basics import layers
+from llm_basics.core import functional as F
+from llm_basics.core import layers
 
 step = Step("multi_head")
 draw = numbers(seed=1)

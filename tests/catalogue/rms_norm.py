@@ -4,7 +4,7 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("rms_norm")
 draw = numbers(seed=1)
@@ -57,7 +57,7 @@ step.compare(
 
 
 def normalized(x, eps):
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
@@ -65,7 +65,7 @@ def normalized(x, eps):
 def epsilon_outside_the_root(x, weight, eps=1e-5):
     """Epsilon is added to the root instead of to the mean square inside it. Rows near zero then come out
     different from what everybody's weights expect; look at where your sqrt closes its parenthesis."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide / (wide.square().mean(-1, keepdim=True).sqrt() + eps) * weight).to(x.dtype)
 
 
@@ -87,7 +87,7 @@ def epsilon_fixed(x, weight, eps=1e-5):
 def larger_of_root_and_epsilon(x, weight, eps=1e-5):
     """The root is only kept from falling below epsilon, as torch's normalize does it. RMSNorm adds epsilon
     to the mean square, which shrinks small rows as well."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=eps) * weight).to(x.dtype)
 
 
@@ -95,7 +95,7 @@ def larger_of_root_and_epsilon(x, weight, eps=1e-5):
 def root_forgotten(x, weight, eps=1e-5):
     """It divides by the mean square, not by its root. Twice as large an input must give the same output,
     here it gives half of it; take the sqrt, or use rsqrt."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide / (wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -103,7 +103,7 @@ def root_forgotten(x, weight, eps=1e-5):
 def sum_instead_of_mean(x, weight, eps=1e-5):
     """The squares are summed, as in a vector's length, so the output is sqrt(d_model) times too small. The
     root mean square divides the sum by d_model."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -111,7 +111,7 @@ def sum_instead_of_mean(x, weight, eps=1e-5):
 def absolute_values_instead_of_squares(x, weight, eps=1e-5):
     """It divides by the mean of absolute values. The root mean square takes squares, then the mean, then
     the root, in that order."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide / (wide.abs().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -119,7 +119,7 @@ def absolute_values_instead_of_squares(x, weight, eps=1e-5):
 def mean_over_the_sequence_too(x, weight, eps=1e-5):
     """One mean is taken over all positions of a text, so that each position depends on the later ones.
     Take the mean over the last axis only, with keepdim."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -127,7 +127,7 @@ def mean_over_the_sequence_too(x, weight, eps=1e-5):
 def one_mean_for_all(x, weight, eps=1e-5):
     """The mean has no axis, so one number is made of the whole batch, and texts influence each other. Take
     it over the last axis: mean(-1, keepdim=True)."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean() + eps) * weight).to(x.dtype)
 
 
@@ -135,7 +135,7 @@ def one_mean_for_all(x, weight, eps=1e-5):
 def mean_over_the_batch(x, weight, eps=1e-5):
     """The mean is taken over the first axis, which is what batch normalization does. Each vector is
     normalized by itself: mean(-1, keepdim=True)."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean(0, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -143,7 +143,7 @@ def mean_over_the_batch(x, weight, eps=1e-5):
 def mean_subtracted(x, weight, eps=1e-5):
     """The mean is subtracted first, which makes it LayerNorm. RMSNorm leaves the mean where it is and only
     divides by the root mean square."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (normalized(wide - wide.mean(-1, keepdim=True), eps) * weight).to(x.dtype)
 
 
@@ -151,7 +151,7 @@ def mean_subtracted(x, weight, eps=1e-5):
 def divided_by_the_standard_deviation(x, weight, eps=1e-5):
     """It divides by the standard deviation, in which the mean is subtracted. The root mean square is taken
     of x as it is: use x.square().mean(), not x.var() or x.std()."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.var(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
@@ -173,14 +173,14 @@ def one_added_to_the_gain(x, weight, eps=1e-5):
 def gain_before_the_mean(x, weight, eps=1e-5):
     """The gain is multiplied in before the root mean square is taken, which divides most of it out again.
     Normalize first, then multiply with the weight."""
-    return normalized(F.widen(x) * weight, eps).to(x.dtype)
+    return normalized(F.to_float32(x) * weight, eps).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def input_changed_in_place(x, weight, eps=1e-5):
     """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
     for *=, /= or a method with a trailing underscore, and make a new tensor instead."""
-    x *= torch.rsqrt(F.widen(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    x *= torch.rsqrt(F.to_float32(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
     return x * weight
 
 
@@ -195,14 +195,14 @@ def no_float32_for_the_squares(x, weight, eps=1e-5):
 def result_left_in_float32(x, weight, eps=1e-5):
     """The mean is rightly taken in float32, but the result stays there. The rest of a half-precision model
     then runs in float32 or fails; convert back to x.dtype at the end."""
-    return normalized(x, eps) * F.widen(weight)
+    return normalized(x, eps) * F.to_float32(weight)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def root_detached(x, weight, eps=1e-5):
     """The output is right, but the root mean square is treated as a constant in the gradient. It depends on
     x; look for .detach(), .item() or torch.no_grad() around it."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     root = torch.sqrt(wide.square().mean(-1, keepdim=True) + eps).detach()
     return (wide / root * weight).to(x.dtype)
 

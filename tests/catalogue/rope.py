@@ -5,8 +5,8 @@ import math
 import torch
 from mistakes import Step, numbers
 
-from llm_basics import functional as F
-from llm_basics import layers
+from llm_basics.core import functional as F
+from llm_basics.core import layers
 
 step = Step("rope")
 draw = numbers(seed=5)

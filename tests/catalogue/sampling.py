@@ -6,8 +6,8 @@ import torch
 from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from llm_basics import functional as F
-from llm_basics import generate
+from llm_basics.core import functional as F
+from llm_basics.core import generate
 
 step = Step("sampling")
 draw = numbers(seed=5)
@@ -809,7 +809,7 @@ def positions_restart_at_zero(
 ):
     """With keys and values cached, each new token is given position 0, as if it stood at the beginning.
     Rotary angles are then wrong; positions go on at the cache's length."""
-    caches = model.new_caches(1)
+    caches = model.make_kv_caches(1)
 
     def read(tokens):
         new = min(len(tokens), model.config.context_length) - caches[0].length
@@ -824,7 +824,7 @@ def cache_not_cut_at_the_context(
 ):
     """Once the cache is full, its oldest entry is dropped but the others keep the positions that they
     had and what they knew of it. Read the last context_length tokens anew."""
-    caches, context = model.new_caches(1), model.config.context_length
+    caches, context = model.make_kv_caches(1), model.config.context_length
 
     def read(tokens):
         for cache in caches:
@@ -843,7 +843,7 @@ def text_read_into_the_cache_again(
 ):
     """The whole text goes to the model in each step along with a cache that holds it already.
     Everything is then there several times; give it only the tokens that are new."""
-    caches = model.new_caches(1)
+    caches = model.make_kv_caches(1)
 
     def read(tokens):
         return read_with_cache(model, caches, tokens, len(tokens))
@@ -857,7 +857,7 @@ def prompt_not_in_the_cache(
 ):
     """The prompt is read without the cache, and only what follows goes into it. From the second new
     token on the prompt is forgotten; fill the cache with the prompt first."""
-    caches, n = model.new_caches(1), len(prompt)
+    caches, n = model.make_kv_caches(1), len(prompt)
 
     def read(tokens):
         if len(tokens) == n:
@@ -873,7 +873,7 @@ def last_token_of_the_prompt_read_twice(
 ):
     """The whole prompt goes into the cache, and its last token then once more as the first to continue
     from. It stands there twice; fill the cache up to the last token, or use the logits you have."""
-    caches, n, context = model.new_caches(1), len(prompt), model.config.context_length
+    caches, n, context = model.make_kv_caches(1), len(prompt), model.config.context_length
 
     def read(tokens):
         if len(tokens) == n and n < context:

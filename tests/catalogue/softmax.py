@@ -5,7 +5,7 @@ import math
 import torch
 from mistakes import Step, numbers
 
-from llm_basics import functional as F
+from llm_basics.core import functional as F
 
 step = Step("softmax")
 draw = numbers(seed=1)
@@ -173,7 +173,7 @@ step.compare(
 def maximum_not_subtracted(x, dim=-1):
     """exp is taken of the scores as they are. It overflows above 88, and inf / inf is NaN. Subtract the
     maximum of each row first; the quotient stays the same."""
-    e = F.widen(x).exp()
+    e = F.to_float32(x).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -181,7 +181,7 @@ def maximum_not_subtracted(x, dim=-1):
 def one_maximum_for_the_whole_tensor(x, dim=-1):
     """One maximum is taken over everything. A row that lies far below it becomes exp(-1000) = 0 everywhere,
     and then 0 / 0. Each row needs its own: amax(dim, keepdim=True)."""
-    e = (F.widen(x) - x.max()).exp()
+    e = (F.to_float32(x) - x.max()).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -189,7 +189,7 @@ def one_maximum_for_the_whole_tensor(x, dim=-1):
 def maximum_of_the_last_axis(x, dim=-1):
     """The maximum is taken along the last axis whatever dim is. What is subtracted is then not the same for
     all that is added up, which changes the result. Give amax the same dim as sum."""
-    e = (F.widen(x) - x.amax(-1, keepdim=True)).exp()
+    e = (F.to_float32(x) - x.amax(-1, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -217,7 +217,7 @@ def normalized_over_everything(x, dim=-1):
 def sum_without_keepdim(x, dim=-1):
     """The sum loses its axis, so the sums line up with columns instead of rows: square inputs come out
     wrong, others fail. Keep the axis: sum(dim, keepdim=True)."""
-    e = (F.widen(x) - x.amax(dim, keepdim=True)).exp()
+    e = (F.to_float32(x) - x.amax(dim, keepdim=True)).exp()
     return (e / e.sum(dim)).to(x.dtype)
 
 
@@ -225,7 +225,7 @@ def sum_without_keepdim(x, dim=-1):
 def neither_with_keepdim(x, dim=-1):
     """Maximum and sum lose their axis, so they line up with columns instead of rows: square inputs come out
     wrong, others fail. Both need keepdim=True."""
-    e = (F.widen(x) - x.amax(dim)).exp()
+    e = (F.to_float32(x) - x.amax(dim)).exp()
     return (e / e.sum(dim)).to(x.dtype)
 
 
@@ -234,7 +234,7 @@ def input_changed_in_place(x, dim=-1):
     """The maximum is subtracted from the caller's own tensor (-=, sub_). Whoever uses these scores again
     gets others than they made. Write x = x - ..., which makes a new tensor."""
     x -= x.max(dim, keepdim=True).values
-    e = F.widen(x).exp()
+    e = F.to_float32(x).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -242,7 +242,7 @@ def input_changed_in_place(x, dim=-1):
 def small_constant_in_the_denominator(x, dim=-1):
     """A constant such as 1e-8 is added to the sum, so the rows add up to less than 1. It protects from
     nothing: with the maximum subtracted, the sum is at least 1. Leave it out."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     e = (wide - wide.amax(dim, keepdim=True)).exp()
     return (e / (e.sum(dim, keepdim=True) + 1e-8)).to(x.dtype)
 
@@ -251,7 +251,7 @@ def small_constant_in_the_denominator(x, dim=-1):
 def mean_subtracted(x, dim=-1):
     """The mean is subtracted instead of the maximum. The largest score then still overflows in exp when it
     lies far above the others. Use amax(dim, keepdim=True)."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     e = (wide - wide.mean(dim, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -260,7 +260,7 @@ def mean_subtracted(x, dim=-1):
 def minimum_subtracted(x, dim=-1):
     """The minimum is subtracted instead of the maximum, so all exponents are positive, and overflow if the
     scores lie far apart. Use amax, so that all are at most 0."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     e = (wide - wide.amin(dim, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -269,7 +269,7 @@ def minimum_subtracted(x, dim=-1):
 def scores_clamped(x, dim=-1):
     """Scores are cut to what exp can take, which makes all large ones equal. Subtract the maximum of the
     row instead, which changes nothing in the quotient."""
-    e = F.widen(x).clamp(-80, 80).exp()
+    e = F.to_float32(x).clamp(-80, 80).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -277,14 +277,14 @@ def scores_clamped(x, dim=-1):
 def divided_by_the_largest(x, dim=-1):
     """The exponentials are divided by the largest of them instead of by their sum. The likeliest entry is
     then always 1, and the rows add up to more. Divide by the sum."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide - wide.amax(dim, keepdim=True)).exp().to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def powers_of_2(x, dim=-1):
     """2^x stands where e^x should, so the distribution is flatter than it must be. Use torch.exp."""
-    return (F.widen(x) * math.log(2)).softmax(dim).to(x.dtype)
+    return (F.to_float32(x) * math.log(2)).softmax(dim).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
@@ -312,7 +312,7 @@ def result_detached(x, dim=-1):
 def denominator_detached(x, dim=-1):
     """The output is right, but the sum is a constant to autograd. The gradient then lacks the half that
     pushes the other entries down. Only the maximum may be detached, as it cancels."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     e = (wide - wide.amax(dim, keepdim=True).detach()).exp()
     return (e / e.sum(dim, keepdim=True).detach()).to(x.dtype)
 
@@ -329,28 +329,28 @@ def summed_in_half_precision(x, dim=-1):
 def result_left_in_float32(x, dim=-1):
     """The sum is rightly taken in float32, but the result stays there. The product with values in half
     precision then fails; convert back to x.dtype at the end."""
-    return F.widen(x).softmax(dim)
+    return F.to_float32(x).softmax(dim)
 
 
 @step.mistake("functional.log_softmax", source="public solutions of CS336")
 def logarithm_of_the_softmax(x, dim=-1):
     """log is taken of the finished softmax. A small probability is rounded to 0 first, and its logarithm is
     -inf. Stay with logarithms: x - max - log(sum(exp(x - max)))."""
-    return F.widen(x).softmax(dim).log().to(x.dtype)
+    return F.to_float32(x).softmax(dim).log().to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="public solutions of CS336")
 def logarithm_of_the_softmax_plus_a_constant(x, dim=-1):
     """log(p + 1e-8) hides the -inf of a rounded-off zero, but nothing can then be below -18.4, and no
     gradient comes from what is most wrong. Stay with logarithms, with no constant."""
-    return (F.widen(x).softmax(dim) + 1e-8).log().to(x.dtype)
+    return (F.to_float32(x).softmax(dim) + 1e-8).log().to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def log_of_the_sum_without_a_maximum(x, dim=-1):
     """x - log(sum(exp(x))) is right on paper, but exp overflows above 88, and far below it the sum is 0.
     Subtract the maximum of each row first."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
 
@@ -358,7 +358,7 @@ def log_of_the_sum_without_a_maximum(x, dim=-1):
 def one_maximum_for_all_logarithms(x, dim=-1):
     """One maximum is taken over everything. In a row that lies far below it all exponentials are 0, and the
     logarithm of their sum is -inf. Each row needs its own: amax(dim, keepdim=True)."""
-    wide = F.widen(x) - x.max()
+    wide = F.to_float32(x) - x.max()
     return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
 
@@ -366,7 +366,7 @@ def one_maximum_for_all_logarithms(x, dim=-1):
 def maximum_lost_on_the_way(x, dim=-1):
     """The maximum was subtracted inside exp, but not from x itself, so the result is too large by the
     maximum. Subtract it once, and use that in both places."""
-    wide = F.widen(x)
+    wide = F.to_float32(x)
     shifted = wide - wide.amax(dim, keepdim=True)
     return (wide - shifted.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
@@ -404,4 +404,4 @@ def scores_changed_in_place(x, dim=-1):
 def log_softmax_left_in_float32(x, dim=-1):
     """The sum is rightly taken in float32, but the result stays there. It must have the dtype of the input;
     convert back to x.dtype at the end."""
-    return F.widen(x).log_softmax(dim)
+    return F.to_float32(x).log_softmax(dim)

@@ -7,7 +7,8 @@ from itertools import pairwise, zip_longest
 import regex
 from mistakes import Step
 
-from llm_basics import bpe, swap
+from llm_basics import swap
+from llm_basics.core import bpe
 
 step = Step("tokenizer")
 

@@ -8,8 +8,8 @@ from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
-from llm_basics import device, optim, update
-from llm_basics import functional as F
+from llm_basics.core import device, optim, trainer
+from llm_basics.core import functional as F
 
 step = Step("train_step")
 
@@ -397,7 +397,7 @@ def set_lr(optimizer, lr):
 def mean_loss(model, batch, options):
     inputs, targets = batch
     with device.precision(inputs.device, options.dtype):
-        return F.cross_entropy(F.widen(model(inputs)), targets, z_loss=options.z_loss)
+        return F.cross_entropy(F.to_float32(model(inputs)), targets, z_loss=options.z_loss)
 
 
 def shares(batches):
@@ -436,7 +436,7 @@ def conclude(optimizer, loss, norm, lr, accept):
     updated = accept is None or accept(loss.item())
     if updated:
         optimizer.step()
-    return update.StepResult(loss, norm, lr, updated)
+    return trainer.StepResult(loss, norm, lr, updated)
 
 
 def with_loss(loss_of, model, optimizer, batches, it, options, accept):
@@ -569,7 +569,7 @@ def update_after_each_micro_batch(model, optimizer, batches, step, options, acce
         loss.backward()
         total += loss.detach() * share
         norm = finish(model, optimizer, loss.detach(), lr, options, accept).grad_norm
-    return update.StepResult(total, norm, lr)
+    return trainer.StepResult(total, norm, lr)
 
 
 @step.mistake("update.train_step", source="written for this catalogue")
@@ -641,7 +641,7 @@ def loss_after_the_update_reported(model, optimizer, batches, step, options, acc
     result = finish(model, optimizer, gather(model, batches, options), lr, options, accept)
     with torch.no_grad():
         loss = sum(mean_loss(model, batch, options) * share for batch, share in shares(batches))
-    return update.StepResult(loss, result.grad_norm, lr, result.updated)
+    return trainer.StepResult(loss, result.grad_norm, lr, result.updated)
 
 
 @step.mistake("update.train_step", source="written for this catalogue")
@@ -770,7 +770,7 @@ def clipping_after_the_update(model, optimizer, batches, step, options, accept=N
     loss = gather(model, batches, options)
     refuse_nonfinite(loss, nn.utils.clip_grad_norm_(model.parameters(), math.inf))
     result = conclude(optimizer, loss, torch.zeros(()), lr, accept)
-    return update.StepResult(loss, clip(model, options), lr, result.updated)
+    return trainer.StepResult(loss, clip(model, options), lr, result.updated)
 
 
 @step.mistake("update.train_step", source="written for this catalogue")
@@ -848,7 +848,7 @@ def softmax_before_the_loss(model, optimizer, batches, step, options, accept=Non
     below ln V - 1, and gradients are tiny; give it the logits."""
 
     def loss_of(model, batch, options):
-        probabilities = F.softmax(F.widen(model(batch[0])))
+        probabilities = F.softmax(F.to_float32(model(batch[0])))
         return F.cross_entropy(probabilities, batch[1], z_loss=options.z_loss)
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
@@ -872,7 +872,7 @@ def targets_shifted_twice(model, optimizer, batches, step, options, accept=None)
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
-            logits = F.widen(model(batch[0]))[:, :-1]
+            logits = F.to_float32(model(batch[0]))[:, :-1]
             return F.cross_entropy(logits, batch[1][:, 1:], z_loss=options.z_loss)
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
@@ -885,7 +885,7 @@ def only_the_last_position_counted(model, optimizer, batches, step, options, acc
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
-            logits = F.widen(model(batch[0]))[:, -1]
+            logits = F.to_float32(model(batch[0]))[:, -1]
             return F.cross_entropy(logits, batch[1][:, -1], z_loss=options.z_loss)
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
@@ -898,7 +898,7 @@ def logits_viewed_instead_of_transposed(model, optimizer, batches, step, options
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
-            logits = F.widen(model(batch[0]))
+            logits = F.to_float32(model(batch[0]))
             logits = logits.reshape(logits.shape[0], logits.shape[2], logits.shape[1]).transpose(1, 2)
             return F.cross_entropy(logits, batch[1], z_loss=options.z_loss)
 
@@ -924,7 +924,7 @@ def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
-            return F.cross_entropy(F.widen(model(batch[0])), batch[1])
+            return F.cross_entropy(F.to_float32(model(batch[0])), batch[1])
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
@@ -936,7 +936,7 @@ def z_loss_not_shared_out(model, optimizer, batches, step, options, accept=None)
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for (inputs, targets), share in shares(batches):
         with device.precision(inputs.device, options.dtype):
-            logits = F.widen(model(inputs))
+            logits = F.to_float32(model(inputs))
             loss = F.cross_entropy(logits, targets) * share
             loss = loss + options.z_loss * logits.logsumexp(-1).square().mean()
         loss.backward()
@@ -951,7 +951,7 @@ def z_loss_not_squared(model, optimizer, batches, step, options, accept=None):
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
-            logits = F.widen(model(batch[0]))
+            logits = F.to_float32(model(batch[0]))
             return F.cross_entropy(logits, batch[1]) + options.z_loss * logits.logsumexp(-1).mean()
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
@@ -975,7 +975,7 @@ def dtype_ignored(model, optimizer, batches, step, options, accept=None):
     long; run the forward pass inside of device.precision."""
 
     def loss_of(model, batch, options):
-        return F.cross_entropy(F.widen(model(batch[0])), batch[1], z_loss=options.z_loss)
+        return F.cross_entropy(F.to_float32(model(batch[0])), batch[1], z_loss=options.z_loss)
 
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
@@ -1021,7 +1021,7 @@ def nonfinite_step_skipped_in_silence(model, optimizer, batches, step, options, 
     lr = begin(optimizer, step, options)
     loss, norm = gather(model, batches, options), clip(model, options)
     if not (loss.isfinite() and norm.isfinite()):
-        return update.StepResult(loss, norm, lr, False)
+        return trainer.StepResult(loss, norm, lr, False)
     return conclude(optimizer, loss, norm, lr, accept)
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as tF
 
 from catalogue import block, multi_head
-from llm_basics import layers, model
+from llm_basics.core import layers, model
 
 step = Step("transformer")
 draw = numbers(seed=1)
@@ -235,7 +235,7 @@ step.value("the first loss with tied embeddings", lambda a: first_loss(a, tie_em
 def in_chunks(a, tokens, **weights):
     lm = a.get_transformer_lm(*SIZES)
     lm.load_state_dict(weights)
-    caches = lm.new_caches(1)
+    caches = lm.make_kv_caches(1)
     return torch.cat([lm(chunk, caches=caches) for chunk in tokens.split([3, 1, 4], dim=1)], dim=1)
 
 

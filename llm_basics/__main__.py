@@ -1,0 +1,38 @@
+"""The commands: `llm-basics COMMAND ...`, which is `python -m llm_basics.COMMAND ...`."""
+
+import ast
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+COMMANDS = (
+    *("train", "sft", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare", "tokenizer"),
+    *("checkpoint", "export", "import_model", "lm_harness", "learn", "probe"),
+)
+
+
+def summary(command: str) -> str:
+    """The first line of a command's docstring, read without importing it."""
+    path = Path(__file__).with_name(f"{command}.py")
+    source = path if path.exists() else Path(__file__).parent / command / "__main__.py"
+    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def main() -> None:
+    """Run the command that the command line names; without one, list them all."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        rows = "\n".join(f"  {name:14}{summary(name)}" for name in COMMANDS)
+        print(f"usage: llm-basics COMMAND [OPTIONS]\n\n{rows}\n\nllm-basics COMMAND --help lists its options")
+        return
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        advice = f"the closest is {near[0]}" if near else "llm-basics --help lists all"
+        sys.exit(f"error: command must be one of {', '.join(COMMANDS)}, got {command}; {advice}")
+    sys.argv[1:] = arguments
+    runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

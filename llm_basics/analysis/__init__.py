@@ -1,0 +1,1 @@
+"""Plots, comparisons and sweeps of runs."""

@@ -1,0 +1,1 @@
+"""The book: the model, its training and its tokenizer, written by hand."""

@@ -1,0 +1,68 @@
+"""Loss, perplexity, bits per byte and accuracy of a model on held-out text."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm_basics.core import dataloader
+from llm_basics.core import functional as F
+from llm_basics.core import tokenizer as tokenizers
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]],
+    token_bytes: Float[Tensor, " vocab"],
+) -> dict[str, float]:
+    """Mean loss of the next token in nats, and what it means.
+
+    `val_loss`; `perplexity` is its exponential, as if the model chose evenly among so many tokens;
+    `bits_per_byte` does not depend on the tokenizer (`token_bytes` says how many bytes each token is);
+    `accuracy` is the share of tokens that had the highest score. Targets of `data.IGNORED` count nowhere.
+    Dropout is off meanwhile.
+    """
+    was_training = model.training
+    model.eval()
+    loss = correct = n_bytes = 0.0
+    n_tokens = 0
+    for inputs, targets in batches:
+        logits = F.to_float32(model(inputs))
+        counted = targets[targets != dataloader.IGNORE_INDEX]
+        loss += F.cross_entropy(logits, targets).item() * counted.numel()
+        correct += (logits.argmax(-1) == targets).sum().item()
+        n_bytes += token_bytes[counted].sum().item()
+        n_tokens += counted.numel()
+    model.train(was_training)
+    mean = loss / n_tokens
+    return {
+        "val_loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": loss / math.log(2) / n_bytes,
+        "accuracy": correct / n_tokens,
+    }
+
+
+def token_lengths(tokenizer: tokenizers.Tokenizer, size: int) -> Float[Tensor, " vocab"]:
+    """How many bytes of text each of `size` token ids stands for; special tokens stand for none."""
+    lengths = torch.zeros(size)
+    for id, token in tokenizer.vocab.items():
+        lengths[id] = len(token)
+    for special in tokenizer.special_tokens:
+        lengths[tokenizer.special_id(special)] = 0
+    return lengths
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    """The entropy of the token frequencies, in nats: the loss of a model that knows nothing else.
+
+    >>> unigram_entropy(np.array([5, 7, 5, 7])) == math.log(2)
+    True
+    """
+    counts = np.unique(tokens, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

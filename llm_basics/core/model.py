@@ -1,0 +1,221 @@
+"""The language model: token ids in, a score for every possible next token out.
+
+One class is both Llama (RMSNorm, RoPE, SwiGLU) and GPT-2 (LayerNorm, learned positions, GELU, biases): the
+config says which. A decoder-only transformer, arXiv 1706.03762 as changed by GPT-2 (Radford et al. 2019)
+and Llama (arXiv 2302.13971).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm_basics.core import config, layers
+
+
+class TransformerBlock(nn.Module):
+    """Attention looks around, the feed-forward network thinks it over; both add to what came in.
+
+    Pre-norm (Llama, GPT-2): `x + attn(ln1(x))`, then `x + ffn(ln2(x))`.
+    Post-norm (the first transformer): `ln1(x + attn(x))`, then `ln2(x + ffn(x))`.
+    """
+
+    def __init__(
+        self,
+        shape: config.ModelConfig,
+        rope: layers.RotaryEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm_placement = shape.norm_placement
+        self.ln1 = make_norm(shape, device, dtype)
+        self.attn = layers.MultiHeadSelfAttention(
+            shape.d_model,
+            shape.n_heads,
+            shape.n_kv_heads,
+            rope,
+            shape.bias,
+            shape.qk_norm,
+            shape.norm_eps,
+            shape.dropout,
+            device=device,
+            dtype=dtype,
+        )
+        self.ln2 = make_norm(shape, device, dtype)
+        self.ffn = make_ffn(shape, device, dtype)
+        self.dropout = layers.Dropout(shape.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "... seq d_model"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        cache: layers.KVCache | None = None,
+    ) -> Float[Tensor, "... seq d_model"]:
+        """Attention, then the feed-forward network, each added to the residual stream `x`."""
+        if self.norm_placement == "pre":
+            x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache))
+            return x + self.dropout(self.ffn(self.ln2(x)))
+        x = self.ln1(x + self.dropout(self.attn(x, token_positions, cache)))
+        return self.ln2(x + self.dropout(self.ffn(x)))
+
+
+class TransformerLM(nn.Module):
+    """Embed the tokens, refine them block by block, and score the vocabulary at each position.
+
+    >>> tiny = config.ModelConfig(vocab_size=50, context_length=8, d_model=16, n_layers=1, n_heads=2)
+    >>> TransformerLM(tiny)(torch.tensor([[3, 1, 4]])).shape
+    torch.Size([1, 3, 50])
+    """
+
+    def __init__(
+        self,
+        shape: config.ModelConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = shape
+        self.token_embeddings = layers.Embedding(shape.padded_vocab_size, shape.d_model, device, dtype)
+        self.position_embeddings = (
+            layers.Embedding(shape.context_length, shape.d_model, device, dtype)
+            if shape.position == "learned"
+            else None
+        )
+        # one table serves all blocks
+        rope = (
+            layers.RotaryEmbedding(shape.d_head, shape.context_length, shape.rope_theta, device)
+            if shape.position == "rope"
+            else None
+        )
+        self.dropout = layers.Dropout(shape.dropout)
+        self.layers = nn.ModuleList(
+            TransformerBlock(shape, rope, device, dtype) for _ in range(shape.n_layers)
+        )
+        self.ln_final = make_norm(shape, device, dtype)
+        self.lm_head = layers.Linear(shape.d_model, shape.padded_vocab_size, device=device, dtype=dtype)
+        if shape.tie_embeddings:
+            # started as an output projection: with std 1 the first loss would be far above ln V
+            self.token_embeddings.weight = self.lm_head.weight
+        if shape.init == "gpt2":
+            init_gpt2_(self)
+        if shape.zero_init:
+            init_zero_(self)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "... seq"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        caches: list[layers.KVCache] | None = None,
+    ) -> Float[Tensor, "... seq vocab"]:
+        """The logits of the next token at each position.
+
+        Positions count from 0, or go on where `caches` (one a block, see `make_kv_caches`) end.
+        """
+        return self.logits(self.hidden_states(tokens, token_positions, caches))
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "... seq"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        caches: list[layers.KVCache] | None = None,
+    ) -> Float[Tensor, "... seq d_model"]:
+        """What the output projection is given: all of `forward` but the logits."""
+        start = caches[0].length if caches else 0
+        end = start + tokens.shape[-1]
+        if token_positions is None:
+            if end > self.config.context_length:
+                raise ValueError(f"the model sees {self.config.context_length} tokens at most, got {end}")
+            token_positions = torch.arange(start, end, device=tokens.device)
+        x = self.token_embeddings(tokens)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(token_positions)
+        x = self.dropout(x)
+        for i, block in enumerate(self.layers):
+            x = block(x, token_positions, caches[i] if caches else None)
+        return self.ln_final(x)
+
+    def logits(self, hidden: Float[Tensor, "... seq d_model"]) -> Float[Tensor, "... seq vocab"]:
+        """A score for every possible next token, from hidden states."""
+        return self.finish(self.lm_head(hidden))
+
+    def finish(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
+        """The output projection's result without the padding rows, which belong to no token."""
+        n_rows, vocab_size = self.config.padded_vocab_size, self.config.vocab_size
+        return logits[..., :vocab_size] if n_rows > vocab_size else logits
+
+    def make_kv_caches(self, batch: int) -> list[layers.KVCache]:
+        """Empty key-value caches for `batch` texts, one for each block."""
+        n_kv_heads = self.config.n_kv_heads or self.config.n_heads
+        weight = self.lm_head.weight
+        return [
+            layers.KVCache(
+                batch, n_kv_heads, self.config.context_length, self.config.d_head, weight.device, weight.dtype
+            )
+            for _ in self.layers
+        ]
+
+    def n_parameters(self) -> int:
+        """Number of weights, a tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token of a full context (`config.ModelConfig`)."""
+        return self.config.flops_per_token
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.n_parameters():,} parameters, {self.flops_per_token():,} FLOPs per token in training\n"
+            f"{self.config.n_layers} layers, d_model={self.config.d_model}, "
+            f"context_length={self.config.context_length}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Choices of the config
+
+
+def make_norm(
+    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The normalization that `shape.norm` names."""
+    if shape.norm == "none":
+        return nn.Identity()
+    if shape.norm == "rms":
+        return layers.RMSNorm(shape.d_model, shape.norm_eps, device, dtype)
+    return layers.LayerNorm(shape.d_model, shape.norm_eps, shape.bias, device, dtype)
+
+
+def make_ffn(
+    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The feed-forward network that `shape.ffn` names."""
+    if shape.ffn == "swiglu":
+        return layers.SwiGLU(shape.d_model, shape.d_hidden, device, dtype)
+    return layers.MLP(shape.d_model, shape.d_hidden, shape.ffn, shape.bias, device, dtype)
+
+
+@torch.no_grad()
+def init_gpt2_(model: TransformerLM) -> None:
+    """GPT-2's initial weights: normal of std 0.02, biases 0.
+
+    The projections that lead back to the residual stream are smaller by `sqrt(2 n_layers)`, the number of
+    contributions that add up in it (Radford et al. 2019, section 2.3).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.config.n_layers))
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def init_zero_(model: TransformerLM) -> None:
+    """Set the projections that lead back to the residual stream to zero.
+
+    Each block begins as the identity, whatever the depth (as in Fixup, arXiv 1901.09321).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
+            nn.init.zeros_(parameter)

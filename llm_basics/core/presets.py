@@ -1,0 +1,180 @@
+"""Options in files: presets and YAML files of one's own, laid over the defaults of `config`."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from llm_basics.core import config, files
+
+PRESETS = Path(__file__).parents[1] / "configs"
+
+# options of earlier versions that are gone, each with the only value that a stored config may have
+REMOVED = {"model.value_embeddings": False, "model.x0_skips": False, "model.logit_softcap": None}
+
+T = TypeVar("T")
+
+
+def load(name_or_path: str) -> config.Config:
+    """The config of a preset (`tiny`) or of a YAML file. Raises ValueError, naming the file and the key.
+
+    >>> load("gpt2-small").model.n_heads
+    12
+    """
+    return update(config.Config(), read_yaml(name_or_path), origin=name_or_path)
+
+
+def read_yaml(name_or_path: str) -> dict[str, Any]:
+    """The options that a preset or YAML file sets, as nested dictionaries."""
+    return {"config": name_or_path, **read_file(find(name_or_path, PRESETS, "--config"))}
+
+
+def find(name_or_path: str, folder: Path, what: str) -> Path:
+    """The YAML file that `what` names: one of those in `folder`, by its name, or any by its path."""
+    path = folder / f"{name_or_path}.yaml"
+    if not path.exists():
+        path = Path(name_or_path)
+    if not path.is_file():
+        presets = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
+        raise ValueError(f"{what} must be a preset ({presets}) or a YAML file, got {name_or_path}")
+    return path
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a YAML file of `option: value` lines holds."""
+    text = files.read_text(path)
+    try:
+        options = yaml.safe_load(text) or {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        assert mark is not None, "of text, not of events"
+        raise ValueError(
+            f"{path}:{mark.line + 1} must be YAML; {error.problem} in column {mark.column + 1}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].split("\n")
+        raise ValueError(
+            f"{path}:{len(before)} must be YAML; {error.reason} in column {len(before[-1]) + 1}"
+        ) from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold `option: value` lines, got {type(options).__name__}")
+    return options
+
+
+def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
+    """A copy of `base` with `options` set; nested dictionaries update nested configs.
+
+    Removed options are left out if they were off, as in the config of an old run.
+
+    >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
+    2
+    """
+    hints = typing.get_type_hints(type(base))
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if (full_name := prefix + name) in REMOVED:
+            if value != REMOVED[full_name]:
+                raise ValueError(
+                    f"{full_name} must be {REMOVED[full_name]}, got {value!r} ({origin}); this version has "
+                    "no such option: use the version that trained the run"
+                )
+        elif name not in hints:
+            inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
+            raise ValueError(unknown_option(full_name, [prefix + n for n in [*hints, *inner]], origin))
+        elif dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{full_name} must hold options of its own, got {value!r} ({origin})")
+            values[name] = update(getattr(base, name), value, origin, f"{full_name}.")
+        else:
+            values[name] = _check(value, hints[name], full_name, origin)
+    return dataclasses.replace(base, **values)  # type: ignore[type-var]
+
+
+def _fields(hint: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+
+
+def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
+    """`value` as the type `hint`, or ValueError. YAML reads 1e-3 as text; a whole number may be a float."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            # YAML reads on and off as true and false
+            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+            if value in typing.get_args(choice):
+                return value
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, list | tuple) and len(value) == len(typing.get_args(choice)):
+                return tuple(
+                    _check(v, h, name, origin) for v, h in zip(value, typing.get_args(choice), strict=True)
+                )
+        elif choice is float and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return value
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{name} must be {expected}, got {value!r} ({origin})")
+
+
+def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
+    """What to say of an option that is not known: the one that was probably meant."""
+    # dashes are no likeness; and who writes lr may mean train.lr
+    full_name = {option.rpartition(".")[2].lstrip("-"): option for option in known}
+    full_name |= {option.lstrip("-"): option for option in known}
+    near = difflib.get_close_matches(name.lstrip("-"), full_name, n=1)
+    return f"unknown option {name} ({origin}); " + (
+        f"the closest is {full_name[near[0]]}" if near else "--help lists all"
+    )
+
+
+def dump(options: dict[str, Any]) -> str:
+    """Nested options as the text of a file for --config."""
+    return yaml.safe_dump(options, sort_keys=False)
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under the names that the command line has for them.
+
+    >>> flat({"data": "a.txt", "train": {"lr": 1}})
+    {'data': 'a.txt', 'train.lr': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def nest(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with dotted names as nested dictionaries, the inverse of `flat`; what is nested stays so.
+
+    >>> nest({"data": "a.txt", "train.lr": 1, "train": {"steps": 5}})
+    {'data': 'a.txt', 'train': {'lr': 1, 'steps': 5}}
+    """
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        outer, _, inner = str(name).partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        elif isinstance(value, dict):
+            nested.setdefault(outer, {}).update(value)
+        else:
+            nested[outer] = value
+    return nested
+
+
+def differences(*options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Flattened options that differ between dictionaries, with the value in each; None where missing.
+
+    >>> differences({"train": {"lr": 1, "steps": 5}}, {"train": {"lr": 2, "steps": 5}})
+    {'train.lr': (1, 2)}
+    """
+    flattened = [flat(each) for each in options]
+    values = {name: tuple(each.get(name) for each in flattened) for each in flattened for name in each}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}

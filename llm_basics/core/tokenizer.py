@@ -1,0 +1,282 @@
+"""Text to token ids and back, with a vocabulary that `bpe` has learned.
+
+Encoding repeats what training did: cut the text at special tokens and into pre-tokens, then apply the merges
+to each pre-token, always the one that was learned first. Any text can be encoded, and decoding what was
+encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`. As a program:
+`uv run python -m llm_basics.tokenizer --help`.
+
+    >>> tokenizer = Tokenizer.byte_level()
+    >>> tokenizer.encode("Hi!<|endoftext|>")
+    [72, 105, 33, 256]
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+
+from llm_basics.core import bpe, vocabulary
+
+END_OF_TEXT = "<|endoftext|>"
+
+# pre-tokens whose ids are remembered
+CACHE_SIZE = 1 << 18
+
+# what a file is encoded by
+PART_BYTES = 1 << 24
+
+# where a pre-token ends whatever follows, searched from the end; for other patterns nothing is known
+BOUNDARIES = {
+    bpe.SPLIT_PATTERN: regex.compile(r"(?r)(?<=\S)(?=\s)"),
+    bpe.CL100K_PATTERN: regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=\s)"),
+}
+NOWHERE = regex.compile(r"(?!)")
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    `vocab` maps ids to bytes, `merges` stands in the order of learning. Special tokens that the vocabulary
+    lacks get new ids behind it. `pattern` cuts text into pre-tokens.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Sequence[str] | None = None,
+        pattern: regex.Pattern = bpe.SPLIT_PATTERN,
+    ) -> None:
+        self.vocab = dict(vocab)
+        vocabulary.check_ids(self.vocab)
+        self.merges = list(merges)
+        self.special_tokens = bpe.check_special_tokens(special_tokens or ())
+        self.pattern = vocabulary.own_pattern(pattern)
+        self._special_pattern = bpe.special_pattern(self.special_tokens)
+        self._ids = {token: id for id, token in self.vocab.items()}
+        for special in self.special_tokens:
+            if special.encode("utf-8") not in self._ids:
+                id = max(self.vocab, default=-1) + 1
+                self.vocab[id] = special.encode("utf-8")
+                self._ids[self.vocab[id]] = id
+        _check(self._ids, self.merges, self.special_tokens)
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._special_ids = {special: self._ids[special.encode("utf-8")] for special in self.special_tokens}
+        self._remembered = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
+
+    @classmethod
+    def byte_level(cls, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> "Tokenizer":
+        """The tokenizer that has learned nothing: one token a byte, and the special tokens behind."""
+        return cls({b: bytes([b]) for b in range(256)}, [], special_tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vocab, self.merges, self.special_tokens, self.pattern)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return max(self.vocab) + 1
+
+    def special_id(self, special: str) -> int:
+        """The id of a special token. Raises KeyError if it is none."""
+        return self._special_ids[special]
+
+    # -- encoding ---------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, in which the tokenizer's own special tokens count as such.
+
+        A surrogate without its other half, which UTF-8 cannot write, becomes U+FFFD.
+        """
+        text = replace_surrogates(text)
+        ids: list[int] = []
+        end = 0
+        for match in self._special_pattern.finditer(text):
+            ids += self.encode_ordinary(text[end : match.start()])
+            ids.append(self._special_ids[match.group()])
+            end = match.end()
+        return ids + self.encode_ordinary(text[end:])
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The token ids of `text`, in which special tokens are ordinary text: what untrusted text needs."""
+        return self.encode_bytes(replace_surrogates(text).encode("utf-8"))
+
+    def encode_bytes(self, content: bytes) -> list[int]:
+        """The token ids of any bytes, special tokens being ordinary text: `decode_bytes` gives them back.
+
+        A byte that is not UTF-8 counts as a sign, neither letter, number nor white space.
+        """
+        ids: list[int] = []
+        for piece in bpe.pretokenize(content.decode("utf-8", "surrogateescape"), (), self.pattern):
+            ids += self._remembered(piece)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], n_threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text. Threads serve where encoding does not hold Python's lock; here it does."""
+        return [self.encode(text) for text in texts]
+
+    def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
+        """The ids of the texts joined together, read only as far as needed: for a file larger than memory.
+
+        The end of each text may belong to a token that goes on in the next, so it waits until a place is seen
+        where a token ends for certain.
+
+        >>> list(Tokenizer.byte_level().encode_iterable(["on", "e <|end", "oftext|>"]))
+        [111, 110, 101, 32, 256]
+        """
+        waiting, searched = "", 0
+        for text in texts:
+            waiting += text
+            if len(waiting) < 2 * searched:
+                continue  # a search for every character of a long word would be quadratic
+            cut = self._safe_cut(waiting)
+            searched = 0 if cut else len(waiting)
+            if cut:
+                yield from self.encode(waiting[:cut])
+                waiting = waiting[cut:]
+        yield from self.encode(waiting)
+
+    def _safe_cut(self, text: str) -> int:
+        """An offset in `text` where tokens end, whatever follows; 0 if there is none.
+
+        Of the last characters it is not known yet whether a special token begins there.
+        """
+        known = len(text) - max(map(len, self.special_tokens), default=0)
+        boundary = BOUNDARIES.get(self.pattern, NOWHERE).search(text, endpos=max(known, 0))
+        cut = boundary.start() if boundary else 0
+        for match in self._special_pattern.finditer(text):
+            if match.start() <= known:
+                cut = max(cut, match.end())
+        return cut
+
+    def encode_file(
+        self, path: str | os.PathLike[str], n_threads: int | None = None
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
+        """The ids of a UTF-8 file part by part, with the offset and the number of bytes of each part."""
+        n_parts = Path(path).stat().st_size // PART_BYTES + 1
+        with open(path, "rb") as file:
+            for start, end in pairwise(bpe.chunk_boundaries(path, self.special_tokens, n_parts)):
+                text = bpe.check_utf8(file.read(end - start), path, start)
+                yield np.array(self.encode(text), np.int32), start, end - start
+
+    def _apply_merges(self, piece: str) -> list[int]:
+        *_, parts = self.merge_steps(piece.encode("utf-8", "surrogateescape"))
+        return [self._ids[part] for part in parts]
+
+    def merge_steps(self, piece: bytes) -> Iterator[list[bytes]]:
+        """The bytes of one pre-token, and what is left after each merge.
+
+        Always the pair that was learned first is merged, wherever it stands, until none is left.
+        """
+        parts = [bytes([byte]) for byte in piece]
+        yield parts
+        unranked = len(self._ranks)
+        while len(parts) > 1:
+            pair = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, unranked))
+            if pair not in self._ranks:
+                break
+            parts = bpe.merge_pair(parts, pair, pair[0] + pair[1])
+            yield parts
+
+    # -- decoding ---------------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 (a character cut in half) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
+        """`decode` of each sequence of ids."""
+        return [self.decode(ids) for ids in batch]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`. Raises ValueError for an id that the vocabulary does not have."""
+        try:
+            return b"".join([self.vocab[int(id)] for id in ids])
+        except KeyError as error:
+            raise ValueError(
+                f"a token id must be in the vocabulary of {len(self.vocab)} tokens, got {error.args[0]}"
+            ) from None
+
+    # -- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_vocabulary(cls, found: vocabulary.Vocabulary, source: object = "a vocabulary") -> "Tokenizer":
+        """The tokenizer of a vocabulary that was read from `source`."""
+        try:
+            return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
+        except ValueError as error:
+            raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
+
+    def to_vocabulary(self) -> vocabulary.Vocabulary:
+        """All that makes this tokenizer what it is: what the functions of `vocabulary` write."""
+        return vocabulary.Vocabulary(self.vocab, self.merges, self.special_tokens, self.pattern)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `vocab.json` and `merges.txt` in GPT-2's format, and `special_tokens.json`, a list."""
+        vocabulary.write_gpt2(self.to_vocabulary(), folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer that `save` has written to a folder."""
+        found = vocabulary.read_gpt2_folder(folder)
+        return cls.from_vocabulary(found, f"vocab.json and merges.txt in {folder}")
+
+    @classmethod
+    def from_gpt2_files(
+        cls,
+        vocab_path: str | os.PathLike[str],
+        merges_path: str | os.PathLike[str],
+        special_tokens: Sequence[str] | None = None,
+    ) -> "Tokenizer":
+        """A tokenizer from a vocabulary and merges in GPT-2's format: `vocabulary.read_gpt2`."""
+        found = vocabulary.read_gpt2(vocab_path, merges_path, special_tokens)
+        return cls.from_vocabulary(found, f"{vocab_path} and {merges_path}")
+
+    def fingerprint(self) -> str:
+        """A SHA-256 over all that decides which ids a text gets."""
+        content: list[Any] = [sorted(self._special_ids.items())]
+        content.append(sorted((id, token.hex()) for id, token in self.vocab.items()))
+        content.append([(left.hex(), right.hex()) for left, right in self.merges])
+        if self.pattern != bpe.SPLIT_PATTERN:
+            content.append([self.pattern.pattern, self.pattern.flags])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with the halves of surrogate pairs joined; one without its other half becomes U+FFFD.
+
+    >>> mend("\\ud83d\\ude00 \\ud83d") == "\\U0001f600 \\ufffd"
+    True
+    """
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _check(
+    ids: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Sequence[str]
+) -> None:
+    """Raise ValueError unless each token is a byte, a special token, or what earlier tokens merge to."""
+    missing = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
+    missing += [left + right for left, right in merges if left + right not in ids]
+    if missing:
+        raise ValueError(f"the vocabulary must hold all 256 bytes and every merge, but lacks {missing[0]!r}")
+    made = {bytes([b]) for b in range(256)}
+    for left, right in merges:
+        if left not in made or right not in made:
+            raise ValueError(f"a merge must join bytes or earlier merges, got {left!r} and {right!r}")
+        if left + right in made:
+            raise ValueError(f"a token must be made by one merge, got a second one for {left + right!r}")
+        made.add(left + right)
+    for special in special_tokens:
+        if special.encode("utf-8") in made:
+            raise ValueError(f"a special token must not be made by a merge too, got {special!r}")

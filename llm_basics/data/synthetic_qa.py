@@ -1,0 +1,144 @@
+"""Questions whose answers can be checked, to teach a small model to answer, without any download.
+
+Each kind asks for something else to be done with words or numbers. Some of its questions are held out, so
+that an answer shows whether what to do was learned, and not only what was said. `opposite` is another matter:
+nobody can tell from other words that the opposite of hot is cold, so the same is asked in several ways.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WORDS = tuple(
+    """
+    name value file line path list item key text data type object string number size index count
+    result error state code call test module method function table order level mode field block
+    group match point process thread message header buffer cache option command version default address
+    server socket client request response user host port time date year month day hour minute second
+    start stop begin end open close read write load save copy move add remove insert delete find search
+    sort split join format parse print input output source target left right first last next old new
+    long short small large red green blue black white tree node root leaf parent child edge map set pair
+    head tail stack queue token word letter sign
+    """.split()
+)
+
+OPPOSITES = """
+    hot cold, big small, up down, left right, open closed, start stop, first last, new old, long short,
+    high low, true false, yes no, in out, on off, more less, fast slow, begin end, read write, add remove,
+    push pull, empty full, before after, above below, early late, inside outside, black white
+    """
+
+NUMBERS = range(20)
+
+# how many questions of each kind that has more
+PER_KIND = 500
+
+
+@dataclass(frozen=True)
+class QAPair:
+    """What is asked, what is to be answered, and what for."""
+
+    kind: str
+    asked: str
+    answer: str
+
+
+Make = Callable[[random.Random], tuple[str, str]]
+
+
+def _three(rng: random.Random) -> list[str]:
+    return rng.sample(WORDS, 3)
+
+
+def _twice(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(WORDS)
+    return f"Say {word} twice.", f"{word} {word}"
+
+
+def _place(rng: random.Random) -> tuple[str, str]:
+    words, place = _three(rng), rng.randrange(3)
+    return f"What is the {('first', 'second', 'third')[place]} of {', '.join(words)}?", words[place]
+
+
+def _reverse(rng: random.Random) -> tuple[str, str]:
+    words = _three(rng)
+    return f"Reverse the order of {', '.join(words)}.", ", ".join(reversed(words))
+
+
+def _member(rng: random.Random) -> tuple[str, str]:
+    words = _three(rng)
+    word = rng.choice([rng.choice(words), rng.choice(WORDS)])
+    return f"Is {word} one of {', '.join(words)}?", "yes" if word in words else "no"
+
+
+def _count(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(1, 6))
+    return f"How many words are in: {' '.join(words)}?", str(len(words))
+
+
+def _larger(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.sample(range(100), 2)
+    return f"Which is larger, {a} or {b}?", str(max(a, b))
+
+
+def _plus(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.choice(NUMBERS), rng.choice(NUMBERS)
+    return f"What is {a} plus {b}?", str(a + b)
+
+
+def _call(rng: random.Random) -> tuple[str, str]:
+    function, *arguments = rng.sample(WORDS, rng.randint(2, 3))
+    return f"Call {function} with {' and '.join(arguments)}.", f"{function}({', '.join(arguments)})"
+
+
+def _define(rng: random.Random) -> tuple[str, str]:
+    function, argument, value = _three(rng)
+    asked = f"Define {function} of {argument} that returns {value}."
+    return asked, f"def {function}({argument}):\n    return {value}"
+
+
+def _spell(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice(WORDS)
+    return f"Spell {word}.", " ".join(word)
+
+
+def _opposite(rng: random.Random) -> tuple[str, str]:
+    pairs = [pair.split() for pair in OPPOSITES.split(",")]
+    word, other = rng.choice([*pairs, *(pair[::-1] for pair in pairs)])
+    ways = ("What is the opposite of {}?", "Name the opposite of {}.", "Not {}, but?", "{} and its opposite?")
+    return rng.choice(ways).format(word), other
+
+
+KINDS: dict[str, Make] = {
+    "twice": _twice,
+    "place": _place,
+    "reverse": _reverse,
+    "call": _call,
+    "define": _define,
+    "member": _member,
+    "count": _count,
+    "larger": _larger,
+    "plus": _plus,
+    "spell": _spell,
+    "opposite": _opposite,
+}
+
+
+def all_questions() -> list[QAPair]:
+    """All questions, no two alike, kind by kind, the same each time.
+
+    >>> next(question for question in all_questions() if question.kind == "plus")
+    Question(kind='plus', asked='What is 2 plus 10?', answer='12')
+    """
+    return [question for kind in KINDS for question in _of_kind(kind)]
+
+
+def _of_kind(kind: str) -> list[QAPair]:
+    rng = random.Random(kind)
+    made: dict[str, str] = {}
+    # a kind that has fewer is told after so many tries
+    for _ in itertools.repeat(None, 20 * PER_KIND):
+        if len(made) < PER_KIND:
+            made.setdefault(*KINDS[kind](rng))
+    return [QAPair(kind, asked, answer) for asked, answer in made.items()]

@@ -1,0 +1,254 @@
+"""The program of the tokenizer: learn one, encode with it, look inside, compare two.
+
+uv run python -m llm_basics.tokenizer train --data book.txt --vocab-size 2000 --out my_tokenizer
+uv run python -m llm_basics.tokenizer encode --data book.txt --tokenizer my_tokenizer --out tokens
+uv run python -m llm_basics.tokenizer inspect "It's a tokenizer." --tokenizer my_tokenizer
+uv run python -m llm_basics.tokenizer compare my_tokenizer gpt2 --data book.txt
+"""
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich import box, console, table, text
+
+from llm_basics import swap
+from llm_basics.cli import parse
+from llm_basics.core import bpe, tokenizer, vocabulary
+from llm_basics.data import documents as corpus
+from llm_basics.data import prepare, shards
+from llm_basics.runs import console as terminal
+
+PATTERNS = {"gpt2": bpe.SPLIT_PATTERN, "cl100k": bpe.CL100K_PATTERN}
+
+# neighbors differ, so that one sees where a token ends
+COLORS = ["black on cyan", "black on yellow", "black on green", "black on magenta"]
+
+# of the text that `compare` shows
+SAMPLE_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Train:
+    """Learn a vocabulary from text."""
+
+    out: str
+    """The folder to write the tokenizer to: vocab.json, merges.txt and special_tokens.json."""
+    data: str = "stdlib"
+    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
+    vocab_size: int = 10_000
+    """How many tokens: the 256 bytes, the special tokens, and one more for each merge."""
+    special_tokens: tuple[str, ...] = (corpus.DOCUMENT_SEPARATOR,)
+    """Texts that are one token each and cut the text."""
+    pattern: Literal["gpt2", "cl100k"] = "gpt2"
+    """How text is cut into words: cl100k, of GPT-4, takes at most three digits together."""
+    ties: Literal["greatest", "lowest-id"] = "greatest"
+    """Which of two equally frequent pairs goes first; lowest-id is Hugging Face's rule."""
+    fast: Literal["on", "off"] = "on"
+    """Machine code; off: the reference."""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Encode text into token files."""
+
+    tokenizer: str
+    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
+    out: str
+    """The folder to write token files to, and the tokenizer, without which they mean nothing."""
+    data: str = "stdlib"
+    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
+    fast: Literal["on", "off"] = "on"
+    """Machine code; off: the reference."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show the tokens of a text, and how the merges made them."""
+
+    text: tyro.conf.Positional[str]
+    """The text."""
+    tokenizer: str = "gpt2"
+    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Encode the same text with two tokenizers."""
+
+    first: tyro.conf.Positional[str]
+    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
+    second: tyro.conf.Positional[str]
+    """Another."""
+    data: str = "stdlib"
+    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
+    fast: Literal["on", "off"] = "on"
+    """Machine code; off: the reference."""
+
+
+COMMANDS = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the command line says. For a mistake, prints one line and exits with 2."""
+    with parse.exit_on_error():
+        match parse.parse_command(COMMANDS, arguments, prog="python -m llm_basics.tokenizer"):
+            case Train() as options:
+                train(options)
+            case Encode() as options:
+                encode(options)
+            case Inspect() as options:
+                inspect(prepare.load_tokenizer(options.tokenizer), options.text)
+            case Compare() as options:
+                compare(options)
+
+
+def train(options: Train) -> None:
+    """Learn a vocabulary and write it."""
+    specials = bpe.check_special_tokens(options.special_tokens)
+    bpe.check_vocab_size(options.vocab_size, specials)
+    pattern = PATTERNS[options.pattern]
+    with _pieces(options.fast), _one_file(options.data) as path, terminal.progress_bar() as progress:
+        began = time.perf_counter()
+        vocab, merges = bpe.train_bpe(
+            path,
+            options.vocab_size,
+            specials,
+            pattern=pattern,
+            ties=options.ties,
+            progress=progress,
+        )
+        seconds, size = time.perf_counter() - began, path.stat().st_size
+    learned = tokenizer.Tokenizer(vocab, merges, specials, pattern)
+    learned.save(options.out)
+    print(f"learned {len(vocab):,} tokens from {size:,} bytes in {seconds:.2f} s: {options.out}")
+    if len(vocab) < options.vocab_size:
+        print(f"no pair of neighbors is left to merge, so there are {len(vocab):,} tokens, not more")
+    print("the first merges: " + ", ".join(vocabulary.show_token(left + right) for left, right in merges[:8]))
+    longest = sorted((left + right for left, right in merges), key=len)[-5:]
+    print("the longest tokens: " + ", ".join(map(vocabulary.show_token, longest)))
+
+
+def encode(options: Encode) -> None:
+    """Encode text into token files."""
+    with _pieces(options.fast), _one_file(options.data) as path:
+        chosen = prepare.load_tokenizer(options.tokenizer)
+        if corpus.DOCUMENT_SEPARATOR not in chosen.special_tokens:
+            specials = [*chosen.special_tokens, corpus.DOCUMENT_SEPARATOR]
+            chosen = tokenizer.Tokenizer(chosen.vocab, chosen.merges, specials, chosen.pattern)
+        with terminal.progress_bar() as progress:
+            began = time.perf_counter()
+            written = shards.encode_to_file(chosen, path, options.out, "tokens", progress=progress)
+            seconds, size = time.perf_counter() - began, path.stat().st_size
+    chosen.save(Path(options.out) / "tokenizer")
+    print(f"encoded {size:,} bytes in {seconds:.2f} s ({size / seconds / 1e6:.0f} MB/s)")
+    print("\n".join(f"{path}  {path.stat().st_size:,} bytes" for path in written))
+
+
+def inspect(chosen: tokenizer.Tokenizer, content: str) -> None:
+    """Print the tokens of a text with their ids, and the merges that made each word."""
+    screen = _screen()
+    ids = chosen.encode(content)
+    n_bytes = len(tokenizer.replace_surrogates(content).encode("utf-8"))
+    screen.print(_in_colors(chosen, ids))
+    screen.print(f"{len(ids)} tokens, {n_bytes} bytes: {n_bytes / max(1, len(ids)):.2f} bytes per token\n")
+    rows = table.Table(box=box.SIMPLE)
+    rows.add_column("id", justify="right")
+    rows.add_column("token")
+    for id in ids:
+        rows.add_row(str(id), text.Text(vocabulary.show_token(chosen.vocab[id])))
+    screen.print(rows)
+    rank_of = {left + right: rank for rank, (left, right) in enumerate(chosen.merges, start=1)}
+    shown = set()
+    for piece in bpe.pretokenize(
+        tokenizer.replace_surrogates(content), chosen.special_tokens, chosen.pattern
+    ):
+        if piece in shown:
+            continue
+        shown.add(piece)
+        before: list[bytes] = []
+        for parts in chosen.merge_steps(piece.encode("utf-8")):
+            made = next((part for part in parts if part not in before), b"") if before else b""
+            label = f"merge {rank_of[made]:,}" if made in rank_of and before else "bytes"
+            screen.print(
+                text.Text(f"{label:>14}   " + "  ".join(map(vocabulary.show_token, parts))), soft_wrap=True
+            )
+            before = parts
+        screen.print()
+
+
+def compare(options: Compare) -> None:
+    """Print how many tokens two tokenizers need for the same text, and where they cut a piece of it."""
+    rows = table.Table(box=box.SIMPLE)
+    for title in ("", "vocabulary", "tokens", "bytes per token", "tokens never used"):
+        rows.add_column(title, justify="left" if not title else "right", overflow="fold")
+    samples = []
+    with _pieces(options.fast):
+        documents = corpus.read_documents(corpus.find_files(options.data))
+        if not documents:
+            raise ValueError(f"--data must hold text, but {options.data} is empty")
+        n_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
+        for name in (options.first, options.second):
+            chosen = prepare.load_tokenizer(name)
+            n_tokens, used = 0, set()
+            for ids in chosen.encode_batch([document.text for document in documents]):
+                n_tokens += len(ids)
+                used.update(ids)
+            unused = len(chosen.vocab) - len(used)
+            rows.add_row(
+                name, f"{len(chosen.vocab):,}", f"{n_tokens:,}", f"{n_bytes / n_tokens:.3f}", f"{unused:,}"
+            )
+            start = documents[len(documents) // 2].text.strip()[:SAMPLE_CHARACTERS]
+            samples.append((name, _in_colors(chosen, chosen.encode_ordinary(start))))
+    screen = _screen()
+    screen.print(f"{options.data}: {n_bytes:,} bytes")
+    screen.print(rows)
+    for title, sample in samples:
+        screen.print(text.Text(title), sample, sep="\n")
+
+
+def _in_colors(chosen: tokenizer.Tokenizer, ids: Sequence[int]) -> text.Text:
+    """The tokens one behind the other: in colors on a terminal, elsewhere with bars between them."""
+    line = text.Text()
+    for number, id in enumerate(ids):
+        if number and not sys.stdout.isatty():
+            line.append("|")
+        shown = vocabulary.show_token(chosen.vocab[id])
+        bare = shown[1:-1] if shown[0] in "'\"" else shown
+        line.append(bare, style=COLORS[number % len(COLORS)])
+    return line
+
+
+def _screen() -> console.Console:
+    return console.Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _pieces(fast: str) -> contextlib.AbstractContextManager[None]:
+    return swap.using("fast") if fast == "on" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _one_file(source: str) -> Iterator[Path]:
+    """A file with all documents of `source`: itself, if it is one, else one that is deleted afterwards."""
+    files = corpus.find_files(source)
+    if len(files) == 1:
+        yield files[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "documents.txt"
+        with open(path, "wb") as joined:
+            for file in files:
+                for document in corpus.read_documents([file]):
+                    joined.write((document.text + corpus.DOCUMENT_SEPARATOR).encode("utf-8"))
+        yield path

@@ -1,0 +1,1 @@
+"""Measuring models on text and on multiple-choice questions."""

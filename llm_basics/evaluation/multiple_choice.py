@@ -1,0 +1,170 @@
+"""Questions with several answers, of which a model picks the one that it finds likeliest.
+
+A file has one JSON object a line:
+
+    {"prompt": "The capital of France is", "choices": ["Lyon", "Paris"], "answer": 1}
+
+A long answer is less likely than a short one for its length alone. So there are two ways to pick: by the sum
+of the log-probabilities of an answer's tokens, and by that sum per byte of the answer (`acc` and `acc_bytes`
+of lm-evaluation-harness).
+"""
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_basics.core import files
+from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
+from llm_basics.evaluation import log_likelihood
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, what may follow it, and which of these is right. `source` is its file and line."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str = "a question"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model found of one question: the log-probability of each choice, and which it picks by it."""
+
+    log_probabilities: list[float]
+    picked: int
+    picked_per_byte: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model found of all questions.
+
+    `chance` is the accuracy of who guesses, on average, and `chance_error` its standard deviation.
+    """
+
+    n_questions: int
+    accuracy: float
+    accuracy_per_byte: float
+    chance: float
+    chance_error: float
+    questions: list[Prediction]
+
+
+def read(path: str | os.PathLike[str]) -> list[Question]:
+    """The questions of a file. Raises ValueError for the first line that is none, with its number."""
+    questions = []
+    for place, fields in files.json_lines(path, io.BytesIO(Path(path).read_bytes())):
+        try:
+            questions.append(_question(fields, place))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if not questions:
+        raise ValueError(f"{path} must hold a question a line, got none")
+    return questions
+
+
+def _question(fields: Any, source: str) -> Question:
+    """A question from the object of a line."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"a question must be an object with fields, got {type(fields).__name__}")
+    names = [name for name in ("prompt", "question") if name in fields]
+    if len(names) != 1:
+        raise ValueError(
+            f"a question must have one of prompt and question, got {' and '.join(names) or 'none'}"
+        )
+    prompt = fields[names[0]]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{names[0]} must be a text, got {prompt!r}")
+    if missing := [name for name in ("choices", "answer") if name not in fields]:
+        raise ValueError(f"a question must have {missing[0]}, got {', '.join(fields)}")
+    options, answer = fields["choices"], fields["answer"]
+    if not isinstance(options, list) or len(options) < 2:
+        raise ValueError(f"choices must be a list of at least two texts, got {options!r}")
+    if wrong := [option for option in options if not isinstance(option, str) or not option.strip()]:
+        raise ValueError(f"choices must be texts that are not empty, got {wrong[0]!r}")
+    # not isinstance: True is an int as well
+    if type(answer) is not int or not 0 <= answer < len(options):
+        raise ValueError(f"answer must be a number from 0 to {len(options) - 1}, got {answer!r}")
+    return Question(prompt, tuple(options), answer, source)
+
+
+def encode(
+    tokenizer: tokenizers.Tokenizer, question: Question, delimiter: str = " "
+) -> list[tuple[list[int], list[int]]]:
+    """Of each choice, the tokens before it and those to be scored.
+
+    Prompt and choice are encoded together, since a token may reach from one into the other. Such a token is
+    scored, of all choices alike: what is not scored are the tokens that all have in common with the prompt
+    without the white space at its end. An empty prompt is the end of a document.
+
+    >>> question = Question("2 + 2 =", ("4", "five"), answer=0)
+    >>> encode(tokenizers.Tokenizer.byte_level(), question)[0]
+    ([50, 32, 43, 32, 50, 32, 61], [32, 52])
+    """
+    prompt = tokenizers.replace_surrogates(question.prompt)
+    texts = []
+    for choice in question.choices:
+        has_space = prompt[-1:].isspace() or choice[:1].isspace() or not prompt
+        texts.append(tokenizer.encode_ordinary(prompt + ("" if has_space else delimiter) + choice))
+    columns = zip(tokenizer.encode_ordinary(prompt.rstrip()), *texts, strict=False)
+    common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
+    before = common or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    return [(before, text[len(common) :]) for text in texts]
+
+
+def ask(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    questions: Sequence[Question],
+    delimiter: str = " ",
+    batch_size: int = log_likelihood.BATCH_SIZE,
+) -> Answers:
+    """Let a model pick an answer to each question. Of equally likely ones, it picks the first."""
+    pairs, counts = [], []
+    for question in questions:
+        encoded = encode(tokenizer, question, delimiter)
+        longest = max(len(scored) for _, scored in encoded)
+        if longest > model.config.context_length:
+            raise ValueError(
+                f"a choice must fit into the model's {model.config.context_length} tokens, "
+                f"got one of {longest} ({question.source})"
+            )
+        pairs += encoded
+        counts.append(len(encoded))
+    scores = iter(log_likelihood.score_continuations(model, pairs, batch_size))
+    found = [
+        _pick(question, [next(scores)[0] for _ in range(n)])
+        for question, n in zip(questions, counts, strict=True)
+    ]
+    n_questions = len(found)
+    chances = [1 / n for n in counts]
+    return Answers(
+        n_questions,
+        accuracy=sum(each.picked == each.answer for each in found) / n_questions,
+        accuracy_per_byte=sum(each.picked_per_byte == each.answer for each in found) / n_questions,
+        chance=sum(chances) / n_questions,
+        chance_error=math.sqrt(sum(p * (1 - p) for p in chances)) / n_questions,
+        questions=found,
+    )
+
+
+def _pick(question: Question, log_probabilities: list[float]) -> Prediction:
+    per_byte = [
+        score / len(tokenizers.replace_surrogates(choice).encode("utf-8"))
+        for score, choice in zip(log_probabilities, question.choices, strict=True)
+    ]
+    return Prediction(
+        log_probabilities,
+        picked=log_probabilities.index(max(log_probabilities)),
+        picked_per_byte=per_byte.index(max(per_byte)),
+        answer=question.answer,
+    )

@@ -1,0 +1,1 @@
+"""Training and decoding on CPU: Numba kernels."""

@@ -1,0 +1,197 @@
+"""Loss and gradients of a batch by loops, each thread learning from texts of its own.
+
+A thread has its own sums of gradients too. So threads meet but once in a step, when these are added up:
+nobody waits for anybody in between, and what a thread works on stays in the cache of its core. For the same
+reason it takes some texts at a time, forward and back.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from llm_basics.core import config, dataloader, optim
+from llm_basics.core import model as models
+from llm_basics.fast import numba_jit
+from llm_basics.fast.cpu import interpreter, matmul, muon, tape, threads, weights
+
+# tokens that are taken forward and back at a time, if texts are not longer
+TOKENS = 128
+
+# what was measured to be no slower than torch: wide models spend their time in products, which MKL makes
+# better use of all caches for; and gradients of each thread must be added up, however few the tokens are
+WIDEST, MOST_WEIGHTS_PER_TOKEN = 384, 10_000
+
+# float32 numbers in a vector, as AVX has; others were not measured
+LEAST_VECTOR = 8
+
+# gradients of all threads together: 1 GB of them
+MOST_GRADIENTS = 1 << 28
+
+# of each model that has learned here, as long as there is the model
+_LEARNERS: weakref.WeakKeyDictionary[nn.Module, "Learner"] = weakref.WeakKeyDictionary()
+
+
+def learner_for(
+    model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> "Learner | None":
+    """What finds loss and gradients of a batch by loops; None where that is for torch to do."""
+    if not isinstance(model, models.TransformerLM) or unsupported(model, inputs):
+        return None
+    if not are_known(model.config, inputs, targets):
+        return None
+    learner, n_threads = _LEARNERS.get(model), torch.get_num_threads()
+    if learner is None or not learner.fits(model, n_threads):
+        log_if_compiling()
+        learner = _LEARNERS[model] = Learner(model, n_threads)
+    return learner
+
+
+@functools.cache
+def log_if_compiling() -> None:
+    """Say once what the first step of all waits for."""
+    if not numba_jit.used_before("interpreter"):
+        line = "compiling the loops that learn, which takes ten seconds or more and is done once"
+        print(f"{line} (--fast off does without)", file=sys.stderr)
+
+
+def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
+    """Why the loops cannot learn from a batch, or are not known to be faster; "" if they can."""
+    c, n_threads = model.config, torch.get_num_threads()
+    # tensors without content, by which memory is estimated, say that they are on the CPU
+    if type(inputs) is not Tensor or {inputs.device.type, model.lm_head.weight.device.type} != {"cpu"}:
+        return "model and tokens must be on the CPU"
+    if matmul.VECTOR < LEAST_VECTOR:
+        return "the processor has no wide vectors"
+    if reason := weights.supports(model):
+        return reason
+    if "hidden_states" in vars(model):
+        return "the model is compiled"
+    if c.norm_placement != "pre":
+        return "norms after sublayers are not known to them"
+    if c.dropout and model.training:
+        return f"the model has a dropout of {c.dropout}"
+    for name, size in (("d_model / n_heads", c.d_head), ("d_ff", c.d_hidden)):
+        if size % matmul.VECTOR:
+            return f"{name} must be a multiple of {matmul.VECTOR}, got {size}"
+    parameters = list(model.parameters())
+    if not all(parameter.requires_grad for parameter in parameters):
+        return "some weights are not to be learned"
+    if len(inputs) < n_threads:
+        return f"{len(inputs)} texts are too few for {n_threads} threads"
+    n_parameters = sum(parameter.numel() for parameter in parameters)
+    if c.d_model > WIDEST or n_parameters > MOST_WEIGHTS_PER_TOKEN * inputs.numel():
+        return f"{n_parameters:,} weights, {c.d_model} wide, are too many for {inputs.numel()} tokens"
+    if n_threads * n_parameters > MOST_GRADIENTS:
+        return f"gradients of {n_threads} threads would take too much memory"
+    return ""
+
+
+def are_known(
+    shape: config.ModelConfig, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> bool:
+    """Whether texts and tokens are such as the model has: for others a loop would look anywhere."""
+    if inputs.shape != targets.shape or not 0 < inputs.shape[1] <= shape.context_length:
+        return False
+    tokens, answers = inputs.numpy(), targets.numpy()
+    counted = np.where(answers != dataloader.IGNORE_INDEX, answers, 0)
+    limits = (tokens, shape.padded_vocab_size), (counted, shape.vocab_size)
+    return all(ids.min() >= 0 and ids.max() < end for ids, end in limits)
+
+
+class Learner:
+    """Finds loss and gradients of one model on a number of threads."""
+
+    def __init__(self, model: models.TransformerLM, n_threads: int) -> None:
+        self.parameters = list(model.parameters())
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.projections = {
+            name: parameter
+            for name, parameter in tape.named(model).items()
+            if parameter.dim() == 2 and "embeddings" not in name
+        }
+        self.packed = {n: torch.empty(matmul.packed_size(*p.shape)) for n, p in self.projections.items()}
+        self.most = max(TOKENS, model.config.context_length)
+        self.task = tape.task_of(model)
+        self.programs = [tape.Program(model, self.packed, self.most) for _ in range(n_threads)]
+
+    def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
+        """Whether the model still has the weights that the programs know the addresses of."""
+        self.parameters = list(model.parameters())
+        addresses = [parameter.data_ptr() for parameter in self.parameters]
+        return addresses == self.addresses and n_threads == len(self.programs)
+
+    def learn(
+        self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+    ) -> tuple[float, list[Tensor]]:
+        """The mean loss over the targets that count, and its gradients in the order of the parameters."""
+        for name, weight in self.projections.items():
+            d_out, d_in = weight.shape
+            matmul.pack(weight.data_ptr(), d_in, d_out, d_in, self.packed[name].data_ptr())
+        tokens, answers = inputs.contiguous().numpy(), targets.contiguous().numpy()
+        n_targets = max(1, int(np.count_nonzero(answers != dataloader.IGNORE_INDEX)))
+        n_threads, seq = len(self.programs), inputs.shape[1]
+        task = self.task._replace(seq=seq, z_loss=z_loss, share=1 / n_targets)
+        ends = [i * len(tokens) // n_threads for i in range(n_threads + 1)]
+
+        def work(number: int) -> float:
+            own, texts = self.programs[number], slice(ends[number], ends[number + 1])
+            # not by torch, which would give this thread a team of its own, more than there are cores for
+            own.row.numpy().fill(0)
+            return interpreter.learn(
+                own.table,
+                tokens[texts].reshape(-1),
+                answers[texts].reshape(-1),
+                max(1, TOKENS // seq) * seq,
+                task,
+                own.common,
+                own.of_heads,
+            )
+
+        loss = sum(threads.parallel_map(work, n_threads))
+        first, *rows = [own.row for own in self.programs]
+        total = first + rows[0] if rows else first.clone()
+        for row in rows[1:]:
+            total += row
+        parts = total.split([parameter.numel() for parameter in self.parameters])
+        shaped = zip(parts, self.parameters, strict=True)
+        return loss / n_targets, [part.view(parameter.shape) for part, parameter in shaped]
+
+
+# --------------------------------------------------------------------------------------------------
+# Machine code that is not there yet
+
+
+def compile_apart() -> None:
+    """Make the machine code that steps need, in a process of its own, for this one to load.
+
+    What a process has just made is not to the last bit what it would load: a function that several others
+    call is there in several versions, and whose version is called depends on which came first. So the run
+    that compiled could not be gone on with bit for bit.
+    """
+    here = str(Path(__file__).parents[3])
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # where it fails, this process compiles for itself, and says what is wrong
+    subprocess.run([sys.executable, "-m", __name__], env=environment, stderr=subprocess.DEVNULL)
+    numba_jit.used_before.cache_clear()
+
+
+def main() -> None:
+    """Use all loops once."""
+    shape = config.ModelConfig(256, 8, d_model=4 * matmul.VECTOR, n_layers=1, n_heads=4)
+    model, tokens = models.TransformerLM(shape), torch.zeros(1, 8, dtype=torch.long)
+    Learner(model, 1).learn(tokens, tokens, 0.0)
+    nothing = np.empty((0, 3), np.int64)
+    muon.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""A model's weights as arrays for the loops of `decoding`, and which models those can read.
+
+A model of another kind, or with a piece of somebody's own in it, is told by its modules, its parameters and
+its config: what is not known here is not guessed.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm_basics import user_code
+from llm_basics.core import functional as F
+from llm_basics.core import layers
+from llm_basics.core import model as models
+from llm_basics.fast import layers as fast_layers
+from llm_basics.fast.cpu import decode, vectors
+
+# options of the model's config; of others only nothing (None, False, 0, "") is understood
+OPTIONS = set(
+    "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff norm norm_eps norm_placement "
+    "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init vocab_multiple".split()
+)
+VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
+
+# parameters and buffers, those of blocks without the number
+NAMES = set(
+    "token_embeddings.weight position_embeddings.weight lm_head.weight lm_head.bias ln_final.weight "
+    "ln_final.bias ln1.weight ln1.bias ln2.weight ln2.bias attn.q_proj.weight attn.q_proj.bias "
+    "attn.k_proj.weight attn.k_proj.bias attn.v_proj.weight attn.v_proj.bias attn.output_proj.weight "
+    "attn.output_proj.bias attn.q_norm.weight attn.k_norm.weight attn.rope.cos attn.rope.sin "
+    "ffn.w1.weight ffn.w1.bias ffn.w2.weight ffn.w2.bias ffn.w3.weight".split()
+)
+
+# the modules whose layers are known; fast layers have the parameters of their references
+LAYER_MODULES = {models.__name__, layers.__name__, fast_layers.__name__}
+
+# what a model calls, and the loops do not
+FUNCTIONS = (
+    "linear embedding softmax silu gelu relu2 swiglu rms_norm layer_norm rope_tables apply_rope "
+    "causal_mask scaled_dot_product_attention"
+).split()
+
+
+def unknown_part(model: models.TransformerLM) -> str:
+    """What of a model is not the reference's, or not known here; "" if all is."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind is not nn.ModuleList and kind.__module__ not in LAYER_MODULES:
+            return f"{name or 'the model'} is a {kind.__name__} of {user_code.origin(kind)}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} does more than a {kind.__name__} does"
+    for name in FUNCTIONS:
+        if not getattr(F, name).__module__.startswith("llm_basics."):
+            return f"{name} is of {user_code.origin(getattr(F, name))}"
+    for option, value in vars(model.config).items():
+        if (option not in OPTIONS and value) or value not in VALUES.get(option, [value]):
+            return f"the model's {option} is {value}"
+    return ""
+
+
+def supports(model: models.TransformerLM) -> str:
+    """Why neither loops nor graph can read a model; "" if one can: a graph on CUDA, else the loops."""
+    if reason := unknown_part(model):
+        return reason
+    # of each module its own, since a walk for parameters and one for buffers would take longer than a token
+    for name, tensor in [
+        (f"{place}.{name}", tensor)
+        for place, module in model.named_modules()
+        for name, tensor in (module._parameters | module._buffers).items()
+        if tensor is not None
+    ]:
+        if not _is_known(name):
+            return f"the model has {name}"
+        if tensor.device.type == "cuda":
+            continue
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        if not tensor.is_contiguous():
+            return f"the numbers of {name} do not lie in a row"
+    return "half precision is asked for" if torch.is_autocast_enabled("cpu") else ""
+
+
+@functools.cache
+def _is_known(name: str) -> bool:
+    """Whether a parameter or buffer of this name is understood."""
+    of_block = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return of_block in NAMES
+
+
+def shape_of(model: models.TransformerLM) -> decode.Shape:
+    """What the model's config decides, in numbers."""
+    c = model.config
+    return decode.Shape(
+        vocab_size=c.vocab_size,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads or c.n_heads,
+        is_layer_norm=c.norm == "layer",
+        is_post_norm=c.norm_placement == "post",
+        has_qk_norm=c.qk_norm,
+        ffn=vectors.FFN[c.ffn],
+        eps=c.norm_eps,
+    )
+
+
+def weights_of(model: models.TransformerLM) -> decode.Weights:
+    """Where the weights are, and copies of the small ones as they are now.
+
+    What the model does without is there too, with the value that changes nothing.
+    """
+    c = model.config
+    # a ModuleList does not say of what
+    blocks: list[Any] = list(model.layers)
+    attention, ffn = [block.attn for block in blocks], [block.ffn for block in blocks]
+    positions = (c.context_length, c.d_head // 2)
+    d_kv, rope = c.d_head * (c.n_kv_heads or c.n_heads), attention[0].rope
+    values = [f.w3 for f in ffn] if c.ffn == "swiglu" else []
+    return decode.Weights(
+        token_embeddings=_array(model.token_embeddings.weight),
+        position_embeddings=(
+            np.zeros((c.context_length, c.d_model), np.float32)
+            if model.position_embeddings is None
+            else _array(model.position_embeddings.weight)
+        ),
+        cos=np.ones(positions, np.float32) if rope is None else _array(rope.cos),
+        sin=np.zeros(positions, np.float32) if rope is None else _array(rope.sin),
+        ln1=np.stack([_array(block.ln1.weight) for block in blocks]),
+        ln1_bias=_biases([block.ln1 for block in blocks]),
+        q=_matrices([a.q_proj for a in attention], c.d_model, c.d_model),
+        q_bias=_biases([a.q_proj for a in attention]),
+        k=_matrices([a.k_proj for a in attention], d_kv, c.d_model),
+        k_bias=_biases([a.k_proj for a in attention]),
+        v=_matrices([a.v_proj for a in attention], d_kv, c.d_model),
+        v_bias=_biases([a.v_proj for a in attention]),
+        q_norm=_head_norms([a.q_norm for a in attention], c.d_head),
+        k_norm=_head_norms([a.k_norm for a in attention], c.d_head),
+        output=_matrices([a.output_proj for a in attention], c.d_model, c.d_model),
+        output_bias=_biases([a.output_proj for a in attention]),
+        ln2=np.stack([_array(block.ln2.weight) for block in blocks]),
+        ln2_bias=_biases([block.ln2 for block in blocks]),
+        up=_matrices([f.w1 for f in ffn], c.d_hidden, c.d_model),
+        up_bias=_biases([f.w1 for f in ffn]),
+        gated=_matrices(values, c.d_hidden, c.d_model),
+        down=_matrices([f.w2 for f in ffn], c.d_model, c.d_hidden),
+        down_bias=_biases([f.w2 for f in ffn]),
+        ln_final=model.ln_final.get_parameter("weight").detach().numpy(),
+        ln_final_bias=_bias(model.ln_final),
+        lm_head=_matrices([model.lm_head], len(model.lm_head.weight), c.d_model),
+        lm_head_bias=_bias(model.lm_head),
+    )
+
+
+def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_members: int) -> list[decode.State]:
+    """Room to work in, beside keys and values of all blocks as (block, head, position, feature).
+
+    Members of a team share what each makes a part of, and have the rest for themselves.
+    """
+    parts = {
+        "added": w.ln_final,
+        "q": w.q_bias[0],
+        "k": w.k_bias[0],
+        "v": w.v_bias[0],
+        "mixed": w.q_bias[0],
+        "hidden": w.up_bias[0],
+        "gated": w.up_bias[0],
+        "logits": w.lm_head_bias,
+    }
+    own = {"x": w.ln_final, "seen": w.ln_final}
+    shared = {name: _room(like) for name, like in parts.items()}
+    return [
+        decode.State(
+            keys,
+            values,
+            **shared,
+            **{name: _room(like) for name, like in own.items()},
+            scores=np.zeros(keys.shape[2], np.float32),
+            tokens=np.zeros(decode.AT_A_TIME, np.int64),
+        )
+        for _ in range(n_members)
+    ]
+
+
+def _room(like: np.ndarray) -> np.ndarray:
+    return np.zeros((decode.AT_A_TIME, len(like)), np.float32)
+
+
+def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
+    """The same weights with all matrices in 8 bits, and what their addresses are of, to be kept."""
+    kept = []
+
+    def rounded_matrices(matrices: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
+        found = np.empty_like(matrices)
+        for i, (address, _) in enumerate(matrices):
+            # a multiple of four rows
+            numbers = np.zeros((-(-d_out // 4) * 4, vectors.padded(d_in)), np.int8)
+            scales = np.empty(d_out, np.float32)
+            vectors.round_rows(address, d_in, numbers, scales)
+            kept.extend([numbers, scales])
+            found[i] = numbers.ctypes.data, scales.ctypes.data
+        return found
+
+    d_model, d_hidden = len(w.ln_final), len(w.up_bias[0])
+    sizes = {
+        "q": (d_model, d_model),
+        "k": (len(w.k_bias[0]), d_model),
+        "v": (len(w.v_bias[0]), d_model),
+        "output": (d_model, d_model),
+        "up": (d_hidden, d_model),
+        "gated": (d_hidden, d_model),
+        "down": (d_model, d_hidden),
+        "lm_head": (len(w.lm_head_bias), d_model),
+    }
+    matrices = {name: rounded_matrices(getattr(w, name), *size) for name, size in sizes.items()}
+    return w._replace(**matrices), kept
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor where they are."""
+    return tensor.detach().numpy()
+
+
+def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
+    """The addresses of weights without scales, which have the size that the loops will take them for."""
+    for linear in linears:
+        assert linear.weight.shape == (d_out, d_in), (linear, d_out, d_in)
+    return np.array([(linear.weight.data_ptr(), 0) for linear in linears], np.int64).reshape(-1, 2)
+
+
+def _bias(module: Any) -> np.ndarray:
+    bias = getattr(module, "bias", None)
+    return np.zeros(len(module.weight), np.float32) if bias is None else _array(bias)
+
+
+def _biases(modules: Sequence[Any]) -> np.ndarray:
+    return np.stack([_bias(module) for module in modules])
+
+
+def _head_norms(norms: Sequence[layers.RMSNorm | None], d_head: int) -> np.ndarray:
+    ones = np.ones(d_head, np.float32)
+    return np.stack([ones if norm is None else _array(norm.weight) for norm in norms])

@@ -1,0 +1,1 @@
+"""Training and decoding on GPU: Triton kernels and CUDA graphs."""

@@ -1,0 +1,117 @@
+"""Blocks of queries and keys, as the kernels of attention see them: which see each other, where they lie.
+
+A block of queries sees some blocks of keys whole, some in part and, if attention is causal, some not at all.
+For 4 queries a block and 2 keys a block:
+
+                 keys 0 1   2 3   4 5   6 7
+    query 4           x x   x x   x
+    query 5           x x   x x   x x
+    query 6           x x   x x   x x   x
+    query 7           x x   x x   x x   x x
+                      whole       on the edge
+
+Only on the edge each pair has to be looked at. What lies beyond is never loaded.
+"""
+
+from triton import language as tl
+
+from llm_basics.fast.cuda import triton_jit
+
+
+@triton_jit.kernel
+def sees(
+    queries: triton_jit.Tile, keys: triton_jit.Tile, n_keys: triton_jit.Number, IS_CAUSAL: tl.constexpr
+) -> triton_jit.Tile:
+    """Which queries see which keys: those that exist and, if causal, do not come later."""
+    seen = keys < n_keys
+    if IS_CAUSAL:
+        seen = seen & (keys <= queries)
+    return seen
+
+
+@triton_jit.kernel
+def key_range(
+    first_query: triton_jit.Number,
+    n_keys: triton_jit.Number,
+    ON_EDGE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> tuple[triton_jit.Number, triton_jit.Number]:
+    """The keys in blocks that a block of queries sees whole; or those that follow, up to the last seen."""
+    whole, end = n_keys, n_keys
+    if IS_CAUSAL:
+        whole = tl.minimum(first_query + 1, n_keys)
+        end = tl.minimum(first_query + QUERIES, n_keys)
+    whole = whole // KEYS * KEYS
+    if ON_EDGE:
+        begin = whole
+    else:
+        begin, end = 0, whole
+    return begin, end
+
+
+@triton_jit.kernel
+def query_range(
+    first_key: triton_jit.Number,
+    n_queries: triton_jit.Number,
+    ON_EDGE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> tuple[triton_jit.Number, triton_jit.Number]:
+    """The queries in blocks that see a block of keys whole; or those before, from the first that sees any."""
+    begin, whole = 0, 0
+    if IS_CAUSAL:
+        begin = first_key // QUERIES * QUERIES
+        whole = tl.cdiv(first_key + KEYS - 1, QUERIES) * QUERIES
+    if ON_EDGE:
+        end = tl.minimum(whole, n_queries)
+    else:
+        begin, end = whole, n_queries
+    return begin, end
+
+
+@triton_jit.kernel
+def first_block_first(
+    n_rows: triton_jit.Number, ROWS: tl.constexpr
+) -> tuple[triton_jit.Number, triton_jit.Number]:
+    """The head and the first row that this program works on: one head after the other, for the cache."""
+    n_blocks = tl.cdiv(n_rows, ROWS)
+    # 64 bits: all heads together may have more than 2^31 elements, one has less
+    return (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks * ROWS
+
+
+@triton_jit.kernel
+def last_block_first(
+    n_rows: triton_jit.Number, ROWS: tl.constexpr
+) -> tuple[triton_jit.Number, triton_jit.Number]:
+    """The same from the other end: the last queries see most, and what takes longest should begin first."""
+    head, first_row = first_block_first(n_rows, ROWS)
+    return head, (tl.cdiv(n_rows, ROWS) - 1) * ROWS - first_row
+
+
+@triton_jit.kernel
+def rows(
+    first: triton_jit.Number,
+    n_rows: triton_jit.Number,
+    D_HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tuple[triton_jit.Tile, triton_jit.Tile, triton_jit.Tile]:
+    """The numbers of a block's rows, where their elements are in their head, and which of these exist."""
+    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (rows < n_rows)[:, None] & (columns < D_HEAD)[None, :]
+    return rows, rows[:, None] * D_HEAD + columns[None, :], inside
+
+
+@triton_jit.kernel
+def products(left: triton_jit.Tile, right: triton_jit.Tile) -> triton_jit.Tile:
+    """The dot products of all rows of two tiles; "ieee" keeps float32 from being cut to TF32's 11 bits."""
+    return tl.dot(left, tl.trans(right), input_precision="ieee")
+
+
+@triton_jit.kernel
+def times(weights: triton_jit.Tile, tile: triton_jit.Tile) -> triton_jit.Tile:
+    """A product of matrices in the precision of `tile`, summed in float32."""
+    return tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")

@@ -1,0 +1,300 @@
+"""Vectors on a graphics card: one token's products, norms and activations, and its look back, as kernels.
+
+A program makes some rows of a product. The vector that comes in is normalized by each of them again: it is in
+the cache, and to do so takes less time than to start a kernel. `triton_decoding` puts them together.
+"""
+
+from triton import language as tl
+
+from llm_basics.fast.cuda import triton_jit
+
+# below any score but -inf
+LOWEST = tl.constexpr(-3.4e38)
+# scores that are no further apart may be so by rounding (`vectors.NEAR`)
+NEAR = tl.constexpr(1e-5)
+
+
+@triton_jit.kernel
+def embed(
+    token: triton_jit.Pointer,
+    position: triton_jit.Pointer,
+    tokens: triton_jit.Pointer,
+    positions: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    d_model: triton_jit.Number,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program copies a block of the features."""
+    ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(tokens + tl.load(token) * d_model + ids, mask=ids < d_model)
+    if HAS_POSITIONS:
+        x += tl.load(positions + tl.load(position) * d_model + ids, mask=ids < d_model)
+    tl.store(out + ids, x, mask=ids < d_model)
+
+
+@triton_jit.kernel
+def project_heads(
+    x: triton_jit.Pointer,
+    norm_weight: triton_jit.Pointer,
+    norm_bias: triton_jit.Pointer,
+    q_weight: triton_jit.Pointer,
+    k_weight: triton_jit.Pointer,
+    v_weight: triton_jit.Pointer,
+    q_bias: triton_jit.Pointer,
+    k_bias: triton_jit.Pointer,
+    v_bias: triton_jit.Pointer,
+    q_norm: triton_jit.Pointer,
+    k_norm: triton_jit.Pointer,
+    cos: triton_jit.Pointer,
+    sin: triton_jit.Pointer,
+    position: triton_jit.Pointer,
+    queries: triton_jit.Pointer,
+    keys: triton_jit.Pointer,
+    values: triton_jit.Pointer,
+    d_model: triton_jit.Number,
+    n_heads: triton_jit.Number,
+    n_kv_heads: triton_jit.Number,
+    d_head: triton_jit.Number,
+    context_length: triton_jit.Number,
+    eps: triton_jit.Number,
+    NORM: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_HEAD_NORMS: tl.constexpr,
+    HAS_TURNS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program makes one head of queries, keys or values, as pairs: that is what RoPE turns."""
+    head = tl.program_id(0)
+    place = tl.load(position)
+    if head < n_heads:
+        weight, bias, head_norm = q_weight, q_bias, q_norm
+        out = queries + head * d_head
+    elif head < n_heads + n_kv_heads:
+        head -= n_heads
+        weight, bias, head_norm = k_weight, k_bias, k_norm
+        out = keys + (head * context_length + place) * d_head
+    else:
+        head -= n_heads + n_kv_heads
+        weight, bias, head_norm = v_weight, v_bias, k_norm
+        out = values + (head * context_length + place) * d_head
+    is_value = tl.program_id(0) >= n_heads + n_kv_heads
+
+    pairs = tl.arange(0, HALF)
+    is_pair = pairs < d_head // 2
+    mean, scale = _measure(x, d_model, eps, NORM, BLOCK)
+    rows = weight + (head * d_head + 2 * pairs)[:, None] * d_model
+    first, second = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    for start in range(0, d_model, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        normal = _normalize(x, norm_weight, norm_bias, ids, d_model, mean, scale, NORM, HAS_NORM_BIAS)
+        there, places = is_pair[:, None] & (ids < d_model)[None, :], rows + ids[None, :]
+        first += tl.sum(tl.load(places, mask=there, other=0.0) * normal[None, :], axis=1)
+        second += tl.sum(tl.load(places + d_model, mask=there, other=0.0) * normal[None, :], axis=1)
+    if HAS_BIAS:
+        first += tl.load(bias + head * d_head + 2 * pairs, mask=is_pair, other=0.0)
+        second += tl.load(bias + head * d_head + 2 * pairs + 1, mask=is_pair, other=0.0)
+    if not is_value:
+        if HAS_HEAD_NORMS:
+            first, second = _normalize_head(first, second, head_norm, pairs, d_head, eps)
+        if HAS_TURNS:
+            turn = place * (d_head // 2) + pairs
+            c = tl.load(cos + turn, mask=is_pair, other=0.0)
+            s = tl.load(sin + turn, mask=is_pair, other=0.0)
+            first, second = first * c - second * s, first * s + second * c
+    tl.store(out + 2 * pairs, first, mask=is_pair)
+    tl.store(out + 2 * pairs + 1, second, mask=is_pair)
+
+
+@triton_jit.kernel
+def _normalize_head(
+    first: triton_jit.Tile,
+    second: triton_jit.Tile,
+    weight: triton_jit.Pointer,
+    pairs: triton_jit.Tile,
+    d_head: triton_jit.Number,
+    eps: triton_jit.Number,
+) -> tuple[triton_jit.Tile, triton_jit.Tile]:
+    """The numbers of a head by RMSNorm, as pairs."""
+    is_pair = pairs < d_head // 2
+    shrink = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=0) / d_head + eps)
+    first *= shrink * tl.load(weight + 2 * pairs, mask=is_pair, other=0.0)
+    second *= shrink * tl.load(weight + 2 * pairs + 1, mask=is_pair, other=0.0)
+    return first, second
+
+
+@triton_jit.kernel
+def attend(
+    queries: triton_jit.Pointer,
+    keys: triton_jit.Pointer,
+    values: triton_jit.Pointer,
+    position: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    scale: triton_jit.Number,
+    context_length: triton_jit.Number,
+    group: triton_jit.Number,
+    d_head: triton_jit.Number,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """One program is one head: the mean of all values up to `position`, weighted by softmax."""
+    head = tl.program_id(0)
+    features = tl.arange(0, WIDTH)
+    is_feature = features < d_head
+    query = scale * tl.load(queries + head * d_head + features, mask=is_feature, other=0.0)
+    n_keys = tl.load(position) + 1
+    start = (head // group) * context_length * d_head
+    peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    mixed = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, n_keys, KEYS):
+        seen = first + tl.arange(0, KEYS)
+        where = start + seen[:, None] * d_head + features[None, :]
+        there = (seen < n_keys)[:, None] & is_feature[None, :]
+        scores = tl.sum(tl.load(keys + where, mask=there, other=0.0) * query[None, :], axis=1)
+        scores = tl.where(seen < n_keys, scores, -float("inf"))
+        higher = tl.maximum(peak, tl.max(scores, axis=0))
+        shares, shrink = tl.exp(scores - higher), tl.exp(peak - higher)
+        here = tl.sum(shares[:, None] * tl.load(values + where, mask=there, other=0.0), axis=0)
+        mixed = mixed * shrink + here
+        total = total * shrink + tl.sum(shares, axis=0)
+        peak = higher
+    tl.store(out + head * d_head + features, mixed / total, mask=is_feature)
+
+
+@triton_jit.kernel
+def project(
+    x: triton_jit.Pointer,
+    norm_weight: triton_jit.Pointer,
+    norm_bias: triton_jit.Pointer,
+    weight: triton_jit.Pointer,
+    gate: triton_jit.Pointer,
+    bias: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    d_in: triton_jit.Number,
+    d_out: triton_jit.Number,
+    eps: triton_jit.Number,
+    NORM: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    IS_ADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program makes some numbers of what comes out."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < d_out
+    mean, scale = _measure(x, d_in, eps, NORM, BLOCK)
+    # 64 bits: there may be more than 2^31 weights
+    where = rows.to(tl.int64)[:, None] * d_in
+    y, gates = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(0, d_in, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        normal = _normalize(x, norm_weight, norm_bias, ids, d_in, mean, scale, NORM, HAS_NORM_BIAS)
+        there = is_row[:, None] & (ids < d_in)[None, :]
+        y += tl.sum(tl.load(weight + where + ids[None, :], mask=there, other=0.0) * normal[None, :], axis=1)
+        if ACTIVATION == 5:
+            gated = tl.load(gate + where + ids[None, :], mask=there, other=0.0) * normal[None, :]
+            gates += tl.sum(gated, axis=1)
+    if HAS_BIAS:
+        y += tl.load(bias + rows, mask=is_row, other=0.0)
+    y = _activate(y, gates, ACTIVATION)
+    if IS_ADDED:
+        y += tl.load(out + rows, mask=is_row, other=0.0)
+    tl.store(out + rows, y, mask=is_row)
+
+
+@triton_jit.kernel
+def _activate(y: triton_jit.Tile, gates: triton_jit.Tile, ACTIVATION: tl.constexpr) -> triton_jit.Tile:
+    """An activation by its number."""
+    if ACTIVATION == 1:
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == 2:
+        # (1 + tanh u) / 2 is the sigmoid of 2u
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == 3:
+        y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
+    elif ACTIVATION == 4:
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == 5:
+        y = y * tl.sigmoid(y) * gates
+    return y
+
+
+@triton_jit.kernel
+def choose(
+    logits: triton_jit.Pointer,
+    token: triton_jit.Pointer,
+    position: triton_jit.Pointer,
+    written: triton_jit.Pointer,
+    vocab_size: triton_jit.Number,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program looks through all logits, for the highest and the one below."""
+    best, second = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
+    likeliest, n_strange = 0, 0
+    for first in range(0, vocab_size, BLOCK):
+        ids = first + tl.arange(0, BLOCK)
+        scores = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf"))
+        top = tl.max(scores, axis=0)
+        lowest = tl.min(tl.where(scores == top, ids, vocab_size), axis=0)
+        others = tl.max(tl.where(ids == lowest, -float("inf"), scores), axis=0)
+        second = tl.maximum(tl.maximum(second, others), tl.minimum(best, top))
+        likeliest = tl.where(top > best, lowest, likeliest)
+        best = tl.maximum(best, top)
+        n_strange += tl.sum((scores != scores).to(tl.int32), axis=0)
+    place = tl.load(position) + 1
+    is_clear = (best - second >= NEAR) & (best < float("inf")) & (n_strange == 0)
+    tl.store(token, likeliest)
+    tl.store(position, place)
+    tl.store(written + place, tl.where(is_clear, likeliest, -1))
+
+
+@triton_jit.kernel
+def _measure(
+    x: triton_jit.Pointer,
+    d_in: triton_jit.Number,
+    eps: triton_jit.Number,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[triton_jit.Number, triton_jit.Number]:
+    """What a norm subtracts from a vector, and what it multiplies it by then."""
+    mean, scale = tl.full((), 0.0, tl.float32), tl.full((), 1.0, tl.float32)
+    if NORM == 2:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, d_in, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            total += tl.load(x + ids, mask=ids < d_in, other=0.0)
+        mean = tl.sum(total, axis=0) / d_in
+    if NORM != 0:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, d_in, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            apart = tl.where(ids < d_in, tl.load(x + ids, mask=ids < d_in, other=0.0) - mean, 0.0)
+            squares += apart * apart
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / d_in + eps)
+    return mean, scale
+
+
+@triton_jit.kernel
+def _normalize(
+    x: triton_jit.Pointer,
+    weight: triton_jit.Pointer,
+    bias: triton_jit.Pointer,
+    ids: triton_jit.Tile,
+    d_in: triton_jit.Number,
+    mean: triton_jit.Number,
+    scale: triton_jit.Number,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> triton_jit.Tile:
+    """Some features of a vector, normalized."""
+    there = ids < d_in
+    y = tl.load(x + ids, mask=there, other=0.0)
+    if NORM != 0:
+        y = (y - mean) * scale * tl.load(weight + ids, mask=there, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias + ids, mask=there, other=0.0)
+    return y

@@ -1,0 +1,317 @@
+"""Attention that never writes its scores down: FlashAttention (arXiv 2205.14135, 2307.08691).
+
+Step by step, `functional.scaled_dot_product_attention` makes a score for each pair of a query and a key, and
+in bfloat16 moves 64 bytes for it: 2 to multiply, 4 to scale, 8 to mask, 44 for softmax, 4 to mask again and 2
+to multiply again. At 1,024 positions, 12 heads and a batch of 8 these are 6.4 GB in each layer, and the
+probabilities are kept for the backward pass. Queries, keys, values and the output together are 50 MB.
+
+Softmax stands in the way, since it needs all scores of a query before it has the first probability. But it
+can be had block by block, as in `triton_cross_entropy`. With the peak `m` and the sum `l` of what was seen,
+and a block of scores `s` with values `V`,
+
+    m' = max(m, max s)      l' = l exp(m - m') + sum exp(s - m')
+                            o' = o exp(m - m') + exp(s - m') V
+
+and `o / l` is the output, exactly. So a program holds a block of queries in registers and lets the blocks of
+keys and values pass by: 4 d_head / QUERIES bytes a score, from the cache as a rule. Above the diagonal no
+query sees anything, and those blocks are skipped.
+
+Backward, a probability `P = exp(s - L)` is calculated again from the scores and one number that was kept for
+each query, `L = m + log l`. With `dO` the gradient of the output,
+
+    dP = dO V^T     dS = P (dP - D)     where D = sum of dO O over d_head
+    dV = P^T dO     dQ = dS K scale     dK = dS^T Q scale
+
+The sum in dQ goes over keys, those in dK and dV over queries: one kernel each, in which every program owns
+its rows. So nothing has to be added up between programs, and each run gives the same bits.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Bool, Float
+from torch import Tensor
+from triton import language as tl
+
+from llm_basics.core import functional as reference
+from llm_basics.fast.cuda import attention_blocks as blocks
+from llm_basics.fast.cuda import triton_jit
+
+# the reference, whose name may come to stand for what is defined here
+attention_in_steps = reference.scaled_dot_product_attention
+
+# by the width of a head, forward and backward: the rows that a program holds, the rows that pass by at once,
+# the warps that share the work, and how many blocks are on their way; chosen so that the registers suffice,
+# and 99 KB of shared memory, which cards for the home have
+TILES_OF_HALVES = {
+    64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+    128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((64, 32, 4, 2), (32, 32, 8, 1)),
+}
+# without tensor cores, which would cut float32 short, each thread holds whole rows of what it multiplies
+TILES_OF_FLOATS = {
+    64: ((32, 32, 4, 2), (32, 32, 4, 2)),
+    128: ((32, 16, 8, 2), (32, 16, 8, 2)),
+    256: ((16, 16, 8, 2), (16, 16, 8, 2)),
+}
+WIDEST = max(TILES_OF_HALVES)
+# exponentials are powers of two here, which is what the hardware has: e^x = 2^(x log2 e)
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def scaled_dot_product_attention(
+    query: Float[Tensor, "... queries d_k"],
+    key: Float[Tensor, "... keys d_k"],
+    value: Float[Tensor, "... keys d_v"],
+    mask: Bool[Tensor, "... queries keys"] | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "... queries d_v"]:
+    """`functional.scaled_dot_product_attention` without the matrix of scores; its gradients have none.
+
+    With a mask or dropout, with broadcast axes, and where autocast would narrow the inputs, the reference
+    calculates.
+
+    >>> q, k = torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]])
+    >>> scaled_dot_product_attention(q, k, value=torch.tensor([[3.0], [5.0]]))
+    tensor([[4.]])
+    """
+    if mask is not None or dropout_p != 0 or not _can_take(query, key, value):
+        return attention_in_steps(query, key, value, mask, is_causal, dropout_p)
+    return _Attention.apply(query, key, value, is_causal)
+
+
+def _can_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernels fit: one dtype, one width, the same leading axes."""
+    narrowed = query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type)
+    return (
+        triton_jit.can_take(query, key, value)
+        and not narrowed
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
+        and query.shape[-1] <= WIDEST
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Forward
+
+
+@triton_jit.kernel
+def _attend(
+    query: triton_jit.Pointer,
+    key: triton_jit.Pointer,
+    value: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    log_sums: triton_jit.Pointer,
+    n_queries: triton_jit.Number,
+    n_keys: triton_jit.Number,
+    scale: triton_jit.Number,
+    IS_CAUSAL: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """One program gives a block of queries of one head their outputs."""
+    head, first_query = blocks.last_block_first(n_queries, QUERIES)
+    queries, query_at, is_query = blocks.rows(first_query, n_queries, D_HEAD, QUERIES, WIDTH)
+    query_at += head * n_queries * D_HEAD
+    key_head = head * n_keys * D_HEAD
+    q = tl.load(query + query_at, mask=is_query, other=0.0)
+
+    peak = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
+    # the loop is there twice: for the blocks that all queries see, and for those where one has to look
+    for ON_EDGE in tl.static_range(2):
+        begin, end = blocks.key_range(first_query, n_keys, ON_EDGE, IS_CAUSAL, QUERIES, KEYS)
+        for first_key in range(begin, end, KEYS):
+            keys, key_at, is_key = blocks.rows(first_key, n_keys, D_HEAD, KEYS, WIDTH)
+            k = tl.load(key + key_head + key_at, mask=is_key, other=0.0)
+            v = tl.load(value + key_head + key_at, mask=is_key, other=0.0)
+            scores = blocks.products(q, k) * (scale * LOG2_E)
+            if ON_EDGE:
+                seen = blocks.sees(queries[:, None], keys[None, :], n_keys, IS_CAUSAL)
+                scores = tl.where(seen, scores, -float("inf"))
+            # every query sees key 0, which is in the first block: the peak is finite from there on
+            higher = tl.maximum(peak, tl.max(scores, axis=1))
+            shrink = tl.exp2(peak - higher)
+            weights = tl.exp2(scores - higher[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            mixed = mixed * shrink[:, None] + blocks.times(weights, v)
+            peak = higher
+
+    tl.store(out + query_at, mixed / total[:, None], mask=is_query)
+    tl.store(log_sums + head * n_queries + queries, peak + tl.log2(total), mask=queries < n_queries)
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward
+
+
+@triton_jit.kernel
+def _differentiate_queries(
+    query: triton_jit.Pointer,
+    key: triton_jit.Pointer,
+    value: triton_jit.Pointer,
+    out: triton_jit.Pointer,
+    grad_out: triton_jit.Pointer,
+    log_sums: triton_jit.Pointer,
+    deltas: triton_jit.Pointer,
+    grad_query: triton_jit.Pointer,
+    n_queries: triton_jit.Number,
+    n_keys: triton_jit.Number,
+    scale: triton_jit.Number,
+    IS_CAUSAL: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """One program sums dQ of a block of queries over the keys; and writes their D, which dK needs too."""
+    head, first_query = blocks.last_block_first(n_queries, QUERIES)
+    queries, query_at, is_query = blocks.rows(first_query, n_queries, D_HEAD, QUERIES, WIDTH)
+    query_at += head * n_queries * D_HEAD
+    key_head = head * n_keys * D_HEAD
+    q = tl.load(query + query_at, mask=is_query, other=0.0)
+    o = tl.load(out + query_at, mask=is_query, other=0.0)
+    do = tl.load(grad_out + query_at, mask=is_query, other=0.0)
+    of_query = head * n_queries + queries
+    log_sum = tl.load(log_sums + of_query, mask=queries < n_queries, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    tl.store(deltas + of_query, delta, mask=queries < n_queries)
+
+    dq = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for ON_EDGE in tl.static_range(2):
+        begin, end = blocks.key_range(first_query, n_keys, ON_EDGE, IS_CAUSAL, QUERIES, KEYS)
+        for first_key in range(begin, end, KEYS):
+            keys, key_at, is_key = blocks.rows(first_key, n_keys, D_HEAD, KEYS, WIDTH)
+            k = tl.load(key + key_head + key_at, mask=is_key, other=0.0)
+            v = tl.load(value + key_head + key_at, mask=is_key, other=0.0)
+            p = tl.exp2(blocks.products(q, k) * (scale * LOG2_E) - log_sum[:, None])
+            if ON_EDGE:
+                p = tl.where(blocks.sees(queries[:, None], keys[None, :], n_keys, IS_CAUSAL), p, 0.0)
+            ds = p * (blocks.products(do, v) - delta[:, None])
+            dq += blocks.times(ds, k)
+    tl.store(grad_query + query_at, dq * scale, mask=is_query)
+
+
+@triton_jit.kernel
+def _differentiate_keys(
+    query: triton_jit.Pointer,
+    key: triton_jit.Pointer,
+    value: triton_jit.Pointer,
+    grad_out: triton_jit.Pointer,
+    log_sums: triton_jit.Pointer,
+    deltas: triton_jit.Pointer,
+    grad_key: triton_jit.Pointer,
+    grad_value: triton_jit.Pointer,
+    n_queries: triton_jit.Number,
+    n_keys: triton_jit.Number,
+    scale: triton_jit.Number,
+    IS_CAUSAL: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """One program sums dK and dV of a block of keys over the queries; its tiles have a row for each key."""
+    head, first_key = blocks.first_block_first(n_keys, KEYS)
+    keys, key_at, is_key = blocks.rows(first_key, n_keys, D_HEAD, KEYS, WIDTH)
+    key_at += head * n_keys * D_HEAD
+    query_head = head * n_queries * D_HEAD
+    k = tl.load(key + key_at, mask=is_key, other=0.0)
+    v = tl.load(value + key_at, mask=is_key, other=0.0)
+
+    dk = tl.zeros((KEYS, WIDTH), tl.float32)
+    dv = tl.zeros((KEYS, WIDTH), tl.float32)
+    for ON_EDGE in tl.static_range(2):
+        begin, end = blocks.query_range(first_key, n_queries, ON_EDGE, IS_CAUSAL, QUERIES, KEYS)
+        for first_query in range(begin, end, QUERIES):
+            queries, query_at, is_query = blocks.rows(first_query, n_queries, D_HEAD, QUERIES, WIDTH)
+            of_query = head * n_queries + queries
+            # what is beyond the last query is 0, in dO too, and so adds nothing
+            q = tl.load(query + query_head + query_at, mask=is_query, other=0.0)
+            do = tl.load(grad_out + query_head + query_at, mask=is_query, other=0.0)
+            log_sum = tl.load(log_sums + of_query, mask=queries < n_queries, other=0.0)
+            delta = tl.load(deltas + of_query, mask=queries < n_queries, other=0.0)
+            p = tl.exp2(blocks.products(k, q) * (scale * LOG2_E) - log_sum[None, :])
+            if ON_EDGE:
+                p = tl.where(blocks.sees(queries[None, :], keys[:, None], n_keys, IS_CAUSAL), p, 0.0)
+            ds = p * (blocks.products(v, do) - delta[None, :])
+            dv += blocks.times(p, do)
+            dk += blocks.times(ds, q)
+    tl.store(grad_key + key_at, dk * scale, mask=is_key)
+    tl.store(grad_value + key_at, dv, mask=is_key)
+
+
+# --------------------------------------------------------------------------------------------------
+# As one operation
+
+
+class _Attention(torch.autograd.Function):
+    """The three kernels, as one operation that has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out = torch.empty_like(query)
+        log_sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        options = _options(query, key, is_causal)
+        held, passing, tuning = _tile(query, backward=False)
+        with triton_jit.on_device_of(query):
+            _attend[_programs(query, held)](
+                query, key, value, out, log_sums, **options, QUERIES=held, KEYS=passing, **tuning
+            )
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @triton_jit.differentiable_once
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, log_sums = ctx.saved_tensors
+        inputs = query, key, value
+        grad_out = grad_out.contiguous()
+        deltas = torch.empty_like(log_sums)
+        dq, dk, dv = (torch.empty_like(t) for t in inputs)
+        held, passing, tuning = _tile(query, backward=True)
+        tuning |= ctx.options
+        with triton_jit.on_device_of(query):
+            _differentiate_queries[_programs(query, held)](
+                *inputs, out, grad_out, log_sums, deltas, dq, QUERIES=held, KEYS=passing, **tuning
+            )
+            _differentiate_keys[_programs(key, held)](
+                *inputs, grad_out, log_sums, deltas, dk, dv, KEYS=held, QUERIES=passing, **tuning
+            )
+        return dq, dk, dv, None
+
+
+def _options(query: Tensor, key: Tensor, is_causal: bool) -> dict[str, int | float]:
+    """What all three kernels are told."""
+    d_head = query.shape[-1]
+    return {
+        "n_queries": query.shape[-2],
+        "n_keys": key.shape[-2],
+        "scale": 1 / math.sqrt(d_head),
+        "IS_CAUSAL": is_causal,
+        "D_HEAD": d_head,
+        # 16 is the least that tl.dot multiplies
+        "WIDTH": max(triton_jit.block_size(d_head, WIDEST), 16),
+    }
+
+
+def _tile(query: Tensor, backward: bool) -> tuple[int, int, dict[str, int]]:
+    """The rows that a program holds, those that pass by at once, and how it is run."""
+    tiles = TILES_OF_FLOATS if query.dtype == torch.float32 else TILES_OF_HALVES
+    width = min(width for width in tiles if width >= query.shape[-1])
+    held, passing, num_warps, num_stages = tiles[width][backward]
+    return held, passing, {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def _programs(rows: Tensor, held: int) -> tuple[int]:
+    """How many programs there are if each holds so many rows of one head."""
+    return (rows.shape[:-2].numel() * triton.cdiv(rows.shape[-2], held),)

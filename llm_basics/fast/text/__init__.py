@@ -1,0 +1,1 @@
+"""Tokenizer kernels: splitting, counting, merging, encoding."""

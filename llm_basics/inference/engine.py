@@ -1,0 +1,188 @@
+"""Let a trained model write.
+
+uv run python -m llm_basics.generate runs/NAME --prompt "def "
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llm_basics import swap
+from llm_basics.cli import commands
+from llm_basics.core import config, device, presets
+from llm_basics.core import generate as core_generate
+from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
+from llm_basics.data import tokenizer_formats
+from llm_basics.inference import detokenizer
+from llm_basics.runs import checkpoint, run_dir
+
+# --------------------------------------------------------------------------------------------------
+# Choosing the next token
+
+
+@torch.no_grad()
+def generate_batch(
+    model: models.TransformerLM,
+    prompts: Sequence[Int[Tensor, " _"]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_id: int | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    adjust: core_generate.LogitsFunction | None = None,
+    ends_with: Callable[[int, int], bool] = lambda i, token: False,
+) -> list[list[int]]:
+    """Continue several texts at once: for each what `generate` gives, drawn with its own generator.
+
+    From the end of the shortest prompt on, all texts go one token a step: a longer prompt goes on with its
+    own. So they are equally long at every step, and need neither padding nor a mask. Who is done leaves.
+    Best for prompts of similar lengths: what the longest has more than the shortest is read singly.
+    `ends_with` is told the number of a text and its new token, and says whether that is the last.
+    """
+    if not all(prompt.numel() for prompt in prompts):
+        raise ValueError("each prompt must have at least one token, got one with none")
+    texts = [prompt.tolist() for prompt in prompts]
+
+    ended: set[int] = set()
+
+    going_on = list(range(len(texts))) if max_new_tokens else []
+    length = min(map(len, texts), default=0)
+    context_length, place = model.config.context_length, model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    caches = model.make_kv_caches(batch=len(texts))
+    try:
+        while going_on:
+            is_cached = length <= context_length
+            first = caches[0].length if is_cached else length - context_length
+            tokens = torch.tensor([texts[i][first:length] for i in going_on], device=place)
+            logits = model(tokens, caches=caches if is_cached else None)[:, -1]
+            if adjust is not None:
+                so_far = [torch.tensor(texts[i][:length], device=place) for i in going_on]
+                logits = torch.stack([adjust(ids, row) for ids, row in zip(so_far, logits, strict=True)])
+            probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p).cpu()
+            for row, i in enumerate(going_on):
+                if len(texts[i]) == length:
+                    generator = generators[i] if generators is not None else None
+                    token = int(torch.multinomial(probabilities[row], 1, generator=generator))
+                    texts[i].append(token)
+                    n_new = len(texts[i]) - len(prompts[i])
+                    if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
+                        ended.add(i)
+            length += 1
+            rows = [row for row, i in enumerate(going_on) if i not in ended]
+            if len(rows) < len(going_on):
+                going_on = [going_on[row] for row in rows]
+                for cache in caches:
+                    cache.select(torch.tensor(rows, dtype=torch.long, device=place))
+    finally:
+        model.train(was_training)
+    new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return [text[:-1] if text and text[-1] == stop_id else text for text in new]
+
+
+# --------------------------------------------------------------------------------------------------
+# From tokens to text
+
+
+def prompt_tokens(
+    model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, prompt: str
+) -> Int[Tensor, " seq"]:
+    """The ids of the text `prompt`, where the model is; an empty one begins a new document."""
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    return torch.tensor(ids, device=model.lm_head.weight.device)
+
+
+def complete(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+    adjust: core_generate.LogitsFunction | None = None,
+) -> Iterator[str]:
+    """Continue the text `prompt` to the end of the document, or to the first of the strings `stops`."""
+    new = core_generate.generate(
+        model,
+        prompt_tokens(model, tokenizer, prompt),
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        generator=torch.Generator().manual_seed(seed),
+        adjust=adjust,
+    )
+    return detokenizer.detokenize(tokenizer, new, stops)
+
+
+def complete_batch(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: Sequence[int] = (),
+    stops: Sequence[str] = (),
+    adjust: core_generate.LogitsFunction | None = None,
+) -> list[str]:
+    """Continue several texts at once: for each what `complete` gives with its own seed."""
+    streams = [detokenizer.Detokenizer(tokenizer, stops) for _ in prompts]
+    texts = ["" for _ in prompts]
+
+    def ends_with(i: int, token: int) -> bool:
+        texts[i] += streams[i].read(token)
+        return streams[i].is_over
+
+    generate_batch(
+        model,
+        [prompt_tokens(model, tokenizer, prompt) for prompt in prompts],
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        adjust=adjust,
+        ends_with=ends_with,
+    )
+    return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def load_run(
+    folder: str | Path, place: torch.device | str = "cpu", which: str = "latest"
+) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
+    """The model of a run directory at its checkpoint `which` (`checkpoint.find`), and its tokenizer."""
+    options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    model = models.TransformerLM(options.model, device=place)
+    checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run_dir.CHECKPOINTS, which), model)
+    return model, tokenizer_formats.load(Path(folder) / "tokenizer")
+
+
+def open_run(
+    options: commands.GenerateConfig | commands.ChatConfig,
+) -> tuple[model.TransformerLM, tokenizer.Tokenizer]:
+    """The model and the tokenizer that `options` name, with their pieces put in place."""
+    if options.mine is not None:
+        swap.use(options.mine)
+        print(f"pieces    {swap.describe()}", file=sys.stderr)
+    if options.fast == "on":
+        swap.use("fast", log=lambda line: print(line, file=sys.stderr))
+    device.tune_allocator()
+    folder = run_dir.resolve(options.run_dir)
+    return load_run(folder, device.choose(options.device), options.checkpoint)

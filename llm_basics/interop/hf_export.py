@@ -1,0 +1,210 @@
+"""Write a trained model as transformers reads it.
+
+uv run python -m llm_basics.export runs/NAME --out my_model
+
+In the folder: model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json
+and README.md, a model card. transformers is not needed to write it, and torch alone computes the same.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import yaml
+
+from llm_basics import user_code
+from llm_basics.cli import commands, parse
+from llm_basics.core import config, files, presets
+from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
+from llm_basics.data import chat_template, tokenizer_formats
+from llm_basics.inference import engine
+from llm_basics.interop import hf_config, hf_weights
+from llm_basics.runs import checkpoint, run_dir
+
+EXPORTS = Path("exports")
+
+# what `chat.render` does, in transformers' words; there, a text that spells a special token is one
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('a role must be system, user or assistant, got ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# --------------------------------------------------------------------------------------------------
+# The files
+
+
+def export(
+    model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, folder: Path, card: str
+) -> hf_config.Layout:
+    """Write a model and its tokenizer to an existing folder, in the layout that is returned."""
+    shape = model.config
+    layout = hf_config.find(shape)
+    if tokenizer.vocab_size != shape.vocab_size:
+        raise ValueError(
+            f"model and tokenizer must have the same vocabulary, got {shape.vocab_size} ids and "
+            f"{tokenizer.vocab_size}"
+        )
+    end = tokenizer.special_id(tokenizers.END_OF_TEXT)
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    ends = [end, tokenizer.special_id(chat_template.END)] if chat_template.is_chat(tokenizer) else end
+    tensors = hf_weights.to_hf(layout, shape, model.state_dict())
+    # save_file would write a file that nobody else may read
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    # one of the two is what transformers calls it, depending on its version
+    options = hf_config.write_options(layout, shape) | ids | {"dtype": "float32", "torch_dtype": "float32"}
+    _write_json(folder / "config.json", options)
+    _write_json(folder / "generation_config.json", ids | {"eos_token_id": ends, "pad_token_id": end})
+    tokenizer_formats.write_tokenizer_json(tokenizer.to_vocabulary(), folder / "tokenizer.json")
+    _write_json(folder / "tokenizer_config.json", tokenizer_options(tokenizer, shape.context_length))
+    files.write(folder / "README.md", card)
+    return layout
+
+
+def tokenizer_options(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, Any]:
+    """What tokenizer_config.json says beside tokenizer.json."""
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizers.END_OF_TEXT,
+        "eos_token": tokenizers.END_OF_TEXT,
+    }
+    return options | ({"chat_template": CHAT_TEMPLATE} if chat_template.is_chat(tokenizer) else {})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The model card
+
+
+def model_card(
+    name: str,
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    options: config.Config,
+    about: dict[str, Any],
+    folder: Path,
+) -> str:
+    """What the model is, how it was trained, and how to load it: README.md, in Markdown."""
+    rows = {
+        "architecture": f"{hf_config.find(model.config).architecture} of transformers",
+        "parameters": f"{model.n_parameters():,}",
+        "context": f"{model.config.context_length:,} tokens",
+        "vocabulary": f"{model.config.vocab_size:,} tokens, byte-level BPE",
+        **_history(options, about, folder),
+    }
+    told = {"model": dataclasses.asdict(options.model)}
+    if "imported" not in about:
+        told["train"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options.train).items()}
+    return CARD.format(
+        name=name,
+        kind="answers" if chat_template.is_chat(tokenizer) else "continues text",
+        table="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
+        usage=CHAT_USAGE if chat_template.is_chat(tokenizer) else TEXT_USAGE,
+        options=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).rstrip(),
+    )
+
+
+TEXT_USAGE = 'inputs = tokenizer("Once", return_tensors="pt")'
+
+CHAT_USAGE = """chat = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llm_basics
+---
+
+# {name}
+
+A language model that {kind}, written and trained with llm_basics, a language model from scratch.
+
+{table}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{usage}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+## All options
+
+```yaml
+{options}
+```
+"""
+
+
+def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dict[str, str]:
+    """What a run says of its training up to a checkpoint, without the paths of a machine."""
+    if "imported" in about:
+        return {"imported from": about["imported"]}
+    step = about["step"]
+    rows = {"trained on": Path(options.data).name or "text", "steps": f"{step:,}"}
+    if "tokens" in about:
+        rows["tokens"] = f"{about['tokens']:,}"
+    measured = [entry for entry in run_dir.read_metrics(folder) if entry["step"] <= step]
+    losses = [entry for entry in measured if entry.get("train_loss") is not None]
+    evaluations = [entry for entry in measured if entry.get("val_loss") is not None]
+    if losses:
+        rows["training loss"] = f"{losses[-1]['train_loss']:.4f} in step {losses[-1]['step']:,}"
+    if evaluations:
+        last = evaluations[-1]
+        rows["validation loss"] = f"{last['val_loss']:.4f} nats per token after step {last['step']:,}"
+        for key, words in (("perplexity", "{:.2f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.1%}")):
+            if last.get(key) is not None:
+                rows[key.replace("_", " ")] = words.format(last[key])
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main(options: commands.ExportConfig) -> int:
+    """Export as `options` say. Returns the exit status."""
+    with parse.exit_on_error():
+        folder = run_dir.resolve(options.run_dir)
+        name = folder.resolve().name
+        out = Path(options.out) if options.out is not None else EXPORTS / name
+        path = checkpoint.find(folder / run_dir.CHECKPOINTS, options.checkpoint)
+        about = checkpoint.read_about(path)
+        model, tokenizer = engine.load_run(folder, which=str(about["step"]))
+        origin = f"{folder}/config.json"
+        trained = presets.update(config.Config(), run_dir.read_config(folder), origin=origin)
+        yours = [piece for piece, of in about.get("origins", {}).items() if user_code.is_of_file(of)]
+        if yours:
+            pieces = ", ".join(yours)
+            print(f"warning: trained with own pieces ({pieces}); transformers has its own", file=sys.stderr)
+        with run_dir.appearing(out) as temporary:
+            card = model_card(name, model, tokenizer, trained, about, folder)
+            layout = export(model, tokenizer, temporary, card)
+    print(
+        f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"
+        f"layout    {layout.architecture}\n"
+        f"written   {out}\n"
+        f'load it   transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+    )
+    return 0

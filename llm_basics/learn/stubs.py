@@ -1,0 +1,188 @@
+"""A reference -> a blank: its signature and its docstring with the worked example, and nothing in it."""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from llm_basics import swap, user_code
+from llm_basics.learn import lessons
+
+HEADER = '''"""My own pieces. Check them: uv run python -m llm_basics.learn check --mine {name}"""
+
+'''
+
+# what a blank may need, by the word in it that shows the need
+IMPORTS = {
+    "math": "import math",
+    "os": "import os",
+    "Counter": "from collections import Counter",
+    "Callable": "from collections.abc import Callable",
+    "Iterable": "from collections.abc import Iterable",
+    "Iterator": "from collections.abc import Iterator",
+    "Mapping": "from collections.abc import Mapping",
+    "Sequence": "from collections.abc import Sequence",
+    "Any": "from typing import Any",
+    "np": "import numpy as np",
+    "regex": "import regex",
+    "torch": "import torch",
+    "Bool": "from jaxtyping import Bool",
+    "Float": "from jaxtyping import Float",
+    "Int": "from jaxtyping import Int",
+    "Tensor": "from torch import Tensor",
+    "nn": "from torch import nn",
+}
+
+# of these classes the methods that training and tests call; what is left out is the reference's
+METHODS = {"Tokenizer": ["__init__", "encode", "encode_iterable", "decode"]}
+USUAL = ["__init__", "forward", "step", "append"]
+
+
+def start(name: str, path: str | Path) -> list[str]:
+    """Add the blanks of a step to a file, which is made if need be. Returns the names of the blanks."""
+    path = Path(path)
+    if path.suffix != ".py":
+        raise ValueError(f"--into must be a Python file, got {path}")
+    there = user_code.names(path) if path.exists() else []
+    lesson = lessons.load(name)
+    missing = [piece for piece in lesson.pieces if piece not in there and piece not in lesson.optional]
+    if not missing:
+        raise ValueError(f"{path} has {', '.join(lesson.needed)} already; delete it there to begin again")
+    blanks = [blank(piece) for piece in missing]
+    modules = [line for piece in missing for line in modules_used(piece)]
+    source = path.read_text(encoding="utf-8-sig") if path.exists() else HEADER.format(name=path.name)
+    path.write_text(_with_imports(source, blanks, modules), encoding="utf-8")
+    return missing
+
+
+def blank(piece: str) -> str:
+    """The source of a reference without what it does.
+
+    >>> lines = blank("silu").splitlines()
+    >>> lines[0], lines[-1]
+    ('def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:', '    raise NotImplementedError("silu")')
+    """
+    reference = inspect.unwrap(swap.reference(f"{swap.HOMES[piece]}.{piece}"))
+    lines = textwrap.dedent(inspect.getsource(reference)).splitlines()
+    node = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    if isinstance(node, ast.FunctionDef):
+        parts = [*_head(node, lines), f'    raise NotImplementedError("{piece}")']
+        return _in_one_file("\n".join(parts), reference)
+    methods = [
+        part
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and part.name in METHODS.get(piece, USUAL)
+    ]
+    parts = _head(node, lines)
+    for method in methods:
+        parts += ["", *_head(method, lines), f'        raise NotImplementedError("{piece}.{method.name}")']
+    return _in_one_file("\n".join(parts), reference)
+
+
+def modules_used(piece: str) -> list[str]:
+    """The imports of this package's modules that the reference of a piece uses.
+
+    >>> modules_used("SwiGLU")
+    ['from llm_basics import functional as F']
+    """
+    reference = swap.reference(f"{swap.HOMES[piece]}.{piece}")
+    module = inspect.getmodule(inspect.unwrap(reference))
+    methods = METHODS.get(piece, USUAL)
+    parts = (
+        [vars(reference)[m] for m in methods if m in vars(reference)] if inspect.isclass(reference) else []
+    )
+    mentioned = set().union(*map(user_code.mentioned, parts or [reference]))
+    lines = []
+    for name in sorted(mentioned):
+        path = getattr(vars(module).get(name), "__name__", "")
+        if inspect.ismodule(vars(module).get(name)) and path.startswith("llm_basics."):
+            last = path.removeprefix("llm_basics.")
+            lines.append(f"from llm_basics import {last}" + (f" as {name}" if name != last else ""))
+    return lines
+
+
+def solution(piece: str) -> str:
+    """The source of a reference."""
+    return inspect.getsource(inspect.unwrap(swap.reference(f"{swap.HOMES[piece]}.{piece}")))
+
+
+def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> list[str]:
+    """From the decorators to the end of the docstring; without one, to the line before the body."""
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    body = node.body[0]
+    has_docstring = ast.get_docstring(node) is not None
+    last = (body.end_lineno or body.lineno) if has_docstring else body.lineno - 1
+    head = lines[first - 1 : last]
+    while head and head[-1].strip().startswith("#"):
+        head.pop()
+    return head
+
+
+def _in_one_file(source: str, reference: Any) -> str:
+    """Other names of the reference's module are reached through the module."""
+    module = inspect.getmodule(reference)
+    assert module is not None
+    home = module.__name__.removeprefix("llm_basics.")
+    tree = ast.parse(source)
+    defined = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for name in sorted(defined & set(vars(module))):
+        value = vars(module)[name]
+        is_local = getattr(value, "__module__", None) == module.__name__ or name.isupper()
+        if is_local and name != reference.__name__:
+            source = re.sub(rf"(?<![\w.]){name}(?![\w(])", f"{home}.{name}", source)
+    return source
+
+
+def _with_imports(source: str, blanks: list[str], wanted: list[str]) -> str:
+    """`source` with the blanks behind it, and above it the imports that it has and they need."""
+    for text in blanks:
+        words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
+        wanted += [line for word, line in IMPORTS.items() if word in words]
+        for module in ("bpe", "config", "layers", "model", "session", "update"):
+            if re.search(rf"(?<![\w.]){module}\.", text):
+                wanted.append(f"from llm_basics import {module}")
+        if re.search(r"(?<![\w.])models\.", text):
+            wanted.append("from llm_basics import model as models")
+    lines, tree = source.splitlines(), ast.parse(source)
+    top = 0 if ast.get_docstring(tree) is None else 1
+    imports: list[ast.Import | ast.ImportFrom] = []
+    for node in tree.body[top:]:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            break
+        imports.append(node)
+    first = imports[0].lineno - 1 if imports else (tree.body[0].end_lineno or 0) if top else 0
+    last = (imports[-1].end_lineno or 0) if imports else first
+    there = "\n".join(lines[first:last])
+    if there == _sorted_imports([ast.unparse(node) for node in imports]):
+        block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
+    else:
+        # not as we write them: what is there stays as it is
+        bound = {alias.asname or alias.name for node in imports for alias in node.names}
+        new = [line for line in dict.fromkeys(wanted) if line.split()[-1] not in bound]
+        block = "\n".join(part for part in (there, _sorted_imports(new)) if part)
+    head, rest = "\n".join(lines[:first]).strip(), "\n".join(lines[last:]).strip()
+    top_of_file = "\n\n".join(part for part in (head, block) if part)
+    complete = "\n\n\n".join(part for part in (top_of_file, rest, *blanks) if part) + "\n"
+    ast.parse(complete)
+    return complete
+
+
+def _sorted_imports(lines: list[str]) -> str:
+    """Import lines as a block: the standard library, other packages, this one; names of a module together."""
+    plain = {line for line in lines if line.startswith("import ") or " as " in line}
+    names: dict[str, set[str]] = {}
+    for line in set(lines) - plain:
+        module, _, listed = line.removeprefix("from ").partition(" import ")
+        names.setdefault(module, set()).update(name.strip() for name in listed.split(","))
+    merged = plain | {f"from {module} import {', '.join(sorted(found))}" for module, found in names.items()}
+    groups: dict[int, list[str]] = {}
+    for line in merged:
+        package = line.split()[1].split(".")[0]
+        group = 0 if package in sys.stdlib_module_names else 2 if package == "llm_basics" else 1
+        groups.setdefault(group, []).append(line)
+    order = {group: sorted(found, key=lambda line: (line[0] == "f", line)) for group, found in groups.items()}
+    return "\n\n".join("\n".join(order[group]) for group in sorted(order))

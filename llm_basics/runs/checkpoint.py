@@ -1,0 +1,311 @@
+"""A model and its optimizer in one file, without pickle: safetensors with JSON beside the tensors.
+
+Tensors are named `model.*`, `optimizer.*` and `rng.*`. The file's metadata holds the rest as JSON, with a
+SHA-256 over everything. A file takes its name only when it is complete and on disk. A folder of checkpoints
+has no pointers that could dangle: the latest and the best are found by looking. As a program:
+`uv run python -m llm_basics.checkpoint --help`.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from llm_basics.core import files as file_io
+
+SCHEMA = 2
+
+PATTERN = "step_*.safetensors"
+
+Target = str | os.PathLike[str] | io.BufferedIOBase
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Target, **state: Any
+) -> None:
+    """Write model, optimizer, random state, `step` and whatever JSON `state` to a path or a binary file."""
+    tensors, tied = _untie({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    saved = optimizer.state_dict()
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    random_tensors, random_numbers = _random_state()
+    tensors = _separate(tensors | random_tensors)
+    about = {
+        "schema": SCHEMA,
+        "step": step,
+        "tied": tied,
+        "optimizer": {"state": numbers, "param_groups": saved["param_groups"]},
+        "random": random_numbers,
+        **state,
+    }
+    described = json.dumps(about)
+    content = safetensors.torch.save(
+        tensors, {"llm_basics": described, "sha256": _digest(tensors, described)}
+    )
+    if isinstance(out, str | os.PathLike):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        file_io.write(out, content)
+    else:
+        out.write(content)
+
+
+def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors without those that share all memory with another, and the names of both for each of these."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        owner = owners.setdefault(place, name) if tensor.numel() else name
+        if owner == name:
+            kept[name] = tensor
+        else:
+            tied[name] = owner
+    return kept, tied
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, by name; those that share memory with one before are copied."""
+    result, seen = {}, set()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        result[name] = tensor.clone() if place in seen or not whole else tensor
+        seen.add(place)
+    return result
+
+
+def _digest(tensors: dict[str, Tensor], described: str) -> str:
+    """SHA-256 over the description, and over names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(described.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every random generator that a training step may draw from: tensors, and the rest."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "rng.torch": torch.get_rng_state(),
+        "rng.python": torch.tensor(numbers, dtype=torch.int64),
+        "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
+    return tensors, {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
+
+
+def _restore_random_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["rng.python"].tolist()), gauss))
+    kind, *numbers = rest["numpy"]
+    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), *numbers))
+    for name, state in _section(tensors, "rng.cuda.").items():
+        if torch.cuda.is_available() and int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name))
+    if "rng.mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["rng.mps"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint. Raises ValueError unless all is as it was written."""
+    name = src if isinstance(src, str | os.PathLike) else "the checkpoint"
+    try:
+        content = Path(src).read_bytes() if isinstance(src, str | os.PathLike) else src.read()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+    try:
+        tensors = safetensors.torch.load(content)
+        header_bytes = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+        described, expected = metadata["llm_basics"], metadata["sha256"]
+        about = json.loads(described)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{name} must be a checkpoint of llm_basics; {error}") from None
+    if _digest(tensors, described) != expected:
+        raise ValueError(f"{name} is damaged: it does not have the SHA-256 that was written with it")
+    if about["schema"] != SCHEMA:
+        raise ValueError(f"{name} must have schema {SCHEMA}, got {about['schema']}")
+    return tensors, about
+
+
+def load_checkpoint(
+    src: Target, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, restore_rng: bool = False
+) -> dict[str, Any]:
+    """Restore `model`, and if given `optimizer`, and return the state with its `step`.
+
+    Every weight must be there with the shape that the model has. Nothing is changed unless all fits.
+    """
+    tensors, about = read_checkpoint(src)
+    weights = _section(tensors, "model.")
+    weights |= {_strip(name): weights[_strip(owner)] for name, owner in about["tied"].items()}
+    check_shapes(model.state_dict(), weights, "the checkpoint is of another model")
+    if optimizer is not None:  # first, since it may still object
+        optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
+    model.load_state_dict(weights)
+    if restore_rng:
+        _restore_random_state(tensors, about["random"])
+    return about
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The state alone, from the head of the file; nothing is verified. Raises ValueError if there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError("it ends within its header")
+            return json.loads(json.loads(file.read(size))["__metadata__"]["llm_basics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a checkpoint of llm_basics; {error}") from None
+
+
+def _optimizer_state(
+    tensors: dict[str, Tensor], saved: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["state"].items()}
+    for name, tensor in _section(tensors, "optimizer.").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    groups = [dict(group) for group in saved["param_groups"]]
+    for group, current in zip(groups, optimizer.param_groups, strict=False):
+        # JSON has lists where Python had tuples
+        group |= {k: tuple(v) for k, v in group.items() if isinstance(current.get(k), tuple)}
+    return {"state": state, "param_groups": groups}
+
+
+def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], problem: str) -> None:
+    """Raise ValueError that lists where `found` differs from `expected` in names and shapes."""
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
+    differences += [
+        f"{name} must be {tuple(expected[name].shape)}, got {tuple(found[name].shape)}"
+        for name in expected.keys() & found.keys()
+        if expected[name].shape != found[name].shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(f"{problem}: " + "; ".join(sorted(differences)[:5]) + more)
+
+
+def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _strip(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of checkpoints
+
+
+def files(folder: str | os.PathLike[str]) -> list[Path]:
+    """What looks like a checkpoint, newest first."""
+    return sorted(Path(folder).glob(PATTERN), reverse=True)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises ValueError unless all of it is there, under the name it was given."""
+    if path.is_symlink():
+        raise ValueError(f"{path} must be a file, got a link")
+    _, about = read_checkpoint(path)
+    if path.name != f"step_{about['step']:08d}.safetensors":
+        raise ValueError(f"{path} has another name than it was given: it is of step {about['step']}")
+    return about
+
+
+def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None, and why each newer one does not."""
+    rejected: list[str] = []
+    for path in files(folder):
+        try:
+            verify(path)
+            return path, rejected
+        except ValueError as error:
+            rejected.append(str(error))
+    return None, rejected
+
+
+def best(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those that were measured; of equals, the oldest."""
+    losses = {}
+    for path in reversed(files(folder)):
+        with contextlib.suppress(ValueError):
+            if (loss := read_about(path).get("val_loss")) is not None:
+                losses[path] = loss
+    return min(losses, key=lambda path: losses[path], default=None)
+
+
+def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
+    """The checkpoint called `latest`, `best`, or by its number of steps. Raises ValueError if none is."""
+    if which == "latest":
+        found, rejected = newest_valid(folder)
+        reasons = "".join(f"\n  {reason}" for reason in rejected)
+    elif which == "best":
+        found, reasons = best(folder), " with a validation loss"
+    elif which.isdecimal():
+        found, reasons = Path(folder) / f"step_{int(which):08d}.safetensors", f" of step {which}"
+    else:
+        raise ValueError(f"a checkpoint must be latest, best or a number of steps, got {which}")
+    if found is None or not found.exists():
+        raise ValueError(f"{folder} must hold a checkpoint, got none{reasons}")
+    return found
+
+
+def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
+    """Delete all but the `keep` newest and the best. Returns what was deleted.
+
+    The newest that verifies counts as the first: an older one is what it would be needed for otherwise.
+    """
+    if keep < 1:
+        raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
+    found = files(folder)
+    valid, _ = newest_valid(folder)
+    if valid is None:
+        return []
+    lowest = best(folder)
+    older = found[found.index(valid) + keep :]
+    unneeded = [path for path in older if path != lowest and not path.is_dir()]
+    for path in unneeded:
+        path.unlink(missing_ok=True)
+    return unneeded
+
+
+def delete_partial(folder: str | os.PathLike[str]) -> None:
+    """Delete what saves left that were killed; nobody else may be writing."""
+    for path in Path(folder).glob(f"{PATTERN}.tmp-*"):
+        path.unlink(missing_ok=True)

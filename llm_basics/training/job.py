@@ -1,0 +1,105 @@
+"""A training job, from options to an exit status: begin, train, conclude."""
+
+import sys
+from collections.abc import Callable
+
+from llm_basics import swap
+from llm_basics.analysis import figures
+from llm_basics.cli import parse
+from llm_basics.core import config, device, evaluate
+from llm_basics.data import chat_template
+from llm_basics.runs import console, run_dir, signals
+from llm_basics.training import loop, lr_finder, memory, setup, state
+
+# what followers have to finish when the run was asked to stop
+HASTE_SECONDS = 2.0
+
+# exit statuses beside 0 and those of signals; 2 is a mistake in what was asked for
+NOT_FINITE, NOT_SAVED, NO_MEMORY, NO_RATE = 1, 3, 4, 5
+
+
+def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, seconds: float) -> None:
+    """Measure what was learned, and say where it is. This run made `steps` steps in `seconds`, all told."""
+    options = training.options.train
+    metrics = training.evaluate(10 * options.eval_batches)
+    output.metrics(training.step, **metrics)
+    loop.is_best(training, output, metrics["val_loss"])
+    loop.save(training, output)
+    output.sample(training.step, *training.sample())
+    entropy = evaluate.unigram_entropy(training.held_out)
+    figure: object = "not drawn"
+    try:
+        figure = figures.plot_loss(output.folder, entropy)
+    except OSError as error:
+        output.log(f"warning: the loss curve could not be written ({error.strerror})")
+    saved = output.checkpoint_path(training.step) if training.is_saved else "not saved"
+    output.log(
+        f"\n{steps} steps in {seconds:.0f} s\n"
+        f"validation loss   {metrics['val_loss']:.3f} nats per token "
+        f"(unigram entropy, which counting tokens would reach: {entropy:.3f})\n"
+        f"perplexity        {metrics['perplexity']:.1f}\n"
+        f"bits per byte     {metrics['bits_per_byte']:.3f}\n"
+        f"accuracy          {metrics['accuracy']:.1%} of next tokens\n"
+        f"loss curve        {figure}\n"
+        f"checkpoint        {saved}\n"
+        + (
+            f"talk to it        uv run python -m llm_basics.chat {output.folder}"
+            if chat_template.is_chat(training.tokenizer)
+            else f"let it write      uv run python -m llm_basics.generate {output.folder}"
+        )
+    )
+
+
+def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.Stopwatch) -> int:
+    """What a run does once it is ready; `clock` began with the program. Returns the exit status."""
+    first_step = training.step
+    setup.print_summary(training, output)
+    if training.options.find_lr:
+        return 0 if lr_finder.search(training, output) is not None else NO_RATE
+    with device.gc_frozen():
+        loop.fit(training, output)
+    conclude(training, output, training.step - first_step, clock.total())
+    return 0 if training.is_saved else NOT_SAVED
+
+
+def main(
+    options: config.Config,
+    make: Callable[[config.Config], state.TrainingState] = setup.of_text,
+    work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int] = work,
+) -> int:
+    """Train as `options` say: do `work` on the run that `make` opens. Returns the exit status."""
+    clock = run_dir.Stopwatch()
+    # before there is a model: where its weights lie counts too
+    device.tune_allocator()
+    with signals.listening(), swap.restored():
+        try:
+            with parse.exit_on_error(), signals.anywhere():
+                training, output = setup.start(options, make)
+        except signals.Stopped as stop:
+            console.print_line(f"stopped by {stop.name} before the first step")
+            return stop.status
+        except state.SaveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NOT_SAVED
+        try:
+            return work(training, output, clock)
+        except signals.Stopped as stop:
+            advice = "nothing is kept" if options.find_lr else f"go on with --resume {output.folder}"
+            console.print_line(f"stopped by {stop.name} after step {training.step}; {advice}")
+            output.close(seconds=HASTE_SECONDS)
+            return stop.status
+        except FloatingPointError as error:
+            print(f"error: {error}; the weights are as they were after step {training.step}", file=sys.stderr)
+            return NOT_FINITE
+        except (state.SaveError, OSError) as error:
+            print(f"error: {error}; earlier checkpoints are as they were", file=sys.stderr)
+            return NOT_SAVED
+        except (RuntimeError, MemoryError) as error:
+            if not device.is_out_of_memory(error):
+                raise
+            needs = setup.estimate(training.options)
+            advice = memory.describe(needs, training.options) if needs else setup.UNKNOWN
+            print(f"error: memory is not enough\n{advice}", file=sys.stderr)
+            return NO_MEMORY
+        finally:
+            output.close()

@@ -1,0 +1,114 @@
+"""The training loop: steps, and evaluation, samples and checkpoints where due."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from llm_basics.core import trainer
+from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.training import monitor as monitors
+from llm_basics.training import state as training_state
+
+
+def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
+    """Train to the last step; evaluate, sample and save on the way.
+
+    Raises signals.Stopped, when all is saved, if that was requested; FloatingPointError, session.SaveError
+    and OSError as the options have it.
+    """
+    options, monitor = state.options.train, monitors.Monitor(state, output)
+    state.model.train()
+    with saved_on_exit(state, output, monitor):  # at the end, on a signal, on an error
+        between_steps(state, output, monitor)  # what a stopped run still owed
+        while state.step < options.steps:
+            signals.poll()
+            step, batches = state.step + 1, state.next_batches()
+            try:
+                result = trainer.train_step(
+                    state.model, state.optimizer, batches, step, options, monitor.accept
+                )
+            except FloatingPointError as error:
+                result = monitor.skip(step, batches, error)  # raises again unless on_nonfinite is "skip"
+            state.advance()
+            monitor.record(step, batches, result)  # on a GPU this reads the numbers of the step before
+            between_steps(state, output, monitor)
+
+
+def between_steps(
+    state: training_state.TrainingState, output: run_dir.RunDir, monitor: monitors.Monitor
+) -> None:
+    """Evaluate, sample and save where due after a step. What follows the last one is left to the job."""
+    options, step, is_lowest = state.options.train, state.step, False
+    if state.evaluated:
+        return
+    is_last = step == options.steps
+    if _due(step, options.eval_every) and not is_last:
+        with monitor.paused():
+            metrics = state.evaluate(options.eval_batches)
+            output.metrics(step, **metrics)
+            is_lowest = is_best(state, output, metrics["val_loss"])
+    if _due(step, options.sample_every) and not is_last:
+        with monitor.paused():
+            output.sample(step, *state.sample())
+    state.evaluated = True
+    if is_lowest or (_due(step, options.checkpoint_every) and not is_last):
+        with monitor.paused():
+            save(state, output)
+
+
+@contextlib.contextmanager
+def saved_on_exit(
+    state: training_state.TrainingState, output: run_dir.RunDir, monitor: monitors.Monitor
+) -> Iterator[None]:
+    """However the block ends, save the weights and record the steps that are pending."""
+    try:
+        try:
+            yield
+        except signals.Stopped:
+            monitor.flush()
+            raise
+        monitor.flush()
+    except signals.Stopped:
+        save(state, output)
+        raise
+    except (FloatingPointError, OSError):
+        with contextlib.suppress(FloatingPointError, OSError):
+            monitor.flush()
+        # the weights are those of the last step; but what began this may be in them, or in the way
+        if all(torch.isfinite(p).all() for p in state.model.parameters()):
+            with contextlib.suppress(training_state.SaveError, OSError):
+                save(state, output)
+        raise
+    save(state, output)
+
+
+def is_best(state: training_state.TrainingState, output: run_dir.RunDir, val_loss: float) -> bool:
+    """Note a validation loss, with a warning if it is not finite: is it the lowest so far?"""
+    if not math.isfinite(val_loss):
+        output.log(f"warning: the validation loss after step {state.step} is {val_loss}")
+    return state.is_best(val_loss)
+
+
+def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
+    """Write a checkpoint unless there is one, and delete those that are not kept."""
+    options = state.options.train
+    if state.saved == (state.step, state.val_loss):
+        return
+    try:
+        state.save(output.checkpoint_path(state.step))
+    except training_state.SaveError as error:
+        if options.on_save_error == "stop":
+            raise
+        output.log(f"warning: {error}; training goes on")
+        return
+    try:
+        if options.keep_checkpoints:
+            checkpoint.prune(output.checkpoints, options.keep_checkpoints)
+    except OSError as error:
+        output.log(f"warning: old checkpoints could not be deleted ({error})")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,124 @@
+"""The learning-rate range finder: one short run through all rates, which proposes one of them.
+
+The rate rises by the same factor from step to step. While it is too small the loss hardly moves, then it
+falls, and where the rate is too large it rises again (arXiv 1506.01186). Good rates are somewhat below the
+one where the loss is lowest: a step that is right once is too large for thousands in a row. What is found
+holds for this model, batch and optimizer, within a factor of two or three.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llm_basics.analysis import figures
+from llm_basics.core import config, trainer
+from llm_basics.runs import run_dir, signals
+from llm_basics.training import state
+
+LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 150
+
+# of the running mean of the loss
+SMOOTHING = 0.9
+
+# a loss of so many times the lowest ends the search: no larger rate is of use
+DIVERGED = 4.0
+
+# what the rate where the loss is lowest is divided by. With the bytes of Shakespeare and gpt2-nano, 0.004 is
+# proposed for AdamW and 0.01 for Muon; of whole runs of 600 steps, the best have 0.006 and 0.015
+BELOW = 3.0
+
+STEPS_PER_LINE = 10
+
+
+def rates(steps: int) -> list[float]:
+    """From the lowest to the highest rate, each the same factor above the one before.
+
+    >>> [f"{lr:g}" for lr in rates(4)]
+    ['1e-06', '0.0001', '0.01', '1']
+    """
+    return [LOWEST * (HIGHEST / LOWEST) ** (step / (steps - 1)) for step in range(steps)]
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """The running mean of the losses, in which later ones count more.
+
+    Divided by the sum of what the losses count, as AdamW's means are.
+
+    >>> [round(loss, 2) for loss in smooth([4.0, 2.0, 2.0])]
+    [4.0, 2.95, 2.6]
+    """
+    smoothed, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total, weight = SMOOTHING * total + loss, SMOOTHING * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def propose(tried: Sequence[float], losses: Sequence[float]) -> float | None:
+    """A third of the rate where the smoothed loss is lowest, to one digit; None if the loss never fell.
+
+    >>> propose([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 4.0, 1.0, 9.0])
+    0.003
+    """
+    smoothed = smooth(losses)
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    return float(f"{tried[lowest] / BELOW:.0e}") if lowest else None
+
+
+def at_rate(options: config.TrainConfig, lr: float) -> config.TrainConfig:
+    """Options by which every step has the rate `lr`."""
+    return dataclasses.replace(options, lr=lr, min_lr=lr, warmup_steps=0)
+
+
+def try_rates(training: state.TrainingState) -> Iterator[dict[str, Any]]:
+    """Train at one rate after the other, and give out what each step measured, until the loss leaps.
+
+    A request to stop is answered between steps. Raises FloatingPointError where something is not finite.
+    """
+    losses: list[float] = []
+    training.model.train()
+    for lr in signals.polled(rates(STEPS)):
+        step, options = training.step + 1, at_rate(training.options.train, lr)
+        batches = training.next_batches()
+        result = trainer.train_step(training.model, training.optimizer, batches, step, options)
+        trainer.check_finite(step, lr, result.train_loss, result.grad_norm)
+        training.advance()
+        losses.append(result.train_loss.item())
+        smoothed = smooth(losses)
+        yield {
+            "step": step,
+            "lr": lr,
+            "train_loss": losses[-1],
+            "smoothed_loss": smoothed[-1],
+            "grad_norm": result.grad_norm.item(),
+        }
+        if losses[-1] > DIVERGED * min(smoothed):
+            return
+
+
+def search(training: state.TrainingState, output: run_dir.RunDir) -> float | None:
+    """Try all rates, record and draw what each gives, and propose one. The weights are not kept."""
+    # what a run that trains would fill
+    output.checkpoints.rmdir()
+    output.log(f"\n{'lr':>8}  {'loss':>7}  {'smoothed':>8}")
+    tried, reason = [], "the loss is far above its lowest"
+    try:
+        for entry in try_rates(training):
+            tried.append(entry)
+            output.tried(**entry)
+            if entry["step"] % STEPS_PER_LINE == 1:
+                output.log(f"{entry['lr']:8.1e}  {entry['train_loss']:7.3f}  {entry['smoothed_loss']:8.3f}")
+    except FloatingPointError as error:
+        reason = str(error)
+    if len(tried) < STEPS:
+        output.log(f"ended after {len(tried)} of {STEPS} rates: {reason}")
+    proposal = propose([entry["lr"] for entry in tried], [entry["train_loss"] for entry in tried])
+    if proposal is None:
+        output.log("\nno rate made the loss fall: none is proposed")
+        return None
+    try:
+        output.log(f"\nall rates         {figures.plot_lr_finder(output.folder, proposal)}")
+    except OSError as error:
+        output.log(f"warning: the figure could not be written ({error.strerror})")
+    output.log(f"a third of the rate where the loss is lowest, to go on with: --train.lr {proposal:g}")
+    return proposal

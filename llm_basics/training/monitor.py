@@ -1,0 +1,202 @@
+"""The numbers of training steps: metrics lines, loss spikes, and steps that are skipped.
+
+A GPU computes while the program goes on. So its numbers are copied to the host while the next step runs, and
+read when that has been started: one result is pending.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llm_basics.core import dataloader, device, trainer
+from llm_basics.runs import run_dir
+from llm_basics.training import diagnostics
+from llm_basics.training import state as training_state
+
+# steps in a row that may be skipped because something was not finite
+MOST_SKIPPED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers were not read yet; `read` waits for loss and gradient norm."""
+
+    step: int
+    batches: Sequence[dataloader.Batch]
+    result: trainer.StepResult
+    random_state: list[Tensor]
+    read: Callable[[], list[float]]
+
+
+class Monitor:
+    """Records what came of each step of a run; `accept` is what `update.train_step` takes."""
+
+    def __init__(self, state: training_state.TrainingState, output: run_dir.RunDir) -> None:
+        self.state, self.output = state, output
+        self.clock = run_dir.Stopwatch()
+        self.accept = self._accept if state.options.train.on_spike == "skip" else None
+        self.pending: _Pending | None = None
+        # in which the next step begins
+        self.random_state = device.random_state(state.device)
+        # since the last line; and in a row
+        self.n_timed = self.n_skipped = 0
+
+    def record(self, step: int, batches: Sequence[dataloader.Batch], result: trainer.StepResult) -> None:
+        """Record a step that the weights and the state have behind them.
+
+        On a GPU this reads the numbers of the step before. Raises as `skip` does if they are not finite.
+        """
+        before = self.pending
+        self.pending = _Pending(step, batches, result, self.random_state, start_reading(result))
+        self.random_state = device.random_state(self.state.device)
+        if before is not None:
+            self._settle(before)
+        if result.train_loss.device.type not in device.ASYNCHRONOUS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the numbers of the last step, if they are pending, and record them."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._settle(pending)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, all steps before are recorded, and the time does not count as that of steps."""
+        self.flush()
+        with self.clock.paused():
+            yield
+        self.random_state = device.random_state(self.state.device)
+
+    def skip(
+        self, step: int, batches: Sequence[dataloader.Batch], error: FloatingPointError
+    ) -> trainer.StepResult:
+        """What to record of a step that left the weights as they were, since its numbers are not finite.
+
+        The random state is again what it was before the step. Raises FloatingPointError, with the place where
+        the first such value came up, unless `on_nonfinite` is "skip" and skipping helps.
+        """
+        device.set_random_state(self.random_state, self.state.device)
+        self._warn(self.random_state, batches, error)
+        nan = torch.full((), math.nan)
+        return trainer.StepResult(nan, nan, self.state.optimizer.param_groups[0]["lr"], updated=False)
+
+    def _settle(self, pending: _Pending) -> None:
+        """Check and record a step."""
+        loss, norm = pending.read()
+        result, step = pending.result, pending.step
+        if result.updated:
+            try:
+                trainer.check_finite(step, result.lr, loss, norm)
+            except FloatingPointError as error:
+                # the device left the weights as they were, but the next step may have begun since
+                self._warn(pending.random_state, pending.batches, error)
+                result, loss, norm = dataclasses.replace(result, updated=False), math.nan, math.nan
+            if result.updated and self.accept is None:
+                self._is_spike(step, loss)
+        if math.isfinite(loss):
+            self.n_skipped = 0
+        self._log(step, pending.batches, loss, norm, result)
+
+    def _log(
+        self,
+        step: int,
+        batches: Sequence[dataloader.Batch],
+        loss: float,
+        norm: float,
+        result: trainer.StepResult,
+    ) -> None:
+        """Write a line of metrics, if one is due or the step was skipped."""
+        options = self.state.options.train
+        self.n_timed += 1
+        if step % options.log_every and step not in (1, options.steps) and result.updated:
+            return
+        seconds = self.clock.lap() / self.n_timed
+        self.n_timed = 0
+        self.output.metrics(
+            step,
+            train_loss=loss,
+            lr=result.lr,
+            grad_norm=norm,
+            step_seconds=seconds,
+            tokens_per_second=sum(targets.numel() for _, targets in batches) / seconds,
+            eta_seconds=(options.steps - step) * seconds,
+        )
+
+    # -- spikes -----------------------------------------------------------------------------------
+
+    def _accept(self, loss: float) -> bool:
+        return not self._is_spike(self.state.step + 1, loss)
+
+    def _is_spike(self, step: int, loss: float) -> bool:
+        """Whether a loss stands out from those before it, with a warning if so."""
+        spikes = self.state.spikes
+        score = spikes.z_score(loss)
+        if score <= spikes.threshold:
+            return False
+        skipped = ", and the step is skipped" if self.accept is not None else ""
+        self.output.log(
+            f"step {step}: the loss {loss:.4g} is a spike, {score:.0f} deviations above the median of those "
+            f"before{skipped}"
+        )
+        return True
+
+    # -- steps that are not finite ----------------------------------------------------------------
+
+    def _warn(
+        self, random_state: list[Tensor], batches: Sequence[dataloader.Batch], error: FloatingPointError
+    ) -> None:
+        """Warn of a step that changed no weight; raise FloatingPointError where training must not go on."""
+        model, options = self.state.model, self.state.options.train
+        self.n_skipped += 1
+        reason = f"{error}; {self._origin(random_state, batches)}"
+        if options.on_nonfinite == "stop":
+            raise FloatingPointError(reason)
+        is_whole = all(torch.isfinite(p).all() for p in model.parameters())
+        if self.n_skipped > MOST_SKIPPED or not is_whole:
+            raise FloatingPointError(
+                f"{reason}; skipping does not help, {self.n_skipped} steps in a row were"
+            )
+        self.output.log(f"warning: {reason}; the step is skipped")
+
+    def _origin(self, random_state: list[Tensor], batches: Sequence[dataloader.Batch]) -> str:
+        """Where the first value that is not finite comes up, when the step is made again."""
+        state, options = self.state, self.state.options.train
+        now = device.random_state(state.device)
+
+        def losses() -> Tensor:
+            device.set_random_state(random_state, state.device)
+            with device.precision(state.device, options.dtype):
+                return torch.stack(
+                    [trainer.batch_loss(state.model, *batch, options.z_loss) for batch in batches]
+                )
+
+        device.set_random_state(random_state, state.device)
+        state.optimizer.zero_grad(set_to_none=True)
+        # gradients as they were before clipping, which spreads what is not finite
+        trainer.accumulate_gradients(state.model, batches, options)
+        origin = diagnostics.find_nonfinite(state.model, losses)
+        device.set_random_state(now, state.device)
+        return origin
+
+
+def start_reading(result: trainer.StepResult) -> Callable[[], list[float]]:
+    """Start the copy of loss and gradient norm to the host; returns the function that waits for it."""
+    loss, norm = result.train_loss, torch.as_tensor(result.grad_norm)
+    if not loss.is_cuda:
+        return lambda: [loss.item(), norm.item()]
+    numbers = torch.stack([loss.float(), norm.reshape(()).to(loss.device, torch.float32)])
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(loss.device))
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return read

@@ -1,0 +1,283 @@
+"""A Python file of somebody's own: which pieces it has, whether they fit, and how they are filled up.
+
+A piece must take the parameters of the reference, by name and in order. Optional ones at the end may be left
+out: a call that needs one of them then fails, and says so. What a class leaves out beside that, such as
+`TransformerLM.n_parameters`, is filled in from the reference.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# parameters that change no result
+HARMLESS = {"progress", "n_workers"}
+
+# the modules that the file which was run last imported from beside it
+_HELPERS: list[str] = []
+
+# what a file is called that a module was loaded from, and what was in it
+_FILES: dict[str, str] = {}
+
+
+def names(path: str | Path) -> list[str]:
+    """The public names that a file binds outside of functions and classes, in order.
+
+    Raises ValueError if it is no Python file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"your pieces must be in a Python file, but there is no {path}")
+    try:
+        tree = ast.parse(Path(path).read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"{path}:{line}" if line else str(path)
+        raise ValueError(f"{where} is not Python: {getattr(error, 'msg', error)}") from None
+    found: list[str] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        match waiting.pop():
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                found.append(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                found += [alias.asname or alias.name for alias in aliases]
+            case ast.AsyncFunctionDef() | ast.Lambda():
+                pass
+            case other:
+                waiting += reversed(list(ast.iter_child_nodes(other)))
+    return list(dict.fromkeys(name for name in found if not name.startswith("_")))
+
+
+def execute(path: str | Path) -> types.ModuleType:
+    """The module that a file makes. Raises ValueError, with the line, if running it fails."""
+    path = Path(path).resolve()
+    name = f"yours_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # before it is run: dataclasses and pickle look their module up by name
+    sys.modules[name] = module
+    # at the end, so that no file beside it stands before a library
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    for helper in _HELPERS:
+        sys.modules.pop(helper, None)
+    before = set(sys.modules)
+    writes_bytecode, sys.dont_write_bytecode = not sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        line = _line_in(path, error.__traceback__) or getattr(error, "lineno", 0)
+        relative = "; write `from helper import f`" if "relative import" in str(error) else ""
+        raise ValueError(
+            f"{path.name}:{line} could not be run: {type(error).__name__}: {error}{relative}"
+        ) from error
+    finally:
+        sys.dont_write_bytecode = not writes_bytecode
+    # what it imports from beside it is its code as well, and read again with it
+    imported = {
+        helper: getattr(sys.modules[helper], "__file__", None) for helper in sys.modules.keys() - before
+    }
+    beside = {helper: file for helper, file in imported.items() if file and Path(file).parent == path.parent}
+    _HELPERS[:] = beside
+    files = [path, *map(Path, sorted(beside.values()))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    _FILES[name] = f"{path.name} ({digest[:12]})"
+    return module
+
+
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Compiles each time: cached bytecode of a file of the same size and second would be the old one."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _line_in(path: Path, traceback: types.TracebackType | None) -> int:
+    line = 0
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == str(path):
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def withheld(piece: str, is_class: bool, path: str | Path) -> Callable[..., Any]:
+    """What stands in the place of a reference while a file that defines the same piece is run."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError(f"{path} asks for the reference's {piece}, which it is there to replace: write it")
+
+    refuse.__module__, refuse.__name__ = "llm_basics.withheld", piece.split(".")[1]
+    if not is_class:
+        return refuse
+    # a class, so that `| None` and isinstance in annotations go on working
+    kind = type("Withheld", (type,), {"__call__": refuse, "__instancecheck__": lambda cls, value: True})
+    body = {"__init_subclass__": classmethod(refuse), "__module__": refuse.__module__}
+    return kind(piece.split(".")[1], (), body)
+
+
+def is_written_in(module: types.ModuleType, piece: Any, path: str | Path) -> bool:
+    """Whether a piece was made by the file. Raises ValueError if it is the reference's, withheld."""
+    origin = getattr(piece, "__module__", None)
+    if origin is not None and origin.startswith("llm_basics"):
+        name = getattr(piece, "__name__", "one")
+        raise ValueError(
+            f"{path} must define {name} itself, but takes it from {origin}: write it; to use the "
+            "reference's, import its module (from llm_basics import layers, then layers.Linear)"
+        )
+    return origin == module.__name__
+
+
+def origin(piece: Any) -> str:
+    """The module that a piece is from; for a file of somebody's own, its name and the SHA-256 it had."""
+    return _FILES.get(piece.__module__, piece.__module__)
+
+
+def same_code(origin: str, other: str) -> bool:
+    """Whether two origins are the same, wherever their file was."""
+    return origin.split(" (")[-1] == other.split(" (")[-1]
+
+
+def is_of_file(origin: str) -> bool:
+    """Whether an `origin` is a file of somebody's own."""
+    return origin.endswith(")")
+
+
+# --------------------------------------------------------------------------------------------------
+# Does it fit?
+
+
+def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
+    """`own`, able to stand where `reference` stood. Raises ValueError if it has other parameters."""
+    if inspect.isclass(reference) != inspect.isclass(own):
+        raise ValueError(
+            f"{name} of {path} must be a {'class' if inspect.isclass(reference) else 'function'}"
+        )
+    if not inspect.isclass(reference):
+        return _accept(name, own, reference, path)
+    if name == "Tokenizer":
+        return _tokenizer(own, reference, path)
+    for method, expected in vars(reference).items():
+        given = inspect.getattr_static(own, method, None)
+        is_own = getattr(given, "__module__", None) == own.__module__
+        if is_own and inspect.isfunction(expected) and method in ("__init__", "forward", "step"):
+            setattr(own, method, _accept(f"{name}.{method}", given, expected, path))
+        elif not hasattr(own, method) or (method == "extra_repr" and "__init__" not in vars(own)):
+            setattr(own, method, expected)
+    return own
+
+
+def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], path: str | Path) -> Any:
+    """`own`, made to refuse clearly what it has no parameter for."""
+    ours = list(inspect.signature(reference).parameters.values())
+    given = list(inspect.signature(own).parameters.values())
+    required = [p.name for p in ours if p.default is p.empty]
+    same = all(
+        (a.name, a.kind) == (b.name, b.kind) and (a.default is not a.empty or b.default is b.empty)
+        for a, b in zip(given, ours, strict=False)
+    )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest_is_optional = all(p.default is not p.empty or p.kind in variable for p in given[len(ours) :])
+    if not same or len(given) < len(required) or not rest_is_optional:
+        raise ValueError(
+            f"{name} of {path} must take the parameters of the reference\n"
+            f"    yours      {_header(name, given)}\n"
+            f"    reference  {_header(name, ours)}"
+        )
+    missing = ours[len(given) :]
+    if not missing:
+        return own
+    n_given = len(given)
+
+    @functools.wraps(own)
+    def accept(*args: Any, **kwargs: Any) -> Any:
+        for parameter, value in zip(missing, args[n_given:], strict=False):
+            _refuse(name, path, parameter, value)
+        for parameter in missing:
+            if parameter.name in kwargs:
+                _refuse(name, path, parameter, kwargs.pop(parameter.name))
+        return own(*args[:n_given], **kwargs)
+
+    return accept
+
+
+def _refuse(name: str, path: str | Path, parameter: inspect.Parameter, value: Any) -> None:
+    if parameter.name in HARMLESS or value is parameter.default:
+        return
+    if isinstance(value, bool | int | float | str) and value == parameter.default:
+        return
+    raise ValueError(
+        f"{name} of {path} has no parameter {parameter.name}, but is called with {value!r}; add it"
+    )
+
+
+def _header(name: str, parameters: list[inspect.Parameter]) -> str:
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    plain = [p if len(repr(p.default)) < 30 else p.replace(default=...) for p in plain]
+    return f"{name}{inspect.Signature(plain)}"
+
+
+def _tokenizer(own: type, reference: type, path: str | Path) -> type:
+    """The reference's tokenizer, for what training and files need, around yours, which does the work.
+
+    Where ordinary text is to be encoded, a second one of yours has no special tokens.
+    """
+    methods = {
+        name: _accept(f"Tokenizer.{name}", method, getattr(reference, name), path)
+        for name in dir(own)
+        # those of its bases too, decorated or not
+        for method in [inspect.getattr_static(own, name)]
+        if callable(method) and (name == "__init__" or not name.startswith("_"))
+        if hasattr(reference, name) and method is not object.__init__
+    }
+    make: Any = type(own.__name__, (own,), {"__init__": methods["__init__"]} if "__init__" in methods else {})
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        reference.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        extra = (
+            ()
+            if self.pattern == inspect.signature(reference).parameters["pattern"].default
+            else (self.pattern,)
+        )
+        self._yours = make(dict(self.vocab), list(self.merges), list(self.special_tokens), *extra)
+        self._ordinary = make(dict(self.vocab), list(self.merges), [], *extra)
+
+    def delegate(name: str) -> Callable[..., Any]:
+        return lambda self, *args, **kwargs: getattr(self._yours, name)(*args, **kwargs)
+
+    body: dict[str, Any] = {name: delegate(name) for name in methods if name != "__init__"}
+    if "encode" in methods:
+        body.setdefault("encode_ordinary", lambda self, text: self._ordinary.encode(text))
+        body.setdefault("encode_batch", lambda self, texts, n_threads=None: [self.encode(t) for t in texts])
+    complete = type(own.__name__, (reference,), {"__init__": __init__, **body})
+    complete.__module__, complete.__doc__ = own.__module__, own.__doc__
+    # where pickle looks for it
+    setattr(sys.modules[own.__module__], own.__name__, complete)
+    return complete
+
+
+# --------------------------------------------------------------------------------------------------
+# What does it call?
+
+
+def mentioned(piece: Any) -> set[str]:
+    """Every global or attribute name in the code of a function, or of all methods of a class."""
+    if inspect.isclass(piece):
+        return set().union(*(mentioned(part) for part in vars(piece).values()))
+    piece = inspect.unwrap(getattr(piece, "__func__", piece)) if callable(piece) else piece
+    code = getattr(piece, "__code__", None)
+    found: set[str] = set()
+    stack = [code] if code else []
+    while stack:
+        code = stack.pop()
+        found |= set(code.co_names)
+        stack += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return found
