@@ -211,12 +211,12 @@ def run_cached_attention(
     chunks: list[Float[Tensor, "batch _ d_in"]],
 ) -> Float[Tensor, "batch seq d_model"]:
     """Rotary attention that is given a text in pieces, and keeps the keys and values of the earlier ones."""
-    d_head = d_model // num_heads
+    d_head, dtype = d_model // num_heads, q_proj_weight.dtype
     rope = layers.RotaryEmbedding(d_head, max_seq_len, theta)
-    layer = layers.MultiHeadSelfAttention(d_model, num_heads, rope=rope)
+    layer = layers.MultiHeadSelfAttention(d_model, num_heads, rope=rope, dtype=dtype)
     weights = attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
     layer.load_state_dict(weights)
-    cache = layers.KVCache(chunks[0].shape[0], num_heads, max_seq_len, d_head)
+    cache = layers.KVCache(chunks[0].shape[0], num_heads, max_seq_len, d_head, dtype=dtype)
     return torch.cat([layer(chunk, cache=cache) for chunk in chunks], dim=1)
 
 

@@ -47,14 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
         # and types, which is why somebody's own classes do without
         jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
     import examiner
-    import mistakes
 
     from llm_basics import swap
-    from llm_basics.learn import checks
+    from llm_basics.learn import checks, sandbox
 
     try:
         if mine:
-            with mistakes.time_limit(examiner.LIMIT_SECONDS), mistakes.unchanged_state():
+            with sandbox.time_limit(examiner.LIMIT_SECONDS), sandbox.unchanged_state():
                 swap.use(mine, prepare=checks.check_shapes)
         if config.getoption("--fast"):
             swap.use("fast")

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import grading
-import mistakes
 import pytest
-import wording
 
 from llm_basics import swap
+from llm_basics.learn import judge, messages, probes, sandbox, sockets
 
 # for one test of somebody else's code
 LIMIT_SECONDS = 60.0
@@ -22,42 +21,42 @@ class Examiner:
         self.path = Path(config.getoption("--adapters")).resolve()
         self.mine = config.getoption("--mine")
         self.report = config.getoption("--report")
-        self.is_foreign = self.path != mistakes.TESTS / "adapters.py"
+        self.is_foreign = self.path != sockets.own_path()
         self.examines_others = self.is_foreign or self.mine is not None
         if self.is_foreign and self.mine is not None:
             raise pytest.UsageError("--mine must stand without --adapters: it goes with the adapters here")
-        self.verdicts: dict[str, mistakes.Verdict] = {}
+        self.verdicts: dict[str, judge.Verdict] = {}
         self.outcomes: dict[str, dict[str, int]] = {}
-        self._adapters: mistakes.Adapters | None = None
+        self._adapters: sockets.Adapters | None = None
         # by fixtures that are made once for many tests
         self.used_by: dict[str, set[str]] = {}
         # so that a reason is given once
         self.told: set[str] = set()
 
     @property
-    def adapters(self) -> mistakes.Adapters:
+    def adapters(self) -> sockets.Adapters:
         """The sockets, read when they are first needed."""
         if self._adapters is None:
             try:
-                module = mistakes.load_adapters(self.path)
+                module = grading.load_adapters(self.path)
             except Exception as error:
                 pytest.exit(
-                    f"{self.path} could not be read: {type(error).__name__}: {wording.reason(error)}", 2
+                    f"{self.path} could not be read: {type(error).__name__}: {messages.reason(error)}", 2
                 )
-            self._adapters = mistakes.Adapters(
+            self._adapters = sockets.Adapters(
                 module, lambda name: pytest.skip(f"{name} is not in {self.path}")
             )
         return self._adapters
 
-    def judged(self, name: str) -> mistakes.Verdict:
+    def judged(self, name: str) -> judge.Verdict:
         """The verdict on a step; one that is not in somebody's own file is skipped."""
-        step = mistakes.load(name)
+        step = judge.load(name)
         own = {piece.split(".")[1] for piece in swap.user_pieces()}
-        if self.mine is not None and not own & set(mistakes.pieces_of(name)):
+        if self.mine is not None and not own & set(judge.pieces_of(name)):
             pytest.skip(f"{name}: not in {self.mine}")
         if name not in self.verdicts:
-            bare = mistakes.Adapters(self.adapters._module)
-            self.verdicts[name] = mistakes.judge(step, bare)
+            bare = sockets.Adapters(self.adapters._module)
+            self.verdicts[name] = judge.judge(step, bare)
         return self.verdicts[name]
 
     def how_to_go_on(self, name: str) -> str:
@@ -83,9 +82,9 @@ class Examiner:
         if self.is_foreign and item.get_closest_marker("beyond"):
             pytest.skip("more than the public assignment asks")
         try:
-            with mistakes.time_limit(LIMIT_SECONDS):
+            with sandbox.time_limit(LIMIT_SECONDS):
                 return (yield)
-        except mistakes.TookTooLong:
+        except sandbox.TookTooLong:
             pytest.fail(f"it took longer than {LIMIT_SECONDS:.0f} s and was stopped", pytrace=False)
 
     def examine(self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
@@ -97,19 +96,19 @@ class Examiner:
             used += sorted(self.used_by.get(fixture, ()))
         if call.when == "teardown" and self._adapters is not None:
             self._adapters.used.clear()
-        steps = list(dict.fromkeys(step for name in used if (step := mistakes.step_of(name))))
+        steps = list(dict.fromkeys(step for name in used if (step := grading.step_of(name))))
         if call.when == "call" or report.outcome != "passed":
             for step in steps:
                 counts = self.outcomes.setdefault(step, {"passed": 0, "failed": 0, "skipped": 0})
                 counts[report.outcome] += 1
         if call.excinfo is None or report.outcome != "failed" or item.name.startswith("test_step["):
             return
-        report.longrepr = "\n".join(self._explain(call, steps)[: wording.MOST_LINES])
+        report.longrepr = "\n".join(self._explain(call, steps)[: messages.MOST_LINES])
 
     def _explain(self, call: pytest.CallInfo[None], steps: list[str]) -> list[str]:
         assert call.excinfo is not None
         error = call.excinfo.value
-        if isinstance(error, NotImplementedError) and mistakes.is_blank(error):
+        if isinstance(error, NotImplementedError) and probes.is_blank(error):
             return [f"{', '.join(steps)}: not started"]
         said = [line for line in str(error).splitlines() if line.strip()][:5]
         lines = [f"{type(error).__name__}: {said[0] if said else ''}", *said[1:]]
@@ -122,16 +121,16 @@ class Examiner:
                 return [*lines[:1], f"{step}: see above, or test_step[{step}]"]
             if verdict.status == "failed":
                 self.told.add(step)
-                return [*lines[:1], *wording.message(verdict, self.how_to_go_on(step)).splitlines()]
+                return [*lines[:1], *messages.message(verdict, self.how_to_go_on(step)).splitlines()]
         return lines
 
     def write(self) -> None:
         """The report that was asked for."""
         if self.report is None:
             return
-        notes = grading.ready_made_uses(self.path, mistakes.sockets) if self.is_foreign else {}
+        notes = grading.ready_made_uses(self.path) if self.is_foreign else {}
         project = self.path.parent.parent if self.path.parent.name == "tests" else self.path
-        verdicts = {name: self.verdicts[name] for name in mistakes.STEPS if name in self.verdicts}
+        verdicts = {name: self.verdicts[name] for name in judge.STEPS if name in self.verdicts}
         what = self.mine or project.name
         grading.write(Path(self.report), what, verdicts, self.outcomes, self._ratios(), notes)
 
@@ -141,10 +140,10 @@ class Examiner:
         for name, verdict in self.verdicts.items():
             if verdict.status != "passed":
                 continue
-            step, bare, fastest = mistakes.load(name), mistakes.Adapters(self.adapters._module), [1e9, 1e9]
+            step, bare, fastest = judge.load(name), sockets.Adapters(self.adapters._module), [1e9, 1e9]
             for _ in range(3):
-                fastest[0] = min(fastest[0], mistakes.judge(step, bare).seconds)
+                fastest[0] = min(fastest[0], judge.judge(step, bare).seconds)
                 with swap.reference_only():
-                    fastest[1] = min(fastest[1], mistakes.judge(step, mistakes.own_adapters()).seconds)
+                    fastest[1] = min(fastest[1], judge.judge(step, sockets.own()).seconds)
             ratios[name] = fastest[0] / fastest[1]
         return ratios

@@ -1,13 +1,17 @@
 """The report on an implementation: JSON for programs, a Markdown page for people."""
 
 import ast
+import functools
+import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import mistakes
+from llm_basics.learn import judge, mistakes, sockets
 
 # what is to be written by hand; torch and the tokenizer libraries have it ready
 READY_MADE = set(
@@ -20,7 +24,43 @@ TENSOR_METHODS = {"softmax", "log_softmax", "logsumexp"}
 LIBRARIES = {"tiktoken", "tokenizers", "transformers", "sentencepiece"}
 
 
-def ready_made_uses(path: Path, sockets: Callable[[str], list[str]]) -> dict[str, list[str]]:
+def adapters_of(step: str) -> list[str]:
+    """The adapters that a step is reached through, that of its first probe first."""
+    source = (Path(mistakes.__path__[0]) / f"{step}.py").read_text(encoding="utf-8")
+    return list(dict.fromkeys(re.findall(r"\b(?:a|adapters)\.((?:run|get)_\w+)", source)))
+
+
+@functools.cache
+def step_of(adapter: str) -> str | None:
+    """The first step in learning order that an adapter is used in."""
+    return next((step for step in judge.STEPS if adapter in adapters_of(step)), None)
+
+
+def load_adapters(path: Path) -> ModuleType:
+    """An adapters file, which finds what stands beside it, or the package whose tests folder it is in."""
+    for folder in (str(path.parent), str(path.parent.parent), str(path.parent.parent / "src")):
+        if folder not in sys.path and Path(folder).is_dir():
+            sys.path.insert(0, folder)
+    _let_name_its_version(path.parent.parent)
+    return sockets.run_file(path)
+
+
+def _let_name_its_version(project: Path) -> None:
+    """Packages often ask for the version that is installed; one that stands beside its adapters is not."""
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return known(name)
+        except importlib.metadata.PackageNotFoundError:
+            if (project / name.replace("-", "_")).is_dir():
+                return "0"
+            raise
+
+    importlib.metadata.version = version
+
+
+def ready_made_uses(path: Path) -> dict[str, list[str]]:
     """For each step, where the code behind its adapters uses a ready-made version of what it should write.
 
     Read from the sources, not run: from an adapter on, through every function and class of the adapters
@@ -43,9 +83,9 @@ def ready_made_uses(path: Path, sockets: Callable[[str], list[str]]) -> dict[str
                     if isinstance(target, ast.Name):
                         defined.setdefault(target.id, []).append((source, node))
     found = {}
-    for step in mistakes.STEPS:
+    for step in judge.STEPS:
         uses: set[str] = set()
-        waiting = [(path, name) for name in sockets(step)]
+        waiting = [(path, name) for name in adapters_of(step)]
         seen: set[tuple[Path, str]] = set()
         while waiting:
             where, name = waiting.pop()

@@ -8,15 +8,26 @@ import time
 from pathlib import Path
 
 import grading
-import mistakes
 import pytest
 import torch
-import wording
 import yaml
 
 from llm_basics import swap
 from llm_basics.learn import __main__ as learn
-from llm_basics.learn import checks, dojo, lessons, log_checks, progress, race, stubs
+from llm_basics.learn import (
+    checks,
+    dojo,
+    judge,
+    lessons,
+    log_checks,
+    messages,
+    mistakes,
+    probes,
+    progress,
+    race,
+    sockets,
+    stubs,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 RIGHT = "def silu(x):\n    return x * torch.sigmoid(x)\n"
@@ -58,8 +69,8 @@ def test_a_lesson_is_whole(name):
 
 
 def test_every_lesson_has_a_step_in_the_catalogue_and_back():
-    files = {path.stem for path in (mistakes.TESTS / "catalogue").glob("*.py")} - {"__init__"}
-    assert files == set(mistakes.STEPS) == {*lessons.ORDER, "checkpoint"}
+    files = {path.stem for path in Path(mistakes.__path__[0]).glob("*.py")} - {"__init__"}
+    assert files == set(judge.STEPS) == {*lessons.ORDER, "checkpoint"}
     assert {path.stem for path in lessons.FOLDER.glob("*.yaml")} == set(lessons.ORDER)
 
 
@@ -105,7 +116,7 @@ def test_blanks_leave_what_is_there_and_take_the_imports_they_need(mine):
 def test_a_wrong_piece_is_named_and_a_right_one_passes(mine):
     found = results(mine(WRONG))["silu"]
     assert found.status == "failed"
-    assert len(found.text.splitlines()) <= wording.MOST_LINES
+    assert len(found.text.splitlines()) <= messages.MOST_LINES
     assert "this is: " in found.text
     assert found.text.endswith("next hint: uv run python -m llm_basics.learn hint silu --mine mine.py")
     assert results(mine(RIGHT))["silu"].text == "silu: passed"
@@ -120,18 +131,18 @@ def softmax(x, dim=-1):
 
 def test_what_a_learner_reads(mine):
     """The message is a contract: what was checked, the first wrong element, the mistake, the next hint."""
-    known = mistakes.Mistake("one too far", "functional.f", None, "It is one too far. " * 15, "seen")
+    known = probes.Mistake("one too far", "functional.f", None, "It is one too far. " * 15, "seen")
     long = ("first " * 60, "b", "c", "d")
     verdicts = [
-        mistakes.Verdict("attention", "failed", "a mask", long, known, True),
-        mistakes.Verdict("attention", "failed", "a mask", ("b",), known, False),
-        mistakes.Verdict("attention", "failed", "a mask", ("b",)),
-        mistakes.Verdict("attention", "not started"),
+        judge.Verdict("attention", "failed", "a mask", long, known, True),
+        judge.Verdict("attention", "failed", "a mask", ("b",), known, False),
+        judge.Verdict("attention", "failed", "a mask", ("b",)),
+        judge.Verdict("attention", "not started"),
     ]
-    messages = [results(mine(WRONG_SOFTMAX))["softmax"].text, results(mine(WRONG))["silu"].text]
-    messages += [wording.message(verdict, "next hint: ...") for verdict in verdicts]
-    golden = (mistakes.TESTS / "fixtures" / "messages.txt").read_text()
-    assert "\n\n".join(messages) + "\n" == golden
+    texts = [results(mine(WRONG_SOFTMAX))["softmax"].text, results(mine(WRONG))["silu"].text]
+    texts += [messages.message(verdict, "next hint: ...") for verdict in verdicts]
+    golden = (REPOSITORY / "tests" / "fixtures" / "messages.txt").read_text()
+    assert "\n\n".join(texts) + "\n" == golden
 
 
 def test_a_mistake_in_what_is_used_is_said_first(mine):
@@ -197,7 +208,7 @@ def test_own_backward_passes_are_compared_with_finite_differences(mine):
 
 
 def test_what_never_ends_is_stopped(mine, monkeypatch):
-    monkeypatch.setattr(mistakes, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(probes, "LIMIT_SECONDS", 0.2)
     found = results(mine("def silu(x):\n    while True:\n        pass\n"))["silu"]
     assert "it took longer than 0 s and was stopped" in found.text
 
@@ -458,7 +469,7 @@ def test_what_one_piece_changes_for_all_does_not_reach_the_next(mine):
 
 @pytest.mark.parametrize("waiting", ["time.sleep(60)", "threading.Event().wait(60)", "input()"])
 def test_what_waits_is_stopped_too(mine, monkeypatch, waiting):
-    monkeypatch.setattr(mistakes, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(probes, "LIMIT_SECONDS", 0.2)
     monkeypatch.setattr("builtins.input", lambda: time.sleep(60))
     source = f"import time, threading\ndef silu(x):\n    {waiting}\n"
     started = time.monotonic()
@@ -500,8 +511,8 @@ def test_two_mistakes_are_not_given_the_name_of_a_third(mine):
 
 def test_an_adapters_file_without_functions_passes_nothing(tmp_path):
     (tmp_path / "adapters.py").write_text("")
-    bare = mistakes.Adapters(mistakes.load_adapters(tmp_path / "adapters.py"))
-    verdicts = [mistakes.judge(mistakes.load(name), bare) for name in mistakes.STEPS]
+    bare = sockets.Adapters(grading.load_adapters(tmp_path / "adapters.py"))
+    verdicts = [judge.judge(judge.load(name), bare) for name in judge.STEPS]
     assert {verdict.status for verdict in verdicts} == {"missing"}
 
 
@@ -522,6 +533,4 @@ def test_ready_made_parts_are_found_through_imports_and_nowhere_else(tmp_path):
         "def run_softmax(x, dim):\n    from pkg.ops import mine as my\n    return my(x, dim)\n"
         "def run_silu(x):\n    from pkg.ops import silu\n    return silu(x)\n"
     )
-    assert grading.ready_made_uses(adapters, mistakes.sockets) == {
-        "softmax": ["pkg/ops.py:3 uses the tensor method softmax"]
-    }
+    assert grading.ready_made_uses(adapters) == {"softmax": ["pkg/ops.py:3 uses the tensor method softmax"]}

@@ -4,45 +4,44 @@ Every mistake is plugged in, must be caught by the step in which it is made, and
 """
 
 import itertools
+from pathlib import Path
 
-import mistakes
 import pytest
 import torch
-import wording
-from mistakes import Mistake
 from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics import swap
+from llm_basics.learn import judge, lessons, messages, probes, sockets
 
-MISTAKES = [(name, mistake) for name in mistakes.STEPS for mistake in mistakes.load(name).mistakes]
-each_step = pytest.mark.parametrize("name", mistakes.STEPS)
+MISTAKES = [(name, mistake) for name in judge.STEPS for mistake in judge.load(name).mistakes]
+each_step = pytest.mark.parametrize("name", judge.STEPS)
 
 
 @each_step
 def test_the_reference_makes_no_mistake(name):
-    verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+    verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and not verdict.missing, verdict
 
 
 @pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
-def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: Mistake):
-    seen = mistakes.observations_of(name, mistake.name)
-    verdict = mistakes.conclude(mistakes.load(name), seen)
+def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: probes.Mistake):
+    seen = judge.observations_of(name, mistake.name)
+    verdict = judge.conclude(judge.load(name), seen)
     assert verdict.status == "failed"
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.name == (mistake.same_as or mistake.name)
-    lines = wording.message(verdict, "next hint").splitlines()
-    assert len(lines) <= wording.MOST_LINES and max(map(len, lines)) <= wording.LINE + 2
+    lines = messages.message(verdict, "next hint").splitlines()
+    assert len(lines) <= messages.MOST_LINES and max(map(len, lines)) <= messages.LINE + 2
     assert "Traceback" not in " ".join(lines)
 
 
 @each_step
 def test_no_two_mistakes_are_the_same_unless_the_catalogue_says_so(name):
-    step = mistakes.load(name)
+    step = judge.load(name)
     for one, other in itertools.combinations(step.mistakes, 2):
         same = all(
-            mistakes.alike(probe, *(mistakes.observation_of(name, m.name, i) for m in (one, other)))
+            judge.alike(probe, *(judge.observation_of(name, m.name, i) for m in (one, other)))
             for i, probe in enumerate(step.probes)
         )
         declared = (one.same_as or one.name) == (other.same_as or other.name)
@@ -51,7 +50,7 @@ def test_no_two_mistakes_are_the_same_unless_the_catalogue_says_so(name):
 
 @each_step
 def test_a_step_is_told_well(name):
-    step = mistakes.load(name)
+    step = judge.load(name)
     assert step.name == name
     assert len({mistake.name for mistake in step.mistakes}) == len(step.mistakes)
     for mistake in step.mistakes:
@@ -120,27 +119,27 @@ OF_TORCH = {
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_torch_s_own_pieces_make_no_mistake(name):
     with swap.replaced(OF_TORCH[name]):
-        verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+        verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and verdict.mistake is None, verdict
 
 
 @pytest.mark.parametrize("name", ["bpe", "tokenizer"])
 def test_the_fast_twins_make_no_mistake(name):
     with swap.using("fast", lambda line: None):
-        verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+        verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and verdict.mistake is None, verdict
 
 
 def test_there_are_enough():
     assert len(MISTAKES) >= 150
-    assert all(any(m.source for m in mistakes.load(name).mistakes) for name in mistakes.STEPS)
+    assert all(any(m.source for m in judge.load(name).mistakes) for name in judge.STEPS)
 
 
 def test_readme_has_the_table():
-    readme = (mistakes.TESTS.parent / "README.md").read_text(encoding="utf-8")
-    counts = {name: len(mistakes.load(name).mistakes) for name in mistakes.STEPS}
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    counts = {name: len(judge.load(name).mistakes) for name in judge.STEPS}
     for name, count in [*counts.items(), ("all", sum(counts.values()))]:
         assert f"| {name} | {count} | {count} | {count} |" in readme
-    n_lessons = len(mistakes.lessons.ORDER)
+    n_lessons = len(lessons.ORDER)
     assert f"# {n_lessons} steps in order" in readme
     assert f"of the {n_lessons} steps and\nof `checkpoint`, which has tests and no lesson" in readme

@@ -4,15 +4,15 @@ uv run pytest tests/test_steps.py --mine mine.py                     your own pi
 uv run pytest tests/test_steps.py --adapters=PATH/tests/adapters.py  somebody's
 """
 
-import mistakes
 import pytest
-import wording
+
+from llm_basics.learn import judge, messages
 
 
-@pytest.mark.parametrize("name", mistakes.STEPS)
+@pytest.mark.parametrize("name", judge.STEPS)
 def test_step(name, judged, how_to_go_on):
     verdict = judged(name)
     if verdict.status == "missing":
         pytest.skip(f"{', '.join(verdict.missing)}: not in the adapters file")
     if verdict.status != "passed":
-        pytest.fail(wording.message(verdict, how_to_go_on(name)), pytrace=False)
+        pytest.fail(messages.message(verdict, how_to_go_on(name)), pytrace=False)

@@ -12,21 +12,10 @@ from typing import Any
 import torch
 
 from llm_basics import swap, user_code
-from llm_basics.learn import lessons
+from llm_basics.learn import judge, lessons, messages, sandbox, sockets
 
 # to run a file once, before any piece in it is called
 LOAD_SECONDS = 60.0
-
-TESTS = Path(__file__).parents[2] / "tests"
-
-
-def from_tests(name: str) -> Any:
-    """A module of the tests, which are in the repository but not in an installed package."""
-    if not (TESTS / "mistakes.py").exists():
-        raise ValueError(f"learn needs the tests of a clone of the repository, but there is no {TESTS}")
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
-    return importlib.import_module(name)
 
 
 @dataclass(frozen=True)
@@ -45,14 +34,13 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
     `say` is given what is strange about the file. Raises ValueError if the file cannot be run, or has a
     piece that does not fit.
     """
-    mistakes, wording = from_tests("mistakes"), from_tests("wording")
     # drawn from the same source each time
     torch.set_num_threads(1)
     with swap.restored():
         try:
-            with mistakes.time_limit(LOAD_SECONDS), mistakes.unchanged_state():
+            with sandbox.time_limit(LOAD_SECONDS), sandbox.unchanged_state():
                 swap.use(path, log, check_shapes)
-        except mistakes.TookTooLong:
+        except sandbox.TookTooLong:
             raise ValueError(f"{path} must be read in {LOAD_SECONDS:.0f} s, but took longer") from None
         own = {piece.split(".")[1] for piece in swap.user_pieces()}
         wrong: set[str] = set()
@@ -65,7 +53,7 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
                         f"{path} has none of {', '.join(lesson.pieces)}; begin with: learn start {name}"
                     )
                 continue
-            verdict = mistakes.judge(mistakes.load(name), mistakes.own_adapters())
+            verdict = judge.judge(judge.load(name), sockets.own())
             hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
             missing = [piece for piece in lesson.needed if piece not in own and _is_missed(piece, there)]
             blank = "".join(verdict.difference).split(".")[0] if verdict.status == "not started" else ""
@@ -82,7 +70,7 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
                 used &= _wrong_among(used & own) if only else wrong
                 if used:
                     hint = f"it uses {', '.join(sorted(used))}, which is not right: mend that first"
-                yield Result(name, verdict.status, wording.message(verdict, hint))
+                yield Result(name, verdict.status, messages.message(verdict, hint))
             if verdict.status != "passed":
                 wrong |= there
 
@@ -103,9 +91,8 @@ def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 def _wrong_among(pieces: set[str]) -> set[str]:
     """Those of somebody's own pieces whose steps are not right."""
-    mistakes = from_tests("mistakes")
     steps = {step for piece in pieces if (step := lessons.of_piece(piece))}
-    verdicts = [mistakes.judge(mistakes.load(step), mistakes.own_adapters()) for step in sorted(steps)]
+    verdicts = [judge.judge(judge.load(step), sockets.own()) for step in sorted(steps)]
     failed = {verdict.step for verdict in verdicts if verdict.status != "passed"}
     return {piece for piece in pieces if lessons.of_piece(piece) in failed}
 
@@ -151,9 +138,8 @@ def _aids(name: str, path: str | Path) -> Iterator[str]:
     own = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, torch.autograd.Function)]
     if not any(value.__module__ == module.__name__ for value in own):
         return
-    mistakes = from_tests("mistakes")
-    for probe in mistakes.load(name).probes:
-        wrong = mistakes.gradient_error(probe)
+    for probe in judge.load(name).probes:
+        wrong = judge.gradient_error(probe)
         if wrong:
             yield f"  {probe.about}: your backward pass is not the derivative of your forward pass: {wrong}"
 
@@ -164,19 +150,18 @@ def _aids(name: str, path: str | Path) -> Iterator[str]:
 
 def print_mistakes(only: str | None = None) -> int:
     """Plug every known mistake in, and print the table of what was caught and named."""
-    mistakes = from_tests("mistakes")
-    if only is not None and only not in mistakes.STEPS:
-        raise ValueError(f"a step must be one of {', '.join(mistakes.STEPS)}; got {only}")
+    if only is not None and only not in judge.STEPS:
+        raise ValueError(f"a step must be one of {', '.join(judge.STEPS)}; got {only}")
     totals = [0, 0, 0]
     print("| step | mistakes | caught | named |\n|---|---|---|---|")
-    for name in [only] if only else mistakes.STEPS:
-        step = mistakes.load(name)
+    for name in [only] if only else judge.STEPS:
+        step = judge.load(name)
         caught = named = 0
         for mistake in step.mistakes:
             with swap.replaced({mistake.piece: mistake.wrong}):
-                verdict = mistakes.judge(step, mistakes.own_adapters())
+                verdict = judge.judge(step, sockets.own())
             caught += verdict.status == "failed"
-            found = verdict.mistake.name if verdict.sure else None
+            found = verdict.mistake.name if verdict.mistake is not None and verdict.sure else None
             named += found == (mistake.same_as or mistake.name)
         counts = [len(step.mistakes), caught, named]
         totals = [total + count for total, count in zip(totals, counts, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm_basics import swap
 from llm_basics.core import config, model, trainer
-from llm_basics.learn import checks, log_checks
+from llm_basics.learn import judge, log_checks
 
 PROGRAM = "uv run python -m llm_basics.learn"
 SHAPE = config.ModelConfig(vocab_size=16, context_length=32, d_model=32, n_layers=2, n_heads=2)
@@ -149,8 +149,7 @@ def enter(seed: int, answer: int | None) -> int:
 
 
 def _candidates() -> list[Any]:
-    mistakes = checks.from_tests("mistakes")
-    return [m for name in STEPS_SHOWN for m in mistakes.load(name).mistakes if m.same_as is None]
+    return [m for name in STEPS_SHOWN for m in judge.load(name).mistakes if m.same_as is None]
 
 
 @functools.cache

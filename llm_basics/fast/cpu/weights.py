@@ -54,7 +54,7 @@ def unknown_part(model: models.TransformerLM) -> str:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} does more than a {kind.__name__} does"
     for name in FUNCTIONS:
-        if not getattr(F, name).__module__.startswith("llm_basics."):
+        if not getattr(F, name).__module__.startswith(("llm_basics.core.functional", "llm_basics.fast.")):
             return f"{name} is of {user_code.origin(getattr(F, name))}"
     for option, value in vars(model.config).items():
         if (option not in OPTIONS and value) or value not in VALUES.get(option, [value]):

@@ -2,11 +2,10 @@
 
 import math
 
-from mistakes import Step
-
 from llm_basics import swap
+from llm_basics.learn import probes
 
-step = Step("schedule")
+step = probes.Step("schedule")
 cosine_schedule = swap.reference("optim.cosine_schedule")
 
 # --------------------------------------------------------------------------------------------------

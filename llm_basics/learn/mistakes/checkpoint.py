@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 
 from llm_basics import swap
+from llm_basics.learn import probes
 from llm_basics.runs import checkpoint
 
-step = Step("checkpoint")
-draw = numbers(seed=8)
+step = probes.Step("checkpoint")
+draw = probes.numbers(seed=8)
 save_checkpoint = swap.reference("checkpoint.save_checkpoint")
 load_checkpoint = swap.reference("checkpoint.load_checkpoint")
 
@@ -75,7 +75,7 @@ def weights_back(a, to=lambda folder: folder / "saved"):
     return weights_of(other[0])
 
 
-step.value("the weights, in another model of the same shape", weights_back, AFTER_2, rtol=1e-7, atol=0)
+step.value("the weights, in another model of the same shape", weights_back, AFTER_2, rtol=1e-7, atol=0.0)
 step.value(
     "the number of steps",
     lambda a: saved_and_loaded(a, *trained(), *network(1), iteration=17),
@@ -128,7 +128,7 @@ step.value(
     lambda a: weights_back(a, to=lambda folder: None),
     AFTER_2,
     rtol=1e-7,
-    atol=0,
+    atol=0.0,
 )
 
 
@@ -142,7 +142,7 @@ def saved_twice(a):
         return [a.run_load_checkpoint(path, *other), weights_of(other[0])]
 
 
-step.value("a second checkpoint under the name of the first", saved_twice, [2, AFTER_2], rtol=1e-7, atol=0)
+step.value("a second checkpoint under the name of the first", saved_twice, [2, AFTER_2], rtol=1e-7, atol=0.0)
 
 
 def with_statistics():
@@ -176,7 +176,7 @@ step.value(
     half_weights_back,
     weights_of(network(0, lambda: nn.Linear(3, 4).bfloat16())[0]),
     rtol=1e-7,
-    atol=0,
+    atol=0.0,
 )
 
 

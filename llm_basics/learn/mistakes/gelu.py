@@ -3,13 +3,13 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("gelu")
-draw = numbers(seed=1)
+step = probes.Step("gelu")
+draw = probes.numbers(seed=1)
 
 # without gradients, so that what works in place can be seen to change its input
 step.compare(

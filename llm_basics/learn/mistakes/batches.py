@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from mistakes import Step
 
 from llm_basics import swap
+from llm_basics.learn import probes
 
-step = Step("batches")
+step = probes.Step("batches")
 get_batch = swap.reference("data.get_batch")
 
 # --------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("softmax")
-draw = numbers(seed=1)
+step = probes.Step("softmax")
+draw = probes.numbers(seed=1)
 
 ORDINARY = draw(2, 3, 5)
 ALONG = {-1: "the last", 1: "the middle", 0: "the first"}

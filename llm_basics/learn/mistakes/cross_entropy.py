@@ -3,13 +3,13 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("cross_entropy")
-draw = numbers(seed=1)
+step = probes.Step("cross_entropy")
+draw = probes.numbers(seed=1)
 
 TARGETS = torch.tensor([3, 0, 8, 5, 5, 1])
 TARGETS_OF_TEXTS = torch.tensor([[3, 0, 8, 5], [5, 1, 2, 7], [6, 3, 4, 0]])

@@ -4,14 +4,14 @@ import copy
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 
 from llm_basics import swap
 from llm_basics.core import optim
+from llm_basics.learn import probes
 
-step = Step("adamw")
-draw = numbers(seed=5)
+step = probes.Step("adamw")
+draw = probes.numbers(seed=5)
 adamw_update = swap.reference("optim.adamw_update")
 
 

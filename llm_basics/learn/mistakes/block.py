@@ -3,14 +3,14 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-from catalogue.multi_head import attention
 from llm_basics.core import model
+from llm_basics.learn import probes
+from llm_basics.learn.mistakes import multi_head
 
-step = Step("block")
-draw = numbers(seed=1)
+step = probes.Step("block")
+draw = probes.numbers(seed=1)
 
 D_MODEL, N_HEADS, D_FF, SEQ = 12, 3, 20, 5
 CONTEXT, THETA, EPS = 16, 500.0, 1e-5
@@ -24,7 +24,7 @@ def block(x, n_heads=N_HEADS, theta=THETA, positions=None, **weights):
     """A pre-norm block by torch; `weights` as in a state dict below `layers.N.`."""
     normed = tF.rms_norm(x, x.shape[-1:], weights["ln1.weight"], EPS)
     q, k, v, o = (weights[f"attn.{name}_proj.weight"] for name in ("q", "k", "v", "output"))
-    x = x + attention(normed, q, k, v, o, n_heads, theta, positions)
+    x = x + multi_head.attention(normed, q, k, v, o, n_heads, theta, positions)
     normed = tF.rms_norm(x, x.shape[-1:], weights["ln2.weight"], EPS)
     w1, w2, w3 = (weights[f"ffn.w{i}.weight"] for i in (1, 2, 3))
     return x + tF.linear(tF.silu(tF.linear(normed, w1)) * tF.linear(normed, w3), w2)

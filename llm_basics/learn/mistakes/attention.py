@@ -3,13 +3,13 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("attention")
-draw = numbers(seed=11)
+step = probes.Step("attention")
+draw = probes.numbers(seed=11)
 
 
 def whether_seen(expected, actual):

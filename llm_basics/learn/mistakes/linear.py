@@ -3,14 +3,14 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics.core import layers
+from llm_basics.learn import probes
 
-step = Step("linear")
-draw = numbers(seed=1)
+step = probes.Step("linear")
+draw = probes.numbers(seed=1)
 
 
 def compare(about, x, weight, axes, **more):

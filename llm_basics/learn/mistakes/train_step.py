@@ -4,14 +4,14 @@ import math
 import weakref
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics.core import device, optim, trainer
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("train_step")
+step = probes.Step("train_step")
 
 # --------------------------------------------------------------------------------------------------
 # A small model, small batches, and the same steps written with torch's own pieces
@@ -22,7 +22,7 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
-        draw = numbers(seed=7)
+        draw = probes.numbers(seed=7)
         self.table = nn.Parameter(draw(11, 6))
         self.gain = nn.Parameter(1 + 0.3 * draw(6))
         self.head = nn.Parameter(0.7 * draw(11, 6))

@@ -1,13 +1,13 @@
 """Clipping: all gradients shortened by one factor, so that together they are at most so long."""
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 
 from llm_basics import swap
+from llm_basics.learn import probes
 
-step = Step("clipping")
-draw = numbers(seed=6)
+step = probes.Step("clipping")
+draw = probes.numbers(seed=6)
 clip_grad_norm_ = swap.reference("optim.clip_grad_norm_")
 
 # --------------------------------------------------------------------------------------------------

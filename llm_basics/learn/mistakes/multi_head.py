@@ -4,14 +4,14 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
 from llm_basics.core import layers
+from llm_basics.learn import probes
 
-step = Step("multi_head")
-draw = numbers(seed=1)
+step = probes.Step("multi_head")
+draw = probes.numbers(seed=1)
 
 D_MODEL, N_HEADS, SEQ = 12, 3, 5
 CONTEXT, THETA = 32, 500.0

@@ -1,11 +1,12 @@
 """SiLU: `x * sigmoid(x)`."""
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
-step = Step("silu")
-draw = numbers(seed=1)
+from llm_basics.learn import probes
+
+step = probes.Step("silu")
+draw = probes.numbers(seed=1)
 
 # without gradients, so that what works in place can be seen to change its input
 step.compare(

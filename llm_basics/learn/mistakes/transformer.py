@@ -4,16 +4,16 @@ import dataclasses
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as tF
 
-from catalogue import block, multi_head
 from llm_basics.core import layers, model
+from llm_basics.learn import probes
+from llm_basics.learn.mistakes import block, multi_head
 
-step = Step("transformer")
-draw = numbers(seed=1)
+step = probes.Step("transformer")
+draw = probes.numbers(seed=1)
 
 VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, THETA = 23, 8, 12, 3, 3, 20, 500.0
 SIZES = (VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, THETA)
@@ -151,7 +151,7 @@ def initial_state(a):
 
 PARAMETERS = sorted(
     ["token_embeddings.weight", "ln_final.weight", "lm_head.weight"]
-    + [f"layers.{i}.{name}" for i in range(2) for name in block.weights(numbers(seed=0))]
+    + [f"layers.{i}.{name}" for i in range(2) for name in block.weights(probes.numbers(seed=0))]
 )
 step.value(
     "new weights: names, and spread against the right one (gains: mean)",
@@ -233,7 +233,7 @@ step.value("the first loss with tied embeddings", lambda a: first_loss(a, tie_em
 
 
 def in_chunks(a, tokens, **weights):
-    lm = a.get_transformer_lm(*SIZES)
+    lm = a.get_transformer_lm(*SIZES).to(weights["lm_head.weight"].dtype)
     lm.load_state_dict(weights)
     caches = lm.make_kv_caches(1)
     return torch.cat([lm(chunk, caches=caches) for chunk in tokens.split([3, 1, 4], dim=1)], dim=1)

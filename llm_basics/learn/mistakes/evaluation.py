@@ -3,13 +3,13 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("evaluation")
+step = probes.Step("evaluation")
 
 # --------------------------------------------------------------------------------------------------
 # A model that is a table of logits, and its measures written out
@@ -20,7 +20,7 @@ class Bigrams(nn.Module):
 
     def __init__(self, scale=1.0, dropout=0.0, dtype=torch.float32):
         super().__init__()
-        logits = 2 * numbers(seed=11)(7, 7)
+        logits = 2 * probes.numbers(seed=11)(7, 7)
         self.logits = nn.Parameter((scale * logits).to(dtype))
         self.dropout = nn.Dropout(dropout)
         self.notes = []

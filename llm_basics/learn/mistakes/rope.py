@@ -3,13 +3,13 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 
 from llm_basics.core import functional as F
 from llm_basics.core import layers
+from llm_basics.learn import probes
 
-step = Step("rope")
-draw = numbers(seed=5)
+step = probes.Step("rope")
+draw = probes.numbers(seed=5)
 
 
 def by_hand(x, positions, theta):

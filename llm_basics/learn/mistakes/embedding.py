@@ -3,15 +3,15 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch import nn
 from torch.nn import functional as tF
 
 from catalogue import linear
 from llm_basics.core import layers
+from llm_basics.learn import probes
 
-step = Step("embedding")
-draw = numbers(seed=1)
+step = probes.Step("embedding")
+draw = probes.numbers(seed=1)
 
 
 def compare(about, ids, weight, axes, **more):

@@ -1,13 +1,13 @@
 """SwiGLU: `W2 (silu(W1 x) * W3 x)`, the gated feed-forward network."""
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("swiglu")
-draw = numbers(seed=7)
+step = probes.Step("swiglu")
+draw = probes.numbers(seed=7)
 
 
 def by_hand(x, w1, w2, w3):

@@ -5,12 +5,12 @@ import unicodedata
 from itertools import pairwise, zip_longest
 
 import regex
-from mistakes import Step
 
 from llm_basics import swap
 from llm_basics.core import bpe
+from llm_basics.learn import probes
 
-step = Step("tokenizer")
+step = probes.Step("tokenizer")
 
 PUBLIC = "public solutions of CS336"
 PASSES = "public solutions of CS336; passes its suite"

@@ -1,13 +1,13 @@
 """LayerNorm: `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last axis."""
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
+from llm_basics.learn import probes
 
-step = Step("layer_norm")
-draw = numbers(seed=3)
+step = probes.Step("layer_norm")
+draw = probes.numbers(seed=3)
 
 # away from mean 0
 ROWS = 0.5 + draw(2, 4, 7)
@@ -52,7 +52,9 @@ step.compare(
 step.compare(
     "numbers close together and far from zero",
     lambda a, x, weight, bias: a.run_layernorm(8, 1e-5, weight, bias, x),
-    lambda x, weight, bias: tF.layer_norm(x.double(), (8,), weight.double(), bias.double(), eps=1e-5).float(),
+    lambda x, weight, bias: tF.layer_norm(x.double(), (8,), weight.double(), bias.double(), eps=1e-5).to(
+        x.dtype
+    ),
     {"x": 2.0**14 + torch.tensor([[1.0, -1, 2, -2, 1, 1, -1, -1], [2, 2, -2, -1, -1, 1, 1, -2]])},
     {"weight": draw(8), "bias": draw(8)},
     axes="row feature",

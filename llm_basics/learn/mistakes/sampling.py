@@ -3,14 +3,14 @@
 import math
 
 import torch
-from mistakes import Step, numbers
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
 from llm_basics.core import generate
+from llm_basics.learn import probes
 
-step = Step("sampling")
-draw = numbers(seed=5)
+step = probes.Step("sampling")
+draw = probes.numbers(seed=5)
 
 # --------------------------------------------------------------------------------------------------
 # The distribution, written out row by row
@@ -207,7 +207,7 @@ SMALL = {"vocab_size": 23, "context_length": 9, "d_model": 2, "num_layers": 1, "
 def write_evenly(a, likely, n, **settings):
     """A text by weights that give the same logits after any text: `likely` the first tokens, no
     others."""
-    even = {k: torch.zeros_like(w) for k, w in make_weights(**SMALL, draw=numbers(seed=0)).items()}
+    even = {k: torch.zeros_like(w) for k, w in make_weights(**SMALL, draw=probes.numbers(seed=0)).items()}
     even["token_embeddings.weight"] += 1
     even["ln_final.weight"] += 1
     logits = torch.full((SMALL["vocab_size"],), -200.0)

@@ -9,11 +9,11 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import regex
-from mistakes import Step
 
 from llm_basics.core import bpe
+from llm_basics.learn import probes
 
-step = Step("bpe")
+step = probes.Step("bpe")
 
 PUBLIC = "public solutions of CS336"
 PASSES = "public solutions of CS336; passes its suite"

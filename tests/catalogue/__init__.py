@@ -1,1 +1,0 @@
-"""The steps of learning, one file each: what is checked, and the mistakes that are known."""
