@@ -23,6 +23,9 @@ from llm_basics import user_code
 
 CORE, FAST = "llm_basics.core", "llm_basics.fast"
 
+# homes outside of core, whose functions the catalogue of mistakes replaces
+ELSEWHERE = {"checkpoint": "llm_basics.runs.checkpoint"}
+
 # modules of core that have fast implementations, in fast/ under the same file name
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
 
@@ -163,7 +166,7 @@ def origins() -> dict[str, str]:
     return {
         piece: user_code.origin(current(piece))
         for piece in dict.fromkeys([*pieces, *_REFERENCE])
-        if f"{CORE}.{piece.split('.')[0]}" in sys.modules
+        if ELSEWHERE.get(home := piece.split(".")[0], f"{CORE}.{home}") in sys.modules
     }
 
 
@@ -201,7 +204,7 @@ def current(piece: str) -> Any:
 
 
 def _module(home: str) -> types.ModuleType:
-    return importlib.import_module(f"{CORE}.{home}")
+    return importlib.import_module(ELSEWHERE.get(home, f"{CORE}.{home}"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_what_a_first_step_would_compile_is_compiled_before(monkeypatch):
     assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
     # what that process does
-    monkeypatch.setattr(cpu_trainer.directions, "update", lambda *arguments: compiled.append("directions"))
+    monkeypatch.setattr(cpu_trainer.muon, "update", lambda *arguments: compiled.append("directions"))
     learn = cpu_trainer.Learner.learn
     monkeypatch.setattr(cpu_trainer.Learner, "learn", lambda *a: compiled.append("gradient") or learn(*a))
     cpu_trainer.main()

@@ -455,7 +455,7 @@ def test_both_curves_are_drawn(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(text)
     assert race.final_loss(tmp_path / "reference") == 5.1
     folders = {"yours": tmp_path / "yours", "the reference": tmp_path / "reference"}
-    assert race.plot.plot_runs(folders, tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+    assert race.figures.plot_runs(folders, tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_one_piece_changes_for_all_does_not_reach_the_next(mine):

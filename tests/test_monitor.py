@@ -231,7 +231,7 @@ def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatc
 
     monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
     given = changed(options, tmp_path / "run", steps=50, eval_every=100, checkpoint_every=0)
-    launch, introduce = job.launch, job.launch.introduce
+    launch, introduce = job.setup, job.setup.introduce
     monkeypatch.setattr(launch, "introduce", lambda *a: introduce(*a) or calls.clear())
     assert job.main(given) == 0
     assert "step 43: the loss" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch
 def test_second_time_finds_what_the_first_has_made(options, monkeypatch):
     first = prepare.prepare(options())
     monkeypatch.setattr(prepare.bpe, "train_bpe", pytest.fail)
-    monkeypatch.setattr(prepare.packing.Packer, "pack", pytest.fail)
+    monkeypatch.setattr(prepare.shard_builder.Packer, "pack", pytest.fail)
     assert prepare.prepare(options()).folder == first.folder
 
 
@@ -193,7 +193,7 @@ def made(folder):
 
 
 def test_a_prepared_folder_is_trained_on_as_it_is(made, options, monkeypatch):
-    monkeypatch.setattr(prepare.packing.Packer, "pack", pytest.fail)
+    monkeypatch.setattr(prepare.shard_builder.Packer, "pack", pytest.fail)
     given = dataclasses.replace(options(), data=str(made))
     prepared = prepare.prepare(given)
     assert prepared.folder == made and prepared.tokenizer.vocab_size == 270

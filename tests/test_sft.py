@@ -37,7 +37,7 @@ def text(found):
 def test_what_is_learned_is_read_off_the_ids():
     for spelled, _ in GOLDEN:
         rendered = row(spelled)
-        assert np.array_equal(sft_dataset.loss_mask(rendered.ids, CHATTING), rendered.learned), spelled
+        assert np.array_equal(sft_dataset.loss_mask(rendered.ids, CHATTING), rendered.loss_mask), spelled
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_no_conversation_becomes_a_row_without_a_target():
         )
         n_left_out += found is None
         if found is not None:
-            assert len(found.ids) <= most and found.learned[1:].any() and not found.learned[0]
+            assert len(found.ids) <= most and found.loss_mask[1:].any() and not found.loss_mask[0]
             assert found.ids[0] in SPECIAL_IDS
             _, targets = sft_dataset.collate([found], most - 1)
             assert (targets != dataloader.IGNORE_INDEX).any()
@@ -89,13 +89,13 @@ def test_packed_rows_hold_every_conversation_once():
     rng = np.random.default_rng(0)
     rows = [row(f"u:{'q' * rng.integers(0, 20)} a:{'r' * rng.integers(1, 20)}") for _ in range(200)]
     packed = sft_dataset.pack(rows, 64)
-    assert all(len(one.ids) <= 64 and one.learned[1:].any() for one in packed)
+    assert all(len(one.ids) <= 64 and one.loss_mask[1:].any() for one in packed)
     expected = sorted(text(one) for one in rows)
     found = [f"<|user|>{part}" for one in packed for part in text(one).split("<|user|>")[1:]]
     assert sorted(found) == expected
     # at most a tenth more than if nothing were lost
     assert len(packed) <= 1.1 * sum(len(one.ids) for one in rows) / 64
-    assert all(np.array_equal(one.learned, sft_dataset.loss_mask(one.ids, CHATTING)) for one in packed)
+    assert all(np.array_equal(one.loss_mask, sft_dataset.loss_mask(one.ids, CHATTING)) for one in packed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def test_padding_changes_no_gradient():
     lm.zero_grad()
     for one in rows:
         inputs, targets = torch.from_numpy(one.ids[None, :-1]), torch.from_numpy(one.ids[None, 1:]).clone()
-        targets[torch.from_numpy(~one.learned[None, 1:])] = -100
-        n = sum(int(r.learned.sum()) for r in rows)
-        (trainer.batch_loss(lm, inputs, targets, z_loss=0.0) * int(one.learned.sum()) / n).backward()
+        targets[torch.from_numpy(~one.loss_mask[None, 1:])] = -100
+        n = sum(int(r.loss_mask.sum()) for r in rows)
+        (trainer.batch_loss(lm, inputs, targets, z_loss=0.0) * int(one.loss_mask.sum()) / n).backward()
     torch.testing.assert_close(together, [p.grad for p in lm.parameters()], rtol=1e-8, atol=1e-12)
 
 

@@ -470,7 +470,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
     # torch gives each class of optimizer a step of its own when the first of it is made
     for kind_of_optimizer in (optim.Muon, optim.AdamW):
         monkeypatch.setattr(kind_of_optimizer, "step", lambda self: applied.append(1) or apply(self))
-    monkeypatch.setattr(job.launch, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
+    monkeypatch.setattr(job.setup, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
     inject(monkeypatch, kind, value, at)
     assert job.main(options) == job.NOT_FINITE
     error = capsys.readouterr().err
@@ -549,7 +549,7 @@ def test_what_was_seen_before_a_resume_is_known_after_it(options):
     assert job.main(dataclasses.replace(options, train=many)) == 0
     about = checkpoint.verify(run_dir.checkpoints(options.run_dir)[0])
     resumed = parse.train_options(["--resume", str(options.run_dir)])
-    training, output = job.launch.start(resumed)
+    training, output = job.setup.start(resumed)
     output.close()
     assert training.spikes.state() == about["spikes"] and len(about["spikes"]["losses"]) == 40
     assert (
@@ -565,7 +565,7 @@ def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, mon
     for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
         try:
             arguments = ["--resume", str(options.run_dir), "--train.compile", "on", flag]
-            job.launch.start(parse.train_options(arguments))[1].close()
+            job.setup.start(parse.train_options(arguments))[1].close()
         finally:
             torch.use_deterministic_algorithms(False)
         assert ("adds up in any order" in capsys.readouterr().out) == said

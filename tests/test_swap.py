@@ -26,8 +26,8 @@ FUNCTIONS = [
 
 
 def test_twins_have_the_signature_of_their_reference():
-    for module, name, twin in swap._twins():
-        reference = getattr(module, name)
+    for piece, twin in swap._fast_implementations():
+        name, reference = piece.split(".")[1], swap.reference(piece)
         assert list(inspect.signature(twin).parameters) == list(inspect.signature(reference).parameters), name
         for method, of_twin in vars(twin).items() if inspect.isclass(twin) else ():
             if not method.startswith("_") and inspect.isfunction(of_twin):
@@ -38,22 +38,11 @@ def test_twins_have_the_signature_of_their_reference():
 def test_what_has_a_twin():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
-    names |= {"data.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
-    names |= {"update.batch_loss", "update.train_step", "optim.orthogonalize"}
+    names |= {"dataloader.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
+    names |= {"trainer.batch_loss", "trainer.train_step", "optim.orthogonalize"}
     names |= {"layers.MultiHeadSelfAttention", "generate.generate", "generate.next_token_probabilities"}
-    assert {f"{swap._home(module)}.{name}" for module, name, _ in swap._twins()} == names
+    assert {piece for piece, _ in swap._fast_implementations()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
-
-
-def test_kernels_of_our_own_are_for_those_who_ask():
-    pytest.importorskip("triton")
-    with swap.using("fast", lambda line: None):
-        assert swap.origins()["functional.rms_norm"] == "llm_basics.fast.functional"
-        swap.use("triton")
-        for name in ("rms_norm", "cross_entropy", "scaled_dot_product_attention"):
-            assert swap.origins()[f"functional.{name}"].startswith("llm_basics.fast.triton_")
-        assert swap.origins()["functional.linear"] == "llm_basics.fast.functional"
-    assert swap.origins()["functional.rms_norm"] == "llm_basics.core.functional"
 
 
 def test_twins_stand_in_for_the_length_of_a_block():
@@ -78,7 +67,7 @@ def test_a_piece_that_somebody_put_there_stays(monkeypatch):
 
 
 def test_a_name_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="must be fast, triton or a Python file .*, got 'quick'"):
+    with pytest.raises(ValueError, match="must be fast or a Python file .*, got 'quick'"):
         swap.use("quick")
 
 

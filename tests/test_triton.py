@@ -254,7 +254,7 @@ def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
     monkeypatch.setitem(trainer.MOST_LOGITS, DEVICE.type, 200)
     monkeypatch.setattr(trainer, "LEAST_ROWS", 1)
     # which would do it in another way
-    monkeypatch.setattr(trainer.learning, "learner_for", lambda *_: None)
+    monkeypatch.setattr(trainer.cpu_trainer, "learner_for", lambda *_: None)
     replace, pieces, found = cuda_cross_entropy.replace_by_gradient_, [], []
     monkeypatch.setattr(
         cuda_cross_entropy, "replace_by_gradient_", lambda *a: pieces.append(len(a[1])) or replace(*a)

@@ -160,15 +160,15 @@ def truncate(row: Example, tokenizer: tokenizers.Tokenizer, most: int) -> Exampl
     The oldest messages go first. Where the last question and its answer alone are too long, the end of the
     answer goes: what is left teaches to begin such an answer, and not to end it too early.
     """
-    last = int(np.flatnonzero(row.learned)[-1]) + 1
+    last = int(np.flatnonzero(row.loss_mask)[-1]) + 1
     starts = np.flatnonzero(begins(row.ids, tokenizer)).tolist()
     # the message before the last answer is what it answers
     answer = max(i for i, start in enumerate(starts) if start < last)
     start = next((s for s in starts[: max(answer, 1)] if last - s <= most), starts[max(answer - 1, 0)])
     end = min(last, start + most)
-    if not row.learned[start:end].any():
+    if not row.loss_mask[start:end].any():
         return None
-    return Example(row.ids[start:end], row.learned[start:end])
+    return Example(row.ids[start:end], row.loss_mask[start:end])
 
 
 def pack(rows: Sequence[Example], most: int) -> list[Example]:
@@ -187,7 +187,7 @@ def pack(rows: Sequence[Example], most: int) -> list[Example]:
             room, number = rooms.pop(place)
         bins[number].append(row)
         bisect.insort(rooms, (room - len(row.ids), number))
-    joined = [[(row.ids, row.learned) for row in packed] for packed in bins]
+    joined = [[(row.ids, row.loss_mask) for row in packed] for packed in bins]
     return [Example(*(np.concatenate(part) for part in zip(*packed, strict=True))) for packed in joined]
 
 
@@ -254,7 +254,7 @@ def collate(
     for i, row in enumerate(rows):
         n = len(row.ids) - 1
         inputs[i, :n] = row.ids[:-1]
-        targets[i, :n] = np.where(row.learned[1:], row.ids[1:], dataloader.IGNORE_INDEX)
+        targets[i, :n] = np.where(row.loss_mask[1:], row.ids[1:], dataloader.IGNORE_INDEX)
     return torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
 
 

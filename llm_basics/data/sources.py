@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics.core import files
-from llm_basics.data import documents
+from llm_basics.data import documents as corpus
 
 HUB = "hub:"
 
@@ -63,7 +63,7 @@ def find(source: str, text_field: str = "text", form: str = "auto", on_bad_utf8:
             raise ValueError(f"a data set must be {HUB}NAME or {HUB}NAME:CONFIG, got {source}")
         return Hub(path, text_field, name=config or None)
     try:
-        return Files(source, text_field, form, on_bad_utf8, documents.find_files(source))
+        return Files(source, text_field, form, on_bad_utf8, corpus.find_files(source))
     except ValueError as error:
         raise ValueError(
             f"{error}; beside these, - is standard input, {HUB}NAME a data set at Hugging Face, and "
@@ -100,7 +100,7 @@ class Source:
         self.name = name
         self.text_field = text_field
 
-    def documents(self) -> Iterator[documents.Document]:
+    def documents(self) -> Iterator[corpus.Document]:
         """Read from the beginning. Raises ValueError for what is no document, and says where it stands."""
         yield from ()
 
@@ -117,10 +117,10 @@ class Pipe(Source):
         self.form = form
         self.on_bad_utf8 = on_bad_utf8
 
-    def documents(self) -> Iterator[documents.Document]:
+    def documents(self) -> Iterator[corpus.Document]:
         yield from self._read(self.name, typing.cast(io.BufferedIOBase, sys.stdin.buffer))
 
-    def _read(self, name: str, content: io.BufferedIOBase) -> Iterator[documents.Document]:
+    def _read(self, name: str, content: io.BufferedIOBase) -> Iterator[corpus.Document]:
         form = self.form
         if form == "auto":
             ending = re.search(r"\.(jsonl|parquet)(?:\.gz)?$", name)
@@ -129,7 +129,7 @@ class Pipe(Source):
             return json_lines(name, content, self.text_field, self.on_bad_utf8)
         if form == "parquet":
             return parquet_rows(name, content, self.text_field)
-        return documents.stream_documents(name, content, self.on_bad_utf8)
+        return corpus.stream_documents(name, content, self.on_bad_utf8)
 
 
 class Files(Pipe):
@@ -143,7 +143,7 @@ class Files(Pipe):
         super().__init__(name, text_field, form, on_bad_utf8)
         self.paths = list(paths)
 
-    def documents(self) -> Iterator[documents.Document]:
+    def documents(self) -> Iterator[corpus.Document]:
         sizes = [path.stat().st_size for path in self.paths]
         before, total = 0, max(1, sum(sizes))
         for path, size in zip(self.paths, sizes, strict=True):
@@ -175,12 +175,12 @@ class Hub(Source):
         self.arguments = arguments
         self._about = about
 
-    def documents(self) -> Iterator[documents.Document]:
+    def documents(self) -> Iterator[corpus.Document]:
         rows = self._rows()
         for number, row in enumerate(rows, start=1):
             text = text_of(row, self.text_field, f"row {number} of {self.name}")
             if text.strip():
-                yield documents.Document(f"{self.name}:{number}", text)
+                yield corpus.Document(f"{self.name}:{number}", text)
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         datasets = needed("datasets")
@@ -205,17 +205,17 @@ class Hub(Source):
 
 def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
-) -> Iterator[documents.Document]:
+) -> Iterator[corpus.Document]:
     """The documents of JSON lines, one object each; lines that are empty, or whose text is, hold none."""
     for place, row in files.json_lines(name, lines, on_bad_utf8):
         if not isinstance(row, dict):
             raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
         text = text_of(row, text_field, place)
         if text.strip():
-            yield documents.Document(place, text)
+            yield corpus.Document(place, text)
 
 
-def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[documents.Document]:
+def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[corpus.Document]:
     """The documents of a Parquet file, one a row; a row whose text is empty holds none."""
     arrow, parquet = needed("pyarrow"), needed("pyarrow.parquet")
     number = 0
@@ -228,7 +228,7 @@ def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[
                 number += 1
                 text = text_of(row, text_field, f"row {number} of {name}")
                 if text.strip():
-                    yield documents.Document(f"{name}:{number}", text)
+                    yield corpus.Document(f"{name}:{number}", text)
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name} must be Parquet, which fails behind row {number}; {reason}") from None

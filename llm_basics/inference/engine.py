@@ -176,7 +176,7 @@ def load_run(
 
 def open_run(
     options: commands.GenerateConfig | commands.ChatConfig,
-) -> tuple[model.TransformerLM, tokenizer.Tokenizer]:
+) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """The model and the tokenizer that `options` name, with their pieces put in place."""
     if options.mine is not None:
         swap.use(options.mine)

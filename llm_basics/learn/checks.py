@@ -1,6 +1,5 @@
 """A file of somebody's own, put through the tests: which steps are right, which mistake was made."""
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -98,7 +97,7 @@ def _wrong_among(pieces: set[str]) -> set[str]:
 
 
 def _used_by(piece: str) -> set[str]:
-    own: Any = getattr(importlib.import_module(f"llm_basics.{swap.HOMES[piece]}"), piece)
+    own: Any = swap.current(f"{swap.HOMES[piece]}.{piece}")
     return user_code.mentioned(own) - {piece}
 
 

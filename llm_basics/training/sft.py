@@ -54,7 +54,7 @@ class SftState(state.TrainingState):
         rows = sft_dataset.pack(taught.rows, length + 1) if self.options.packing == "on" else taught.rows
         self.n_rows = len(rows)
         batches = sft_dataset.Batches(rows, train.batch_size, length, train.seed, self.device)
-        return batches, np.concatenate([row.ids[row.learned] for row in held_out.rows])
+        return batches, np.concatenate([row.ids[row.loss_mask] for row in held_out.rows])
 
     def held_out_batches(self, max_batches: int) -> Iterator[dataloader.Batch]:
         """The conversations that are held out, or so many, evenly spaced."""

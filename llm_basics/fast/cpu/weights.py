@@ -36,6 +36,7 @@ NAMES = set(
 )
 
 # the modules whose layers are known; fast layers have the parameters of their references
+FAST_PACKAGE = fast_layers.__name__.removesuffix("layers")
 LAYER_MODULES = {models.__name__, layers.__name__, fast_layers.__name__}
 
 # what a model calls, and the loops do not
@@ -54,7 +55,8 @@ def unknown_part(model: models.TransformerLM) -> str:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} does more than a {kind.__name__} does"
     for name in FUNCTIONS:
-        if not getattr(F, name).__module__.startswith(("llm_basics.core.functional", "llm_basics.fast.")):
+        module = getattr(F, name).__module__
+        if module != F.__name__ and not module.startswith(FAST_PACKAGE):
             return f"{name} is of {user_code.origin(getattr(F, name))}"
     for option, value in vars(model.config).items():
         if (option not in OPTIONS and value) or value not in VALUES.get(option, [value]):

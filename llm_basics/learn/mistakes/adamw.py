@@ -837,63 +837,63 @@ def grouped(model, options, decays, rest_trains=True, **changes):
     return optim.AdamW(groups, **{name: getattr(options, name) for name in names} | changes)
 
 
-@step.mistake("update.make_optimizer", source="public solutions of CS336")
+@step.mistake("trainer.make_optimizer", source="public solutions of CS336")
 def norms_and_biases_decay(model, options):
     """All parameters decay alike, norms and biases too. Pulling a gain towards 0 works against the norm;
     put parameters with fewer than two dimensions into a group with weight_decay 0."""
     return grouped(model, options, lambda name, p: True)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def nothing_decays(model, options):
     """No parameter decays: the weight decay of the settings does not reach any group. Give it to the group
     of matrices and embeddings."""
     return grouped(model, options, lambda name, p: False)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def decaying_groups_exchanged(model, options):
     """Norms and biases decay, matrices and embeddings do not: the wrong way round. Parameters with two or
     more dimensions are those that decay."""
     return grouped(model, options, lambda name, p: p.dim() < 2)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def norms_decay(model, options):
     """Biases are kept from decaying, but the gains of the norms are not, since only names with `bias` were
     looked for. Go by the number of dimensions: below two, nothing decays."""
     return grouped(model, options, lambda name, p: "bias" not in name)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def biases_decay(model, options):
     """The norms are kept from decaying, but biases of projections are not. A bias has one dimension as a
     gain has; go by the number of dimensions."""
     return grouped(model, options, lambda name, p: "ln" not in name)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def embeddings_do_not_decay(model, options):
     """The token embeddings are left out of the decay along with norms and biases. Here all matrices decay,
     and an embedding is one; only parameters with fewer than two dimensions do not."""
     return grouped(model, options, lambda name, p: p.dim() >= 2 and "embed" not in name)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def norms_and_biases_not_trained(model, options):
     """Norms and biases are taken out of the group that decays, but put into no other. They then stay at
     their first values for ever; give them a group of their own, with weight_decay 0."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, rest_trains=False)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def betas_and_epsilon_left_at_their_defaults(model, options):
     """lr and weight decay of the settings reach the optimizer, betas and eps do not. Changing them has no
     effect; pass on options.betas and options.eps too."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, betas=(0.9, 0.95), eps=1e-8)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def learning_rate_left_at_its_default(model, options):
     """The learning rate of the settings does not reach the optimizer, which keeps its own default. Pass on
     options.lr."""

@@ -7,7 +7,7 @@ from llm_basics import swap
 from llm_basics.learn import probes
 
 step = probes.Step("batches")
-get_batch = swap.reference("data.get_batch")
+get_batch = swap.reference("dataloader.get_batch")
 
 # --------------------------------------------------------------------------------------------------
 # Probes: only what does not depend on the draw, and of so many draws that each place is among them
@@ -244,7 +244,7 @@ def places(tokens, batch_size, context_length):
     return np.random.randint(0, len(tokens) - context_length, batch_size)
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def target_equals_input(tokens, batch_size, context_length, device="cpu", rng=None):
     """The target of each token is the token itself. The loss falls to nearly 0 and nothing is learned but
     to copy; targets must be cut one token later than inputs."""
@@ -252,7 +252,7 @@ def target_equals_input(tokens, batch_size, context_length, device="cpu", rng=No
     return inputs, inputs
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng=None):
     """The targets are two tokens after the inputs, so the model learns to skip a token. The loss stays
     high, and samples are broken; cut them one token later than the inputs."""
@@ -261,7 +261,7 @@ def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng
     return rows[:, :-2], rows[:, 2:]
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def target_is_the_previous_token(tokens, batch_size, context_length, device="cpu", rng=None):
     """The target of each token is the one before it: inputs and targets are exchanged, or shifted the wrong
     way. The model sees its answer and learns to repeat it; targets begin one token later."""
@@ -269,7 +269,7 @@ def target_is_the_previous_token(tokens, batch_size, context_length, device="cpu
     return targets, inputs
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def last_target_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
     """The targets are the inputs rolled by one, so the last target is the first token of the window. One in
     each window is nonsense; cut context_length + 1 tokens, and leave out the first."""
@@ -277,7 +277,7 @@ def last_target_from_the_beginning(tokens, batch_size, context_length, device="c
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, :1]], dim=1).to(device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
     """The last target is the last input again, since the window was cut without the token after it. Cut
     context_length + 1 tokens: inputs are all but the last, targets all but the first."""
@@ -285,7 +285,7 @@ def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=N
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, -1:]], dim=1).to(device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=None):
     """Inputs and targets are cut at places that were drawn separately, so they have nothing to do with each
     other. Draw the starts once, and use them for both."""
@@ -294,7 +294,7 @@ def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=No
     return first[0], second[1]
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_one_token_short(tokens, batch_size, context_length, device="cpu", rng=None):
     """Windows of context_length tokens are cut and then divided, so inputs and targets are one token short.
     Cut context_length + 1."""
@@ -302,7 +302,7 @@ def windows_one_token_short(tokens, batch_size, context_length, device="cpu", rn
     return pairs(tokens, starts, context_length - 1, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def batch_and_sequence_exchanged(tokens, batch_size, context_length, device="cpu", rng=None):
     """Windows are put side by side as columns, so the batch has the shape (context, batch). The model then
     attends across texts; stack them as rows."""
@@ -310,7 +310,7 @@ def batch_and_sequence_exchanged(tokens, batch_size, context_length, device="cpu
     return inputs.T, targets.T
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rng=None):
     """A place is drawn for every token, not for every window, so inputs are no text. Draw one start for
     each window, and take the tokens that follow it."""
@@ -323,7 +323,7 @@ def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rn
 # Mistakes: where windows start
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
     """The draw stops one place early, so the last token is never a target. With an upper end that is left
     out, as in randint(0, end), it is len(tokens) - context_length."""
@@ -332,7 +332,7 @@ def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng
     return pairs(tokens, starts, context_length, device)
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def one_place_too_many(tokens, batch_size, context_length, device="cpu", rng=None):
     """The draw goes one place too far, where the last target lies beyond the text, and now and then it
     fails. With an upper end that is left out, it is len(tokens) - context_length."""
@@ -340,7 +340,7 @@ def one_place_too_many(tokens, batch_size, context_length, device="cpu", rng=Non
     return pairs(tokens, starts, context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
     """The draw begins at 1, so no window begins with the first token. Places count from 0."""
     places(tokens, batch_size, context_length)
@@ -348,7 +348,7 @@ def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rn
     return pairs(tokens, starts, context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rng=None):
     """Places are drawn from the whole text, and those too late are moved to the last that fits. The end of
     the text then comes far too often; draw only from places that fit."""
@@ -357,7 +357,7 @@ def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rn
     return pairs(tokens, starts, context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_side_by_side_only(tokens, batch_size, context_length, device="cpu", rng=None):
     """Windows start at multiples of the context only, so most places never come, and the model sees the
     same cuts again and again. Draw any place that fits."""
@@ -365,7 +365,7 @@ def windows_side_by_side_only(tokens, batch_size, context_length, device="cpu", 
     return pairs(tokens, starts, context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def always_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
     """The windows are the first ones of the text in every call; nothing is drawn. The rest of the text is
     never seen; draw a random place for each window."""
@@ -373,7 +373,7 @@ def always_from_the_beginning(tokens, batch_size, context_length, device="cpu", 
     return pairs(tokens, np.arange(batch_size) % fit, context_length, device)
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cpu", rng=None):
     """One place is drawn and used for all windows of the batch, which are then the same. A batch tells no
     more than one window; draw batch_size places."""
@@ -381,7 +381,7 @@ def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cp
     return pairs(tokens, [start] * batch_size, context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_follow_one_another(tokens, batch_size, context_length, device="cpu", rng=None):
     """One place is drawn, and the windows of the batch start there and at the tokens after it. They are
     nearly the same text; draw a place for each window."""
@@ -389,14 +389,14 @@ def windows_follow_one_another(tokens, batch_size, context_length, device="cpu",
     return pairs(tokens, starts % (len(tokens) - context_length), context_length, device)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def same_seed_in_every_call(tokens, batch_size, context_length, device="cpu", rng=None):
     """The random generator is made anew from a fixed seed in every call, which gives the same batch for
     ever. Seed once, before training, and go on with the same generator."""
     return get_batch(tokens, batch_size, context_length, device, np.random.default_rng(0))
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=None):
     """Places are drawn without putting them back, as random.sample or randperm do. A batch of more windows
     than the text has places fails or comes out short; randint draws each on its own."""
@@ -405,7 +405,7 @@ def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=N
     return get_batch(tokens, batch_size, context_length, device, rng)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device="cpu", rng=None):
     """All places are listed and shuffled, as by randperm, and a few taken. For a text of gigabytes that
     fills the memory in every call, and no place comes twice; draw with randint instead."""
@@ -417,7 +417,7 @@ def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device
 # Mistakes: types, devices and memory
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336; passes its suite")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336; passes its suite")
 def int32_instead_of_int64(tokens, batch_size, context_length, device="cpu", rng=None):
     """The ids come as int32. Cross-entropy and gather want int64 targets; convert with .long() or
     .astype(np.int64)."""
@@ -425,7 +425,7 @@ def int32_instead_of_int64(tokens, batch_size, context_length, device="cpu", rng
     return inputs.int(), targets.int()
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def type_of_the_file_kept(tokens, batch_size, context_length, device="cpu", rng=None):
     """The ids keep the type that the file has, such as uint16, with which an embedding and the loss cannot
     work. Convert the windows with .astype(np.int64)."""
@@ -433,7 +433,7 @@ def type_of_the_file_kept(tokens, batch_size, context_length, device="cpu", rng=
     return tuple(x.to(getattr(torch, str(tokens.dtype))) for x in (inputs, targets))
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def ids_as_floating_point_numbers(tokens, batch_size, context_length, device="cpu", rng=None):
     """The ids are float32, as torch.Tensor(...) or torch.zeros make them. They are indices into the
     embedding: convert to int64."""
@@ -441,7 +441,7 @@ def ids_as_floating_point_numbers(tokens, batch_size, context_length, device="cp
     return inputs.float(), targets.float()
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def ids_through_int16(tokens, batch_size, context_length, device="cpu", rng=None):
     """uint16 tokens go through int16, so ids from 32,768 on become negative and the embedding fails on
     them. Convert to int64 in one go."""
@@ -449,28 +449,28 @@ def ids_through_int16(tokens, batch_size, context_length, device="cpu", rng=None
     return tuple(rows.short().long() for rows in (inputs, targets))
 
 
-@step.mistake("data.get_batch", source="public solutions of CS336; passes its suite")
+@step.mistake("dataloader.get_batch", source="public solutions of CS336; passes its suite")
 def whole_text_read_into_memory(tokens, batch_size, context_length, device="cpu", rng=None):
     """The whole text is converted or copied in every call, before windows are cut. With a memory-mapped
     file of gigabytes this is slow or fails; cut the windows first, and convert only them."""
     return get_batch(tokens.astype(np.int64), batch_size, context_length, device, rng)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def device_ignored(tokens, batch_size, context_length, device="cpu", rng=None):
     """The batch stays on the CPU whatever device was asked for, and a model on a GPU refuses it. End with
     .to(device)."""
     return get_batch(tokens, batch_size, context_length, "cpu", rng)
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def targets_left_on_the_CPU(tokens, batch_size, context_length, device="cpu", rng=None):
     """The inputs are moved to the device, the targets are not, so the loss fails on a GPU. Move both."""
     inputs, targets = get_batch(tokens, batch_size, context_length, "cpu", rng)
     return inputs.to(device), targets
 
 
-@step.mistake("data.get_batch", source="written for this catalogue")
+@step.mistake("dataloader.get_batch", source="written for this catalogue")
 def short_text_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
     """A text too short for one window is silently filled up or repeated. The model then learns joints that
     no text has, and nobody notices the missing data; raise an error."""

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as tF
 
-from catalogue import linear
 from llm_basics.core import layers
 from llm_basics.learn import probes
+from llm_basics.learn.mistakes import linear
 
 step = probes.Step("embedding")
 draw = probes.numbers(seed=1)

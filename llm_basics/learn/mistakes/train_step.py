@@ -457,7 +457,7 @@ def with_lr(lr, model, optimizer, batches, options, accept):
 # The gradient: cleared once, added up once
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def gradients_never_cleared(model, optimizer, batches, step, options, accept=None):
     """zero_grad is never called, so each step's gradient is added to those of all steps before. The gradient
     norm grows from step to step; clear before the first backward of a step."""
@@ -466,7 +466,7 @@ def gradients_never_cleared(model, optimizer, batches, step, options, accept=Non
     return finish(model, optimizer, gather(model, batches, options), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def gradients_cleared_after_backward(model, optimizer, batches, step, options, accept=None):
     """zero_grad stands between backward and optimizer.step, so the optimizer finds no gradient and nothing
     is learned. Call it before the first backward, or after the update."""
@@ -476,7 +476,7 @@ def gradients_cleared_after_backward(model, optimizer, batches, step, options, a
     return finish(model, optimizer, loss, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def gradients_cleared_for_each_micro_batch(model, optimizer, batches, step, options, accept=None):
     """zero_grad stands inside of the loop over micro-batches, so only the last one's gradient is left at the
     update, while the loss is that of all. Clear once a step, before the loop."""
@@ -489,7 +489,7 @@ def gradients_cleared_for_each_micro_batch(model, optimizer, batches, step, opti
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_last_micro_batch_counted(model, optimizer, batches, step, options, accept=None):
     """backward stands behind the loop over micro-batches, where only the last loss is still at hand. The
     work on all others is thrown away; call backward inside of the loop."""
@@ -500,7 +500,7 @@ def only_the_last_micro_batch_counted(model, optimizer, batches, step, options, 
     return finish(model, optimizer, loss.detach(), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_first_micro_batch_counted(model, optimizer, batches, step, options, accept=None):
     """Only batches[0] is read. The step then sees a part of the data that it was given; its gradient must
     come from all batches."""
@@ -509,7 +509,7 @@ def only_the_first_micro_batch_counted(model, optimizer, batches, step, options,
     return finish(model, optimizer, loss, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def accumulation_not_divided(model, optimizer, batches, step, options, accept=None):
     """The gradients of the micro-batches are added up but not divided, though the loss is. With four of them
     the gradient norm is four times too large; weigh each loss before its backward."""
@@ -521,7 +521,7 @@ def accumulation_not_divided(model, optimizer, batches, step, options, accept=No
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def neither_loss_nor_gradient_divided(model, optimizer, batches, step, options, accept=None):
     """The mean losses of the micro-batches are added up and never divided. Loss and gradient then grow with
     the number of micro-batches; weigh each by its share of the targets."""
@@ -533,7 +533,7 @@ def neither_loss_nor_gradient_divided(model, optimizer, batches, step, options, 
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def mean_over_unequal_micro_batches(model, optimizer, batches, step, options, accept=None):
     """Each micro-batch is divided by their number, as if all had the same size. Where they differ, a token
     in a small one counts more; weigh by the share of the targets."""
@@ -545,7 +545,7 @@ def mean_over_unequal_micro_batches(model, optimizer, batches, step, options, ac
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def micro_batches_weighed_by_rows(model, optimizer, batches, step, options, accept=None):
     """Each micro-batch counts by its number of rows, not of targets. Where sequences differ in length,
     tokens of short ones count more; use targets.numel()."""
@@ -558,7 +558,7 @@ def micro_batches_weighed_by_rows(model, optimizer, batches, step, options, acce
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def update_after_each_micro_batch(model, optimizer, batches, step, options, accept=None):
     """optimizer.step stands inside of the loop over micro-batches. They are there to make one gradient for
     one update; update once, behind the loop."""
@@ -572,7 +572,7 @@ def update_after_each_micro_batch(model, optimizer, batches, step, options, acce
     return trainer.StepResult(total, norm, lr)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def all_graphs_kept_until_one_backward(model, optimizer, batches, step, options, accept=None):
     """The losses are added up first and backward is called once. The result is right, but the activations of
     all micro-batches are in memory together, which accumulation is there to avoid; call backward for
@@ -583,7 +583,7 @@ def all_graphs_kept_until_one_backward(model, optimizer, batches, step, options,
     return finish(model, optimizer, loss.detach(), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_kept_with_its_graph(model, optimizer, batches, step, options, accept=None):
     """The loss that is added up for the report still carries its graph, so that memory grows with every
     micro-batch, and with every step if losses are collected. Add loss.detach() or loss.item()."""
@@ -599,7 +599,7 @@ def loss_kept_with_its_graph(model, optimizer, batches, step, options, accept=No
 # What is reported
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, options, accept=None):
     """The step learns from all micro-batches but reports the loss of the last alone. The curve then is
     noisier than it need be; add up the losses as the gradients."""
@@ -610,7 +610,7 @@ def loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, optio
     return finish(model, optimizer, loss.detach(), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def scaled_loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, options, accept=None):
     """What is reported is the last micro-batch's loss after it was scaled down for accumulation. It looks
     far too good; add up the scaled losses of all of them."""
@@ -621,7 +621,7 @@ def scaled_loss_of_the_last_micro_batch_reported(model, optimizer, batches, step
     return finish(model, optimizer, loss.detach(), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def mean_of_mean_losses_reported(model, optimizer, batches, step, options, accept=None):
     """The gradient weighs micro-batches by their targets, but the reported loss is the plain mean of their
     means. The two then speak of different things; weigh both alike."""
@@ -633,7 +633,7 @@ def mean_of_mean_losses_reported(model, optimizer, batches, step, options, accep
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_after_the_update_reported(model, optimizer, batches, step, options, accept=None):
     """The loss is computed again with the new weights, on the batch they were just fitted to. It looks
     better than the truth and costs a second pass; report the loss that was differentiated."""
@@ -644,7 +644,7 @@ def loss_after_the_update_reported(model, optimizer, batches, step, options, acc
     return trainer.StepResult(loss, result.grad_norm, lr, result.updated)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def norm_after_clipping_reported(model, optimizer, batches, step, options, accept=None):
     """The gradient norm is measured after clipping, so it never exceeds the limit and tells of no spike.
     Report what clip_grad_norm_ returns: the norm before."""
@@ -660,7 +660,7 @@ def norm_after_clipping_reported(model, optimizer, batches, step, options, accep
 # The learning rate
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_never_set(model, optimizer, batches, step, options, accept=None):
     """The learning rate is computed and reported, but never reaches the optimizer, which keeps the one it
     was made with. Write it into every group of optimizer.param_groups."""
@@ -669,7 +669,7 @@ def learning_rate_never_set(model, optimizer, batches, step, options, accept=Non
     return finish(model, optimizer, gather(model, batches, options), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_set_for_the_first_group_only(model, optimizer, batches, step, options, accept=None):
     """Only param_groups[0] gets the learning rate of the step. The other groups, such as norms and biases
     without decay, keep their first one; loop over all groups."""
@@ -679,7 +679,7 @@ def learning_rate_set_for_the_first_group_only(model, optimizer, batches, step, 
     return finish(model, optimizer, gather(model, batches, options), lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_set_after_the_update(model, optimizer, batches, step, options, accept=None):
     """The learning rate is written into the optimizer after its step, so each update uses the one before,
     and the first whatever it was made with. Set it before optimizer.step."""
@@ -690,7 +690,7 @@ def learning_rate_set_after_the_update(model, optimizer, batches, step, options,
     return result
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_previous_step(model, optimizer, batches, step, options, accept=None):
     """The schedule is asked for step - 1, as if steps counted from 0. The first update then has learning
     rate 0 and is lost, and the end of the cosine is missed by one."""
@@ -698,7 +698,7 @@ def learning_rate_of_the_previous_step(model, optimizer, batches, step, options,
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_next_step(model, optimizer, batches, step, options, accept=None):
     """The schedule is asked for step + 1, though steps already count from 1. Warm-up and decay then come one
     step early; pass the step as it is."""
@@ -706,7 +706,7 @@ def learning_rate_of_the_next_step(model, optimizer, batches, step, options, acc
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def schedule_stepped_per_micro_batch(model, optimizer, batches, step, options, accept=None):
     """The schedule advances with each micro-batch, so warm-up and decay are over too early, by as many times
     as there are micro-batches. It must count updates."""
@@ -715,14 +715,14 @@ def schedule_stepped_per_micro_batch(model, optimizer, batches, step, options, a
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def no_schedule(model, optimizer, batches, step, options, accept=None):
     """Every step uses the peak learning rate. Without warm-up the first updates are too long, without decay
     the last ones; ask cosine_schedule for the rate of the step."""
     return with_lr(options.lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def decay_to_zero_where_no_floor_is_given(model, optimizer, batches, step, options, accept=None):
     """A min_lr of None is taken for 0, so that the last steps hardly learn. None stands for a tenth of the
     peak: options.final_lr knows."""
@@ -730,7 +730,7 @@ def decay_to_zero_where_no_floor_is_given(model, optimizer, batches, step, optio
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def floor_always_a_tenth(model, optimizer, batches, step, options, accept=None):
     """The learning rate falls to a tenth of the peak even where min_lr says otherwise. A setting that does
     nothing misleads; take options.final_lr."""
@@ -738,7 +738,7 @@ def floor_always_a_tenth(model, optimizer, batches, step, options, accept=None):
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def warm_up_added_to_the_length(model, optimizer, batches, step, options, accept=None):
     """The schedule is told that the run is longer by its warm-up, so the cosine has not reached its floor
     when the run ends. options.steps counts all steps, the warm-up included."""
@@ -751,7 +751,7 @@ def warm_up_added_to_the_length(model, optimizer, batches, step, options, accept
 # Clipping
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def no_clipping(model, optimizer, batches, step, options, accept=None):
     """The norm of the gradient is measured, but the gradient is never shortened. One bad batch can then
     throw the weights far off; clip to options.max_grad_norm before the update."""
@@ -762,7 +762,7 @@ def no_clipping(model, optimizer, batches, step, options, accept=None):
     return conclude(optimizer, loss, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_after_the_update(model, optimizer, batches, step, options, accept=None):
     """The gradient is clipped after optimizer.step, when it was used already in full length. The order is
     backward, clip, step."""
@@ -773,7 +773,7 @@ def clipping_after_the_update(model, optimizer, batches, step, options, accept=N
     return trainer.StepResult(loss, clip(model, options), lr, result.updated)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def clipping_after_each_micro_batch(model, optimizer, batches, step, options, accept=None):
     """The gradient so far is clipped after each backward, not once at the end. Micro-batches that come early
     are shortened again and again; clip what all have added up to."""
@@ -787,7 +787,7 @@ def clipping_after_each_micro_batch(model, optimizer, batches, step, options, ac
     return conclude(optimizer, total, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_before_unscaling(model, optimizer, batches, step, options, accept=None):
     """The sum of the micro-batches' gradients is clipped and only then divided by their number. The gradient
     ends up shorter than the limit allows; divide first, then clip."""
@@ -803,7 +803,7 @@ def clipping_before_unscaling(model, optimizer, batches, step, options, accept=N
     return conclude(optimizer, total, norm / len(batches), lr, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_per_parameter(model, optimizer, batches, step, options, accept=None):
     """Each parameter's gradient is clipped by itself, which turns the whole gradient into another direction.
     Give clip_grad_norm_ all parameters in one call."""
@@ -815,7 +815,7 @@ def clipping_per_parameter(model, optimizer, batches, step, options, accept=None
     return conclude(optimizer, loss, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def limit_of_the_norm_ignored(model, optimizer, batches, step, options, accept=None):
     """The gradient is always clipped to norm 1, whatever max_grad_norm says. A setting that does nothing
     misleads; pass options.max_grad_norm on."""
@@ -826,7 +826,7 @@ def limit_of_the_norm_ignored(model, optimizer, batches, step, options, accept=N
     return conclude(optimizer, loss, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def values_clamped(model, optimizer, batches, step, options, accept=None):
     """Single values of the gradient are cut off at max_grad_norm, which is a limit for the length of the
     whole. Use clip_grad_norm_, not clip_grad_value_."""
@@ -842,7 +842,7 @@ def values_clamped(model, optimizer, batches, step, options, accept=None):
 # The loss
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def softmax_before_the_loss(model, optimizer, batches, step, options, accept=None):
     """cross_entropy is given probabilities and takes the softmax of them again. The loss then cannot fall
     below ln V - 1, and gradients are tiny; give it the logits."""
@@ -854,7 +854,7 @@ def softmax_before_the_loss(model, optimizer, batches, step, options, accept=Non
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def inputs_as_targets(model, optimizer, batches, step, options, accept=None):
     """The model is asked for the token that it was just given. The loss falls to nearly 0, and the samples
     are one token repeated; compare with the targets, which are one token ahead."""
@@ -865,7 +865,7 @@ def inputs_as_targets(model, optimizer, batches, step, options, accept=None):
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def targets_shifted_twice(model, optimizer, batches, step, options, accept=None):
     """logits[:, :-1] are compared with targets[:, 1:], though the targets are shifted already. The model
     learns to predict the token after the next; use both in full length."""
@@ -878,7 +878,7 @@ def targets_shifted_twice(model, optimizer, batches, step, options, accept=None)
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_last_position_counted(model, optimizer, batches, step, options, accept=None):
     """Only the logits at the last position are compared with a target. A text of n tokens gives n examples
     at the price of one; use all positions."""
@@ -891,7 +891,7 @@ def only_the_last_position_counted(model, optimizer, batches, step, options, acc
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def logits_viewed_instead_of_transposed(model, optimizer, batches, step, options, accept=None):
     """To bring the vocabulary to axis 1 the logits are reshaped, which mixes the scores of different
     positions. Flatten the leading axes, or transpose(1, 2)."""
@@ -905,7 +905,7 @@ def logits_viewed_instead_of_transposed(model, optimizer, batches, step, options
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_summed(model, optimizer, batches, step, options, accept=None):
     """The losses of the targets are added up, not averaged. The gradient then grows with the batch size and
     is clipped at every step; use the mean."""
@@ -917,7 +917,7 @@ def loss_summed(model, optimizer, batches, step, options, accept=None):
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
     """options.z_loss is not passed on to cross_entropy, so nothing keeps the logits from drifting where it
     was asked for. Pass z_loss=options.z_loss."""
@@ -929,7 +929,7 @@ def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_not_shared_out(model, optimizer, batches, step, options, accept=None):
     """Each micro-batch adds its z-loss in full, though the cross-entropy is scaled by its share. With many
     micro-batches the z-loss is too strong; scale the sum of both."""
@@ -944,7 +944,7 @@ def z_loss_not_shared_out(model, optimizer, batches, step, options, accept=None)
     return finish(model, optimizer, total, lr, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_not_squared(model, optimizer, batches, step, options, accept=None):
     """The z-loss adds log Z instead of its square, which pulls the logits down without end rather than
     towards log Z = 0. Square it."""
@@ -961,7 +961,7 @@ def z_loss_not_squared(model, optimizer, batches, step, options, accept=None):
 # Modes and precision
 
 
-@step.mistake("update.train_step", source="public solutions of CS336")
+@step.mistake("trainer.train_step", source="public solutions of CS336")
 def model_left_in_evaluation_mode(model, optimizer, batches, step, options, accept=None):
     """The model is switched to evaluation mode and trained in it, so that dropout does nothing. Call
     model.train() after each evaluation; a training step needs no eval()."""
@@ -969,7 +969,7 @@ def model_left_in_evaluation_mode(model, optimizer, batches, step, options, acce
     return with_loss(mean_loss, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def dtype_ignored(model, optimizer, batches, step, options, accept=None):
     """options.dtype is not looked at, and all is computed in float32. On a GPU that takes several times as
     long; run the forward pass inside of device.precision."""
@@ -980,7 +980,7 @@ def dtype_ignored(model, optimizer, batches, step, options, accept=None):
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_in_bfloat16(model, optimizer, batches, step, options, accept=None):
     """The loss is computed from logits in bfloat16 and keeps fewer than three digits. Small progress cannot
     be seen; widen the logits to float32 before cross_entropy."""
@@ -992,7 +992,7 @@ def loss_in_bfloat16(model, optimizer, batches, step, options, accept=None):
     return with_loss(loss_of, model, optimizer, batches, step, options, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def weights_made_bfloat16(model, optimizer, batches, step, options, accept=None):
     """The model itself is converted to bfloat16. Updates smaller than the 256th part of a weight are then
     rounded away, and learning stalls; keep float32 weights and use autocast."""
@@ -1005,7 +1005,7 @@ def weights_made_bfloat16(model, optimizer, batches, step, options, accept=None)
 # What is not finite
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_gradient_applied(model, optimizer, batches, step, options, accept=None):
     """Nobody looks whether loss and gradient are finite. A single nan then gets into all weights, and the
     run is lost from there on; check before the update."""
@@ -1014,7 +1014,7 @@ def nonfinite_gradient_applied(model, optimizer, batches, step, options, accept=
     return conclude(optimizer, loss, clip(model, options), lr, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_step_skipped_in_silence(model, optimizer, batches, step, options, accept=None):
     """Where loss or gradient is not finite, the step is left out without a word. Whoever runs it sees no
     reason why nothing is learned; raise FloatingPointError."""
@@ -1025,7 +1025,7 @@ def nonfinite_step_skipped_in_silence(model, optimizer, batches, step, options, 
     return conclude(optimizer, loss, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_found_after_the_update(model, optimizer, batches, step, options, accept=None):
     """Loss and gradient are checked, but after optimizer.step, when the weights are spoiled already. Check
     between clipping and the update."""
@@ -1036,7 +1036,7 @@ def nonfinite_found_after_the_update(model, optimizer, batches, step, options, a
     return result
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_loss_checked(model, optimizer, batches, step, options, accept=None):
     """Only the loss is checked for nan and infinity. A gradient can be infinite where the loss is not, such
     as that of a root at 0; check the gradient norm too."""
@@ -1046,7 +1046,7 @@ def only_the_loss_checked(model, optimizer, batches, step, options, accept=None)
     return conclude(optimizer, loss, clip(model, options), lr, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_gradient_checked(model, optimizer, batches, step, options, accept=None):
     """Only the gradient norm is checked. A loss can be infinite while the gradient is finite, where a token
     has probability 0 because it was masked; check the loss too."""
@@ -1056,7 +1056,7 @@ def only_the_gradient_checked(model, optimizer, batches, step, options, accept=N
     return conclude(optimizer, loss, norm, lr, accept)
 
 
-@step.mistake("update.train_step", source="written for this catalogue")
+@step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_gradient_set_to_zero(model, optimizer, batches, step, options, accept=None):
     """nan_to_num makes finite numbers of whatever the gradient was, and the update goes on with them. The
     cause stays hidden while weights move by chance; stop instead."""
@@ -1079,21 +1079,21 @@ def grouped(decaying, others, options, **settings):
     return optim.AdamW(groups, **{"lr": options.lr, "betas": options.betas, "eps": options.eps} | settings)
 
 
-@step.mistake("update.make_optimizer", source="public solutions of CS336")
+@step.mistake("trainer.make_optimizer", source="public solutions of CS336")
 def decay_of_norms_and_biases_too(model, options):
     """Weight decay pulls everything towards 0, also the gains of the norms, which belong at 1, and the
     biases. Put vectors into a group with weight_decay=0."""
     return grouped(list(model.parameters()), [], options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def no_weight_decay(model, options):
     """options.weight_decay is used for no parameter. Weights then grow without a limit; give matrices and
     embeddings a group that decays."""
     return grouped([], list(model.parameters()), options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def decay_of_the_wrong_group(model, options):
     """The two groups are exchanged: norms and biases decay, matrices do not. Parameters with at least two
     axes are those that decay."""
@@ -1101,7 +1101,7 @@ def decay_of_the_wrong_group(model, options):
     return grouped([p for p in model.parameters() if p.dim() < 2], matrices, options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def only_biases_without_decay(model, options):
     """Parameters are chosen by the word bias in their name, so the gains of the norms decay towards 0,
     though they belong at 1. Choose by the number of axes."""
@@ -1110,7 +1110,7 @@ def only_biases_without_decay(model, options):
     return grouped([p for name, p in named if "bias" not in name], biases, options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def embeddings_without_decay(model, options):
     """The embedding tables are left out of weight decay along with norms and biases. That is a choice that
     some make, but not the one asked for here: all parameters of two axes decay."""
@@ -1119,14 +1119,14 @@ def embeddings_without_decay(model, options):
     return grouped([p for name, p in named if p.dim() >= 2 and "embedding" not in name], kept, options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def vectors_not_trained(model, options):
     """The parameters that should not decay are given to no group at all. Norms and biases then stay as they
     began; put them into a group of their own."""
     return grouped([p for p in model.parameters() if p.dim() >= 2], [], options)
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def betas_of_the_config_ignored(model, options):
     """The optimizer is made with its own betas, not with those of the config. A setting that does nothing
     misleads; pass options.betas on."""
@@ -1134,7 +1134,7 @@ def betas_of_the_config_ignored(model, options):
     return grouped([p for p in model.parameters() if p.dim() >= 2], vectors, options, betas=(0.9, 0.95))
 
 
-@step.mistake("update.make_optimizer", source="written for this catalogue")
+@step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def epsilon_of_the_config_ignored(model, options):
     """The optimizer is made with its own epsilon, not with that of the config. A setting that does nothing
     misleads; pass options.eps on."""
