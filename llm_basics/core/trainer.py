@@ -194,9 +194,9 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
 
-    def training_step(self, batch: dataloader.Batch | Sequence[dataloader.Batch]) -> StepResult:
+    def training_step(self, batch: Sequence[Tensor] | Sequence[dataloader.Batch]) -> StepResult:
         """`train_step` on one batch, inputs and targets, or on several together."""
-        batches: Any = [batch] if isinstance(batch[0], Tensor) else batch
+        batches: Any = [tuple(batch)] if isinstance(batch[0], Tensor) else batch
         step = self.step + 1
         result = train_step(self.model, self.optimizer, batches, step, self.config)
         # on a GPU a step may leave non-finite numbers to the reader of its result

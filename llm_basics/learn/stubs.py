@@ -142,7 +142,7 @@ def _with_imports(source: str, blanks: list[str], wanted: list[str]) -> str:
     for text in blanks:
         words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
         wanted += [line for word, line in IMPORTS.items() if word in words]
-        for module in ("bpe", "config", "layers", "model", "session", "update"):
+        for module in ("bpe", "config", "data", "layers", "model", "update"):
             if re.search(rf"(?<![\w.]){module}\.", text):
                 wanted.append(f"from llm_basics import {module}")
         if re.search(r"(?<![\w.])models\.", text):
