@@ -266,7 +266,7 @@ def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> di
 
 
 class Oracle:
-    """Rotary attention and the Llama block, from torch's own functions."""
+    """Rotary attention and SwiGLU, from torch's own functions."""
 
     @staticmethod
     def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -300,15 +300,6 @@ class Oracle:
     @staticmethod
     def ffn(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         return tF.linear(tF.silu(tF.linear(x, w1)) * tF.linear(x, w3), w2)
-
-    @staticmethod
-    def block(x: Tensor, weights: dict[str, Tensor], n_heads: int, theta: float, eps: float = 1e-5) -> Tensor:
-        """A pre-norm block; `weights` named as in a state dict below `layers.N.`."""
-        norm1 = tF.rms_norm(x, x.shape[-1:], weights["ln1.weight"], eps)
-        projections = [weights[f"attn.{name}_proj.weight"] for name in ("q", "k", "v", "output")]
-        x = x + Oracle.attention(norm1, *projections, n_heads, theta)
-        norm2 = tF.rms_norm(x, x.shape[-1:], weights["ln2.weight"], eps)
-        return x + Oracle.ffn(norm2, *(weights[f"ffn.{name}.weight"] for name in ("w1", "w2", "w3")))
 
 
 @pytest.fixture(scope="session")

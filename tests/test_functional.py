@@ -41,16 +41,7 @@ PIECES = {
 each_piece = pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES.keys())
 
 # --------------------------------------------------------------------------------------------------
-# Oracle: lookup, projection, activations
-
-
-def test_linear_matches_torch(adapters, assert_matches, randn):
-    assert_matches(
-        lambda x, weight: adapters.run_linear(7, 5, weight, x),
-        lambda x, weight: tF.linear(x, weight),
-        x=randn(2, 3, 4, 7),
-        weight=randn(5, 7),
-    )
+# Oracle: what no step of the catalogue compares (tests/test_steps.py)
 
 
 def test_linear_with_bias_matches_torch(assert_matches, randn):
@@ -63,26 +54,12 @@ def test_linear_with_bias_matches_torch(assert_matches, randn):
     )
 
 
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_embedding_matches_torch(adapters, assert_matches, randn, ids_dtype):
+def test_embedding_of_int32_ids_matches_torch(adapters, assert_matches, randn):
     assert_matches(
         lambda ids, weight: adapters.run_embedding(11, 6, weight, ids),
         lambda ids, weight: tF.embedding(ids, weight),
-        ids=torch.tensor([[[3, 0, 10], [3, 3, 7]]], dtype=ids_dtype),
+        ids=torch.tensor([[[3, 0, 10], [3, 3, 7]]], dtype=torch.int32),
         weight=randn(11, 6),
-    )
-
-
-def test_silu_matches_torch(adapters, assert_matches, randn):
-    assert_matches(lambda x: adapters.run_silu(x), lambda x: tF.silu(x), x=3 * randn(3, 4, 5))
-
-
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_matches_torch(adapters, assert_matches, randn, approximate):
-    assert_matches(
-        lambda x: adapters.run_gelu(x, approximate),
-        lambda x: tF.gelu(x, approximate=approximate),
-        x=2 * randn(3, 4, 5),
     )
 
 
@@ -90,55 +67,19 @@ def test_relu2_matches_torch(adapters, assert_matches, randn):
     assert_matches(lambda x: adapters.run_relu2(x), lambda x: tF.relu(x).square(), x=2 * randn(3, 4, 5))
 
 
-def test_swiglu_matches_torch(adapters, assert_matches, oracle, randn):
-    assert_matches(
-        lambda x, w1, w2, w3: adapters.run_swiglu(4, 6, w1, w2, w3, x),
-        oracle.ffn,
-        x=randn(2, 3, 5, 4),
-        w1=randn(6, 4),
-        w2=randn(4, 6),
-        w3=randn(6, 4),
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Oracle: reductions
 
 
-@pytest.mark.parametrize("dim", [0, 1, -2, -1])
-def test_softmax_matches_torch(adapters, assert_matches, randn, dim):
-    x = randn(3, 4, 5, 6) * torch.tensor([0.1, 1, 10]).reshape(3, 1, 1, 1)
-    assert_matches(lambda x: adapters.run_softmax(x, dim), lambda x: tF.softmax(x, dim), x=x)
-
-
-@pytest.mark.parametrize("dim", [0, 1, -2, -1])
-def test_log_softmax_matches_torch(adapters, assert_matches, randn, dim):
-    x = randn(3, 4, 5, 6) * torch.tensor([0.1, 1, 10]).reshape(3, 1, 1, 1)
-    assert_matches(lambda x: adapters.run_log_softmax(x, dim), lambda x: tF.log_softmax(x, dim), x=x)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax_along_the_last_axis_but_one_matches_torch(adapters, assert_matches, randn, name):
+    ours, right = getattr(adapters, f"run_{name}"), getattr(tF, name)
+    assert_matches(lambda x: ours(x, -2), lambda x: right(x, -2), x=randn(3, 4, 5))
 
 
 def rows_of_all_sizes(randn, d_model):
     """[2, 4, d_model]: ordinary rows away from mean 0, large ones, tiny ones below sqrt(eps), and zeros."""
     return (0.5 + randn(2, 4, d_model)) * torch.tensor([1, 50, 3e-3, 0]).reshape(4, 1)
-
-
-def test_rms_norm_matches_torch(adapters, assert_matches, randn):
-    assert_matches(
-        lambda x, weight: adapters.run_rmsnorm(7, 1e-2, weight, x),
-        lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
-        x=rows_of_all_sizes(randn, 7),
-        weight=randn(7),
-    )
-
-
-def test_layer_norm_matches_torch(adapters, assert_matches, randn):
-    assert_matches(
-        lambda x, weight, bias: adapters.run_layernorm(7, 1e-2, weight, bias, x),
-        lambda x, weight, bias: tF.layer_norm(x, (7,), weight, bias, eps=1e-2),
-        x=rows_of_all_sizes(randn, 7),
-        weight=randn(7),
-        bias=randn(7),
-    )
 
 
 def test_layer_norm_without_bias_matches_torch(assert_matches, randn):
@@ -151,21 +92,7 @@ def test_layer_norm_without_bias_matches_torch(assert_matches, randn):
 
 
 # --------------------------------------------------------------------------------------------------
-# Oracle: positions and attention
-
-
-@pytest.mark.parametrize(
-    "positions",
-    [torch.arange(36, 41), torch.tensor([9, 2, 2, 40, 0]), torch.arange(30).reshape(2, 3, 5).flip(0)],
-    ids=["offset", "unordered", "batched"],
-)
-def test_rope_matches_complex_rotation(adapters, assert_matches, oracle, randn, positions):
-    assert_matches(
-        lambda x: adapters.run_rope(6, THETA, CONTEXT, x, positions),
-        lambda x: oracle.rope(x, positions, THETA),
-        **ROPE_TOLERANCE,
-        x=randn(2, 3, 5, 6),
-    )
+# Oracle: attention
 
 
 def attention_inputs(randn):
@@ -179,16 +106,6 @@ def some_mask(*shape):
     return mask
 
 
-@pytest.mark.parametrize("mask_shape", [None, (4, 5), (2, 3, 4, 5)], ids=["none", "shared", "batched"])
-def test_attention_matches_torch(adapters, assert_matches, randn, mask_shape):
-    mask = some_mask(*mask_shape) if mask_shape else None
-    assert_matches(
-        lambda q, k, v: adapters.run_scaled_dot_product_attention(q, k, v, mask),
-        lambda q, k, v: tF.scaled_dot_product_attention(q, k, v, mask),
-        **attention_inputs(randn),
-    )
-
-
 def test_attention_is_causal_on_request(assert_matches, randn):
     assert_matches(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -199,50 +116,6 @@ def test_attention_is_causal_on_request(assert_matches, randn):
 
 # --------------------------------------------------------------------------------------------------
 # Oracle: the objective
-
-
-def test_cross_entropy_matches_torch(adapters, assert_matches, randn):
-    assert_matches(
-        lambda logits, targets: adapters.run_cross_entropy(logits, targets),
-        lambda logits, targets: tF.cross_entropy(logits, targets),
-        logits=4 * randn(5, 9),
-        targets=torch.tensor([0, 8, 3, 3, 1]),
-    )
-
-
-def test_cross_entropy_matches_torch_for_large_logits(adapters, assert_matches, randn):
-    assert_matches(
-        lambda logits, targets: adapters.run_cross_entropy(logits, targets),
-        lambda logits, targets: tF.cross_entropy(logits, targets),
-        logits=1e4 * randn(5, 9),
-        targets=torch.tensor([0, 8, 3, 3, 1]),
-    )
-
-
-def test_cross_entropy_is_the_mean_over_all_positions(adapters, assert_matches, randn):
-    def by_hand(logits, targets):
-        probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
-        chosen = [probabilities[b, t, targets[b, t]] for b in range(3) for t in range(256)]
-        return -torch.stack(chosen).log().sum() / (3 * 256)
-
-    assert_matches(
-        lambda logits, targets: adapters.run_cross_entropy(logits, targets),
-        by_hand,
-        logits=randn(3, 256, 11),
-        targets=torch.randint(11, (3, 256)),
-    )
-
-
-@pytest.mark.parametrize("ignore_index", [-100, 4])
-def test_ignored_targets_count_neither_in_sum_nor_mean(adapters, assert_matches, randn, ignore_index):
-    targets = torch.randint(4, (3, 5))
-    targets[0, 1:] = ignore_index  # one counts in the first row, four in the second, all in the third
-    targets[1, 0] = ignore_index
-    assert_matches(
-        lambda logits: adapters.run_masked_cross_entropy(logits, targets, ignore_index),
-        lambda logits: tF.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index),
-        logits=3 * randn(3, 5, 9),
-    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -260,16 +133,6 @@ def test_cross_entropy_reductions_and_z_loss(assert_matches, randn, reduction):
         lambda logits: F.cross_entropy(logits, targets, z_loss=0.3, reduction=reduction),
         by_hand,
         logits=2 * randn(2, 3, 9),
-    )
-
-
-def test_linear_cross_entropy_matches_torch(adapters, assert_matches, randn):
-    targets = torch.tensor([[0, 8, -100], [3, 3, 1]])
-    assert_matches(
-        lambda x, weight: adapters.run_linear_cross_entropy(x, weight, targets),
-        lambda x, weight: tF.cross_entropy(tF.linear(x, weight).flatten(0, 1), targets.flatten()),
-        x=randn(2, 3, 4),
-        weight=randn(9, 4),
     )
 
 
@@ -294,21 +157,6 @@ def test_dtype_in_is_dtype_out(adapters, randn, piece, dtype):
 @pytest.mark.beyond
 def test_device_is_followed(adapters, piece):
     assert piece(adapters, torch.empty(2, 5, 6, device="meta")).device.type == "meta"
-
-
-@each_piece
-def test_input_is_not_changed(adapters, randn, piece):
-    x = randn(2, 5, 6)
-    before = x.clone()
-    piece(adapters, x)
-    assert torch.equal(x, before)
-
-
-@each_piece
-def test_leading_dims_are_independent(adapters, randn, piece):
-    x = randn(2, 3, 5, 6)
-    alone = [[piece(adapters, x[i, j]) for j in range(3)] for i in range(2)]
-    torch.testing.assert_close(piece(adapters, x), torch.stack([torch.stack(row) for row in alone]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,12 +190,6 @@ def test_half_precision_is_rounded_only_at_the_end(adapters, randn, size, piece,
     torch.testing.assert_close(piece(adapters, x).double(), reference(x.double()), **rounding)
 
 
-@pytest.mark.beyond
-def test_softmax_of_more_entries_than_float16_can_count(adapters):
-    probabilities = adapters.run_softmax(torch.zeros(70_000, dtype=torch.float16), dim=0)
-    torch.testing.assert_close(probabilities.double().sum().item(), 1.0, rtol=1e-2, atol=0)
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.beyond
 def test_cross_entropy_of_half_precision(adapters, dtype):
@@ -363,50 +205,11 @@ def test_cross_entropy_of_half_precision(adapters, dtype):
 # Property: lookup and scores
 
 
-def test_embedding_reads_only_the_rows_it_was_asked_for(adapters):
-    weight = torch.tensor([[1.0, 2.0], [math.inf, math.nan], [3.0, 4.0]])
-    assert adapters.run_embedding(3, 2, weight, torch.tensor([2, 0])).tolist() == [[3, 4], [1, 2]]
-
-
-def test_embedding_refuses_ids_beyond_the_vocabulary(adapters):
+@pytest.mark.parametrize("token_id", [3, -1])
+@pytest.mark.beyond
+def test_embedding_refuses_ids_outside_the_vocabulary(adapters, token_id):
     with pytest.raises(IndexError):
-        adapters.run_embedding(3, 2, torch.zeros(3, 2), torch.tensor([3]))
-
-
-@pytest.mark.beyond
-def test_softmax_is_a_distribution_to_the_last_digit(adapters, randn):
-    sums = adapters.run_softmax(5 * randn(4, 100), dim=-1).sum(-1)
-    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["run_softmax", "run_log_softmax"])
-@pytest.mark.parametrize("shift", [1e4, -1e4])
-@pytest.mark.beyond
-def test_softmax_ignores_a_shift(adapters, randn, name, shift):
-    x = randn(3, 5)
-    softmax = getattr(adapters, name)
-    torch.testing.assert_close(softmax(x + shift, dim=0), softmax(x, dim=0), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["run_softmax", "run_log_softmax"])
-def test_softmax_of_a_row_far_below_the_others(adapters, assert_matches, randn, name):
-    x = randn(3, 5)
-    x[1] -= 1e4
-    reference = tF.softmax if name == "run_softmax" else tF.log_softmax
-    assert_matches(lambda x: getattr(adapters, name)(x, dim=-1), lambda x: reference(x, dim=-1), x=x)
-
-
-def test_log_softmax_of_a_hopeless_entry_is_finite(adapters):
-    assert adapters.run_log_softmax(torch.tensor([1000.0, -1000.0]), dim=0).tolist() == [0, -2000]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_silu_and_its_gradient_are_finite_for_large_inputs(adapters, dtype):
-    x = torch.tensor([-1e4, -800, -90, 90, 800, 1e4], dtype=dtype, requires_grad=True)
-    y = adapters.run_silu(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(y, x.clamp(min=0))
-    torch.testing.assert_close(gradient, (x > 0).to(dtype))
+        adapters.run_embedding(3, 2, torch.zeros(3, 2), torch.tensor([token_id]))
 
 
 def test_gelu_refuses_an_unknown_approximation():
@@ -489,26 +292,6 @@ def test_attention_to_a_masked_key_is_zero_however_well_it_matches(adapters, ran
     torch.testing.assert_close(output, v[mask[0]].mean(0).expand(4, 7))
 
 
-@pytest.mark.beyond
-def test_query_that_may_attend_to_nothing_gets_zeros_and_no_gradient(adapters, randn):
-    q, k, v = (x.requires_grad_() for x in attention_inputs(randn).values())
-    mask = some_mask(4, 5)
-    mask[2] = False
-    output = adapters.run_scaled_dot_product_attention(q, k, v, mask)
-    gradients = torch.autograd.grad(output.square().sum(), [q, k, v])
-    assert torch.equal(output[..., 2, :], torch.zeros(2, 3, 7, dtype=torch.float64))
-    assert (output[..., 3, :] != 0).all()
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    assert torch.equal(gradients[0][..., 2, :], torch.zeros(2, 3, 6, dtype=torch.float64))
-
-
-def test_attention_does_not_change_its_inputs(adapters, randn):
-    inputs = [*attention_inputs(randn).values(), some_mask(4, 5)]
-    before = [x.clone() for x in inputs]
-    adapters.run_scaled_dot_product_attention(*inputs)
-    assert all(map(torch.equal, inputs, before))
-
-
 def test_attention_drops_probabilities():
     q, k = torch.zeros(500, 2, 4), torch.zeros(500, 8, 4)
     value = torch.cat([torch.eye(8), torch.ones(8, 1)], dim=1).expand(
@@ -539,22 +322,6 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(adapters):
     assert adapters.run_cross_entropy(torch.full((4, 9), 3.0), torch.arange(4)).item() == pytest.approx(
         math.log(9)
     )
-
-
-def test_cross_entropy_has_no_cap(adapters):
-    logits = torch.tensor([[0.0, -1000.0]])
-    assert adapters.run_cross_entropy(logits, torch.tensor([1])).item() == 1000
-
-
-def test_cross_entropy_does_not_change_its_inputs(adapters, randn):
-    logits, targets = randn(3, 9), torch.tensor([0, 8, -100])
-    before = logits.clone(), targets.clone()
-    adapters.run_masked_cross_entropy(logits, targets, -100)
-    assert torch.equal(logits, before[0]) and torch.equal(targets, before[1])
-
-
-def test_cross_entropy_of_nothing_is_zero(randn):
-    assert F.cross_entropy(randn(3, 9), torch.full((3,), -100)).item() == 0
 
 
 def test_cross_entropy_refuses_an_unknown_reduction(randn):
@@ -597,9 +364,3 @@ def test_gelu_of_half_precision_loses_no_digits_far_from_zero(adapters, approxim
     x = torch.tensor([-3.0, -2.5, -1.0, 2.0], dtype=torch.bfloat16)
     expected = tF.gelu(x.double(), approximate=approximate)
     torch.testing.assert_close(adapters.run_gelu(x, approximate).double(), expected, rtol=4e-3, atol=0)
-
-
-@pytest.mark.beyond
-def test_embedding_refuses_negative_ids(adapters):
-    with pytest.raises(IndexError):
-        adapters.run_embedding(5, 2, torch.zeros(5, 2), torch.tensor([-1]))
