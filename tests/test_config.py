@@ -225,6 +225,16 @@ def generate_options(arguments):
     return parse.program_options(commands.GenerateConfig(), arguments, prog="generate")
 
 
+def test_a_run_with_the_removed_triton_kernels_loads_as_fast(tmp_path, capsys):
+    options = {**dataclasses.asdict(config.Config()), "fast": "triton"}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    assert parse.train_options(["--resume", str(tmp_path)]).fast == "on"
+    assert capsys.readouterr().err == (
+        f"fast triton ({tmp_path}/config.json) no longer exists: loaded as on\n"
+    )
+    assert "'triton'" in complaint(capsys, "--fast", "triton")
+
+
 def test_generate_has_its_own_options(capsys):
     options = generate_options(["runs/x", "--prompt", "def ", "--temperature", "0"])
     assert (options.run_dir, options.prompt, options.temperature, options.top_k) == (

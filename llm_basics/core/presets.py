@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -87,6 +88,9 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
         elif name not in hints:
             inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
             raise ValueError(unknown_option(full_name, [prefix + n for n in [*hints, *inner]], origin))
+        elif (full_name, value) == ("fast", "triton"):
+            print(f"{full_name} {value} ({origin}) no longer exists: loaded as on", file=sys.stderr)
+            values[name] = "on"
         elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise ValueError(f"{full_name} must hold options of its own, got {value!r} ({origin})")

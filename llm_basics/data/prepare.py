@@ -151,7 +151,7 @@ def _as_program(options: config.Config, folder: Path) -> commands.PrepareConfig:
         vocab_size=options.model.vocab_size,
         val_fraction=options.val_fraction,
         max_tokens=options.max_tokens,
-        fast="off" if options.fast == "off" else "on",
+        fast=options.fast,
     )
 
 

@@ -5,9 +5,9 @@ in bfloat16 moves 64 bytes for it: 2 to multiply, 4 to scale, 8 to mask, 44 for 
 to multiply again. At 1,024 positions, 12 heads and a batch of 8 these are 6.4 GB in each layer, and the
 probabilities are kept for the backward pass. Queries, keys, values and the output together are 50 MB.
 
-Softmax stands in the way, since it needs all scores of a query before it has the first probability. But it
-can be had block by block, as in `triton_cross_entropy`. With the peak `m` and the sum `l` of what was seen,
-and a block of scores `s` with values `V`,
+Softmax needs all scores of a query before it has the first probability. But it can be computed block by
+block, as in `triton_cross_entropy`. With the peak `m` and the sum `l` of what was seen, and a block of scores
+`s` with values `V`,
 
     m' = max(m, max s)      l' = l exp(m - m') + sum exp(s - m')
                             o' = o exp(m - m') + exp(s - m') V
@@ -39,7 +39,7 @@ from llm_basics.core import functional as reference
 from llm_basics.fast.cuda import attention_blocks as blocks
 from llm_basics.fast.cuda import triton_jit
 
-# the reference, whose name may come to stand for what is defined here
+# for what the kernels cannot take
 attention_in_steps = reference.scaled_dot_product_attention
 
 # by the width of a head, forward and backward: the rows that a program holds, the rows that pass by at once,

@@ -64,8 +64,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "create_graph must be False where a fast twin was called, got True: its gradients have none "
-                "themselves; do without the fast twins"
+                "create_graph must be False where a Triton kernel was called, got True: its gradients have "
+                "none themselves; call functional.scaled_dot_product_attention instead"
             )
         return backward(*args)
 
