@@ -1,11 +1,19 @@
-"""How fast does a model write, beside `generate` of transformers with the same weights?
+"""How fast does a trained model write, beside `generate` of transformers with the same weights?
 
-uv run python benchmarks/decode.py                    two GPT-2s: 4 blocks of 128 features, 6 of 384
-uv run python benchmarks/decode.py --device cuda
+uv run --group benchmark python benchmarks/decode.py --run runs/NAME       a run of `llm-basics train`
+uv run --group benchmark python benchmarks/decode.py                       two models, trained here first
+uv run --group benchmark python benchmarks/decode.py --device cuda --threads 1
+
+Without --run, two GPT-2s (4 blocks of 128 features, 6 of 384) are trained for a few hundred steps on the
+default data, once: later calls reuse their runs. Random weights would not do, since nearly all drafts of
+random weights are right.
 
 Each contender runs in a process of its own, in turns, for some rounds; medians are compared, of the number of
 threads that suits each best. A process first writes such a text, so that libraries and machine code are
 loaded before the clock starts. All write the likeliest text, and its digest is compared.
+
+"ours" measures while writing whether drafts with weights of 8 bits pay (`fast/decoding.py`); "ours, drafts"
+always drafts, "ours, no drafts" never.
 
 A token costs a pass over all weights. How many bytes can be read in a second is measured too, by inner
 products of two vectors as large as the weights together; the share of it that a contender uses is shown.
@@ -18,19 +26,33 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm_basics import swap
-from llm_basics.core import config, device, generate
+from llm_basics.core import device, generate
 from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
 from llm_basics.inference import engine
+from llm_basics.interop import hf_export
+from llm_basics.runs import run_dir
 
-SHAPES = {"4x128": (4, 128, 4), "6x384": (6, 384, 6)}
-VOCAB_SIZE, CONTEXT_LENGTH, N_PROMPT = 4096, 256, 16
+# the models that are trained here, by the options that make them, and their steps
+TRAINED = {
+    "4x128": ("--model.n_layers 4 --model.d_model 128 --model.n_heads 4 --train.batch_size 8", 600),
+    "6x384": ("--model.n_layers 6 --model.d_model 384 --model.n_heads 6 --train.batch_size 4", 300),
+}
+OPTIONS = (
+    "--config gpt2-nano --tokenizer bpe --model.vocab_size 4096 --model.context_length 256 "
+    "--train.optimizer muon --train.lr 0.01 --train.eval_every 100 --train.eval_batches 4"
+)
+PROMPT = "    def read(self, path, encoding=None):\n        with open(path, encoding=encoding) as file:\n"
+N_PROMPT = 16
 
 
 def main() -> None:
@@ -38,34 +60,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--run", nargs="+", default=[], help="run directories of trained models")
+    parser.add_argument("--shape", choices=TRAINED, help="without --run, this model alone")
+    parser.add_argument("--prompt", default=PROMPT, help=f"its first {N_PROMPT} tokens are continued")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=200, help="new tokens in a text")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", choices=CONTENDERS, nargs="+", default=list(CONTENDERS), help="who writes")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         torch.set_num_threads(options.threads[0])
-        print(json.dumps(measured(options.contender, options.shape, options.tokens, options.device)))
+        print(json.dumps(measured(options.contender, options)))
         return
+    shapes = [] if options.run else [options.shape] if options.shape else list(TRAINED)
+    folders = [Path(folder) for folder in options.run] or [trained(shape) for shape in shapes]
     print(f"{options.tokens} tokens after {N_PROMPT}; {options.rounds} rounds; {os.cpu_count()} cores")
-    for shape in [options.shape] if options.shape else SHAPES:
-        compare(shape, options)
+    for folder in folders:
+        compare(folder, options)
 
 
-def compare(shape: str, options: argparse.Namespace) -> None:
+def trained(shape: str) -> Path:
+    """The run directory of a model of `TRAINED`, which is trained if it is not there."""
+    (given, steps), folder = TRAINED[shape], run_dir.RUNS / f"decode-{shape}"
+    if run_dir.checkpoint_path(folder, steps).exists():
+        return folder
+    print(f"training {folder} for {steps} steps on the default data; later calls reuse it", flush=True)
+    command = [sys.executable, "-m", "llm_basics.train", "--train.steps", str(steps)]
+    if run_dir.checkpoints(folder):
+        command += ["--resume", str(folder)]
+    else:
+        command += [*OPTIONS.split(), *given.split(), "--run_dir", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
     """Run all contenders in turns, and print their medians."""
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for name in [*options.only, "read"]:
             for n_threads in options.threads:
-                command = [sys.executable, __file__, "--contender", name, "--shape", shape]
+                command = [sys.executable, __file__, "--contender", name, "--run", str(folder)]
                 command += ["--threads", str(n_threads), "--tokens", str(options.tokens)]
-                command += ["--device", options.device]
+                command += ["--device", options.device, "--prompt", options.prompt]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
-                if name == "ours":
+                if name.startswith("ours"):
                     # as the programs set it
                     environment["GOMP_SPINCOUNT"] = "3000"
                 run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -81,7 +122,7 @@ def compare(shape: str, options: argparse.Namespace) -> None:
     read = per_second("read", best["read"])
     theirs = per_second("transformers", best["transformers"]) if "transformers" in best else float("nan")
     n_bytes = results["read", best["read"]][0]["bytes"]
-    print(f"\n**{shape}**, {n_bytes / 1e6:.1f} MB of weights a token, {read / 1e9:.0f} GB/s\n")
+    print(f"\n**{folder.name}**, {n_bytes / 1e6:.1f} MB of weights a token, {read / 1e9:.0f} GB/s\n")
     print("| writes | tokens/s (all rounds) | threads | times transformers | of what can be read | text |")
     print("|---|---|---|---|---|---|")
     for name, n_threads in [(name, best[name]) for name in options.only]:
@@ -96,18 +137,24 @@ def compare(shape: str, options: argparse.Namespace) -> None:
         )
 
 
-def measured(name: str, shape: str, n_tokens: int, place: str) -> dict[str, Any]:
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second, and a few letters that tell texts apart; of `read`, bytes a second."""
-    if name == "ours":
+    make, n_texts = CONTENDERS.get(name, (reference, 1))
+    if name.startswith("ours"):
         # as the programs do
+        swap.use("fast", lambda line: None)
         device.tune_allocator()
-    model = gpt2(shape).to(place)
+    model, tokenizer = engine.load_run(options.run[0], options.device)
+    model.eval()
     if name == "read":
-        n_bytes = 4 * sum(p.numel() for key, p in model.named_parameters() if "position" not in key)
-        return {"per_second": bytes_per_second(n_bytes, place), "bytes": n_bytes}
-    make, n_texts = CONTENDERS[name]
-    prompt = torch.randint(VOCAB_SIZE, (N_PROMPT,), generator=torch.Generator().manual_seed(0)).to(place)
-    write = make(model, prompt, n_texts)
+        n_bytes = 4 * model.config.n_matmul_params
+        return {"per_second": bytes_per_second(n_bytes, options.device), "bytes": n_bytes}
+    prompt = torch.tensor(tokenizer.encode(options.prompt)[:N_PROMPT], device=options.device)
+    longest = model.config.context_length - len(prompt)
+    n_tokens = options.tokens
+    if n_tokens > longest:
+        raise ValueError(f"--tokens must be at most {longest} after the prompt, got {n_tokens}")
+    write = make(model, tokenizer, prompt, n_texts)
     write(n_tokens)
     start = time.perf_counter()
     ids = write(n_tokens)
@@ -132,50 +179,42 @@ def bytes_per_second(n_bytes: int, place: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# One model, three times
+# One model, in several ways
 
 Write = Callable[[int], list[int]]
+Make = Callable[[models.TransformerLM, tokenizers.Tokenizer, torch.Tensor, int], Write]
 
 
-def gpt2(shape: str) -> models.TransformerLM:
-    """A GPT-2 of random weights, large enough for scores that are no near ties."""
-    n_layers, d_model, n_heads = SHAPES[shape]
-    torch.manual_seed(0)
-    options = config.ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        context_length=CONTEXT_LENGTH,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        norm="layer",
-        position="learned",
-        ffn="gelu_tanh",
-        tie_embeddings=True,
-        bias=True,
-        init="gpt2",
-    )
-    model = models.TransformerLM(options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)
-    return model
-
-
-def fast(model: models.TransformerLM, prompt: torch.Tensor, _: int) -> Write:
-    swap.use("fast", lambda line: None)
-    return reference(model, prompt, _)
-
-
-def reference(model: models.TransformerLM, prompt: torch.Tensor, _: int) -> Write:
+def reference(model: models.TransformerLM, _: Any, prompt: torch.Tensor, n_texts: int) -> Write:
     return lambda n: list(generate.generate(model, prompt, n, temperature=0.0))
 
 
-def at_once(model: models.TransformerLM, prompt: torch.Tensor, n_texts: int) -> Write:
+def with_drafts(*ways: bool) -> Make:
+    """Ours, writing in these ways: with drafts, without, or in the one that is faster."""
+
+    def make(model: models.TransformerLM, tokenizer: Any, prompt: torch.Tensor, n_texts: int) -> Write:
+        from llm_basics.fast import generate as fast
+
+        fast.DRAFTS = ways
+        return reference(model, tokenizer, prompt, n_texts)
+
+    return make
+
+
+def at_once(model: models.TransformerLM, _: Any, prompt: torch.Tensor, n_texts: int) -> Write:
     return lambda n: engine.generate_batch(model, [prompt] * n_texts, n, temperature=0.0)[0]
 
 
-def transformers(model: models.TransformerLM, prompt: torch.Tensor, n_texts: int) -> Write:
-    theirs = hugging_face(model).to(prompt.device)
+def transformers(
+    model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, prompt: torch.Tensor, n_texts: int
+) -> Write:
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf_export.export(model, tokenizer, Path(folder), card="")
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval().to(prompt.device)
+    # all write as many tokens as are asked for
+    theirs.generation_config.eos_token_id = theirs.config.eos_token_id = None
 
     def write(n: int) -> list[int]:
         ids = theirs.generate(
@@ -186,50 +225,15 @@ def transformers(model: models.TransformerLM, prompt: torch.Tensor, n_texts: int
     return write
 
 
-@torch.no_grad()
-def hugging_face(model: models.TransformerLM) -> Any:
-    """The GPT-2 of transformers with the weights of `model`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.context_length,
-            n_embd=c.d_model,
-            n_layer=c.n_layers,
-            n_head=c.n_heads,
-            layer_norm_epsilon=c.norm_eps,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-    theirs.transformer.wte.weight.copy_(model.token_embeddings.weight)
-    theirs.transformer.wpe.weight.copy_(model.position_embeddings.weight)
-    pairs = [(theirs.transformer.ln_f, model.ln_final)]
-    blocks: list[Any] = list(model.layers)
-    for block, own in zip(theirs.transformer.h, blocks, strict=True):
-        pairs += [(block.ln_1, own.ln1), (block.ln_2, own.ln2)]
-        qkv = (own.attn.q_proj, own.attn.k_proj, own.attn.v_proj)
-        linears = [(block.attn.c_attn, qkv), (block.attn.c_proj, (own.attn.output_proj,))]
-        linears += [(block.mlp.c_fc, (own.ffn.w1,)), (block.mlp.c_proj, (own.ffn.w2,))]
-        for linear, parts in linears:
-            # theirs are (d_in, d_out)
-            linear.weight.copy_(torch.cat([part.weight for part in parts]).T)
-            linear.bias.copy_(torch.cat([part.bias for part in parts]))
-    for norm, own in pairs:
-        norm.weight.copy_(own.weight)
-        norm.bias.copy_(own.bias)
-    return theirs
-
-
 # how each writes, and how many texts at once
-CONTENDERS: dict[str, tuple[Callable[[models.TransformerLM, torch.Tensor, int], Write], int]] = {
-    "ours": (fast, 1),
-    "our reference": (reference, 1),
+CONTENDERS: dict[str, tuple[Make, int]] = {
+    "ours": (with_drafts(True, False), 1),
+    "ours, drafts": (with_drafts(True), 1),
+    "ours, no drafts": (with_drafts(False), 1),
+    "reference": (reference, 1),
     "transformers": (transformers, 1),
-    "our reference, 8 texts": (at_once, 8),
-    "our reference, 32 texts": (at_once, 32),
+    "reference, 8 texts": (at_once, 8),
+    "reference, 32 texts": (at_once, 32),
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks of training run. Alone: `uv run pytest -m "slow or not slow" tests/test_benchmarks.py`."""
 
+import argparse
 import importlib
 import math
 import os
@@ -9,6 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from llm_basics import swap
+from llm_basics.cli import parse
+from llm_basics.core import device
+from llm_basics.fast import generate as fast_generate
+from llm_basics.inference import engine
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -52,6 +59,64 @@ def test_a_target_is_reached_between_evaluations_or_never(time_to_loss):
     assert time_to_loss.time_to(2.5, times, losses) == (20.0, 20.0)
     assert time_to_loss.time_to(3.5, times, losses) == (10.0, 10.0)
     assert time_to_loss.time_to(1.0, times, losses) == (math.inf, math.inf)
+
+
+def test_encoding_is_left_out_without_gpt2(monkeypatch, capsys, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("tokenizer")
+
+    def fails(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fails)
+    text = tmp_path / "text.txt"
+    text.write_text("a few words")
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--data", str(text), "--only", "encode"])
+    benchmark.main()
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("no rows of encoding: ") and "(ConnectionError)" in line
+
+
+@pytest.fixture
+def decode(monkeypatch):
+    """The benchmark of writing, and what it is told of a run; it may not change what others are to find."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(device, "tune_allocator", lambda: None)
+    monkeypatch.setattr(fast_generate, "DRAFTS", fast_generate.DRAFTS)
+    return importlib.import_module("decode")
+
+
+def test_a_run_writes_the_same_with_and_without_drafts(decode, untrained_run):
+    options = argparse.Namespace(run=[str(untrained_run("run"))], device="cpu", tokens=5, prompt="abcd")
+    found = {}
+    for name in ("reference", "ours", "ours, drafts", "ours, no drafts", "reference, 8 texts"):
+        with swap.restored():
+            found[name] = decode.measured(name, options)
+    assert len({result["text"] for result in found.values()}) == 1
+    assert all(result["per_second"] > 0 for result in found.values())
+    lm, _ = engine.load_run(options.run[0])
+    assert decode.measured("read", options)["bytes"] == 4 * lm.config.n_matmul_params
+    options.tokens = 1000
+    with pytest.raises(ValueError, match="--tokens must be at most .* after the prompt, got 1000"):
+        decode.measured("reference", options)
+
+
+def test_models_are_trained_once(decode, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(decode.subprocess, "run", lambda command, **_: commands.append(command))
+    folder = decode.trained("4x128")
+    assert "training runs/decode-4x128 for 600 steps" in capsys.readouterr().out
+    options = parse.train_options(commands[0][3:])
+    assert (options.run_dir, options.train.steps, options.model.d_model) == (str(folder), 600, 128)
+    path = decode.run.checkpoint_path(folder, 200)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    decode.trained("4x128")
+    assert commands[1][-2:] == ["--resume", str(folder)]
+    decode.run.checkpoint_path(folder, 600).touch()
+    assert decode.trained("4x128") == folder and len(commands) == 2
 
 
 @pytest.mark.slow

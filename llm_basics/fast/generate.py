@@ -30,6 +30,9 @@ SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
 # tokens of a prompt that the loops read faster than torch, which takes a millisecond for any
 SHORT_PROMPT = 48
 
+# whether tokens are drafted with weights of 8 bits: of several choices the faster, measured while writing
+DRAFTS: tuple[bool, ...] = (True, False)
+
 # threads that read a token together at most, and how often it is tried at least whether as many pay
 MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
 ONE_TEAM = Lock()
@@ -138,7 +141,7 @@ class Loops:
         size = min(torch.get_num_threads(), most)
         n_parameters = sum(held.numel() for held in self.held)
         self.reading = known_pace((LoopConfig(size), LoopConfig(1)), n_parameters)
-        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in (True, False))
+        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in DRAFTS)
         self.writing = known_pace(ways, n_parameters)
         self.team, self.has_begun = Team(), False
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
