@@ -202,7 +202,7 @@ def test_what_is_not_finite_stays_so(place, number):
         lm.get_parameter(name).view(-1)[7] = float(number)
     loss, found = gradients(lm, random_batch(lm), fast.batch_loss)
     assert is_by_loops(loss) and not (loss.isfinite() and found[name].isfinite().all())
-    with swap.using("fast"), pytest.raises(FloatingPointError, match=f"{name} has 1 value"):
+    with swap.using("fast"), pytest.raises(FloatingPointError, match="step 1: loss nan"):
         trainer.train_step(lm, trainer.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
 
 
