@@ -414,7 +414,7 @@ def test_several_tokens_in_one_pass(lm):
         room.append(torch.from_numpy(reader.states[0].logits[: end - start]).clone())
     with torch.no_grad():
         expected = lm(text)
-    torch.testing.assert_close(lm.finish(torch.cat(room)), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(lm.postprocess_logits(torch.cat(room)), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 1000])

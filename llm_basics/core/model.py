@@ -138,10 +138,10 @@ class TransformerLM(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... seq d_model"]) -> Float[Tensor, "... seq vocab"]:
         """A score for every possible next token, from hidden states."""
-        return self.finish(self.lm_head(hidden))
+        return self.postprocess_logits(self.lm_head(hidden))
 
-    def finish(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
-        """The output projection's result without the padding rows, which belong to no token."""
+    def postprocess_logits(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
+        """Logits without the padding rows of the output projection, which belong to no token."""
         n_rows, vocab_size = self.config.padded_vocab_size, self.config.vocab_size
         return logits[..., :vocab_size] if n_rows > vocab_size else logits
 

@@ -157,12 +157,12 @@ class Loops:
             return self.model(tokens[None], caches=self.caches)[0, -1]
         for position in range(0, len(tokens), decode.AT_A_TIME):
             self._read(tokens[position : position + decode.AT_A_TIME].numpy(), position)
-        return self.model.finish(self.logits)
+        return self.model.postprocess_logits(self.logits)
 
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
         """The scores of the token that follows `token`, in memory that the next call writes to again."""
         self._read(np.array([token]), position)
-        return self.model.finish(self.logits)
+        return self.model.postprocess_logits(self.logits)
 
     def _read(self, tokens: np.ndarray, position: int) -> None:
         """Read tokens from `position` on; `self.logits` are the scores of the one that follows them."""
