@@ -1,4 +1,4 @@
-"""Small models of every shape that transformers has a layout for, with random weights."""
+"""Small models of every layout of transformers, with random weights."""
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +10,28 @@ from llm_basics.core import tokenizer as tokenizers
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh"}
 STARCODER2 = {"norm": "layer", "ffn": "gelu_tanh"}
 
-# what no layout has unless it is told
-OWN = {"rope_theta": 500.0, "norm_eps": 1e-3}
+# values that differ from the defaults of every layout
+NOT_DEFAULT = {"rope_theta": 500.0, "norm_eps": 1e-3}
 
-# the layout, and what makes a model one of it; "none" of the biases are zeros there
+# layout and model options; in "no-biases" the biases of the layout are 0
 SHAPES = {
     "gpt2": ("gpt2", {**GPT2, "bias": True, "tie_embeddings": True}),
     "gpt2-untied": ("gpt2", {**GPT2, "bias": True, "ffn": "gelu", "norm_eps": 1e-3}),
     "gpt2-no-biases": ("gpt2", {**GPT2, "ffn": "relu2", "d_ff": 40}),
     "gpt2-padded": ("gpt2", {**GPT2, "ffn": "silu", "tie_embeddings": True, "vocab_multiple": 64}),
     "llama": ("llama", {}),
-    "llama-grouped": ("llama", {"n_kv_heads": 2, **OWN}),
+    "llama-grouped": ("llama", {"n_kv_heads": 2, **NOT_DEFAULT}),
     "llama-tied-padded": ("llama", {"n_kv_heads": 1, "tie_embeddings": True, "vocab_multiple": 64}),
     "qwen3": ("qwen3", {"qk_norm": True, "zero_init": True}),
-    "qwen3-grouped-tied": ("qwen3", {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": True, **OWN}),
-    "arcee": ("arcee", {"ffn": "relu2", "n_kv_heads": 2, **OWN}),
+    "qwen3-grouped-tied": (
+        "qwen3",
+        {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": True, **NOT_DEFAULT},
+    ),
+    "arcee": ("arcee", {"ffn": "relu2", "n_kv_heads": 2, **NOT_DEFAULT}),
     "arcee-silu": ("arcee", {"ffn": "silu", "vocab_multiple": 64}),
-    "apertus": ("apertus", {"ffn": "gelu_tanh", "qk_norm": True, "n_kv_heads": 2, **OWN}),
+    "apertus": ("apertus", {"ffn": "gelu_tanh", "qk_norm": True, "n_kv_heads": 2, **NOT_DEFAULT}),
     "starcoder2": ("starcoder2", {**STARCODER2, "bias": True, "n_kv_heads": 2, "tie_embeddings": True}),
-    "starcoder2-no-biases": ("starcoder2", {**STARCODER2, "ffn": "gelu", **OWN}),
+    "starcoder2-no-biases": ("starcoder2", {**STARCODER2, "ffn": "gelu", **NOT_DEFAULT}),
 }
 
 MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"i", b"n"), (b"\xc3", b"\xa9"), (b"1", b"2")]
@@ -46,7 +49,7 @@ def shape(vocab_size: int = tokenizer().vocab_size, **settings) -> config.ModelC
 
 
 def randomize_(network: nn.Module) -> nn.Module:
-    """Far from what any initialization gives, so that no two parameters can stand for each other."""
+    """Set random weights, so that no two parameters are equal."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             is_gain = parameter.dim() == 1 and name.endswith("weight")
@@ -59,7 +62,7 @@ def model(**settings) -> models.TransformerLM:
 
 
 def greedy(lm: models.TransformerLM, prompt: Tensor, n: int) -> list[int]:
-    """The likeliest tokens, one by one, from the whole text each time."""
+    """Greedy decoding without a cache."""
     tokens = prompt
     for _ in range(n):
         tokens = torch.cat([tokens, lm(tokens)[-1].argmax()[None]])

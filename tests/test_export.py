@@ -1,4 +1,4 @@
-"""Export: transformers computes what we compute. Alone: uv run pytest tests/test_export.py"""
+"""Export to transformers. Alone: uv run pytest tests/test_export.py"""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def transformers():
-    """The library, which is not to ask the network, nor to write about its progress."""
+    """The library, offline and without progress bars."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         library = pytest.importorskip("transformers")
@@ -44,8 +44,8 @@ def exported(lm, folder, tokenizer=None):
 
 
 def a_run(folder, lm, tokenizer=None, **about):
-    """A run directory of a model, as far as a reader looks at it."""
-    options = dataclasses.replace(config.Config(), model=lm.config, data="/home/somebody/secret/novels.txt")
+    """A run directory with config, metrics, tokenizer and two checkpoints."""
+    options = dataclasses.replace(config.Config(), model=lm.config, data="/home/username/secret/novels.txt")
     output = run_dir.RunDir(folder)
     output.write_config(dataclasses.asdict(options))
     output.metrics(5, train_loss=3.5, lr=0.1)
@@ -79,7 +79,7 @@ def test_transformers_gives_the_same_logits_text_and_file(layout, settings, tran
     prompt = tokens[0, :4]
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
-        # in training, too: nothing is dropped that we would not drop
+        # in training mode, too: no dropout by default
         torch.testing.assert_close(theirs.train()(tokens).logits, ours(tokens), rtol=0, atol=1e-5)
         written = theirs.eval().generate(prompt[None], max_new_tokens=64, do_sample=False, eos_token_id=None)
         assert written[0, 4:].tolist() == small_models.greedy(ours, prompt, 64)
@@ -144,7 +144,7 @@ def test_transformers_renders_the_same_chat(transformers, tmp_path):
     assert settings.eos_token_id == [ours.special_id("<|endoftext|>"), ours.special_id("<|end|>")]
 
 
-def test_who_cannot_chat_has_no_template(tmp_path):
+def test_a_base_model_has_no_chat_template(tmp_path):
     folder = exported(small_models.model(), tmp_path / "out")
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
 
@@ -154,14 +154,14 @@ def test_who_cannot_chat_has_no_template(tmp_path):
 
 
 @pytest.mark.parametrize("layout, settings", small_models.SHAPES.values(), ids=small_models.SHAPES)
-def test_what_was_exported_comes_back_bit_for_bit(layout, settings, tmp_path):
+def test_round_trip_is_bit_for_bit(layout, settings, tmp_path):
     ours = small_models.model(**settings)
     back, found = hf_import.read_model(exported(ours, tmp_path / "out"))
     assert found.model_type == layout
     before, after = ours.state_dict(), back.state_dict()
     for name, tensor in after.items():
         if name not in before:
-            assert name.endswith("bias") and not tensor.any(), f"{name} was made up"
+            assert name.endswith("bias") and not tensor.any(), f"unexpected {name}"
         elif name in ("token_embeddings.weight", "lm_head.weight"):
             assert torch.equal(tensor, before[name][: ours.config.vocab_size])
         else:
@@ -180,7 +180,7 @@ def test_what_was_exported_comes_back_bit_for_bit(layout, settings, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_shape_comes_back(seed):
+def test_round_trip_of_random_configs(seed):
     def one_of(*values):
         return values[int(torch.randint(len(values), (), generator=generator))]
 
@@ -212,29 +212,29 @@ def test_any_shape_comes_back(seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# What no layout has
+# Unsupported models
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
-        ({"norm_placement": "post"}, "must have model.norm_placement pre, got post"),
-        ({"norm_placement": "post", "qk_norm": True}, "qwen3, must have model.norm_placement pre, got post"),
+        ({"norm_placement": "post"}, "needs model.norm_placement pre, got post"),
+        ({"norm_placement": "post", "qk_norm": True}, "qwen3, needs model.norm_placement pre, got post"),
         ({"position": "none"}, "model.position rope, got none"),
         ({"position": "learned"}, "model.position rope, got learned"),
-        ({**small_models.GPT2, "n_kv_heads": 2}, "model.n_kv_heads as n_heads, got 2"),
+        ({**small_models.GPT2, "n_kv_heads": 2}, "model.n_kv_heads equal to n_heads, got 2"),
         ({**small_models.GPT2, "ffn": "swiglu"}, "model.ffn gelu_tanh, gelu, relu2 or silu, got swiglu"),
         ({"ffn": "silu", "bias": True}, "model.bias False, got True"),
-        ({"norm": "layer", "qk_norm": True, "ffn": "gelu"}, "apertus, must have model.norm rms, got layer"),
+        ({"norm": "layer", "qk_norm": True, "ffn": "gelu"}, "apertus, needs model.norm rms, got layer"),
     ],
 )
-def test_what_no_layout_has_is_named_and_nothing_is_written(settings, told, tmp_path, capsys):
+def test_an_unsupported_model_is_named_and_nothing_is_written(settings, message, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model(**settings))
     with pytest.raises(SystemExit) as stop:
         hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert told in message and "train with that" in message
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert message in error and "train with these options" in error
     assert not list(tmp_path.glob("out*"))
 
 
@@ -249,37 +249,37 @@ def test_the_program_exports_a_run(tmp_path, capsys):
     out.mkdir()
     assert hf_export.main(commands.ExportConfig(str(folder), str(out))) == 0
     assert {path.name for path in out.iterdir()} == FILES
-    said = capsys.readouterr()
-    assert "Qwen3ForCausalLM" in said.out and str(out) in said.out and not said.err
+    printed = capsys.readouterr()
+    assert "Qwen3ForCausalLM" in printed.out and str(out) in printed.out and not printed.err
     back, _ = hf_import.read_model(out)
     assert all(torch.equal(tensor, lm.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
-def test_the_card_tells_how_it_was_trained_and_nothing_of_the_machine(tmp_path):
+def test_the_card_describes_the_training_without_local_paths(tmp_path):
     folder = a_run(tmp_path / "novelist", small_models.model(qk_norm=True))
     hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint="best"))
     card = (tmp_path / "out" / "README.md").read_text()
-    for told in (
+    for line in (
         "# novelist",
         "Qwen3ForCausalLM",
         "| trained on | novels.txt |",
         "| steps | 5 |",
         "| tokens | 5,000 |",
-        "| training loss | 3.5000 in step 5 |",
+        "| training loss | 3.5000 at step 5 |",
         "| validation loss | 3.2500 nats per token after step 5 |",
         "| bits per byte | 1.5000 |",
         "  qk_norm: true",
         "  batch_size: 16",
         "AutoModelForCausalLM.from_pretrained",
     ):
-        assert told in card, told
+        assert line in card, line
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
-        assert str(tmp_path).encode() not in content and b"somebody" not in content, path.name
+        assert str(tmp_path).encode() not in content and b"username" not in content, path.name
 
 
 @pytest.mark.parametrize("specials", [(), chat_template.SPECIALS], ids=["text", "chat"])
-def test_what_the_card_says_works(specials, transformers, tmp_path, capsys):
+def test_the_example_of_the_card_runs(specials, transformers, tmp_path, capsys):
     tokenizer = small_models.tokenizer(("<|endoftext|>", *specials))
     lm = small_models.model(vocab_size=tokenizer.vocab_size)
     folder = a_run(tmp_path / "run", lm, tokenizer)
@@ -288,20 +288,20 @@ def test_what_the_card_says_works(specials, transformers, tmp_path, capsys):
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
     capsys.readouterr()
     exec(code, {})
-    told = "<|user|>Hello!<|end|><|assistant|>" if specials else "Once"
-    assert capsys.readouterr().out.startswith(told)
-    assert ("A language model that answers" in card) == bool(specials)
+    prompt = "<|user|>Hello!<|end|><|assistant|>" if specials else "Once"
+    assert capsys.readouterr().out.startswith(prompt)
+    assert ("A language model that replies to messages" in card) == bool(specials)
 
 
 @pytest.mark.parametrize("which, step", [("latest", 9), ("best", 5), ("5", 5)])
-def test_the_checkpoint_is_chosen(which, step, tmp_path, capsys):
+def test_a_checkpoint_can_be_chosen(which, step, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model())
     hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint=which))
     assert f"after step {step}\n" in capsys.readouterr().out
     assert f"| steps | {step} |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_pieces_of_somebodys_own_are_warned_of(tmp_path, capsys):
+def test_user_code_is_warned_of(tmp_path, capsys):
     folder = a_run(
         tmp_path / "run", small_models.model(), origins={"functional.silu": "mine.py (0123456789ab)"}
     )
@@ -310,7 +310,7 @@ def test_pieces_of_somebodys_own_are_warned_of(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["full", "file"])
-def test_what_is_there_is_not_overwritten(kind, tmp_path, capsys):
+def test_existing_files_are_not_overwritten(kind, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model())
     out = tmp_path / "out"
     if kind == "full":
@@ -335,7 +335,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must have the same vocabulary, got 300 ids and 263"):
+    with pytest.raises(ValueError, match="must have the same vocabulary size, got 300 and 263"):
         exported(small_models.model(vocab_size=300), tmp_path)
 
 
@@ -346,7 +346,7 @@ def test_the_same_run_gives_the_same_files(tmp_path):
     assert json.loads((first / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_the_package_does_without_transformers():
+def test_the_package_never_imports_transformers():
     for path in Path(llm_basics.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):

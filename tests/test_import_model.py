@@ -1,4 +1,4 @@
-"""Import: what transformers has written becomes a run. Alone: uv run pytest tests/test_import_model.py"""
+"""Import of models of transformers. Alone: uv run pytest tests/test_import_model.py"""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ LLAMA = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
 
-THEIRS = {
+HF_MODELS = {
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": (
         "gpt2",
@@ -53,7 +53,7 @@ THEIRS = {
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """A function that makes a random model of transformers, and the folder that it writes."""
+    """A function that makes a random model of transformers and saves it to a folder; returns both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         library = pytest.importorskip("transformers")
@@ -81,7 +81,7 @@ def llama(make):
 
 @pytest.fixture
 def folder(llama, tmp_path):
-    """A copy of a folder of transformers, to spoil."""
+    """A copy of a folder of transformers, to modify."""
     return Path(shutil.copytree(llama[1], tmp_path / "theirs"))
 
 
@@ -91,14 +91,14 @@ def imported(folder, out, **options):
 
 
 def refused(folder, capsys, **options):
-    """The line that says why a folder is not imported."""
+    """The error message of an import that fails."""
     out = folder.parent / "out"
     with pytest.raises(SystemExit) as stop:
         hf_import.main(commands.ImportConfig(str(folder), str(out), **options))
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out
-    assert not list(folder.parent.glob("out*")), "something was left"
-    return said.err
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.err.count("\n") == 1 and not printed.out
+    assert not list(folder.parent.glob("out*")), "files were left"
+    return printed.err
 
 
 def change(folder, **options):
@@ -123,8 +123,8 @@ def assert_same_logits(ours, theirs, atol=1e-5):
 # Oracle: transformers
 
 
-@pytest.mark.parametrize("model_type, settings", THEIRS.values(), ids=THEIRS)
-def test_an_imported_model_gives_their_logits_and_is_exported_as_it_was(model_type, settings, make, tmp_path):
+@pytest.mark.parametrize("model_type, settings", HF_MODELS.values(), ids=HF_MODELS)
+def test_an_imported_model_has_the_same_logits_and_exports_unchanged(model_type, settings, make, tmp_path):
     theirs, folder = make(model_type, settings)
     ours, tokenizer = imported(folder, tmp_path / "run")
     assert_same_logits(ours, theirs)
@@ -132,7 +132,7 @@ def test_an_imported_model_gives_their_logits_and_is_exported_as_it_was(model_ty
 
     (tmp_path / "again").mkdir()
     layout = hf_export.export(ours, tokenizer, tmp_path / "again", "a card")
-    # Mistral without its window is Llama
+    # Mistral without a sliding window equals Llama
     assert layout.model_type == ("llama" if model_type == "mistral" else model_type)
     before, after = hf_import.read_tensors(folder), hf_import.read_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -145,7 +145,7 @@ def test_weights_in_several_files(make, tmp_path):
     assert_same_logits(imported(folder, tmp_path / "run")[0], theirs)
 
 
-def test_a_gpt2_from_before_names_had_a_prefix(make, tmp_path):
+def test_a_gpt2_with_old_names_without_prefix(make, tmp_path):
     theirs, folder = make("gpt2", GPT2)
 
     def as_before(tensors):
@@ -160,7 +160,7 @@ def test_a_gpt2_from_before_names_had_a_prefix(make, tmp_path):
     assert_same_logits(imported(folder, tmp_path / "run")[0], theirs)
 
 
-def test_a_llama_from_before_options_had_their_present_names(folder, llama, tmp_path):
+def test_a_llama_with_old_option_names(folder, llama, tmp_path):
     change(folder, rope_parameters=..., head_dim=..., attention_bias=..., mlp_bias=..., rope_theta=10000.0)
     change_tensors(
         folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
@@ -172,7 +172,7 @@ def test_half_precision_is_widened_exactly(make, tmp_path):
     theirs, folder = make("llama", LLAMA, dtype=torch.bfloat16)
     ours, _ = imported(folder, tmp_path / "run")
     assert ours.lm_head.weight.dtype == torch.float32
-    # read again: to change the dtype of a whole model rounds the wavelengths of its RoPE, too
+    # loaded again: converting the dtype of the whole model would also round its RoPE frequencies
     assert_same_logits(ours, type(theirs).from_pretrained(folder, dtype=torch.float32))
 
 
@@ -186,7 +186,7 @@ def test_a_tied_projection_may_be_stored_as_well(make, tmp_path):
 # An imported model is a run
 
 
-def test_an_imported_model_writes(folder, tmp_path, capsys):
+def test_an_imported_model_generates(folder, tmp_path, capsys):
     out = tmp_path / "run"
     ours, tokenizer = imported(folder, out)
     assert f"uv run python -m llm_basics.generate {out}" in capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_an_imported_model_writes(folder, tmp_path, capsys):
     assert capsys.readouterr().out == "the" + tokenizer.decode(ids) + "\n"
 
 
-def test_an_imported_model_learns_on(folder, tmp_path):
+def test_an_imported_model_can_be_trained(folder, tmp_path):
     ours, _ = imported(folder, tmp_path / "run")
     options = config.TrainConfig(lr=0.01, warmup_steps=0, device="cpu")
     optimizer = trainer.make_optimizer(ours, options)
@@ -208,7 +208,7 @@ def test_an_imported_model_learns_on(folder, tmp_path):
     assert losses[-1] < losses[0] - 1
 
 
-def test_an_import_says_where_it_is_from_when_it_is_exported(folder, tmp_path):
+def test_the_card_of_an_imported_model_names_its_source(folder, tmp_path):
     imported(folder, tmp_path / "run")
     hf_export.main(commands.ExportConfig(str(tmp_path / "run"), str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -240,16 +240,16 @@ def test_another_tokenizer_can_be_named(folder, tmp_path):
     assert tokenizer.fingerprint() == small_models.tokenizer().fingerprint()
 
 
-def test_a_folder_without_a_tokenizer_is_refused(folder, capsys):
+def test_a_folder_without_tokenizer_is_refused(folder, capsys):
     (folder / "tokenizer.json").unlink()
-    assert "must hold tokenizer.json or vocab.json and merges.txt" in refused(folder, capsys)
+    assert "must hold tokenizer.json, or vocab.json and merges.txt" in refused(folder, capsys)
 
 
 def test_a_tokenizer_of_another_size_is_refused(folder, capsys):
     larger = small_models.tokenizer(("<|endoftext|>", "<|more|>"))
     tokenizer_formats.write_tokenizer_json(larger.to_vocabulary(), folder / "tokenizer.json")
-    assert "the model's vocabulary of 263, got 264" in refused(folder, capsys)
-    assert "the model's vocabulary of 263, got 257" in refused(folder, capsys, tokenizer="bytes")
+    assert "the vocabulary size of the model, 263, got 264" in refused(folder, capsys)
+    assert "the vocabulary size of the model, 263, got 257" in refused(folder, capsys, tokenizer="bytes")
 
 
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(folder, capsys):
@@ -259,11 +259,11 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(folder, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# What ours cannot be, and what is broken
+# Unsupported models and broken folders
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"model_type": "bert"}, "model_type must be gpt2, llama, "),
         ({"model_type": ...}, "got None"),
@@ -274,33 +274,33 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(folder, capsys):
         ({"mlp_bias": True}, "mlp_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"model_type": "arcee", "hidden_act": "xielu"}, "hidden_act must be gelu_new, "),
-        ({"head_dim": 16}, "head_dim must be hidden_size / num_attention_heads, 8, got 16"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling must be off"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "rope_scaling must be off"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_scaling must be off"),
-        ({"rope_parameters": ["yarn"]}, "rope_scaling must be off"),
+        ({"head_dim": 16}, "head_dim must be hidden_size / num_attention_heads = 8, got 16"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type must be default"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "rope_type must be default"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_type must be default"),
+        ({"rope_parameters": ["yarn"]}, "rope_type must be default"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
-        ({"quantization_config": {"bits": 4}}, "they are quantized"),
-        ({"hidden_size": ...}, "must say hidden_size, which is missing"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        ({"hidden_size": ...}, "must have hidden_size, which is missing"),
         ({"hidden_size": "32"}, "model.d_model must be int, got '32'"),
         ({"hidden_size": 30}, "model.d_model must be divisible by model.n_heads"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"num_hidden_layers": 10**9}, "must hold 1000000000 blocks, got 21 tensors"),
+        ({"num_hidden_layers": 10**9}, "must hold 1000000000 blocks (config.json), got 21 tensors"),
         ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is not in the model"),
         ({"intermediate_size": 41}, "mlp.down_proj.weight must be (32, 41), got (32, 40)"),
         ({"vocab_size": 264}, "model.embed_tokens.weight must be (264, 32), got (263, 32)"),
-        ({"tie_word_embeddings": True}, "lm_head.weight must be model.embed_tokens.weight"),
+        ({"tie_word_embeddings": True}, "lm_head.weight must equal model.embed_tokens.weight"),
         ({"model_type": "qwen3"}, "model.layers.0.self_attn.k_norm.weight is missing"),
     ],
 )
-def test_a_model_that_ours_cannot_be_is_refused(options, told, folder, capsys):
+def test_an_unsupported_model_is_refused(options, message, folder, capsys):
     change(folder, **options)
-    message = refused(folder, capsys)
-    assert told in message and str(folder) in message
+    error = refused(folder, capsys)
+    assert message in error and str(folder) in error
 
 
 @pytest.mark.parametrize(
-    "spoil, told",
+    "spoil, message",
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
         (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
@@ -310,12 +310,12 @@ def test_a_model_that_ours_cannot_be_is_refused(options, told, folder, capsys):
             lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
             "model.norm.weight must be float32, bfloat16 or float16, got torch.int8",
         ),
-        (lambda t: t.clear(), "must hold 2 blocks, got 0 tensors"),
+        (lambda t: t.clear(), "must hold 2 blocks (config.json), got 0 tensors"),
     ],
 )
-def test_other_tensors_than_config_json_says_are_refused(spoil, told, folder, capsys):
+def test_tensors_that_do_not_match_config_json_are_refused(spoil, message, folder, capsys):
     change_tensors(folder, spoil)
-    assert told in refused(folder, capsys)
+    assert message in refused(folder, capsys)
 
 
 def torn(path):
@@ -323,25 +323,25 @@ def torn(path):
 
 
 @pytest.mark.parametrize(
-    "spoil, told",
+    "spoil, message",
     [
         (lambda f: (f / "config.json").unlink(), "config.json must describe a model"),
         (lambda f: (f / "config.json").write_text("{"), "config.json must describe a model"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json must describe a model; got list"),
         (lambda f: (f / "model.safetensors").unlink(), "must hold model.safetensors, got none"),
-        (lambda f: torn(f / "model.safetensors"), "must be a whole file of safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "must be a whole file of safetensors"),
+        (lambda f: torn(f / "model.safetensors"), "must be a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "must be a complete safetensors file"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "must be a byte-level BPE tokenizer"),
         (lambda f: index(f, {"lm_head.weight": "../other.safetensors"}), "in the same folder"),
-        (lambda f: index(f, {"lm_head.weight": "pickled.bin"}), "must be a .safetensors"),
+        (lambda f: index(f, {"lm_head.weight": "pickled.bin"}), "must be a .safetensors file"),
         (lambda f: index(f, {"lm_head.weight": "gone.safetensors"}), "gone.safetensors"),
-        (lambda f: index(f, ["lm_head.weight"]), "must name the file of each tensor"),
-        (shutil.rmtree, "there must be a folder with a model to import"),
+        (lambda f: index(f, ["lm_head.weight"]), "must map each tensor to a file"),
+        (shutil.rmtree, "the model to import must be a folder"),
     ],
 )
-def test_a_broken_folder_is_refused(spoil, told, folder, capsys):
+def test_a_broken_folder_is_refused(spoil, message, folder, capsys):
     spoil(folder)
-    assert told in refused(folder, capsys)
+    assert message in refused(folder, capsys)
 
 
 def index(folder, weight_map):
@@ -349,7 +349,7 @@ def index(folder, weight_map):
 
 
 class Canary:
-    """Unpickled, it writes a file."""
+    """Writes a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -358,11 +358,11 @@ class Canary:
         return Path.touch, (self.path,)
 
 
-def test_pickled_weights_are_refused_and_not_opened(folder, tmp_path, capsys):
+def test_pickled_weights_are_refused_unread(folder, tmp_path, capsys):
     (folder / "model.safetensors").unlink()
-    torch.save(Canary(tmp_path / "sung"), folder / "pytorch_model.bin")
+    torch.save(Canary(tmp_path / "executed"), folder / "pytorch_model.bin")
     message = refused(folder, capsys)
-    assert "pytorch_model.bin, which could run code" in message and "save_pretrained" in message
-    assert not (tmp_path / "sung").exists()
-    pickle.loads(pickle.dumps(Canary(tmp_path / "sung")))
-    assert (tmp_path / "sung").exists(), "the canary could not have sung"
+    assert "pytorch_model.bin, a pickle, which can execute code" in message and "save_pretrained" in message
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(Canary(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists(), "the canary does not work"

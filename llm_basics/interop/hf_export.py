@@ -1,9 +1,7 @@
-"""Write a trained model as transformers reads it.
+"""The program of `export`: a trained model in the format of Hugging Face transformers.
 
-uv run python -m llm_basics.export runs/NAME --out my_model
-
-In the folder: model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json
-and README.md, a model card. transformers is not needed to write it, and torch alone computes the same.
+Writes model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json and a
+model card, README.md. transformers itself is not needed.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ from llm_basics.runs import checkpoint, run_dir
 
 EXPORTS = Path("exports")
 
-# what `chat.render` does, in transformers' words; there, a text that spells a special token is one
+# `chat_template.render` as a Jinja template; unlike there, special tokens in a message are parsed
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -45,21 +43,21 @@ CHAT_TEMPLATE = (
 def export(
     model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, folder: Path, card: str
 ) -> hf_config.Layout:
-    """Write a model and its tokenizer to an existing folder, in the layout that is returned."""
+    """Write a model and its tokenizer to an existing folder; returns the layout."""
     shape = model.config
     layout = hf_config.find(shape)
     if tokenizer.vocab_size != shape.vocab_size:
         raise ValueError(
-            f"model and tokenizer must have the same vocabulary, got {shape.vocab_size} ids and "
+            f"model and tokenizer must have the same vocabulary size, got {shape.vocab_size} and "
             f"{tokenizer.vocab_size}"
         )
     end = tokenizer.special_id(tokenizers.END_OF_TEXT)
     ids = {"bos_token_id": end, "eos_token_id": end}
     ends = [end, tokenizer.special_id(chat_template.END)] if chat_template.is_chat(tokenizer) else end
     tensors = hf_weights.to_hf(layout, shape, model.state_dict())
-    # save_file would write a file that nobody else may read
+    # save_file would create a file that only its owner may read
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-    # one of the two is what transformers calls it, depending on its version
+    # torch_dtype: the name before transformers 5
     options = hf_config.write_options(layout, shape) | ids | {"dtype": "float32", "torch_dtype": "float32"}
     _write_json(folder / "config.json", options)
     _write_json(folder / "generation_config.json", ids | {"eos_token_id": ends, "pad_token_id": end})
@@ -70,7 +68,7 @@ def export(
 
 
 def tokenizer_options(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, Any]:
-    """What tokenizer_config.json says beside tokenizer.json."""
+    """The content of tokenizer_config.json."""
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
@@ -97,7 +95,7 @@ def model_card(
     about: dict[str, Any],
     folder: Path,
 ) -> str:
-    """What the model is, how it was trained, and how to load it: README.md, in Markdown."""
+    """The model card in Markdown: architecture, training, and how to load the model."""
     rows = {
         "architecture": f"{hf_config.find(model.config).architecture} of transformers",
         "parameters": f"{model.n_parameters():,}",
@@ -105,15 +103,15 @@ def model_card(
         "vocabulary": f"{model.config.vocab_size:,} tokens, byte-level BPE",
         **_history(options, about, folder),
     }
-    told = {"model": dataclasses.asdict(options.model)}
+    shown = {"model": dataclasses.asdict(options.model)}
     if "imported" not in about:
-        told["train"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options.train).items()}
+        shown["train"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options.train).items()}
     return CARD.format(
         name=name,
-        kind="answers" if chat_template.is_chat(tokenizer) else "continues text",
+        kind="replies to messages" if chat_template.is_chat(tokenizer) else "continues text",
         table="\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         usage=CHAT_USAGE if chat_template.is_chat(tokenizer) else TEXT_USAGE,
-        options=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).rstrip(),
+        options=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip(),
     )
 
 
@@ -134,11 +132,11 @@ tags:
 
 # {name}
 
-A language model that {kind}, written and trained with llm_basics, a language model from scratch.
+A language model that {kind}, trained with llm_basics, a language model from scratch.
 
 {table}
 
-## Load it
+## Usage
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,7 +148,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-## All options
+## Options
 
 ```yaml
 {options}
@@ -159,7 +157,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 
 def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dict[str, str]:
-    """What a run says of its training up to a checkpoint, without the paths of a machine."""
+    """Rows of the model card on the training up to a checkpoint; local paths are left out."""
     if "imported" in about:
         return {"imported from": about["imported"]}
     step = about["step"]
@@ -170,7 +168,7 @@ def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dic
     losses = [entry for entry in measured if entry.get("train_loss") is not None]
     evaluations = [entry for entry in measured if entry.get("val_loss") is not None]
     if losses:
-        rows["training loss"] = f"{losses[-1]['train_loss']:.4f} in step {losses[-1]['step']:,}"
+        rows["training loss"] = f"{losses[-1]['train_loss']:.4f} at step {losses[-1]['step']:,}"
     if evaluations:
         last = evaluations[-1]
         rows["validation loss"] = f"{last['val_loss']:.4f} nats per token after step {last['step']:,}"
@@ -184,7 +182,7 @@ def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dic
 
 
 def main(options: commands.ExportConfig) -> int:
-    """Export as `options` say. Returns the exit status."""
+    """Export a model. Returns the exit status."""
     with parse.exit_on_error():
         folder = run_dir.resolve(options.run_dir)
         name = folder.resolve().name
@@ -194,10 +192,10 @@ def main(options: commands.ExportConfig) -> int:
         model, tokenizer = engine.load_run(folder, which=str(about["step"]))
         origin = f"{folder}/config.json"
         trained = presets.update(config.Config(), run_dir.read_config(folder), origin=origin)
-        yours = [piece for piece, of in about.get("origins", {}).items() if user_code.is_of_file(of)]
-        if yours:
-            pieces = ", ".join(yours)
-            print(f"warning: trained with own pieces ({pieces}); transformers has its own", file=sys.stderr)
+        origins = about.get("origins", {})
+        pieces = ", ".join(piece for piece, source in origins.items() if user_code.is_of_file(source))
+        if pieces:
+            print(f"warning: trained with your {pieces}; transformers uses its own code", file=sys.stderr)
         with run_dir.appearing(out) as temporary:
             card = model_card(name, model, tokenizer, trained, about, folder)
             layout = export(model, tokenizer, temporary, card)
@@ -205,6 +203,6 @@ def main(options: commands.ExportConfig) -> int:
         f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"
         f"layout    {layout.architecture}\n"
         f"written   {out}\n"
-        f'load it   transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+        f'load      transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     )
     return 0

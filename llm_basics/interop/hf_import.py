@@ -1,8 +1,6 @@
-"""Make a run of a model that transformers has written.
+"""The program of `import_model`: a run directory from a model saved by Hugging Face transformers.
 
-uv run python -m llm_basics.import_model path/to/gpt2 --out runs/gpt2
-
-Reads config.json, the tokenizer and safetensors, in one file or in several. Nothing is unpickled.
+Reads config.json, the tokenizer and safetensors, in one file or several. Nothing is unpickled.
 """
 
 import dataclasses
@@ -25,17 +23,17 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # --------------------------------------------------------------------------------------------------
-# Reading a folder of transformers
+# Reading
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from one file or from those that an index names."""
+    """All tensors of a folder, from one file or the files of an index."""
     if (folder / INDEX).is_file():
-        with vocabulary.reading(f"{folder / INDEX} must name the file of each tensor"):
+        with vocabulary.reading(f"{folder / INDEX} must map each tensor to a file"):
             file_of: dict[str, str] = files.read_json(folder / INDEX)["weight_map"]
             for file in file_of.values():
                 if Path(file).name != file or not file.endswith(".safetensors"):
-                    raise ValueError(f"a file must be a .safetensors in the same folder, got {file!r}")
+                    raise ValueError(f"a file must be a .safetensors file in the same folder, got {file!r}")
         tensors: dict[str, Tensor] = {}
         for file in sorted(set(file_of.values())):
             tensors |= _read_safetensors(folder / file)
@@ -45,8 +43,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{folder} must hold {WEIGHTS}, got "
             + (
-                f"{others[0]}, which could run code when it is loaded; where you trust it, load it with "
-                "transformers and write it with save_pretrained"
+                f"{others[0]}, a pickle, which can execute code when loaded; if you trust it, convert it "
+                "with from_pretrained and save_pretrained of transformers"
                 if others
                 else "none"
             )
@@ -58,11 +56,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a whole file of safetensors; {error}") from None
+        raise ValueError(f"{path} must be a complete safetensors file; {error}") from None
 
 
 def read_model(folder: Path) -> tuple[models.TransformerLM, hf_config.Layout]:
-    """The model in a folder of transformers, and the layout that it has there."""
+    """Read the model in a folder of transformers; returns it with its layout."""
     path = folder / "config.json"
     with vocabulary.reading(f"{path} must describe a model"):
         options = files.read_json(path)
@@ -76,32 +74,33 @@ def read_model(folder: Path) -> tuple[models.TransformerLM, hf_config.Layout]:
 
 
 def read_tokenizer(folder: Path, name: str | None, vocab_size: int) -> tokenizers.Tokenizer:
-    """The tokenizer called `name`, else that in the folder; it must have the ids of the model."""
+    """Load the tokenizer `name`, or that in the folder; its vocabulary size must be that of the model."""
     if name is None and not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(
-            f"{folder} must hold tokenizer.json or vocab.json and merges.txt; name another by --tokenizer"
+            f"{folder} must hold tokenizer.json, or vocab.json and merges.txt; name another with --tokenizer"
         )
-    found = tokenizer_formats.load(folder) if name is None else prepare.load_tokenizer(name)
-    if found.vocab_size != vocab_size:
+    tokenizer = tokenizer_formats.load(folder) if name is None else prepare.load_tokenizer(name)
+    if tokenizer.vocab_size != vocab_size:
         raise ValueError(
-            f"the tokenizer must have the model's vocabulary of {vocab_size:,}, got {found.vocab_size:,} "
-            f"({name or folder})"
+            f"the tokenizer must have the vocabulary size of the model, {vocab_size:,}, got "
+            f"{tokenizer.vocab_size:,} ({name or folder})"
         )
-    if tokenizers.END_OF_TEXT not in found.special_tokens:
+    if tokenizers.END_OF_TEXT not in tokenizer.special_tokens:
         raise ValueError(
-            f"the tokenizer must have the special token {tokenizers.END_OF_TEXT}, which ends documents here, "
-            f"got {', '.join(found.special_tokens) or 'none'} ({name or folder})"
+            f"the tokenizer must have the special token {tokenizers.END_OF_TEXT}, which ends documents, "
+            f"got {', '.join(tokenizer.special_tokens) or 'none'} ({name or folder})"
         )
-    return found
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
+# Writing
 
 
 def write_run(
     model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, folder: Path, out: Path, source: str
 ) -> None:
-    """Make a run of a model, before its first step, in a folder that will be called `out`."""
+    """Write a run directory at step 0 to `folder`, which is renamed to `out` when complete."""
     options = dataclasses.asdict(
         config.Config(config=source, tokenizer=str(out / "tokenizer"), run_dir=str(out), model=model.config)
     )
@@ -119,11 +118,11 @@ def write_run(
 
 
 def main(options: commands.ImportConfig) -> int:
-    """Import as `options` say. Returns the exit status."""
+    """Import a model. Returns the exit status."""
     with parse.exit_on_error():
         folder = Path(options.folder)
         if not folder.is_dir():
-            raise ValueError(f"there must be a folder with a model to import, got {folder}")
+            raise ValueError(f"the model to import must be a folder, got {folder}")
         name = folder.resolve().name
         out = Path(options.out) if options.out is not None else run_dir.RUNS / name
         with run_dir.appearing(out) as temporary:
@@ -131,9 +130,9 @@ def main(options: commands.ImportConfig) -> int:
             tokenizer = read_tokenizer(folder, options.tokenizer, model.config.vocab_size)
             write_run(model, tokenizer, temporary, out, name)
     print(
-        f"model         {model.n_parameters():,} parameters, of {layout.architecture}\n"
-        f"vocabulary    {tokenizer.vocab_size:,} tokens\n"
-        f"run           {out}\n"
-        f"let it write  uv run python -m llm_basics.generate {out}"
+        f"model       {model.n_parameters():,} parameters ({layout.architecture})\n"
+        f"vocabulary  {tokenizer.vocab_size:,} tokens\n"
+        f"run         {out}\n"
+        f"generate    uv run python -m llm_basics.generate {out}"
     )
     return 0
