@@ -1,4 +1,4 @@
-"""The program of evaluation. Alone: `uv run pytest tests/test_evaluate_cli.py`."""
+"""The program of evaluate. Alone: `uv run pytest tests/test_evaluate_cli.py`."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ QUESTIONS = [
 
 
 def make_run(folder, name="a", seed=0, **about):
-    """A run with a random model of bytes, whose training text is in `folder`."""
+    """A run with a random byte-level model, with its training text in `folder`."""
     text = folder / "text"
     if not text.is_dir():
         text.mkdir()
@@ -54,8 +54,8 @@ def trained(tmp_path):
 
 
 @pytest.fixture
-def judge(tmp_path, capsys):
-    """Run the program; what it wrote as JSON, and what it printed."""
+def evaluate_runs(tmp_path, capsys):
+    """Run the program; returns its JSON report and its output."""
 
     def main(*folders, **options):
         out = tmp_path / "report.json"
@@ -66,7 +66,7 @@ def judge(tmp_path, capsys):
     return main
 
 
-def complaint(capsys, options):
+def error_line(capsys, options):
     with pytest.raises(SystemExit) as stop:
         compare_models.main(options)
     error = capsys.readouterr().err
@@ -74,9 +74,9 @@ def complaint(capsys, options):
     return error
 
 
-def test_the_held_out_text_is_measured_whole(trained, judge):
+def test_the_whole_held_out_split_is_evaluated(trained, evaluate_runs):
     folder, made, prepared = trained
-    (found,), out = judge(folder)
+    (found,), out = evaluate_runs(folder)
     tokens = prepared.val.tokens
     assert found["report"]["n_tokens"] == len(tokens) - 1
     assert sum(bucket["count"] for bucket in found["report"]["by_position"]) == len(tokens) - 1
@@ -89,70 +89,72 @@ def test_the_held_out_text_is_measured_whole(trained, judge):
     assert found["checkpoint"].endswith("step_00000007.safetensors") and found["answers"] is None
 
 
-def test_other_text_is_read_document_by_document(trained, judge, tmp_path):
+def test_other_text_is_read_document_by_document(trained, evaluate_runs, tmp_path):
     folder, _, _ = trained
     (tmp_path / "new.txt").write_text("one<|endoftext|>two\u00e9")
-    (found,), out = judge(folder, data=str(tmp_path / "new.txt"), stride=2)
+    (found,), out = evaluate_runs(folder, data=str(tmp_path / "new.txt"), stride=2)
     # o n e <|endoftext|> t w o \xc3 \xa9 <|endoftext|>, the first of which is not predicted
     assert (found["report"]["n_tokens"], found["report"]["n_bytes"]) == (9, 7)
     assert "Loss by position" in out and "Calibration" in out
 
 
-def test_what_a_prepared_folder_held_out_is_found_there(trained, judge):
+def test_the_held_out_split_of_a_prepared_folder_is_found(trained, evaluate_runs):
     folder, _, prepared = trained
     options = json.loads((folder / "config.json").read_text())
     options |= {"data": str(prepared.folder), "data_dir": "elsewhere"}
     (folder / "config.json").write_text(json.dumps(options))
-    (found,), _ = judge(folder)
+    (found,), _ = evaluate_runs(folder)
     assert found["report"]["n_tokens"] == len(prepared.val.tokens) - 1
 
 
-def test_runs_stand_side_by_side(trained, judge, tmp_path):
+def test_several_runs_are_shown_side_by_side(trained, evaluate_runs, tmp_path):
     other, _, _ = make_run(tmp_path, "b", seed=1)
-    found, out = judge(trained[0], other)
+    found, out = evaluate_runs(trained[0], other)
     losses = [f"{each['report']['val_loss']:.4f}" for each in found]
     assert losses[0] != losses[1]
     line = next(line for line in out.splitlines() if "validation loss" in line)
     assert re.search(rf"{losses[0]}\s+{losses[1]}", line)
 
 
-def test_questions_alone_and_with_a_text(trained, judge, tmp_path):
+def test_questions_alone_and_with_a_text(trained, evaluate_runs, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, QUESTIONS)))
-    (found,), out = judge(trained[0], choices=str(path))
+    (found,), out = evaluate_runs(trained[0], choices=str(path))
     assert found["report"] is None and "validation loss" not in out
     assert found["answers"]["n_questions"] == 2
     assert found["answers"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     line = next(line for line in out.splitlines() if "answers, per byte" in line)
-    assert f"{found['answers']['accuracy_per_byte']:.1%}" in line and "41.7%" in out
-    (both,), out = judge(trained[0], choices=str(path), data=str(tmp_path / "text"))
+    assert (
+        f"{found['answers']['accuracy_per_byte']:.1%}" in line and "41.7%" in out and "standard error" in out
+    )
+    (both,), out = evaluate_runs(trained[0], choices=str(path), data=str(tmp_path / "text"))
     assert both["answers"] == found["answers"] and both["report"]["n_tokens"] > 0
 
 
-def test_fast_twins_measure_the_same(trained, judge, tmp_path):
-    (found,), _ = judge(trained[0])
+def test_fast_kernels_give_the_same_loss(trained, evaluate_runs, tmp_path):
+    (found,), _ = evaluate_runs(trained[0])
     out = tmp_path / "fast.json"
     assert compare_models.main(commands.EvaluateConfig((str(trained[0]),), out=str(out))) == 0
     (fast,) = json.loads(out.read_text())
     assert fast["report"]["val_loss"] == pytest.approx(found["report"]["val_loss"], rel=1e-6)
 
 
-def test_pieces_of_ones_own_are_used_and_then_put_back(trained, judge, tmp_path, capsys):
+def test_user_code_is_used_and_then_removed(trained, evaluate_runs, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text("import torch\ndef log_softmax(x, dim=-1):\n    return torch.log_softmax(2 * x, dim)\n")
-    (found,), _ = judge(trained[0])
-    (own,), _ = judge(trained[0], mine=str(mine))
-    (again,), _ = judge(trained[0])
-    assert own["report"]["val_loss"] != found["report"]["val_loss"] == again["report"]["val_loss"]
+    (found,), _ = evaluate_runs(trained[0])
+    (other,), _ = evaluate_runs(trained[0], mine=str(mine))
+    (again,), _ = evaluate_runs(trained[0])
+    assert other["report"]["val_loss"] != found["report"]["val_loss"] == again["report"]["val_loss"]
 
 
-def test_a_text_without_bytes_has_no_bits_per_byte(trained, judge, tmp_path):
+def test_a_text_without_bytes_has_no_bits_per_byte(trained, evaluate_runs, tmp_path):
     (tmp_path / "one.txt").write_text("x")
-    (found,), _ = judge(trained[0], data=str(tmp_path / "one.txt"))
+    (found,), _ = evaluate_runs(trained[0], data=str(tmp_path / "one.txt"))
     assert found["report"]["n_tokens"] == 1 and found["report"]["bits_per_byte"] is None
 
 
-def test_scores_that_are_no_numbers_are_status_1(trained, tmp_path, capsys):
+def test_nan_scores_are_exit_status_1(trained, tmp_path, capsys):
     folder, made, prepared = trained
     made.ln_final.weight.data[0] = torch.nan
     path = run_dir.checkpoint_path(folder, 8)
@@ -163,20 +165,20 @@ def test_scores_that_are_no_numbers_are_status_1(trained, tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes
+# Errors
 
 
-def test_a_held_out_text_that_is_gone(trained, capsys):
+def test_a_held_out_split_that_is_missing(trained, capsys):
     folder, _, prepared = trained
     shutil.rmtree(prepared.folder)
-    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
-    assert f"must be in {prepared.folder}, which is gone" in said and "--data" in said
+    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    assert f"must be in {prepared.folder}, got no such folder" in message and "--data" in message
 
 
 def test_a_model_that_was_not_trained_here(tmp_path, capsys):
     folder, _, _ = make_run(tmp_path, data=None)
-    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
-    assert "was not trained here and has no held-out text; name a text by --data" in said
+    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    assert "was not trained here and has no held-out split; name a text with --data" in message
 
 
 def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained, capsys):
@@ -185,9 +187,10 @@ def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained
     content = bytearray(path.read_bytes())
     content[shards.HEADER_BYTES + 20 : shards.HEADER_BYTES + 22] = b"\xff\xff"
     path.write_bytes(content)
-    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
     assert (
-        f"{path} must be below its vocabulary size 257, got 65535 at byte {shards.HEADER_BYTES + 20}" in said
+        f"{path} must be below its vocabulary size 257, got 65535 at byte {shards.HEADER_BYTES + 20}"
+        in message
     )
 
 
@@ -195,46 +198,48 @@ def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
     folder, _, prepared = trained
     larger = prepare.tokenizer.Tokenizer.byte_level(["<|endoftext|>", "<|more|>"])
     larger.save(folder / "tokenizer")
-    said = complaint(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
-    assert "must have ids below the 257 of its model, got 258" in said
+    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    assert "must have at most the 257 ids of the model, got 258" in message
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"data": "nowhere"}, "must be a file"),
-        ({"data": "empty.txt"}, "--data must hold text, but empty.txt is empty"),
+        ({"data": "empty.txt"}, "--data must hold text, got an empty source (empty.txt)"),
         ({"choices": "bad.jsonl"}, "bad.jsonl:1: a question must be an object with fields, got int"),
         ({"choices": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"checkpoint": "9"}, "must hold a checkpoint, got none of step 9"),
-        ({"stride": 33}, "stride must be from 1 to the model's 32 tokens, got 33"),
-        ({"out": "nowhere/report.json"}, "--out must be in a folder that is there, got nowhere/report.json"),
+        ({"stride": 33}, "stride must be from 1 to 32 tokens (the context), got 33"),
+        ({"out": "nowhere/report.json"}, "--out must be in an existing folder, got nowhere/report.json"),
         ({"run_dirs": ("nowhere",)}, "nowhere"),
         ({"mine": "mine.txt"}, "a Python file"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(trained, tmp_path, monkeypatch, capsys, options, said):
+def test_an_error_is_one_line_and_nothing_is_written(
+    trained, tmp_path, monkeypatch, capsys, options, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text("3\n")
     before = sorted(tmp_path.iterdir())
     options = {"run_dirs": (str(trained[0]),), "out": "report.json", "fast": "off"} | options
-    assert said in complaint(capsys, commands.EvaluateConfig(**options))
+    assert message in error_line(capsys, commands.EvaluateConfig(**options))
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--strid", "2"], "the closest is --stride"),
         (["--stride", "0"], "stride must be at least 1, got 0"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
     ],
 )
-def test_mistakes_on_the_command_line(capsys, arguments, said):
+def test_errors_on_the_command_line(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         parse.program_options(commands.EvaluateConfig(), arguments, prog="evaluate")
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_several_runs_on_the_command_line():
@@ -245,7 +250,7 @@ def test_several_runs_on_the_command_line():
     assert parse.program_options(commands.EvaluateConfig(), [], prog="evaluate").run_dirs == ()
 
 
-def test_the_newest_run_is_judged_where_none_is_named(tmp_path, monkeypatch, capsys):
+def test_the_newest_run_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     make_run(tmp_path, "runs/a")
@@ -254,11 +259,11 @@ def test_the_newest_run_is_judged_where_none_is_named(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_the_harness_says_what_it_needs():
+def test_a_missing_harness_is_an_error():
     command = [sys.executable, "-m", "llm_basics.lm_harness", "runs/a", "--tasks", "arc_easy"]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = "error: lm_harness needs lm_eval, which is not installed here; uv sync --extra eval\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    message = "error: lm_harness needs lm_eval, which is not installed; run uv sync --extra eval\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_the_module_is_a_program(trained):

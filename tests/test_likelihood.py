@@ -1,4 +1,4 @@
-"""What a model says of each token. Alone: `uv run pytest tests/test_likelihood.py`."""
+"""Log-likelihood of texts and continuations. Alone: `uv run pytest tests/test_likelihood.py`."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ TEXT = np.random.default_rng(0).integers(0, test_model.VOCAB, 50).astype(np.uint
 
 @pytest.fixture
 def lm():
-    """A model of float64 that is far from uniform, with dropout that would show."""
+    """A float64 model that is far from uniform, with dropout."""
     shape = config.ModelConfig(23, 9, 24, 2, 3, d_ff=40, dropout=0.5)
     lm = model.TransformerLM(shape, dtype=torch.float64)
     with torch.no_grad():
@@ -29,7 +29,7 @@ def lm():
 
 
 def joined(scores):
-    """All that was said, a tensor for each field."""
+    """The scores of all windows, concatenated."""
     parts = list(scores)
     names = [field.name for field in dataclasses.fields(log_likelihood.Scores)]
     return log_likelihood.Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -52,7 +52,7 @@ def by_transformers():
 
 @pytest.mark.parametrize("stride", [1, 5, test_model.CONTEXT])
 def test_each_token_equals_transformers_gpt2_on_its_own_window(stride):
-    """Token by token, each with all of its window before it, as slow as can be."""
+    """Token by token, each from the tokens of its window before it."""
     theirs, ours = by_transformers()
     found = joined(log_likelihood.score_text(ours, TEXT, stride))
     assert found.targets.tolist() == TEXT[1:].tolist()
@@ -70,7 +70,7 @@ def test_each_token_equals_transformers_gpt2_on_its_own_window(stride):
         assert found.positions[i] == i - start
 
 
-def test_loss_of_a_whole_text_is_that_which_transformers_gives_for_labels():
+def test_loss_of_a_text_equals_transformers_loss_for_labels():
     theirs, ours = by_transformers()
     text = TEXT[: test_model.CONTEXT]
     labels = torch.from_numpy(text.astype(np.int64))[None]
@@ -79,7 +79,7 @@ def test_loss_of_a_whole_text_is_that_which_transformers_gives_for_labels():
     assert found.val_loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_side_by_side_it_is_what_evaluate_measures_in_training(lm):
+def test_disjoint_windows_equal_evaluate(lm):
     tokens = TEXT[: 4 * 9 + 1]
     expected = evaluate.evaluate(lm, dataloader.sequential_batches(tokens, 3, 9), torch.arange(23.0))
     found = metrics.measure(log_likelihood.score_text(lm.train(), tokens, batch_size=3), torch.arange(23.0))
@@ -89,7 +89,7 @@ def test_side_by_side_it_is_what_evaluate_measures_in_training(lm):
 
 
 @pytest.mark.parametrize("stride", [2, 9])
-def test_the_size_of_batches_changes_nothing(lm, stride):
+def test_batch_size_changes_nothing(lm, stride):
     losses = [
         metrics.measure(log_likelihood.score_text(lm, TEXT, stride, size), torch.ones(23)).val_loss
         for size in (1, 3, 64)
@@ -105,7 +105,7 @@ def test_windows_score_each_token_but_the_first_once(n_tokens, context_length, s
         end = start + min(context_length, n_tokens - 1)
         assert start >= 0 and end < n_tokens and 1 <= n_scored
         scored += range(end + 1 - n_scored, end + 1)
-        # behind the first window, enough stands before each
+        # after the first window, every token has enough context
         assert start == 0 or scored[-n_scored] - start > context_length - stride
     assert scored == list(range(1, n_tokens))
 
@@ -126,12 +126,12 @@ def test_windows_are_those_of_the_harness():
 
 
 @pytest.mark.parametrize("stride", [0, 10])
-def test_a_stride_that_leaves_tokens_out_is_refused(lm, stride):
-    with pytest.raises(ValueError, match=f"stride must be from 1 to .* got {stride}"):
+def test_a_stride_that_skips_tokens_is_refused(lm, stride):
+    with pytest.raises(ValueError, match=f"stride must be from 1 to 9 tokens .* got {stride}"):
         list(log_likelihood.windows(20, 9, stride))
 
 
-def test_scores_that_are_no_numbers_are_refused(lm):
+def test_nan_scores_are_refused(lm):
     lm.ln_final.weight.data[0] = torch.nan
     with pytest.raises(FloatingPointError, match="must be numbers"):
         list(log_likelihood.score_text(lm, TEXT))
@@ -139,8 +139,8 @@ def test_scores_that_are_no_numbers_are_refused(lm):
         log_likelihood.score_continuations(lm, [([1], [2])])
 
 
-def test_of_equal_scores_the_lower_id_is_likelier(lm):
-    """As argmax has it: else a model that finds all alike would be right every time."""
+def test_ties_go_to_the_lower_id(lm):
+    """As in argmax: a uniform model would otherwise always be correct."""
     lm.ln_final.weight.data.zero_()
     found = joined(log_likelihood.score_text(lm, TEXT))
     assert found.ranks.tolist() == found.targets.tolist()
@@ -171,7 +171,7 @@ def test_continuations_equal_transformers_gpt2_one_by_one():
 
 
 def test_a_continuation_longer_than_the_context_is_refused(lm):
-    with pytest.raises(ValueError, match="must fit into the model's 9 tokens, got 10"):
+    with pytest.raises(ValueError, match="must have at most 9 tokens .*, got 10"):
         log_likelihood.score_continuations(lm, [([1], [2]), ([1], [2] * 10)])
 
 

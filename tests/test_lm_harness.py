@@ -1,4 +1,4 @@
-"""EleutherAI's harness on a model of ours. Alone: `uv run --extra eval pytest tests/test_lm_harness.py`."""
+"""lm-evaluation-harness on our models. Alone: `uv run --extra eval pytest tests/test_lm_harness.py`."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from test_evaluate_cli import QUESTIONS, make_run
 
 from llm_basics.cli import commands, parse
 from llm_basics.core import generate, tokenizer
-from llm_basics.evaluation import lm_harness, multiple_choice
+from llm_basics.evaluation import multiple_choice
 from llm_basics.inference import engine
 
 lm_eval = pytest.importorskip("lm_eval", reason="uv sync --extra eval")
@@ -19,7 +19,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="uv sync --extra eval")
 from lm_eval import tasks  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
-# noqa: E402
+from llm_basics.evaluation import lm_harness  # noqa: E402
 
 TASK = """
 task: mine
@@ -40,7 +40,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run, with a task in YAML, and its questions."""
+    """A folder with a run, a task in YAML and its questions."""
     folder = tmp_path_factory.mktemp("harness")
     make_run(folder)
     questions = [{"prompt": q.get("prompt") or q["question"], **q} for q in QUESTIONS] + MORE
@@ -63,10 +63,10 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
-def test_a_task_gives_the_scores_of_our_own_questions(folder, harness_model):
+def test_a_task_gives_the_scores_of_multiple_choice(folder, harness_model):
     manager = tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     found = lm_eval.simple_evaluate(harness_model, tasks=["mine"], task_manager=manager, bootstrap_iters=0)
-    own = multiple_choice.ask(
+    ours = multiple_choice.evaluate(
         harness_model.model,
         harness_model.own_tokenizer,
         multiple_choice.read(folder / "q.jsonl"),
@@ -75,25 +75,25 @@ def test_a_task_gives_the_scores_of_our_own_questions(folder, harness_model):
     samples = sorted(found["samples"]["mine"], key=lambda sample: sample["doc_id"])
     theirs = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
     assert len(theirs) == 4
-    for scores, question in zip(theirs, own.questions, strict=True):
+    for scores, question in zip(theirs, ours.questions, strict=True):
         assert scores == pytest.approx(question.log_probabilities, abs=1e-4)
     results = found["results"]["mine"]
-    assert results["acc,none"] == own.accuracy and results["acc_bytes,none"] == own.accuracy_per_byte
+    assert results["acc,none"] == ours.accuracy and results["acc_bytes,none"] == ours.accuracy_per_byte
 
 
 @pytest.mark.parametrize("prompt", ["is", "is ", "a\n\n", "", "x" * 60])
-def test_the_harness_encodes_a_choice_as_we_do(harness_model, prompt):
-    """Its own code splits prompt and choice, ours does so for `choices`."""
+def test_the_harness_encodes_a_choice_like_multiple_choice(harness_model, prompt):
+    """Prompt and choice are split by the code of the harness here, and by `multiple_choice.encode` there."""
     question = multiple_choice.Question(prompt, ("Pa", "\u00e9"), 0)
     texts = [(" " if prompt == "is" or len(prompt) > 9 else "") + choice for choice in question.choices]
     theirs = harness_model.loglikelihood(
         requests("loglikelihood", *((prompt, text) for text in texts)), disable_tqdm=True
     )
-    (own,) = multiple_choice.ask(harness_model.model, harness_model.own_tokenizer, [question]).questions
-    assert [score for score, _ in theirs] == pytest.approx(own.log_probabilities, abs=1e-4)
+    (ours,) = multiple_choice.evaluate(harness_model.model, harness_model.own_tokenizer, [question]).questions
+    assert [score for score, _ in theirs] == pytest.approx(ours.log_probabilities, abs=1e-4)
 
 
-def test_a_continuation_is_greedy_if_it_is_what_the_model_writes(harness_model):
+def test_a_continuation_is_greedy_if_the_model_generates_it(harness_model):
     lm = harness_model.model
     ids = list(generate.generate(lm, torch.tensor(list(b"ab")), 1, temperature=0.0))
     while ids[0] == 256 or ids[0] > 127:
@@ -156,20 +156,20 @@ def test_the_module_is_a_program(folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "--tasks must name at least one task, got none"),
-        ({"tasks": ("mine", "nothing_such")}, "--tasks must name tasks that there are, got nothing_such"),
+        ({"tasks": ("mine", "nothing_such")}, "--tasks must name known tasks, got nothing_such"),
         ({"tasks": ("mine",), "run_dir": "nowhere"}, "nowhere"),
-        ({"tasks": ("mine",), "out": "nowhere/x.json"}, "--out must be in a folder that is there"),
+        ({"tasks": ("mine",), "out": "nowhere/x.json"}, "--out must be in an existing folder"),
     ],
 )
-def test_a_mistake_is_one_line(folder, capsys, options, said):
+def test_an_error_is_one_line(folder, capsys, options, message):
     chosen = {"run_dir": str(folder / "a"), "include_path": str(folder / "tasks"), "fast": "off"} | options
     with pytest.raises(SystemExit, match="2"):
         lm_harness.main(commands.HarnessConfig(**chosen))
     error = capsys.readouterr().err
-    assert said in error and error.splitlines()[-1].startswith("error: ")
+    assert message in error and error.splitlines()[-1].startswith("error: ")
 
 
 def test_tasks_on_the_command_line():

@@ -1,9 +1,6 @@
-"""A trained model for EleutherAI's lm-evaluation-harness, which has the benchmarks that papers report.
+"""Adapter for EleutherAI's lm-evaluation-harness, which has the benchmarks that papers report.
 
-uv run --extra eval python -m llm_basics.lm_harness runs/NAME --tasks arc_easy hellaswag
-uv run --extra eval python -m llm_basics.lm_harness runs/NAME --tasks mine --include_path folder
-
-The harness brings tasks, prompts and scores; from here it has what a model says. In Python:
+The harness has the tasks, prompts and metrics; `HarnessModel` computes log-likelihoods and texts. In Python:
 
     lm_eval.simple_evaluate(lm_harness.HarnessModel("runs/NAME"), tasks=["arc_easy"])
 """
@@ -22,19 +19,20 @@ from lm_eval.api import registry
 
 from llm_basics import swap
 from llm_basics.cli import commands, parse
-from llm_basics.core import device, files
+from llm_basics.core import device as devices
+from llm_basics.core import files
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.evaluation import log_likelihood
 from llm_basics.inference import engine
 from llm_basics.runs import run_dir as run_dirs
 
-# what a task that does not say gets of a text
+# for tasks that set no max_gen_toks
 MAX_NEW_TOKENS = 256
 
 
 @registry.register_model("llm_basics")
 class HarnessModel(harness.TemplateLM):
-    """The model of a run directory, as the harness asks it. Documents begin and end with END_OF_TEXT."""
+    """The model of a run directory as a harness model. Documents begin and end with END_OF_TEXT."""
 
     def __init__(
         self,
@@ -44,27 +42,27 @@ class HarnessModel(harness.TemplateLM):
         batch_size: int = log_likelihood.BATCH_SIZE,
     ) -> None:
         super().__init__()
-        self.model, self.own_tokenizer = _load(run_dir, checkpoint, device)
+        self.model, self.own_tokenizer = engine.load_run(run_dir, devices.choose(device), checkpoint)
         self.batch_size = int(batch_size)
 
     @property
     def eot_token_id(self) -> int:
-        """The id that stands before and between documents."""
+        """The id of END_OF_TEXT, which precedes each document."""
         return self.own_tokenizer.special_id(tokenizers.END_OF_TEXT)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, in which special tokens are ordinary text."""
+        """Encode a text; special tokens in it are ordinary text."""
         return self.own_tokenizer.encode_ordinary(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """How likely continuations are. The harness has encoded them already."""
+        """Log-likelihoods of continuations that the harness has encoded."""
         pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
         return log_likelihood.score_continuations(self.model, pairs, self.batch_size)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """How likely whole texts are behind END_OF_TEXT, read in windows side by side."""
+        """Log-likelihoods of whole texts after END_OF_TEXT, in disjoint windows."""
         texts = [self.tok_encode(*request.args) for request in requests]
         return [self._log_probability(np.array([self.eot_token_id, *text])) for text in texts]
 
@@ -73,10 +71,10 @@ class HarnessModel(harness.TemplateLM):
         return sum(part.log_probabilities.sum().item() for part in scores)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """How the model goes on, up to the first of the texts `until` that comes."""
-        return [self._write(*request.args) for request in requests]
+        """Continuations, up to the first of the strings `until`."""
+        return [self._generate_text(*request.args) for request in requests]
 
-    def _write(self, context: str, settings: dict[str, Any]) -> str:
+    def _generate_text(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
         pieces = engine.complete(
             self.model,
@@ -90,12 +88,8 @@ class HarnessModel(harness.TemplateLM):
         return _up_to(pieces, [until] if isinstance(until, str) else until)
 
 
-def _load(run_dir: str, checkpoint: str, place: str) -> Any:
-    return engine.load_run(run_dir, device.choose(place), checkpoint)
-
-
 def _up_to(pieces: Iterator[str], stops: Sequence[str]) -> str:
-    """The text of `pieces`, before the first of `stops` in it.
+    """The text of `pieces` up to the first of `stops`.
 
     >>> _up_to(iter(["4\\n", "\\nQ: wh", "y"]), ["\\n\\n", "Q:"])
     '4'
@@ -109,21 +103,23 @@ def _up_to(pieces: Iterator[str], stops: Sequence[str]) -> str:
 
 
 def main(options: commands.HarnessConfig) -> int:
-    """Run the tasks that `options` name, and print the harness's table. Returns the exit status."""
+    """Run tasks of the harness and print its table. Returns the exit status."""
     with swap.restored(), parse.exit_on_error():
         if not options.tasks:
             raise ValueError("--tasks must name at least one task, got none")
         if options.out is not None and not Path(options.out).parent.is_dir():
-            raise ValueError(f"--out must be in a folder that is there, got {options.out}")
+            raise ValueError(f"--out must be in an existing folder, got {options.out}")
         if options.mine is not None:
             swap.use(options.mine)
             print(f"pieces    {swap.describe()}", file=sys.stderr)
         if options.fast == "on":
             swap.use("fast", log=lambda line: print(line, file=sys.stderr))
-        own = options.include_path
-        manager = tasks.TaskManager(include_path=own, include_defaults=own is None)
+        folder_of_tasks = options.include_path
+        manager = tasks.TaskManager(include_path=folder_of_tasks, include_defaults=folder_of_tasks is None)
         if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
-            raise ValueError(f"--tasks must name tasks that there are, got {', '.join(unknown)}")
+            raise ValueError(
+                f"--tasks must name known tasks, got {', '.join(unknown)}; put your own in --include_path"
+            )
         folder = run_dirs.resolve(options.run_dir)
         found = lm_eval.simple_evaluate(
             HarnessModel(str(folder), options.checkpoint, options.device, options.batch_size),

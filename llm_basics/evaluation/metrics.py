@@ -1,7 +1,4 @@
-"""How good is a model on text that it has not seen?
-
-uv run python -m llm_basics.evaluate runs/NAME --choices questions.jsonl --out report.json
-"""
+"""Metrics of a model on text: loss, perplexity, bits per byte, accuracy and calibration."""
 
 import math
 from collections.abc import Iterable
@@ -13,17 +10,13 @@ from torch import Tensor
 
 from llm_basics.evaluation import log_likelihood
 
-# of confidence, as in arXiv 1706.04599
+# bins of confidence, as in arXiv 1706.04599
 N_BINS = 15
-
-
-# --------------------------------------------------------------------------------------------------
-# All that can be told of a text
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The tokens that came when the last token read stood from `first` to `last` in its window."""
+    """Mean loss of the tokens predicted from positions `first` to `last` of a window."""
 
     first: int
     last: int
@@ -33,9 +26,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Bin:
-    """The tokens before which the likeliest had a probability above `low`, and up to `high`.
+    """Predictions whose confidence (probability of the most likely token) is in (`low`, `high`].
 
-    `confidence` is the mean of these probabilities, `accuracy` how often the likeliest token came.
+    `confidence` is the mean, `accuracy` the share of them that were correct.
     """
 
     low: float
@@ -47,7 +40,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Report:
-    """What `measure` found."""
+    """Metrics of a model on a text (see `measure`)."""
 
     n_tokens: int
     n_bytes: int
@@ -62,35 +55,35 @@ class Report:
 
 
 def measure(scores: Iterable[log_likelihood.Scores], token_bytes: Float[Tensor, " vocab"]) -> Report:
-    """Sum up what a model said of a text.
+    """Aggregate the scores of a text.
 
-    Loss, perplexity, bits per byte and accuracy as in `evaluate`; `top5_accuracy` is the share of tokens that
-    were among the five likeliest. `by_position` has the loss at the places 0, 1, 2-3, 4-7, ... of a window.
+    Loss, perplexity, bits per byte and accuracy as in `evaluate`; `top5_accuracy` is the share of tokens
+    among the five most likely. `by_position` has the loss at positions 0, 1, 2-3, 4-7, ... of a window.
     `calibration_error` is `sum_b n_b / n |accuracy_b - confidence_b|` over the bins `calibration` of equal
-    width (expected calibration error, arXiv 1706.04599). Sums are float64, whatever the model computes in.
+    width (expected calibration error, arXiv 1706.04599). Sums are float64, whatever the dtype of the model.
     Raises ValueError if there is no token.
     """
-    # count, loss; an int has 63 bits
+    # rows: count, loss; columns: binary digits of a position, at most 63
     positions = np.zeros((2, 64))
-    # count, confidence, correct
+    # rows: count, confidence, correct
     bins = np.zeros((3, N_BINS))
     n_top5, n_bytes = 0, 0
     for part in scores:
-        confidence, is_first = part.confidences.numpy(), (part.ranks == 0).numpy()
-        # 0, 1, 2, 2, 3, 3, 3, 3, ...: how many binary digits a position has
+        confidence, is_correct = part.confidences.numpy(), (part.ranks == 0).numpy()
+        # binary digits of a position: 0, 1, 2, 2, 3, 3, 3, 3, ...
         digits = np.frexp(part.positions.numpy())[1]
         values = (None, -part.log_probabilities.numpy())
         positions += [np.bincount(digits, weights=value, minlength=64) for value in values]
-        # of a bin its upper end is a part
-        place = np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
+        # a bin includes its upper end
+        index = np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
         bins += [
-            np.bincount(place, weights=value, minlength=N_BINS) for value in (None, confidence, is_first)
+            np.bincount(index, weights=value, minlength=N_BINS) for value in (None, confidence, is_correct)
         ]
         n_top5 += int((part.ranks < 5).sum())
         n_bytes += int(token_bytes[part.targets].sum())
     n_tokens, loss = positions.sum(1)
     if not n_tokens:
-        raise ValueError("a text must have at least two tokens, of which the second is predicted")
+        raise ValueError("a text must have at least two tokens to be scored, got fewer")
     mean = loss / n_tokens
     return Report(
         n_tokens=int(n_tokens),
@@ -107,8 +100,8 @@ def measure(scores: Iterable[log_likelihood.Scores], token_bytes: Float[Tensor, 
             if count
         ],
         calibration=[
-            Bin(place / N_BINS, (place + 1) / N_BINS, int(count), float(sure / count), float(right / count))
-            for place, (count, sure, right) in enumerate(bins.T)
+            Bin(i / N_BINS, (i + 1) / N_BINS, int(count), float(confidence / count), float(correct / count))
+            for i, (count, confidence, correct) in enumerate(bins.T)
             if count
         ],
     )

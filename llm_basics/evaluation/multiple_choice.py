@@ -1,12 +1,11 @@
-"""Questions with several answers, of which a model picks the one that it finds likeliest.
+"""Multiple-choice questions, answered by the choice of the highest log-probability.
 
-A file has one JSON object a line:
+A file has one JSON object per line:
 
     {"prompt": "The capital of France is", "choices": ["Lyon", "Paris"], "answer": 1}
 
-A long answer is less likely than a short one for its length alone. So there are two ways to pick: by the sum
-of the log-probabilities of an answer's tokens, and by that sum per byte of the answer (`acc` and `acc_bytes`
-of lm-evaluation-harness).
+A longer choice is less likely for its length alone, so there are two scores of a choice: the sum of the
+log-probabilities of its tokens, and that sum per byte (`acc` and `acc_bytes` of lm-evaluation-harness).
 """
 
 import io
@@ -26,7 +25,7 @@ from llm_basics.evaluation import log_likelihood
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, what may follow it, and which of these is right. `source` is its file and line."""
+    """A prompt, its choices and the index of the correct one. `source` is its file and line."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -36,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model found of one question: the log-probability of each choice, and which it picks by it."""
+    """The log-probability of each choice, the choices predicted from them, and the correct one."""
 
     log_probabilities: list[float]
     picked: int
@@ -45,35 +44,35 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model found of all questions.
+class Results:
+    """Accuracy and predictions over all questions.
 
-    `chance` is the accuracy of who guesses, on average, and `chance_error` its standard deviation.
+    `chance` is the expected accuracy of random guessing, `standard_error` its standard error.
     """
 
     n_questions: int
     accuracy: float
     accuracy_per_byte: float
     chance: float
-    chance_error: float
+    standard_error: float
     questions: list[Prediction]
 
 
 def read(path: str | os.PathLike[str]) -> list[Question]:
-    """The questions of a file. Raises ValueError for the first line that is none, with its number."""
+    """Read the questions of a file. Raises ValueError with the line number if one is invalid."""
     questions = []
-    for place, fields in files.json_lines(path, io.BytesIO(Path(path).read_bytes())):
+    for source, fields in files.json_lines(path, io.BytesIO(Path(path).read_bytes())):
         try:
-            questions.append(_question(fields, place))
+            questions.append(_question(fields, source))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
     if not questions:
-        raise ValueError(f"{path} must hold a question a line, got none")
+        raise ValueError(f"{path} must hold one question per line, got none")
     return questions
 
 
 def _question(fields: Any, source: str) -> Question:
-    """A question from the object of a line."""
+    """Parse the JSON value of a line."""
     if not isinstance(fields, dict):
         raise ValueError(f"a question must be an object with fields, got {type(fields).__name__}")
     names = [name for name in ("prompt", "question") if name in fields]
@@ -83,28 +82,28 @@ def _question(fields: Any, source: str) -> Question:
         )
     prompt = fields[names[0]]
     if not isinstance(prompt, str):
-        raise ValueError(f"{names[0]} must be a text, got {prompt!r}")
+        raise ValueError(f"{names[0]} must be a string, got {prompt!r}")
     if missing := [name for name in ("choices", "answer") if name not in fields]:
         raise ValueError(f"a question must have {missing[0]}, got {', '.join(fields)}")
     options, answer = fields["choices"], fields["answer"]
     if not isinstance(options, list) or len(options) < 2:
-        raise ValueError(f"choices must be a list of at least two texts, got {options!r}")
+        raise ValueError(f"choices must be a list of at least two strings, got {options!r}")
     if wrong := [option for option in options if not isinstance(option, str) or not option.strip()]:
-        raise ValueError(f"choices must be texts that are not empty, got {wrong[0]!r}")
-    # not isinstance: True is an int as well
+        raise ValueError(f"choices must be non-empty strings, got {wrong[0]!r}")
+    # not isinstance: bool is a subclass of int
     if type(answer) is not int or not 0 <= answer < len(options):
-        raise ValueError(f"answer must be a number from 0 to {len(options) - 1}, got {answer!r}")
+        raise ValueError(f"answer must be an index from 0 to {len(options) - 1}, got {answer!r}")
     return Question(prompt, tuple(options), answer, source)
 
 
 def encode(
     tokenizer: tokenizers.Tokenizer, question: Question, delimiter: str = " "
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each choice, the tokens before it and those to be scored.
+    """For each choice, the context tokens and the tokens to score.
 
-    Prompt and choice are encoded together, since a token may reach from one into the other. Such a token is
-    scored, of all choices alike: what is not scored are the tokens that all have in common with the prompt
-    without the white space at its end. An empty prompt is the end of a document.
+    Prompt and choice are encoded together, since a token may span both. Such a token is scored, for every
+    choice: the context is the token prefix that all choices share with the prompt, stripped of its trailing
+    white space. For an empty prompt it is END_OF_TEXT.
 
     >>> question = Question("2 + 2 =", ("4", "five"), answer=0)
     >>> encode(tokenizers.Tokenizer.byte_level(), question)[0]
@@ -121,43 +120,43 @@ def encode(
     return [(before, text[len(common) :]) for text in texts]
 
 
-def ask(
+def evaluate(
     model: models.TransformerLM,
     tokenizer: tokenizers.Tokenizer,
     questions: Sequence[Question],
     delimiter: str = " ",
     batch_size: int = log_likelihood.BATCH_SIZE,
-) -> Answers:
-    """Let a model pick an answer to each question. Of equally likely ones, it picks the first."""
+) -> Results:
+    """Predict the choice of each question; ties go to the first choice."""
     pairs, counts = [], []
     for question in questions:
         encoded = encode(tokenizer, question, delimiter)
         longest = max(len(scored) for _, scored in encoded)
         if longest > model.config.context_length:
             raise ValueError(
-                f"a choice must fit into the model's {model.config.context_length} tokens, "
-                f"got one of {longest} ({question.source})"
+                f"a choice must have at most {model.config.context_length} tokens (the context), got "
+                f"{longest} ({question.source})"
             )
         pairs += encoded
         counts.append(len(encoded))
     scores = iter(log_likelihood.score_continuations(model, pairs, batch_size))
-    found = [
-        _pick(question, [next(scores)[0] for _ in range(n)])
+    predictions = [
+        _predict(question, [next(scores)[0] for _ in range(n)])
         for question, n in zip(questions, counts, strict=True)
     ]
-    n_questions = len(found)
+    n_questions = len(predictions)
     chances = [1 / n for n in counts]
-    return Answers(
+    return Results(
         n_questions,
-        accuracy=sum(each.picked == each.answer for each in found) / n_questions,
-        accuracy_per_byte=sum(each.picked_per_byte == each.answer for each in found) / n_questions,
+        accuracy=sum(each.picked == each.answer for each in predictions) / n_questions,
+        accuracy_per_byte=sum(each.picked_per_byte == each.answer for each in predictions) / n_questions,
         chance=sum(chances) / n_questions,
-        chance_error=math.sqrt(sum(p * (1 - p) for p in chances)) / n_questions,
-        questions=found,
+        standard_error=math.sqrt(sum(p * (1 - p) for p in chances)) / n_questions,
+        questions=predictions,
     )
 
 
-def _pick(question: Question, log_probabilities: list[float]) -> Prediction:
+def _predict(question: Question, log_probabilities: list[float]) -> Prediction:
     per_byte = [
         score / len(tokenizers.replace_surrogates(choice).encode("utf-8"))
         for score, choice in zip(log_probabilities, question.choices, strict=True)
