@@ -52,8 +52,9 @@ def test_samples_and_messages_are_kept(tmp_path, capsys):
         "prompt": "def ",
         "text": "f():\n    pass",
     }
-    assert "    def f():\n        pass\ndone\n" in (tmp_path / "log.txt").read_text()
-    assert "    def f():" in capsys.readouterr().out
+    shown = "sample after step 3, prompt 'def ':\n    f():\n        pass\ndone\n"
+    assert (tmp_path / "log.txt").read_text() == shown
+    assert shown in capsys.readouterr().out
 
 
 def test_folders_get_new_names(tmp_path, monkeypatch):

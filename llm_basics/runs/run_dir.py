@@ -88,9 +88,9 @@ class RunDir:
             follower.metrics(entry)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Record and show a text that the model wrote after `step` updates."""
+        """Record a generated text and log it: the prompt, quoted, in the heading, its continuation below."""
         self.record_sample(step, prompt, text)
-        self.log(f"sample after step {step}:\n" + textwrap.indent(prompt + text, "    "))
+        self.log(f"sample after step {step}, prompt {prompt!r}:\n" + textwrap.indent(text, "    "))
 
     def record_sample(self, step: int, prompt: str, text: str) -> None:
         """Record a text that the model wrote after `step` updates."""
