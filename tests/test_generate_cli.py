@@ -11,7 +11,7 @@ from llm_basics.cli import commands, parse
 from llm_basics.inference import engine
 from llm_basics.inference import samples as sample_program
 
-# every text with twins would compile machine code for a model of this size
+# fast kernels would be compiled for every model of this size
 PLAIN = ["--device=cpu", "--fast=off", "--max_new_tokens=12"]
 
 
@@ -21,7 +21,7 @@ def folder(untrained_run):
 
 
 def program(*arguments):
-    """What the command line does, but for the start of another Python."""
+    """Run the program in this process."""
     return sample_program.main(parse.program_options(commands.GenerateConfig(), arguments, "generate"))
 
 
@@ -54,7 +54,17 @@ def test_samples_are_the_texts_of_seeds_that_count_up(written, folder):
     assert written("--prompt", "ab", "--seed=3", "--samples=3") == expected
 
 
-def test_pieces_are_shown_as_they_come(folder, monkeypatch):
+def test_the_prompt_is_bold_on_a_terminal_and_plain_in_a_pipe(written, monkeypatch):
+    plain = written("--prompt", "a[b]\n c", "--temperature=0")
+    assert plain.startswith("a[b]\n c") and "\x1b" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    styled = written("--prompt", "a[b]\n c", "--temperature=0")
+    assert styled != plain and re.sub(r"\x1b\[\d*m", "", styled) == plain
+    assert re.match(r"\x1b\[1ma\[b\]\x1b\[0m\n\x1b\[1m c\x1b\[0m", styled)
+
+
+def test_text_is_streamed(folder, monkeypatch):
     shown = []
     monkeypatch.setattr(engine, "complete", lambda *args: iter(["one", " two"]))
     monkeypatch.setattr(
@@ -64,7 +74,7 @@ def test_pieces_are_shown_as_they_come(folder, monkeypatch):
     assert shown == ["zero ", "one", " two", ""]
 
 
-def test_with_and_without_twins(written, folder):
+def test_with_and_without_fast_kernels(written, folder):
     options = ["--samples=3", "--top_k=9", "--min_p=0.02", "--repetition_penalty=1.2", "--prompt=a"]
     with swap.restored():
         assert written(*options, "--fast=on") == written(*options)
@@ -79,7 +89,7 @@ def test_a_text_ends_before_a_stop_string(written, folder):
         assert out.split("--- prompt 1, sample 2")[0].endswith("ab" + whole[:5] + "\n")
 
 
-def test_a_piece_of_somebody_s_own_writes_every_sample(written, tmp_path):
+def test_generate_of_user_code_writes_every_sample(written, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
         "def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, "
@@ -89,7 +99,7 @@ def test_a_piece_of_somebody_s_own_writes_every_sample(written, tmp_path):
         assert written("--samples=2", f"--mine={mine}").count("hi\n") == 2
 
 
-def test_what_a_piece_of_somebody_s_own_cannot_do_is_said(folder, tmp_path, capsys):
+def test_missing_parameter_of_user_code_is_an_error(folder, tmp_path, capsys):
     mine = tmp_path / "mine.py"
     mine.write_text(
         "def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, "
@@ -108,19 +118,19 @@ def test_probabilities_in_a_pipe(written, folder):
     lines = written("--prompt=ab", "--show_probs", "--temperature=0").splitlines()
     rows = [re.match(r" +([\d.]+)%  (\S+) ", line) for line in lines[:12]]
     assert all(rows) and "\x1b" not in "".join(lines)
-    # the likeliest was taken: none of the four others is likelier
+    # greedy: none of the four alternatives is more likely
     for row, line in zip(rows, lines, strict=False):
         others = [float(share) for share in re.findall(r"([\d.]+)%", line)[1:]]
         assert len(others) == 4 and float(row[1]) >= others[0]
         assert others == sorted(others, reverse=True)
 
 
-def test_probabilities_are_the_model_s_and_the_text_stays(written, folder):
+def test_probabilities_are_before_top_k_and_the_text_is_unchanged(written, folder):
     plain = written("--prompt=ab", "--top_k=3", "--min_p=0.01")
     shown = written("--prompt=ab", "--top_k=3", "--min_p=0.01", "--show_probs")
     visible = [character for character in plain.strip() if character.isprintable()]
     assert [c for c in shown.split("\n\n", 1)[1].strip() if c.isprintable()] == visible
-    # with three tokens left to draw from, each has far more than the model gave it
+    # after top_k=3 each would have far more
     assert max(float(share) for share in re.findall(r"^ +([\d.]+)%", shown, re.MULTILINE)) < 50
 
 
@@ -152,56 +162,56 @@ def test_a_file_of_prompts(written, folder, tmp_path):
 
 def test_from_file_to_file(written, folder, tmp_path):
     path, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
-    asked = [{"prompt": f"prompt {i}\u2028", "id": i} for i in range(9)]
-    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in asked))
-    said = written("--prompts", str(path), "--out", str(out), "--samples=2", "--seed=5")
-    assert said == f"18 texts written to {out}\n"
+    entries = [{"prompt": f"prompt {i}\u2028", "id": i} for i in range(9)]
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    printed = written("--prompts", str(path), "--out", str(out), "--samples=2", "--seed=5")
+    assert printed == f"18 texts written to {out}\n"
     found = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
     assert found == [
         {**entry, "seed": seed, "text": singly(folder, entry["prompt"], seed)}
-        for entry in asked
+        for entry in entries
         for seed in (5, 6)
     ]
 
 
-def test_an_interrupted_file_is_not_there(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_old_file(folder, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "complete_batch", interrupted)
     out = tmp_path / "texts.jsonl"
-    out.write_text("what was there")
+    out.write_text("old")
     assert program(folder, *PLAIN, "--samples=2", "--out", str(out)) == 130
-    assert out.read_text() == "what was there" and [*tmp_path.glob("*.tmp*")] == []
+    assert out.read_text() == "old" and [*tmp_path.glob("*.tmp*")] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("p.jsonl", b'{"prompt": "a"}\n\nno', "{path}:3 must be JSON; Expecting value in column 1"),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n[1]\n',
-            '{path}:2 must be an object with a text "prompt", got [1]',
+            '{path}:2 must be an object with a string "prompt", got [1]',
         ),
-        ("p.jsonl", b'{"prompt": 3}\n', '{path}:1 must be an object with a text "prompt", got {{'),
+        ("p.jsonl", b'{"prompt": 3}\n', '{path}:1 must be an object with a string "prompt", got {{'),
         ("p.txt", b"a\n\xff", "{path}:2 must be UTF-8, got byte 0xff at offset 2; mend the file\n"),
-        ("p.txt", b"\n \n", "--prompts must hold a prompt, but {path} is empty"),
-        ("p.txt", None, "--prompts must be a file with a prompt a line, got {path}"),
+        ("p.txt", b"\n \n", "--prompts must hold at least one prompt, got none in {path}"),
+        ("p.txt", None, "--prompts must be a file with one prompt per line, got {path}"),
     ],
 )
-def test_mistakes_in_a_file_of_prompts(tmp_path, capsys, name, content, said):
+def test_errors_in_a_file_of_prompts(tmp_path, capsys, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
         program("nowhere", "--prompts", str(path))
     error = capsys.readouterr().err
-    assert error.startswith("error: " + said.format(path=path)) and error.count("\n") == 1
+    assert error.startswith("error: " + message.format(path=path)) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--min_p=1.5"], "min_p must be from 0 to 1, got 1.5"),
         (["--min_p=nan"], "min_p must be from 0 to 1, got nan"),
@@ -213,14 +223,14 @@ def test_mistakes_in_a_file_of_prompts(tmp_path, capsys, name, content, said):
         (["--prompts"], "--prompts"),
     ],
 )
-def test_mistakes_on_the_command_line(capsys, wrong, said):
+def test_errors_on_the_command_line(capsys, wrong, message):
     with pytest.raises(SystemExit, match="2"):
         program(*wrong)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
-def test_an_output_that_cannot_be_written_is_said(folder, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_an_error(folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         program(folder, *PLAIN, "--out", str(tmp_path / "no" / "texts.jsonl"))
     assert "No such file or directory" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Token ids to text, as they come. Alone: uv run pytest tests/test_streaming.py"""
+"""Incremental detokenization. Alone: uv run pytest tests/test_streaming.py"""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ BYTES = tokenizer.Tokenizer.byte_level()
 
 
 class Pieces(tokenizer.Tokenizer):
-    """A tokenizer whose tokens are any bytes one likes."""
+    """A tokenizer with any bytes as its tokens."""
 
     def __init__(self, pieces):
         self.vocab = dict(enumerate(pieces))
@@ -27,7 +27,7 @@ def cut(text, stops):
 
 @st.composite
 def tokens_of(draw, texts):
-    """Bytes cut into tokens anywhere, in the middle of characters too."""
+    """Bytes cut into tokens anywhere, also inside characters."""
     content = draw(texts).encode("utf-8", "replace")
     cuts = sorted(draw(st.lists(st.integers(0, len(content)), max_size=12)))
     return [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
@@ -51,7 +51,7 @@ def test_streaming_waits_only_for_the_character():
     assert next(stream) == "a" and list(ids)[:1] == [0xE2]
 
 
-def test_half_a_character_at_the_end_is_shown_as_such():
+def test_half_a_character_at_the_end_is_replaced():
     assert "".join(detokenizer.detokenize(BYTES, b"ok\xe2\x82")) == "ok\ufffd"
 
 
@@ -93,38 +93,38 @@ FEW = st.text("ab\u00e9\n")
 
 
 @given(tokens_of(FEW), st.lists(st.text("ab\u00e9\n", min_size=1, max_size=4), max_size=3))
-def test_a_stream_ends_before_the_first_stop_string(tokens, stops):
+def test_text_ends_before_the_first_stop_string(tokens, stops):
     assert "".join(stream(tokens, stops)) == cut(b"".join(tokens).decode(), stops)
 
 
 @given(tokens_of(FEW), st.lists(st.text("ab\u00e9\n", min_size=1, max_size=4), max_size=3))
-def test_nothing_is_given_out_that_may_have_to_be_taken_back(tokens, stops):
-    """Whatever follows: what is out by now is the beginning of what will be there in the end."""
+def test_returned_text_is_a_prefix_of_every_final_text(tokens, stops):
+    """Whatever tokens follow."""
     text = detokenizer.Detokenizer(BYTES, stops)
     out = "".join(text.read(id) for id in b"".join(tokens) if not text.is_over)
-    so_far = b"".join(tokens).decode()
-    for going_on in ["", *stops]:
-        assert cut(so_far + going_on, stops).startswith(out)
+    prefix = b"".join(tokens).decode()
+    for suffix in ["", *stops]:
+        assert cut(prefix + suffix, stops).startswith(out)
 
 
-def test_only_what_may_be_a_stop_string_is_held_back():
+def test_only_a_prefix_of_a_stop_string_is_buffered():
     text = detokenizer.Detokenizer(BYTES, ["\n\nQ"])
     assert [text.read(id) for id in b"a\nb\n\n\nQ"] == ["a", "", "\nb", "", "", "\n", ""]
     assert text.is_over and text.close() == ""
 
 
-def test_held_back_at_the_end_is_given_out():
+def test_buffered_text_is_returned_at_the_end():
     assert list(detokenizer.detokenize(BYTES, b"a<|en", ["<|end|>"])) == ["a", "<|en"]
 
 
-def test_after_a_stop_string_no_more_ids_are_asked_for():
+def test_no_id_is_consumed_after_a_stop_string():
     ids = iter(b"one. two. three")
     assert "".join(detokenizer.detokenize(BYTES, ids, [". t"])) == "one"
     assert bytes(ids) == b"wo. three"
 
 
 def test_of_two_stop_strings_the_one_that_begins_first():
-    """Though the other is whole before it."""
+    """Even if the other is complete first."""
     assert stream([b"x", b"ab", b"c", b"d"], ["b", "abc"]) == ["x"]
     assert stream([b"x", b"ab", b"d"], ["b", "abc"]) == ["x", "a"]
 

@@ -1,7 +1,4 @@
-"""Let a trained model write.
-
-uv run python -m llm_basics.generate runs/NAME --prompt "def "
-"""
+"""Text generation with a trained model: one prompt as a stream, or several as a batch."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +10,8 @@ from torch import Tensor
 
 from llm_basics import swap
 from llm_basics.cli import commands
-from llm_basics.core import config, device, presets
+from llm_basics.core import config, presets
+from llm_basics.core import device as devices
 from llm_basics.core import generate as core_generate
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
@@ -22,7 +20,7 @@ from llm_basics.inference import detokenizer
 from llm_basics.runs import checkpoint, run_dir
 
 # --------------------------------------------------------------------------------------------------
-# Choosing the next token
+# Token ids
 
 
 @torch.no_grad()
@@ -38,49 +36,47 @@ def generate_batch(
     adjust: core_generate.LogitsFunction | None = None,
     ends_with: Callable[[int, int], bool] = lambda i, token: False,
 ) -> list[list[int]]:
-    """Continue several texts at once: for each what `generate` gives, drawn with its own generator.
+    """Generate for a batch of prompts; each result equals that of `generate` with the same generator.
 
-    From the end of the shortest prompt on, all texts go one token a step: a longer prompt goes on with its
-    own. So they are equally long at every step, and need neither padding nor a mask. Who is done leaves.
-    Best for prompts of similar lengths: what the longest has more than the shortest is read singly.
-    `ends_with` is told the number of a text and its new token, and says whether that is the last.
+    The common length of the prompts is read at once; after it, every sequence advances by one token a step,
+    a longer prompt by its own next token. All sequences thus have the same length and need neither padding
+    nor a mask. Finished sequences leave the batch. Most efficient for prompts of similar lengths.
+    `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last.
     """
     if not all(prompt.numel() for prompt in prompts):
         raise ValueError("each prompt must have at least one token, got one with none")
     texts = [prompt.tolist() for prompt in prompts]
-
-    ended: set[int] = set()
-
-    going_on = list(range(len(texts))) if max_new_tokens else []
+    finished: set[int] = set()
+    active = list(range(len(texts))) if max_new_tokens else []
     length = min(map(len, texts), default=0)
-    context_length, place = model.config.context_length, model.lm_head.weight.device
+    context_length, device = model.config.context_length, model.lm_head.weight.device
     was_training = model.training
     model.eval()
     caches = model.make_kv_caches(batch=len(texts))
     try:
-        while going_on:
+        while active:
             is_cached = length <= context_length
             first = caches[0].length if is_cached else length - context_length
-            tokens = torch.tensor([texts[i][first:length] for i in going_on], device=place)
+            tokens = torch.tensor([texts[i][first:length] for i in active], device=device)
             logits = model(tokens, caches=caches if is_cached else None)[:, -1]
             if adjust is not None:
-                so_far = [torch.tensor(texts[i][:length], device=place) for i in going_on]
-                logits = torch.stack([adjust(ids, row) for ids, row in zip(so_far, logits, strict=True)])
+                prefixes = [torch.tensor(texts[i][:length], device=device) for i in active]
+                logits = torch.stack([adjust(ids, row) for ids, row in zip(prefixes, logits, strict=True)])
             probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p).cpu()
-            for row, i in enumerate(going_on):
+            for row, i in enumerate(active):
                 if len(texts[i]) == length:
                     generator = generators[i] if generators is not None else None
                     token = int(torch.multinomial(probabilities[row], 1, generator=generator))
                     texts[i].append(token)
                     n_new = len(texts[i]) - len(prompts[i])
                     if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
-                        ended.add(i)
+                        finished.add(i)
             length += 1
-            rows = [row for row, i in enumerate(going_on) if i not in ended]
-            if len(rows) < len(going_on):
-                going_on = [going_on[row] for row in rows]
+            rows = [row for row, i in enumerate(active) if i not in finished]
+            if len(rows) < len(active):
+                active = [active[row] for row in rows]
                 for cache in caches:
-                    cache.select(torch.tensor(rows, dtype=torch.long, device=place))
+                    cache.select(torch.tensor(rows, dtype=torch.long, device=device))
     finally:
         model.train(was_training)
     new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
@@ -88,13 +84,13 @@ def generate_batch(
 
 
 # --------------------------------------------------------------------------------------------------
-# From tokens to text
+# Text
 
 
 def prompt_tokens(
     model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, prompt: str
 ) -> Int[Tensor, " seq"]:
-    """The ids of the text `prompt`, where the model is; an empty one begins a new document."""
+    """Encode `prompt`, on the device of the model; an empty prompt starts a new document."""
     ids = tokenizer.encode_ordinary(prompt) or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
     return torch.tensor(ids, device=model.lm_head.weight.device)
 
@@ -111,7 +107,7 @@ def complete(
     stops: Sequence[str] = (),
     adjust: core_generate.LogitsFunction | None = None,
 ) -> Iterator[str]:
-    """Continue the text `prompt` to the end of the document, or to the first of the strings `stops`."""
+    """Stream the continuation of `prompt`, up to the end of the document or the first stop string."""
     new = core_generate.generate(
         model,
         prompt_tokens(model, tokenizer, prompt),
@@ -138,7 +134,7 @@ def complete_batch(
     stops: Sequence[str] = (),
     adjust: core_generate.LogitsFunction | None = None,
 ) -> list[str]:
-    """Continue several texts at once: for each what `complete` gives with its own seed."""
+    """Continue a batch of prompts; each text equals that of `complete` with the same seed."""
     streams = [detokenizer.Detokenizer(tokenizer, stops) for _ in prompts]
     texts = ["" for _ in prompts]
 
@@ -162,14 +158,15 @@ def complete_batch(
 
 
 # --------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load_run(
-    folder: str | Path, place: torch.device | str = "cpu", which: str = "latest"
+    folder: str | Path, device: torch.device | str = "cpu", which: str = "latest"
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
-    """The model of a run directory at its checkpoint `which` (`checkpoint.find`), and its tokenizer."""
+    """Load the model of a run directory at checkpoint `which` (see `checkpoint.find`), and its tokenizer."""
     options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
-    model = models.TransformerLM(options.model, device=place)
+    model = models.TransformerLM(options.model, device=device)
     checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run_dir.CHECKPOINTS, which), model)
     return model, tokenizer_formats.load(Path(folder) / "tokenizer")
 
@@ -177,12 +174,12 @@ def load_run(
 def open_run(
     options: commands.GenerateConfig | commands.ChatConfig,
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
-    """The model and the tokenizer that `options` name, with their pieces put in place."""
+    """Enable the pieces of --mine and --fast, then load the model and tokenizer of `options`."""
     if options.mine is not None:
         swap.use(options.mine)
         print(f"pieces    {swap.describe()}", file=sys.stderr)
     if options.fast == "on":
         swap.use("fast", log=lambda line: print(line, file=sys.stderr))
-    device.tune_allocator()
+    devices.tune_allocator()
     folder = run_dir.resolve(options.run_dir)
-    return load_run(folder, device.choose(options.device), options.checkpoint)
+    return load_run(folder, devices.choose(options.device), options.checkpoint)

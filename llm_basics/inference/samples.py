@@ -1,13 +1,9 @@
-"""The program of `generate`: one prompt or a file of them, several samples, to the terminal or to a file.
-
-uv run python -m llm_basics.generate runs/NAME --prompt "def " --samples 4 --min_p 0.1
-uv run python -m llm_basics.generate runs/NAME --prompts prompts.txt --out texts.jsonl
-uv run python -m llm_basics.generate runs/NAME --prompt "def " --show_probs
-"""
+"""The program of `generate`: samples of one prompt or a file of prompts, to the terminal or a file."""
 
 import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,18 @@ from llm_basics.core import files, generate, model, tokenizer, vocabulary
 from llm_basics.core import functional as F
 from llm_basics.inference import detokenizer, engine
 
-# texts that are written together: their keys and values must fit into memory
-AT_ONCE = 16
+# texts of one batch: their key-value caches must fit into memory
+BATCH_SIZE = 16
 
-# how many other tokens --show_probs names
-ALTERNATIVES = 4
+# alternatives shown for each token by --show_probs
+N_ALTERNATIVES = 4
+
+# style of the prompt on a terminal, to distinguish it from the generated text
+PROMPT_STYLE = "bold"
 
 
 def main(options: commands.GenerateConfig) -> int:
-    """Write as `options` say. Returns the exit status."""
+    """Generate text. Returns the exit status."""
     try:
         with parse.exit_on_error():
             prompts = [{"prompt": options.prompt}]
@@ -49,49 +48,49 @@ def main(options: commands.GenerateConfig) -> int:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The prompts of a file: its lines; of a .jsonl, the objects in them. Empty lines do not count."""
+    """Read prompts from a file: its lines, or the objects of a .jsonl. Blank lines are skipped."""
     if not path.is_file():
-        raise ValueError(f"--prompts must be a file with a prompt a line, got {path}")
+        raise ValueError(f"--prompts must be a file with one prompt per line, got {path}")
     content = path.read_bytes()
     if path.suffix != ".jsonl":
         lines = files.decode(content, path).removeprefix("\ufeff")
         found = [{"prompt": line.removesuffix("\r")} for line in lines.split("\n") if line.strip()]
     else:
         found = []
-        for place, record in files.json_lines(path, io.BytesIO(content)):
+        for source, record in files.json_lines(path, io.BytesIO(content)):
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise ValueError(f'{place} must be an object with a text "prompt", got {record!r:.60}')
+                raise ValueError(f'{source} must be an object with a string "prompt", got {record!r:.60}')
             found.append(record)
     if not found:
-        raise ValueError(f"--prompts must hold a prompt, but {path} is empty")
+        raise ValueError(f"--prompts must hold at least one prompt, got none in {path}")
     return found
 
 
 # --------------------------------------------------------------------------------------------------
-# Texts
+# Text
 
 
 def logits_processor(options: commands.GenerateConfig) -> generate.LogitsProcessor | None:
-    """What is done to scores before temperature, top-k and top-p."""
+    """The logits processor applied before temperature, top-k and top-p."""
     return generate.make_logits_processor(options.temperature, options.min_p, options.repetition_penalty)
 
 
-def write(
+def generate_texts(
     lm: model.TransformerLM,
     chosen: tokenizer.Tokenizer,
-    asked: Sequence[tuple[str, int]],
+    requests: Sequence[tuple[str, int]],
     options: commands.GenerateConfig,
 ) -> Iterator[Iterator[str]]:
-    """For each prompt and seed its text, piece by piece; several are written at once, before any is shown."""
+    """Generate a text for each prompt and seed: one is streamed, several are generated in batches."""
     settings = (options.max_new_tokens, options.temperature, options.top_k, options.top_p)
     adjust = logits_processor(options)
-    # somebody's own `generate` writes one text at a time
-    if len(asked) == 1 or "generate.generate" in swap.user_pieces():
-        for prompt, seed in asked:
+    # a `generate` of user code takes one prompt at a time
+    if len(requests) == 1 or "generate.generate" in swap.user_pieces():
+        for prompt, seed in requests:
             yield engine.complete(lm, chosen, prompt, *settings, seed, options.stop, adjust)
         return
-    for start in range(0, len(asked), AT_ONCE):
-        prompts, seeds = zip(*asked[start : start + AT_ONCE], strict=True)
+    for start in range(0, len(requests), BATCH_SIZE):
+        prompts, seeds = zip(*requests[start : start + BATCH_SIZE], strict=True)
         texts = engine.complete_batch(lm, chosen, prompts, *settings, seeds, options.stop, adjust)
         yield from (iter([text]) for text in texts)
 
@@ -102,25 +101,35 @@ def write_to_terminal(
     prompts: Sequence[str],
     options: commands.GenerateConfig,
 ) -> None:
-    """Print each prompt and how it goes on."""
+    """Print each prompt with its continuations, the prompt in bold if stdout is a terminal."""
     samples = range(options.samples)
-    asked = [(prompt, options.seed + sample) for prompt in prompts for sample in samples]
+    requests = [(prompt, options.seed + sample) for prompt in prompts for sample in samples]
     titles = [
         f"--- prompt {number}, sample {sample + 1}"
         for number in range(1, len(prompts) + 1)
         for sample in samples
     ]
-    texts = itertools.repeat(iter(())) if options.show_probs else write(lm, chosen, asked, options)
-    for title, (prompt, seed), pieces in zip(titles, asked, texts, strict=False):
-        if len(asked) > 1:
+    texts = (
+        itertools.repeat(iter(())) if options.show_probs else generate_texts(lm, chosen, requests, options)
+    )
+    for title, (prompt, seed), pieces in zip(titles, requests, texts, strict=False):
+        if len(requests) > 1:
             print(title)
         if options.show_probs:
             show_probabilities(lm, chosen, prompt, seed, options)
             continue
-        print(prompt, end="")
+        print_prompt(prompt)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+def print_prompt(prompt: str) -> None:
+    """Print a prompt without a line break: styled on a terminal, as it is in a pipe."""
+    if sys.stdout.isatty():
+        console.Console().print(text.Text(prompt), style=PROMPT_STYLE, end="", soft_wrap=True)
+    else:
+        print(prompt, end="")
 
 
 def write_to_file(
@@ -130,12 +139,12 @@ def write_to_file(
     options: commands.GenerateConfig,
     path: Path,
 ) -> None:
-    """Write a line for each text: what stood in the line of its prompt, its seed and the new text."""
+    """Write a JSON line for each text: the fields of its prompt, the seed and the generated text."""
     seeds = range(options.seed, options.seed + options.samples)
     entries = [{**entry, "seed": seed} for entry in prompts for seed in seeds]
-    asked = [(entry["prompt"], entry["seed"]) for entry in entries]
+    requests = [(entry["prompt"], entry["seed"]) for entry in entries]
     with files.replacing(path) as file:
-        for entry, pieces in zip(entries, write(lm, chosen, asked, options), strict=True):
+        for entry, pieces in zip(entries, generate_texts(lm, chosen, requests, options), strict=True):
             line = json.dumps({**entry, "text": "".join(pieces)}, ensure_ascii=False)
             file.write(line.encode("utf-8", "replace") + b"\n")
     print(f"{len(entries)} texts written to {path}")
@@ -152,15 +161,15 @@ def show_probabilities(
     seed: int,
     options: commands.GenerateConfig,
 ) -> None:
-    """Print each token as it comes, with its probability and what was likely in its place; then the text.
+    """Stream each token with its probability and likely alternatives; then print the whole text.
 
-    They are the model's own probabilities, before temperature, penalty and cuts.
+    Probabilities are those of the model, before temperature, repetition penalty, top-k, top-p and min-p.
     """
     adjust = logits_processor(options)
-    found: list[Tensor] = []
+    latest: list[Tensor] = []
 
     def record(ids: Int[Tensor, " seq"], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        found[:] = [F.softmax(logits.detach().float()).cpu()]
+        latest[:] = [F.softmax(logits.detach().float()).cpu()]
         return logits if adjust is None else adjust(ids, logits)
 
     ids = generate.generate(
@@ -176,9 +185,9 @@ def show_probabilities(
     )
     screen = console.Console(highlight=False)
     stream = detokenizer.Detokenizer(chosen, options.stop)
-    whole = text.Text(prompt)
+    whole = text.Text().append(prompt, style=PROMPT_STYLE)
     for id in ids:
-        (probabilities,) = found
+        (probabilities,) = latest
         screen.print(_row(chosen, id, probabilities), soft_wrap=True)
         whole.append(stream.read(id), style=_style(float(probabilities[id])))
         if stream.is_over:
@@ -189,14 +198,12 @@ def show_probabilities(
 
 
 def _row(chosen: tokenizer.Tokenizer, id: int, probabilities: Float[Tensor, " vocab"]) -> text.Text:
-    """A token and its probability, and the likeliest others with theirs."""
+    """A line of a token and its most likely alternatives, with their probabilities."""
     row = text.Text()
     probability = float(probabilities[id])
     row.append(f"{probability:7.1%}  {vocabulary.show_token(chosen.vocab[id]):<16}", _style(probability))
-    others = [
-        other for other in probabilities.topk(min(ALTERNATIVES + 1, len(probabilities))).indices.tolist()
-    ]
-    for other in [other for other in others if other != id][:ALTERNATIVES]:
+    likely = probabilities.topk(min(N_ALTERNATIVES + 1, len(probabilities))).indices.tolist()
+    for other in [other for other in likely if other != id][:N_ALTERNATIVES]:
         row.append(f"  {vocabulary.show_token(chosen.vocab[other])} {float(probabilities[other]):.1%}", "dim")
     return row
 
