@@ -107,7 +107,7 @@ def test_a_failed_run_is_reported_and_stops_no_other(here, capsys):
     assert run_sweep(content) == 1
     output = capsys.readouterr().out
     assert "[2/3] b,seed=0: failed after " in output
-    assert " s with status 1: error: it was asked for (see runs/mine/b" in output
+    assert " s with status 1: error: failed on request (see runs/mine/b" in output
     assert [r["state"] for r in results()] == ["finished", "failed", "finished"]
     assert [line.split()[1] for line in output.splitlines() if line.startswith(("  a ", "  b ", "  c "))] == [
         "2.5229",

@@ -31,7 +31,7 @@ def test_options_of_one_key_change_together():
     sweep = parse(grid={"train.batch_size, train.steps": [[4, 100], [16, 25]]})
     assert [(t.options.train.batch_size, t.options.train.steps) for t in sweep.trials] == [(4, 100), (16, 25)]
     assert [t.setting for t in sweep.trials] == [{"train.batch_size": 4}, {"train.batch_size": 16}]
-    # where the first alone would not tell them apart, all do
+    # if the first option does not identify a row, all do
     sweep = parse(grid={"model.d_model, model.n_layers": [[64, 2], [64, 3]]})
     assert sweep.trials[1].setting == {"model.d_model": 64, "model.n_layers": 3}
 

@@ -182,10 +182,10 @@ def add_legend(axes: mpl_axes.Axes, outside: bool = False) -> None:
     """Add a legend, inside or to the right, of two labels or more; they are text, not mathtext."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        place: dict[str, Any] = (
+        position: dict[str, Any] = (
             {"loc": "upper left", "bbox_to_anchor": (1, 1)} if outside else {"loc": "upper right"}
         )
-        for text in axes.legend(handles, labels, frameon=False, fontsize=9, **place).get_texts():
+        for text in axes.legend(handles, labels, frameon=False, fontsize=9, **position).get_texts():
             text.set_parse_math(False)
 
 

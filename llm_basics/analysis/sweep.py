@@ -3,7 +3,7 @@
 uv run python -m llm_basics.sweep lr --jobs 2
 uv run python -m llm_basics.sweep mine.yaml --out runs/mine
 
-`trials.py` describes the format of a sweep file. The folder of a sweep holds a run directory, a file for
+`sweep_spec.py` describes the format of a sweep file. The folder of a sweep holds a run directory, a file for
 --config and a log of each trial. The same command resumes an interrupted sweep, and compares a finished one
 again.
 """
@@ -85,9 +85,9 @@ def find_trial_runs(sweep: sweep_spec.Sweep, out: Path) -> list[TrialRun]:
     ]
     trial_runs = []
     for trial in sweep.trials:
-        own = sweep_spec.changed_options(trial.options)
+        changed = sweep_spec.changed_options(trial.options)
         # a run killed before its first checkpoint cannot be resumed
-        found = [folder for options, folder in known if options == own and not _is_stuck(folder)]
+        found = [folder for options, folder in known if options == changed and not _is_stuck(folder)]
         if not found:
             found = [out / next(name for name in sweep_spec.numbered(trial.name) if name not in taken)]
             taken.add(found[0].name)
