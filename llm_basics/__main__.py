@@ -1,4 +1,4 @@
-"""The commands: `llm-basics COMMAND ...`, which is `python -m llm_basics.COMMAND ...`."""
+"""The table of commands: `llm-basics COMMAND` runs `python -m llm_basics.COMMAND`."""
 
 import ast
 import difflib
@@ -20,7 +20,7 @@ def summary(command: str) -> str:
 
 
 def main() -> None:
-    """Run the command that the command line names; without one, list them all."""
+    """Run the command named on the command line; without one, list all commands."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         rows = "\n".join(f"  {name:14}{summary(name)}" for name in COMMANDS)
@@ -28,8 +28,9 @@ def main() -> None:
         return
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
-        advice = f"the closest is {near[0]}" if near else "llm-basics --help lists all"
-        sys.exit(f"error: command must be one of {', '.join(COMMANDS)}, got {command}; {advice}")
+        advice = f"did you mean {near[0]}?" if near else "llm-basics --help lists all commands"
+        print(f"error: unknown command {command}; {advice}", file=sys.stderr)
+        sys.exit(2)
     sys.argv[1:] = arguments
     runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)
 

@@ -5,9 +5,11 @@ uv run python -m llm_basics.checkpoint list runs/NAME
 uv run python -m llm_basics.checkpoint prune runs/NAME --keep 1
 """
 
-import sys
-
-from llm_basics.cli import checkpoint_commands
+from llm_basics.cli import parse, subcommands
 
 if __name__ == "__main__":
-    checkpoint_commands.main(sys.argv[1:])
+    options = parse.command_options(subcommands.CHECKPOINT)
+
+    from llm_basics.cli import checkpoint_commands
+
+    checkpoint_commands.main(options)

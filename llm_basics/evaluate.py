@@ -8,9 +8,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(commands.EvaluateConfig(), sys.argv[1:], "python -m llm_basics.evaluate")
-    parse.reduce_spin_wait()
+    options = parse.command_options(commands.EvaluateConfig())
 
     from llm_basics.evaluation import compare_models
 

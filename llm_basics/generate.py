@@ -10,10 +10,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(commands.GenerateConfig(), sys.argv[1:], "python -m llm_basics.generate")
-    parse.reduce_spin_wait()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # text of any kind
+    options = parse.command_options(commands.GenerateConfig())
 
     from llm_basics.inference import samples
 

@@ -8,10 +8,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(
-        commands.ImportConfig(), sys.argv[1:], "python -m llm_basics.import_model"
-    )
+    options = parse.command_options(commands.ImportConfig())
 
     from llm_basics.interop import hf_import
 

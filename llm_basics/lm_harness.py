@@ -10,8 +10,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(commands.HarnessConfig(), sys.argv[1:], "python -m llm_basics.lm_harness")
+    options = parse.command_options(commands.HarnessConfig())
     with parse.exit_on_error():
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError("lm_harness needs lm_eval, which is not installed; run uv sync --extra eval")

@@ -9,9 +9,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(commands.ProbeConfig(), sys.argv[1:], "python -m llm_basics.probe")
-    parse.reduce_spin_wait()
+    options = parse.command_options(commands.ProbeConfig())
 
     from llm_basics.learn import probe
 

@@ -11,11 +11,8 @@ from llm_basics.cli import parse
 from llm_basics.runs import signals
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help answers at once, no signal is lost
-    options = parse.train_options(sys.argv[1:], prog="python -m llm_basics.sft", preset="sft")
-    signals.install()
-    parse.reduce_spin_wait()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # answers may hold any character
+    options = parse.train_command_options(preset="sft")
+    signals.install()  # before torch is imported, so that no signal is lost
 
     from llm_basics.training import sft
 

@@ -74,6 +74,15 @@ def use(
             set_piece(piece, reference(piece))
 
 
+def use_for_command(mine: str | None, fast: str) -> None:
+    """Apply a command's options `--mine` and `--fast`; messages go to standard error."""
+    if mine is not None:
+        use(mine)
+        print(f"pieces    {describe()}", file=sys.stderr)
+    if fast == "on":
+        use("fast", log=lambda line: print(line, file=sys.stderr))
+
+
 def _load(
     path: str | Path, log: Callable[[str], None], prepare: Callable[[types.ModuleType], None]
 ) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import sys
 from llm_basics.cli import commands, parse
 
 if __name__ == "__main__":
-    # parsed before torch is imported, which takes seconds: --help and errors answer at once
-    options = parse.program_options(commands.SweepConfig(), sys.argv[1:], "python -m llm_basics.sweep")
+    options = parse.command_options(commands.SweepConfig())
 
     from llm_basics.analysis import sweep
 

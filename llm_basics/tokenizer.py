@@ -1,14 +1,16 @@
 """Train a tokenizer, encode with it, inspect and compare tokenizers.
 
-uv run python -m llm_basics.tokenizer train --data book.txt --vocab-size 2000 --out my_tokenizer
+uv run python -m llm_basics.tokenizer train --data book.txt --vocab_size 2000 --out my_tokenizer
 uv run python -m llm_basics.tokenizer encode --data book.txt --tokenizer my_tokenizer --out tokens
 uv run python -m llm_basics.tokenizer inspect "It's a tokenizer." --tokenizer my_tokenizer
 uv run python -m llm_basics.tokenizer compare my_tokenizer gpt2 --data book.txt
 """
 
-import sys
-
-from llm_basics.data import tokenizer_commands
+from llm_basics.cli import parse, subcommands
 
 if __name__ == "__main__":
-    tokenizer_commands.main(sys.argv[1:])
+    options = parse.command_options(subcommands.TOKENIZER)
+
+    from llm_basics.data import tokenizer_commands
+
+    tokenizer_commands.main(options)

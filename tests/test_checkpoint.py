@@ -13,7 +13,7 @@ import torch
 from fixtures import make_checkpoint
 from torch import nn
 
-from llm_basics.cli import checkpoint_commands
+from llm_basics.cli import checkpoint_commands, parse, subcommands
 from llm_basics.core import config, model, optim, trainer
 from llm_basics.runs import checkpoint, run_dir
 
@@ -318,22 +318,26 @@ def is_readable(folder, step):
         return False
 
 
+def run(arguments):
+    checkpoint_commands.main(parse.program_options(subcommands.CHECKPOINT, arguments, "checkpoint"))
+
+
 def test_the_program_verifies_lists_and_prunes(folder, capsys):
     with pytest.raises(SystemExit, match="1"):
-        checkpoint_commands.main(["verify", str(folder)])
+        run(["verify", str(folder)])
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == ["whole", "damaged", *["whole"] * 4] and "SHA-256" in out[1]
-    checkpoint_commands.main(["list", str(folder)])
+    assert [line.split()[0] for line in out] == ["valid", "damaged", *["valid"] * 4] and "SHA-256" in out[1]
+    run(["list", str(folder)])
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[1] == "6" and out[0].endswith("latest")
     assert "1.5000" in out[4] and out[4].endswith("best") and "MB" in out[4]
     with run_dir.locked(folder), pytest.raises(SystemExit, match="2"):
-        checkpoint_commands.main(["prune", str(folder)])
+        run(["prune", str(folder)])
     assert "locked by pid" in capsys.readouterr().err
-    checkpoint_commands.main(["prune", str(folder), "--keep", "1"])
+    run(["prune", str(folder), "--keep", "1"])
     assert steps_in(folder) == [6, 2]
-    checkpoint_commands.main(["list", str(folder)])
+    run(["list", str(folder)])
     with pytest.raises(SystemExit, match="0"):
-        checkpoint_commands.main(["verify", str(folder)])
+        run(["verify", str(folder)])
     with pytest.raises(SystemExit, match="2"):
-        checkpoint_commands.main(["list", str(folder / "checkpoints")])
+        run(["list", str(folder / "checkpoints")])

@@ -59,7 +59,9 @@ def evaluate_runs(tmp_path, capsys):
 
     def main(*folders, **options):
         out = tmp_path / "report.json"
-        chosen = commands.EvaluateConfig(tuple(map(str, folders)), out=str(out), fast="off", **options)
+        chosen = commands.EvaluateConfig(
+            run_dirs=tuple(map(str, folders)), out=str(out), fast="off", **options
+        )
         assert compare_models.main(chosen) == 0
         return json.loads(out.read_text(), parse_constant=pytest.fail), capsys.readouterr().out
 
@@ -134,7 +136,7 @@ def test_questions_alone_and_with_a_text(trained, evaluate_runs, tmp_path):
 def test_fast_kernels_give_the_same_loss(trained, evaluate_runs, tmp_path):
     (found,), _ = evaluate_runs(trained[0])
     out = tmp_path / "fast.json"
-    assert compare_models.main(commands.EvaluateConfig((str(trained[0]),), out=str(out))) == 0
+    assert compare_models.main(commands.EvaluateConfig(run_dirs=(str(trained[0]),), out=str(out))) == 0
     (fast,) = json.loads(out.read_text())
     assert fast["report"]["val_loss"] == pytest.approx(found["report"]["val_loss"], rel=1e-6)
 
@@ -160,7 +162,9 @@ def test_nan_scores_are_exit_status_1(trained, tmp_path, capsys):
     path = run_dir.checkpoint_path(folder, 8)
     checkpoint.save_checkpoint(made, optim.AdamW(made.parameters(), 1e-3), 8, path, data=prepared.folder.name)
     out = tmp_path / "report.json"
-    assert compare_models.main(commands.EvaluateConfig((str(folder),), out=str(out), fast="off")) == 1
+    assert (
+        compare_models.main(commands.EvaluateConfig(run_dirs=(str(folder),), out=str(out), fast="off")) == 1
+    )
     assert "must be numbers, got nan" in capsys.readouterr().err and not out.exists()
 
 
@@ -171,13 +175,13 @@ def test_nan_scores_are_exit_status_1(trained, tmp_path, capsys):
 def test_a_held_out_split_that_is_missing(trained, capsys):
     folder, _, prepared = trained
     shutil.rmtree(prepared.folder)
-    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    message = error_line(capsys, commands.EvaluateConfig(run_dirs=(str(folder),), fast="off"))
     assert f"must be in {prepared.folder}, got no such folder" in message and "--data" in message
 
 
 def test_a_model_that_was_not_trained_here(tmp_path, capsys):
     folder, _, _ = make_run(tmp_path, data=None)
-    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    message = error_line(capsys, commands.EvaluateConfig(run_dirs=(str(folder),), fast="off"))
     assert "was not trained here and has no held-out split; name a text with --data" in message
 
 
@@ -187,7 +191,7 @@ def test_ids_outside_the_vocabulary_are_found_before_the_model_sees_them(trained
     content = bytearray(path.read_bytes())
     content[shards.HEADER_BYTES + 20 : shards.HEADER_BYTES + 22] = b"\xff\xff"
     path.write_bytes(content)
-    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    message = error_line(capsys, commands.EvaluateConfig(run_dirs=(str(folder),), fast="off"))
     assert (
         f"{path} must be below its vocabulary size 257, got 65535 at byte {shards.HEADER_BYTES + 20}"
         in message
@@ -198,7 +202,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(trained, capsys):
     folder, _, prepared = trained
     larger = prepare.tokenizer.Tokenizer.byte_level(["<|endoftext|>", "<|more|>"])
     larger.save(folder / "tokenizer")
-    message = error_line(capsys, commands.EvaluateConfig((str(folder),), fast="off"))
+    message = error_line(capsys, commands.EvaluateConfig(run_dirs=(str(folder),), fast="off"))
     assert "must have at most the 257 ids of the model, got 258" in message
 
 

@@ -231,7 +231,7 @@ def test_round_trip_of_random_configs(seed):
 def test_an_unsupported_model_is_named_and_nothing_is_written(settings, message, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model(**settings))
     with pytest.raises(SystemExit) as stop:
-        hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
+        hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out")))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert message in error and "train with these options" in error
@@ -247,7 +247,7 @@ def test_the_program_exports_a_run(tmp_path, capsys):
     folder = a_run(tmp_path / "novelist", lm)
     out = tmp_path / "out"
     out.mkdir()
-    assert hf_export.main(commands.ExportConfig(str(folder), str(out))) == 0
+    assert hf_export.main(commands.ExportConfig(str(folder), out=str(out))) == 0
     assert {path.name for path in out.iterdir()} == FILES
     printed = capsys.readouterr()
     assert "Qwen3ForCausalLM" in printed.out and str(out) in printed.out and not printed.err
@@ -257,7 +257,7 @@ def test_the_program_exports_a_run(tmp_path, capsys):
 
 def test_the_card_describes_the_training_without_local_paths(tmp_path):
     folder = a_run(tmp_path / "novelist", small_models.model(qk_norm=True))
-    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint="best"))
+    hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out"), checkpoint="best"))
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         "# novelist",
@@ -283,7 +283,7 @@ def test_the_example_of_the_card_runs(specials, transformers, tmp_path, capsys):
     tokenizer = small_models.tokenizer(("<|endoftext|>", *specials))
     lm = small_models.model(vocab_size=tokenizer.vocab_size)
     folder = a_run(tmp_path / "run", lm, tokenizer)
-    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
     capsys.readouterr()
@@ -296,7 +296,7 @@ def test_the_example_of_the_card_runs(specials, transformers, tmp_path, capsys):
 @pytest.mark.parametrize("which, step", [("latest", 9), ("best", 5), ("5", 5)])
 def test_a_checkpoint_can_be_chosen(which, step, tmp_path, capsys):
     folder = a_run(tmp_path / "run", small_models.model())
-    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out"), checkpoint=which))
+    hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out"), checkpoint=which))
     assert f"after step {step}\n" in capsys.readouterr().out
     assert f"| steps | {step} |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -305,7 +305,7 @@ def test_user_code_is_warned_of(tmp_path, capsys):
     folder = a_run(
         tmp_path / "run", small_models.model(), origins={"functional.silu": "mine.py (0123456789ab)"}
     )
-    hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out")))
     assert "functional.silu" in capsys.readouterr().err
 
 
@@ -318,7 +318,7 @@ def test_existing_files_are_not_overwritten(kind, tmp_path, capsys):
     kept = out / "kept" if kind == "full" else out
     kept.write_text("mine")
     with pytest.raises(SystemExit) as stop:
-        hf_export.main(commands.ExportConfig(str(folder), str(out)))
+        hf_export.main(commands.ExportConfig(str(folder), out=str(out)))
     assert stop.value.code == 2 and "must be new or an empty folder" in capsys.readouterr().err
     assert kept.read_text() == "mine" and sorted(tmp_path.iterdir()) == sorted([folder, out])
 
@@ -330,7 +330,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     folder = a_run(tmp_path / "run", small_models.model())
     monkeypatch.setattr(tokenizer_formats, "write_tokenizer_json", no_room)
     with pytest.raises(SystemExit) as stop:
-        hf_export.main(commands.ExportConfig(str(folder), str(tmp_path / "out")))
+        hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out")))
     assert stop.value.code == 2 and list(tmp_path.iterdir()) == [folder]
 
 

@@ -243,9 +243,9 @@ def test_an_unreachable_server_does_not_keep_the_interpreter(tmp_path):
     """With the real wandb, whose hook at the exit waits for its server for half a minute."""
     program = (
         "import pathlib, sys\n"
-        "from llm_basics import followers, run\n"
-        "followers.CLOSE_SECONDS = 3\n"
-        "output = run.Run(sys.argv[1], [followers.WandbFollower(pathlib.Path(sys.argv[1]), {})])\n"
+        "from llm_basics.runs import loggers, run_dir\n"
+        "loggers.CLOSE_SECONDS = 3\n"
+        "output = run_dir.RunDir(sys.argv[1], [loggers.WandbLogger(pathlib.Path(sys.argv[1]), {})])\n"
         "output.metrics(1, train_loss=2.0)\n"
         "output.close()\n"
     )

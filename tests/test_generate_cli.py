@@ -218,8 +218,8 @@ def test_errors_in_a_file_of_prompts(tmp_path, capsys, name, content, message):
         (["--repetition_penalty=0"], "repetition_penalty must be above 0, got 0.0"),
         (["--temperature=inf"], "temperature must be at least 0 and finite, got inf"),
         (["--stop="], "stop must be a string of at least one character, got an empty one"),
-        (["--prompts=x", "--prompt=y"], "prompts must stand without prompt"),
-        (["--out=x", "--show_probs"], "show_probs must stand without out"),
+        (["--prompts=x", "--prompt=y"], "prompts cannot be combined with prompt"),
+        (["--out=x", "--show_probs"], "show_probs cannot be combined with out"),
         (["--prompts"], "--prompts"),
     ],
 )

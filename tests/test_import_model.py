@@ -210,7 +210,7 @@ def test_an_imported_model_can_be_trained(folder, tmp_path):
 
 def test_the_card_of_an_imported_model_names_its_source(folder, tmp_path):
     imported(folder, tmp_path / "run")
-    hf_export.main(commands.ExportConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+    hf_export.main(commands.ExportConfig(str(tmp_path / "run"), out=str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| imported from | theirs |" in card and "trained on" not in card and str(tmp_path) not in card
 

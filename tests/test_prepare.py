@@ -187,7 +187,7 @@ def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
 def made(folder):
     """A folder that the program has made."""
     settings = {"tokenizer": "bpe", "vocab_size": 270, "val_fraction": 0.3, "fast": "off"}
-    options = commands.PrepareConfig(str(folder / "text"), str(folder / "made"), **settings)
+    options = commands.PrepareConfig(source=str(folder / "text"), out=str(folder / "made"), **settings)
     prepare.build(options, lambda line: None)
     return folder / "made"
 

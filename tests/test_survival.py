@@ -470,7 +470,9 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
     # torch gives each class of optimizer a step of its own when the first of it is made
     for kind_of_optimizer in (optim.Muon, optim.AdamW):
         monkeypatch.setattr(kind_of_optimizer, "step", lambda self: applied.append(1) or apply(self))
-    monkeypatch.setattr(job.setup, "introduce", lambda *_: applied.clear())  # it tries a step, on no data
+    monkeypatch.setattr(
+        job.setup, "print_summary", lambda *_: applied.clear()
+    )  # it runs a step on dummy data
     inject(monkeypatch, kind, value, at)
     assert job.main(options) == job.NOT_FINITE
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_basics.cli import parse, subcommands
 from llm_basics.core import bpe, tokenizer
 from llm_basics.data import shards, tokenizer_commands
 
@@ -14,13 +15,15 @@ CORPUS = Path(__file__).parent / "fixtures" / "corpus.txt"
 END_OF_TEXT = "<|endoftext|>"
 
 
+def run(arguments):
+    tokenizer_commands.main(parse.program_options(subcommands.TOKENIZER, arguments, "tokenizer"))
+
+
 @pytest.fixture
 def learned(tmp_path):
     """A folder with a tokenizer that the program has learned from the corpus."""
     folder = tmp_path / "learned"
-    tokenizer_commands.main(
-        ["train", "--data", str(CORPUS), "--vocab-size", "600", "--out", str(folder), "--fast", "off"]
-    )
+    run(["train", "--data", str(CORPUS), "--vocab-size", "600", "--out", str(folder), "--fast", "off"])
     return folder
 
 
@@ -35,16 +38,14 @@ def test_train_reads_a_folder_document_by_document(tmp_path, capsys):
     for name, text in {"a": "hug hug", "b": "hugs"}.items():
         (tmp_path / "texts" / name).write_text(text)
     options = ["--ties", "lowest-id", "--pattern", "cl100k", "--fast", "off"]
-    tokenizer_commands.main(
-        ["train", "--data", str(tmp_path / "texts"), "--vocab-size", "999", "--out", str(tmp_path), *options]
-    )
+    run(["train", "--data", str(tmp_path / "texts"), "--vocab-size", "999", "--out", str(tmp_path), *options])
     out = capsys.readouterr().out
     assert "'hug'" in out and "no pair of neighbors is left" in out
     assert tokenizer.Tokenizer.load(tmp_path).merges[:2] == [(b"h", b"u"), (b"hu", b"g")]
 
 
 def test_encode_writes_token_files_that_decode_to_the_text(learned, tmp_path, capsys):
-    tokenizer_commands.main(
+    run(
         ["encode", "--data", str(CORPUS), "--tokenizer", str(learned), "--out", str(tmp_path), "--fast", "on"]
     )
     own = tokenizer.Tokenizer.load(tmp_path / "tokenizer")
@@ -58,7 +59,7 @@ def test_inspect_shows_tokens_and_each_merge(tmp_path, capsys):
     vocab = dict(enumerate([bytes([b]) for b in range(256)] + [left + right for left, right in merges]))
     tokenizer.Tokenizer(vocab, merges, [END_OF_TEXT]).save(tmp_path)
     capsys.readouterr()
-    tokenizer_commands.main(["inspect", "ab abc\u00e9 abc<|endoftext|>", "--tokenizer", str(tmp_path)])
+    run(["inspect", "ab abc\u00e9 abc<|endoftext|>", "--tokenizer", str(tmp_path)])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "ab| abc|<c3>|<a9>| abc|<|endoftext|>"
     assert lines[1] == "6 tokens, 25 bytes: 4.17 bytes per token"
@@ -83,7 +84,7 @@ def test_inspect_shows_tokens_and_each_merge(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["it's", "''", 'say "\'" it', "'<"])
 def test_quotes_are_shown(text, capsys):
-    tokenizer_commands.main(["inspect", text, "--tokenizer", "bytes"])
+    run(["inspect", text, "--tokenizer", "bytes"])
     assert capsys.readouterr().out.splitlines()[0] == "|".join(text)
 
 
@@ -92,14 +93,14 @@ def test_on_a_terminal_tokens_have_colors(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    tokenizer_commands.main(["inspect", "[b]", "--tokenizer", "bytes"])
+    run(["inspect", "[b]", "--tokenizer", "bytes"])
     first = capsys.readouterr().out.splitlines()[0]
     assert "\x1b[30;46m[" in first and "\x1b[30;43mb" in first and "|" not in first
 
 
 def test_compare_counts_tokens_side_by_side(learned, capsys):
     capsys.readouterr()
-    tokenizer_commands.main(["compare", str(learned), "bytes", "--data", str(CORPUS), "--fast", "off"])
+    run(["compare", str(learned), "bytes", "--data", str(CORPUS), "--fast", "off"])
     out = capsys.readouterr().out
     n_bytes = sum(len(part.encode("utf-8")) for part in CORPUS.read_bytes().decode().split(END_OF_TEXT))
     rows = [line.split() for line in out.splitlines() if " 600 " in line or " 257 " in line]
@@ -120,7 +121,7 @@ def test_compare_counts_tokens_side_by_side(learned, capsys):
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tokenizer_commands.main(arguments)
+        run(arguments)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(said, error), error

@@ -1,7 +1,7 @@
-"""The command line of the programs.
+"""Command-line parsing, without importing torch, so that --help and errors are immediate.
 
-An option's value comes from the command line, else from the file that `--config` names or the run that
-`--resume` names, else from `config`. Loads without torch, so that `--help` and mistakes answer at once.
+An option's value comes from the command line, else from the YAML file of `--config` or the run directory of
+`--resume`, else from the defaults.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -23,75 +24,108 @@ from llm_basics.runs import run_dir
 T = TypeVar("T")
 
 
+def command_options(options: Any) -> Any:
+    """The options of the running command, from sys.argv; called before torch is imported.
+
+    `options` is a dataclass instance with the defaults, or a union of subcommand classes. On an error, prints
+    one line and exits with 2.
+    """
+    set_up_process()
+    return program_options(options, sys.argv[1:], _program(), _title())
+
+
+def train_command_options(preset: str = config.Config.config) -> config.Config:
+    """`command_options` for a command that trains, with the options of `preset` as defaults."""
+    set_up_process()
+    return train_options(sys.argv[1:], _program(), preset, _title())
+
+
+def _program() -> str:
+    """The running command as usage lines show it: `python -m llm_basics.train`."""
+    return f"python -m llm_basics.{Path(sys.argv[0]).stem}"
+
+
+def _title() -> str:
+    """The first line of the running command's docstring, which `llm-basics --help` shows too."""
+    return (sys.modules["__main__"].__doc__ or "").partition("\n")[0]
+
+
+def set_up_process() -> None:
+    """Accept any character on the standard streams and shorten torch's spin wait; before torch is imported.
+
+    OpenMP threads that spin for milliseconds occupy cores that other programs and the decoding kernels need.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def train_options(
-    arguments: Sequence[str], prog: str = "python -m llm_basics.train", preset: str = config.Config.config
+    arguments: Sequence[str],
+    prog: str = "python -m llm_basics.train",
+    preset: str = config.Config.config,
+    description: str | None = None,
 ) -> config.Config:
-    """The config that a training run is started with. For a mistake, prints one line and exits with 2."""
+    """The options of a training run. On an error, prints one line and exits with 2."""
     with exit_on_error():
         resumed = _value_of("--resume", arguments)
         for other in ("--config", "--run_dir", "--init_from"):
             if resumed is not None and _value_of(other, arguments) is not None:
                 raise ValueError(
-                    f"--resume must stand without {other}: the run has its options, folder and weights"
+                    f"--resume cannot be combined with {other}; a resumed run keeps its options, "
+                    "run directory and weights"
                 )
         if resumed is None:
-            base = _of_new_run(arguments, preset)
+            base = _defaults_of_new_run(arguments, preset)
         else:
             folder = run_dir.resolve("newest" if resumed == "auto" else resumed)
             base = presets.update(
                 config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json"
             )
-        options = parse(base, arguments, prog)
+        options = parse(base, arguments, prog, description)
         if resumed is None:
             return dataclasses.replace(options, init_from=base.init_from)
         return dataclasses.replace(options, resume=str(folder))
 
 
-def _of_new_run(arguments: Sequence[str], preset: str) -> config.Config:
-    """What the command line is laid over: a preset or a file, and that over the run whose weights are taken.
+def _defaults_of_new_run(arguments: Sequence[str], preset: str) -> config.Config:
+    """Defaults for the command line of a new run: --config or `preset`, over the run of --init_from.
 
-    Of that run count the model and the tokenizer; a preset that nobody asked for does not speak of these.
+    That run contributes its model options and tokenizer, and an implicit preset does not override its model.
     """
-    chosen = _value_of("--config", arguments)
-    options = presets.read_yaml(chosen or preset)
+    explicit = _value_of("--config", arguments)
+    options = presets.read_yaml(explicit or preset)
     source = _value_of("--init_from", arguments) or options.get("init_from")
     base = config.Config()
     if source is not None:
         folder = run_dir.resolve(source)
-        theirs = {"model": run_dir.read_config(folder).get("model", {}), "tokenizer": f"{folder}/tokenizer"}
-        base = presets.update(base, theirs, origin=f"{folder}/config.json")
+        kept = {"model": run_dir.read_config(folder).get("model", {}), "tokenizer": f"{folder}/tokenizer"}
+        base = presets.update(base, kept, origin=f"{folder}/config.json")
         options |= {"init_from": str(folder)}
-        if chosen is None:
+        if explicit is None:
             options.pop("model", None)
-    return presets.update(base, options, origin=chosen or preset)
+    return presets.update(base, options, origin=explicit or preset)
 
 
-def program_options(defaults: T, arguments: Sequence[str], prog: str) -> T:
-    """What a program of one command is started with. For a mistake, prints one line and exits with 2."""
+def program_options(options: Any, arguments: Sequence[str], prog: str, description: str | None = None) -> Any:
+    """`parse` or, for a union of classes, `parse_command`. On an error, prints one line and exits with 2."""
     with exit_on_error():
-        return parse(defaults, arguments, prog)
+        read = parse if dataclasses.is_dataclass(options) else parse_command
+        return read(options, arguments, prog, description)
 
 
-def reduce_spin_wait() -> None:
-    """Let threads that wait for each other give up their core sooner; to be called before torch is loaded.
+def parse(defaults: T, arguments: Sequence[str], prog: str, description: str | None = None) -> T:
+    """A copy of `defaults` with the values of the command line. `--help` prints the options and exits.
 
-    The threads of torch would keep cores busy for milliseconds that others want: another program, or the
-    loops that write text.
+    Raises ValueError for unknown options and invalid values.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
-def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
-    """A copy of `defaults` with the command line's values set.
-
-    Prints the options and exits for `--help`; raises ValueError for what it does not understand.
-    """
-    with _complaints_are_errors():
+    with _tyro_errors_as_value_errors():
         parsed, unknown = tyro.cli(
             type(defaults),
             default=defaults,
             args=arguments,
             prog=prog,
+            description=description,
             return_unknown_args=True,
             use_underscores=True,
         )
@@ -102,32 +136,32 @@ def parse(defaults: T, arguments: Sequence[str], prog: str) -> T:
     return typing.cast(T, parsed)
 
 
-def parse_command(commands: Any, arguments: Sequence[str], prog: str) -> Any:
-    """The options of one of several commands: `commands` is a union of their classes."""
-    with _complaints_are_errors():
-        return tyro.cli(commands, args=arguments, prog=prog)
+def parse_command(commands: Any, arguments: Sequence[str], prog: str, description: str | None = None) -> Any:
+    """The options of one of several subcommands; `commands` is the union of their classes."""
+    with _tyro_errors_as_value_errors():
+        return tyro.cli(commands, args=arguments, prog=prog, description=description, use_underscores=True)
 
 
 @contextlib.contextmanager
-def _complaints_are_errors() -> Iterator[None]:
-    """What tyro prints in a frame before it exits becomes a ValueError of one line."""
-    complaint = io.StringIO()
+def _tyro_errors_as_value_errors() -> Iterator[None]:
+    """Raise tyro's framed error message as a ValueError of one line."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(printed):
             yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_message_in_frame(complaint.getvalue())) from None
+        raise ValueError(_message_in_frame(printed.getvalue())) from None
 
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Where something that was asked for cannot be done, say so in one line and exit with status 2."""
+    """Print a ValueError or OSError as one line and exit with status 2; a closed output pipe exits with 0."""
     try:
         yield
     except BrokenPipeError:
-        # whoever reads the output has seen enough
+        # at its exit Python flushes stdout, which must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
@@ -136,7 +170,7 @@ def exit_on_error() -> Iterator[None]:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """What stands behind `flag`: it decides which defaults the whole command line is laid over."""
+    """The value of `flag`, read before parsing, since it selects the defaults."""
     for argument, following in reversed(list(itertools.pairwise([*arguments, "--"]))):
         if argument == flag and not following.startswith("--"):
             return following
@@ -146,18 +180,18 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _flags(cls: Any, prefix: str = "--") -> list[str]:
-    """The options of a program; what it takes by its place has no name to be typed."""
+    """The flags of an options class; positional arguments have none."""
     flags = []
-    (by_place,) = typing.get_args(tyro.conf.Positional[str])[1:]
+    (positional,) = typing.get_args(tyro.conf.Positional[str])[1:]
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if by_place in getattr(hint, "__metadata__", ()):
+        if positional in getattr(hint, "__metadata__", ()):
             continue
         flags += _flags(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
     return flags
 
 
 def _message_in_frame(frame: str) -> str:
-    """The message that tyro draws a frame around, as one line: what stands between title and next rule."""
+    """The message in a frame of tyro's as one line: the text between the title and the next rule."""
     words: list[str] = []
     for line in frame.splitlines()[1:]:
         content = line.strip("\u2502\u2570\u256f ")

@@ -11,15 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-import tyro
 from rich import box, console, table, text
 
 from llm_basics import swap
-from llm_basics.cli import parse
+from llm_basics.cli import parse, subcommands
 from llm_basics.core import bpe, tokenizer, vocabulary
 from llm_basics.data import documents as corpus
 from llm_basics.data import prepare, shards
@@ -34,87 +32,21 @@ COLORS = ["black on cyan", "black on yellow", "black on green", "black on magent
 SAMPLE_CHARACTERS = 64
 
 
-@dataclass(frozen=True)
-class Train:
-    """Learn a vocabulary from text."""
-
-    out: str
-    """The folder to write the tokenizer to: vocab.json, merges.txt and special_tokens.json."""
-    data: str = "stdlib"
-    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
-    vocab_size: int = 10_000
-    """How many tokens: the 256 bytes, the special tokens, and one more for each merge."""
-    special_tokens: tuple[str, ...] = (corpus.DOCUMENT_SEPARATOR,)
-    """Texts that are one token each and cut the text."""
-    pattern: Literal["gpt2", "cl100k"] = "gpt2"
-    """How text is cut into words: cl100k, of GPT-4, takes at most three digits together."""
-    ties: Literal["greatest", "lowest-id"] = "greatest"
-    """Which of two equally frequent pairs goes first; lowest-id is Hugging Face's rule."""
-    fast: Literal["on", "off"] = "on"
-    """Machine code; off: the reference."""
-
-
-@dataclass(frozen=True)
-class Encode:
-    """Encode text into token files."""
-
-    tokenizer: str
-    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
-    out: str
-    """The folder to write token files to, and the tokenizer, without which they mean nothing."""
-    data: str = "stdlib"
-    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
-    fast: Literal["on", "off"] = "on"
-    """Machine code; off: the reference."""
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Show the tokens of a text, and how the merges made them."""
-
-    text: tyro.conf.Positional[str]
-    """The text."""
-    tokenizer: str = "gpt2"
-    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Encode the same text with two tokenizers."""
-
-    first: tyro.conf.Positional[str]
-    """A folder or a tokenizer.json with a tokenizer, or gpt2, or bytes."""
-    second: tyro.conf.Positional[str]
-    """Another."""
-    data: str = "stdlib"
-    """A text file, a folder or a glob of such files; stdlib is the source of Python's own library."""
-    fast: Literal["on", "off"] = "on"
-    """Machine code; off: the reference."""
-
-
-COMMANDS = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Encode, tyro.conf.subcommand("encode")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Do what the command line says. For a mistake, prints one line and exits with 2."""
+def main(options: Any) -> None:
+    """Run the subcommand that `options` belong to; on an error, print one line and exit with 2."""
     with parse.exit_on_error():
-        match parse.parse_command(COMMANDS, arguments, prog="python -m llm_basics.tokenizer"):
-            case Train() as options:
+        match options:
+            case subcommands.TokenizerTrain():
                 train(options)
-            case Encode() as options:
+            case subcommands.TokenizerEncode():
                 encode(options)
-            case Inspect() as options:
+            case subcommands.TokenizerInspect():
                 inspect(prepare.load_tokenizer(options.tokenizer), options.text)
-            case Compare() as options:
+            case subcommands.TokenizerCompare():
                 compare(options)
 
 
-def train(options: Train) -> None:
+def train(options: subcommands.TokenizerTrain) -> None:
     """Learn a vocabulary and write it."""
     specials = bpe.check_special_tokens(options.special_tokens)
     bpe.check_vocab_size(options.vocab_size, specials)
@@ -140,7 +72,7 @@ def train(options: Train) -> None:
     print("the longest tokens: " + ", ".join(map(vocabulary.show_token, longest)))
 
 
-def encode(options: Encode) -> None:
+def encode(options: subcommands.TokenizerEncode) -> None:
     """Encode text into token files."""
     with _pieces(options.fast), _one_file(options.data) as path:
         chosen = prepare.load_tokenizer(options.tokenizer)
@@ -188,7 +120,7 @@ def inspect(chosen: tokenizer.Tokenizer, content: str) -> None:
         screen.print()
 
 
-def compare(options: Compare) -> None:
+def compare(options: subcommands.TokenizerCompare) -> None:
     """Print how many tokens two tokenizers need for the same text, and where they cut a piece of it."""
     rows = table.Table(box=box.SIMPLE)
     for title in ("", "vocabulary", "tokens", "bytes per token", "tokens never used"):

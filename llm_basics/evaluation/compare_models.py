@@ -61,11 +61,7 @@ def main(options: commands.EvaluateConfig) -> int:
         if options.out is not None and not Path(options.out).parent.is_dir():
             raise ValueError(f"--out must be in an existing folder, got {options.out}")
         questions = multiple_choice.read(options.choices) if options.choices is not None else []
-        if options.mine is not None:
-            swap.use(options.mine)
-            print(f"pieces    {swap.describe()}", file=sys.stderr)
-        if options.fast == "on":
-            swap.use("fast", log=lambda line: print(line, file=sys.stderr))
+        swap.use_for_command(options.mine, options.fast)
         try:
             with terminal.progress_bar() as progress:
                 results = [

@@ -6,7 +6,6 @@ The harness has the tasks, prompts and metrics; `HarnessModel` computes log-like
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,11 +108,7 @@ def main(options: commands.HarnessConfig) -> int:
             raise ValueError("--tasks must name at least one task, got none")
         if options.out is not None and not Path(options.out).parent.is_dir():
             raise ValueError(f"--out must be in an existing folder, got {options.out}")
-        if options.mine is not None:
-            swap.use(options.mine)
-            print(f"pieces    {swap.describe()}", file=sys.stderr)
-        if options.fast == "on":
-            swap.use("fast", log=lambda line: print(line, file=sys.stderr))
+        swap.use_for_command(options.mine, options.fast)
         folder_of_tasks = options.include_path
         manager = tasks.TaskManager(include_path=folder_of_tasks, include_defaults=folder_of_tasks is None)
         if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:

@@ -1,6 +1,5 @@
 """Text generation with a trained model: one prompt as a stream, or several as a batch."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -175,11 +174,7 @@ def open_run(
     options: commands.GenerateConfig | commands.ChatConfig,
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """Enable the pieces of --mine and --fast, then load the model and tokenizer of `options`."""
-    if options.mine is not None:
-        swap.use(options.mine)
-        print(f"pieces    {swap.describe()}", file=sys.stderr)
-    if options.fast == "on":
-        swap.use("fast", log=lambda line: print(line, file=sys.stderr))
+    swap.use_for_command(options.mine, options.fast)
     devices.tune_allocator()
     folder = run_dir.resolve(options.run_dir)
     return load_run(folder, devices.choose(options.device), options.checkpoint)

@@ -18,6 +18,7 @@ from llm_basics import user_code
 from llm_basics.cli import parse
 from llm_basics.learn import lessons, progress
 
+TITLE = (__doc__ or "").partition("\n")[0]
 PROGRAM = "uv run python -m llm_basics.learn"
 MARKS = {"passed": "[x]", "failed": "[!]", "not started": "[ ]"}
 
@@ -157,7 +158,7 @@ COMMANDS = (
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit status; 2 for a mistake in what was asked for."""
     with parse.exit_on_error():
-        options = parse.parse_command(COMMANDS, arguments or ["list"], prog="python -m llm_basics.learn")
+        options = parse.parse_command(COMMANDS, arguments or ["list"], "python -m llm_basics.learn", TITLE)
         match options:
             case List():
                 show_all(options.mine)

@@ -1,0 +1,102 @@
+"""Options of the commands with subcommands, `tokenizer` and `checkpoint`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from llm_basics.cli import commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(commands.FastOptions):
+    """Which text is tokenized."""
+
+    data: str = "stdlib"
+    """Text file, a folder or a glob of such files; stdlib: the source code of Python's standard library."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrain(TextOptions):
+    """Train a BPE tokenizer."""
+
+    out: str
+    """Output folder for vocab.json, merges.txt and special_tokens.json."""
+    vocab_size: int = 10_000
+    """Number of tokens: 256 bytes, the special tokens, and one per merge."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Strings that are one token each; the text is split at them."""
+    pattern: Literal["gpt2", "cl100k"] = "gpt2"
+    """Pre-tokenization pattern: that of GPT-2, or of GPT-4 (cl100k: at most three digits per pre-token)."""
+    ties: Literal["greatest", "lowest-id"] = "greatest"
+    """Which of two equally frequent pairs is merged first; lowest-id is Hugging Face's rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEncode(TextOptions):
+    """Encode text into token files."""
+
+    tokenizer: str
+    """Tokenizer folder, a tokenizer.json, gpt2 or bytes."""
+    out: str
+    """Output folder for the token files and a copy of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class TokenizerInspect:
+    """Show the tokens of a text and the merges that formed them."""
+
+    text: tyro.conf.Positional[str]
+    """Text to encode."""
+    tokenizer: str = "gpt2"
+    """Tokenizer folder, a tokenizer.json, gpt2 or bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCompare(TextOptions):
+    """Compare two tokenizers on the same text."""
+
+    first: tyro.conf.Positional[str]
+    """Tokenizer folder, a tokenizer.json, gpt2 or bytes."""
+    second: tyro.conf.Positional[str]
+    """Second tokenizer, in the same forms."""
+
+
+@dataclass(frozen=True)
+class CheckpointVerify:
+    """Verify the SHA-256 of every checkpoint; exits with 1 if one is damaged."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Run directory."""
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """List step, validation loss, size and time of every checkpoint."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Run directory."""
+
+
+@dataclass(frozen=True)
+class CheckpointPrune:
+    """Delete all checkpoints but the newest and the best; the run must not be training."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Run directory."""
+    keep: int = 1
+    """Number of newest checkpoints to keep."""
+
+
+TOKENIZER = (
+    Annotated[TokenizerTrain, tyro.conf.subcommand("train")]
+    | Annotated[TokenizerEncode, tyro.conf.subcommand("encode")]
+    | Annotated[TokenizerInspect, tyro.conf.subcommand("inspect")]
+    | Annotated[TokenizerCompare, tyro.conf.subcommand("compare")]
+)
+
+CHECKPOINT = (
+    Annotated[CheckpointVerify, tyro.conf.subcommand("verify")]
+    | Annotated[CheckpointList, tyro.conf.subcommand("list")]
+    | Annotated[CheckpointPrune, tyro.conf.subcommand("prune")]
+)

@@ -1,0 +1,86 @@
+"""The table of commands and the help of each. Alone: uv run pytest tests/test_main.py"""
+
+import contextlib
+import io
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_basics
+from llm_basics import __main__ as table
+
+# runs a command and reports on standard error which heavy packages it imported
+REPORT_IMPORTS = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    print([name for name in ("torch", "numpy", "tyro") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def help_of(module, *arguments):
+    """The help that `python -m module ARGUMENTS` prints, and the heavy packages that it imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_IMPORTS, module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(llm_basics.__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr.strip()
+
+
+def run_table(monkeypatch, *arguments):
+    """What `llm-basics ARGUMENTS` prints on standard output, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["llm-basics", *arguments])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        table.main()
+    return out.getvalue()
+
+
+def test_all_commands_are_listed_without_heavy_imports(monkeypatch):
+    listed, imported = help_of("llm_basics")
+    assert imported == "[]"
+    assert listed == run_table(monkeypatch) == run_table(monkeypatch, "--help")
+    rows = dict(re.findall(r"^  (\w+) +(\S.*)$", listed, flags=re.M))
+    assert tuple(rows) == table.COMMANDS
+    assert all(summary.endswith(".") for summary in rows.values())
+
+
+@pytest.mark.parametrize("command", table.COMMANDS)
+def test_help_of_a_command_needs_no_torch(command):
+    text, imported = help_of(f"llm_basics.{command}", "--help")
+    assert imported == "['tyro']"
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith(f"usage: python -m llm_basics.{command} ")
+    # the line of the table is also the title of the help
+    assert " ".join(rest.split()).startswith(table.summary(command))
+
+
+def test_both_ways_to_start_a_command_have_the_same_options():
+    assert help_of("llm_basics", "train", "--help")[0] == help_of("llm_basics.train", "--help")[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("tran", "did you mean train?"), ("zzz", "llm-basics --help lists all commands")]
+)
+def test_an_unknown_command_is_an_error_with_the_nearest_name(monkeypatch, capsys, command, advice):
+    with pytest.raises(SystemExit) as stop:
+        run_table(monkeypatch, command)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: unknown command {command}; {advice}\n"
+
+
+def test_arguments_reach_the_command(monkeypatch):
+    calls = []
+    monkeypatch.setattr(runpy, "run_module", lambda name, **_: calls.append((name, sys.argv[1:])))
+    run_table(monkeypatch, "import_model", "folder", "--out", "x")
+    assert calls == [("llm_basics.import_model", ["folder", "--out", "x"])]
