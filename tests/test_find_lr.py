@@ -108,8 +108,8 @@ def test_steps_are_those_of_training_on_the_data_of_the_run(options, monkeypatch
 @pytest.mark.parametrize(
     ("what", "n_tried", "said"),
     [
-        ("leaps", 60, "ended after 60 of 150 rates: the loss is far above its lowest"),
-        ("is lost", 59, "ended after 59 of 150 rates: step 60: loss nan"),
+        ("leaps", 60, "stopped after 60 of 150 learning rates: the loss diverged"),
+        ("is lost", 59, "stopped after 59 of 150 learning rates: step 60: loss nan"),
     ],
 )
 def test_a_search_ends_where_the_loss_leaps_or_is_lost(options, monkeypatch, capsys, what, n_tried, said):
@@ -182,7 +182,11 @@ def test_without_a_rate_that_helps_none_is_proposed(options, tmp_path, capsys, m
     monkeypatch.setattr(trainer, "train_step", worse_and_worse)
     assert job.main(options) == job.NO_RATE
     said = capsys.readouterr().out
-    assert "ended after 5 of 150 rates" in said and "none is proposed" in said and "--train.lr" not in said
+    assert (
+        "stopped after 5 of 150 learning rates" in said
+        and "no suggestion" in said
+        and "--train.lr" not in said
+    )
     assert not (tmp_path / "run" / "lr_finder.png").exists()
 
 
@@ -196,7 +200,7 @@ def test_a_search_that_is_interrupted_says_that_nothing_is_kept(options, capsys,
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert job.main(options) == 130
-    assert "stopped by SIGINT after step 5; nothing is kept" in capsys.readouterr().out
+    assert "stopped by SIGINT after step 5; no weights kept" in capsys.readouterr().out
     assert len(run_dir.read_tried(options.run_dir)) == 5
 
 

@@ -49,7 +49,7 @@ def test_training_goes_on_with_the_weights_of_another_run(options, capsys):
     new, _ = engine.load_run(options.run_dir + "-new")
     assert new.config == old.config
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
-    assert f"weights   of {options.run_dir} to begin with" in capsys.readouterr().out
+    assert f"weights   from {options.run_dir}" in capsys.readouterr().out
     assert run_dir.read_config(options.run_dir + "-new")["init_from"] == options.run_dir
     # to go on with that run, the other one is not needed for its weights
     (run_dir.checkpoints(options.run_dir)[0]).unlink()
@@ -68,14 +68,14 @@ def test_newest_is_the_run_written_to_last(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--model.d_model", "64"], "model.d_model is 32 there, here 64"),
-        (["--config", "gpt2-nano"], "model.context_length is 16 there, here 64; model.d_model is 32"),
+        (["--model.d_model", "64"], "model.d_model is 32 there, got 64"),
+        (["--config", "gpt2-nano"], "model.context_length is 16 there, got 64; model.d_model is 32"),
         (
             ["--model.norm", "layer", "--model.n_layers", "2"],
-            "model.n_layers is 1 there, here 2; model.norm is",
+            "model.n_layers is 1 there, got 2; model.norm is",
         ),
         (["--tokenizer", "bpe"], "the tokenizer must be that of --init_from"),
-        (["--tokenizer", "OTHER"], "OTHER, which gives other ids; leave --tokenizer out"),
+        (["--tokenizer", "OTHER"], "OTHER, which has other ids; omit --tokenizer"),
     ],
 )
 def test_what_contradicts_the_weights_is_refused(options, tmp_path, capsys, more, said):

@@ -186,8 +186,10 @@ def test_the_strongest_option_is_named_first():
     weights = memory.Estimate(10**9, 10**9, 2 * 10**9, 10**8)
     activations = memory.Estimate(10**7, 10**7, 2 * 10**7, 10**9)
     options = options_of(SMALL, {"batch_size": 4})
-    first = [memory.describe(e, options).split("smaller ")[1].split()[0] for e in (weights, activations)]
-    assert first == ["--model.d_model", "--train.batch_size"]
+    lines = [memory.describe(e, options).splitlines() for e in (weights, activations)]
+    assert [text[2].split()[0] for text in lines] == ["--model.d_model", "--train.batch_size"]
+    # a terminal of 80 columns breaks no option
+    assert all(len(line) < 80 for text in lines for line in text[1:])
     assert "batch_size" not in memory.describe(weights, options_of(SMALL, {"batch_size": 1}))
     assert "4.1 GB of tensors at the peak: 1.0 parameters, 1.0 gradients" in memory.describe(weights, options)
 

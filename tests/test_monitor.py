@@ -125,7 +125,7 @@ def assert_same(one: Path, other: Path) -> None:
             numbers(folder / run_dir.CHECKPOINTS / name) for folder in (one, other)
         )
         assert_equal(tensors, others)
-        for key in ("step", "windows", "evaluated", "val_loss", "best_loss", "spikes", "optimizer"):
+        for key in ("step", "sequences", "evaluated", "val_loss", "best_loss", "spikes", "optimizer"):
             assert about[key] == about_other[key], (name, key)
 
 
@@ -234,7 +234,7 @@ def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatc
     launch, introduce = job.setup, job.setup.introduce
     monkeypatch.setattr(launch, "introduce", lambda *a: introduce(*a) or calls.clear())
     assert job.main(given) == 0
-    assert "step 43: the loss" in capsys.readouterr().out
+    assert "step 43: loss spike" in capsys.readouterr().out
 
 
 def batch() -> list[tuple[Tensor, Tensor]]:

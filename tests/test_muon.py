@@ -499,7 +499,7 @@ def test_a_run_by_one_optimizer_is_not_gone_on_with_by_the_other(options, capsys
     job.main(dataclasses.replace(options, train=dataclasses.replace(SETTINGS, optimizer="adamw")))
     with pytest.raises(SystemExit):
         job.main(parse.train_options(["--resume", options.run_dir, "--train.optimizer=muon"]))
-    assert "was trained by adamw, now it is muon" in capsys.readouterr().err
+    assert "was trained with adamw, got --train.optimizer muon" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

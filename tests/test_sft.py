@@ -245,7 +245,7 @@ def test_a_model_is_taught_to_answer(pretrained, capsys):
     after = {s["prompt"]: s["text"] for s in samples if s["step"] == 150}
     right = [after[prompt] == f"{prompt[len('<|user|>')]}<|end|>" for prompt in asked]
     assert sum(right) >= 0.8 * len(right)
-    assert "held-out questions are answered exactly" in out and "before" in out
+    assert " held-out questions; " in out and "exact match on " in out and "before" in out
     prompt = torch.tensor(chat_template.open_reply(found, [chat_template.Message("user", "cx?")]))
     ids = list(generate.generate(lm, prompt, 4, temperature=0.0, stop_id=found.special_id("<|end|>")))
     assert found.decode(ids) == "c"
@@ -257,13 +257,16 @@ def test_no_question_is_on_both_sides(pretrained):
     # each question a second time, with another answer
     (pretrained / "answers.jsonl").write_text(lines + lines.replace('n": "', 'n": "not '))
     training = sft.make(options)
-    trained = {text(one).split("<|end|>")[0] for one in training.taught.rows}
-    held_out = {text(one).split("<|end|>")[0] for one in training.withheld.rows}
+    trained = {text(one).split("<|end|>")[0] for one in training.train_rows.rows}
+    held_out = {text(one).split("<|end|>")[0] for one in training.held_out_rows.rows}
     assert trained and held_out and not trained & held_out
-    assert len(training.taught.rows) + len(training.withheld.rows) == 128
+    assert len(training.train_rows.rows) + len(training.held_out_rows.rows) == 128
     # an answer that nothing goes before is one to the empty question
-    training.withheld = dataclasses.replace(training.withheld, rows=[row("u:q a:b"), row("a:x")])
-    assert [(one.question, one.wanted) for one in training.asked(2)] == [("q", "b<|end|>"), ("", "x<|end|>")]
+    training.held_out_rows = dataclasses.replace(training.held_out_rows, rows=[row("u:q a:b"), row("a:x")])
+    assert [(case.question, case.expected) for case in training.test_cases(2)] == [
+        ("q", "b<|end|>"),
+        ("", "x<|end|>"),
+    ]
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
@@ -299,14 +302,18 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl:1: an answer must not be empty"),
         ({}, '{"prompt": "a", "completion": "b"}', "must hold two questions or more, got 1"),
         ({"data": "nowhere.jsonl"}, "", "--data must be a file of conversations, or demo, got nowhere.jsonl"),
-        ({"init_from": None}, "", "--init_from must name what is to be taught"),
-        ({"init_from": None, "resume": "old"}, "", "--resume must name a run of sft, but old is none (its"),
+        ({"init_from": None}, "", "--init_from must name the run to fine-tune"),
+        (
+            {"init_from": None, "resume": "old"},
+            "",
+            "--resume must name a run of sft, but the tokenizer of old has no",
+        ),
         (
             {"train": config.TrainConfig(stride=8)},
             "",
-            "--train.stride must be left out for conversations, got 8",
+            "--train.stride must be omitted for conversations, got 8",
         ),
-        ({"tokenizer": "gpt2"}, "", "got gpt2, which gives other ids; leave --tokenizer out"),
+        ({"tokenizer": "gpt2"}, "", "got gpt2, which has other ids; omit --tokenizer"),
         (
             {},
             '{"prompt": "\xff"}',
@@ -315,9 +322,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         (
             {},
             json.dumps([{"prompt": c * 30, "completion": "y"} for c in "ab"]),
-            "must fit into model.context",
+            "conversation fits into model.context",
         ),
-        ({"model": config.ModelConfig(d_model=64)}, "", "the model must be that of --init_from"),
+        ({"model": config.ModelConfig(d_model=64)}, "", "the model must match --init_from"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(pretrained, capsys, monkeypatch, change, content, said):
@@ -340,4 +347,4 @@ def test_bytes_that_are_not_utf8_can_be_replaced(pretrained):
         file.write(b'{"prompt": "caf\xe9?", "completion": "c"}\n')
     options = dataclasses.replace(options_of(pretrained), on_bad_utf8="replace", val_fraction=0.9)
     training = sft.make(options)
-    assert any("caf\ufffd?" in text(one) for one in (*training.taught.rows, *training.withheld.rows))
+    assert any("caf\ufffd?" in text(one) for one in (*training.train_rows.rows, *training.held_out_rows.rows))

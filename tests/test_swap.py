@@ -406,5 +406,7 @@ def test_a_model_with_other_parameters_than_the_config_asks_is_refused(mine):
     )
     swap.use(mine(source))
     shape = config.ModelConfig(n_layers=1)
-    with pytest.raises(ValueError, match="must make the parameters that the config asks for, but layers.0"):
+    with pytest.raises(
+        ValueError, match="do not match the config: lm_head.weight has shape .*; missing parameter layers.0"
+    ):
         state.check_parameters(model.TransformerLM(shape), shape)

@@ -325,7 +325,7 @@ def test_steps_count_by_one_and_see_new_batches_each(options):
         training.advance()
     assert len(seen) == 12
     assert all(torch.equal(seen[i], training.batches[i][0]) for i in range(12))
-    training.step = training.windows = 0
+    training.step = training.sequences = 0
     training.evaluated = True
     loop.fit(training, run_dir.RunDir(options.run_dir))
     assert training.step == 4
@@ -407,7 +407,7 @@ def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, cap
     folder = str(tmp_path / "interrupted")
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert job.main(dataclasses.replace(options, run_dir=folder)) == 130
-    assert f"stopped by SIGINT after step 5; go on with --resume {folder}" in capsys.readouterr().out
+    assert f"stopped by SIGINT after step 5; resume with --resume {folder}" in capsys.readouterr().out
     monkeypatch.setattr(trainer, "train_step", train_step)
     assert max(losses(folder)) == 5
     assert job.main(parse.train_options(["--resume", folder])) == 0

@@ -219,8 +219,8 @@ def test_a_module_is_named(shape, name, kind, bad):
     lm, forward = make(shape)
     spoil_output(lm.get_submodule(name), bad)
     said = diagnostics.find_nonfinite(lm, forward)
-    assert said.startswith(f"{name} ({kind}) gave out {bad} (")
-    assert said.endswith("not finite) although all that it was given is finite") and "\n" not in said
+    assert said.startswith(f"{name} ({kind}) returned {bad} (")
+    assert said.endswith("not finite) although its inputs are finite") and "\n" not in said
 
 
 @pytest.mark.parametrize("shape, name, kind", [("llama", "ffn", "SwiGLU"), ("gpt2", "ffn.w1", "Linear")])
@@ -228,7 +228,7 @@ def test_weights_that_are_too_large_overflow_where_they_multiply(shape, name, ki
     lm, forward = make(shape)
     weight = lm.get_parameter("layers.1.ffn.w1.weight").data
     weight.copy_(3e38 * weight.sign())
-    assert diagnostics.find_nonfinite(lm, forward).startswith(f"layers.1.{name} ({kind}) gave out ")
+    assert diagnostics.find_nonfinite(lm, forward).startswith(f"layers.1.{name} ({kind}) returned ")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -239,8 +239,8 @@ def test_a_module_that_computes_between_its_parts_is_named_itself(shape, monkeyp
         "llm_basics.core.functional.scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: v / 0
     )
     said = diagnostics.find_nonfinite(lm, forward)
-    assert said.startswith("layers.0.attn (MultiHeadSelfAttention) gave out ")
-    assert said.endswith("although all that it was given is finite")
+    assert said.startswith("layers.0.attn (MultiHeadSelfAttention) returned ")
+    assert said.endswith("although its inputs are finite")
 
 
 @pytest.mark.parametrize("shape, bad", [("llama", math.nan), ("gpt2", math.inf)])
@@ -248,7 +248,7 @@ def test_a_module_that_computes_between_its_parts_is_named_itself(shape, monkeyp
 def test_the_loss_is_named(shape, bad, convert):
     lm, forward = make(shape)
     said = diagnostics.find_nonfinite(lm, lambda: convert(forward() + bad))
-    assert said == f"the loss is {bad}, though no module gave out such values"
+    assert said == f"the loss is {bad}, although all module outputs are finite"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_the_order_is_weights_then_modules_then_loss_then_gradients():
     assert "the gradient of lm_head.weight" in diagnostics.find_nonfinite(lm, forward)
     assert "the loss is nan" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
     spoil_output(lm.ln_final, math.nan)
-    assert "ln_final (RMSNorm) gave out nan" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
+    assert "ln_final (RMSNorm) returned nan" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
     spoil_parameter(lm, "lm_head.weight", math.nan, 1)
     assert "the weight lm_head.weight" in diagnostics.find_nonfinite(lm, lambda: forward() * math.nan)
 
@@ -311,7 +311,7 @@ def test_containers_of_tensors_are_looked_into(kind):
         return torch.tensor(1.0)
 
     said = diagnostics.find_nonfinite(network, forward)
-    assert said.startswith("several (Several) gave out nan and inf and -inf (4 values of 4 that are not")
+    assert said.startswith("several (Several) returned nan and inf and -inf (4 of 4 values not")
 
 
 def test_a_module_that_works_in_place_is_judged_by_what_it_was_given():
@@ -321,13 +321,13 @@ def test_a_module_that_works_in_place_is_judged_by_what_it_was_given():
 
     halve = Halve()
     said = diagnostics.find_nonfinite(halve, lambda: halve(x=torch.ones(2)).sum())
-    assert said.startswith("the model (Halve) gave out inf")
+    assert said.startswith("the model (Halve) returned inf")
 
 
 def test_values_spoilt_outside_of_all_modules_lead_to_the_first_module_that_was_given_them():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     said = diagnostics.find_nonfinite(network, lambda: network[1](network[0](torch.ones(2)) * math.nan).sum())
-    assert said == "1 (Linear) gave out nan (2 values of 2 that are not finite) and was given nan"
+    assert said == "1 (Linear) returned nan (2 of 2 values not finite); its inputs had nan"
 
 
 def test_a_mask_of_infinities_is_no_fault_of_the_module_that_is_given_it():
@@ -349,7 +349,7 @@ def test_a_compiled_model_is_looked_into_and_named_as_if_it_were_not():
 
     forward()
     network[0].weight.data.fill_(3e38)
-    assert diagnostics.find_nonfinite(compiled, forward).startswith("0 (Linear) gave out inf")
+    assert diagnostics.find_nonfinite(compiled, forward).startswith("0 (Linear) returned inf")
     network[0].weight.data[0, 0] = math.nan
     assert diagnostics.find_nonfinite(compiled, forward).startswith("the weight 0.weight has 1 value of 4")
 
@@ -406,5 +406,5 @@ def test_a_search_on_the_gpu_leaves_its_random_state_as_it_was():
 
     assert diagnostics.find_nonfinite(lm, forward) == NOTHING
     spoil_output(lm.layers[1].ffn, math.inf)
-    assert diagnostics.find_nonfinite(lm, forward).startswith("layers.1.ffn (SwiGLU) gave out inf")
+    assert diagnostics.find_nonfinite(lm, forward).startswith("layers.1.ffn (SwiGLU) returned inf")
     assert torch.equal(torch.cuda.get_rng_state(), random_state)

@@ -1,4 +1,4 @@
-"""What goes wrong in a step, and where it began: losses that leap, and values that are not finite."""
+"""Diagnostics of a training step: loss spikes, and the origin of non-finite values."""
 
 import contextlib
 import math
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 # --------------------------------------------------------------------------------------------------
-# Losses that leap
+# Loss spikes
 
 
 class SpikeDetector:
-    """How far a loss stands out from those before it; above `threshold` it is a spike.
+    """Robust z-scores of losses; above `threshold` a loss is a spike.
 
     >>> detector = SpikeDetector()
     >>> scores = [detector.z_score(loss) for loss in 20 * [2.0, 2.1, 2.2]]
@@ -31,107 +31,108 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=window)
 
     def z_score(self, loss: float) -> float:
-        """The robust z-score of `loss` among the last `window` losses; remembers it.
+        """The robust z-score of `loss` among the last `window` losses, which it then joins.
 
-        `(loss - median) / (1.4826 * median absolute deviation)`: 1.4826 makes it the usual z-score where
-        losses are normal, and spikes among them hardly move a median. 0 while fewer than `least` losses are
-        known; from then on a loss that is not finite scores infinity, and is never remembered.
+        `(loss - median) / (1.4826 * median absolute deviation)`: 1.4826 makes it the usual z-score for
+        normally distributed losses, and spikes among them hardly move a median. 0 while fewer than `least`
+        losses are recorded; then infinity for a non-finite loss, which is never recorded.
         """
         score = 0.0
         if len(self.losses) >= self.least:
-            known = np.array(self.losses)
-            median = float(np.median(known))
-            deviation = 1.4826 * float(np.median(np.abs(known - median)))
-            # a leap by less than some thousandths of the loss is rounding, however still it stood before
+            recorded = np.array(self.losses)
+            median = float(np.median(recorded))
+            deviation = 1.4826 * float(np.median(np.abs(recorded - median)))
+            # a change of a few thousandths of the loss is noise, however flat the losses before
             deviation = max(deviation, 1e-3 * abs(median), 1e-6)
             score = (loss - median) / deviation if math.isfinite(loss) else math.inf
         if math.isfinite(loss):
-            # spikes too: else a lasting jump by 1 would be called a spike at all 5,000 steps after it, not at
-            # 52; single spikes are found as well either way, 50 of 50 in each of 70 series
+            # spikes too: without them, a lasting jump by 1 counts as a spike at all 5,000 steps after it, not
+            # at 52; single spikes are found either way, 50 of 50 in each of 70 series
             self.losses.append(loss)
         return score
 
     def state(self) -> dict[str, Any]:
-        """All that going on exactly from here needs, fit for JSON."""
+        """The state to resume from exactly, as JSON types."""
         return {"losses": list(self.losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.losses = deque(state["losses"], maxlen=self.losses.maxlen)
 
 
 # --------------------------------------------------------------------------------------------------
-# Values that are not finite
+# Non-finite values
 
 
 @torch.no_grad()
 def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Say in one line where a value that is not finite came first.
+    """Describe in one line where the first non-finite value comes from.
 
-    Looks at the weights; then at every module in a second pass, `forward()`, which returns the loss, and at
-    this loss; then at the gradients that are there. All that a pass changes is afterwards as it was.
+    Checks the weights; then the output of every module in a second pass, `forward()`, which returns the
+    loss, and this loss; then the gradients. All state that a pass changes is restored.
 
     >>> layer = nn.Linear(2, 3)
     >>> find_nonfinite(layer, lambda: layer(torch.ones(2)).sum() * math.nan)
-    'the loss is nan, though no module gave out such values'
+    'the loss is nan, although all module outputs are finite'
     """
     for name, weight in model.named_parameters():
         if _kinds(weight):
             return f"the weight {_plain(name)} has {_count(weight)}"
-    with _unchanged(model), _watched(model) as (made, passed_on):
+    with _restored(model), _output_checks(model) as (created, propagated):
         loss = forward()
-    if made:
-        return made[0]
+    if created:
+        return created[0]
     if _kinds(loss):
-        said = f"the loss is {_kinds(loss)}, though no module gave out such values"
-        # asked only now: where the loss is finite, what was passed on is no fault, but a mask of -inf, say
-        return passed_on[0] if passed_on else said
-    # the backward pass begins at the end
+        # only now: where the loss is finite, a propagated value is no fault, such as a mask of -inf
+        if propagated:
+            return propagated[0]
+        return f"the loss is {_kinds(loss)}, although all module outputs are finite"
+    # the backward pass begins at the output
     for name, weight in reversed(list(model.named_parameters())):
         if _kinds(weight.grad):
-            return f"the gradient of {_plain(name)} has {_count(weight.grad)}, the first from the end"
-    return "nothing that is not finite was found in a second pass"
+            return f"the gradient of {_plain(name)} has {_count(weight.grad)}, the first in the backward pass"
+    return "a second pass had finite values only"
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
-    """Inside, notes each module that gives out what is not finite: given finite values; given others.
+def _output_checks(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """Collect modules with non-finite outputs: first those with finite inputs, then all others.
 
-    Inner modules end first, so they are noted before those that they are part of.
+    Inner modules return first, so they are listed before the modules that contain them.
     """
     labels = {m: f"{_plain(name) or 'the model'} ({type(m).__name__})" for name, m in model.named_modules()}
-    given: dict[nn.Module, str] = {}
-    made: list[str] = []
-    passed_on: list[str] = []
+    inputs: dict[nn.Module, str] = {}
+    created: list[str] = []
+    propagated: list[str] = []
 
-    # looked at before the module runs, which may work in place
+    # checked before the module runs, which may change its inputs in place
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given[module] = _kinds((args, kwargs))
+        inputs[module] = _kinds((args, kwargs))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not made and _kinds(output):
-            line = f"{labels[module]} gave out {_kinds(output)} ({_count(output)})"
-            if given[module]:
-                passed_on.append(f"{line} and was given {given[module]}")
+        if not created and _kinds(output):
+            line = f"{labels[module]} returned {_kinds(output)} ({_count(output)})"
+            if inputs[module]:
+                propagated.append(f"{line}; its inputs had {inputs[module]}")
             else:
-                made.append(f"{line} although all that it was given is finite")
+                created.append(f"{line} although its inputs are finite")
 
     handles = []
     try:
         for module in labels:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
-        # compiled code would run past the hooks
+        # compiled code would bypass the hooks
         with torch.compiler.set_stance("force_eager"):
-            yield made, passed_on
+            yield created, propagated
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards the random state, the training mode and the buffers of `model` are as before."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore the random state, and training mode and buffers of `model`, after the block."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -146,7 +147,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in `value`, be it a tensor, a number or containers of such."""
+    """The floating-point tensors in `value`: a tensor, a number or nested containers of these."""
     if isinstance(value, float):
         yield torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, Tensor) and value.is_floating_point():
@@ -159,20 +160,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _kinds(value: Any) -> str:
-    """What in `value` is not finite: "nan and inf", say; "" if nothing is."""
+    """The kinds of non-finite values in `value`, such as "nan and inf"; "" if all are finite."""
     bad = [tensor for tensor in _tensors(value) if not tensor.isfinite().all()]
     tests = {"nan": torch.isnan, "inf": torch.isposinf, "-inf": torch.isneginf}
     return " and ".join(kind for kind, test in tests.items() if any(test(tensor).any() for tensor in bad))
 
 
 def _count(value: Any) -> str:
-    """How much in `value` is not finite."""
+    """The number of non-finite values, as text."""
     n_bad = sum(int((~tensor.isfinite()).sum()) for tensor in _tensors(value))
     total = sum(tensor.numel() for tensor in _tensors(value))
-    values, are = ("value", "is") if n_bad == 1 else ("values", "are")
-    return f"{n_bad:,} {values} of {total:,} that {are} not finite"
+    return f"{n_bad:,} of {total:,} values not finite"
 
 
 def _plain(name: str) -> str:
-    """The name of a module or weight without what torch.compile puts in it."""
+    """The name of a module or weight without the prefixes of torch.compile."""
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod")

@@ -1,4 +1,4 @@
-"""A training job, from options to an exit status: begin, train, conclude."""
+"""A training job, from options to an exit status: set up, train, report."""
 
 import sys
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from llm_basics.data import chat_template
 from llm_basics.runs import console, run_dir, signals
 from llm_basics.training import loop, lr_finder, memory, setup, state
 
-# what followers have to finish when the run was asked to stop
-HASTE_SECONDS = 2.0
+# time for loggers to finish after a request to stop
+CLOSE_SECONDS = 2.0
 
-# exit statuses beside 0 and those of signals; 2 is a mistake in what was asked for
+# exit statuses besides 0 and those of signals; 2 is a usage error
 NOT_FINITE, NOT_SAVED, NO_MEMORY, NO_RATE = 1, 3, 4, 5
 
 
 def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, seconds: float) -> None:
-    """Measure what was learned, and say where it is. This run made `steps` steps in `seconds`, all told."""
+    """Evaluate, save and print the results of a run that took `steps` steps in `seconds`."""
     options = training.options.train
     metrics = training.evaluate(10 * options.eval_batches)
     output.metrics(training.step, **metrics)
@@ -36,22 +36,22 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     output.log(
         f"\n{steps} steps in {seconds:.0f} s\n"
         f"validation loss   {metrics['val_loss']:.3f} nats per token "
-        f"(unigram entropy, which counting tokens would reach: {entropy:.3f})\n"
+        f"(unigram entropy baseline: {entropy:.3f})\n"
         f"perplexity        {metrics['perplexity']:.1f}\n"
         f"bits per byte     {metrics['bits_per_byte']:.3f}\n"
         f"accuracy          {metrics['accuracy']:.1%} of next tokens\n"
         f"loss curve        {figure}\n"
         f"checkpoint        {saved}\n"
         + (
-            f"talk to it        uv run python -m llm_basics.chat {output.folder}"
+            f"chat              uv run python -m llm_basics.chat {output.folder}"
             if chat_template.is_chat(training.tokenizer)
-            else f"let it write      uv run python -m llm_basics.generate {output.folder}"
+            else f"generate text     uv run python -m llm_basics.generate {output.folder}"
         )
     )
 
 
 def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.Stopwatch) -> int:
-    """What a run does once it is ready; `clock` began with the program. Returns the exit status."""
+    """Train, or search for a learning rate; `clock` started with the program. Returns the exit status."""
     first_step = training.step
     setup.print_summary(training, output)
     if training.options.find_lr:
@@ -67,9 +67,9 @@ def main(
     make: Callable[[config.Config], state.TrainingState] = setup.of_text,
     work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int] = work,
 ) -> int:
-    """Train as `options` say: do `work` on the run that `make` opens. Returns the exit status."""
+    """Run `work` on the training state that `make` returns. Returns the exit status."""
     clock = run_dir.Stopwatch()
-    # before there is a model: where its weights lie counts too
+    # before the model is allocated, whose weights profit too
     device.tune_allocator()
     with signals.listening(), swap.restored():
         try:
@@ -84,22 +84,22 @@ def main(
         try:
             return work(training, output, clock)
         except signals.Stopped as stop:
-            advice = "nothing is kept" if options.find_lr else f"go on with --resume {output.folder}"
+            advice = "no weights kept" if options.find_lr else f"resume with --resume {output.folder}"
             console.print_line(f"stopped by {stop.name} after step {training.step}; {advice}")
-            output.close(seconds=HASTE_SECONDS)
+            output.close(seconds=CLOSE_SECONDS)
             return stop.status
         except FloatingPointError as error:
-            print(f"error: {error}; the weights are as they were after step {training.step}", file=sys.stderr)
+            print(f"error: {error}; the weights are those after step {training.step}", file=sys.stderr)
             return NOT_FINITE
         except (state.SaveError, OSError) as error:
-            print(f"error: {error}; earlier checkpoints are as they were", file=sys.stderr)
+            print(f"error: {error}; earlier checkpoints are unchanged", file=sys.stderr)
             return NOT_SAVED
         except (RuntimeError, MemoryError) as error:
             if not device.is_out_of_memory(error):
                 raise
             needs = setup.estimate(training.options)
-            advice = memory.describe(needs, training.options) if needs else setup.UNKNOWN
-            print(f"error: memory is not enough\n{advice}", file=sys.stderr)
+            advice = memory.describe(needs, training.options) if needs else setup.NOT_ESTIMATED
+            print(f"error: out of memory\n{advice}", file=sys.stderr)
             return NO_MEMORY
         finally:
             output.close()

@@ -1,4 +1,4 @@
-"""The training loop: steps, and evaluation, samples and checkpoints where due."""
+"""The training loop: steps, with evaluation, samples and checkpoints where due."""
 
 import contextlib
 import math
@@ -15,13 +15,13 @@ from llm_basics.training import state as training_state
 def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Train to the last step; evaluate, sample and save on the way.
 
-    Raises signals.Stopped, when all is saved, if that was requested; FloatingPointError, session.SaveError
-    and OSError as the options have it.
+    Raises signals.Stopped after saving, when a signal requests it; FloatingPointError and state.SaveError
+    unless the options skip or warn.
     """
     options, monitor = state.options.train, monitors.Monitor(state, output)
     state.model.train()
     with saved_on_exit(state, output, monitor):  # at the end, on a signal, on an error
-        between_steps(state, output, monitor)  # what a stopped run still owed
+        between_steps(state, output, monitor)  # what was due when the run stopped
         while state.step < options.steps:
             signals.poll()
             step, batches = state.step + 1, state.next_batches()
@@ -32,14 +32,14 @@ def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
             except FloatingPointError as error:
                 result = monitor.skip(step, batches, error)  # raises again unless on_nonfinite is "skip"
             state.advance()
-            monitor.record(step, batches, result)  # on a GPU this reads the numbers of the step before
+            monitor.record(step, batches, result)  # on a GPU this reads the metrics of the previous step
             between_steps(state, output, monitor)
 
 
 def between_steps(
     state: training_state.TrainingState, output: run_dir.RunDir, monitor: monitors.Monitor
 ) -> None:
-    """Evaluate, sample and save where due after a step. What follows the last one is left to the job."""
+    """Evaluate, sample and save where due after a step; after the last step `job.conclude` does."""
     options, step, is_lowest = state.options.train, state.step, False
     if state.evaluated:
         return
@@ -62,7 +62,7 @@ def between_steps(
 def saved_on_exit(
     state: training_state.TrainingState, output: run_dir.RunDir, monitor: monitors.Monitor
 ) -> Iterator[None]:
-    """However the block ends, save the weights and record the steps that are pending."""
+    """Record pending steps and save the weights, however the block ends."""
     try:
         try:
             yield
@@ -76,7 +76,7 @@ def saved_on_exit(
     except (FloatingPointError, OSError):
         with contextlib.suppress(FloatingPointError, OSError):
             monitor.flush()
-        # the weights are those of the last step; but what began this may be in them, or in the way
+        # the cause of the error may be in the weights, or prevent saving
         if all(torch.isfinite(p).all() for p in state.model.parameters()):
             with contextlib.suppress(training_state.SaveError, OSError):
                 save(state, output)
@@ -85,14 +85,14 @@ def saved_on_exit(
 
 
 def is_best(state: training_state.TrainingState, output: run_dir.RunDir, val_loss: float) -> bool:
-    """Note a validation loss, with a warning if it is not finite: is it the lowest so far?"""
+    """Record a validation loss, with a warning if it is not finite; True if it is the lowest so far."""
     if not math.isfinite(val_loss):
         output.log(f"warning: the validation loss after step {state.step} is {val_loss}")
     return state.is_best(val_loss)
 
 
 def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
-    """Write a checkpoint unless there is one, and delete those that are not kept."""
+    """Write a checkpoint unless there is one of this step, and delete old ones."""
     options = state.options.train
     if state.saved == (state.step, state.val_loss):
         return
@@ -101,7 +101,7 @@ def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
     except training_state.SaveError as error:
         if options.on_save_error == "stop":
             raise
-        output.log(f"warning: {error}; training goes on")
+        output.log(f"warning: {error}; training continues")
         return
     try:
         if options.keep_checkpoints:

@@ -1,8 +1,8 @@
-"""The learning-rate range finder: one short run through all rates, which proposes one of them.
+"""The learning-rate range test: one short run through all learning rates, which suggests one.
 
-The rate rises by the same factor from step to step. While it is too small the loss hardly moves, then it
-falls, and where the rate is too large it rises again (arXiv 1506.01186). Good rates are somewhat below the
-one where the loss is lowest: a step that is right once is too large for thousands in a row. What is found
+The learning rate rises by a constant factor per step. While it is too small the loss hardly moves, then it
+falls, and where it is too large it rises again (arXiv 1506.01186). Good learning rates are somewhat below
+the one with the lowest loss: a step that is right once is too large for thousands in a row. The suggestion
 holds for this model, batch and optimizer, within a factor of two or three.
 """
 
@@ -17,21 +17,21 @@ from llm_basics.training import state
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 150
 
-# of the running mean of the loss
+# decay of the running mean of the loss
 SMOOTHING = 0.9
 
-# a loss of so many times the lowest ends the search: no larger rate is of use
+# the search ends at this multiple of the lowest loss: no larger learning rate is useful
 DIVERGED = 4.0
 
-# what the rate where the loss is lowest is divided by. With the bytes of Shakespeare and gpt2-nano, 0.004 is
-# proposed for AdamW and 0.01 for Muon; of whole runs of 600 steps, the best have 0.006 and 0.015
-BELOW = 3.0
+# the suggestion is the learning rate with the lowest loss divided by this. On the bytes of Shakespeare with
+# gpt2-nano it is 0.004 for AdamW and 0.01 for Muon; the best of full runs of 600 steps are 0.006 and 0.015
+MARGIN = 3.0
 
 STEPS_PER_LINE = 10
 
 
 def rates(steps: int) -> list[float]:
-    """From the lowest to the highest rate, each the same factor above the one before.
+    """Learning rates from LOWEST to HIGHEST in a geometric sequence.
 
     >>> [f"{lr:g}" for lr in rates(4)]
     ['1e-06', '0.0001', '0.01', '1']
@@ -40,9 +40,7 @@ def rates(steps: int) -> list[float]:
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The running mean of the losses, in which later ones count more.
-
-    Divided by the sum of what the losses count, as AdamW's means are.
+    """The exponential moving average of the losses, with bias correction as in AdamW.
 
     >>> [round(loss, 2) for loss in smooth([4.0, 2.0, 2.0])]
     [4.0, 2.95, 2.6]
@@ -55,25 +53,25 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def propose(tried: Sequence[float], losses: Sequence[float]) -> float | None:
-    """A third of the rate where the smoothed loss is lowest, to one digit; None if the loss never fell.
+    """A third of the learning rate with the lowest smoothed loss, to one digit; None if the loss never fell.
 
     >>> propose([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 4.0, 1.0, 9.0])
     0.003
     """
     smoothed = smooth(losses)
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
-    return float(f"{tried[lowest] / BELOW:.0e}") if lowest else None
+    return float(f"{tried[lowest] / MARGIN:.0e}") if lowest else None
 
 
 def at_rate(options: config.TrainConfig, lr: float) -> config.TrainConfig:
-    """Options by which every step has the rate `lr`."""
+    """The options with a constant learning rate."""
     return dataclasses.replace(options, lr=lr, min_lr=lr, warmup_steps=0)
 
 
 def try_rates(training: state.TrainingState) -> Iterator[dict[str, Any]]:
-    """Train at one rate after the other, and give out what each step measured, until the loss leaps.
+    """Train one step per learning rate, and yield its metrics, until the loss diverges.
 
-    A request to stop is answered between steps. Raises FloatingPointError where something is not finite.
+    Polls signals between steps. Raises FloatingPointError for a non-finite loss or gradient norm.
     """
     losses: list[float] = []
     training.model.train()
@@ -97,11 +95,11 @@ def try_rates(training: state.TrainingState) -> Iterator[dict[str, Any]]:
 
 
 def search(training: state.TrainingState, output: run_dir.RunDir) -> float | None:
-    """Try all rates, record and draw what each gives, and propose one. The weights are not kept."""
-    # what a run that trains would fill
+    """Try all learning rates, record and plot the losses, and suggest one. The weights are not saved."""
+    # no checkpoints are written
     output.checkpoints.rmdir()
     output.log(f"\n{'lr':>8}  {'loss':>7}  {'smoothed':>8}")
-    tried, reason = [], "the loss is far above its lowest"
+    tried, reason = [], "the loss diverged"
     try:
         for entry in try_rates(training):
             tried.append(entry)
@@ -111,14 +109,16 @@ def search(training: state.TrainingState, output: run_dir.RunDir) -> float | Non
     except FloatingPointError as error:
         reason = str(error)
     if len(tried) < STEPS:
-        output.log(f"ended after {len(tried)} of {STEPS} rates: {reason}")
+        output.log(f"stopped after {len(tried)} of {STEPS} learning rates: {reason}")
     proposal = propose([entry["lr"] for entry in tried], [entry["train_loss"] for entry in tried])
     if proposal is None:
-        output.log("\nno rate made the loss fall: none is proposed")
+        output.log("\nno learning rate reduced the loss; no suggestion")
         return None
     try:
-        output.log(f"\nall rates         {figures.plot_lr_finder(output.folder, proposal)}")
+        output.log(f"\nloss by rate      {figures.plot_lr_finder(output.folder, proposal)}")
     except OSError as error:
         output.log(f"warning: the figure could not be written ({error.strerror})")
-    output.log(f"a third of the rate where the loss is lowest, to go on with: --train.lr {proposal:g}")
+    output.log(
+        f"suggestion        --train.lr {proposal:g} (a third of the learning rate with the lowest loss)"
+    )
     return proposal

@@ -1,7 +1,7 @@
-"""How much memory will training take? Known before the first step, and without taking any.
+"""Estimate the memory of training before the first step, without allocating it.
 
-The real model is trained for two steps on tensors that have shapes but no content, and each piece of memory
-that they would have had is entered in a ledger when it is made and when it dies.
+The real model is trained for two steps on fake tensors, which have shapes but no content; a ledger records
+when each storage would be allocated and freed.
 """
 
 import re
@@ -22,18 +22,18 @@ from llm_basics.core import config, device
 from llm_basics.core import model as models
 
 # --------------------------------------------------------------------------------------------------
-# What a step takes
+# Memory of a training step
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What lives at the moment when the most does, in bytes; what does not live just then counts 0."""
+    """Bytes allocated at the peak, by kind; a kind not allocated at that moment is 0."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    """All other tensors: what the forward pass keeps for the backward one, and what is soon gone."""
+    """All other tensors: those saved for the backward pass, and temporaries."""
 
     @property
     def total(self) -> int:
@@ -44,56 +44,56 @@ class Estimate:
 OptimizerMaker = Callable[[models.TransformerLM, config.TrainConfig], torch.optim.Optimizer]
 LossOfBatch = Callable[[models.TransformerLM, Tensor, Tensor, float], Tensor]
 
-# with these autograd adds up gradients: in place, unless it is watched
+# autograd accumulates gradients with these: in place, except under a dispatch mode
 aten = torch.ops.aten
 IN_PLACE = {aten.add.Tensor, aten.scatter_add.default, aten.index_add.default, aten.index_put.default}
 
 
 class Ledger(_python_dispatch.TorchDispatchMode):
-    """Inside, notes each storage that an operation makes, and when the last tensor that uses it is gone."""
+    """Record each storage that an operation allocates, and when its last tensor is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[tuple[int, int]] = []  # number of the storage, and its bytes; negative at its end
-        self.late: list[tuple[int, int]] = []
+        self.entries: list[tuple[int, int]] = []  # storage number and bytes, negative when freed
+        self.pending: list[tuple[int, int]] = []
         self.kinds: dict[int, str] = {}
-        self.numbers: dict[int, int] = {}  # of the storages that live, by identity
+        self.numbers: dict[int, int] = {}  # of the allocated storages, by id()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._settle()
         if func is aten._local_scalar_dense.default:
-            return 0  # what tensors without content answer when a program asks for a number
+            return 0  # the value of .item() on a fake tensor
         result = func(*args, **(kwargs or {}))
-        # the sum is entered after the end of its terms
+        # a sum is recorded after its terms are freed
         in_place = func in IN_PLACE and torch._C._current_graph_task_id() != -1
         for tensor in _pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.numbers:
-                entry = (len(self.entries) + len(self.late), storage.nbytes())
+                entry = (len(self.entries) + len(self.pending), storage.nbytes())
                 self.numbers[id(storage)] = entry[0]
-                (self.late if in_place else self.entries).append(entry)
+                (self.pending if in_place else self.entries).append(entry)
                 weakref.finalize(storage, self._forget, id(storage), entry).atexit = False
         return result
 
     def _forget(self, identity: int, entry: tuple[int, int]) -> None:
         del self.numbers[identity]
-        if entry in self.late:
+        if entry in self.pending:
             self._settle()
         self.entries.append((entry[0], -entry[1]))
 
     def _settle(self) -> None:
-        self.entries += self.late
-        self.late = []
+        self.entries += self.pending
+        self.pending = []
 
     def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say what `tensors`, which live now, are; what has no label is an activation."""
+        """Label the storages of `tensors`; storages without a label are activations."""
         for tensor in tensors:
             if tensor is not None:
                 self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
     def peak(self) -> Estimate:
-        """What lived when the most did."""
+        """The sizes at the moment of the largest total."""
         live: Counter[str] = Counter()
         most: dict[str, int] = {}
         total = highest = 0
@@ -106,13 +106,13 @@ class Ledger(_python_dispatch.TorchDispatchMode):
 
 
 def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Ledger:
-    """The ledger of two training steps as `options` have it; the second finds an optimizer with a state.
+    """The ledger of two training steps; the second starts with an optimizer that has its state.
 
     Raises ValueError if the device cannot be used.
     """
     train = options.train
     half = isinstance(device.precision(device.choose(train.device), train.dtype), torch.autocast)
-    # tensors without content say that they are on the CPU, whatever the device: autocast must know one
+    # fake tensors report the device cpu, whatever the device: autocast needs that one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
         optimizer = make_optimizer(model, train)
@@ -121,14 +121,14 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
         targets = torch.zeros_like(inputs)
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
-            # the second batch finds gradients, and those that follow find the same
+            # the second batch accumulates into existing gradients, and later ones do the same
             for _ in range(min(train.grad_accumulation_steps, 2)):
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):  # from here, as update.train_step
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as trainer.accumulate_gradients
                     loss = batch_loss(model, inputs, targets, train.z_loss) * 1.0
                 loss.backward()
                 ledger.label("gradients", [p.grad for p in model.parameters()])
             optimizer.step()
-            # a list of these with a name would keep them alive
+            # a named list would keep these tensors alive
             ledger.label(
                 "optimizer",
                 (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
@@ -138,55 +138,56 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
 
 
 def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Estimate:
-    """The memory at the peak of a training step; `options.model.vocab_size` must be the final one.
+    """The peak memory of a training step; `options.model.vocab_size` must be the final one.
 
-    `make_optimizer` and `batch_loss` are what training uses (`update.make_optimizer`, `update.batch_loss`).
+    `make_optimizer` and `batch_loss` are those of `trainer`.
 
-    Counts tensors. Not counted is what is taken before there is a model (the program, torch, CUDA's context),
-    and the holes that an allocator leaves between tensors: on Linux the heap of a process on the CPU was
-    measured to be 1.2 to 2 times as large. Raises ValueError if the device cannot be used.
+    Counts tensors only: not the program, torch and the CUDA context, and not the fragmentation of the
+    allocator. On Linux the heap of a process on the CPU was measured to be 1.2 to 2 times as large. Raises
+    ValueError if the device cannot be used.
     """
     return trial(options, make_optimizer, batch_loss).peak()
 
 
 def describe(estimate: Estimate, options: config.Config) -> str:
-    """A line on what takes how much memory, and a line on the options that change it, the strongest first.
+    """The estimate by kind, and the options that reduce it, one per line, the most effective first.
 
-    >>> print(explain(Estimate(10**9, 0, 2 * 10**9, 10**8), config.Config()))
+    >>> print(describe(Estimate(10**9, 0, 2 * 10**9, 10**8), config.Config()))
     memory    3.1 GB of tensors at the peak: 1.0 parameters, 2.0 optimizer, 0.1 activations
-              less with a smaller --model.d_model or --model.n_layers, --train.batch_size (more \
---train.grad_accumulation_steps keep the batch), --model.context_length
+              to reduce it, lower
+              --model.d_model or --model.n_layers
+              --train.batch_size (raise --train.grad_accumulation_steps)
+              --model.context_length
     """
     unit, name = (10**9, "GB") if estimate.total >= 10**8 else (10**6, "MB")
     parts = {k: getattr(estimate, k) / unit for k in ("parameters", "gradients", "optimizer", "activations")}
     shown = ", ".join(f"{size:.1f} {part}" for part, size in parts.items() if size >= 0.05)
     flags = ["--model.context_length", "--model.d_model or --model.n_layers"]
     if options.train.batch_size > 1:
-        batch = "--train.batch_size (more --train.grad_accumulation_steps keep the batch)"
-        flags.insert(0, batch)
+        flags.insert(0, "--train.batch_size (raise --train.grad_accumulation_steps)")
     if estimate.parameters + estimate.gradients + estimate.optimizer > estimate.activations:
         flags.insert(0, flags.pop())
-    less = ", ".join(flags)
     total = f"{estimate.total / unit:.1f} {name}"
-    return f"memory    {total} of tensors at the peak: {shown}\n          less with a smaller {less}"
+    lines = [f"memory    {total} of tensors at the peak: {shown}", "to reduce it, lower", *flags]
+    return f"\n{' ' * 10}".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
-# What there is
+# Available memory
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this program may still take on `device`; None where nobody says.
+    """Bytes that this process can still allocate on `device`; None where unknown.
 
-    On a CPU the least of what the machine has, what its control groups (containers) allow and what
-    `ulimit -v` leaves; on CUDA what is free, and what torch has set aside without using it.
+    On a CPU the minimum of the machine's available memory, its control groups' limits (containers) and
+    `ulimit -v`; on CUDA the free memory, plus what torch's allocator holds unused.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
-    import resource  # which only Unix has
+    import resource  # Unix only
 
     limits = []
     if found := re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo"))):
@@ -199,7 +200,7 @@ def available(device: torch.device) -> int | None:
 
 
 def _left_in_groups(root: Path, memberships: str) -> list[int]:
-    """What each control group around a process has left, of version 2 or 1, in bytes; files count as free."""
+    """Bytes left in each control group of a process, version 2 or 1; file cache counts as free."""
     names = {
         "": (root, "memory.max", "memory.current", r"^inactive_file (\d+)"),
         "memory": (
@@ -224,7 +225,7 @@ def _left_in_groups(root: Path, memberships: str) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    """The text of a file, "" if there is none or it may not be read."""
+    """The text of a file; "" if it does not exist or is not readable."""
     try:
         return path.read_text()
     except OSError:

@@ -1,7 +1,6 @@
-"""The numbers of training steps: metrics lines, loss spikes, and steps that are skipped.
+"""Metrics of training steps: log lines, loss spikes and skipped steps.
 
-A GPU computes while the program goes on. So its numbers are copied to the host while the next step runs, and
-read when that has been started: one result is pending.
+On a GPU the next step is queued before the metrics of the previous one are read, so one result is pending.
 """
 
 import contextlib
@@ -17,13 +16,13 @@ from llm_basics.runs import run_dir
 from llm_basics.training import diagnostics
 from llm_basics.training import state as training_state
 
-# steps in a row that may be skipped because something was not finite
-MOST_SKIPPED = 10
+# consecutive non-finite steps that may be skipped
+MAX_SKIPPED = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A step whose numbers were not read yet; `read` waits for loss and gradient norm."""
+    """A step whose metrics are not read yet; `read` waits for loss and gradient norm."""
 
     step: int
     batches: Sequence[dataloader.Batch]
@@ -33,22 +32,22 @@ class _Pending:
 
 
 class Monitor:
-    """Records what came of each step of a run; `accept` is what `update.train_step` takes."""
+    """Records the result of each step of a run; `accept` is the argument of `trainer.train_step`."""
 
     def __init__(self, state: training_state.TrainingState, output: run_dir.RunDir) -> None:
         self.state, self.output = state, output
         self.clock = run_dir.Stopwatch()
         self.accept = self._accept if state.options.train.on_spike == "skip" else None
         self.pending: _Pending | None = None
-        # in which the next step begins
+        # at the start of the next step
         self.random_state = device.random_state(state.device)
-        # since the last line; and in a row
+        # steps since the last log line; consecutive skipped steps
         self.n_timed = self.n_skipped = 0
 
     def record(self, step: int, batches: Sequence[dataloader.Batch], result: trainer.StepResult) -> None:
-        """Record a step that the weights and the state have behind them.
+        """Record a completed step.
 
-        On a GPU this reads the numbers of the step before. Raises as `skip` does if they are not finite.
+        On a GPU this reads the metrics of the previous step. Raises as `skip` does if they are not finite.
         """
         before = self.pending
         self.pending = _Pending(step, batches, result, self.random_state, start_reading(result))
@@ -59,14 +58,14 @@ class Monitor:
             self.flush()
 
     def flush(self) -> None:
-        """Read the numbers of the last step, if they are pending, and record them."""
+        """Read and record the metrics of the pending step, if any."""
         pending, self.pending = self.pending, None
         if pending is not None:
             self._settle(pending)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, all steps before are recorded, and the time does not count as that of steps."""
+        """Record the pending step, and exclude the time inside from that of steps."""
         self.flush()
         with self.clock.paused():
             yield
@@ -75,10 +74,10 @@ class Monitor:
     def skip(
         self, step: int, batches: Sequence[dataloader.Batch], error: FloatingPointError
     ) -> trainer.StepResult:
-        """What to record of a step that left the weights as they were, since its numbers are not finite.
+        """The result to record for a non-finite step, which left the weights unchanged.
 
-        The random state is again what it was before the step. Raises FloatingPointError, with the place where
-        the first such value came up, unless `on_nonfinite` is "skip" and skipping helps.
+        Restores the random state from before the step. Raises FloatingPointError, naming the origin of the
+        first non-finite value, unless `on_nonfinite` is "skip" and skipping helps.
         """
         device.set_random_state(self.random_state, self.state.device)
         self._warn(self.random_state, batches, error)
@@ -93,7 +92,7 @@ class Monitor:
             try:
                 trainer.check_finite(step, result.lr, loss, norm)
             except FloatingPointError as error:
-                # the device left the weights as they were, but the next step may have begun since
+                # the device left the weights unchanged, but the next step may be running
                 self._warn(pending.random_state, pending.batches, error)
                 result, loss, norm = dataclasses.replace(result, updated=False), math.nan, math.nan
             if result.updated and self.accept is None:
@@ -110,7 +109,7 @@ class Monitor:
         norm: float,
         result: trainer.StepResult,
     ) -> None:
-        """Write a line of metrics, if one is due or the step was skipped."""
+        """Log metrics if due, or if the step was skipped."""
         options = self.state.options.train
         self.n_timed += 1
         if step % options.log_every and step not in (1, options.steps) and result.updated:
@@ -133,15 +132,14 @@ class Monitor:
         return not self._is_spike(self.state.step + 1, loss)
 
     def _is_spike(self, step: int, loss: float) -> bool:
-        """Whether a loss stands out from those before it, with a warning if so."""
+        """Whether a loss is a spike, with a warning if so."""
         spikes = self.state.spikes
         score = spikes.z_score(loss)
         if score <= spikes.threshold:
             return False
-        skipped = ", and the step is skipped" if self.accept is not None else ""
+        skipped = "; the step is skipped" if self.accept is not None else ""
         self.output.log(
-            f"step {step}: the loss {loss:.4g} is a spike, {score:.0f} deviations above the median of those "
-            f"before{skipped}"
+            f"step {step}: loss spike, {loss:.4g} is {score:.0f} deviations above the recent median{skipped}"
         )
         return True
 
@@ -150,21 +148,21 @@ class Monitor:
     def _warn(
         self, random_state: list[Tensor], batches: Sequence[dataloader.Batch], error: FloatingPointError
     ) -> None:
-        """Warn of a step that changed no weight; raise FloatingPointError where training must not go on."""
+        """Warn of a skipped step; raise FloatingPointError if training must stop."""
         model, options = self.state.model, self.state.options.train
         self.n_skipped += 1
         reason = f"{error}; {self._origin(random_state, batches)}"
         if options.on_nonfinite == "stop":
             raise FloatingPointError(reason)
         is_whole = all(torch.isfinite(p).all() for p in model.parameters())
-        if self.n_skipped > MOST_SKIPPED or not is_whole:
+        if self.n_skipped > MAX_SKIPPED or not is_whole:
             raise FloatingPointError(
-                f"{reason}; skipping does not help, {self.n_skipped} steps in a row were"
+                f"{reason}; skipping does not help, {self.n_skipped} consecutive steps failed"
             )
         self.output.log(f"warning: {reason}; the step is skipped")
 
     def _origin(self, random_state: list[Tensor], batches: Sequence[dataloader.Batch]) -> str:
-        """Where the first value that is not finite comes up, when the step is made again."""
+        """The origin of the first non-finite value, found by repeating the step."""
         state, options = self.state, self.state.options.train
         now = device.random_state(state.device)
 
@@ -177,7 +175,7 @@ class Monitor:
 
         device.set_random_state(random_state, state.device)
         state.optimizer.zero_grad(set_to_none=True)
-        # gradients as they were before clipping, which spreads what is not finite
+        # gradients before clipping, which spreads non-finite values
         trainer.accumulate_gradients(state.model, batches, options)
         origin = diagnostics.find_nonfinite(state.model, losses)
         device.set_random_state(now, state.device)
@@ -185,13 +183,13 @@ class Monitor:
 
 
 def start_reading(result: trainer.StepResult) -> Callable[[], list[float]]:
-    """Start the copy of loss and gradient norm to the host; returns the function that waits for it."""
+    """Start copying loss and gradient norm to the host; returns a function that waits for the copy."""
     loss, norm = result.train_loss, torch.as_tensor(result.grad_norm)
     if not loss.is_cuda:
         return lambda: [loss.item(), norm.item()]
-    numbers = torch.stack([loss.float(), norm.reshape(()).to(loss.device, torch.float32)])
-    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    copy.copy_(numbers, non_blocking=True)
+    metrics = torch.stack([loss.float(), norm.reshape(()).to(loss.device, torch.float32)])
+    copy = torch.empty(metrics.shape, dtype=metrics.dtype, pin_memory=True)
+    copy.copy_(metrics, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(loss.device))
 

@@ -1,4 +1,4 @@
-"""A training run as it stands: what `loop.fit` works on, and what a checkpoint holds of it."""
+"""The state of a training run: what `loop.fit` updates, and what a checkpoint stores."""
 
 import contextlib
 import dataclasses
@@ -21,51 +21,51 @@ from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, signals
 from llm_basics.training import diagnostics
 
-# settings that change nothing about what is learned
-HARMLESS = {
+# options that do not affect the weights
+NO_EFFECT_ON_WEIGHTS = {
     *("config", "run_dir", "resume", "init_from", "find_lr", "wandb", "data_dir"),
     *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
     *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
 }
 
-# random state and descriptions in a checkpoint
-REST_BYTES = 32_000
+# size of the random state and the metadata in a checkpoint
+METADATA_BYTES = 32_000
 
-# names in checkpoints of before -> names now
-RENAMED = {"looked": "evaluated"}
+# metadata keys of older checkpoints -> keys now
+RENAMED = {"looked": "evaluated", "windows": "sequences"}
 
-# what a checkpoint of a training run says of it
-KEPT = {"config", "data", "environment", "windows", "evaluated", "val_loss", "best_loss", "spikes"}
+# metadata keys that every checkpoint of a training run has
+REQUIRED_KEYS = {"config", "data", "environment", "sequences", "evaluated", "val_loss", "best_loss", "spikes"}
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
-def check_parameters(model: nn.Module, shape: config.ModelConfig) -> None:
-    """Raise ValueError if pieces of somebody's own made other parameters than the model's config asks."""
+def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
+    """Raise ValueError if user code made other parameters than those of the model config."""
     if not swap.user_pieces():
         return
     with swap.reference_only():
-        asked = models.TransformerLM(shape, device="meta").state_dict()
-    made = model.state_dict()
-    differences = [f"{name} is missing" for name in asked.keys() - made.keys()]
-    differences += [f"{name} is too many" for name in made.keys() - asked.keys()]
+        wanted = models.TransformerLM(expected, device="meta").state_dict()
+    found = model.state_dict()
+    differences = [f"missing parameter {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"unexpected parameter {name}" for name in found.keys() - wanted.keys()]
     differences += [
-        f"{name} is {tuple(made[name].shape)}, must be {tuple(tensor.shape)}"
-        for name, tensor in asked.items()
-        if name in made and made[name].shape != tensor.shape
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
     ]
     if differences:
-        told = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
-        raise ValueError(f"your pieces must make the parameters that the config asks for, but {told}")
+        listed = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
+        raise ValueError(f"your model's parameters do not match the config: {listed}")
 
 
 class TrainingState:
-    """Model, optimizer, data and how far they have come.
+    """Model, optimizer, data and progress of a training run.
 
-    Raises ValueError if the data cannot be trained on: too short, or with ids that the model does not have.
+    Raises ValueError for data that is too short, or has token ids outside the vocabulary.
     """
 
     def __init__(self, options: config.Config, prepared: prepare.Prepared) -> None:
@@ -79,31 +79,31 @@ class TrainingState:
             shards.check_ids(shard)
         self.batches, self.held_out = self.read(prepared)
         self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
-        # not drawn from here; but a piece of somebody else's may
+        # our code draws from torch alone; user code may draw from the others
         random.seed(train.seed)
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
         self.model = models.TransformerLM(model).to(self.device)
         check_parameters(self.model, model)
-        # batches of one shape; and what somebody else wrote may ask the GPU for a number, which no graph can
+        # a CUDA graph needs batches of one shape, and cannot read a value on the host as user code may
         can_be_graph = train.grad_accumulation_steps == 1 and isinstance(self.batches, dataloader.Batches)
         can_be_graph = can_be_graph and not swap.user_pieces()
         n_flops = model.flops_per_token * train.batch_size * model.context_length
         how = device.compile_mode(train.compile, self.device, n_flops, can_be_graph)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
         if self.is_compiled:
-            # of a model of somebody's own only the whole is known
+            # a user's model need not have hidden_states
             part = "forward" if "model.TransformerLM" in swap.user_pieces() else "hidden_states"
             mode = "reduce-overhead" if self.is_graph else None
             vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
         self.optimizer = trainer.make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
-        # windows of text that were trained on: with the seed, the position in the data
-        self.windows = 0
-        # whether evaluation and sample that are due after `step` were made
+        # sequences trained on; with the seed this is the position in the data
+        self.sequences = 0
+        # whether the evaluation and the sample due after `step` are done
         self.evaluated = True
-        # of these weights, and the lowest so far; None where not measured
+        # of the current weights, and the lowest so far; None: not measured
         self.val_loss: float | None = None
         self.best_loss: float | None = None
         # step and validation loss of the last checkpoint
@@ -111,7 +111,7 @@ class TrainingState:
         self.spikes = diagnostics.SpikeDetector()
 
     def read(self, prepared: prepare.Prepared) -> tuple[dataloader.BatchSource, np.ndarray]:
-        """What is trained on, and the tokens that are held out."""
+        """The training batches, and the held-out tokens."""
         train, length = self.options.train, self.options.model.context_length
         texts = [shard.tokens for shard in prepared.train]
         dataloader.check_length(max(map(len, texts), default=0), length, "the training text")
@@ -120,28 +120,28 @@ class TrainingState:
         return batches, prepared.val.tokens
 
     def uncompile(self) -> None:
-        """Run the model as it is written."""
+        """Run the model uncompiled."""
         for part in ("forward", "hidden_states"):
             vars(self.model).pop(part, None)
         self.is_compiled = self.is_graph = False
 
-    def _as_written(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, no compiled code runs, which is for batches of one shape."""
+    def _eager(self) -> contextlib.AbstractContextManager[None]:
+        """Run eagerly inside: compiled code is for training batches of one shape."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
     def next_batches(self) -> list[dataloader.Batch]:
         """The batches whose gradients make up the next step."""
         train = self.options.train
-        firsts = range(self.windows, self.windows + self.windows_per_step, train.batch_size)
+        firsts = range(self.sequences, self.sequences + self.sequences_per_step, train.batch_size)
         return [self.batches.starting_at(first) for first in firsts]
 
     def advance(self) -> None:
-        """Count a step that was made."""
-        self.step, self.windows = self.step + 1, self.windows + self.windows_per_step
+        """Count one completed step."""
+        self.step, self.sequences = self.step + 1, self.sequences + self.sequences_per_step
         self.evaluated, self.val_loss = False, None
 
     def is_best(self, val_loss: float) -> bool:
-        """Note the validation loss of the weights as they are: is none of those before as low?"""
+        """Record the validation loss of the current weights; True if it is the lowest so far."""
         if not math.isfinite(val_loss):
             return False
         self.val_loss = val_loss
@@ -151,22 +151,22 @@ class TrainingState:
         return True
 
     @property
-    def windows_per_step(self) -> int:
+    def sequences_per_step(self) -> int:
         return self.options.train.batch_size * self.options.train.grad_accumulation_steps
 
     def evaluate(self, max_batches: int) -> dict[str, float]:
-        """Loss and its relatives on what is held out. A request to stop is answered between batches."""
+        """Loss, perplexity, accuracy and bits per byte on the held-out split. Polls signals."""
         batches = signals.polled(self.held_out_batches(max_batches))
-        with device.precision(self.device, self.options.train.dtype), self._as_written():
+        with device.precision(self.device, self.options.train.dtype), self._eager():
             return evaluate.evaluate(self.model, batches, self.token_bytes)
 
     def held_out_batches(self, max_batches: int) -> Iterator[dataloader.Batch]:
-        """What is held out, or so much of it, evenly spaced."""
+        """Batches of the held-out split, at most `max_batches`, evenly spaced."""
         size, length = self.options.train.batch_size, self.options.model.context_length
         return dataloader.sequential_batches(self.held_out, size, length, max_batches, self.device)
 
     def sample(self) -> tuple[str, str]:
-        """A prompt, and how the model continues it. A request to stop is answered between tokens."""
+        """A prompt and its continuation by the model. Polls signals."""
         train = self.options.train
         prompt = train.sample_prompt
         if prompt is None:
@@ -174,13 +174,13 @@ class TrainingState:
         pieces = engine.complete(
             self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
         )
-        with self._as_written():
+        with self._eager():
             return prompt, "".join(signals.polled(pieces))
 
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write everything that going on from here needs. Raises SaveError if that fails."""
+        """Write a checkpoint to resume from. Raises SaveError if that fails."""
         try:
             checkpoint.save_checkpoint(
                 self.model,
@@ -192,8 +192,8 @@ class TrainingState:
                 tokenizer=self.tokenizer.fingerprint(),
                 origins=swap.origins(),
                 environment=device.describe(self.device),
-                windows=self.windows,
-                tokens=self.windows * self.options.model.context_length,
+                sequences=self.sequences,
+                tokens=self.sequences * self.options.model.context_length,
                 evaluated=self.evaluated,
                 val_loss=self.val_loss,
                 best_loss=self.best_loss,
@@ -208,68 +208,70 @@ class TrainingState:
 
     @property
     def is_saved(self) -> bool:
-        """Whether there is a checkpoint of the weights as they are."""
+        """Whether the current weights are in a checkpoint."""
         return self.saved is not None and self.saved[0] == self.step
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, what the optimizer keeps of each, and the rest."""
-        total = REST_BYTES
+        """Estimated size of a checkpoint: weights, optimizer state and metadata."""
+        total = METADATA_BYTES
         for group in self.optimizer.param_groups:
             n_means = 1 if "momentum" in group else 2
             total += (1 + n_means) * sum(p.numel() * p.element_size() for p in group["params"])
         return total
 
     def resume(self, path: Path) -> list[str]:
-        """Go on from a checkpoint. Returns what is different now, and may change the last bit of the result.
+        """Resume from a checkpoint. Returns the differences that may change the last bit of the result.
 
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
-        about = {RENAMED.get(name, name): value for name, value in checkpoint.verify(path).items()}
-        if missing := KEPT - about.keys():
+        metadata = {RENAMED.get(name, name): value for name, value in checkpoint.verify(path).items()}
+        if missing := REQUIRED_KEYS - metadata.keys():
             raise ValueError(
-                f"{path} must be of a training run, but does not say {', '.join(sorted(missing))}"
+                f"{path} must be a checkpoint of a training run, but lacks {', '.join(sorted(missing))}"
             )
-        # what a checkpoint of before an option does not say has the option's default
-        saved = presets.update(config.Config(), about["config"], origin=str(path))
+        # an option newer than the checkpoint has its default
+        saved = presets.update(config.Config(), metadata["config"], origin=str(path))
         now, then = dataclasses.asdict(self.options), dataclasses.asdict(saved)
         differences = _differences(now["model"], then["model"])
         if differences:
             raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
         if (optimizer := then["train"]["optimizer"]) != self.options.train.optimizer:
-            raise ValueError(f"{path} was trained by {optimizer}, now it is {self.options.train.optimizer}")
-        if about["data"] != self.prepared_in:
-            raise ValueError(f"{path} was trained on {about['data']}, now the data is {self.prepared_in}")
+            raise ValueError(
+                f"{path} was trained with {optimizer}, got --train.optimizer {self.options.train.optimizer}"
+            )
+        if metadata["data"] != self.prepared_in:
+            raise ValueError(f"{path} was trained on {metadata['data']}, now the data is {self.prepared_in}")
         checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
-        self.step, self.windows = about["step"], about["windows"]
-        self.evaluated = about["evaluated"]
-        self.val_loss, self.best_loss = about["val_loss"], about["best_loss"]
+        self.step, self.sequences = metadata["step"], metadata["sequences"]
+        self.evaluated = metadata["evaluated"]
+        self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
         self.saved = self.step, self.val_loss
-        self.spikes.load(about["spikes"])
+        self.spikes.load(metadata["spikes"])
         settings = _differences(presets.flat(now), presets.flat(then))
-        settings = [line for line in settings if line.split(" ")[0] not in HARMLESS]
+        settings = [line for line in settings if line.split(" ")[0] not in NO_EFFECT_ON_WEIGHTS]
         if self.is_compiled and not self.options.deterministic and torch.get_num_threads() > 1:
             settings.append(
-                "each run: compiled code on several threads adds up in any order (see --deterministic)"
+                "the order of sums in compiled code on several threads varies by run (see --deterministic)"
             )
-        origins = about.get("origins", {})
+        origins = metadata.get("origins", {})
         before = {swap.piece(k): origin for k, origin in origins.items() if user_code.is_of_file(origin)}
-        now_used = dict.fromkeys(before, "the reference's") | swap.user_pieces()
+        now_used = dict.fromkeys(before, "the reference") | swap.user_pieces()
         settings += [
             f"{piece} was {before.get(piece, 'the reference')}, now {origin}"
             for piece, origin in now_used.items()
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
-        return settings + _differences(device.describe(self.device), about["environment"])
+        return settings + _differences(device.describe(self.device), metadata["environment"])
 
 
 def free_bytes(folder: Path) -> int:
-    """How much more the disk of `folder` can hold."""
-    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
-    return shutil.disk_usage(there).free
+    """Free disk space where `folder` is, or will be."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def opening_line(text: str) -> str:
-    """The first line that ends with a colon, and so asks for more, in code as in a play; else the first line.
+    """The first line that ends with a colon, a natural prompt in code and in plays; else the first line.
 
     >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
     'ROMEO:'
@@ -279,5 +281,5 @@ def opening_line(text: str) -> str:
 
 
 def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """What has another value `now`."""
+    """The entries of `now` whose value differs from `then`, as text."""
     return [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v]

@@ -1,4 +1,4 @@
-"""The weights of another run to begin with, or of an imported model, which is a run directory too."""
+"""Warm start: initial weights from another run, or an imported model, which is a run directory too."""
 
 import dataclasses
 from pathlib import Path
@@ -14,27 +14,26 @@ from llm_basics.data import prepare, tokenizer_formats
 from llm_basics.inference import engine
 from llm_basics.runs import run_dir
 
-# options of a model that may be others than those of the weights: they decide no weight, or only how many
-# rows there are
-FREE = {"vocab_size", "vocab_multiple", "dropout", "init", "zero_init"}
+# model options that may differ from the run's: they change no weight, or only the number of embedding rows
+MAY_DIFFER = {"vocab_size", "vocab_multiple", "dropout", "init", "zero_init"}
 
-# how many merges GPT-2's tokenizer has
+# number of merges of GPT-2's tokenizer
 GPT2_MERGES = 50_000
 
 
 def check(options: config.Config, folder: str) -> None:
-    """Raise ValueError unless the run in `folder` has the model and the tokenizer that `options` ask for."""
-    theirs = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
-    found = presets.differences(dataclasses.asdict(theirs.model), dataclasses.asdict(options.model))
+    """Raise ValueError unless the run in `folder` has the model and the tokenizer of `options`."""
+    saved = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    found = presets.differences(dataclasses.asdict(saved.model), dataclasses.asdict(options.model))
     differences = [
-        f"model.{name} is {there} there, here {here}"
-        for name, (there, here) in found.items()
-        if name not in FREE
+        f"model.{name} is {value} there, got {got}"
+        for name, (value, got) in found.items()
+        if name not in MAY_DIFFER
     ]
     if differences:
-        raise ValueError(f"the model must be that of --init_from {folder}, but {'; '.join(differences)}")
+        raise ValueError(f"the model must match --init_from {folder}, but {'; '.join(differences)}")
     known = tokenizer_formats.load(Path(folder) / "tokenizer")
-    # known without fetching it
+    # without downloading GPT-2's
     is_other = options.tokenizer == "gpt2" and len(known.merges) != GPT2_MERGES
     if (
         options.tokenizer == "bpe"
@@ -42,13 +41,13 @@ def check(options: config.Config, folder: str) -> None:
         or not extends(prepare.load_tokenizer(options.tokenizer), known)
     ):
         raise ValueError(
-            f"the tokenizer must be that of --init_from {folder}, got {options.tokenizer}, which gives other "
-            "ids; leave --tokenizer out"
+            f"the tokenizer must be that of --init_from {folder}, got {options.tokenizer}, which has other "
+            "ids; omit --tokenizer"
         )
 
 
 def extends(tokenizer: tokenizers.Tokenizer, known: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer gives the ids of another, and at most has special tokens that it lacks."""
+    """Whether a tokenizer is `known`, or `known` with more special tokens."""
     return (
         known.vocab.items() <= tokenizer.vocab.items()
         and (known.merges, known.pattern) == (tokenizer.merges, tokenizer.pattern)
@@ -57,16 +56,16 @@ def extends(tokenizer: tokenizers.Tokenizer, known: tokenizers.Tokenizer) -> boo
 
 
 def load_initial_weights(model: models.TransformerLM, folder: str) -> None:
-    """Give a model the weights of the newest checkpoint of a run; tokens that are new get rows of their own.
+    """Load the weights of a run's newest checkpoint; new tokens get new rows in the embeddings.
 
-    A new row is the mean of the old ones. So the model gives a new token no more than the mean probability of
-    the old ones, and what it predicted among these stays (Hewitt 2021, Initializing new word embeddings for
-    pretrained language models); a row as drawn for a new model could take most of the probability, or none.
+    A new row is the mean of the old ones, so a new token has at most the mean probability of the old ones,
+    and the predictions among these stay (Hewitt 2021, Initializing new word embeddings for pretrained
+    language models); a randomly initialized row could take most of the probability, or none.
     """
-    theirs, tokenizer = engine.load_run(folder)
-    # rows behind these are no token's, or were never trained
-    n_known = min(tokenizer.vocab_size, theirs.config.vocab_size)
-    weights = theirs.state_dict()
+    source, tokenizer = engine.load_run(folder)
+    # the rows after these are padding, or were never trained
+    n_known = min(tokenizer.vocab_size, source.config.vocab_size)
+    weights = source.state_dict()
     for name in weights:
         if name.startswith(("token_embeddings.", "lm_head.")):
             weights[name] = with_rows(weights[name][:n_known], model.config.padded_vocab_size)
@@ -74,7 +73,7 @@ def load_initial_weights(model: models.TransformerLM, folder: str) -> None:
 
 
 def with_rows(known: Float[Tensor, "known d"], n_rows: int) -> Float[Tensor, "rows d"]:
-    """The matrix with new rows behind its own, each the mean of these.
+    """Append rows that are the mean of the known ones.
 
     >>> with_rows(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 3)
     tensor([[1., 2.],
