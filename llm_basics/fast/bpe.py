@@ -52,15 +52,11 @@ def count_pretokens(
     """`bpe.count_pretokens`, on threads: the same counts."""
     if vocabulary.own_pattern(pattern) not in scanner.SCANNERS:
         return count_with_regex(input_path, special_tokens, n_workers, pattern, progress)
-    text, lengths, counts = chunks.count_file(
-        input_path, special_tokens, n_workers, pattern, progress
-    ).columns()
-    ends = np.cumsum(lengths).tolist()
-    content = text.tobytes()
-    return {
-        content[start:end]: count
-        for start, end, count in zip([0, *ends], ends, counts.tolist(), strict=False)
-    }
+    counted = chunks.count_file(input_path, special_tokens, n_workers, pattern, progress)
+    text, lengths, counts = counted.columns()
+    content, ends = text.tobytes(), np.cumsum(lengths).tolist()
+    bounds = zip([0, *ends], ends, counts.tolist(), strict=False)
+    return {content[start:end]: count for start, end, count in bounds}
 
 
 def learn_merges(

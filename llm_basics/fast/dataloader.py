@@ -1,8 +1,7 @@
-"""The pieces of `data` for a GPU, which is not to wait for its batches.
+"""The pieces of `data` for a GPU.
 
-Where all tokens fit into a small part of the GPU's memory they are kept there, and a batch is one operation
-that gathers it. Else a thread cuts the next batch while the GPU computes, into memory that it can copy from
-by itself.
+Tokens that fit into a small part of the GPU's memory are kept there, and a batch is one gather. Else a thread
+prepares the next batch in pinned memory while the GPU computes.
 """
 
 from collections.abc import Sequence
@@ -37,15 +36,18 @@ class Batches(BatchesOfReference):
         super().__init__(shards, batch_size, context_length, seed, device, stride)
         self.on_gpu = torch.device(device).type == "cuda"
         self.resident: Tensor | None = None
-        if self.on_gpu and _n_bytes(self.shards) <= SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        n_bytes = sum(tokens.nbytes for tokens in self.shards)
+        if self.on_gpu and n_bytes <= SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
             self._keep_resident()
         self._maker = futures.ThreadPoolExecutor(1, "batches")
         self._ahead: tuple[int, futures.Future[Tensor]] | None = None
 
     def _keep_resident(self) -> None:
         """Put all tokens where the batches are wanted."""
+        tokens = np.concatenate(self.shards)
         # torch cannot index unsigned numbers of two bytes everywhere: their bits stand in signed ones
-        self.resident = torch.from_numpy(_signed(np.concatenate(self.shards))).to(self.device)
+        signed = tokens.view({1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[tokens.itemsize])
+        self.resident = torch.from_numpy(signed).to(self.device)
         self.begins = np.cumsum([0, *(len(tokens) for tokens in self.shards)])
         self.within = torch.arange(self.context_length + 1, device=self.device)
 
@@ -80,12 +82,3 @@ class Batches(BatchesOfReference):
         windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in places]
         batch = torch.from_numpy(np.stack(windows).astype(np.int64))
         return batch.pin_memory() if torch.cuda.is_available() else batch
-
-
-def _n_bytes(shards: Sequence[np.ndarray]) -> int:
-    return sum(tokens.nbytes for tokens in shards)
-
-
-def _signed(tokens: np.ndarray) -> np.ndarray:
-    """The same bits as whole numbers that torch has on every device."""
-    return tokens.view({1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[tokens.itemsize])

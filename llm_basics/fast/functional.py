@@ -1,8 +1,4 @@
-"""The pieces of `functional` through torch's own fused kernels.
-
-A kernel that does in one pass what the reference does in six reads and writes each tensor once, and keeps
-less for the backward pass. Whole matrices of attention scores, say, are never written at all.
-"""
+"""The pieces of `functional` through torch's fused kernels, which read and write each tensor once."""
 
 import torch
 import torch.nn.functional as tF

@@ -1,8 +1,4 @@
-"""Twins of `generate`: a step of its own for each new token, and a draw that does not sort the vocabulary.
-
-The model reads the prompt. From there on, as long as the text fits into the context, each new token goes
-through loops in machine code on a CPU (`decoding`), or through a recorded graph on a GPU (`static`).
-"""
+"""Text generation: machine code on a CPU (`decoding`), a CUDA graph on a GPU (`static`)."""
 
 import contextlib
 import functools
@@ -56,11 +52,10 @@ class LoopConfig(NamedTuple):
 
 
 class Autotuner:
-    """Which of several ways is the fastest, found out while texts are written.
+    """Which of several ways is the fastest, measured while texts are written.
 
-    Threads that wait for each other at every matrix gain much on cores of their own, and lose more where
-    another program has one of these. Drafts gain where weights come from memory, and lose where they are
-    near and drafts are often wrong. So what is slower is tried again, more seldom with time.
+    Threads lose where another program uses a core, drafts where weights are in the cache or drafts are often
+    wrong. So slower ways are tried again, more seldom with time.
     """
 
     def __init__(self, ways: Iterable[LoopConfig]) -> None:

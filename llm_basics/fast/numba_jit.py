@@ -1,8 +1,7 @@
-"""Python to machine code: Numba, told where to keep it, and some things that it cannot say by itself.
+"""Python to machine code by Numba, cached on disk, with intrinsics that Numba lacks.
 
-Numba counts the users of an array like Python does, with an atomic operation each time it hands one on. In
-a loop over words that takes longer than the work, and threads wait for each other: what runs for each word
-works on `borrowed` arrays, which are not counted. The caller of the outermost function keeps them alive.
+Numba counts references to arrays by atomic operations. What runs for each word uses `borrowed` arrays, which
+are not counted; the caller of the outermost function keeps them alive.
 """
 
 import functools

@@ -1,8 +1,6 @@
-"""The pieces of `optim` for all parameters at once: a model of 124 million has 148 of them.
+"""The pieces of `optim` for all parameters at once, since a GPU pays microseconds for each kernel.
 
-On a GPU a kernel costs microseconds before it does anything, so there is one for all gradients, not one for
-each. Nothing here waits for a GPU to say a number: whether a step is to change anything can be a number
-there as well (`held_by`).
+Nothing here waits for a GPU: whether a step changes anything may be a number on the device (`held_by`).
 """
 
 import contextlib

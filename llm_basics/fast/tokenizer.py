@@ -1,7 +1,6 @@
-"""The tokenizer at the speed of machine code, on any number of threads, with the ids of the reference.
+"""The tokenizer in machine code on several threads, with the ids of the reference.
 
-What each pre-token became is remembered: text repeats its words, so most of the work is to find where a word
-ends and to look it up. A thread borrows a `Memory` of its own, since two cannot write into one table.
+The ids of a pre-token are remembered. A thread borrows a `Memory`, since two cannot write to one table.
 """
 
 import os
@@ -87,20 +86,10 @@ class Tokenizer(tokenizer.Tokenizer):
         self._idle = [self._learned.copy(), self._learned.copy()]
 
     def encode(self, text: str) -> list[int]:
-        if self._scanner is None:
-            return super().encode(text)
-        try:
-            return self._encode(_pieces(text, self.special_tokens), self._special_bytes, len(text))
-        except UnicodeEncodeError:
-            return self.encode(tokenizer.replace_surrogates(text))
+        return super().encode(text) if self._scanner is None else self._encode_text(text, self._special_bytes)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        if self._scanner is None:
-            return super().encode_ordinary(text)
-        try:
-            return self._encode(_pieces(text, ()), {}, len(text))
-        except UnicodeEncodeError:
-            return self.encode_ordinary(tokenizer.replace_surrogates(text))
+        return super().encode_ordinary(text) if self._scanner is None else self._encode_text(text, {})
 
     def encode_bytes(self, content: bytes) -> list[int]:
         if self._scanner is None:
@@ -130,6 +119,13 @@ class Tokenizer(tokenizer.Tokenizer):
             yield from chunks.in_order(
                 encode, chunks.read(file, self._special_bytes), n_threads or bpe.usable_cores()
             )
+
+    def _encode_text(self, text: str, special_ids: Mapping[bytes, int]) -> list[int]:
+        specials = self.special_tokens if special_ids else ()
+        try:
+            return self._encode(_pieces(text, specials), special_ids, len(text))
+        except UnicodeEncodeError:
+            return self._encode_text(tokenizer.replace_surrogates(text), special_ids)
 
     def _encode(self, pieces: Iterable[bytes], special_ids: Mapping[bytes, int], length: int) -> list[int]:
         memory = self._borrow()

@@ -1,7 +1,7 @@
-"""Attention in many texts, with its gradient: the queries of a head, some at a time, against all keys.
+"""Attention of many texts with its gradient: blocks of queries of a head, against all keys.
 
-Of the scores only the logarithm of what a row was divided by is kept. Going back, they are made again from
-queries and keys (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
+Of the scores only the logarithm of each row's sum is kept; the backward pass computes them again
+(FlashAttention, arXiv 2205.14135).
 """
 
 import math
@@ -187,10 +187,8 @@ def attend_backward(
             for t in range(first, end):
                 row, common, top, share = t - first, ZERO, tops[t], shares[t]
                 of_row = of_q + 4 * t * d_q
-                mixed, dmixed = (
-                    numba_jit.array(out + of_row, (d_head,)),
-                    numba_jit.array(dout + of_row, (d_head,)),
-                )
+                mixed = numba_jit.array(out + of_row, (d_head,))
+                dmixed = numba_jit.array(dout + of_row, (d_head,))
                 for i in range(d_head):
                     common += mixed[i] * dmixed[i]
                 _hide(room, row, t, width)

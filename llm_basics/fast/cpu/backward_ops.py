@@ -1,10 +1,8 @@
-"""What `vectors` does with rows of numbers, for the rows of many tokens and with its derivatives.
+"""`vectors` for the rows of many tokens, with derivatives.
 
-If the loss changes by `dy` times what a row y changes by, then it changes by `dx` times what x changes by,
-where y was made of x: each function here that ends in `_back` makes `dx` of `dy`. A number that was used
-several times collects all their parts, so what is learned is added to what is there.
-
-Arrays come as addresses: a function that is given forty arrays takes a while to compile.
+A function that ends in `_back` turns `dy`, the gradient with respect to its output, into `dx`, that of its
+input. Gradients of parameters are added to what is there. Arrays are passed as addresses, since a function of
+forty arrays takes long to compile.
 """
 
 import math
@@ -20,12 +18,6 @@ TWO_ROOT_2_PI, HIGHEST_DENSITY = vectors.TWO_ROOT_2_PI, np.float32(1 / math.sqrt
 COPIED_AT_A_TIME = 1024
 
 CUBIC, THREE_CUBIC = np.float32(0.044715), np.float32(3 * 0.044715)
-
-
-@numba_jit.jit
-def fill_with_zeros(address: int, n: int) -> None:
-    """`n` zeros from an address on."""
-    numba_jit.array(address, (n,))[:] = ZERO
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,23 +1,13 @@
-"""A transformer as loops: some tokens of a text in, the scores of the next ones out.
+"""A transformer as machine code: some tokens of one text in, the logits of the next tokens out.
 
-What `model.TransformerLM` says in layers of tensors is said here once more in numbers, for one text.
-Everything a model may do without has a value that changes nothing: a bias of 0, an angle of 0, a position
-embedding of 0. So there is one path through the loops, and few questions on it.
-
-A text is written token by token, and all weights are read for each, so there is little to win by arithmetic:
+A part that a model lacks has a value that changes nothing: a bias of 0, an angle of 0. Several threads share
+the work: each has some of the heads and some rows of each matrix. Writing token by token is bound by memory:
 
     tokens per second <= bytes read per second / bytes of all weights
 
-Where memory gives 40 GB in a second, a model of 500 MB writes no more than 80 tokens in it; one of 5 MB stays
-in the cache, which gives more. Two cores read more than one, so several threads may share the work: each
-has some of the heads and some of the rows of each matrix, and all meet where one needs what others have made.
-What is small each does for itself.
-
-And the weights need not be read whole for each token. The likeliest text is first drafted by the same model
-with its matrices rounded to 8 bits, a quarter of the bytes. Then the exact model reads all that was drafted
-in one pass, as a prompt is read, and keeps it up to the first token that it would not have written itself:
-to the last token the text is the exact model's. This is speculative decoding (Leviathan et al. 2022, arXiv
-2211.17192), without a second model.
+So the likeliest text is first drafted by the same model with matrices of 8 bits, a quarter of the bytes. The
+exact model then reads the draft in one pass and keeps it up to the first token that differs: speculative
+decoding (arXiv 2211.17192) without a second model.
 """
 
 import math

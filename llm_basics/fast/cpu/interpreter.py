@@ -1,9 +1,7 @@
-"""The steps of a model's forward and backward pass, and what takes one after the other.
+"""The steps of a model's forward and backward pass, and the interpreter that runs them.
 
-The gradient of a model is the gradients of its parts, one after the other from the end to the beginning. So
-both passes are a list of steps: an operation, and the addresses of what it reads and writes. `program` makes
-the list once for a model; `learn` goes through it without Python, as often as there is something to learn
-from. That it is a list, not one large function, is for the compiler, which sees each operation once.
+A step is an operation and the addresses of what it reads and writes; `program` lists the steps of a model
+once. A list instead of one large function is for the compiler, which then compiles each operation once.
 """
 
 from typing import NamedTuple
@@ -151,8 +149,8 @@ def attend(step: np.ndarray, n: int, task: Task, room: Workspace, of_heads: atte
     if step[0] == ATTEND:
         attention.attend(a, b, c, d, shape, of_heads, e)
     elif step[0] == ATTEND_BACK:
-        backward_ops.fill_with_zeros(step[8], n * task.n_kv_heads * task.d_head)
-        backward_ops.fill_with_zeros(step[9], n * task.n_kv_heads * task.d_head)
+        numba_jit.array(step[8], (n * task.n_kv_heads * task.d_head,))[:] = vectors.ZERO
+        numba_jit.array(step[9], (n * task.n_kv_heads * task.d_head,))[:] = vectors.ZERO
         attention.attend_backward(a, b, c, d, e, f, shape, of_heads, step[7], step[8], step[9])
     elif step[0] == PLACE:
         attention.apply_rope(a, b, task.eps, task.has_qk_norm, room.cos, room.sin, shape, d, c)

@@ -17,9 +17,8 @@ LEAST_ROWS = 64
 def onednn_is_wider() -> bool:
     """Whether oneDNN multiplies float32 matrices by wider instructions here than MKL, which torch calls.
 
-    MKL uses AVX-512 on processors of its own maker alone: on an AMD EPYC of 2024 it reached 100 GFLOP/s on
-    one core, oneDNN 230. On an Intel of 2023 both reach 330 on two cores, and oneDNN 140 for the gradients of
-    weights.
+    MKL uses AVX-512 on Intel alone: one core of an AMD EPYC of 2024 reached 100 GFLOP/s by it, 230 by oneDNN.
+    Two cores of an Intel of 2023 reach 330 by both, and 140 by oneDNN for the gradients of weights.
     """
     has_avx512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_avx512 and not is_of_intel()

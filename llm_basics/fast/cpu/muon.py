@@ -1,7 +1,6 @@
-"""A step of Muon as loops: `optim.muon_step_`, one matrix after the other.
+"""A step of Muon in machine code: `optim.muon_step_`, one matrix after the other.
 
-To make a matrix orthogonal takes fifteen products of matrices that fit into the cache of a core. So each
-thread takes matrices of its own, from gradient to update, and none waits for another.
+To orthogonalize a matrix takes fifteen products that fit into a core's cache, so each thread has its own.
 """
 
 import math

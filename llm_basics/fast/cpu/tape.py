@@ -1,8 +1,7 @@
-"""A model's forward and backward pass as a list of steps for `gradient`.
+"""A model's forward and backward pass as a list of steps for `gradient`, with the gradients by hand.
 
-What `model.TransformerLM` says in layers is said here once more in steps; and what autograd would find of it
-is written by hand, each part after the one that follows it. What a model may do without has a value that
-changes nothing, a bias of 0 or an angle of 0, and a gradient that is written where nobody reads it.
+A part that a model lacks has a value that changes nothing, a bias of 0 or an angle of 0, and a gradient that
+is written to unused memory.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""Loss and gradients of a batch by loops, each thread learning from texts of its own.
+"""Loss and gradients of a batch in machine code, each thread with texts and gradient sums of its own.
 
-A thread has its own sums of gradients too. So threads meet but once in a step, when these are added up:
-nobody waits for anybody in between, and what a thread works on stays in the cache of its core. For the same
-reason it takes some texts at a time, forward and back.
+Threads meet once a step, when the gradients are added up. A thread takes a few texts at a time forward and
+back, so that its work stays in its core's cache.
 """
 
 import functools
@@ -172,9 +171,8 @@ class Learner:
 def compile_apart() -> None:
     """Make the machine code that steps need, in a process of its own, for this one to load.
 
-    What a process has just made is not to the last bit what it would load: a function that several others
-    call is there in several versions, and whose version is called depends on which came first. So the run
-    that compiled could not be gone on with bit for bit.
+    Code that a process has just compiled differs in the last bits from what it would load from the cache, so
+    a run that compiled could not be resumed bit for bit.
     """
     here = str(Path(__file__).parents[3])
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,7 +1,6 @@
-"""Rows of numbers as loops that a processor does eight or sixteen at a time: products, norms, activations.
+"""Products, norms and activations of one row of numbers, as loops that a compiler vectorizes.
 
-A compiler finds the wide instructions by itself where a loop has no call in it and its sum may be taken in
-any order; the C library's `exp`, one number a call, would take longer than all products of a small model.
+It does so where a loop has no call and its sum may be taken in any order; hence an `exp` of our own.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""A model's weights as arrays for the loops of `decoding`, and which models those can read.
+"""A model's weights as arrays for `decoding`, and which models it can read.
 
-A model of another kind, or with a piece of somebody's own in it, is told by its modules, its parameters and
-its config: what is not known here is not guessed.
+Modules, parameters and config are checked: what is not known here is not guessed.
 """
 
 import functools

@@ -1,6 +1,5 @@
-"""Blocks of queries and keys, as the kernels of attention see them: which see each other, where they lie.
+"""Blocks of queries and keys in causal attention: which are seen whole, in part or not at all.
 
-A block of queries sees some blocks of keys whole, some in part and, if attention is causal, some not at all.
 For 4 queries a block and 2 keys a block:
 
                  keys 0 1   2 3   4 5   6 7
@@ -10,7 +9,7 @@ For 4 queries a block and 2 keys a block:
     query 7           x x   x x   x x   x x
                       whole       on the edge
 
-Only on the edge each pair has to be looked at. What lies beyond is never loaded.
+Only blocks on the edge need a mask. What lies beyond is never loaded.
 """
 
 from triton import language as tl
@@ -103,15 +102,3 @@ def rows(
     rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (rows < n_rows)[:, None] & (columns < D_HEAD)[None, :]
     return rows, rows[:, None] * D_HEAD + columns[None, :], inside
-
-
-@triton_jit.kernel
-def products(left: triton_jit.Tile, right: triton_jit.Tile) -> triton_jit.Tile:
-    """The dot products of all rows of two tiles; "ieee" keeps float32 from being cut to TF32's 11 bits."""
-    return tl.dot(left, tl.trans(right), input_precision="ieee")
-
-
-@triton_jit.kernel
-def times(weights: triton_jit.Tile, tile: triton_jit.Tile) -> triton_jit.Tile:
-    """A product of matrices in the precision of `tile`, summed in float32."""
-    return tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")

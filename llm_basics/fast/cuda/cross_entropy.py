@@ -52,16 +52,21 @@ def _learn(
     row = logits + token * width
     target = tl.load(targets + token).to(tl.int64)
     # before anything is written: threads wait for each other in the sums that follow
-    chosen = _load_chosen(row, target, vocab_size)
+    is_id = (target >= 0) & (target < vocab_size)
+    chosen = tl.load(row + target, mask=is_id, other=float("nan")).to(tl.float32)
     peak, log_sum = _normalize(row, vocab_size, BLOCK)
-    loss = _loss(chosen, peak, log_sum, z_loss)
+    normalizer = peak + log_sum
+    # relative to the peak, as in the reference: of logits about 10,000 the difference has no digits left
+    loss = log_sum - (chosen - peak) + z_loss * normalizer * normalizer
     counts = target != ignore_index
     tl.store(losses + token, tl.where(counts, loss, 0.0))
+    # z * lse^2 has the slope 2 z lse, and lse the gradient p
+    by_sum = 1.0 + 2.0 * z_loss * normalizer
     # what was just read is in the cache still
     for first in range(0, width, BLOCK):
         ids = first + tl.arange(0, BLOCK)
         scores = _load_scores(row, first, vocab_size, BLOCK)
-        gradient = _gradient(scores, ids == target, peak, log_sum, z_loss)
+        gradient = by_sum * tl.exp(scores - peak - log_sum) - tl.where(ids == target, 1.0, 0.0)
         tl.store(row + ids, tl.where(counts, gradient, 0.0), mask=ids < width)
 
 
@@ -77,39 +82,6 @@ def _normalize(
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(scores - higher), axis=0)
         peak = higher
     return peak, tl.log(total)
-
-
-@triton_jit.kernel
-def _load_chosen(
-    row: triton_jit.Pointer, target: triton_jit.Number, vocab_size: triton_jit.Number
-) -> triton_jit.Number:
-    """The logit of the target; NaN if that is no id."""
-    is_id = (target >= 0) & (target < vocab_size)
-    return tl.load(row + target, mask=is_id, other=float("nan")).to(tl.float32)
-
-
-@triton_jit.kernel
-def _loss(
-    chosen: triton_jit.Number, peak: triton_jit.Number, log_sum: triton_jit.Number, z_loss: triton_jit.Number
-) -> triton_jit.Number:
-    """The loss of one token, as a number."""
-    normalizer = peak + log_sum
-    # relative to the peak, as in the reference: of logits about 10,000 the difference has no digits left
-    return log_sum - (chosen - peak) + z_loss * normalizer * normalizer
-
-
-@triton_jit.kernel
-def _gradient(
-    scores: triton_jit.Tile,
-    is_target: triton_jit.Tile,
-    peak: triton_jit.Number,
-    log_sum: triton_jit.Number,
-    z_loss: triton_jit.Number,
-) -> triton_jit.Tile:
-    """The gradient of a loss with respect to a block of logits."""
-    # z * lse^2 has the slope 2 z lse, and lse the gradient p
-    by_sum = 1.0 + 2.0 * z_loss * (peak + log_sum)
-    return by_sum * tl.exp(scores - peak - log_sum) - tl.where(is_target, 1.0, 0.0)
 
 
 @triton_jit.kernel

@@ -1,10 +1,9 @@
-"""One token through a model, in tensors whose shapes never change: what a CUDA graph can hold.
+"""One token through a model in tensors of fixed shapes, which a CUDA graph can record.
 
-On a GPU a small model's time goes into starting kernels, some twenty for each block. A graph starts all of
-them at once; but it does again exactly what was recorded. So the position is a number on the device. Most
-models are read by five kernels a block (`triton_decoding`), and these choose the likeliest token as well:
-several tokens can then be asked for before anybody waits. Others are read as they are written, and attention
-looks at the whole cache through a mask.
+A small model on a GPU spends its time starting kernels; a graph starts all of them at once, but repeats what
+was recorded. So the position is a number on the device. Most models are read by five kernels a block
+(`triton_decoding`), which choose the likeliest token too; others as written, with attention to the whole
+cache through a mask.
 """
 
 import itertools

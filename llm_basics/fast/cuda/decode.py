@@ -1,17 +1,13 @@
 """One token through a transformer, in five kernels a block.
 
-A new token asks for little: at each weight one multiplication. Step by step, a block of a small model is some
-twenty kernels, and none has more to do than to start: in a graph a kernel that waits for another takes 2 us
-or more, in which an H200 would read 10 MB. So what has one vector for its input is one kernel:
+A kernel of a CUDA graph that waits for another takes 2 us or more, in which an H200 would read 10 MB. So
+everything with one input vector is one kernel:
 
-    project_heads    normalize, make queries, keys and values, turn them, store keys and values
-    attend           each head looks back at all keys, block by block, by a softmax that does not wait for
-                     its maximum (`triton_cross_entropy`)
-    project          back to the residual stream; once more with the norm before and the activation after it,
-                     and once more back
+    project_heads    normalize, project to queries, keys and values, RoPE, store keys and values
+    attend           each head over all keys, block by block, by an online softmax
+    project          back to the residual stream; also with the norm before and the activation after it
 
-At the end `choose` finds the likeliest token and puts it where `embed` finds it, so that nobody has to wait
-for one token before the next can begin.
+`choose` puts the likeliest token where `embed` reads it, so the next token needs no synchronization.
 """
 
 import math

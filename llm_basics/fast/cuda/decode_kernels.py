@@ -1,7 +1,6 @@
-"""Vectors on a graphics card: one token's products, norms and activations, and its look back, as kernels.
+"""Kernels of `triton_decoding`: products, norms, activations and attention of one token.
 
-A program makes some rows of a product. The vector that comes in is normalized by each of them again: it is in
-the cache, and to do so takes less time than to start a kernel. `triton_decoding` puts them together.
+A program makes some rows of a product, and normalizes the input again: cheaper than to start a kernel.
 """
 
 from triton import language as tl

@@ -1,29 +1,22 @@
-"""Attention that never writes its scores down: FlashAttention (arXiv 2205.14135, 2307.08691).
+"""FlashAttention in Triton (arXiv 2205.14135, 2307.08691): the scores are never written to memory.
 
-Step by step, `functional.scaled_dot_product_attention` makes a score for each pair of a query and a key, and
-in bfloat16 moves 64 bytes for it: 2 to multiply, 4 to scale, 8 to mask, 44 for softmax, 4 to mask again and 2
-to multiply again. At 1,024 positions, 12 heads and a batch of 8 these are 6.4 GB in each layer, and the
-probabilities are kept for the backward pass. Queries, keys, values and the output together are 50 MB.
-
-Softmax needs all scores of a query before it has the first probability. But it can be computed block by
-block, as in `triton_cross_entropy`. With the peak `m` and the sum `l` of what was seen, and a block of scores
-`s` with values `V`,
+Softmax is computed block by block, as in `triton_cross_entropy`. With the peak `m` and the sum `l` so far,
+and a block of scores `s` with values `V`,
 
     m' = max(m, max s)      l' = l exp(m - m') + sum exp(s - m')
                             o' = o exp(m - m') + exp(s - m') V
 
-and `o / l` is the output, exactly. So a program holds a block of queries in registers and lets the blocks of
-keys and values pass by: 4 d_head / QUERIES bytes a score, from the cache as a rule. Above the diagonal no
-query sees anything, and those blocks are skipped.
+and `o / l` is the output, exactly. A program holds a block of queries in registers and loops over the blocks
+of keys and values; blocks above the diagonal are skipped.
 
-Backward, a probability `P = exp(s - L)` is calculated again from the scores and one number that was kept for
-each query, `L = m + log l`. With `dO` the gradient of the output,
+Backward, a probability `P = exp(s - L)` is computed again from the scores and one number kept for each query,
+`L = m + log l`. With `dO` the gradient of the output,
 
     dP = dO V^T     dS = P (dP - D)     where D = sum of dO O over d_head
     dV = P^T dO     dQ = dS K scale     dK = dS^T Q scale
 
 The sum in dQ goes over keys, those in dK and dV over queries: one kernel each, in which every program owns
-its rows. So nothing has to be added up between programs, and each run gives the same bits.
+its rows. So programs share no sums, and each run gives the same bits.
 """
 
 import math
@@ -57,6 +50,7 @@ TILES_OF_FLOATS = {
     256: ((16, 16, 8, 2), (16, 16, 8, 2)),
 }
 WIDEST = max(TILES_OF_HALVES)
+# "ieee" in products keeps float32 from being rounded to TF32's 11 bits
 # exponentials are powers of two here, which is what the hardware has: e^x = 2^(x log2 e)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -71,8 +65,7 @@ def scaled_dot_product_attention(
 ) -> Float[Tensor, "... queries d_v"]:
     """`functional.scaled_dot_product_attention` without the matrix of scores; its gradients have none.
 
-    With a mask or dropout, with broadcast axes, and where autocast would narrow the inputs, the reference
-    calculates.
+    The reference takes masks, dropout, broadcast axes and inputs that autocast would narrow.
 
     >>> q, k = torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]])
     >>> scaled_dot_product_attention(q, k, value=torch.tensor([[3.0], [5.0]]))
@@ -84,11 +77,16 @@ def scaled_dot_product_attention(
 
 
 def _can_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernels fit: one dtype, one width, the same leading axes."""
-    narrowed = query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type)
+    """Whether the kernels fit: not empty, at most 32 bits a number, one device, dtype and width."""
+    device = query.device
+    # Triton reads the variable again when it calls a kernel
+    interpreted = device.type == "cpu" and triton_jit.INTERPRETED and triton.knobs.runtime.interpret
+    narrowed = query.dtype == torch.float32 and torch.is_autocast_enabled(device.type)
     return (
-        triton_jit.can_take(query, key, value)
+        (device.type == "cuda" or interpreted)
         and not narrowed
+        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and all(t.device == device and t.numel() > 0 for t in (query, key, value))
         and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape == (*query.shape[:-2], key.shape[-2], query.shape[-1])
         and query.shape[-1] <= WIDEST
@@ -132,7 +130,7 @@ def _attend(
             keys, key_at, is_key = blocks.rows(first_key, n_keys, D_HEAD, KEYS, WIDTH)
             k = tl.load(key + key_head + key_at, mask=is_key, other=0.0)
             v = tl.load(value + key_head + key_at, mask=is_key, other=0.0)
-            scores = blocks.products(q, k) * (scale * LOG2_E)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
             if ON_EDGE:
                 seen = blocks.sees(queries[:, None], keys[None, :], n_keys, IS_CAUSAL)
                 scores = tl.where(seen, scores, -float("inf"))
@@ -141,7 +139,7 @@ def _attend(
             shrink = tl.exp2(peak - higher)
             weights = tl.exp2(scores - higher[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
-            mixed = mixed * shrink[:, None] + blocks.times(weights, v)
+            mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             peak = higher
 
     tl.store(out + query_at, mixed / total[:, None], mask=is_query)
@@ -191,11 +189,11 @@ def _differentiate_queries(
             keys, key_at, is_key = blocks.rows(first_key, n_keys, D_HEAD, KEYS, WIDTH)
             k = tl.load(key + key_head + key_at, mask=is_key, other=0.0)
             v = tl.load(value + key_head + key_at, mask=is_key, other=0.0)
-            p = tl.exp2(blocks.products(q, k) * (scale * LOG2_E) - log_sum[:, None])
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) - log_sum[:, None])
             if ON_EDGE:
                 p = tl.where(blocks.sees(queries[:, None], keys[None, :], n_keys, IS_CAUSAL), p, 0.0)
-            ds = p * (blocks.products(do, v) - delta[:, None])
-            dq += blocks.times(ds, k)
+            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     tl.store(grad_query + query_at, dq * scale, mask=is_query)
 
 
@@ -238,12 +236,12 @@ def _differentiate_keys(
             do = tl.load(grad_out + query_head + query_at, mask=is_query, other=0.0)
             log_sum = tl.load(log_sums + of_query, mask=queries < n_queries, other=0.0)
             delta = tl.load(deltas + of_query, mask=queries < n_queries, other=0.0)
-            p = tl.exp2(blocks.products(k, q) * (scale * LOG2_E) - log_sum[None, :])
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E) - log_sum[None, :])
             if ON_EDGE:
                 p = tl.where(blocks.sees(queries[None, :], keys[:, None], n_keys, IS_CAUSAL), p, 0.0)
-            ds = p * (blocks.products(v, do) - delta[None, :])
-            dv += blocks.times(p, do)
-            dk += blocks.times(ds, q)
+            ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
     tl.store(grad_key + key_at, dk * scale, mask=is_key)
     tl.store(grad_value + key_at, dv, mask=is_key)
 

@@ -26,23 +26,11 @@ Pointer: TypeAlias = Any
 Number: TypeAlias = Any
 Tile: TypeAlias = Any
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def kernel(function: Callable[..., Any]) -> Any:
     """`function` as a kernel, or a part of kernels; compiled at the first call with each kind of argument."""
     # tests wrap functions to check their annotations; Triton has no use for that
     return triton.jit(inspect.unwrap(function))
-
-
-def can_take(*tensors: Tensor) -> bool:
-    """Whether kernels can work on these tensors: on one card, not empty and of at most 32 bits a number."""
-    device = tensors[0].device
-    # Triton asks for the variable again when it calls a kernel
-    interpreted = device.type == "cpu" and INTERPRETED and triton.knobs.runtime.interpret
-    return (device.type == "cuda" or interpreted) and all(
-        t.device == device and t.dtype in DTYPES and t.numel() > 0 for t in tensors
-    )
 
 
 def try_out(device: torch.device) -> None:

@@ -1,7 +1,6 @@
-"""A file in chunks that can be scanned apart, so that memory holds a few of them and never the text.
+"""A file in chunks that are scanned independently, so that memory holds a few of them and never the text.
 
-A chunk ends where a pre-token ends whatever follows: behind a letter or a number that something else follows,
-or at a special token. Threads scan the chunks, since machine code runs without Python's lock.
+A chunk ends where a pre-token ends whatever follows: behind a letter or number, or at a special token.
 """
 
 import os

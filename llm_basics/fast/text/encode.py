@@ -1,9 +1,10 @@
-"""From the bytes of a text to token ids, in machine code: scan, look each pre-token up, merge the new ones.
+"""From the bytes of a text to token ids in machine code: scan, look each pre-token up, merge the new ones.
 
-A merge is known by its rank, its place in the order of learning, and a token by its symbol: a byte is its
-own, and merge number r makes symbol 256 + r. Ids come in only when a pre-token is remembered.
+A byte is its own symbol, and merge number r, its rank, makes symbol 256 + r. Ids come in when a pre-token is
+remembered.
 """
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -108,18 +109,16 @@ def merge_long(text: np.ndarray, start: int, n: int, merges: Merges, out: np.nda
     table, byte_level, made = merges.table, merges.byte_level, merges.made
     symbols, found = np.empty(n, np.int32), np.empty(n, np.int64)
     after, before = np.empty(n, np.int32), np.empty(n, np.int32)
-    # rank, then place: of equal ranks the leftmost comes first. A merge ends one entry and adds at most two
-    heap, n_heap = np.empty(2 * n + 2, np.int64), 0
     for k in range(n):
         symbols[k] = text[start + k]
         before[k], after[k] = k - 1, k + 1
     for k in range(n - 1):
         found[k] = byte_level[symbols[k], symbols[k + 1]]
-        if found[k] != NO_MERGE:
-            n_heap = heap_push(heap, n_heap, found[k] << 32 | k)
-    while n_heap > 0:
-        top = heap[0]
-        n_heap = heap_pop(heap, n_heap)
+    # rank, then place: of equal ranks the leftmost comes first
+    heap = [found[k] << 32 | k for k in range(n - 1) if found[k] != NO_MERGE]
+    heapq.heapify(heap)
+    while len(heap) > 0:
+        top = heapq.heappop(heap)
         rank, k = top >> 32, top & 0xFFFFFFFF
         if symbols[k] < 0 or found[k] != rank:
             continue  # another merge changed this pair
@@ -131,46 +130,18 @@ def merge_long(text: np.ndarray, start: int, n: int, merges: Merges, out: np.nda
             before[after[k]] = k
             found[k] = rank_of(symbols[k], symbols[after[k]], table)
             if found[k] != NO_MERGE:
-                n_heap = heap_push(heap, n_heap, found[k] << 32 | k)
+                heapq.heappush(heap, found[k] << 32 | k)
         left = before[k]
         if left >= 0:
             found[left] = rank_of(symbols[left], symbols[k], table)
             if found[left] != NO_MERGE:
-                n_heap = heap_push(heap, n_heap, found[left] << 32 | left)
+                heapq.heappush(heap, found[left] << 32 | left)
     k = 0
     while k < n:
         out[at] = merges.ids[symbols[k]]
         at += 1
         k = after[k]
     return at
-
-
-@numba_jit.jit
-def heap_push(heap: np.ndarray, n: int, entry: int) -> int:
-    """Put `entry` on a heap of `n`, the smallest on top; returns how many there are."""
-    k = n
-    while k > 0 and heap[(k - 1) >> 1] > entry:
-        heap[k] = heap[(k - 1) >> 1]
-        k = (k - 1) >> 1
-    heap[k] = entry
-    return n + 1
-
-
-@numba_jit.jit
-def heap_pop(heap: np.ndarray, n: int) -> int:
-    """Take the smallest entry off a heap of `n`; returns how many there are."""
-    n -= 1
-    entry, k = heap[n], 0
-    while 2 * k + 1 < n:
-        child = 2 * k + 1
-        if child + 1 < n and heap[child + 1] < heap[child]:
-            child += 1
-        if entry <= heap[child]:
-            break
-        heap[k] = heap[child]
-        k = child
-    heap[k] = entry
-    return n
 
 
 @numba_jit.jit

@@ -1,9 +1,8 @@
 """A hash table of pre-tokens: bytes -> a number, with open addressing, in three arrays.
 
-A pre-token of up to 16 bytes, which nearly all are, is its own key: two 8-byte words and its length. A longer
-one stands in a pool, and its key is a hash and its place there. So a lookup compares the bytes, always, but
-seldom leaves the slot. When three quarters of the slots are taken, or the pool has no room, `insert` declines
-and its caller enlarges the table.
+A pre-token of up to 16 bytes is its own key: two 8-byte words and its length. A longer one stands in a pool,
+and its key is a hash and its place there. When three quarters of the slots are taken, or the pool is full,
+`insert` returns False and its caller enlarges the table.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
-"""The merging itself, in machine code: one row of symbols, all pairs of neighbors, and a heap of them.
+"""BPE merging in machine code: one row of symbols, all pairs of neighbors, and a heap of them.
 
-Three observations make it fast. A pair of tokens comes to be only in the step that makes the younger of the
-two, so the places where it stands can be listed then and are never added to. From there on its count only
-falls, so an entry of the heap that is out of date may wait until it is on top. And each place remembers which
-pair begins there, so nothing is looked up while merging.
+A pair comes to be only in the step that makes the younger of its tokens, so its places are listed then and
+never added to. Its count only falls, so an outdated heap entry may wait until it is on top. Each place
+remembers which pair begins there, so nothing is looked up while merging.
 """
 
 from typing import NamedTuple
@@ -113,13 +112,9 @@ def needed(m: Merger) -> tuple[int, int, int, int, int, int, int]:
     """The lengths that the arrays named in GROWING must have for the next merge."""
     if m.used[N_HEAP] == 0:
         return 0, 0, 0, 0, 0, 0, 0
-    pair = m.heap[0]
-    made = 2 * m.pairs[pair, PLACES]
-    end = (
-        m.begins[m.used[N_TOKENS]]
-        + size(m.begins, m.pairs[pair, LEFT])
-        + size(m.begins, m.pairs[pair, RIGHT])
-    )
+    pair = m.pairs[m.heap[0]]
+    made = 2 * pair[PLACES]
+    end = m.begins[m.used[N_TOKENS]] + size(m.begins, pair[LEFT]) + size(m.begins, pair[RIGHT])
     n_pairs = m.used[N_PAIRS] + made
     return n_pairs, m.used[N_PLACES] + made, n_pairs, n_pairs, end, made, made
 

@@ -1,9 +1,7 @@
 """Where each pre-token ends, found in UTF-8 bytes by two scanners that equal GPT-2's and cl100k's patterns.
 
-A regular expression looks at every character with a general machine, and wants the text decoded. These
-scanners read the bytes themselves: ASCII costs one look into a table of classes, other characters are decoded
-on the way. The classes are taken from `regex`, so both agree about every character of Unicode. A byte that is
-not UTF-8 counts as a sign of its own, as `surrogateescape` decodes it.
+ASCII costs one look into a table of classes, taken from `regex`; other characters are decoded first. A byte
+that is not UTF-8 is a sign of its own, as `surrogateescape` decodes it.
 
     >>> text, n = padded(b"It's 10 mice"), 12
     >>> ends = [0]
