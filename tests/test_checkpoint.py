@@ -172,7 +172,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
     changed.append(content.index(b"step") + 8)  # the step itself, in the description
     for offset in changed:
         path.write_bytes(content[:offset] + bytes([content[offset] ^ 4]) + content[offset + 1 :])
-        with pytest.raises(ValueError, match="damaged|must be a checkpoint"):
+        with pytest.raises(ValueError, match="damaged|must be an llm_basics checkpoint"):
             checkpoint.read_checkpoint(path)
     for end in (0, 7, 100, header, len(content) - 1):
         path.write_bytes(content[:end])
@@ -202,7 +202,7 @@ def test_content_is_on_disk_before_the_name_and_the_name_after(tmp_path, monkeyp
 
 def test_foreign_safetensors_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match="must be a checkpoint of llm_basics"):
+    with pytest.raises(ValueError, match="must be an llm_basics checkpoint"):
         checkpoint.read_checkpoint(tmp_path / "foreign")
 
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_is_found_by_name_or_step(folder, which, step):
     assert checkpoint.find(folder / "checkpoints", which) == run_dir.checkpoint_path(folder, step)
 
 
-@pytest.mark.parametrize(("which", "said"), [("7", "of step 7"), ("newest", "latest, best or a number")])
+@pytest.mark.parametrize(("which", "said"), [("7", "of step 7"), ("newest", "latest, best or a step")])
 def test_a_checkpoint_that_is_not_there_is_an_error(folder, which, said):
     with pytest.raises(ValueError, match=said):
         checkpoint.find(folder / "checkpoints", which)

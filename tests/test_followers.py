@@ -152,7 +152,7 @@ def assert_run_is_whole(folder, lines=1000):
 
 def assert_one_warning(error, text):
     assert error.count("\n") == 1
-    assert error.startswith("warning: wandb stopped following (") and text in error
+    assert error.startswith("warning: wandb logging stopped (") and text in error
 
 
 def test_wandb_gets_every_line_in_order(tmp_path, install, capsys):
@@ -222,7 +222,7 @@ def test_lines_that_wandb_has_no_time_for_are_counted(tmp_path, install, capsys,
     install(FakeWandb("init", hang))
     follower = assert_run_is_whole(tmp_path)
     assert follower.lines.qsize() == 101  # and the end
-    assert_one_warning(capsys.readouterr().err, "it missed 901 lines")
+    assert_one_warning(capsys.readouterr().err, "901 lines were dropped")
 
 
 def test_a_slow_wandb_that_ends_well_tells_what_it_missed(tmp_path, install, capsys, monkeypatch):
@@ -236,7 +236,7 @@ def test_a_slow_wandb_that_ends_well_tells_what_it_missed(tmp_path, install, cap
     gate.set()
     follower.close()
     assert wandb.calls[-1] == ("finish",)
-    assert_one_warning(capsys.readouterr().err, "it missed 3 lines")
+    assert_one_warning(capsys.readouterr().err, "3 lines were dropped")
 
 
 def test_an_unreachable_server_does_not_keep_the_interpreter(tmp_path):

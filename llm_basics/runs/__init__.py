@@ -1,1 +1,1 @@
-"""The run directory: the only interface between programs."""
+"""The run directory, checkpoints, loggers and signals."""

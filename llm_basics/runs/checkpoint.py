@@ -1,9 +1,8 @@
-"""A model and its optimizer in one file, without pickle: safetensors with JSON beside the tensors.
+"""Checkpoints: model, optimizer and random state in one safetensors file, without pickle.
 
 Tensors are named `model.*`, `optimizer.*` and `rng.*`. The file's metadata holds the rest as JSON, with a
-SHA-256 over everything. A file takes its name only when it is complete and on disk. A folder of checkpoints
-has no pointers that could dangle: the latest and the best are found by looking. As a program:
-`uv run python -m llm_basics.checkpoint --help`.
+SHA-256 over everything. Files are written atomically. A folder of checkpoints has no pointer files: the
+latest and the best are found by reading it. Command: `uv run python -m llm_basics.checkpoint --help`.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ Target = str | os.PathLike[str] | io.BufferedIOBase
 def save_checkpoint(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Target, **state: Any
 ) -> None:
-    """Write model, optimizer, random state, `step` and whatever JSON `state` to a path or a binary file."""
+    """Write model, optimizer, random state, `step` and JSON-serializable `state` to a path or binary file."""
     tensors, tied = _untie({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     saved = optimizer.state_dict()
     numbers: dict[str, dict[str, Any]] = {}
@@ -68,13 +67,13 @@ def save_checkpoint(
 
 
 def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors without those that share all memory with another, and the names of both for each of these."""
+    """The tensors without tied ones, and for each tied name the name that is stored."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        owner = owners.setdefault(place, name) if tensor.numel() else name
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        owner = owners.setdefault(memory, name) if tensor.numel() else name
         if owner == name:
             kept[name] = tensor
         else:
@@ -83,19 +82,19 @@ def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, by name; those that share memory with one before are copied."""
+    """The tensors on the CPU, sorted by name; tensors that share storage are copied."""
     result, seen = {}, set()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage().data_ptr()
         whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        result[name] = tensor.clone() if place in seen or not whole else tensor
-        seen.add(place)
+        result[name] = tensor.clone() if storage in seen or not whole else tensor
+        seen.add(storage)
     return result
 
 
 def _digest(tensors: dict[str, Tensor], described: str) -> str:
-    """SHA-256 over the description, and over names, dtypes, shapes and bytes of all tensors."""
+    """SHA-256 over the JSON state and over names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256(described.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -108,7 +107,7 @@ def _digest(tensors: dict[str, Tensor], described: str) -> str:
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every random generator that a training step may draw from: tensors, and the rest."""
+    """The state of every random generator used in training: tensors, and JSON for the rest."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {
@@ -141,7 +140,7 @@ def _restore_random_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> N
 
 
 def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state of a checkpoint. Raises ValueError unless all is as it was written."""
+    """The tensors and the state of a checkpoint. Raises ValueError unless its SHA-256 matches."""
     name = src if isinstance(src, str | os.PathLike) else "the checkpoint"
     try:
         content = Path(src).read_bytes() if isinstance(src, str | os.PathLike) else src.read()
@@ -154,9 +153,9 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
         described, expected = metadata["llm_basics"], metadata["sha256"]
         about = json.loads(described)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{name} must be a checkpoint of llm_basics; {error}") from None
+        raise ValueError(f"{name} must be an llm_basics checkpoint; {error}") from None
     if _digest(tensors, described) != expected:
-        raise ValueError(f"{name} is damaged: it does not have the SHA-256 that was written with it")
+        raise ValueError(f"{name} is damaged: its content does not match its SHA-256")
     if about["schema"] != SCHEMA:
         raise ValueError(f"{name} must have schema {SCHEMA}, got {about['schema']}")
     return tensors, about
@@ -165,15 +164,15 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_checkpoint(
     src: Target, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, restore_rng: bool = False
 ) -> dict[str, Any]:
-    """Restore `model`, and if given `optimizer`, and return the state with its `step`.
+    """Load a checkpoint into `model` and `optimizer`, and return the state with its `step`.
 
-    Every weight must be there with the shape that the model has. Nothing is changed unless all fits.
+    Names and shapes must match the model's. Nothing is changed otherwise.
     """
     tensors, about = read_checkpoint(src)
     weights = _section(tensors, "model.")
     weights |= {_strip(name): weights[_strip(owner)] for name, owner in about["tied"].items()}
-    check_shapes(model.state_dict(), weights, "the checkpoint is of another model")
-    if optimizer is not None:  # first, since it may still object
+    check_shapes(model.state_dict(), weights, "the checkpoint does not fit the model")
+    if optimizer is not None:  # first, since it may raise
         optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
     model.load_state_dict(weights)
     if restore_rng:
@@ -182,7 +181,7 @@ def load_checkpoint(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The state alone, from the head of the file; nothing is verified. Raises ValueError if there is none."""
+    """The state from the file's header, without verification. Raises ValueError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -190,7 +189,7 @@ def read_about(path: Path) -> dict[str, Any]:
                 raise ValueError("it ends within its header")
             return json.loads(json.loads(file.read(size))["__metadata__"]["llm_basics"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a checkpoint of llm_basics; {error}") from None
+        raise ValueError(f"{path} must be an llm_basics checkpoint; {error}") from None
 
 
 def _optimizer_state(
@@ -202,13 +201,13 @@ def _optimizer_state(
         state.setdefault(int(index), {})[key] = tensor
     groups = [dict(group) for group in saved["param_groups"]]
     for group, current in zip(groups, optimizer.param_groups, strict=False):
-        # JSON has lists where Python had tuples
+        # JSON stores tuples as lists
         group |= {k: tuple(v) for k, v in group.items() if isinstance(current.get(k), tuple)}
     return {"state": state, "param_groups": groups}
 
 
 def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], problem: str) -> None:
-    """Raise ValueError that lists where `found` differs from `expected` in names and shapes."""
+    """Raise ValueError, listing the differences, unless names and shapes of tensors match."""
     differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
     differences += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
     differences += [
@@ -234,22 +233,22 @@ def _strip(name: str) -> str:
 
 
 def files(folder: str | os.PathLike[str]) -> list[Path]:
-    """What looks like a checkpoint, newest first."""
+    """The checkpoint files of a folder, newest first, by name only."""
     return sorted(Path(folder).glob(PATTERN), reverse=True)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint. Raises ValueError unless all of it is there, under the name it was given."""
+    """The state of a checkpoint. Raises ValueError unless its SHA-256 and its file name match."""
     if path.is_symlink():
         raise ValueError(f"{path} must be a file, got a link")
     _, about = read_checkpoint(path)
     if path.name != f"step_{about['step']:08d}.safetensors":
-        raise ValueError(f"{path} has another name than it was given: it is of step {about['step']}")
+        raise ValueError(f"{path} must be named after its step, got step {about['step']}")
     return about
 
 
 def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, or None, and why each newer one does not."""
+    """The newest valid checkpoint, or None, and the errors of all newer ones."""
     rejected: list[str] = []
     for path in files(folder):
         try:
@@ -261,7 +260,7 @@ def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]
 
 
 def best(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint with the lowest validation loss, of those that were measured; of equals, the oldest."""
+    """The checkpoint with the lowest validation loss; of equals, the oldest. None if none has one."""
     losses = {}
     for path in reversed(files(folder)):
         with contextlib.suppress(ValueError):
@@ -271,7 +270,7 @@ def best(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
-    """The checkpoint called `latest`, `best`, or by its number of steps. Raises ValueError if none is."""
+    """The checkpoint named `latest`, `best`, or by its step number. Raises ValueError if there is none."""
     if which == "latest":
         found, rejected = newest_valid(folder)
         reasons = "".join(f"\n  {reason}" for reason in rejected)
@@ -280,19 +279,19 @@ def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
     elif which.isdecimal():
         found, reasons = Path(folder) / f"step_{int(which):08d}.safetensors", f" of step {which}"
     else:
-        raise ValueError(f"a checkpoint must be latest, best or a number of steps, got {which}")
+        raise ValueError(f"checkpoint must be latest, best or a step number, got {which}")
     if found is None or not found.exists():
         raise ValueError(f"{folder} must hold a checkpoint, got none{reasons}")
     return found
 
 
 def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
-    """Delete all but the `keep` newest and the best. Returns what was deleted.
+    """Delete all but the `keep` newest and the best. Returns the deleted paths.
 
-    The newest that verifies counts as the first: an older one is what it would be needed for otherwise.
+    Counts from the newest valid checkpoint, so that at least one valid checkpoint remains.
     """
     if keep < 1:
-        raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
+        raise ValueError(f"keep must be at least 1, got {keep}")
     found = files(folder)
     valid, _ = newest_valid(folder)
     if valid is None:
@@ -306,6 +305,6 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[Path]:
 
 
 def delete_partial(folder: str | os.PathLike[str]) -> None:
-    """Delete what saves left that were killed; nobody else may be writing."""
+    """Delete partial files of interrupted saves; no other process may be writing."""
     for path in Path(folder).glob(f"{PATTERN}.tmp-*"):
         path.unlink(missing_ok=True)

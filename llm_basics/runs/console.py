@@ -1,4 +1,4 @@
-"""The terminal: progress bars and lines."""
+"""Progress bars and lines on the terminal."""
 
 import contextlib
 import os
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LINE_SECONDS = 10.0  # between lines of progress where there is no bar
+LINE_SECONDS = 10.0  # between progress lines without a terminal
 
 
 @contextlib.contextmanager
 def progress_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A function to tell a stage, what is done and what there is to do (0: unknown); shown on a terminal.
+    """A callback for progress: stage, amount done, total (0: unknown). Drawn as bars on a terminal.
 
-    Where the unit is bytes, their speed is shown too; and elsewhere than on a terminal, a line now and then.
+    With unit "bytes" the speed is shown too, and without a terminal a line every LINE_SECONDS is printed.
     """
     if not sys.stdout.isatty():
-        yield _Lines() if unit == "bytes" else lambda stage, done, total: None
+        yield _ProgressLines() if unit == "bytes" else lambda stage, done, total: None
         return
     from rich import progress
 
@@ -39,23 +39,23 @@ def progress_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-class _Lines:
-    """Tells of work on bytes in lines."""
+class _ProgressLines:
+    """Prints the progress of work on bytes as lines."""
 
     def __init__(self) -> None:
-        self.began = self.told = time.monotonic()
+        self.began = self.last_printed = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.told >= LINE_SECONDS and done:
-            self.told = now
+        if now - self.last_printed >= LINE_SECONDS and done:
+            self.last_printed = now
             speed = done / (now - self.began)
             left = f", about {(total - done) / speed:.0f} s left" if total else ""
             print_line(f"{stage} {done / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s{left}")
 
 
 def print_line(text: str) -> None:
-    """Print, as long as somebody reads: a closed pipe (`| head`) or a lost terminal does not end the run."""
+    """Print a line; a closed pipe (`| head`) or a lost terminal does not end the run."""
     try:
         print(text, flush=True)
     except OSError:

@@ -1,7 +1,4 @@
-"""Who is told of a training run as it goes on: people at a terminal, Weights & Biases.
-
-They may fail without harm to the run.
-"""
+"""Loggers of a training run: the terminal and Weights & Biases. A failing logger does not stop the run."""
 
 import contextlib
 import os
@@ -15,25 +12,25 @@ from typing import Any
 
 from llm_basics.runs import console
 
-CLOSE_SECONDS = 10.0  # that wandb may take at the end of a run
-QUEUE_LINES = 10_000  # that may wait for wandb; more are dropped
+CLOSE_SECONDS = 10.0  # limit for wandb at the end of a run
+QUEUE_LINES = 10_000  # queue limit; further lines are dropped
 
 
 class Logger:
-    """What is told of a run as it goes on."""
+    """Receives the metrics and messages of a run."""
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Numbers were measured; `values` is a line of metrics.jsonl."""
+        """Log a line of metrics.jsonl."""
 
     def message(self, text: str) -> None:
-        """Something was said."""
+        """Log a message."""
 
     def close(self, seconds: float | None = None) -> None:
-        """The run has ended, and waits no longer than `seconds`; None means as long as is usual."""
+        """Finish within `seconds`; None: the logger's default."""
 
 
 class ConsoleLogger(Logger):
-    """A progress bar for people, plain lines for pipes and files."""
+    """A progress bar on a terminal, plain lines in pipes and files."""
 
     def __init__(self, total_steps: int, step: int = 0) -> None:
         self.total_steps = total_steps
@@ -51,13 +48,11 @@ class ConsoleLogger(Logger):
             self.task = self.progress.add_task("training", total=total_steps, completed=step, numbers="")
 
     def metrics(self, values: dict[str, Any]) -> None:
-        # the bar shows the step and the time that is left by itself
-        left_out = {"step", "attempt", "nonfinite", "step_seconds"} | (
+        # the bar shows the step and the remaining time itself
+        hidden = {"step", "attempt", "nonfinite", "step_seconds"} | (
             {"eta_seconds"} if self.progress else set()
         )
-        numbers = " ".join(
-            f"{name}={_short(value)}" for name, value in values.items() if name not in left_out
-        )
+        numbers = " ".join(f"{name}={_short(value)}" for name, value in values.items() if name not in hidden)
         if self.progress is None:
             console.print_line(f"step={values['step']}/{self.total_steps} {numbers}")
         elif "train_loss" in values:
@@ -78,9 +73,10 @@ class ConsoleLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """Weights & Biases as a second reader of the metrics, on a thread of its own.
+    """Sends metrics to Weights & Biases from a background thread.
 
-    A service that is down, slow, missing or broken costs the run one warning, and no time but CLOSE_SECONDS.
+    If the service is unreachable, slow, missing or broken, the run gets one warning and loses at most
+    CLOSE_SECONDS.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
@@ -88,8 +84,8 @@ class WandbLogger(Logger):
         self.dropped = 0
         self.stopped = False
         self.lock = threading.Lock()
-        self.forget_exit_hook: Callable[[], None] = lambda: None
-        self.thread = threading.Thread(target=self._follow, args=(folder, options), daemon=True, name="wandb")
+        self.unregister_exit_hook: Callable[[], None] = lambda: None
+        self.thread = threading.Thread(target=self._send, args=(folder, options), daemon=True, name="wandb")
         self.thread.start()
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -102,15 +98,15 @@ class WandbLogger(Logger):
         self.lines.put(None)
         try:
             self.thread.join(CLOSE_SECONDS if seconds is None else seconds)
-        finally:  # a Ctrl-C ends the waiting, too
+        finally:  # a Ctrl-C interrupts the join, too
             if self.thread.is_alive():
                 self._stop("it did not finish in time")
         if self.dropped:
             self._stop("it was too slow")
 
-    def _follow(self, folder: Path, options: dict[str, Any]) -> None:
-        # whatever a foreign service throws, from network to login to a bad install, the run goes on;
-        # no Ctrl-C comes to this thread: one raised here would be wandb's own
+    def _send(self, folder: Path, options: dict[str, Any]) -> None:
+        # network, login or installation errors must not stop the run; Ctrl-C reaches the main thread only,
+        # so a KeyboardInterrupt here is wandb's own
         try:
             run = self._start(folder, options)
             while (values := self.lines.get()) is not None:
@@ -126,44 +122,44 @@ class WandbLogger(Logger):
         import wandb
 
         settings = wandb.Settings(
-            silent=True,  # the terminal is the run's
-            console="off",  # and so are its streams
-            init_timeout=20,  # seconds that an unreachable server may take; wandb adds 10
+            silent=True,  # the terminal belongs to the run
+            console="off",  # and so do its streams
+            init_timeout=20,  # seconds until a server counts as unreachable; wandb adds 10
         )
-        # at the interpreter's exit wandb waits for its helper process, for as long as that tries its server;
-        # forgotten, the helper ends by itself some seconds after the run
+        # wandb's exit hook waits while its helper process retries the server; without the hook the helper
+        # ends by itself some seconds after the run
         service = wandb.setup(settings).ensure_service()
-        self.forget_exit_hook = getattr(service, "_cleanup", None) or self.forget_exit_hook
+        self.unregister_exit_hook = getattr(service, "_cleanup", None) or self.unregister_exit_hook
         if self.stopped:
-            self.forget_exit_hook()
+            self.unregister_exit_hook()
         has_key = wandb.login(prompt=False, verify=False)
         name = folder.resolve().name
         run = wandb.init(
             project="llm_basics",
             name=name,
-            id=re.sub(r"[^\w.-]", "-", name),  # a resumed run goes on with its curves
+            id=re.sub(r"[^\w.-]", "-", name),  # a resumed run continues its curves
             resume="allow",
             dir=folder,
             config=options,
             mode=None if has_key or "WANDB_MODE" in os.environ else "offline",
             settings=settings,
         )
-        # a resumed run counts steps again from its checkpoint, which wandb's own counter forbids
+        # after a resume, steps restart from the checkpoint, which wandb's own counter rejects
         run.define_metric("*", step_metric="step")
         return run
 
     def _stop(self, reason: str) -> None:
-        """Follow no more, and say why, once."""
+        """Stop sending and print one warning with the reason."""
         with self.lock:
             if self.stopped:
                 return
             self.stopped = True
         with contextlib.suppress(Exception):
-            self.forget_exit_hook()
+            self.unregister_exit_hook()
         if self.dropped:
-            reason += f"; it missed {self.dropped} lines"
-        with contextlib.suppress(OSError):  # nobody reads the warnings
-            print(f"warning: wandb stopped following ({reason})", file=sys.stderr)
+            reason += f"; {self.dropped} lines were dropped"
+        with contextlib.suppress(OSError):  # standard error is closed
+            print(f"warning: wandb logging stopped ({reason})", file=sys.stderr)
 
 
 def _short(value: Any) -> str:

@@ -1,17 +1,17 @@
-"""The run directory: where a training run writes all it knows, and all that reads a run looks.
+"""The run directory: the interface between a training run and everything that reads it.
 
     config.json         every option, resolved
-    metrics.jsonl       one flat object a line, appended; `attempt` counts the starts of the run
+    metrics.jsonl       one flat object per line, append-only; `attempt` counts starts and resumes
     samples.jsonl       generated texts
-    log.txt             what was said on the terminal
+    log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt
     checkpoints/        step_00000500.safetensors
-    lock                held by the process that writes here
+    lock                held by the writing process
     loss.png
-    lr_finder.jsonl     instead of metrics, samples, checkpoints and loss: what a search for a learning
-    lr_finder.png       rate measured
+    lr_finder.jsonl     learning-rate finder: its measurements, instead of metrics, samples and
+    lr_finder.png       checkpoints
 
-Followers are told of everything that happens.
+Loggers receive every metric and message.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from llm_basics.runs import loggers
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two processes apart
+except ImportError:  # Windows has no flock: run directories are not locked
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
@@ -41,14 +41,14 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
-# in config.json, beside the options: which pieces were somebody's own
+# key in config.json, beside the options: the origin of each user piece
 ORIGINS = "origins"
 
 
 class RunDir:
-    """A run directory that is being written, by one process at a time.
+    """A run directory opened for writing, locked to this process.
 
-    Raises ValueError if another has it. Where `tolerant`, a log that cannot be written is a warning.
+    Raises ValueError if another process holds it. With `tolerant`, a failed write is a warning.
     """
 
     def __init__(
@@ -62,30 +62,30 @@ class RunDir:
         self.tolerant = tolerant
         self.checkpoints = self.folder / CHECKPOINTS
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(locked(self.folder))
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
-        # where a line may have been torn, the next begins a new one
-        self._torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
+        # files whose last line may be torn: the next line starts with a newline
+        self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
-        """Store the options that the run was started with."""
+        """Write the resolved options to config.json."""
         with self._tolerating(self.folder / "config.json"):
             files.write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
 
     def resumed(self, step: int) -> None:
-        """Record that what an earlier attempt measured after `step` is no longer so."""
+        """Record a resume from `step`, which invalidates later metrics of earlier attempts."""
         self._append(METRICS, json.dumps({"step": step, "attempt": self.attempt, "resumed": True}))
 
     def metrics(self, step: int, **values: float) -> None:
-        """Record numbers measured after `step` updates. One that is not finite becomes null, and is named."""
+        """Record metrics after `step` updates; non-finite values become null, listed in `nonfinite`."""
         entry: dict[str, Any] = {"step": step, "attempt": self.attempt, **values}
         nonfinite = [name for name, value in entry.items() if not math.isfinite(value)]
         if nonfinite:
             entry |= {name: None for name in nonfinite} | {"nonfinite": nonfinite}
         self._append(METRICS, json.dumps(entry, allow_nan=False))
-        for follower in self.loggers:
-            follower.metrics(entry)
+        for logger in self.loggers:
+            logger.metrics(entry)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a generated text and log it: the prompt, quoted, in the heading, its continuation below."""
@@ -93,25 +93,25 @@ class RunDir:
         self.log(f"sample after step {step}, prompt {prompt!r}:\n" + textwrap.indent(text, "    "))
 
     def record_sample(self, step: int, prompt: str, text: str) -> None:
-        """Record a text that the model wrote after `step` updates."""
+        """Record a text sampled after `step` updates."""
         entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
         self._append(SAMPLES, json.dumps(entry, ensure_ascii=False))
 
     def tried(self, step: int, **values: float) -> None:
-        """Record what a step measured that tried a learning rate."""
+        """Record a step of the learning-rate finder."""
         self._append(LR_FINDER, json.dumps({"step": step, **values}))
 
     def log(self, text: str = "") -> None:
-        """Tell people, on the terminal and in log.txt."""
-        for follower in self.loggers:
-            follower.message(text)
+        """Log a message to all loggers and to log.txt."""
+        for logger in self.loggers:
+            logger.message(text)
         self._append("log.txt", text)
 
     def close(self, seconds: float | None = None) -> None:
-        """End the writing. Followers that want to finish have `seconds`, or as long as is usual."""
+        """Close the loggers, each within `seconds` (None: its default), and release the lock."""
         while self.loggers:
             self.loggers.pop().close(seconds)
-        self._held.close()
+        self._lock.close()
 
     def checkpoint_path(self, step: int) -> Path:
         return checkpoint_path(self.folder, step)
@@ -119,28 +119,28 @@ class RunDir:
     def _append(self, name: str, line: str) -> None:
         path = self.folder / name
         with self._tolerating(path):
-            # what was torn is ended first; should this line be torn, the next one finds it so
-            is_torn = name in self._torn and _is_torn(path)
-            self._torn.add(name)
+            # a torn line is ended first; if this write fails, the next one checks again
+            is_torn = name in self._maybe_torn and _is_torn(path)
+            self._maybe_torn.add(name)
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * is_torn + line + "\n")
-            self._torn.discard(name)
+            self._maybe_torn.discard(name)
 
     @contextlib.contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
-        """Where that was asked for, an error inside is a warning."""
+        """With `tolerant`, log an OSError as a warning."""
         try:
             yield
         except OSError as error:
             if not self.tolerant:
                 raise
-            for follower in self.loggers:
-                follower.message(f"warning: {path} could not be written ({error.strerror})")
+            for logger in self.loggers:
+                logger.message(f"warning: {path} could not be written ({error.strerror})")
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the run in `folder`: raises ValueError if another process does. Ends with the process, however."""
+    """Lock a run directory; raises ValueError if another process holds it. Released when the process ends."""
     with open(Path(folder) / "lock", "a+") as file:
         if fcntl is not None:
             try:
@@ -148,7 +148,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             except OSError:
                 file.seek(0)
                 owner = file.read().strip()
-                raise ValueError(f"the run {folder} is locked by pid {owner}, which is writing it") from None
+                raise ValueError(f"{folder} is locked by pid {owner}, which is writing to it") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -160,7 +160,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def make_folder(name: str) -> Path:
-    """A new folder under runs/, named by time and `name`; nobody else gets the same one."""
+    """Create a new folder under runs/, named by time and `name`."""
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     for number in itertools.count(1):
         folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
@@ -172,9 +172,9 @@ def make_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill that gets the name `folder` when all is in it; after an error nothing is left of it.
+    """Create `folder` atomically: yield a temporary folder, renamed at the end and removed after an error.
 
-    Raises ValueError if something has that name.
+    Raises ValueError unless `folder` is new or empty.
     """
     path = Path(os.path.abspath(folder))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -191,15 +191,15 @@ def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def newest_folder() -> Path:
-    """The run under runs/ that was written to last, of those that have a checkpoint."""
+    """The most recently written run under runs/ with a checkpoint."""
     folders = [config.parent for config in RUNS.glob("*/config.json") if checkpoints(config.parent)]
     if not folders:
-        raise ValueError(f"there must be a run with a checkpoint under {RUNS}/, got none; train one first")
+        raise ValueError(f"{RUNS}/ must hold a run with a checkpoint, got none; train one first")
     return max(folders, key=lambda folder: max(file.stat().st_mtime_ns for file in folder.iterdir()))
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The folder of the run `name`: a path, or `newest`."""
+    """The run directory of `name`: a path, or `newest`."""
     return newest_folder() if str(name) == "newest" else Path(name)
 
 
@@ -214,15 +214,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The measurements of a run, each step once: what the last attempt that got there measured.
+    """The metrics of a run, one entry per step: that of the last attempt.
 
-    A torn line, and what an attempt measured after the step from which a later one went on, are left out.
+    Torn lines, and metrics after a step from which a later attempt resumed, are left out.
     """
     return deduplicate_steps(_lines(Path(folder) / METRICS))
 
 
 def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is still so of the lines of metrics.jsonl."""
+    """The lines of metrics.jsonl that no later attempt has replaced."""
     valid: dict[tuple[int, bool], dict[str, Any]] = {}
     for entry in entries:
         if "resumed" in entry:
@@ -233,17 +233,17 @@ def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The texts that a run wrote on its way, in the order of writing."""
+    """The samples of a run, in order."""
     return list(_lines(Path(folder) / SAMPLES))
 
 
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What a search for a learning rate measured, step by step."""
+    """The measurements of the learning-rate finder, step by step."""
     return list(_lines(Path(folder) / LR_FINDER))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; one that was torn when a run was killed is no object."""
+    """The objects of a JSON-lines file, without torn lines."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -259,7 +259,7 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """Where a run keeps the checkpoint after `step` updates."""
+    """Path of the checkpoint after `step` updates."""
     return Path(folder) / CHECKPOINTS / f"step_{step:08d}.safetensors"
 
 
@@ -267,31 +267,31 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 
 
 class Stopwatch:
-    """Measures seconds of work, without those of interruptions."""
+    """A stopwatch that can be paused."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap, or since the beginning, without pauses."""
+        """Seconds since the last lap, or since the start, without pauses."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         return seconds
 
     def total(self) -> float:
-        """Seconds since the beginning, pauses included."""
+        """Seconds since the start, including pauses."""
         return time.perf_counter() - self.start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count for the lap."""
+        """Exclude the block from the lap."""
         began = time.perf_counter()
         yield
         self.last += time.perf_counter() - began
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether the last line of a file lacks its end."""
+    """Whether the last line of a file lacks its newline."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:
@@ -300,7 +300,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as JSON can say it: a number that is not finite becomes null.
+    """`value` with non-finite numbers as null, for JSON.
 
     >>> as_json({"loss": [1.5, math.nan]})
     {'loss': [1.5, None]}

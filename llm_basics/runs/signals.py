@@ -1,7 +1,7 @@
-"""Being asked to stop: Ctrl-C, SIGTERM (a scheduler's last call), SIGUSR1 (its early warning), SIGHUP.
+"""Graceful shutdown on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (a scheduler's early warning) and SIGHUP.
 
-A signal only sets a flag. Where nothing is half done, `poll` turns it into `Stopped`; so a run ends with a
-checkpoint, and with 128 plus the signal's number as its exit status. A second Ctrl-C ends it at once.
+A signal only sets a flag, which `poll` raises as `Stopped` at safe points. A stopped run saves a checkpoint
+and exits with 128 plus the signal number. A second Ctrl-C ends the process immediately.
 
     with listening():
         for batch in polled(batches):
@@ -21,7 +21,7 @@ SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"
 
 
 class Stopped(BaseException):
-    """Somebody asked the program to stop. No Exception: what handles errors must not swallow it."""
+    """Raised by `poll` after a signal. A BaseException, so that error handlers do not swallow it."""
 
     def __init__(self, number: int) -> None:
         self.name = signal.Signals(number).name
@@ -30,18 +30,18 @@ class Stopped(BaseException):
 
 
 class _State:
-    """The first signal that came, and whether the next may interrupt whatever is going on."""
+    """The first signal received, and whether a signal raises immediately."""
 
     number: int | None = None
     anywhere = False
 
 
 def install() -> dict[int, Any]:
-    """Set the handlers, and return those that were there; none in a thread, where Python allows none."""
+    """Install the handlers and return the previous ones; outside the main thread Python allows none."""
     before = {}
     with contextlib.suppress(ValueError):
         for number in SIGNALS:
-            # nohup has a lost terminal ignored, and so it stays
+            # nohup ignores SIGHUP; keep it ignored
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, _receive)
     return before
@@ -49,7 +49,7 @@ def install() -> dict[int, Any]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Inside, signals set the flag; afterwards they mean what they meant before."""
+    """Signals set the flag inside the block; the previous handlers are restored after it."""
     before = install()
     try:
         yield
@@ -60,18 +60,18 @@ def listening() -> Iterator[None]:
 
 
 def came() -> bool:
-    """Whether a signal has come that `poll` would answer."""
+    """Whether a signal is pending."""
     return _State.number is not None
 
 
 def poll() -> None:
-    """Raise `Stopped` if a signal has come."""
+    """Raise `Stopped` if a signal is pending."""
     if _State.number is not None:
         raise Stopped(_State.number)
 
 
 def polled(items: Iterable[T]) -> Iterator[T]:
-    """The items, with a `poll` before each."""
+    """Yield the items, with a `poll` before each."""
     for item in items:
         poll()
         yield item
@@ -79,7 +79,7 @@ def polled(items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def anywhere() -> Iterator[None]:
-    """Inside, a signal raises `Stopped` at once: for long work that leaves nothing half done."""
+    """Signals raise `Stopped` immediately inside the block, for long work without partial results."""
     _State.anywhere = True
     try:
         poll()
@@ -96,6 +96,6 @@ def _receive(number: int, frame: types.FrameType | None) -> None:
     if _State.anywhere:
         _State.anywhere = False
         raise Stopped(number)
-    # no print: it might be what was interrupted
+    # no print: the signal may have interrupted one
     with contextlib.suppress(OSError):
-        os.write(2, b"\nstopping as soon as all is saved; Ctrl-C leaves at once\n")
+        os.write(2, b"\nstopping after the next save; press Ctrl-C again to exit immediately\n")
