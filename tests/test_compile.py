@@ -56,7 +56,7 @@ def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
 
 def test_auto_makes_graphs_of_small_models_on_cuda():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    most = int(device.MOST_GRAPHED)
+    most = int(device.MAX_GRAPH_FLOPS)
     assert device.compile_mode("auto", cuda, most, can_be_graph=True) == "graphs"
     assert device.compile_mode("auto", cuda, most + 1, can_be_graph=True) == "on"
     assert device.compile_mode("auto", cuda, 1, can_be_graph=False) == "on"

@@ -356,7 +356,9 @@ def test_muon_follows_the_rate_of_each_group(randn):
 
 def test_groups_with_momentum_are_of_matrices():
     for shape in ((4,), (2, 3, 4)):
-        with pytest.raises(ValueError, match=r"must be of matrices, got one of shape \(.*; put it into"):
+        with pytest.raises(
+            ValueError, match=r"must hold only matrices, got a parameter of shape \(.*; put it into"
+        ):
             optim.Muon([{"params": iter([nn.Parameter(torch.ones(shape))]), "momentum": 0.9}])
 
 

@@ -1,8 +1,8 @@
 """Byte-pair encoding: learn a vocabulary by merging the most frequent pair of neighbors, again and again.
 
 The text is cut at special tokens, then into pre-tokens (words with their leading space, numbers,
-punctuation, runs of white space), across which nothing ever merges; then every pre-token is a sequence of
-bytes, and merges make longer ones (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2, Radford et al. 2019).
+punctuation, runs of white space), across which nothing ever merges; each pre-token starts as a sequence of
+bytes, and merges make longer tokens (Sennrich et al., arXiv 1508.07909; on bytes: Radford et al. 2019).
 
     >>> vocab, merges = learn_merges(Counter({b"low": 5, b"lower": 2}), vocab_size=258, special_tokens=[])
     >>> merges
@@ -25,18 +25,18 @@ import regex
 T = TypeVar("T", int, bytes)
 
 # GPT-2's pattern: contractions; letters, digits or other signs, each with one leading space; white space,
-# whose last character is left to the word behind it
+# whose last character is left to the following word
 SPLIT_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# what cl100k_base has, as tiktoken writes it: contractions in any case, at most three digits; a sign
+# cl100k_base, as written in tiktoken: contractions in any case, at most three digits; a sign
 # in front of a word joins it, line ends join the signs before them
 CL100K_PATTERN = regex.compile(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-# who goes first among equally frequent pairs: the lexicographically greater pair of byte strings, or, as in
-# Hugging Face's trainer, the lower pair of ids, where bytes have the ids that GPT-2 gives them
+# which of equally frequent pairs is merged first: the lexicographically greater pair of byte strings, or, as
+# in Hugging Face's trainer, the lower pair of ids, where bytes have GPT-2's ids
 GREATEST, LOWEST_ID = "greatest", "lowest-id"
 
 # below this size, starting processes costs more than they save
@@ -44,7 +44,7 @@ PARALLEL_BYTES = 32_000_000
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """What reports of progress go to if nobody asks for them."""
+    """The default progress callback: does nothing."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
-    """A pattern that finds any of the special tokens; where two begin together, the longer.
+    """A pattern that matches any special token; of two that begin together, the longer.
 
     >>> special_pattern(["<a>", "<a><b>"]).findall("<a><b>")
     ['<a><b>']
@@ -65,7 +65,7 @@ def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
 def pretokenize(
     text: str, special_tokens: Sequence[str] = (), pattern: regex.Pattern = SPLIT_PATTERN
 ) -> Iterator[str]:
-    """The pieces of `text` inside which merges may happen, in order, special tokens left out.
+    """The pre-tokens of `text` in order, without special tokens.
 
     >>> list(pretokenize("It's  10 mice.<|endoftext|>Run", ["<|endoftext|>"]))
     ['It', "'s", ' ', ' 10', ' mice', '.', 'Run']
@@ -84,14 +84,14 @@ def count_pretokens(
 ) -> Counter[bytes]:
     """How often each pre-token occurs in a UTF-8 file.
 
-    The file is cut at special tokens into parts that `n_workers` processes count; None means one process a
+    The file is cut at special tokens into parts that `n_workers` processes count; None means one process per
     core, at most 8, for large files, else none. Programs that use processes need an
     `if __name__ == "__main__"` guard.
     """
     size = Path(input_path).stat().st_size
     if n_workers is None:
         n_workers = usable_cores() if size >= PARALLEL_BYTES else 1
-    # a part a worker, but never more than fits into memory comfortably
+    # one part per worker, small enough to fit into memory
     boundaries = chunk_boundaries(input_path, special_tokens, max(n_workers, size // 2**28 + 1))
     chunks = [(input_path, start, end, special_tokens, pattern) for start, end in pairwise(boundaries)]
     total: Counter[bytes] = Counter()
@@ -109,7 +109,7 @@ def count_pretokens(
 
 
 def usable_cores(most: int = 8) -> int:
-    """How many cores this process may use, and at most so many."""
+    """Number of cores that this process may use, capped at `most`."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, most)
 
@@ -117,9 +117,9 @@ def usable_cores(most: int = 8) -> int:
 def chunk_boundaries(
     input_path: str | os.PathLike[str], special_tokens: Sequence[str], n_chunks: int
 ) -> list[int]:
-    """Byte offsets that cut a file into at most `n_chunks` parts, which begin at special tokens.
+    """Byte offsets that cut a file into at most `n_chunks` parts, each at a special token.
 
-    Where no special token cuts cleanly (one may lie inside or across another), the file stays whole.
+    If no special token is a safe delimiter (one may be part of another, or overlap it), the file stays whole.
     """
     size = Path(input_path).stat().st_size
     delimiter = _clean_delimiter([token.encode() for token in special_tokens])
@@ -133,7 +133,7 @@ def chunk_boundaries(
 
 
 def _clean_delimiter(tokens: Sequence[bytes]) -> bytes | None:
-    """A special token that, wherever its bytes stand, is that token: it shares no bytes with another."""
+    """A special token whose bytes are never part of another token's, nor overlap them."""
     for delimiter in tokens:
         inside = any(delimiter in other for other in tokens if other != delimiter)
         across = any(
@@ -170,15 +170,15 @@ def _count_chunk(
 
 
 def check_utf8(data: bytes, path: str | os.PathLike[str], offset: int) -> str:
-    """The text of `data`, which stands in a file at `offset`. Raises ValueError if it is not UTF-8."""
+    """Decode `data`, read from `path` at `offset`. Raises ValueError if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte, place = data[error.start], offset + error.start
+        byte, position = data[error.start], offset + error.start
         with open(path, "rb") as file:
             ends = enumerate(accumulate(map(len, file)), start=1)
-            line = next(number for number, end in ends if end > place)
-        raise ValueError(f"{path}:{line} must be UTF-8, got byte 0x{byte:02x} at offset {place}") from None
+            line = next(number for number, end in ends if end > position)
+        raise ValueError(f"{path}:{line} must be UTF-8, got byte 0x{byte:02x} at offset {position}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def check_utf8(data: bytes, path: str | os.PathLike[str], offset: int) -> str:
 
 
 def alphabet(ties: str = GREATEST) -> list[bytes]:
-    """All bytes in the order of their ids: as they are, or, for `lowest-id`, GPT-2's printable ones first."""
+    """All bytes in the order of their ids: 0 to 255, or, for `lowest-id`, GPT-2's printable ones first."""
     if ties not in (GREATEST, LOWEST_ID):
         raise ValueError(f"ties must be {GREATEST} or {LOWEST_ID}, got {ties}")
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
@@ -205,9 +205,9 @@ def train_bpe(
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Learn a vocabulary of `vocab_size` tokens from a UTF-8 file.
 
-    Returns the vocabulary, id -> bytes (special tokens first, then the 256 bytes, then one entry a merge),
-    and the merges in the order in which they were learned. It ends early when no pair is left to merge. The
-    same text gives the same result, whatever the number of workers.
+    Returns the vocabulary, id -> bytes (special tokens first, then the 256 bytes, then one entry per merge),
+    and the merges in the order of learning. Stops early when no pair is left to merge. The result does not
+    depend on the number of workers.
     """
     special_tokens = check_special_tokens(special_tokens)
     check_vocab_size(vocab_size, special_tokens)
@@ -216,7 +216,7 @@ def train_bpe(
 
 
 def check_special_tokens(special_tokens: Sequence[str]) -> list[str]:
-    """Each of the special tokens once. Raises ValueError if one could not be told from ordinary ones."""
+    """The special tokens without duplicates. Raises ValueError for one of less than two bytes."""
     if isinstance(special_tokens, str):
         raise ValueError(f"special tokens must be a list of texts, got the text {special_tokens!r}")
     for special in special_tokens:
@@ -244,8 +244,8 @@ def learn_merges(
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Merge the most frequent pair until the vocabulary is full.
 
-    Of equally frequent pairs the lexicographically greater pair of byte strings goes first, or what else
-    `ties` says. A merge changes only the words that hold the pair, and only their counts are renewed.
+    Of equally frequent pairs, the lexicographically greater pair of byte strings is merged first (`ties`). A
+    merge changes only the words that contain the pair, so only their counts are updated.
     """
     vocab = dict(enumerate([token.encode("utf-8") for token in special_tokens] + alphabet(ties)))
     ids = {byte: id for id, byte in vocab.items() if len(byte) == 1}
@@ -282,7 +282,7 @@ class PairCounts:
         heapq.heapify(self.heap)
 
     def add(self, pair: tuple[int, int], index: int, count: int) -> None:
-        """Count `pair` in word number `index` `count` times more, or less."""
+        """Add `count`, which may be negative, to the count of `pair` for word `index`."""
         self.counts[pair] += count
         if count > 0:
             self.occurrences[pair].add(index)
@@ -294,7 +294,7 @@ class PairCounts:
             count = self.counts[pair]
             if 0 < count == -negative_count:
                 return pair
-            # the count fell since the entry was made: put it back where it belongs
+            # the count has fallen since the entry was made: push an updated one
             heapq.heappop(self.heap)
             if count > 0:
                 heapq.heappush(self.heap, self._entry(pair))
@@ -307,7 +307,7 @@ class PairCounts:
             old = self.words[index]
             new = merge_pair(old, pair, new_id)
             if len(new) == len(old):
-                continue  # an earlier merge took the pair apart here
+                continue  # an earlier merge consumed the pair here
             frequency = self.frequencies[index]
             for neighbors in pairwise(old):
                 self.add(neighbors, index, -frequency)
@@ -321,7 +321,7 @@ class PairCounts:
             heapq.heappush(self.heap, self._entry(neighbors))
 
     def _entry(self, pair: tuple[int, int]) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, int]]:
-        """What the heap sorts by: high counts first, then what the rule for ties puts first."""
+        """Sort key in the heap: highest count first, then by the rule for ties."""
         if self.ties == LOWEST_ID:
             return -self.counts[pair], (), (), pair
         left, right = pair

@@ -1,7 +1,7 @@
-"""From token ids to batches: cut windows out of token files, in an order that can be taken up again.
+"""Dataloader: batches of windows of token files, in a resumable order.
 
-The order of the data is a pure function of (seed, epoch, step): nothing is buffered, and a run that goes on
-from a step sees what it would have seen.
+The order of the data is a pure function of (seed, epoch, step): nothing is buffered, and a run resumed from a
+step gets the same batches as an uninterrupted one.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 # inputs and targets; the batches of a step may differ in size
 Batch = tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
 
-# a target that does not count: what cross-entropy leaves out by default, ours as torch's
+# targets that the loss ignores, the default of cross-entropy as in torch
 IGNORE_INDEX = -100
 
 
@@ -27,9 +27,9 @@ def get_batch(
     device: torch.device | str = "cpu",
     rng: np.random.Generator | None = None,
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Windows from random places in `tokens`, and the same windows one token on: inputs and targets.
+    """Inputs and targets: random windows of `tokens`, and the same windows shifted by one token.
 
-    Every place where a window and its last target fit is equally likely. Reads no more than the windows.
+    Every start with room for a window and its last target is equally likely. Reads only the windows.
 
     >>> inputs, targets = get_batch(np.arange(5), batch_size=1, context_length=4)
     >>> inputs, targets
@@ -49,26 +49,26 @@ def _to_batch(
 
 
 def check_length(n_tokens: int, context_length: int, what: str = "the text") -> None:
-    """Raise ValueError unless `n_tokens` hold a window of `context_length` and its last target."""
+    """Raise ValueError unless `n_tokens` has room for a window of `context_length` and its last target."""
     if n_tokens < context_length + 1:
         raise ValueError(
             f"{what} must have more tokens than model.context_length {context_length}, got {n_tokens}; "
-            "give more text, a smaller --model.context_length or another --val_fraction"
+            "use more text, a smaller --model.context_length or another --val_fraction"
         )
 
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Batches to train on, in an order that is a pure function of (seed, epoch, step)."""
+    """Training batches in an order that is a pure function of (seed, epoch, step)."""
 
     shards: list[np.ndarray]
 
     def starting_at(self, first: int) -> Batch:
-        """The batch whose first row is number `first` since the beginning of training."""
+        """The batch that starts with row `first`, counted over all epochs."""
 
 
 def check_stride(stride: int | None, context_length: int) -> int:
-    """The distance of the starts of two windows; None is `context_length`. Raises ValueError outside 1 to it.
+    """The distance of the starts of two windows; None is `context_length`, the maximum.
 
     >>> check_stride(None, context_length=64), check_stride(16, context_length=64)
     (64, 16)
@@ -79,10 +79,10 @@ def check_stride(stride: int | None, context_length: int) -> int:
 
 
 class WindowDataset(torch.utils.data.Dataset[tuple[Int[Tensor, " seq"], Int[Tensor, " seq"]]]):
-    """The windows of `tokens` from beginning to end, for `torch.utils.data.DataLoader` or any other loop.
+    """The windows of `tokens` in order, for `torch.utils.data.DataLoader` or any other loop.
 
-    Window i begins at token `i * stride`; None: `context_length`, side by side. Tokens at the end that
-    do not fill a window are left out.
+    Window i starts at token `i * stride`, by default `context_length`. Tokens at the end that do not fill a
+    window are dropped.
 
     >>> windows = WindowDataset(np.arange(7), context_length=4, stride=2)
     >>> len(windows), windows[1]
@@ -105,11 +105,11 @@ class WindowDataset(torch.utils.data.Dataset[tuple[Int[Tensor, " seq"], Int[Tens
 
 
 class Batches:
-    """All of the data in shuffled windows, epoch after epoch: `batches[i]` is batch number i.
+    """Shuffled windows of all data, epoch after epoch: `batches[i]` is batch number i.
 
     An epoch cuts every shard into windows whose starts are `stride` tokens apart, from a random offset, and
-    shuffles them. None: `context_length`, windows side by side, so that an epoch has each token about once; a
-    smaller stride makes windows overlap. Windows do not reach from one shard into the next.
+    shuffles them. With the default, `context_length`, an epoch has each token about once; with a smaller
+    stride windows overlap. Windows do not cross shards.
 
     >>> batches = Batches([np.arange(9)], batch_size=2, context_length=2, seed=0)
     >>> batches.windows_per_epoch
@@ -135,7 +135,7 @@ class Batches:
         self.stride = check_stride(stride, context_length)
         self.seed = seed
         self.device = device
-        # one window fewer than fit leaves room for the offset
+        # one window fewer than fit, for the random offset
         fit = [len(range(0, len(tokens) - context_length, self.stride)) for tokens in self.shards]
         self._first = np.cumsum([0] + [max(1, windows - 1) for windows in fit])
         self.windows_per_epoch = int(self._first[-1])
@@ -145,27 +145,27 @@ class Batches:
         return self.starting_at(number * self.batch_size)
 
     def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """The batch whose first window is number `first` since the beginning of training."""
+        """The batch that starts with window `first`, counted over all epochs."""
         places = [self.place(number) for number in range(first, first + self.batch_size)]
         windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in places]
         return _to_batch(windows, self.device)
 
     def place(self, number: int) -> tuple[int, int]:
-        """The shard of window `number` since the beginning of training, and where in it the window starts."""
-        epoch, place = divmod(number, self.windows_per_epoch)
+        """The shard and the start of window `number`, counted over all epochs."""
+        epoch, index = divmod(number, self.windows_per_epoch)
         offsets, order = self._order(epoch)
-        shard = int(np.searchsorted(self._first, order[place], side="right")) - 1
-        start = offsets[shard] + (order[place] - self._first[shard]) * self.stride
+        shard = int(np.searchsorted(self._first, order[index], side="right")) - 1
+        start = offsets[shard] + (order[index] - self._first[shard]) * self.stride
         return shard, int(start)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The offset of each shard, and the order of all windows, in `epoch`."""
         rng = np.random.default_rng((self.seed, epoch))
-        rooms = [
+        n_offsets = [
             len(tokens) - self.context_length - (windows - 1) * self.stride
             for tokens, windows in zip(self.shards, np.diff(self._first), strict=True)
         ]
-        return rng.integers(0, rooms), rng.permutation(self.windows_per_epoch)
+        return rng.integers(0, n_offsets), rng.permutation(self.windows_per_epoch)
 
 
 def sequential_batches(
@@ -175,10 +175,10 @@ def sequential_batches(
     max_batches: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
-    """Windows side by side from beginning to end, in the same order each time; or so many, evenly spaced."""
+    """Adjacent windows in order; with `max_batches`, as many evenly spaced ones."""
     n_windows = (len(tokens) - 1) // context_length
-    wanted = n_windows if max_batches is None else min(n_windows, max_batches * batch_size)
-    starts = np.linspace(0, n_windows - 1, wanted).round().astype(int) * context_length
-    for i in range(0, wanted, batch_size):
+    n_chosen = n_windows if max_batches is None else min(n_windows, max_batches * batch_size)
+    starts = np.linspace(0, n_windows - 1, n_chosen).round().astype(int) * context_length
+    for i in range(0, n_chosen, batch_size):
         chosen = starts[i : i + batch_size]
         yield _to_batch([tokens[start : start + context_length + 1] for start in chosen], device)

@@ -1,4 +1,4 @@
-"""Where to compute, and how precisely."""
+"""Devices: selection, precision, determinism, random state and memory allocation."""
 
 import contextlib
 import ctypes
@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-# from glibc's malloc.h: what is larger is asked of the system; what is free above is given back to it
+# parameters of glibc's mallopt: size from which memory is mapped, and free memory kept at the top of the heap
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
-# from Linux's mman.h: let memory have large pages; their size, and how much is to have them
-HUGEPAGE, PAGE, RESERVED = 14, 1 << 21, (1 << 30) - (1 << 21)
+# Linux's MADV_HUGEPAGE, the size of a large page, and the bytes to be backed by large pages
+MADV_HUGEPAGE, PAGE_BYTES, RESERVED_BYTES = 14, 1 << 21, (1 << 30) - (1 << 21)
 
-# floating-point operations in a step of a small model, whose kernels are over before the next is started: at
-# 1.2 * 10^12 a step took an H200 8 to 11 ms by graphs, 17 to 20 without
-MOST_GRAPHED = 2e12
+# most floating-point operations of a step for which launching kernels dominates, so that CUDA graphs help: at
+# 1.2 * 10^12 a step took an H200 8 to 11 ms with graphs, 17 to 20 ms without
+MAX_GRAPH_FLOPS = 2e12
 
-# devices that compute while the program goes on, whose results are read a step later
+# devices that run asynchronously, whose results are read a step later
 ASYNCHRONOUS = {"cuda"}
 
 
 def choose(name: str) -> torch.device:
-    """The device called `name`; for "auto" the first of cuda, mps and cpu that is there.
+    """The device `name`; for "auto" the first available of cuda, mps and cpu.
 
     Raises ValueError if it cannot be used.
     """
@@ -36,12 +36,12 @@ def choose(name: str) -> torch.device:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the device must be there and usable, got {name} ({reason}); try auto") from None
+        raise ValueError(f"the device must be available, got {name} ({reason}); try auto") from None
     return torch.device(name)
 
 
 def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Inside, multiply in bfloat16 if `dtype` says so, or is "auto" and CUDA can; weights stay float32."""
+    """Autocast to bfloat16 if `dtype` is bfloat16, or auto and CUDA supports it; weights stay float32."""
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" or (dtype == "auto" and has_bfloat16):
         return torch.autocast(device.type, torch.bfloat16)
@@ -49,7 +49,7 @@ def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextMan
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if `device` has instructions that multiply it, else float32."""
+    """bfloat16 if `device` has matrix multiplication instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -58,9 +58,9 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 
 
 def compile_mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
-    """What `train.compile` comes to on `device`, for steps of `n_flops`: off, on or graphs.
+    """Resolve `train.compile` for `device` and steps of `n_flops`: off, on or graphs.
 
-    Raises ValueError for graphs that cannot be.
+    Raises ValueError for graphs on a device without them.
     """
     if how == "graphs" and device.type != "cuda":
         raise ValueError(f"train.compile graphs needs CUDA, got the device {device}; try on or auto")
@@ -68,11 +68,11 @@ def compile_mode(how: str, device: torch.device, n_flops: int, can_be_graph: boo
         return how
     if device.type != "cuda":
         return "off"
-    return "graphs" if can_be_graph and n_flops <= MOST_GRAPHED else "on"
+    return "graphs" if can_be_graph and n_flops <= MAX_GRAPH_FLOPS else "on"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What the last bit of a result depends on besides program and settings."""
+    """The hardware and versions that bitwise results depend on."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -88,42 +88,41 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def make_deterministic() -> None:
-    """Allow only algorithms that give the same result each time; others raise RuntimeError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    """Allow only deterministic algorithms; others raise RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the initialization of CUDA
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def tune_allocator() -> None:
-    """Let this program keep the memory that tensors give back, where glibc would return it to the system.
+    """Make glibc keep freed memory instead of returning it to the system, and use large pages.
 
-    Each step takes and frees the same megabytes. What comes from the system must be mapped and filled with
-    zeros again: GELU and its gradient took half the time without that (768 x 512 numbers, 2 cores).
+    Each step allocates and frees the same megabytes, and memory from the system must be mapped and zeroed
+    again: without that, GELU and its gradient took half the time (768 x 512 numbers, 2 cores).
 
-    And where a page of memory lies, a processor knows of some thousand pages. With 4 KB each it must look up
-    the others again and again; with 2 MB it knows where all of a small model is. Loops that read 49 MB for
-    each token write 8% more of them.
+    A TLB has entries for a few thousand pages: with 4 KB each it misses most of a small model, with 2 MB it
+    covers all of it. Decoding that reads 49 MB per token became 8% quicker.
     """
     if sys.platform.startswith("linux"):
-        # other C libraries of Linux have no such function
+        # other C libraries lack mallopt
         with contextlib.suppress(AttributeError):
             libc = ctypes.CDLL(None)
             libc.mallopt(MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
             libc.malloc.restype = ctypes.c_void_p
-            # what nobody writes to costs nothing; once free, it is the next to be given out
-            if reserved := libc.malloc(ctypes.c_size_t(RESERVED)):
-                first = -(-reserved // PAGE) * PAGE
-                length = (reserved + RESERVED - first) // PAGE * PAGE
-                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), HUGEPAGE)
+            # untouched memory costs nothing; once freed, it is allocated first
+            if reserved := libc.malloc(ctypes.c_size_t(RESERVED_BYTES)):
+                first = -(-reserved // PAGE_BYTES) * PAGE_BYTES
+                length = (reserved + RESERVED_BYTES - first) // PAGE_BYTES * PAGE_BYTES
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
                 libc.free(ctypes.c_void_p(reserved))
 
 
 @contextlib.contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Inside, the garbage collector passes over all that there is now: a model, its optimizer, the modules.
+    """Exclude existing objects (model, optimizer, modules) from garbage collection within the block.
 
-    A full collection looks through every object of the program, and may come between any two steps.
+    A full collection traverses every object of the program, and may run between any two steps.
     """
     gc.collect()
     gc.freeze()
@@ -134,17 +133,17 @@ def gc_frozen() -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
-    """Where the random numbers of a step begin: on the CPU, and on `device` if it is a GPU."""
+    """The state of the random number generators: of the CPU, and of `device` if it is a GPU."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
-    """Begin there again."""
+    """Restore a state of `random_state`."""
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is not enough; on a CPU torch has no class of its own for it."""
+    """Whether an error is of insufficient memory; on a CPU torch raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

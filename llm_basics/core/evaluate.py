@@ -19,12 +19,11 @@ def evaluate(
     batches: Iterable[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]],
     token_bytes: Float[Tensor, " vocab"],
 ) -> dict[str, float]:
-    """Mean loss of the next token in nats, and what it means.
+    """Metrics of next-token prediction, in evaluation mode.
 
-    `val_loss`; `perplexity` is its exponential, as if the model chose evenly among so many tokens;
-    `bits_per_byte` does not depend on the tokenizer (`token_bytes` says how many bytes each token is);
-    `accuracy` is the share of tokens that had the highest score. Targets of `data.IGNORED` count nowhere.
-    Dropout is off meanwhile.
+    `val_loss` is the mean loss in nats; `perplexity` its exponential, the number of equally likely tokens with
+    this loss; `bits_per_byte` is comparable across tokenizers (`token_bytes` has the length of each token);
+    `accuracy` is the share of targets with the highest score. `dataloader.IGNORE_INDEX` targets do not count.
     """
     was_training = model.training
     model.eval()
@@ -48,7 +47,7 @@ def evaluate(
 
 
 def token_lengths(tokenizer: tokenizers.Tokenizer, size: int) -> Float[Tensor, " vocab"]:
-    """How many bytes of text each of `size` token ids stands for; special tokens stand for none."""
+    """Number of bytes of each of `size` token ids; 0 for special tokens."""
     lengths = torch.zeros(size)
     for id, token in tokenizer.vocab.items():
         lengths[id] = len(token)
@@ -58,7 +57,7 @@ def token_lengths(tokenizer: tokenizers.Tokenizer, size: int) -> Float[Tensor, "
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
-    """The entropy of the token frequencies, in nats: the loss of a model that knows nothing else.
+    """The entropy of the token frequencies in nats: the loss of the best context-free model.
 
     >>> unigram_entropy(np.array([5, 7, 5, 7])) == math.log(2)
     True

@@ -1,6 +1,6 @@
-"""Files: text and JSON read with the place of every mistake, and files written whole or not at all.
+"""Read text and JSON with the location of every error, and write files atomically.
 
-A mistake is named with its file and line, `a.jsonl:3`. It is not for formats: each has a module of its own.
+Errors name the file and line, `a.jsonl:3`. File formats are not here: each has its own module.
 """
 
 import contextlib
@@ -14,28 +14,28 @@ from typing import Any, BinaryIO
 def decode(
     content: bytes, name: object, on_bad_utf8: str | None = None, line: int = 1, offset: int = 0
 ) -> str:
-    """The text of bytes that begin in `line` and at `offset` of a file. Raises ValueError if it is not UTF-8.
+    """Decode bytes that start in `line` and at `offset` of a file. Raises ValueError if they are not UTF-8.
 
-    `on_bad_utf8` is `replace`, `error`, or None where that is no option.
+    `on_bad_utf8` is `replace`, `error`, or None if the caller has no such option.
     """
     try:
         return content.decode("utf-8", errors="replace" if on_bad_utf8 == "replace" else "strict")
     except UnicodeDecodeError as error:
-        place, byte = line + content.count(b"\n", 0, error.start), content[error.start]
+        number, byte = line + content.count(b"\n", 0, error.start), content[error.start]
         advice = ", or replace such bytes with --on_bad_utf8 replace" if on_bad_utf8 else ""
         raise ValueError(
-            f"{name}:{place} must be UTF-8, got byte 0x{byte:02x} at offset {offset + error.start}; "
-            f"mend the file{advice}"
+            f"{name}:{number} must be UTF-8, got byte 0x{byte:02x} at offset {offset + error.start}; "
+            f"fix the file{advice}"
         ) from None
 
 
 def parse_json(text: str, name: object, line: int = 1) -> Any:
-    """The value of JSON that begins in `line` of a file. Raises ValueError if it is not JSON."""
+    """Parse JSON that starts in `line` of a file. Raises ValueError if it is invalid."""
     try:
         return json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
-        place = f"{name}:{line + error.lineno - 1}"
-        raise ValueError(f"{place} must be JSON; {error.msg} in column {error.colno}") from None
+        location = f"{name}:{line + error.lineno - 1}"
+        raise ValueError(f"{location} must be JSON; {error.msg} in column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}:{line} must be JSON; {error}") from None
 
@@ -46,14 +46,14 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises ValueError if it is not JSON."""
+    """The value of a JSON file. Raises ValueError if it is invalid."""
     return parse_json(read_text(path), path)
 
 
 def json_lines(
     name: object, lines: Iterable[bytes], on_bad_utf8: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """The value of each line of JSON that is not empty, with its place.
+    """The location and value of each non-empty line of JSON.
 
     >>> list(json_lines("a.jsonl", [b"[1]\\n", b"\\n", b"2\\n"]))
     [('a.jsonl:1', [1]), ('a.jsonl:3', 2)]
@@ -72,9 +72,9 @@ def json_lines(
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` at the end, on disk; after an error `path` is as before.
+    """Write a temporary file that replaces `path` on success; after an error `path` is unchanged.
 
-    Whenever the process or the machine stops, `path` holds all of the old content or all of the new.
+    If the process or the machine stops, `path` has all of the old content or all of the new.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -86,16 +86,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name, too, must reach the disk
+    if os.name == "posix":  # the new name must reach the disk as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is safe
+            with contextlib.suppress(
+                OSError
+            ):  # unsupported by some network file systems; the file itself is safe
                 os.fsync(folder)
         finally:
             os.close(folder)
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file whole or not at all (`replacing`); text as UTF-8 with its line ends as they are."""
+    """Write a file atomically (`replacing`); text as UTF-8, with its line ends unchanged."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)

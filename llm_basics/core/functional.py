@@ -1,8 +1,8 @@
 """The mathematics of a language model, as pure functions of tensors.
 
-Everything here is built from tensor arithmetic and autograd alone. The functions stand as the ideas build on
-each other; none keeps state, none changes its input. What would lose digits in float16 and bfloat16
-(softmax, norms, GELU, cross-entropy) is computed in float32 and given back in the input's dtype.
+Everything here is built from tensor arithmetic and autograd alone. Functions are ordered so that each builds
+on those before it; none keeps state, none changes its input. Operations that would lose precision in float16
+and bfloat16 (softmax, norms, GELU, cross-entropy) compute in float32 and return the input's dtype.
 
     >>> softmax(torch.tensor([0.0, math.log(3.0)]), dim=0)
     tensor([0.2500, 0.7500])
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 def to_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Float32 for half precisions: float16 overflows at 65,504, and bfloat16 has 8 bits to add with.
+    """Cast half precision to float32: float16 overflows at 65,504, and bfloat16 has 8 bits of precision.
 
-    >>> widen(torch.ones(1, dtype=torch.bfloat16)).dtype, widen(torch.ones(1, dtype=torch.float64)).dtype
-    (torch.float32, torch.float64)
+    >>> to_float32(torch.ones(1, dtype=torch.bfloat16)), to_float32(torch.ones(1, dtype=torch.float64))
+    (tensor([1.]), tensor([1.], dtype=torch.float64))
     """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -46,13 +46,13 @@ def linear(
 def embedding(
     token_ids: Int[Tensor, "..."], weight: Float[Tensor, "vocab d_model"]
 ) -> Float[Tensor, "... d_model"]:
-    """Look up one row of `weight` for each id. Raises IndexError where an id is not from 0 to `vocab - 1`.
+    """Look up one row of `weight` for each id. Raises IndexError for an id outside 0 to `vocab - 1`.
 
     >>> embedding(torch.tensor([2, 0]), torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
     tensor([[4., 5.],
             [0., 1.]])
     """
-    # plain indexing would take -1 for the last row
+    # plain indexing would accept -1, the last row
     rows = weight.index_select(0, token_ids.flatten())
     return rows.reshape(*token_ids.shape, weight.shape[-1])
 
@@ -89,7 +89,7 @@ def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
 def _shifted_and_log_sum(
     x: Float[Tensor, "..."], dim: int
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """`x` less its maximum along `dim`, and `log sum_j exp` of that: small numbers, which lose no digits."""
+    """`x - max(x)` along `dim`, and `log sum_j exp` of it: small numbers, which lose no precision."""
     shifted = x - x.amax(dim, keepdim=True).detach()
     return shifted, shifted.exp().sum(dim, keepdim=True).log()
 
@@ -110,7 +110,7 @@ def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def gelu(x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
     """The Gaussian error linear unit `x * Phi(x)`, Phi the normal distribution (arXiv 1606.08415).
 
-    `approximate="tanh"` is the cheaper form with which GPT-2 was trained; the two differ by up to 5e-4.
+    `approximate="tanh"` is the cheaper form used by GPT-2; the two differ by up to 5e-4.
 
     >>> gelu(torch.tensor([1.0])), gelu(torch.tensor([1.0]), approximate="tanh")
     (tensor([0.8413]), tensor([0.8412]))
@@ -142,7 +142,7 @@ def swiglu(
 ) -> Float[Tensor, "... d_model"]:
     """The gated feed-forward network of Llama: `W2 (silu(W1 x) * W3 x)` (arXiv 2002.05202).
 
-    W1 makes the gate, W3 the values that pass through it, W2 leads back to the residual stream.
+    W1 computes the gate, W3 the values that it scales, W2 projects back to the residual stream.
 
     >>> one = torch.ones(1, 1)
     >>> swiglu(torch.tensor([2.0]), w1=one, w2=one, w3=3 * one)  # silu(2) * 6
@@ -154,7 +154,7 @@ def swiglu(
 def dropout(x: Float[Tensor, "..."], p: float) -> Float[Tensor, "..."]:
     """Zero each element with probability `p` and scale the others by `1 / (1 - p)` (arXiv 1207.0580).
 
-    The expectation is unchanged. Evaluation does not call it: `p = 0` gives back `x` itself.
+    The expectation is unchanged. `p = 0` returns `x` itself.
 
     >>> dropout(torch.ones(3), p=0.0)
     tensor([1., 1., 1.])
@@ -212,17 +212,17 @@ def layer_norm(
 def rope_tables(
     d_head: int, context_length: int, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[Float[Tensor, "context half"], Float[Tensor, "context half"]]:
-    """The cosine and sine of every angle that `apply_rope` turns by: `position * theta^(-2i / d_head)`.
+    """The cosine and sine of each angle of `apply_rope`: `position * theta^(-2i / d_head)`.
 
-    Pair 0 turns fastest, one radian a position; the last pair slowest (arXiv 2104.09864).
+    Pair 0 rotates fastest, one radian per position; the last pair slowest (arXiv 2104.09864).
 
     >>> cos, sin = rope_tables(d_head=4, context_length=2, theta=100.0)
     >>> sin[1]  # sin(1), sin(1 / 10)
     tensor([0.8415, 0.0998])
     """
     if d_head % 2:
-        raise ValueError(f"d_head must be even, since RoPE turns pairs of features, got {d_head}")
-    # float64 while the angles are made: a float32 angle of 10,000 radians is off by up to 5e-4
+        raise ValueError(f"d_head must be even, since RoPE rotates pairs of features, got {d_head}")
+    # angles are computed in float64: a float32 angle of 10,000 radians is off by up to 5e-4
     exponents = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head
     positions = torch.arange(context_length, dtype=torch.float64, device="cpu")
     angles = torch.outer(positions, theta**-exponents)
@@ -234,9 +234,9 @@ def apply_rope(
     cos: Float[Tensor, "... seq half"],
     sin: Float[Tensor, "... seq half"],
 ) -> Float[Tensor, "... seq d_head"]:
-    """Turn each pair of neighbouring features (2i, 2i+1) by its angle (RoPE, arXiv 2104.09864).
+    """Rotate each pair of neighboring features (2i, 2i+1) by its angle (RoPE, arXiv 2104.09864).
 
-    Queries and keys turned this way have dot products that depend only on how far apart they stand.
+    Dot products of queries and keys rotated this way depend only on the distance of their positions.
 
     >>> quarter_turn = torch.tensor([[0.0]]), torch.tensor([[1.0]])
     >>> apply_rope(torch.tensor([[2.0, 5.0]]), *quarter_turn)
@@ -244,8 +244,8 @@ def apply_rope(
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rearrange(turned, "... half pair -> ... (half pair)")
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rearrange(rotated, "... half pair -> ... (half pair)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def apply_rope(
 def causal_mask(
     queries: int, keys: int, offset: int = 0, device: torch.device | None = None
 ) -> Bool[Tensor, "queries keys"]:
-    """True where a query may look: at the keys up to its own position, which is `offset` plus its row.
+    """True where a query may attend: to the keys up to its own position, `offset` plus its row.
 
     >>> causal_mask(2, 3)
     tensor([[ True, False, False],
@@ -272,11 +272,11 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "... queries d_v"]:
-    """Give each query the mean of the values, weighted by how well their keys match it.
+    """For each query, the mean of the values weighted by how well their keys match it.
 
     `softmax(Q K^T / sqrt(d_k)) V` (arXiv 1706.03762). `mask` is True where a query may attend; a query
-    that may attend to nothing receives zeros, and passes no gradient. `is_causal` lets query i see the
-    keys 0 to i, as `torch.nn.functional` has it.
+    without any key yields zeros and passes no gradient. `is_causal` lets query i attend to the keys 0 to i,
+    as in `torch.nn.functional`.
 
     >>> q, k = torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]])
     >>> scaled_dot_product_attention(q, k, value=torch.tensor([[3.0], [5.0]]))
@@ -290,7 +290,7 @@ def scaled_dot_product_attention(
     if mask is None:
         probabilities = softmax(scores)
     else:
-        # a row of nothing but -inf would be 0/0, so an unmatched query scores 0 everywhere, then counts 0
+        # softmax of a row of -inf is 0/0: a query without keys gets scores of 0, then probabilities of 0
         unmatched = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~mask, -math.inf).masked_fill(unmatched, 0.0)
         probabilities = softmax(scores).masked_fill(unmatched, 0.0)
@@ -308,11 +308,11 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    """How surprised the model is by the right answers, in nats: `-log softmax(logits)[target]`.
+    """How surprised the model is by the targets, in nats: `-log softmax(logits)[target]`.
 
-    Targets equal to `ignore_index` count neither in the sum nor in the mean; where all are, the mean is 0.
-    `z_loss` adds `z_loss * logsumexp(logits)^2`, which keeps the logits from drifting (arXiv 2204.02311).
-    `reduction` is "mean" or "sum" over all targets, or "none" for one loss a target.
+    Targets equal to `ignore_index` count neither in the sum nor in the mean, which is 0 without any target.
+    `z_loss` adds `z_loss * logsumexp(logits)^2`, which keeps logits from drifting (arXiv 2204.02311).
+    `reduction` is "mean" or "sum" over all targets, or "none" for one loss per target.
 
     >>> cross_entropy(torch.zeros(3, 4), torch.tensor([0, 3, -100]))  # log 4
     tensor(1.3863)
@@ -342,7 +342,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The mean loss straight from the last hidden states: project to the vocabulary, then compare.
+    """The mean cross-entropy of hidden states projected to the vocabulary by `weight`.
 
     >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 2]))
     tensor(1.3863)

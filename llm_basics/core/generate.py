@@ -1,6 +1,6 @@
-"""What else can be done to the scores of the next token, before temperature, top-k and top-p.
+"""Text generation: logits processors, sampling and `generate`.
 
-`generate.generate` is given a function of the text so far and of the scores that follow it. This is one.
+A logits processor changes the logits of the next token before temperature, top-k and top-p are applied.
 """
 
 import math
@@ -14,15 +14,15 @@ from torch import Tensor
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
 
-# of the ids of the text so far, and the scores of the next one: the scores to use
+# ids of the sequence so far and logits of the next token -> processed logits
 LogitsFunction = Callable[[Int[Tensor, " seq"], Float[Tensor, " vocab"]], Float[Tensor, " vocab"]]
 
 
 def penalize_repetition(
     logits: Float[Tensor, " vocab"], ids: Int[Tensor, " seq"], penalty: float
 ) -> Float[Tensor, " vocab"]:
-    """Make what stands in the text less likely: scores of its ids are divided by `penalty` where they are
-    above 0 and multiplied with it where they are below (arXiv 1909.05858).
+    """Make ids of the sequence less likely: divide their logits by `penalty` if positive, else multiply
+    (arXiv 1909.05858).
 
     >>> penalize_repetition(torch.tensor([3.0, -1.0, 2.0]), torch.tensor([0, 1, 0]), 2.0)
     tensor([ 1.5000, -2.0000,  2.0000])
@@ -36,8 +36,8 @@ def penalize_repetition(
 def keep_likely(
     logits: Float[Tensor, " vocab"], min_p: float, temperature: float = 1.0
 ) -> Float[Tensor, " vocab"]:
-    """Keep the tokens that have at least `min_p` times the probability of the likeliest at this temperature;
-    the scores of the others become -inf (arXiv 2407.01082).
+    """Keep tokens with at least `min_p` times the highest probability at this temperature; the logits of all
+    others become -inf (min-p sampling, arXiv 2407.01082).
 
     >>> keep_likely(torch.tensor([0.6, 0.1, 0.3]).log(), min_p=0.5)
     tensor([-0.5108,    -inf, -1.2040])
@@ -51,14 +51,14 @@ def keep_likely(
 
 @dataclass(frozen=True)
 class LogitsProcessor:
-    """What `generate` can do to scores before temperature, `top_k` and `top_p`: to be its `adjust`."""
+    """Repetition penalty, then min-p: a logits processor for the `adjust` of `generate`."""
 
     temperature: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
     def __call__(self, ids: Int[Tensor, " seq"], logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-        """The scores with what was said already penalized, and without what `min_p` leaves out."""
+        """Process the logits of the token after `ids`."""
         logits = penalize_repetition(logits, ids, self.repetition_penalty)
         return keep_likely(logits, self.min_p, self.temperature)
 
@@ -66,7 +66,7 @@ class LogitsProcessor:
 def make_logits_processor(
     temperature: float, min_p: float | None, repetition_penalty: float
 ) -> LogitsProcessor | None:
-    """The `Adjustment` of these settings; None if they change nothing, which is quickest."""
+    """A `LogitsProcessor` with these settings; None if they change nothing."""
     if not min_p and repetition_penalty == 1:
         return None
     return LogitsProcessor(temperature, min_p or 0.0, repetition_penalty)
@@ -82,11 +82,11 @@ def next_token_probabilities(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Float[Tensor, "... vocab"]:
-    """The distribution to draw the next token from.
+    """The sampling distribution of the next token.
 
-    `temperature` divides the logits: below 1 the likely become likelier, at 0 only the likeliest is left.
-    `top_k` keeps the k likeliest tokens. `top_p` keeps the likeliest that together reach the probability p,
-    the one that crosses it included (nucleus sampling, arXiv 1904.09751). Of equals, lower ids go first.
+    `temperature` divides the logits: below 1 sharpens the distribution, 0 is greedy. `top_k` keeps the k
+    likeliest tokens. `top_p` keeps the smallest set of likeliest tokens whose probability reaches p (nucleus
+    sampling, arXiv 1904.09751). Among equally likely tokens, lower ids rank first.
 
     >>> next_token_probabilities(torch.tensor([0.5, 0.2, 0.3]).log(), top_p=0.6)
     tensor([0.6250, 0.0000, 0.3750])
@@ -99,9 +99,8 @@ def next_token_probabilities(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    shifted = logits.float() - logits.float().amax(
-        -1, keepdim=True
-    )  # a tiny temperature keeps the maximum at 0
+    # with the maximum at 0, a tiny temperature cannot overflow it
+    shifted = logits.float() - logits.float().amax(-1, keepdim=True)
     probabilities = F.softmax(shifted / temperature)
     if top_k is None and top_p is None:
         return probabilities
@@ -128,11 +127,11 @@ def generate(
     generator: torch.Generator | None = None,
     adjust: LogitsFunction | None = None,
 ) -> Iterator[int]:
-    """Continue `prompt` token by token, until `stop_id`, which is not given out, or `max_new_tokens`.
+    """Continue `prompt` token by token, until `stop_id`, which is not yielded, or `max_new_tokens`.
 
-    Keys and values of earlier tokens are kept. Once the text is longer than the model's context, the last
-    `context_length` tokens are read again for each new one. `adjust` is given all ids and the scores of the
-    next one, and what it makes of these is drawn from.
+    Keys and values of earlier tokens are cached. Once the sequence is longer than the context, the last
+    `context_length` tokens are recomputed for each new one. `adjust` is a logits processor: it gets all ids
+    and the logits of the next token, and returns the logits to sample from.
     """
     if prompt.numel() == 0:
         raise ValueError("the prompt must have at least one token, got none")
@@ -150,7 +149,7 @@ def generate(
             if adjust is not None:
                 logits = adjust(tokens[0], logits)
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
-            # drawn on the CPU, where a seed means the same on every machine
+            # sampled on the CPU, where a seed gives the same result on every machine
             token = torch.multinomial(probabilities.cpu(), 1, generator=generator)
             if token.item() == stop_id:
                 return

@@ -1,7 +1,7 @@
-"""The mathematics of `functional` with weights: the layers that a transformer is made of.
+"""The layers of a transformer: the functions of `functional` with their weights.
 
-Weights are `(d_out, d_in)`. A new Linear is drawn from a normal distribution of variance 2 / (d_in + d_out)
-(Glorot and Bengio 2010), a new Embedding from variance 1, both cut off at three standard deviations.
+Weights are `(d_out, d_in)`. Linear is initialized from a normal distribution of variance 2 / (d_in + d_out)
+(Glorot and Bengio 2010), Embedding from variance 1, both truncated at three standard deviations.
 """
 
 import math
@@ -18,7 +18,7 @@ from llm_basics.core import functional as F
 
 
 def init_truncated_normal_(weight: Tensor, std: float) -> None:
-    """Fill `weight` from a normal distribution around 0, cut off at three standard deviations."""
+    """Fill `weight` from a normal distribution of mean 0, truncated at three standard deviations."""
     nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
 
@@ -68,7 +68,7 @@ class Embedding(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zero a share `p` of the elements while training; do nothing in evaluation."""
+    """Zero a share `p` of the elements in training; the identity in evaluation."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization with a learned gain, which starts at 1."""
+    """Root mean square normalization with a learned gain, initially 1."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization with a learned gain (from 1) and, unless refused, a learned shift (from 0)."""
+    """Layer normalization with a learned gain, initially 1, and with `bias` a learned shift, initially 0."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class MLP(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE with its tables computed once, for any token positions below `context_length`."""
+    """RoPE with precomputed tables, for token positions below `context_length`."""
 
     cos: Tensor
     sin: Tensor
@@ -209,14 +209,14 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         cos, sin = F.rope_tables(d_head, context_length, theta, device)
-        # made again from the config, never stored: a state dict holds only what was learned
+        # recomputed from the config, never stored: a state dict holds only learned weights
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "... seq d_head"], token_positions: Int[Tensor, "... seq"]
     ) -> Float[Tensor, "... seq d_head"]:
-        """Turn `x` as befits its positions, which have the shape of `x` or broadcast to it."""
+        """Rotate `x` by its token positions, which are of shape (..., seq) or broadcast to it."""
         return F.apply_rope(x, self.cos[token_positions], self.sin[token_positions])
 
     def extra_repr(self) -> str:
@@ -224,7 +224,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class KVCache:
-    """The keys and values of one attention layer for the tokens seen so far, in memory taken once."""
+    """Keys and values of one attention layer for the tokens so far, in preallocated memory."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class KVCache:
     def append(
         self, key: Float[Tensor, "batch heads new d_head"], value: Float[Tensor, "batch heads new d_head"]
     ) -> tuple[Float[Tensor, "batch heads keys d_head"], Float[Tensor, "batch heads keys d_head"]]:
-        """Store the new tokens' keys and values behind the earlier ones and return all of them."""
+        """Append keys and values of new tokens; returns those of all tokens."""
         end = self.length + key.shape[-2]
         if end > self.keys.shape[-2]:
             raise ValueError(f"the KV cache holds {self.keys.shape[-2]} tokens, got token {end}")
@@ -253,15 +253,15 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def select(self, texts: Int[Tensor, " kept"]) -> None:
-        """Forget all texts of the batch but these."""
+        """Keep only these sequences of the batch."""
         self.keys, self.values = self.keys[texts], self.values[texts]
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Causal self-attention: several heads look back through the text at once (arXiv 1706.03762).
+    """Causal multi-head self-attention (arXiv 1706.03762).
 
-    With fewer `n_kv_heads` than `n_heads`, groups of neighbouring query heads share one key and value head
-    (grouped-query attention, arXiv 2305.13245). `rope` turns queries and keys by their positions;
+    With fewer `n_kv_heads` than `n_heads`, groups of neighboring query heads share one key and value head
+    (grouped-query attention, arXiv 2305.13245). `rope` rotates queries and keys by their positions;
     `qk_norm` normalizes both before that (arXiv 2010.04245).
     """
 
@@ -302,7 +302,7 @@ class MultiHeadSelfAttention(nn.Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Mix information along `seq`. With a `cache`, `x` continues the tokens that it holds."""
+        """Attend along `seq`. With a `cache`, `x` continues the cached tokens."""
         q, k, v = self.project(x)
         q = rearrange(q, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
         k = rearrange(k, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)
@@ -332,7 +332,7 @@ class MultiHeadSelfAttention(nn.Module):
     ) -> tuple[
         Float[Tensor, "... seq d_model"], Float[Tensor, "... seq d_kv"], Float[Tensor, "... seq d_kv"]
     ]:
-        """What each token asks for, answers to, and has to say: queries, keys and values of all heads."""
+        """Queries, keys and values of all heads."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """The language model: token ids in, a score for every possible next token out.
 
 One class is both Llama (RMSNorm, RoPE, SwiGLU) and GPT-2 (LayerNorm, learned positions, GELU, biases): the
-config says which. A decoder-only transformer, arXiv 1706.03762 as changed by GPT-2 (Radford et al. 2019)
+config selects which. A decoder-only transformer, arXiv 1706.03762 as changed by GPT-2 (Radford et al. 2019)
 and Llama (arXiv 2302.13971).
 """
 
@@ -15,37 +15,37 @@ from llm_basics.core import config, layers
 
 
 class TransformerBlock(nn.Module):
-    """Attention looks around, the feed-forward network thinks it over; both add to what came in.
+    """Self-attention, then a feed-forward network, each added to the residual stream.
 
     Pre-norm (Llama, GPT-2): `x + attn(ln1(x))`, then `x + ffn(ln2(x))`.
-    Post-norm (the first transformer): `ln1(x + attn(x))`, then `ln2(x + ffn(x))`.
+    Post-norm (the original transformer): `ln1(x + attn(x))`, then `ln2(x + ffn(x))`.
     """
 
     def __init__(
         self,
-        shape: config.ModelConfig,
+        config: config.ModelConfig,
         rope: layers.RotaryEmbedding | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm_placement = shape.norm_placement
-        self.ln1 = make_norm(shape, device, dtype)
+        self.norm_placement = config.norm_placement
+        self.ln1 = make_norm(config, device, dtype)
         self.attn = layers.MultiHeadSelfAttention(
-            shape.d_model,
-            shape.n_heads,
-            shape.n_kv_heads,
+            config.d_model,
+            config.n_heads,
+            config.n_kv_heads,
             rope,
-            shape.bias,
-            shape.qk_norm,
-            shape.norm_eps,
-            shape.dropout,
+            config.bias,
+            config.qk_norm,
+            config.norm_eps,
+            config.dropout,
             device=device,
             dtype=dtype,
         )
-        self.ln2 = make_norm(shape, device, dtype)
-        self.ffn = make_ffn(shape, device, dtype)
-        self.dropout = layers.Dropout(shape.dropout)
+        self.ln2 = make_norm(config, device, dtype)
+        self.ffn = make_ffn(config, device, dtype)
+        self.dropout = layers.Dropout(config.dropout)
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class TransformerBlock(nn.Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: layers.KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Attention, then the feed-forward network, each added to the residual stream `x`."""
+        """Apply both sublayers to the residual stream `x`."""
         if self.norm_placement == "pre":
             x = x + self.dropout(self.attn(self.ln1(x), token_positions, cache))
             return x + self.dropout(self.ffn(self.ln2(x)))
@@ -71,36 +71,36 @@ class TransformerLM(nn.Module):
 
     def __init__(
         self,
-        shape: config.ModelConfig,
+        config: config.ModelConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = shape
-        self.token_embeddings = layers.Embedding(shape.padded_vocab_size, shape.d_model, device, dtype)
+        self.config = config
+        self.token_embeddings = layers.Embedding(config.padded_vocab_size, config.d_model, device, dtype)
         self.position_embeddings = (
-            layers.Embedding(shape.context_length, shape.d_model, device, dtype)
-            if shape.position == "learned"
+            layers.Embedding(config.context_length, config.d_model, device, dtype)
+            if config.position == "learned"
             else None
         )
-        # one table serves all blocks
+        # one table for all blocks
         rope = (
-            layers.RotaryEmbedding(shape.d_head, shape.context_length, shape.rope_theta, device)
-            if shape.position == "rope"
+            layers.RotaryEmbedding(config.d_head, config.context_length, config.rope_theta, device)
+            if config.position == "rope"
             else None
         )
-        self.dropout = layers.Dropout(shape.dropout)
+        self.dropout = layers.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            TransformerBlock(shape, rope, device, dtype) for _ in range(shape.n_layers)
+            TransformerBlock(config, rope, device, dtype) for _ in range(config.n_layers)
         )
-        self.ln_final = make_norm(shape, device, dtype)
-        self.lm_head = layers.Linear(shape.d_model, shape.padded_vocab_size, device=device, dtype=dtype)
-        if shape.tie_embeddings:
-            # started as an output projection: with std 1 the first loss would be far above ln V
+        self.ln_final = make_norm(config, device, dtype)
+        self.lm_head = layers.Linear(config.d_model, config.padded_vocab_size, device=device, dtype=dtype)
+        if config.tie_embeddings:
+            # initialized as an output projection: with std 1 the first loss would be far above ln V
             self.token_embeddings.weight = self.lm_head.weight
-        if shape.init == "gpt2":
+        if config.init == "gpt2":
             init_gpt2_(self)
-        if shape.zero_init:
+        if config.zero_init:
             init_zero_(self)
 
     def forward(
@@ -111,7 +111,7 @@ class TransformerLM(nn.Module):
     ) -> Float[Tensor, "... seq vocab"]:
         """The logits of the next token at each position.
 
-        Positions count from 0, or go on where `caches` (one a block, see `make_kv_caches`) end.
+        Positions count from 0, or continue after `caches` (one per block, see `make_kv_caches`).
         """
         return self.logits(self.hidden_states(tokens, token_positions, caches))
 
@@ -121,7 +121,7 @@ class TransformerLM(nn.Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         caches: list[layers.KVCache] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """What the output projection is given: all of `forward` but the logits."""
+        """The input of the output projection: `forward` up to the logits."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[-1]
         if token_positions is None:
@@ -141,12 +141,12 @@ class TransformerLM(nn.Module):
         return self.postprocess_logits(self.lm_head(hidden))
 
     def postprocess_logits(self, logits: Float[Tensor, "... rows"]) -> Float[Tensor, "... vocab"]:
-        """Logits without the padding rows of the output projection, which belong to no token."""
-        n_rows, vocab_size = self.config.padded_vocab_size, self.config.vocab_size
-        return logits[..., :vocab_size] if n_rows > vocab_size else logits
+        """Logits without the padding rows of the vocabulary."""
+        vocab_size = self.config.vocab_size
+        return logits[..., :vocab_size] if self.config.padded_vocab_size > vocab_size else logits
 
     def make_kv_caches(self, batch: int) -> list[layers.KVCache]:
-        """Empty key-value caches for `batch` texts, one for each block."""
+        """Empty key-value caches for `batch` sequences, one per block."""
         n_kv_heads = self.config.n_kv_heads or self.config.n_heads
         weight = self.lm_head.weight
         return [
@@ -157,7 +157,7 @@ class TransformerLM(nn.Module):
         ]
 
     def n_parameters(self) -> int:
-        """Number of weights, a tied matrix counted once."""
+        """Number of weights; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
@@ -177,31 +177,31 @@ class TransformerLM(nn.Module):
 
 
 def make_norm(
-    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The normalization that `shape.norm` names."""
-    if shape.norm == "none":
+    """The normalization layer of `config.norm`."""
+    if config.norm == "none":
         return nn.Identity()
-    if shape.norm == "rms":
-        return layers.RMSNorm(shape.d_model, shape.norm_eps, device, dtype)
-    return layers.LayerNorm(shape.d_model, shape.norm_eps, shape.bias, device, dtype)
+    if config.norm == "rms":
+        return layers.RMSNorm(config.d_model, config.norm_eps, device, dtype)
+    return layers.LayerNorm(config.d_model, config.norm_eps, config.bias, device, dtype)
 
 
 def make_ffn(
-    shape: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: config.ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The feed-forward network that `shape.ffn` names."""
-    if shape.ffn == "swiglu":
-        return layers.SwiGLU(shape.d_model, shape.d_hidden, device, dtype)
-    return layers.MLP(shape.d_model, shape.d_hidden, shape.ffn, shape.bias, device, dtype)
+    """The feed-forward network of `config.ffn`."""
+    if config.ffn == "swiglu":
+        return layers.SwiGLU(config.d_model, config.d_hidden, device, dtype)
+    return layers.MLP(config.d_model, config.d_hidden, config.ffn, config.bias, device, dtype)
 
 
 @torch.no_grad()
 def init_gpt2_(model: TransformerLM) -> None:
-    """GPT-2's initial weights: normal of std 0.02, biases 0.
+    """Initialize as GPT-2: normal of std 0.02, biases 0.
 
-    The projections that lead back to the residual stream are smaller by `sqrt(2 n_layers)`, the number of
-    contributions that add up in it (Radford et al. 2019, section 2.3).
+    Projections back to the residual stream are scaled by `1 / sqrt(2 n_layers)`, since `2 n_layers`
+    contributions add up in it (Radford et al. 2019, section 2.3).
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
@@ -212,9 +212,9 @@ def init_gpt2_(model: TransformerLM) -> None:
 
 @torch.no_grad()
 def init_zero_(model: TransformerLM) -> None:
-    """Set the projections that lead back to the residual stream to zero.
+    """Initialize the projections back to the residual stream to zero.
 
-    Each block begins as the identity, whatever the depth (as in Fixup, arXiv 1901.09321).
+    Each block starts as the identity, whatever the depth (as in Fixup, arXiv 1901.09321).
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):

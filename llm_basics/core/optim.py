@@ -1,7 +1,7 @@
-"""What turns gradients into better weights: AdamW, Muon, gradient clipping and learning-rate schedules.
+"""From gradients to better weights: AdamW, Muon, gradient clipping and learning-rate schedules.
 
-The rules themselves are pure functions (`adamw_update`, `muon_update`), the schedules pure functions of the
-step. The classes around them keep one state for each parameter and take the settings of its group.
+Update rules are pure functions (`adamw_update`, `muon_update`), schedules pure functions of the step. The
+optimizer classes keep one state per parameter and use the settings of its group.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate at `step`: a line from 0 to `max_lr`, half a cosine down to `min_lr`, then flat.
+    """The learning rate at `step`: linear warm-up to `max_lr`, cosine decay to `min_lr`, then constant.
 
     The cosine runs over the steps after the warm-up (SGDR, arXiv 1608.03983).
 
@@ -36,10 +36,10 @@ def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, 
 def wsd_schedule(
     step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int, decay_steps: int
 ) -> float:
-    """The learning rate at `step`: a line from 0 to `max_lr`, flat, at the end a line down to `min_lr`.
+    """The learning rate at `step`: linear warm-up to `max_lr`, constant, then linear decay to `min_lr`.
 
-    Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): what comes before the decay does not depend on how
-    long training will be.
+    Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): the rates before the decay do not depend on the
+    length of training.
 
     >>> [wsd_schedule(step, 1.0, 0.5, 2, total_steps=8, decay_steps=2) for step in (0, 1, 2, 6, 7, 8, 99)]
     [0.0, 0.5, 1.0, 1.0, 0.75, 0.5, 0.5]
@@ -62,11 +62,11 @@ def wsd_schedule(
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, error_if_nonfinite: bool = False
 ) -> Float[Tensor, ""]:
-    """Shorten all gradients by one factor so that together they are at most `max_norm` long, in place.
+    """Scale all gradients in place by one factor so that their total norm is at most `max_norm`.
 
-    Returns the norm before clipping: the L2 norm of all gradients laid end to end (arXiv 1211.5063).
-    Parameters without a gradient are passed over. Where the norm is not finite and `error_if_nonfinite`
-    is set, raises RuntimeError and changes nothing.
+    Returns the norm before clipping: the L2 norm of all gradients concatenated (arXiv 1211.5063).
+    Parameters without a gradient are skipped. If the norm is not finite and `error_if_nonfinite` is set,
+    raises RuntimeError and changes nothing.
 
     >>> weight = torch.zeros(2, requires_grad=True)
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -106,7 +106,7 @@ def adamw_update(
     """One AdamW step: the new parameter and the new running means of gradient and squared gradient.
 
     Adam (arXiv 1412.6980) with decoupled weight decay (arXiv 1711.05101). `step` counts from 1. Both means
-    start at 0 and are divided by `1 - beta^step`, which makes them means of the gradients seen so far.
+    start at 0; dividing them by `1 - beta^step` corrects for that.
 
         exp_avg    = beta1 * exp_avg    + (1 - beta1) * gradient
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient^2
@@ -134,7 +134,7 @@ def adamw_step_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`adamw_update` for each of `parameters`, which have a gradient, and its state, in place."""
+    """Apply `adamw_update` in place to `parameters`, all with a gradient, and to their states."""
     for parameter, state in zip(parameters, states, strict=True):
         assert parameter.grad is not None, "only parameters with a gradient are stepped"
         if not state:
@@ -163,7 +163,7 @@ class AdamW(torch.optim.Optimizer):
     >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
     >>> (3 * weight).backward()
     >>> optimizer.step()
-    >>> weight.data  # a first step has length lr, however long the gradient
+    >>> weight.data  # the first step has length lr, whatever the gradient
     tensor([0.9000])
     """
 
@@ -202,20 +202,20 @@ class AdamW(torch.optim.Optimizer):
 # --------------------------------------------------------------------------------------------------
 # Muon
 
-# of the polynomial a x + b x^3 + c x^5, whose slope at 0 is as steep as it can be while repetition still
-# brings all that is between 0 and 1 near to 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+# coefficients of a x + b x^3 + c x^5, chosen for the steepest slope at 0 for which iteration still brings
+# every x in (0, 1] near 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(
     matrices: Float[Tensor, "... rows cols"], steps: int = 5, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "... rows cols"]:
-    """Roughly the nearest matrices whose rows (or columns, if they are fewer) are orthonormal.
+    """The nearest matrices with orthonormal rows (or columns, if there are fewer), approximately.
 
-    Of the singular value decomposition `U S V^T` this is `U V^T`: all directions become equally long. A step
-    of Newton and Schulz, `X <- a X + b (X X^T) X + c (X X^T)^2 X`, leaves U and V as they are and applies a
-    polynomial to S. Five of them bring singular values to between 0.68 and 1.21, if they are above 1/500 of
-    the norm, which is enough here; for the same reason `dtype` may be bfloat16.
+    Of the singular value decomposition `U S V^T` this is `U V^T`: all directions get the same length. A
+    Newton-Schulz step, `X <- a X + b (X X^T) X + c (X X^T)^2 X`, keeps U and V and applies a polynomial to S.
+    Five steps bring singular values above 1/500 of the norm to between 0.68 and 1.21, which is accurate
+    enough for an update direction; so is bfloat16 as `dtype`.
 
     >>> orthogonalize(torch.diag(torch.tensor([5.0, 0.5]))).diag().round(decimals=1)
     tensor([0.7000, 0.7000])
@@ -223,7 +223,7 @@ def orthogonalize(
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
-    # no singular value is above the norm
+    # no singular value exceeds the norm
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
@@ -242,7 +242,7 @@ def muon_update(
 ) -> tuple[Float[Tensor, "... rows cols"], Float[Tensor, "... rows cols"]]:
     """One Muon step for matrices of one shape: the new parameters and the new running means of the gradient.
 
-    The step is the running mean with the gradient mixed in once more (Nesterov), made orthogonal: rare
+    The step is the orthogonalized running mean with the gradient mixed in once more (Nesterov): rare
     directions count as much as frequent ones (Jordan et al. 2024). Scaled by `0.2 sqrt(max(rows, cols))`, its
     elements are as large as AdamW's usually are, so that one learning rate serves both (arXiv 2502.16982).
 
@@ -264,7 +264,7 @@ def muon_step_(
     weight_decay: float,
     dtype: torch.dtype,
 ) -> None:
-    """`muon_update` for matrices of one shape, which have a gradient, and their states, in place."""
+    """Apply `muon_update` in place to matrices of one shape, all with a gradient, and to their states."""
     for parameter, state in zip(parameters, states, strict=True):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -285,8 +285,8 @@ def muon_step_(
 class Muon(AdamW):
     """Apply `muon_update` to the groups that have a `momentum`, `adamw_update` to the others.
 
-    Muon is for matrices between hidden states. Matrices of one shape are updated together. `dtype` is what
-    directions are computed in.
+    Muon is for matrices between hidden states. Matrices of one shape are updated together. Directions are
+    computed in `dtype`.
 
     >>> matrix, gain = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.ones(2))
     >>> groups = [{"params": [matrix], "momentum": 0.95}, {"params": [gain]}]
@@ -302,13 +302,13 @@ class Muon(AdamW):
         self.dtype = dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take in a group; one with a `momentum` must be of matrices."""
+        """Add a parameter group; one with `momentum` must hold only matrices."""
         super().add_param_group(param_group)
         for parameter in param_group["params"] if "momentum" in param_group else ():
             if parameter.dim() != 2:
                 raise ValueError(
-                    f"a group with momentum must be of matrices, got one of shape {tuple(parameter.shape)}; "
-                    "put it into a group without"
+                    f"a group with momentum must hold only matrices, got a parameter of shape "
+                    f"{tuple(parameter.shape)}; put it into a group without momentum"
                 )
 
     def _step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

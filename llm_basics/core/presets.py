@@ -1,4 +1,4 @@
-"""Options in files: presets and YAML files of one's own, laid over the defaults of `config`."""
+"""Presets and YAML files of options, which override the defaults of `config`."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from llm_basics.core import config, files
 
 PRESETS = Path(__file__).parents[1] / "configs"
 
-# options of earlier versions that are gone, each with the only value that a stored config may have
+# removed options, each with the only value that a stored config may have
 REMOVED = {"model.value_embeddings": False, "model.x0_skips": False, "model.logit_softcap": None}
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def read_yaml(name_or_path: str) -> dict[str, Any]:
 
 
 def find(name_or_path: str, folder: Path, what: str) -> Path:
-    """The YAML file that `what` names: one of those in `folder`, by its name, or any by its path."""
+    """The YAML file of a preset in `folder`, or of a path; `what` is the option, for errors."""
     path = folder / f"{name_or_path}.yaml"
     if not path.exists():
         path = Path(name_or_path)
@@ -48,13 +48,13 @@ def find(name_or_path: str, folder: Path, what: str) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a YAML file of `option: value` lines holds."""
+    """The options in a YAML file of `option: value` lines."""
     text = files.read_text(path)
     try:
         options = yaml.safe_load(text) or {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        assert mark is not None, "of text, not of events"
+        assert mark is not None, "errors in text have a mark"
         raise ValueError(
             f"{path}:{mark.line + 1} must be YAML; {error.problem} in column {mark.column + 1}"
         ) from None
@@ -71,12 +71,13 @@ def read_file(path: Path) -> dict[str, Any]:
 def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T:
     """A copy of `base` with `options` set; nested dictionaries update nested configs.
 
-    Removed options are left out if they were off, as in the config of an old run.
+    Removed options are dropped if they were off, as in the config of an old run.
 
     >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
     2
     """
     hints = typing.get_type_hints(type(base))
+    fields = {field.name: field for field in _fields(base)}
     values: dict[str, Any] = {}
     for name, value in options.items():
         if (full_name := prefix + name) in REMOVED:
@@ -88,12 +89,15 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
         elif name not in hints:
             inner = [f"{outer}.{f.name}" for outer, hint in hints.items() for f in _fields(hint)]
             raise ValueError(unknown_option(full_name, [prefix + n for n in [*hints, *inner]], origin))
-        elif (full_name, value) == ("fast", "triton"):
-            print(f"{full_name} {value} ({origin}) no longer exists: loaded as on", file=sys.stderr)
-            values[name] = "on"
+        elif isinstance(value, str) and value in (retired := fields[name].metadata.get("retired", {})):
+            print(
+                f"{full_name} {value} ({origin}) no longer exists: loaded as {retired[value]}",
+                file=sys.stderr,
+            )
+            values[name] = retired[value]
         elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
-                raise ValueError(f"{full_name} must hold options of its own, got {value!r} ({origin})")
+                raise ValueError(f"{full_name} must be a mapping of options, got {value!r} ({origin})")
             values[name] = update(getattr(base, name), value, origin, f"{full_name}.")
         else:
             values[name] = _check(value, hints[name], full_name, origin)
@@ -105,7 +109,7 @@ def _fields(hint: Any) -> tuple[Any, ...]:
 
 
 def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
-    """`value` as the type `hint`, or ValueError. YAML reads 1e-3 as text; a whole number may be a float."""
+    """Convert `value` to type `hint`, or raise ValueError. YAML reads 1e-3 as text, 1 as an integer."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         if typing.get_origin(choice) is Literal:
@@ -128,8 +132,8 @@ def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
 
 
 def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
-    """What to say of an option that is not known: the one that was probably meant."""
-    # dashes are no likeness; and who writes lr may mean train.lr
+    """The error message for an unknown option, with the closest known one."""
+    # compare without dashes, and with the last part alone: lr may mean train.lr
     full_name = {option.rpartition(".")[2].lstrip("-"): option for option in known}
     full_name |= {option.lstrip("-"): option for option in known}
     near = difflib.get_close_matches(name.lstrip("-"), full_name, n=1)
@@ -139,12 +143,12 @@ def unknown_option(name: str, known: Sequence[str], origin: str) -> str:
 
 
 def dump(options: dict[str, Any]) -> str:
-    """Nested options as the text of a file for --config."""
+    """Nested options as YAML, for --config."""
     return yaml.safe_dump(options, sort_keys=False)
 
 
 def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under the names that the command line has for them.
+    """Flatten nested options to the dotted names of the command line.
 
     >>> flat({"data": "a.txt", "train": {"lr": 1}})
     {'data': 'a.txt', 'train.lr': 1}
@@ -156,7 +160,7 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with dotted names as nested dictionaries, the inverse of `flat`; what is nested stays so.
+    """Nest options with dotted names, the inverse of `flat`; nested options stay as they are.
 
     >>> nest({"data": "a.txt", "train.lr": 1, "train": {"steps": 5}})
     {'data': 'a.txt', 'train': {'lr': 1, 'steps': 5}}
@@ -174,7 +178,7 @@ def nest(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(*options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Flattened options that differ between dictionaries, with the value in each; None where missing.
+    """Flattened options that differ between dictionaries, with the value in each; None if missing.
 
     >>> differences({"train": {"lr": 1, "steps": 5}}, {"train": {"lr": 2, "steps": 5}})
     {'train.lr': (1, 2)}

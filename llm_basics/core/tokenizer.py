@@ -1,8 +1,8 @@
-"""Text to token ids and back, with a vocabulary that `bpe` has learned.
+"""Text to token ids and back, with a vocabulary learned by `bpe`.
 
-Encoding repeats what training did: cut the text at special tokens and into pre-tokens, then apply the merges
-to each pre-token, always the one that was learned first. Any text can be encoded, and decoding what was
-encoded gives it back. Saved in GPT-2's format, `vocab.json` and `merges.txt`. As a program:
+Encoding repeats the steps of training: split the text at special tokens and into pre-tokens, then apply the
+merges to each pre-token in the order of learning. Any text can be encoded, and decoding its ids restores it.
+Tokenizers are saved in GPT-2's format, `vocab.json` and `merges.txt`. On the command line:
 `uv run python -m llm_basics.tokenizer --help`.
 
     >>> tokenizer = Tokenizer.byte_level()
@@ -26,25 +26,25 @@ from llm_basics.core import bpe, vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 
-# pre-tokens whose ids are remembered
+# number of pre-tokens whose ids are cached
 CACHE_SIZE = 1 << 18
 
-# what a file is encoded by
+# bytes of a file that are encoded at once
 PART_BYTES = 1 << 24
 
-# where a pre-token ends whatever follows, searched from the end; for other patterns nothing is known
+# positions where a pre-token ends whatever follows, searched from the end; other patterns have none
 BOUNDARIES = {
     bpe.SPLIT_PATTERN: regex.compile(r"(?r)(?<=\S)(?=\s)"),
     bpe.CL100K_PATTERN: regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=\s)"),
 }
-NOWHERE = regex.compile(r"(?!)")
+NO_BOUNDARY = regex.compile(r"(?!)")
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer.
 
-    `vocab` maps ids to bytes, `merges` stands in the order of learning. Special tokens that the vocabulary
-    lacks get new ids behind it. `pattern` cuts text into pre-tokens.
+    `vocab` maps ids to bytes, `merges` are in the order of learning. Special tokens that the vocabulary does
+    not contain get new ids at its end. `pattern` splits text into pre-tokens.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Tokenizer:
         _check(self._ids, self.merges, self.special_tokens)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._special_ids = {special: self._ids[special.encode("utf-8")] for special in self.special_tokens}
-        self._remembered = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
+        self._cached_merges = functools.lru_cache(CACHE_SIZE)(self._apply_merges)
 
     @classmethod
     def byte_level(cls, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> "Tokenizer":
-        """The tokenizer that has learned nothing: one token a byte, and the special tokens behind."""
+        """A tokenizer without merges: one token per byte, then the special tokens."""
         return cls({b: bytes([b]) for b in range(256)}, [], special_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,15 +85,15 @@ class Tokenizer:
         return max(self.vocab) + 1
 
     def special_id(self, special: str) -> int:
-        """The id of a special token. Raises KeyError if it is none."""
+        """The id of a special token. Raises KeyError for any other text."""
         return self._special_ids[special]
 
     # -- encoding ---------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, in which the tokenizer's own special tokens count as such.
+        """The token ids of `text`, where special tokens get their own ids.
 
-        A surrogate without its other half, which UTF-8 cannot write, becomes U+FFFD.
+        An unpaired surrogate, which UTF-8 cannot encode, becomes U+FFFD.
         """
         text = replace_surrogates(text)
         ids: list[int] = []
@@ -105,51 +105,51 @@ class Tokenizer:
         return ids + self.encode_ordinary(text[end:])
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """The token ids of `text`, in which special tokens are ordinary text: what untrusted text needs."""
+        """The token ids of `text`, with special tokens as ordinary text: for untrusted input."""
         return self.encode_bytes(replace_surrogates(text).encode("utf-8"))
 
     def encode_bytes(self, content: bytes) -> list[int]:
-        """The token ids of any bytes, special tokens being ordinary text: `decode_bytes` gives them back.
+        """The token ids of any bytes, with special tokens as ordinary text. The inverse is `decode_bytes`.
 
-        A byte that is not UTF-8 counts as a sign, neither letter, number nor white space.
+        A byte that is not UTF-8 is split like punctuation: neither letter, number nor white space.
         """
         ids: list[int] = []
-        for piece in bpe.pretokenize(content.decode("utf-8", "surrogateescape"), (), self.pattern):
-            ids += self._remembered(piece)
+        for pretoken in bpe.pretokenize(content.decode("utf-8", "surrogateescape"), (), self.pattern):
+            ids += self._cached_merges(pretoken)
         return ids
 
     def encode_batch(self, texts: Sequence[str], n_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text. Threads serve where encoding does not hold Python's lock; here it does."""
+        """`encode` of each text. `n_threads` has no effect here, since Python code holds the GIL."""
         return [self.encode(text) for text in texts]
 
     def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
-        """The ids of the texts joined together, read only as far as needed: for a file larger than memory.
+        """The ids of the concatenated texts, read lazily: for a file larger than memory.
 
-        The end of each text may belong to a token that goes on in the next, so it waits until a place is seen
-        where a token ends for certain.
+        A token may continue in the next text, so the end of a text is held back until a boundary that no
+        token crosses.
 
         >>> list(Tokenizer.byte_level().encode_iterable(["on", "e <|end", "oftext|>"]))
         [111, 110, 101, 32, 256]
         """
-        waiting, searched = "", 0
+        pending, searched = "", 0
         for text in texts:
-            waiting += text
-            if len(waiting) < 2 * searched:
-                continue  # a search for every character of a long word would be quadratic
-            cut = self._safe_cut(waiting)
-            searched = 0 if cut else len(waiting)
+            pending += text
+            if len(pending) < 2 * searched:
+                continue  # a search per character of a long word would be quadratic
+            cut = self._safe_cut(pending)
+            searched = 0 if cut else len(pending)
             if cut:
-                yield from self.encode(waiting[:cut])
-                waiting = waiting[cut:]
-        yield from self.encode(waiting)
+                yield from self.encode(pending[:cut])
+                pending = pending[cut:]
+        yield from self.encode(pending)
 
     def _safe_cut(self, text: str) -> int:
-        """An offset in `text` where tokens end, whatever follows; 0 if there is none.
+        """An offset in `text` where a token ends, whatever follows; 0 if there is none.
 
-        Of the last characters it is not known yet whether a special token begins there.
+        The last characters may be the beginning of a special token, so they are not searched.
         """
         known = len(text) - max(map(len, self.special_tokens), default=0)
-        boundary = BOUNDARIES.get(self.pattern, NOWHERE).search(text, endpos=max(known, 0))
+        boundary = BOUNDARIES.get(self.pattern, NO_BOUNDARY).search(text, endpos=max(known, 0))
         cut = boundary.start() if boundary else 0
         for match in self._special_pattern.finditer(text):
             if match.start() <= known:
@@ -159,21 +159,21 @@ class Tokenizer:
     def encode_file(
         self, path: str | os.PathLike[str], n_threads: int | None = None
     ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """The ids of a UTF-8 file part by part, with the offset and the number of bytes of each part."""
+        """The ids of a UTF-8 file in parts, each with its offset and its number of bytes."""
         n_parts = Path(path).stat().st_size // PART_BYTES + 1
         with open(path, "rb") as file:
             for start, end in pairwise(bpe.chunk_boundaries(path, self.special_tokens, n_parts)):
                 text = bpe.check_utf8(file.read(end - start), path, start)
                 yield np.array(self.encode(text), np.int32), start, end - start
 
-    def _apply_merges(self, piece: str) -> list[int]:
-        *_, parts = self.merge_steps(piece.encode("utf-8", "surrogateescape"))
+    def _apply_merges(self, pretoken: str) -> list[int]:
+        *_, parts = self.merge_steps(pretoken.encode("utf-8", "surrogateescape"))
         return [self._ids[part] for part in parts]
 
     def merge_steps(self, piece: bytes) -> Iterator[list[bytes]]:
-        """The bytes of one pre-token, and what is left after each merge.
+        """The tokens of one pre-token: its bytes, then the result of each merge.
 
-        Always the pair that was learned first is merged, wherever it stands, until none is left.
+        Each merge replaces the pair that was learned first, until no pair has a merge.
         """
         parts = [bytes([byte]) for byte in piece]
         yield parts
@@ -196,7 +196,7 @@ class Tokenizer:
         return [self.decode(ids) for ids in batch]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`. Raises ValueError for an id that the vocabulary does not have."""
+        """The bytes of `ids`. Raises ValueError for an id outside the vocabulary."""
         try:
             return b"".join([self.vocab[int(id)] for id in ids])
         except KeyError as error:
@@ -208,14 +208,14 @@ class Tokenizer:
 
     @classmethod
     def from_vocabulary(cls, found: vocabulary.Vocabulary, source: object = "a vocabulary") -> "Tokenizer":
-        """The tokenizer of a vocabulary that was read from `source`."""
+        """A tokenizer from a vocabulary that was read from `source`."""
         try:
             return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
         except ValueError as error:
             raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
 
     def to_vocabulary(self) -> vocabulary.Vocabulary:
-        """All that makes this tokenizer what it is: what the functions of `vocabulary` write."""
+        """The vocabulary, merges, special tokens and pattern, for the writers in `vocabulary`."""
         return vocabulary.Vocabulary(self.vocab, self.merges, self.special_tokens, self.pattern)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -224,7 +224,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer that `save` has written to a folder."""
+        """Load a tokenizer written by `save`."""
         found = vocabulary.read_gpt2_folder(folder)
         return cls.from_vocabulary(found, f"vocab.json and merges.txt in {folder}")
 
@@ -240,7 +240,7 @@ class Tokenizer:
         return cls.from_vocabulary(found, f"{vocab_path} and {merges_path}")
 
     def fingerprint(self) -> str:
-        """A SHA-256 over all that decides which ids a text gets."""
+        """SHA-256 of everything that determines the ids of a text."""
         content: list[Any] = [sorted(self._special_ids.items())]
         content.append(sorted((id, token.hex()) for id, token in self.vocab.items()))
         content.append([(left.hex(), right.hex()) for left, right in self.merges])
@@ -250,9 +250,9 @@ class Tokenizer:
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with the halves of surrogate pairs joined; one without its other half becomes U+FFFD.
+    """Join the halves of surrogate pairs; an unpaired half becomes U+FFFD.
 
-    >>> mend("\\ud83d\\ude00 \\ud83d") == "\\U0001f600 \\ufffd"
+    >>> replace_surrogates("\\ud83d\\ude00 \\ud83d") == "\\U0001f600 \\ufffd"
     True
     """
     try:
@@ -270,13 +270,13 @@ def _check(
     missing += [left + right for left, right in merges if left + right not in ids]
     if missing:
         raise ValueError(f"the vocabulary must hold all 256 bytes and every merge, but lacks {missing[0]!r}")
-    made = {bytes([b]) for b in range(256)}
+    known = {bytes([b]) for b in range(256)}
     for left, right in merges:
-        if left not in made or right not in made:
+        if left not in known or right not in known:
             raise ValueError(f"a merge must join bytes or earlier merges, got {left!r} and {right!r}")
-        if left + right in made:
+        if left + right in known:
             raise ValueError(f"a token must be made by one merge, got a second one for {left + right!r}")
-        made.add(left + right)
+        known.add(left + right)
     for special in special_tokens:
-        if special.encode("utf-8") in made:
+        if special.encode("utf-8") in known:
             raise ValueError(f"a special token must not be made by a merge too, got {special!r}")

@@ -1,6 +1,6 @@
-"""One optimizer step, `train_step`, and `Trainer`, which takes such steps on batches of your own.
+"""One optimizer step, `train_step`, and the class `Trainer`, which runs such steps on batches of yours.
 
-lr, zero_grad, forward, loss, backward, clip, step
+A step is: learning rate, zero_grad, forward, loss, backward, clip, optimizer step.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from llm_basics.core import functional as F
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one step measured: the loss before the update, the gradient norm before clipping, the learning
-    rate, and whether there was an update."""
+    """Metrics of one step: the loss before the update, the gradient norm before clipping, the learning rate,
+    and whether the weights were updated."""
 
     train_loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
@@ -41,9 +41,9 @@ def learning_rate(step: int, options: config.TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, options: config.TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay of matrices and embeddings, but neither of norms nor of biases.
+    """AdamW with weight decay on matrices and embeddings, not on norms and biases.
 
-    Or Muon for the matrices of the blocks, and AdamW for the rest.
+    For `options.optimizer` muon: Muon for the matrices of the blocks, AdamW for the rest.
     """
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_muon = {name for name, p in names.items() if name.startswith("layers.") and p.dim() == 2}
@@ -65,10 +65,10 @@ def make_optimizer(model: nn.Module, options: config.TrainConfig) -> torch.optim
 def compute_loss(
     logits: Float[Tensor, "... vocab"], targets: Int[Tensor, "..."], z_loss: float = 0.0
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy in nats over all targets that are not `data.IGNORED`, in float32; 0 without any.
+    """Mean cross-entropy in nats over all targets but `dataloader.IGNORE_INDEX`, in float32; 0 without any.
 
-    Raises ValueError if shapes do not fit, and on a CPU, where looking costs no synchronization, for a target
-    that is no id of the vocabulary.
+    Raises ValueError if shapes do not match, and on a CPU, where the check needs no synchronization, for a
+    target outside the vocabulary.
 
     >>> compute_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 3, -100]]))  # log 4
     tensor(1.3863)
@@ -82,10 +82,10 @@ def compute_loss(
     if targets.device.type == "cpu":
         wrong = (targets != dataloader.IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
         if wrong.any():
-            place = tuple(wrong.nonzero()[0].tolist())
+            index = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(
                 f"targets must be from 0 to {vocab_size - 1} ({dataloader.IGNORE_INDEX} is ignored), got "
-                f"{targets[place].item()} at {place}; check the tokenizer and the vocabulary size"
+                f"{targets[index].item()} at {index}; check the tokenizer and the vocabulary size"
             )
     return F.cross_entropy(F.to_float32(logits), targets, z_loss=z_loss)
 
@@ -93,18 +93,18 @@ def compute_loss(
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
-    """`compute_loss` of what the model predicts for `inputs`."""
+    """`compute_loss` of the model's logits for `inputs`."""
     return compute_loss(model(inputs), targets, z_loss)
 
 
 def accumulate_gradients(
     model: nn.Module, batches: Sequence[dataloader.Batch], options: config.TrainConfig
 ) -> Float[Tensor, ""]:
-    """Add to each gradient that of the mean loss over all targets of all `batches`; returns this loss.
+    """Accumulate gradients of the mean loss over all targets of all `batches`; returns this loss.
 
-    Each batch counts by its number of targets: a mean of means would favor targets of short batches.
+    Each batch is weighted by its number of targets: a mean of means would favor targets of short batches.
     """
-    # on the device: to read them would be to wait for it
+    # kept on the device: reading them would synchronize
     counts = [(targets != dataloader.IGNORE_INDEX).sum() for _, targets in batches]
     n_targets = torch.stack(counts).sum().clamp(min=1)
     train_loss = torch.zeros((), device=batches[0][0].device)
@@ -146,8 +146,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on the mean loss over all targets of all `batches`; `step` counts from 1.
 
-    Where `accept` is given and false for the loss, the weights stay as they were. Raises FloatingPointError,
-    with the weights unchanged, where the loss or the gradient norm is not finite.
+    If `accept` is given and false for the loss, the weights are not updated. Raises FloatingPointError, with
+    the weights unchanged, if the loss or the gradient norm is not finite.
     """
     lr = learning_rate(step, options)
     for group in optimizer.param_groups:
@@ -163,10 +163,10 @@ def train_step(
 
 
 class Trainer:
-    """A model, its optimizer, the number of steps made, and the loss of each.
+    """Trains a model on one batch at a time. `step` is the number of steps, `losses` the loss of each.
 
-    `config` is a `config.TrainConfig`, a preset or a YAML file of which the `train` options count, or None:
-    then the learning rate is constant, as the optimizer has it, and the optimizer AdamW if none is given.
+    `config` is a `config.TrainConfig`, or a preset or YAML file, whose `train` options are used. Without it
+    the learning rate is constant, that of `optimizer`. The default optimizer is AdamW.
 
     >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.Linear(8, 5))
     >>> trainer = Trainer(model, config.TrainConfig(steps=3, lr=0.1, warmup_steps=0))
@@ -199,7 +199,7 @@ class Trainer:
         batches: Any = [tuple(batch)] if isinstance(batch[0], Tensor) else batch
         step = self.step + 1
         result = train_step(self.model, self.optimizer, batches, step, self.config)
-        # on a GPU a step may leave non-finite numbers to the reader of its result
+        # on a GPU, an implementation of `train_step` may leave this check to its caller
         check_finite(step, result.lr, result.train_loss, result.grad_norm)
         self.step = step
         self.losses.append(float(result.train_loss))
@@ -207,12 +207,12 @@ class Trainer:
 
 
 def constant_rate(optimizer: torch.optim.Optimizer) -> config.TrainConfig:
-    """Options by which each step has the learning rate that `optimizer` has now."""
+    """Options with the current learning rate of `optimizer` for every step."""
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     if len(rates) > 1:
         raise ValueError(
             f"all groups of the optimizer must have one learning rate, got {sorted(rates)}; without a config "
-            "it stays constant, and a config sets it for all groups"
+            "the rate is constant, and a config sets it for all groups"
         )
     (lr,) = rates
     return config.TrainConfig(lr=lr, min_lr=lr, warmup_steps=0)

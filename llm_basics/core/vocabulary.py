@@ -1,9 +1,9 @@
-"""A learned vocabulary, and its files.
+"""A trained vocabulary and its files in GPT-2's format, `vocab.json` and `merges.txt`.
 
-Kept in GPT-2's form: `vocab.json` and `merges.txt`, and beside them what these do not say. What other
-programs keep is in `exchange`.
+Special tokens and the split pattern, which that format lacks, are stored beside them. Formats of other
+programs are in `data.tokenizer_formats`.
 
-    >>> spell(b" low"), unspell("\u0120low")
+    >>> bytes_to_unicode(b" low"), unicode_to_bytes("\u0120low")
     ('\u0120low', b' low')
 """
 
@@ -22,7 +22,7 @@ import regex
 
 from llm_basics.core import bpe, files
 
-# the patterns that other programs write differently and that cut every text alike
+# other spellings of GPT-2's pattern that split every text alike
 SAME_AS_GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -48,31 +48,31 @@ class Vocabulary:
 
 
 def check_ids(vocab: Mapping[int, bytes]) -> None:
-    """Raise ValueError unless a token file can hold every id."""
+    """Raise ValueError unless every id fits into a token file."""
     for id, token in vocab.items():
         if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
             raise ValueError(f"an id must be a whole number from 0 to 2**31 - 1, got {id!r} for {token!r}")
 
 
 def compile_pattern(pattern: str) -> regex.Pattern:
-    """A split pattern; ours, where one of ours cuts every text alike."""
+    """Compile a split pattern; a spelling of GPT-2's becomes `bpe.SPLIT_PATTERN`."""
     if not isinstance(pattern, str) or not pattern:
-        raise ValueError(f"a pattern must be a text that is not empty, got {pattern!r}")
+        raise ValueError(f"a pattern must be a non-empty string, got {pattern!r}")
     return bpe.SPLIT_PATTERN if pattern in SAME_AS_GPT2 else own_pattern(regex.compile(pattern))
 
 
 def text_of(pattern: regex.Pattern) -> str:
-    """How a pattern is written. Raises ValueError for flags that would not be written with it."""
+    """The source of a pattern. Raises ValueError for flags that are not part of it."""
     if regex.compile(pattern.pattern).flags != pattern.flags:
         raise ValueError(
-            f"a pattern that is stored must have its flags in itself, like (?i:...), got {pattern.pattern!r}"
+            f"a pattern must have its flags inline to be stored, as in (?i:...), got {pattern.pattern!r}"
         )
     return pattern.pattern
 
 
 @contextlib.contextmanager
 def reading(must: str) -> Iterator[None]:
-    """Inside, whatever is wrong with a file is a ValueError that says what must hold."""
+    """Raise any error of reading a file as ValueError, with what `must` hold."""
     try:
         yield
     except OSError as error:
@@ -88,16 +88,16 @@ def reading(must: str) -> Iterator[None]:
 
 
 def own_pattern(pattern: regex.Pattern) -> regex.Pattern:
-    """The pattern of `bpe` that is the same as `pattern`, if there is one, else `pattern`.
+    """The pattern of `bpe` that equals `pattern`, if any, else `pattern`.
 
-    Patterns are compared by identity, which copies between processes do not have.
+    Patterns are compared by identity, which is lost by pickling.
     """
     own = [own for own in (bpe.SPLIT_PATTERN, bpe.CL100K_PATTERN) if own.pattern == pattern.pattern]
     return own[0] if own and own[0].flags == pattern.flags else pattern
 
 
 # --------------------------------------------------------------------------------------------------
-# GPT-2: vocab.json and merges.txt, and beside them what these do not say
+# GPT-2's format: vocab.json, merges.txt, and beside them special_tokens.json and pattern.txt
 
 
 def write_gpt2(vocabulary: Vocabulary, folder: str | os.PathLike[str]) -> None:
@@ -119,7 +119,7 @@ def write_gpt2(vocabulary: Vocabulary, folder: str | os.PathLike[str]) -> None:
 
 
 def read_gpt2_folder(folder: str | os.PathLike[str]) -> Vocabulary:
-    """What `write_gpt2` has written to `folder`."""
+    """Read a folder written by `write_gpt2`."""
     folder = Path(folder)
     if not folder.is_dir():
         if folder.exists():
@@ -146,9 +146,9 @@ def read_gpt2(
     merges_path: str | os.PathLike[str],
     special_tokens: Sequence[str] | None = None,
 ) -> Vocabulary:
-    """A vocabulary and merges in GPT-2's format.
+    """Read a vocabulary and merges in GPT-2's format.
 
-    Unless special tokens are named, they are the entries that are neither a byte nor made by a merge.
+    By default the special tokens are the entries that are neither a byte nor the result of a merge.
     """
     with reading(f"{vocab_path} and {merges_path} must be in GPT-2's format"):
         lines = Path(merges_path).read_text(encoding="utf-8-sig").split("\n")
@@ -161,11 +161,13 @@ def read_gpt2(
 def from_spellings(
     spellings: dict[str, Any], pairs: list[Any], special_tokens: Sequence[str] | None
 ) -> Vocabulary:
-    """A vocabulary from GPT-2's spellings of tokens and merges; `special_tokens` as `read_gpt2` has it."""
+    """A vocabulary from GPT-2's spellings of tokens and merges; `special_tokens` as in `read_gpt2`."""
     vocab: dict[int, bytes] = {}
     for spelling, id in spellings.items():
         if id in vocab:
-            raise ValueError(f"id {id} is given to both {bytes_to_unicode(vocab[id])!r} and {spelling!r}")
+            raise ValueError(
+                f"an id must have one token, got {id} for both {bytes_to_unicode(vocab[id])!r} and {spelling!r}"
+            )
         vocab[id] = unicode_to_bytes(spelling)
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
@@ -179,7 +181,7 @@ def from_spellings(
 
 @functools.cache
 def _characters() -> dict[int, str]:
-    """One printable character for each byte: itself where it has one in Latin-1, else one from U+0100 on."""
+    """One printable character per byte: that of Latin-1 if printable, else one from U+0100 on."""
     order = [byte[0] for byte in bpe.alphabet(bpe.LOWEST_ID)]
     others = sorted(order[188:])
     return {b: chr(b) for b in order[:188]} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -191,13 +193,13 @@ def _bytes() -> dict[str, int]:
 
 
 def bytes_to_unicode(token: bytes) -> str:
-    """GPT-2's spelling of a token, one printable character a byte."""
+    """GPT-2's spelling of a token, one printable character per byte."""
     characters = _characters()
     return "".join(characters[byte] for byte in token)
 
 
 def unicode_to_bytes(spelling: str) -> bytes:
-    """The bytes that `spelling` stands for; a special token with other characters stands for itself."""
+    """The bytes of a spelling; with other characters, as in special tokens, those of UTF-8."""
     byte_of = _bytes()
     if all(character in byte_of for character in spelling):
         return bytes(byte_of[character] for character in spelling)
@@ -205,9 +207,9 @@ def unicode_to_bytes(spelling: str) -> bytes:
 
 
 def show_token(token: bytes) -> str:
-    """A token in quotes; bytes that are no whole characters as hexadecimal numbers.
+    """A token in quotes; bytes that are not valid UTF-8 in hexadecimal.
 
-    >>> show(b" the"), show(b"\\n"), show(b"\\xe2\\x82")
+    >>> show_token(b" the"), show_token(b"\\n"), show_token(b"\\xe2\\x82")
     ("' the'", "'\\\\n'", '<e2 82>')
     """
     try:

@@ -462,9 +462,9 @@ class OneBlockMade(Parts):
     """`[block] * n_layers` is one block in n places: all layers share their weights, and the model has far
     fewer than asked for. Make a new one for each place."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
-        self.layers = nn.ModuleList([self.layers[0]] * shape.n_layers)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
+        self.layers = nn.ModuleList([self.layers[0]] * config.n_layers)
 
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
@@ -472,8 +472,8 @@ class BlocksInAPlainList(Parts):
     """The blocks are in a Python list, which torch does not look into: parameters() lacks them, so they are
     never trained, saved or moved to a device. Use nn.ModuleList."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         blocks = list(self.layers)
         del self.layers
         self.layers = blocks
@@ -538,8 +538,8 @@ class ThetaIgnored(Parts):
     """RoPE has the usual base of 10,000 whatever the config says. Pass rope_theta on; models with long
     contexts have larger ones."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(dataclasses.replace(shape, rope_theta=10000.0), device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(dataclasses.replace(config, rope_theta=10000.0), device, dtype)
 
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
@@ -547,8 +547,8 @@ class NoRope(Parts):
     """The blocks are made without RoPE, so the model knows no order beyond what the causal mask gives away.
     The loss falls, only less; hand the rotary tables to each block."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         for one in self.layers:
             one.attn.rope = None
 
@@ -608,8 +608,8 @@ class TiedWhenNotAsked(Parts):
     """Embedding and output projection are one matrix although the config says tie_embeddings=False. The
     model has fewer weights than asked for, and weights of others do not fit."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(dataclasses.replace(shape, tie_embeddings=True), device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(dataclasses.replace(config, tie_embeddings=True), device, dtype)
 
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
@@ -617,8 +617,8 @@ class NotTiedWhenAsked(Parts):
     """The config says tie_embeddings=True, yet embedding and output projection are two matrices; perhaps
     the values were copied. Both must be the same nn.Parameter."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(dataclasses.replace(shape, tie_embeddings=False), device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(dataclasses.replace(config, tie_embeddings=False), device, dtype)
 
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
@@ -626,9 +626,9 @@ class TiedWithStd1(Parts):
     """The tied matrix starts as an embedding, with std 1, so logits are as wide as sqrt(d_model) and the
     first loss is far above ln V. Start it as an output projection."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
-        if shape.tie_embeddings:
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
+        if config.tie_embeddings:
             layers.init_truncated_normal_(self.lm_head.weight, std=1.0)
 
 
@@ -637,8 +637,8 @@ class AllMatricesOfStd1(Parts):
     """Every matrix starts with std 1, as torch.randn gives it. Logits are then far too wide, the first loss
     is far above ln V, and the softmax is saturated; use sqrt(2 / (d_in + d_out))."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter)
@@ -649,8 +649,8 @@ class AllMatricesOfStd002(Parts):
     """Every matrix starts with std 0.02, GPT-2's choice for its size, where the config asks for a spread
     that goes by the matrix. Small models then start very slowly."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -661,8 +661,8 @@ class TorchsDefaultStart(Parts):
     """The matrices start as nn.Linear's do, uniform of std 1 / sqrt(3 d_in), which for square ones is 0.58
     of what is asked. Use a normal distribution of std sqrt(2 / (d_in + d_out))."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not name.startswith(("token", "position")):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
@@ -673,8 +673,8 @@ class GainsFromZero(Parts):
     """The gains of the norms start at 0, so that every sublayer and all logits are 0. Gradients are 0 too,
     or nearly all, and it hardly learns; start them at 1."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(shape, device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(config, device, dtype)
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter)
@@ -724,8 +724,8 @@ class DropoutNever(Parts):
     """The config asks for dropout, but none acts in training: the value is not handed on. Small data sets
     are then learned by heart sooner."""
 
-    def __init__(self, shape, device=None, dtype=None):
-        super().__init__(dataclasses.replace(shape, dropout=0.0), device, dtype)
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__(dataclasses.replace(config, dropout=0.0), device, dtype)
 
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
