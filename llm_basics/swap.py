@@ -1,8 +1,8 @@
 """The seam: puts one implementation of a piece in place of another: reference, fast, or yours.
 
 Every call goes through a module attribute, so replacing a piece is setting that attribute on its home module
-in `core`. A fast implementation has the name, signature and results of its reference; a piece of yours has
-the name and signature, and is what the tests are for. Yours always wins over the fast one.
+in `core`. A fast implementation has the name, signature and results of its reference; your piece has the
+name and signature, and is what the tests check. Yours always wins over the fast one.
 
     >>> with using("fast", log=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -23,13 +23,13 @@ from llm_basics import user_code
 
 CORE, FAST = "llm_basics.core", "llm_basics.fast"
 
-# homes outside of core, whose functions the catalogue of mistakes replaces
-ELSEWHERE = {"checkpoint": "llm_basics.runs.checkpoint"}
+# home modules outside of core, whose functions the catalogue of mistakes replaces
+HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
 
 # modules of core that have fast implementations, in fast/ under the same file name
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
 
-# the pieces that a file of yours can define, by their home module in core
+# pieces that user code can define, by their home module in core
 PIECES = {
     "functional": "linear embedding softmax log_softmax silu gelu relu2 swiglu dropout rms_norm layer_norm "
     "rope_tables apply_rope causal_mask scaled_dot_product_attention cross_entropy linear_cross_entropy",
@@ -45,10 +45,10 @@ PIECES = {
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 
-# pieces that a fast implementation calls just as its reference does, so that yours are not bypassed
+# pieces that a fast implementation calls as its reference does, so that user code is not bypassed
 STILL_CALLED = {"trainer.train_step": {"optim.clip_grad_norm_"}}
 
-# the reference's own pieces, kept from the moment they were first replaced
+# reference versions of pieces, stored when they are first replaced
 _REFERENCE: dict[str, Any] = {}
 
 
@@ -66,7 +66,9 @@ def use(
         _use_fast(log)
         return
     if not str(what).endswith(".py"):
-        raise ValueError(f"what to use must be fast or a Python file with your pieces, got {str(what)!r}")
+        raise ValueError(
+            f"the implementation must be fast or a Python file with your pieces, got {str(what)!r}"
+        )
     for piece, own in _load(what, log, prepare).items():
         set_piece(piece, own)
     for piece in fast_pieces():
@@ -102,15 +104,15 @@ def _load(
     for name, piece in defined.items():
         own = getattr(module, name, None)
         if not callable(own):
-            log(f"{name} of {path} is neither a function nor a class: not used")
+            log(f"{name} of {path} is not used: it is neither a function nor a class")
             continue
         if user_code.is_written_in(module, own, path):
             found[piece] = user_code.fit(name, own, references[piece], path)
         else:
             origin = getattr(own, "__module__", None) or type(own).__name__
-            log(f"{name} of {path} is imported from {origin}: not used, since it is not written in the file")
+            log(f"{name} of {path} is not used: it is imported from {origin}, not written in the file")
     if not found:
-        raise ValueError(f"{path} must define a piece (such as softmax or RMSNorm), but has none")
+        raise ValueError(f"{path} must define a piece (such as softmax or RMSNorm), got none")
     return found
 
 
@@ -125,12 +127,12 @@ def piece(key: str) -> str:
 
 
 def reference(piece: str) -> Any:
-    """The reference's own version of `functional.softmax`, whatever is in its place."""
+    """The reference version of `functional.softmax`, whatever is in use."""
     return _REFERENCE.get(piece) or current(piece)
 
 
 def set_piece(piece: str, replacement: Any) -> None:
-    """Set a piece in the module that calls it."""
+    """Replace a piece in its home module."""
     home, name = piece.split(".")
     _REFERENCE.setdefault(piece, reference(piece))
     setattr(_module(home), name, replacement)
@@ -149,7 +151,7 @@ def restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
-    """`set_piece` for all of `pieces`, for the length of a block."""
+    """Replace `pieces` within the block."""
     with restored():
         for piece, replacement in pieces.items():
             set_piece(piece, replacement)
@@ -157,25 +159,25 @@ def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
 
 
 def reference_only() -> contextlib.AbstractContextManager[None]:
-    """The reference alone, for the length of a block."""
+    """Use reference code alone within the block."""
     return replaced(dict(_REFERENCE))
 
 
 @contextlib.contextmanager
 def using(what: str | Path, log: Callable[[str], None] = print) -> Iterator[None]:
-    """`use` for the length of a block."""
+    """`use` within the block."""
     with restored():
         use(what, log)
         yield
 
 
 def origins() -> dict[str, str]:
-    """The module or file in use for each piece, of modules that are loaded."""
+    """The module or file in use for each piece of the loaded modules."""
     pieces = [f"{home}.{name}" for home, names in PIECES.items() for name in names.split()]
     return {
         piece: user_code.origin(current(piece))
         for piece in dict.fromkeys([*pieces, *_REFERENCE])
-        if ELSEWHERE.get(home := piece.split(".")[0], f"{CORE}.{home}") in sys.modules
+        if HOMES_OUTSIDE_CORE.get(home := piece.split(".")[0], f"{CORE}.{home}") in sys.modules
     }
 
 
@@ -185,12 +187,12 @@ def fast_pieces() -> list[str]:
 
 
 def user_pieces() -> dict[str, str]:
-    """The pieces in use that come from a user's file, with the name of that file."""
+    """The pieces in use that come from user code, with their file."""
     return {piece: origin for piece, origin in origins().items() if user_code.is_of_file(origin)}
 
 
 def describe() -> str:
-    """The pieces in use, as a line: those of files by name, fast implementations by their number."""
+    """The pieces in use as one line: user code by name, fast implementations by number."""
     files: dict[str, list[str]] = {}
     for piece, origin in user_pieces().items():
         files.setdefault(origin, []).append(piece.split(".")[1])
@@ -201,7 +203,7 @@ def describe() -> str:
 
 
 def prepare_model(model: Any, batch_size: int, seq: int) -> None:
-    """Compile the kernels for training steps of this shape, if fast implementations are in use."""
+    """Compile fast kernels for training steps of this shape, if they are in use."""
     if "trainer.batch_loss" in fast_pieces():
         importlib.import_module(f"{FAST}.trainer").prepare_model(model, batch_size, seq)
 
@@ -213,7 +215,7 @@ def current(piece: str) -> Any:
 
 
 def _module(home: str) -> types.ModuleType:
-    return importlib.import_module(ELSEWHERE.get(home, f"{CORE}.{home}"))
+    return importlib.import_module(HOMES_OUTSIDE_CORE.get(home, f"{CORE}.{home}"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,23 +232,23 @@ def _use_fast(log: Callable[[str], None]) -> None:
         if bypassed - {piece}:
             names = ", ".join(sorted(bypassed))
             log(f"{piece.split('.')[1]}: reference code is used, a fast kernel would bypass your {names}")
-        # a piece of yours, or one that a test has put there, wins
+        # user code, or a piece set by a test, wins
         elif current(piece).__module__ == _module(piece.split(".")[0]).__name__ or piece in fast_pieces():
             set_piece(piece, fast)
 
 
 def _fast_implementations() -> Iterator[tuple[str, object]]:
-    """Each piece that has a fast implementation, and that; in modules that are loaded."""
+    """Each piece of the loaded modules that has a fast implementation, and that implementation."""
     for home in WITH_FAST:
         path = f"{FAST}.{home}"
         if f"{CORE}.{home}" not in sys.modules:
             continue
-        # a fast class may inherit from its reference: not from what is in its place
+        # a fast class may inherit from its reference, so import it while no piece is replaced
         with contextlib.nullcontext() if path in sys.modules else reference_only():
             fast_module = importlib.import_module(path)
         for name, fast in sorted(vars(fast_module).items()):
-            is_own = getattr(fast, "__module__", None) == path and not name.startswith("_")
-            if is_own and hasattr(_module(home), name):
+            is_defined_there = getattr(fast, "__module__", None) == path and not name.startswith("_")
+            if is_defined_there and hasattr(_module(home), name):
                 yield f"{home}.{name}", fast
 
 
@@ -256,7 +258,7 @@ def _bypassed(piece: str) -> set[str]:
 
 
 def _needs(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The pieces that the reference of `piece` calls, and those that they call; itself included."""
+    """The pieces that the reference of `piece` calls, directly or indirectly, and `piece` itself."""
     mentioned = user_code.mentioned(reference(piece))
     names = {name for name in mentioned if name in HOMES and f"{HOMES[name]}.{name}" not in seen | {piece}}
     needed = {piece}

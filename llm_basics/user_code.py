@@ -1,8 +1,8 @@
-"""A Python file of somebody's own: which pieces it has, whether they fit, and how they are filled up.
+"""Load user code: a Python file with pieces, checked against the signatures of the reference.
 
-A piece must take the parameters of the reference, by name and in order. Optional ones at the end may be left
-out: a call that needs one of them then fails, and says so. What a class leaves out beside that, such as
-`TransformerLM.n_parameters`, is filled in from the reference.
+A piece must have the parameters of the reference, by name and in order. Optional ones at the end may be
+missing: a call that needs one of them raises ValueError. Missing methods of a class, such as
+`TransformerLM.n_parameters`, are taken from the reference.
 """
 
 import ast
@@ -17,20 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# parameters that change no result
-HARMLESS = {"progress", "n_workers"}
+# parameters that change no result, so that a piece without them may ignore their values
+IGNORABLE_PARAMETERS = {"progress", "n_workers"}
 
-# the modules that the file which was run last imported from beside it
+# modules in the folder of the last executed file that it imported
 _HELPERS: list[str] = []
 
-# what a file is called that a module was loaded from, and what was in it
+# file name and digest of each module of user code
 _FILES: dict[str, str] = {}
 
 
 def names(path: str | Path) -> list[str]:
-    """The public names that a file binds outside of functions and classes, in order.
+    """The public names that a file binds at module level, in order.
 
-    Raises ValueError if it is no Python file.
+    Raises ValueError if it is not a Python file.
     """
     if not Path(path).is_file():
         raise ValueError(f"your pieces must be in a Python file, but there is no {path}")
@@ -41,9 +41,9 @@ def names(path: str | Path) -> list[str]:
         where = f"{path}:{line}" if line else str(path)
         raise ValueError(f"{where} is not Python: {getattr(error, 'msg', error)}") from None
     found: list[str] = []
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        match waiting.pop():
+    stack: list[ast.AST] = [tree]
+    while stack:
+        match stack.pop():
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
                 found.append(name)
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
@@ -51,20 +51,20 @@ def names(path: str | Path) -> list[str]:
             case ast.AsyncFunctionDef() | ast.Lambda():
                 pass
             case other:
-                waiting += reversed(list(ast.iter_child_nodes(other)))
+                stack += reversed(list(ast.iter_child_nodes(other)))
     return list(dict.fromkeys(name for name in found if not name.startswith("_")))
 
 
 def execute(path: str | Path) -> types.ModuleType:
-    """The module that a file makes. Raises ValueError, with the line, if running it fails."""
+    """Execute a file as a module. Raises ValueError, with the line, if it fails."""
     path = Path(path).resolve()
     name = f"yours_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
+    spec = importlib.util.spec_from_file_location(name, path, loader=_UncachedLoader(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # before it is run: dataclasses and pickle look their module up by name
+    # before execution: dataclasses and pickle look modules up by name
     sys.modules[name] = module
-    # at the end, so that no file beside it stands before a library
+    # appended, so that no file of its folder shadows a library
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     for helper in _HELPERS:
@@ -81,7 +81,7 @@ def execute(path: str | Path) -> types.ModuleType:
         ) from error
     finally:
         sys.dont_write_bytecode = not writes_bytecode
-    # what it imports from beside it is its code as well, and read again with it
+    # modules imported from its folder are part of the user code, and are reloaded with it
     imported = {
         helper: getattr(sys.modules[helper], "__file__", None) for helper in sys.modules.keys() - before
     }
@@ -93,8 +93,8 @@ def execute(path: str | Path) -> types.ModuleType:
     return module
 
 
-class _Fresh(importlib.machinery.SourceFileLoader):
-    """Compiles each time: cached bytecode of a file of the same size and second would be the old one."""
+class _UncachedLoader(importlib.machinery.SourceFileLoader):
+    """Always compiles: cached bytecode is stale for a change within a second that keeps the size."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
@@ -110,53 +110,53 @@ def _line_in(path: Path, traceback: types.TracebackType | None) -> int:
 
 
 def withheld(piece: str, is_class: bool, path: str | Path) -> Callable[..., Any]:
-    """What stands in the place of a reference while a file that defines the same piece is run."""
+    """A placeholder for a reference while a file that defines the same piece is executed."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError(f"{path} asks for the reference's {piece}, which it is there to replace: write it")
+        raise ValueError(f"{path} calls the reference {piece}; implement {piece.split('.')[1]} itself")
 
     refuse.__module__, refuse.__name__ = "llm_basics.withheld", piece.split(".")[1]
     if not is_class:
         return refuse
-    # a class, so that `| None` and isinstance in annotations go on working
+    # a class, so that `| None` and isinstance keep working in annotations
     kind = type("Withheld", (type,), {"__call__": refuse, "__instancecheck__": lambda cls, value: True})
     body = {"__init_subclass__": classmethod(refuse), "__module__": refuse.__module__}
     return kind(piece.split(".")[1], (), body)
 
 
 def is_written_in(module: types.ModuleType, piece: Any, path: str | Path) -> bool:
-    """Whether a piece was made by the file. Raises ValueError if it is the reference's, withheld."""
+    """Whether a piece is defined in the file. Raises ValueError for a placeholder of the reference."""
     origin = getattr(piece, "__module__", None)
     if origin is not None and origin.startswith("llm_basics"):
         name = getattr(piece, "__name__", "one")
         raise ValueError(
-            f"{path} must define {name} itself, but takes it from {origin}: write it; to use the "
-            "reference's, import its module (from llm_basics import layers, then layers.Linear)"
+            f"{path} must define {name} itself, but imports it from {origin}; implement it, or to use the "
+            "reference import its module (from llm_basics.core import layers, then layers.Linear)"
         )
     return origin == module.__name__
 
 
 def origin(piece: Any) -> str:
-    """The module that a piece is from; for a file of somebody's own, its name and the SHA-256 it had."""
+    """The module of a piece; for user code, the file name and its SHA-256."""
     return _FILES.get(piece.__module__, piece.__module__)
 
 
 def same_code(origin: str, other: str) -> bool:
-    """Whether two origins are the same, wherever their file was."""
+    """Whether two origins have the same digest, whatever their file names."""
     return origin.split(" (")[-1] == other.split(" (")[-1]
 
 
 def is_of_file(origin: str) -> bool:
-    """Whether an `origin` is a file of somebody's own."""
+    """Whether an `origin` is user code."""
     return origin.endswith(")")
 
 
 # --------------------------------------------------------------------------------------------------
-# Does it fit?
+# Signatures
 
 
 def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
-    """`own`, able to stand where `reference` stood. Raises ValueError if it has other parameters."""
+    """`own`, completed to replace `reference`. Raises ValueError if its parameters differ."""
     if inspect.isclass(reference) != inspect.isclass(own):
         raise ValueError(
             f"{name} of {path} must be a {'class' if inspect.isclass(reference) else 'function'}"
@@ -176,7 +176,7 @@ def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
 
 
 def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], path: str | Path) -> Any:
-    """`own`, made to refuse clearly what it has no parameter for."""
+    """`own`, wrapped to raise ValueError for arguments that it has no parameter for."""
     ours = list(inspect.signature(reference).parameters.values())
     given = list(inspect.signature(own).parameters.values())
     required = [p.name for p in ours if p.default is p.empty]
@@ -188,7 +188,7 @@ def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], p
     rest_is_optional = all(p.default is not p.empty or p.kind in variable for p in given[len(ours) :])
     if not same or len(given) < len(required) or not rest_is_optional:
         raise ValueError(
-            f"{name} of {path} must take the parameters of the reference\n"
+            f"{name} of {path} must have the parameters of the reference\n"
             f"    yours      {_header(name, given)}\n"
             f"    reference  {_header(name, ours)}"
         )
@@ -210,7 +210,7 @@ def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], p
 
 
 def _refuse(name: str, path: str | Path, parameter: inspect.Parameter, value: Any) -> None:
-    if parameter.name in HARMLESS or value is parameter.default:
+    if parameter.name in IGNORABLE_PARAMETERS or value is parameter.default:
         return
     if isinstance(value, bool | int | float | str) and value == parameter.default:
         return
@@ -226,14 +226,14 @@ def _header(name: str, parameters: list[inspect.Parameter]) -> str:
 
 
 def _tokenizer(own: type, reference: type, path: str | Path) -> type:
-    """The reference's tokenizer, for what training and files need, around yours, which does the work.
+    """A reference tokenizer that delegates to the methods of `own`, and keeps its own for files.
 
-    Where ordinary text is to be encoded, a second one of yours has no special tokens.
+    For `encode_ordinary` there is a second instance of `own` without special tokens.
     """
     methods = {
         name: _accept(f"Tokenizer.{name}", method, getattr(reference, name), path)
         for name in dir(own)
-        # those of its bases too, decorated or not
+        # methods of its bases as well, decorated or not
         for method in [inspect.getattr_static(own, name)]
         if callable(method) and (name == "__init__" or not name.startswith("_"))
         if hasattr(reference, name) and method is not object.__init__
@@ -259,17 +259,17 @@ def _tokenizer(own: type, reference: type, path: str | Path) -> type:
         body.setdefault("encode_batch", lambda self, texts, n_threads=None: [self.encode(t) for t in texts])
     complete = type(own.__name__, (reference,), {"__init__": __init__, **body})
     complete.__module__, complete.__doc__ = own.__module__, own.__doc__
-    # where pickle looks for it
+    # pickle looks it up there
     setattr(sys.modules[own.__module__], own.__name__, complete)
     return complete
 
 
 # --------------------------------------------------------------------------------------------------
-# What does it call?
+# Names in code
 
 
 def mentioned(piece: Any) -> set[str]:
-    """Every global or attribute name in the code of a function, or of all methods of a class."""
+    """Every global and attribute name in the code of a function, or of all methods of a class."""
     if inspect.isclass(piece):
         return set().union(*(mentioned(part) for part in vars(piece).values()))
     piece = inspect.unwrap(getattr(piece, "__func__", piece)) if callable(piece) else piece

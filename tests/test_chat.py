@@ -223,8 +223,8 @@ def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
         (b'[{"prompt": "a"},\n {"prompt" 1}]', ":2 must be JSON; Expecting ':' delimiter in column 12"),
         (b"\n \n", " must hold conversations, JSON lines or a JSON array, but is empty"),
         (b"[]", "but is empty"),
-        (b'\n{"prompt": "\xff"}', ":2 must be UTF-8, got byte 0xff at offset 13; mend the file"),
-        (b'[\n{"prompt": "\xff"}]', ":2 must be UTF-8, got byte 0xff at offset 14; mend the file"),
+        (b'\n{"prompt": "\xff"}', ":2 must be UTF-8, got byte 0xff at offset 13; fix the file"),
+        (b'[\n{"prompt": "\xff"}]', ":2 must be UTF-8, got byte 0xff at offset 14; fix the file"),
         (b"[" * 100_000, ":1 must be JSON; "),
     ],
 )

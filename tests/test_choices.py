@@ -49,7 +49,7 @@ def test_read(tmp_path):
     [
         (b"{", " must be JSON; Expecting property name enclosed in double quotes in column 2$"),
         (b"[1]", ": a question must be an object with fields, got list"),
-        (b'"\xff"', " must be UTF-8, got byte 0xff at offset 63; mend the file$"),
+        (b'"\xff"', " must be UTF-8, got byte 0xff at offset 63; fix the file$"),
         (GOOD | {"prompt": 3}, ": prompt must be a string, got 3"),
         (
             GOOD | {"question": "x"},

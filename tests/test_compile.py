@@ -50,7 +50,9 @@ def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
     with pytest.raises(SystemExit) as stop:
         job.main(dataclasses.replace(options, train=graphs))
     assert stop.value.code == 2 and "needs CUDA, got the device cpu" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="one batch a step.*got train.grad_accumulation_steps 2"):
+    with pytest.raises(
+        ValueError, match="grad_accumulation_steps must be 1 with train.compile graphs.*got 2"
+    ):
         dataclasses.replace(graphs, grad_accumulation_steps=2)
 
 

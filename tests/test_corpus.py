@@ -49,7 +49,7 @@ def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
     with pytest.raises(ValueError, match="0xe9 at offset 3") as error:
         corpus.read_documents([path])
     assert str(path) in str(error.value)
-    with pytest.raises(ValueError, match="mend the file, or replace such bytes with --on_bad_utf8 replace$"):
+    with pytest.raises(ValueError, match="fix the file, or replace such bytes with --on_bad_utf8 replace$"):
         corpus.read_documents([path], on_bad_utf8="error")
     assert corpus.read_documents([path], on_bad_utf8="replace")[0].text == "caf\ufffd noir"
 
@@ -64,7 +64,7 @@ def test_text_is_read_in_blocks_of_any_size(block, monkeypatch):
         ("name:1", "two<|endoftex"),
         ("name:2", "three"),
     ]
-    with pytest.raises(ValueError, match="^name:3 must be UTF-8, got byte 0xff at offset 19; mend the file$"):
+    with pytest.raises(ValueError, match="^name:3 must be UTF-8, got byte 0xff at offset 19; fix the file$"):
         list(corpus.stream_documents("name", io.BytesIO(b"one\n<|endoftext|>\n4\xff")))
 
 

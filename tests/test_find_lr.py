@@ -220,7 +220,7 @@ def test_a_run_is_not_searched_and_not_overwritten(options, tmp_path, capsys):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match="2"):
         parse.train_options(["--resume", options.run_dir, "--find-lr"])
-    assert "find_lr must stand without resume" in capsys.readouterr().err
+    assert "find_lr must be used without resume" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         job.main(options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

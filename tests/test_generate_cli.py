@@ -195,7 +195,7 @@ def test_an_interrupted_run_leaves_the_old_file(folder, tmp_path, monkeypatch):
             '{path}:2 must be an object with a string "prompt", got [1]',
         ),
         ("p.jsonl", b'{"prompt": 3}\n', '{path}:1 must be an object with a string "prompt", got {{'),
-        ("p.txt", b"a\n\xff", "{path}:2 must be UTF-8, got byte 0xff at offset 2; mend the file\n"),
+        ("p.txt", b"a\n\xff", "{path}:2 must be UTF-8, got byte 0xff at offset 2; fix the file\n"),
         ("p.txt", b"\n \n", "--prompts must hold at least one prompt, got none in {path}"),
         ("p.txt", None, "--prompts must be a file with one prompt per line, got {path}"),
     ],

@@ -217,7 +217,7 @@ def test_whoever_asks_for_the_reference_is_told_so(mine):
     source = "from llm_basics import functional as F\nreference = F.silu\n"
     found = results(mine(source + "def silu(x):\n    return reference(x)\n"))["silu"]
     text = " ".join(found.text.split())
-    assert "asks for the reference's functional.silu, which it is there to replace: write it" in text
+    assert "calls the reference functional.silu; implement silu itself" in text
 
 
 def test_a_file_that_calls_itself_through_the_package_is_told_so(mine):

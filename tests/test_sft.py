@@ -317,7 +317,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         (
             {},
             '{"prompt": "\xff"}',
-            "answers.jsonl:1 must be UTF-8, got byte 0xff at offset 12; mend the file, or",
+            "answers.jsonl:1 must be UTF-8, got byte 0xff at offset 12; fix the file, or",
         ),
         (
             {},

@@ -156,13 +156,13 @@ DEEP = b'{"text": ' + b"[" * 100_000 + b"\n"
         (
             "a.jsonl",
             b'{"text": ""}\n{"text": "a\xff"}\n',
-            "{}:2 must be UTF-8, got byte 0xff at offset 24; mend the file, or",
+            "{}:2 must be UTF-8, got byte 0xff at offset 24; fix the file, or",
         ),
         ("a.jsonl", DEEP, "{}:1 must be JSON"),
         (
             "a.txt",
             b"one\ntwo\n<|endoftext|>\n3\xff",
-            "{}:4 must be UTF-8, got byte 0xff at offset 23; mend the file, or",
+            "{}:4 must be UTF-8, got byte 0xff at offset 23; fix the file, or",
         ),
         ("a.parquet", b"PAR1 not really", "{} must be Parquet, which fails behind row 0"),
         ("a.jsonl.gz", b"not packed", "{} must be whole, packed by gzip; Not a gzipped file"),

@@ -86,7 +86,7 @@ def test_without_switches_the_model_is_what_its_parts_make(plain):
 
 def test_switches_are_off_unless_asked_for():
     plain = config.ModelConfig()
-    assert (plain.zero_init, plain.vocab_multiple, plain.n_rows) == (False, 1, plain.vocab_size)
+    assert (plain.zero_init, plain.vocab_multiple, plain.padded_vocab_size) == (False, 1, plain.vocab_size)
 
 
 def test_without_norms_sublayers_add_to_what_comes_in_as_it_is():

@@ -234,7 +234,7 @@ def test_devices():
     assert device.choose("cpu").type == "cpu"
     assert device.choose("auto").type in ("cpu", "cuda", "mps")
     for wrong in ("abacus", *([] if torch.cuda.is_available() else ["cuda"])):
-        with pytest.raises(ValueError, match=f"the device must be there and usable, got {wrong}"):
+        with pytest.raises(ValueError, match=f"the device must be available, got {wrong}"):
             device.choose(wrong)
 
 
@@ -433,7 +433,7 @@ def test_a_sample_begins_with_a_line_that_asks_for_more():
         (None, [], "the text must be a file, a folder or a glob"),
         (b"caf\xe9 " * 500, [], "{data}:1 must be UTF-8, got byte 0xe9 at offset 3"),
         ("x " * 500, ["--tokenizer", "bpe", "--model.vocab_size", "200"], "vocab_size must be at least 257"),
-        ("x " * 500, ["--train.device", "abacus"], "the device must be there and usable, got abacus"),
+        ("x " * 500, ["--train.device", "abacus"], "the device must be available, got abacus"),
     ],
 )
 def test_input_that_cannot_be_trained_on(tmp_path, capsys, content, arguments, said):

@@ -22,7 +22,7 @@ class ModelConfig:
     n_kv_heads: int | None = None
     """Number of key and value heads per block, shared by groups of query heads. None: n_heads."""
     d_ff: int | None = None
-    """Width of the feed-forward network. None: 4 d_model, or for swiglu 8/3 d_model rounded up to a multiple of 64."""
+    """Width of the feed-forward network. None: 4 d_model, or 8/3 d_model rounded up to 64s for swiglu."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """Normalization: rms (Llama), layer (GPT-2), or none."""
     norm_eps: float = 1e-5
@@ -46,7 +46,7 @@ class ModelConfig:
     init: Literal["truncated", "gpt2"] = "truncated"
     """Initial weights: normal of variance 2 / (d_in + d_out), truncated at 3 std, or GPT-2's (std 0.02)."""
     zero_init: bool = False
-    """Initialize the projections back to the residual stream to 0, so that each block starts as the identity."""
+    """Zero the projections back to the residual stream, so that each block starts as the identity."""
     vocab_multiple: int = 1
     """Pad the rows of embeddings and output projection to a multiple of this, such as 64 on GPUs."""
 
@@ -157,7 +157,7 @@ class TrainConfig:
     warmup_steps: int = 100
     """Number of steps of linear warm-up from 0 to lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Learning rate schedule after warm-up: cosine decay, or constant with a linear decay at the end (wsd)."""
+    """Schedule of lr after warm-up: cosine decay, or constant with a linear decay at the end (wsd)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     momentum: float = 0.95
@@ -179,8 +179,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the forward pass; weights stay float32. auto: bfloat16 on CUDA, else float32."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
-    """Compile the model with torch.compile; graphs also captures steps as CUDA graphs, for small models. auto:
-    on CUDA graphs for small models, else on; off on other devices."""
+    """Compile the model with torch.compile; graphs also captures steps as CUDA graphs, for small models.
+    auto: on CUDA, graphs for small models and on for others; elsewhere off."""
     log_every: int = 10
     """Number of steps between log lines of the training loss."""
     eval_every: int = 250
@@ -198,7 +198,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Number of newest checkpoints to keep, in addition to the best one. 0: all."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """On a non-finite loss or gradient: stop, or skip the step. On CUDA, stop takes effect one step later."""
+    """On a non-finite loss or gradient: stop (on CUDA, one step later), or skip the step."""
     on_spike: Literal["log", "skip"] = "log"
     """On a loss spike: log it, or log it and skip the step."""
     on_save_error: Literal["stop", "warn"] = "stop"
@@ -224,7 +224,7 @@ class TrainConfig:
             raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.compile == "graphs" and self.grad_accumulation_steps > 1:
             raise ValueError(
-                "train.grad_accumulation_steps must be 1 with train.compile graphs, since each graph overwrites "
+                "train.grad_accumulation_steps must be 1 with train.compile graphs, since a graph overwrites "
                 f"the gradients, got {self.grad_accumulation_steps}; try train.compile on"
             )
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
@@ -241,8 +241,8 @@ class Config:
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
-    """A preset or a YAML file of options. Presets: tiny, shakespeare, shakespeare-gpu, gpt2-nano, gpt2-small, gpt2-medium,
-    llama-tiny, ts-17m, pretrain_small, pretrain_124m."""
+    """A preset or a YAML file of options. Presets: tiny, shakespeare, shakespeare-gpu, gpt2-nano,
+    gpt2-small, gpt2-medium, llama-tiny, ts-17m, pretrain_small, pretrain_124m."""
     data: str = "stdlib"
     """Training text: a text, .jsonl or .parquet file, a folder, a quoted glob, stdlib (the source of Python's
     standard library), a data set such as tinystories, or a folder made by llm_basics.prepare."""
@@ -255,7 +255,7 @@ class Config:
     val_fraction: float = 0.1
     """Share of the documents held out for validation. A single document is split at its end."""
     tokenizer: str = "bpe"
-    """Tokenizer: bpe (trained on the data), bytes, gpt2 (by tiktoken), a saved folder or a tokenizer.json."""
+    """Tokenizer: bpe (trained on the data), bytes, gpt2, a saved folder or a tokenizer.json."""
     data_dir: str = "data"
     """Folder of tokenized data, reused by later runs on the same text."""
     mine: str | None = None

@@ -21,9 +21,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of next-token prediction, in evaluation mode.
 
-    `val_loss` is the mean loss in nats; `perplexity` its exponential, the number of equally likely tokens with
-    this loss; `bits_per_byte` is comparable across tokenizers (`token_bytes` has the length of each token);
-    `accuracy` is the share of targets with the highest score. `dataloader.IGNORE_INDEX` targets do not count.
+    `val_loss` is the mean loss in nats; `perplexity` its exponential; `bits_per_byte` is comparable across
+    tokenizers (`token_bytes` has the length of each token); `accuracy` is the share of targets with the
+    highest score. Targets of `dataloader.IGNORE_INDEX` do not count.
     """
     was_training = model.training
     model.eval()

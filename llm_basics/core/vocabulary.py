@@ -166,7 +166,8 @@ def from_spellings(
     for spelling, id in spellings.items():
         if id in vocab:
             raise ValueError(
-                f"an id must have one token, got {id} for both {bytes_to_unicode(vocab[id])!r} and {spelling!r}"
+                f"an id must have one token, got id {id} for both {bytes_to_unicode(vocab[id])!r} "
+                f"and {spelling!r}"
             )
         vocab[id] = unicode_to_bytes(spelling)
     for pair in pairs:
