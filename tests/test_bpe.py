@@ -1,7 +1,7 @@
 """Learning merges, against the slowest trainer there is. Alone: `uv run pytest tests/test_bpe.py`.
 
 What every implementation must do goes through the adapters; what only ours promises (errors, workers, counts
-of work) is asked of `llm_basics.core.bpe` itself.
+of work) is tested on `llm_basics.core.bpe` itself.
 """
 
 import random
@@ -75,7 +75,7 @@ def learn(train) -> Callable[..., Merges]:
 
 
 def lines(**frequencies: int) -> str:
-    """Each word on lines of its own, as often as it says: no word has a neighbor."""
+    """Each word on its own lines, as often as its count: no word has a neighbor."""
     return "".join(f"{word}\n" * frequency for word, frequency in frequencies.items())
 
 
@@ -148,7 +148,7 @@ def test_pretokens_equal_those_of_hugging_face(text):
         pytest.param(
             lines(ce=9, cd=8, ced=2, cde=2), pairs("c e", "c d", "ce d", "cd e"), id="bytes, not ids, left"
         ),
-        # GPT-2 spells 00 and the space with characters behind the letters
+        # GPT-2 spells 00 and the space with characters after the letters
         pytest.param("\x00\x00\nzz\n", [(b"z", b"z"), (b"\0", b"\0")], id="bytes, not their spelling"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Options: defaults, presets, YAML, command line, and what is said of mistakes.
+"""Options: defaults, presets, YAML, command line, and their error messages.
 
 Alone: uv run pytest tests/test_config.py
 """
@@ -123,7 +123,7 @@ def test_adamw_defaults():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--model.n_layer", "3"],
@@ -157,12 +157,12 @@ def test_adamw_defaults():
         (["--resume", "nowhere"], "a run directory must hold config.json, got nowhere"),
     ],
 )
-def test_mistakes_on_the_command_line(capsys, arguments, said):
-    assert said in complaint(capsys, *arguments)
+def test_mistakes_on_the_command_line(capsys, arguments, message):
+    assert message in complaint(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("model: {n_layer: 3}", "unknown option model.n_layer ({path}); the closest is model.n_layers"),
         ("steps: 20", "unknown option steps ({path}); the closest is train.steps"),
@@ -181,10 +181,10 @@ def test_mistakes_on_the_command_line(capsys, arguments, said):
         ("model: {norm: batch}", "model.norm must be Literal['rms', 'layer', 'none'], got 'batch' ({path})"),
     ],
 )
-def test_mistakes_in_a_file(capsys, tmp_path, content, said):
+def test_mistakes_in_a_file(capsys, tmp_path, content, message):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert said.format(path=path) in complaint(capsys, "--config", str(path))
+    assert message.format(path=path) in complaint(capsys, "--config", str(path))
 
 
 def test_resume_takes_the_options_of_the_run(tmp_path, monkeypatch):
@@ -218,8 +218,8 @@ def test_removed_options_that_were_on_are_refused(capsys, tmp_path, name, value)
     options = dataclasses.asdict(presets.load("gpt2-nano"))
     options["model"] |= REMOVED | {name: value}
     (tmp_path / "config.json").write_text(json.dumps(options))
-    said = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has no"
-    assert f"{said} such option" in complaint(capsys, "--resume", str(tmp_path))
+    message = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has no"
+    assert f"{message} such option" in complaint(capsys, "--resume", str(tmp_path))
     with pytest.raises(ValueError, match=f"model.{name} must be {REMOVED[name]}, got {value}"):
         engine.load_run(tmp_path)
 
@@ -253,14 +253,14 @@ def test_generate_has_its_own_options(capsys):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [("--run_dir", "--help lists all"), ("--folder", "--help lists all"), ("--outt", "the closest is --out")],
 )
-def test_what_is_suggested_is_near_and_can_be_typed(capsys, wrong, said):
+def test_what_is_suggested_is_near_and_can_be_typed(capsys, wrong, message):
     """The folder to import has its place and no name, and is not like a run_dir."""
     with pytest.raises(SystemExit, match="2"):
         parse.program_options(commands.ImportConfig(), ["x", wrong, "y"], "import_model")
-    assert capsys.readouterr().err == f"error: unknown option {wrong} (command line); {said}\n"
+    assert capsys.readouterr().err == f"error: unknown option {wrong} (command line); {message}\n"
 
 
 @pytest.mark.parametrize(

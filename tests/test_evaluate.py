@@ -75,7 +75,7 @@ def test_loss_is_not_rounded_to_bfloat16():
 
 
 # --------------------------------------------------------------------------------------------------
-# All that can be told of a text
+# All metrics of a text
 
 
 def said(log_probabilities, ranks=None, confidences=None, positions=None, targets=None):

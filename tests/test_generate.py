@@ -264,32 +264,32 @@ def test_changed_scores_for_texts_at_once(lm, temperature):
 
 def test_the_whole_text_is_told_though_it_is_longer_than_the_context(lm):
     for prompt in [[5], list(range(14))]:
-        told, again = [], []
+        received, again = [], []
 
-        def tell(ids, logits, to):
+        def record(ids, logits, to):
             assert logits.shape == (23,)
             to.append(ids.tolist())
             return logits
 
-        tell_one, tell_all = (functools.partial(tell, to=to) for to in (told, again))
-        text = list(generate.generate(lm, torch.tensor(prompt), 12, 0.0, adjust=tell_one))
-        assert told == [[*prompt, *text[:n]] for n in range(12)]
-        engine.generate_batch(lm, [torch.tensor(prompt)], 12, 0.0, adjust=tell_all)
-        assert again == told
+        record_one, record_all = (functools.partial(record, to=to) for to in (received, again))
+        text = list(generate.generate(lm, torch.tensor(prompt), 12, 0.0, adjust=record_one))
+        assert received == [[*prompt, *text[:n]] for n in range(12)]
+        engine.generate_batch(lm, [torch.tensor(prompt)], 12, 0.0, adjust=record_all)
+        assert again == received
 
 
 def test_who_has_ended_leaves_the_others_alone(lm):
     singly, _ = singly_and_at_once(lm, 12, 1.5)
-    told = [[] for _ in PROMPTS]
+    received = [[] for _ in PROMPTS]
 
     def ends_with(i, token):
-        told[i].append(token)
-        return len(told[i]) == i + 1
+        received[i].append(token)
+        return len(received[i]) == i + 1
 
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
     at_once = engine.generate_batch(lm, prompts, 12, 1.5, generators=generators, ends_with=ends_with)
-    assert at_once == told == [text[: i + 1] for i, text in enumerate(singly)]
+    assert at_once == received == [text[: i + 1] for i, text in enumerate(singly)]
 
 
 # --------------------------------------------------------------------------------------------------

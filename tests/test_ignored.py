@@ -12,7 +12,7 @@ from torch.nn import functional as tF
 
 from llm_basics import swap
 from llm_basics.core import config, dataloader, evaluate, model, optim, trainer
-from llm_basics.fast import trainer as fast_update
+from llm_basics.fast import trainer as fast_trainer
 
 SHAPE = config.ModelConfig(vocab_size=31, context_length=12, d_model=16, n_layers=1, n_heads=2)
 # the weights stay, so that gradients can be compared
@@ -104,12 +104,12 @@ def test_a_step_without_a_target_leaves_numbers(lm, optimizer):
 
 
 def test_a_loss_in_pieces_counts_the_same_targets(lm, monkeypatch):
-    monkeypatch.setitem(fast_update.MOST_LOGITS, "cpu", 100)
-    monkeypatch.setattr(fast_update, "LEAST_ROWS", 1)
+    monkeypatch.setitem(fast_trainer.MOST_LOGITS, "cpu", 100)
+    monkeypatch.setattr(fast_trainer, "LEAST_ROWS", 1)
     rng = np.random.default_rng(0)
     for share in (0.0, 0.1, 1.0):
         inputs, targets = masked_batch(3, 12, share, rng)
-        loss = fast_update.batch_loss(lm, inputs, targets, 0.0)
+        loss = fast_trainer.batch_loss(lm, inputs, targets, 0.0)
         found = loss.detach(), torch.autograd.grad(loss, list(lm.parameters()))
         assert_same(found, reference(lm, [(inputs, targets)]))
 

@@ -25,17 +25,17 @@ FUNCTIONS = [
 ]
 
 
-def test_twins_have_the_signature_of_their_reference():
-    for piece, twin in swap._fast_implementations():
+def test_fast_implementations_have_the_signature_of_their_reference():
+    for piece, fast in swap._fast_implementations():
         name, reference = piece.split(".")[1], swap.reference(piece)
-        assert list(inspect.signature(twin).parameters) == list(inspect.signature(reference).parameters), name
-        for method, of_twin in vars(twin).items() if inspect.isclass(twin) else ():
-            if not method.startswith("_") and inspect.isfunction(of_twin):
+        assert list(inspect.signature(fast).parameters) == list(inspect.signature(reference).parameters), name
+        for method, own in vars(fast).items() if inspect.isclass(fast) else ():
+            if not method.startswith("_") and inspect.isfunction(own):
                 expected = inspect.signature(getattr(reference, method)).parameters
-                assert list(inspect.signature(of_twin).parameters) == list(expected), method
+                assert list(inspect.signature(own).parameters) == list(expected), method
 
 
-def test_what_has_a_twin():
+def test_which_pieces_have_a_fast_implementation():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"dataloader.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
@@ -45,7 +45,7 @@ def test_what_has_a_twin():
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())
 
 
-def test_twins_stand_in_for_the_length_of_a_block():
+def test_fast_implementations_are_used_within_the_block():
     before = bpe.train_bpe, tokenizer.Tokenizer
     with pytest.raises(RuntimeError), swap.using("fast", lambda line: None):
         assert bpe.train_bpe is not before[0]
@@ -82,7 +82,7 @@ def test_a_pattern_without_a_scanner_is_learned_and_used_as_by_the_reference(tmp
         assert tokenizer.Tokenizer(*expected, pattern=pattern).encode("one-two four") == ids
 
 
-def test_prepared_with_and_without_twins_is_the_same_to_the_byte(tmp_path):
+def test_prepared_files_are_the_same_with_and_without_fast(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(20):
@@ -102,7 +102,7 @@ def test_yaml_may_say_on_and_off():
     assert presets.update(config.Config(), {"fast": True}, "a test").fast == "on"
 
 
-def test_machine_code_is_made_again_when_any_source_changes(tmp_path):
+def test_kernels_are_compiled_again_when_any_source_changes(tmp_path):
     shutil.copytree(Path(llm_basics.__file__).parent, tmp_path / "llm_basics")
     script = "from llm_basics.fast import numba_jit; print(numba_jit._cache_folder())"
 
@@ -117,16 +117,16 @@ def test_machine_code_is_made_again_when_any_source_changes(tmp_path):
     assert folder() != before
 
 
-def test_machine_code_of_this_version_is_known():
-    tokenizer_twin = __import__("llm_basics.fast.tokenizer", fromlist=["Tokenizer"])
-    tokenizer_twin.Tokenizer.byte_level().encode("compiled now at the latest")
-    # what may have been asked before that
+def test_the_kernel_cache_of_this_version_is_found():
+    fast_tokenizer = __import__("llm_basics.fast.tokenizer", fromlist=["Tokenizer"])
+    fast_tokenizer.Tokenizer.byte_level().encode("compiled now at the latest")
+    # whatever was compiled before
     numba_jit.used_before.cache_clear()
     assert numba_jit.used_before()
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of somebody's own file
+# User code
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_a_parameter_that_is_left_out_is_missed_only_when_it_is_needed(mine):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_replaced(mine, source, message):
+def test_mismatched_pieces_raise_and_nothing_is_replaced(mine, source, message):
     before = swap.origins()
     with pytest.raises(ValueError, match=message):
         swap.use(mine(source))
@@ -261,22 +261,22 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
         swap.use(tmp_path / "bytes.py")
 
 
-def test_the_reference_of_what_a_file_defines_is_not_to_be_had(mine):
+def test_the_reference_of_a_defined_piece_is_withheld(mine):
     source = "from llm_basics.core import functional as F\nhidden = F.softmax\n"
     swap.use(mine(source + "def softmax(x, dim=-1):\n    return hidden(x, dim)\n"))
     with pytest.raises(ValueError, match="calls the reference functional.softmax; implement softmax itself"):
         F.softmax(torch.ones(2))
 
 
-def test_what_was_written_elsewhere_is_not_used_and_said(mine):
-    said = []
+def test_imported_pieces_are_not_used_and_logged(mine):
+    logged = []
     with pytest.raises(ValueError, match="got none"):
-        swap.use(mine("from torch.nn.functional import softmax\n"), said.append)
-    assert "softmax of" in said[0] and "not used: it is imported from torch.nn.functional" in said[0]
+        swap.use(mine("from torch.nn.functional import softmax\n"), logged.append)
+    assert "softmax of" in logged[0] and "not used: it is imported from torch.nn.functional" in logged[0]
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
-def test_own_pieces_go_before_their_fast_twins(mine, order):
+def test_user_code_wins_over_fast_implementations(mine, order):
     path = mine("def train_bpe(input_path, vocab_size, special_tokens=()):\n    return {}, []\n")
     if order == "first":
         swap.use(path)
@@ -287,18 +287,18 @@ def test_own_pieces_go_before_their_fast_twins(mine, order):
         assert bpe.learn_merges.__module__ == "llm_basics.fast.bpe"
 
 
-def test_pieces_of_old_runs_are_known_by_their_present_keys():
+def test_keys_of_old_runs_map_to_the_current_ones():
     assert swap.piece("session.make_optimizer") == "trainer.make_optimizer"
     assert swap.piece("functional.silu") == "functional.silu" and swap.piece("bpe.gone") == "bpe.gone"
 
 
-def test_a_twin_that_would_go_past_an_own_piece_is_off_and_that_is_said(mine):
-    said = []
+def test_a_fast_implementation_that_would_bypass_user_code_is_off_and_logged(mine):
+    logged = []
     swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {7: b'mine'}, []\n"))
-    with swap.using("fast", said.append):
+    with swap.using("fast", logged.append):
         assert bpe.train_bpe.__module__ == "llm_basics.core.bpe"
         assert bpe.count_pretokens.__module__ == "llm_basics.fast.bpe"
-    assert said[-1] == "train_bpe: reference code is used, a fast kernel would bypass your bpe.learn_merges"
+    assert logged[-1] == "train_bpe: reference code is used, a fast kernel would bypass your bpe.learn_merges"
 
 
 def test_prepared_tokens_are_made_again_by_another_tokenizer(mine, tmp_path):
@@ -355,7 +355,7 @@ def test_a_piece_is_found_however_it_is_bound(tmp_path, source):
         ),
     ],
 )
-def test_odd_files_are_refused_in_words(mine, source, message):
+def test_odd_files_raise_a_clear_error(mine, source, message):
     with pytest.raises(ValueError, match=message):
         swap.use(mine(source), lambda line: None)
 
@@ -391,13 +391,13 @@ def test_inherited_and_decorated_methods_of_a_tokenizer_are_used(mine):
     assert pickle.loads(pickle.dumps(made)).encode("abc") == [7]
 
 
-def test_a_twin_that_is_in_place_gives_way_to_own_parts_of_it(mine):
+def test_a_fast_implementation_in_use_gives_way_to_user_code_for_its_parts(mine):
     with swap.using("fast", lambda line: None):
         swap.use(mine("def learn_merges(pretokens, vocab_size, special_tokens):\n    return {}, []\n"))
         assert bpe.train_bpe.__module__ == "llm_basics.core.bpe"
 
 
-def test_a_model_with_other_parameters_than_the_config_asks_is_refused(mine):
+def test_a_model_whose_parameters_do_not_match_the_config_raises(mine):
     source = (
         "from llm_basics.core import layers\n"
         "class TransformerLM(nn.Module):\n"

@@ -84,7 +84,7 @@ def test_without_switches_the_model_is_what_its_parts_make(plain):
     assert parts - {"position_embeddings"} == {"token_embeddings", "layers", "ln_final", "lm_head"}
 
 
-def test_switches_are_off_unless_asked_for():
+def test_switches_are_off_by_default():
     plain = config.ModelConfig()
     assert (plain.zero_init, plain.vocab_multiple, plain.padded_vocab_size) == (False, 1, plain.vocab_size)
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_holds_every_switch(plain, switches):
 
 @FAMILIES
 @SWITCHES
-def test_twins_give_the_same_loss_and_gradients(plain, switches):
+def test_fast_implementations_give_the_same_loss_and_gradients(plain, switches):
     lm, tokens = randomized(switched(plain, switches)), some_tokens(4, 9)
     found = []
     for use in (swap.restored(), swap.using("fast", lambda line: None)):
@@ -245,14 +245,14 @@ def test_twins_give_the_same_loss_and_gradients(plain, switches):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"vocab_multiple": 0}, "model.vocab_multiple must be at least 1, got 0"),
         ({"vocab_multiple": -64}, "model.vocab_multiple must be at least 1, got -64"),
     ],
 )
-def test_values_that_cannot_work_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_values_that_cannot_work_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         config.ModelConfig(**wrong)
 
 
@@ -310,8 +310,8 @@ def test_a_run_of_before_goes_on_and_writes(old_run, capsys):
     assert resumed.model == dataclasses.replace(LLAMA, vocab_size=257)
     capsys.readouterr()
     assert job.main(resumed) == 0
-    said = capsys.readouterr().out
-    assert "different: train.steps was 2, now 4" in said and said.count("different: ") == 1
+    message = capsys.readouterr().out
+    assert "different: train.steps was 2, now 4" in message and message.count("different: ") == 1
     assert run_dir.read_metrics(old_run)[-1]["step"] == 4
     lm, tokenizer = engine.load_run(old_run)
     assert lm.config.padded_vocab_size == 257

@@ -1,7 +1,7 @@
 """Text to ids and back, against tiktoken and Hugging Face. Alone: `uv run pytest tests/test_tokenizer.py`.
 
 What every implementation must do goes through the adapters; what only ours has (files, `encode_ordinary`,
-errors) is asked of `llm_basics.tokenizer` itself. The tests with GPT-2's own vocabulary need two folders:
+errors) is tested on `llm_basics.core.tokenizer`. The tests with GPT-2's own vocabulary need two folders:
 TIKTOKEN_CACHE_DIR, where tiktoken keeps what it downloaded, and LLM_BASICS_DATA, with gpt2_vocab.json,
 gpt2_merges.bpe and tinyshakespeare.txt; without them they skip.
 """
@@ -117,7 +117,7 @@ def with_specials(adapters) -> Any:
 
 @pytest.fixture(scope="session")
 def make(adapters) -> Callable[..., Any]:
-    """A tokenizer under test with the 256 bytes and the merges given, and the special tokens behind."""
+    """A tokenizer under test with the 256 bytes and the merges given, then the special tokens."""
     return lambda merges, specials=None: adapters.get_tokenizer(bytes_and(merges), merges, specials)
 
 
@@ -318,7 +318,7 @@ def test_a_stream_is_read_only_as_far_as_needed(ours, unit):
             yield unit
 
     ids = iter(ours.encode_iterable(stream()))
-    assert n_read == 0, "nothing was asked for yet"
+    assert n_read == 0, "read before the first id is requested"
     n_bytes = 0
     for n_ids, id in enumerate(ids):
         n_bytes += len(VOCAB[id])
@@ -636,7 +636,7 @@ def test_a_book_gets_the_ids_of_gpt2(gpt2_ours, gpt2, data, name):
 
 @pytest.mark.parametrize("special", ["", ".", "ab"])
 def test_special_tokens_that_are_ordinary_ones_too_are_refused(special):
-    """Else text that nobody trusts could spell one."""
+    """Otherwise untrusted text could contain one."""
     vocab = {**{i: bytes([i]) for i in range(256)}, 256: b"ab"}
     with pytest.raises(ValueError, match="a special token must"):
         tokenizer.Tokenizer(vocab, [(b"a", b"b")], [special])

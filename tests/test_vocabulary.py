@@ -1,7 +1,7 @@
 """Files of other programs, against these programs. Alone: `uv run pytest tests/test_vocabulary.py`.
 
 What tokenizers, transformers and tiktoken make of what we write, and we of what they write, and everything
-that must be refused. That our own folders come back is asked in test_tokenizer.py too.
+that must be refused. That our own folders come back is tested in test_tokenizer.py as well.
 """
 
 import base64
@@ -57,7 +57,7 @@ Merges = list[tuple[bytes, bytes]]
 
 
 def learned(merges: Merges) -> dict[int, bytes]:
-    """The bytes, and behind them the merges."""
+    """The bytes, then the merges."""
     return slow.vocabulary(merges, [])
 
 
@@ -70,7 +70,7 @@ def leaves(token: bytes, merges: Merges) -> list[bytes]:
 
 
 def read_merges() -> Merges:
-    """The merges of the corpus, and behind them some that only one of the patterns allows."""
+    """The merges of the corpus, then some that only one of the patterns allows."""
     byte_of = {character: byte for byte, character in slow.spelling().items()}
     lines = (FIXTURES / "corpus_merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
     merges = [tuple(bytes(byte_of[c] for c in side) for side in line.split(" ")) for line in lines]
@@ -445,11 +445,11 @@ def small_json(path: Path, change: Mapping[str, Any]) -> Path:
     return path
 
 
-def assert_refused(load: Callable[[Any], Any], path: Path, said: str = "", named: Path | None = None) -> None:
+def assert_refused(load: Callable[[Any], Any], path: Path, message: str = "", named: Path | None = None) -> None:
     """`load(path)` raises a ValueError that names the file, and what is wrong."""
     with pytest.raises(ValueError, match=re.escape(str(named or path))) as caught:
         load(path)
-    assert re.search(said, str(caught.value).replace(str(path), "")), str(caught.value)
+    assert re.search(message, str(caught.value).replace(str(path), "")), str(caught.value)
 
 
 def test_the_file_that_is_changed_below_is_good(tmp_path):
@@ -460,7 +460,7 @@ def test_the_file_that_is_changed_below_is_good(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"normalizer": {"type": "NFC"}}, "normalizer.*NFC"),
         ({"normalizer": {"type": "Sequence", "normalizers": []}}, "normalizer"),
@@ -502,8 +502,8 @@ def test_the_file_that_is_changed_below_is_good(tmp_path):
         ({"added_tokens.0.id": 400}, "400|258"),
     ],
 )
-def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, said):
-    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", change), said)
+def test_a_file_with_what_we_do_not_do_is_refused(tmp_path, change, message):
+    assert_refused(tokenizer_formats.load, small_json(tmp_path / "tokenizer.json", change), message)
 
 
 @pytest.mark.parametrize(
@@ -671,12 +671,12 @@ def test_tiktoken_keeps_ids_with_gaps_and_special_tokens_anywhere(first):
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"), [((257, 256), "256 learned after 257"), ((300, 256), "256 learned after 300")]
+    ("ids", "message"), [((257, 256), "256 learned after 257"), ((300, 256), "256 learned after 300")]
 )
-def test_ids_that_do_not_rise_are_refused_for_tiktoken(ids, said):
+def test_ids_that_do_not_rise_are_refused_for_tiktoken(ids, message):
     vocab = learned([]) | {ids[0]: b"ab", ids[1]: b"abc"}
     falling = Tokenizer(vocab, SMALL.merges)
-    with pytest.raises(ValueError, match=f"{said}.*tokenizer.json"):
+    with pytest.raises(ValueError, match=f"{message}.*tokenizer.json"):
         tokenizer_formats.to_tiktoken(falling.to_vocabulary())
 
 
@@ -931,7 +931,7 @@ def test_a_tokenizer_json_of_any_name_is_loaded_by_its_path(tmp_path):
 
 
 def test_a_folder_of_hugging_face_keeps_its_pattern(tmp_path):
-    """Qwen's has vocab.json and merges.txt beside tokenizer.json, which alone says how to cut."""
+    """Qwen's has vocab.json and merges.txt beside tokenizer.json, which alone has the split pattern."""
     mine = make([END_OF_TEXT], bpe.CL100K_PATTERN)
     mine.save(tmp_path)
     for name in ("pattern.txt", "special_tokens.json"):

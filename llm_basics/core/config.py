@@ -244,8 +244,8 @@ class Config:
     """A preset or a YAML file of options. Presets: tiny, shakespeare, shakespeare-gpu, gpt2-nano,
     gpt2-small, gpt2-medium, llama-tiny, ts-17m, pretrain_small, pretrain_124m."""
     data: str = "stdlib"
-    """Training text: a text, .jsonl or .parquet file, a folder, a quoted glob, stdlib (the source of Python's
-    standard library), a data set such as tinystories, or a folder made by llm_basics.prepare."""
+    """Training text: a text, .jsonl or .parquet file, a folder, a quoted glob, stdlib (Python's standard
+    library), a data set such as tinystories, or a folder made by llm_basics.prepare."""
     max_tokens: int | None = None
     """Maximum number of tokens to prepare. None: all."""
     on_bad_utf8: Literal["error", "replace"] = "error"
