@@ -218,8 +218,8 @@ def test_removed_options_that_were_on_are_refused(capsys, tmp_path, name, value)
     options = dataclasses.asdict(presets.load("gpt2-nano"))
     options["model"] |= REMOVED | {name: value}
     (tmp_path / "config.json").write_text(json.dumps(options))
-    message = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has no"
-    assert f"{message} such option" in complaint(capsys, "--resume", str(tmp_path))
+    message = f"model.{name} must be {REMOVED[name]}, got {value} ({tmp_path}/config.json); this version has"
+    assert f"{message} no such option" in complaint(capsys, "--resume", str(tmp_path))
     with pytest.raises(ValueError, match=f"model.{name} must be {REMOVED[name]}, got {value}"):
         engine.load_run(tmp_path)
 

@@ -511,7 +511,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys,
 
 
 def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkeypatch):
-    monkeypatch.setattr(monitor, "MOST_SKIPPED", 1)
+    monkeypatch.setattr(monitor, "MAX_SKIPPED", 1)
     skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
     step = trainer.train_step
     for bad, status in (({2, 4, 6}, 0), ({2, 3}, job.NOT_FINITE)):

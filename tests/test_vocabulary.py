@@ -445,7 +445,9 @@ def small_json(path: Path, change: Mapping[str, Any]) -> Path:
     return path
 
 
-def assert_refused(load: Callable[[Any], Any], path: Path, message: str = "", named: Path | None = None) -> None:
+def assert_refused(
+    load: Callable[[Any], Any], path: Path, message: str = "", named: Path | None = None
+) -> None:
     """`load(path)` raises a ValueError that names the file, and what is wrong."""
     with pytest.raises(ValueError, match=re.escape(str(named or path))) as caught:
         load(path)
