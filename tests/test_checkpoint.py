@@ -1,4 +1,4 @@
-"""Checkpoints: all state comes back, damage is seen. Alone: uv run pytest tests/test_checkpoint.py"""
+"""Checkpoints: all state is restored, damage is detected. Alone: uv run pytest tests/test_checkpoint.py"""
 
 import io
 import json

@@ -52,7 +52,7 @@ def test_long_work_shows_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsy
 
 
 class FakeWandb(types.ModuleType):
-    """Stands for the module, its service and its run. `at`: where it does `instead`."""
+    """The module, its service and its run. At `at`, it calls `instead`."""
 
     def __init__(self, at="nowhere", instead=None):
         super().__init__("wandb")
@@ -96,7 +96,7 @@ class FakeWandb(types.ModuleType):
 
 @pytest.fixture
 def install(monkeypatch):
-    """Put a fake in wandb's place, and grant it 0.2 s at the end of a run."""
+    """Install a fake wandb with 0.2 s to finish."""
     monkeypatch.setattr(loggers, "CLOSE_SECONDS", 0.2)
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
@@ -109,7 +109,7 @@ def install(monkeypatch):
 
 @pytest.fixture
 def hang():
-    """What waits for 60 s, unless the test ends before."""
+    """A function that waits for 60 s or the end of the test."""
     over = threading.Event()
     yield lambda: over.wait(60)
     over.set()
@@ -128,7 +128,7 @@ def interrupt():
 
 
 def assert_run_is_whole(folder, lines=1000):
-    """A run of many lines writes all of them, without waiting."""
+    """A run with many metrics writes all of them without waiting for the logger."""
     began = time.perf_counter()
     follower = loggers.WandbLogger(folder, {})
     output = run_dir.RunDir(folder, [follower])
@@ -240,7 +240,7 @@ def test_a_slow_wandb_that_ends_well_tells_what_it_missed(tmp_path, install, cap
 
 
 def test_an_unreachable_server_does_not_keep_the_interpreter(tmp_path):
-    """With the real wandb, whose hook at the exit waits for its server for half a minute."""
+    """With the real wandb, whose exit hook waits half a minute for its server."""
     program = (
         "import pathlib, sys\n"
         "from llm_basics.runs import loggers, run_dir\n"

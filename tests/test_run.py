@@ -72,7 +72,7 @@ def test_a_torn_last_line_loses_at_most_itself(tmp_path):
     assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1, 3]
 
 
-def test_a_log_that_cannot_be_written_is_a_warning_where_that_is_asked_for(tmp_path, capsys):
+def test_a_log_that_cannot_be_written_is_a_warning_if_tolerant(tmp_path, capsys):
     output = run_dir.RunDir(tmp_path, [loggers.ConsoleLogger(total_steps=5)], tolerant=True)
     output.metrics(1, train_loss=2.0)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk and damaged: nothing is lost, and they go on bit for bit.
+"""Runs that are killed, stopped, out of disk or damaged: nothing is lost, and they resume bit for bit.
 
 Short versions run by default; all of it with `uv run pytest -m slow tests/test_survival.py`.
 """
@@ -47,7 +47,7 @@ INSIDE_A_SAVE = ["open", "write", "flush", "replace", "folder", "done"]
 
 
 class Trainers:
-    """Starts training programs, to which something may happen, and waits until they have ended."""
+    """Runs training programs with injected failures and waits for them."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -73,7 +73,7 @@ class Trainers:
         return self.start([*arguments, *flags], **plan)
 
     def resume(self, folder: Path, *arguments: str, **plan: Any) -> int:
-        """Go on with a run. Returns the exit status."""
+        """Resume a run. Returns the exit status."""
         return self.start(["--resume", str(folder), *arguments], **plan)
 
     def start(self, arguments: Sequence[str], **plan: Any) -> int:
@@ -85,7 +85,7 @@ class Trainers:
         return status
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
 
@@ -100,9 +100,9 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
 
 @pytest.fixture(scope="module")
 def undisturbed(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run to which nothing happened."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert trainers.train(folder, here=True) == 0, trainers.said
+    assert trainers.train(folder, here=True) == 0, trainers.output
     return folder
 
 
@@ -119,18 +119,18 @@ def learned(folder: Path) -> tuple[str, dict[int, Any]]:
     return digest.hexdigest(), losses
 
 
-def go_on_to_the_end(trainers: Trainers, folder: Path) -> None:
-    """What a user would do: go on where there is a checkpoint, else begin again."""
+def resume_to_the_end(trainers: Trainers, folder: Path) -> None:
+    """Resume from the last checkpoint; without one, start again."""
     if run_dir.checkpoints(folder):
         status = trainers.resume(folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         status = trainers.train(folder)
-    assert status == 0, trainers.said
+    assert status == 0, trainers.output
 
 
 def count(quick: int, full: int) -> Any:
-    """So many trials by default, and so many if all is asked for."""
+    """`quick` trials by default, `full` with -m slow."""
     return pytest.mark.parametrize("n_trials", [quick, pytest.param(full, marks=pytest.mark.slow)])
 
 
@@ -157,9 +157,9 @@ def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
             found, rejected = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)
             assert not rejected
             assert (checkpoint.verify(found)["step"] if found else 0) >= last - 1, plan
-            go_on_to_the_end(trainers, folder)
+            resume_to_the_end(trainers, folder)
         else:
-            assert status == 0, trainers.said  # it was faster than the clock
+            assert status == 0, trainers.output  # it was faster than the clock
         assert learned(folder) == expected, plan
         assert not list((folder / run_dir.CHECKPOINTS).glob("*.tmp*"))
         shutil.rmtree(folder)
@@ -185,21 +185,21 @@ STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @count(2 * len(PHASES), 4 * len(PHASES))
-def test_a_signal_in_any_phase_saves_and_says_why(trainers, undisturbed, tmp_path, n_trials):
+def test_a_signal_in_any_phase_saves_and_is_logged(trainers, undisturbed, tmp_path, n_trials):
     chance, expected = random.Random(n_trials), learned(undisturbed)
     for trial in range(n_trials):
         phase, number, folder = PHASES[trial % len(PHASES)], STOPS[trial % 4], tmp_path / str(trial)
         once = phase in ("startup", "conclusion")
         plan = {"phase": phase, "at": 1 if once else chance.randint(1, 2), "signal": number}
         status = trainers.train(folder, **plan)
-        assert status == 128 + number, (plan, trainers.said)
+        assert status == 128 + number, (plan, trainers.output)
         assert trainers.seconds is not None and trainers.seconds < 5, plan
-        assert f"stopped by {signal.Signals(number).name}" in trainers.said
+        assert f"stopped by {signal.Signals(number).name}" in trainers.output
         if phase != "startup":
             found = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)[0]
             last = max(entry["step"] for entry in run_dir.read_metrics(folder))
             assert found and checkpoint.verify(found)["step"] == last, plan
-        go_on_to_the_end(trainers, folder)
+        resume_to_the_end(trainers, folder)
         assert learned(folder) == expected, plan
         shutil.rmtree(folder)
 
@@ -210,7 +210,7 @@ def test_a_second_interrupt_leaves_at_once(trainers, tmp_path):
     assert found is None and not rejected
 
 
-def test_a_signal_is_answered_at_the_next_poll_and_forgotten_afterwards():
+def test_a_signal_is_raised_at_the_next_poll_and_cleared_afterwards():
     with signals.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(signals.Stopped, match="SIGTERM") as stop:
@@ -243,17 +243,17 @@ def test_resumed_once_twice_or_five_times_is_the_same_to_the_last_bit(
         for stop in stops:
             plan = {"phase": "step", "at": stop - before, "signal": signal.SIGTERM}
             status = trainers.resume(folder, **plan) if before else trainers.train(folder, settings, **plan)
-            assert status == 143, trainers.said
+            assert status == 143, trainers.output
             assert [path.name for path in run_dir.checkpoints(folder)][0] == f"step_{stop:08d}.safetensors"
             before = stop
-        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
+        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.output
         assert learned(folder) == expected, stops
 
 
 @pytest.mark.slow
 def test_compiled_is_resumed_to_the_last_bit_too(trainers, tmp_path):
     settings = {"train.compile": "on", "train.eval_every": 100, "train.checkpoint_every": 100}
-    assert trainers.train(tmp_path / "whole", settings) == 0, trainers.said
+    assert trainers.train(tmp_path / "whole", settings) == 0, trainers.output
     assert {"model", "optimizer", "rng"} == {
         name.split(".")[0]
         for name in checkpoint.read_checkpoint(run_dir.checkpoints(tmp_path / "whole")[0])[0]
@@ -263,19 +263,19 @@ def test_compiled_is_resumed_to_the_last_bit_too(trainers, tmp_path):
         for stop in stops:
             plan = {"phase": "step", "at": stop - before, "signal": signal.SIGTERM}
             status = trainers.resume(folder, **plan) if before else trainers.train(folder, settings, **plan)
-            assert status == 143, trainers.said
+            assert status == 143, trainers.output
             before = stop
-        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.said
+        assert trainers.resume(folder) == 0 and "bit for bit" in trainers.output
         assert learned(folder) == learned(tmp_path / "whole"), stops
 
 
-def test_what_is_different_after_a_resume_is_said(trainers, tmp_path):
+def test_options_changed_by_a_resume_are_logged(trainers, tmp_path):
     folder = tmp_path / "run"
     assert trainers.train(folder, phase="step", at=4, signal=signal.SIGTERM) == 143
     assert trainers.resume(folder, "--train.lr=0.5", "--train.batch_size=2", "--train.log_every=2") == 0
-    assert "different: train.lr was 0.015, now 0.5" in trainers.said
-    assert "different: train.batch_size was 4, now 2" in trainers.said
-    assert "log_every" not in trainers.said and "not to the last bit" in trainers.said
+    assert "different: train.lr was 0.015, now 0.5" in trainers.output
+    assert "different: train.batch_size was 4, now 2" in trainers.output
+    assert "log_every" not in trainers.output and "not to the last bit" in trainers.output
     # the data goes on where it was: 4 steps of 4 windows, then 6 of 2
     about = checkpoint.verify(run_dir.checkpoints(folder)[0])
     assert about["sequences"] == 4 * 4 + 6 * 2 and about["tokens"] == 16 * about["sequences"]
@@ -286,7 +286,7 @@ def test_what_is_different_after_a_resume_is_said(trainers, tmp_path):
 
 
 def damage(path: Path, other: Path, chance: random.Random) -> str:
-    """Do something to a checkpoint that must be seen."""
+    """Damage a checkpoint in a way that must be detected."""
     content = bytearray(path.read_bytes())
     kind = chance.choice(["flip", "cut", "empty", "junk", "grow", "swap", "link", "folder", "zeros"])
     match kind:
@@ -332,13 +332,13 @@ def test_500_damaged_checkpoints_are_seen_and_the_one_before_is_found(undisturbe
     assert len(kinds) == 9
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_why(trainers, undisturbed, tmp_path):
+def test_a_run_resumes_from_the_last_valid_checkpoint_and_logs_why(trainers, undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert trainers.train(folder, phase="step", at=6, signal=signal.SIGTERM) == 143
     with open(run_dir.checkpoints(folder)[0], "rb+") as file:
         file.truncate(1000)
     assert trainers.resume(folder) == 0
-    assert "not used" in trainers.said and "resuming from" in trainers.said
+    assert "not used" in trainers.output and "resuming from" in trainers.output
     assert (folder / "checkpoints" / "step_00000006.safetensors.unused-1").exists()
     assert learned(folder) == learned(undisturbed)
 
@@ -355,7 +355,7 @@ def test_what_an_attempt_measured_beyond_its_last_checkpoint_is_not_read_after_a
 def test_fewer_steps_than_were_made_are_refused(trainers, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert trainers.resume(tmp_path / "run", "--train.steps=5") == 2
-    assert "--train.steps must be at least 10" in trainers.said
+    assert "--train.steps must be at least 10" in trainers.output
     assert trainers.resume(tmp_path / "run", "--train.steps=12") == 0
 
 
@@ -372,7 +372,7 @@ def test_the_newest_and_the_best_are_kept(undisturbed):
 
 
 @count(4, 20)
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainers, tmp_path, n_trials):
+def test_a_full_disk_leaves_the_last_checkpoint_and_names_the_missing_bytes(trainers, tmp_path, n_trials):
     chance = random.Random(n_trials)
     begun = tmp_path / "begun"
     assert trainers.train(begun, phase="step", at=4, signal=signal.SIGTERM) == 143
@@ -384,9 +384,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainer
         room = chance.randrange(8000, size)
         choice = f"--train.on_save_error={'warn' if warns else 'stop'}"
         status = trainers.resume(folder, choice, file_bytes=room)
-        assert status == 3 and ("step=10/10" in trainers.said) == warns, (room, trainers.said)
-        assert "could not be written" in trainers.said and "File too large" in trainers.said
-        assert "bytes, " in trainers.said and "are free" in trainers.said and "Traceback" not in trainers.said
+        assert status == 3 and ("step=10/10" in trainers.output) == warns, (room, trainers.output)
+        assert "could not be written" in trainers.output and "File too large" in trainers.output
+        assert (
+            "bytes, " in trainers.output
+            and "are free" in trainers.output
+            and "Traceback" not in trainers.output
+        )
         found, rejected = checkpoint.newest_valid(folder / run_dir.CHECKPOINTS)
         assert found and not rejected and found.name == "step_00000004.safetensors"
         assert not list((folder / run_dir.CHECKPOINTS).glob("*.tmp*"))
@@ -394,11 +398,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_is_missing(trainer
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(trainers, tmp_path):
     status = trainers.train(tmp_path / "run", {"train.checkpoint_every": 1}, phase="no room", at=1, signal=0)
-    assert status == 3 and "a checkpoint needs" in trainers.said and "train without" in trainers.said
+    assert status == 3 and "a checkpoint needs" in trainers.output and "train without" in trainers.output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_memory_that_is_not_enough_is_said_with_what_would_need_less(trainers, tmp_path):
+def test_out_of_memory_names_the_options_that_save_memory(trainers, tmp_path):
     settings = {
         "model.d_model": 512,
         "model.n_layers": 8,
@@ -406,9 +410,9 @@ def test_memory_that_is_not_enough_is_said_with_what_would_need_less(trainers, t
         "train.batch_size": 64,
     }
     status = trainers.train(tmp_path / "run", settings, address_bytes=600_000_000)
-    assert status == 4, trainers.said
-    assert "out of memory" in trainers.said and "Traceback" not in trainers.said
-    assert all(flag in trainers.said for flag in ("--train.batch_size", "--model.context_length"))
+    assert status == 4, trainers.output
+    assert "out of memory" in trainers.output and "Traceback" not in trainers.output
+    assert all(flag in trainers.output for flag in ("--train.batch_size", "--model.context_length"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,14 +421,14 @@ def test_memory_that_is_not_enough_is_said_with_what_would_need_less(trainers, t
 
 @pytest.fixture
 def options(trainers: Trainers, tmp_path: Path) -> config.Config:
-    """What the trainers train, to be trained here."""
+    """The options of the trainers, to train in this process."""
     arguments = [f"--data={trainers.home / 'text.txt'}", "--tokenizer=bytes", "--fast=off"]
     arguments += [f"--data_dir={trainers.home / 'data'}", f"--run_dir={tmp_path / 'run'}"]
     return parse.train_options([*arguments, *(f"--{name}={value}" for name, value in SETTINGS.items())])
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, at: int) -> None:
-    """Let a value that is not finite come up in step number `at`."""
+    """Inject a non-finite value in step `at`."""
     next_batches, step = state.TrainingState.next_batches, trainer.train_step
 
     def batches(training: state.TrainingState) -> Any:
@@ -486,7 +490,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
 
 
 @pytest.mark.parametrize("kind", ["output", "gradient", "loss"])
-def test_a_step_that_is_not_finite_can_be_left_out(options, monkeypatch, capsys, kind):
+def test_a_non_finite_step_can_be_skipped(options, monkeypatch, capsys, kind):
     inject(monkeypatch, kind, float("nan"), 4)
     step = trainer.train_step
 
@@ -581,7 +585,7 @@ def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, ca
 
 
 @pytest.mark.parametrize("choice", ["log", "skip"])
-def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys, choice):
+def test_a_spike_is_logged_and_skipped_on_request(options, monkeypatch, capsys, choice):
     many = dataclasses.replace(options.train, steps=60, eval_every=100, checkpoint_every=0, on_spike=choice)
     inject(monkeypatch, "loss", 50.0, 50)
     assert job.main(dataclasses.replace(options, train=many)) == 0
@@ -596,7 +600,7 @@ def test_a_spike_is_told_of_and_left_out_on_request(options, monkeypatch, capsys
 # One process at a time
 
 
-def test_a_run_belongs_to_one_process_until_it_ends_however(tmp_path):
+def test_a_run_is_locked_until_its_process_ends(tmp_path):
     (tmp_path / run_dir.CHECKPOINTS).mkdir()
     code = f"import time; from llm_basics import run; h = run.locked({str(tmp_path)!r}); h.__enter__(); "
     code += "print('held', flush=True); time.sleep(60)"

@@ -59,11 +59,6 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.default_int_handler if handler is _receive else handler)
 
 
-def came() -> bool:
-    """Whether a signal is pending."""
-    return _State.number is not None
-
-
 def poll() -> None:
     """Raise `Stopped` if a signal is pending."""
     if _State.number is not None:
