@@ -1,10 +1,10 @@
-"""Finding, reading and splitting texts. Alone: uv run pytest tests/test_corpus.py"""
+"""Finding, reading and splitting documents. Alone: uv run pytest tests/test_corpus.py"""
 
 import io
 
 import pytest
 
-from llm_basics.data import documents as corpus
+from llm_basics.data import documents
 
 
 def test_file_folder_and_glob(tmp_path):
@@ -13,59 +13,58 @@ def test_file_folder_and_glob(tmp_path):
         (tmp_path / name).write_text(name)
 
     def names(source):
-        return [path.relative_to(tmp_path).as_posix() for path in corpus.find_files(str(source))]
+        return [path.relative_to(tmp_path).as_posix() for path in documents.find_files(str(source))]
 
     assert names(tmp_path / "b.txt") == ["b.txt"]
     assert names(tmp_path) == ["a.txt", "b.txt", "deep/c.txt", "deep/e.md"]
     assert names(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "deep/c.txt"]
     with pytest.raises(ValueError, match="the text must be a file"):
-        corpus.find_files(str(tmp_path / "none*"))
+        documents.find_files(str(tmp_path / "none*"))
 
 
 def test_standard_library_is_python_source_without_tests():
-    files = corpus.stdlib_files()
+    files = documents.stdlib_files()
     names = {file.name for file in files}
     assert {"argparse.py", "json", "dataclasses.py"} & names >= {"argparse.py", "dataclasses.py"}
     assert not any({"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files)
     assert len(files) > 300
-    documents = corpus.read_documents(files)
-    assert sum(len(document.text) for document in documents) > 5_000_000
+    assert sum(len(document.text) for document in documents.read_documents(files)) > 5_000_000
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
     text = "a\r\n\r\nb_c\t\u00e9\u2028\n"
     (tmp_path / "text").write_bytes(text.encode())
-    assert [d.text for d in corpus.read_documents([tmp_path / "text"])] == [text]
+    assert [d.text for d in documents.read_documents([tmp_path / "text"])] == [text]
 
 
 def test_separator_divides_documents(tmp_path):
     (tmp_path / "text").write_text("one<|endoftext|>\ntwo<|endoftext|><|endoftext|> \n")
-    assert [d.text for d in corpus.read_documents([tmp_path / "text"])] == ["one", "\ntwo"]
+    assert [d.text for d in documents.read_documents([tmp_path / "text"])] == ["one", "\ntwo"]
 
 
 def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
     path = tmp_path / "latin1.txt"
     path.write_bytes("caf\u00e9 noir".encode("latin-1"))
     with pytest.raises(ValueError, match="0xe9 at offset 3") as error:
-        corpus.read_documents([path])
+        documents.read_documents([path])
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match="fix the file, or replace such bytes with --on_bad_utf8 replace$"):
-        corpus.read_documents([path], on_bad_utf8="error")
-    assert corpus.read_documents([path], on_bad_utf8="replace")[0].text == "caf\ufffd noir"
+        documents.read_documents([path], on_bad_utf8="error")
+    assert documents.read_documents([path], on_bad_utf8="replace")[0].text == "caf\ufffd noir"
 
 
 @pytest.mark.parametrize("block", [1, 5, 20, 1 << 20])
 def test_text_is_read_in_blocks_of_any_size(block, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
     text = "one \u00e9<|endoftext|>two<|endoftex<|endoftext|>  <|endoftext|>three<|endoftext|>"
-    found = list(corpus.stream_documents("name", io.BytesIO(text.encode())))
+    found = list(documents.stream_documents("name", io.BytesIO(text.encode())))
     assert [(d.name, d.text) for d in found] == [
         ("name", "one \u00e9"),
         ("name:1", "two<|endoftex"),
         ("name:2", "three"),
     ]
     with pytest.raises(ValueError, match="^name:3 must be UTF-8, got byte 0xff at offset 19; fix the file$"):
-        list(corpus.stream_documents("name", io.BytesIO(b"one\n<|endoftext|>\n4\xff")))
+        list(documents.stream_documents("name", io.BytesIO(b"one\n<|endoftext|>\n4\xff")))
 
 
 def test_long_text_is_read_in_linear_time():
@@ -73,67 +72,67 @@ def test_long_text_is_read_in_linear_time():
         def read(self, size=-1):
             return super().read(1000)
 
-    (found,) = corpus.stream_documents("name", Blocks(b"<|endoftext|" * 500_000))
+    (found,) = documents.stream_documents("name", Blocks(b"<|endoftext|" * 500_000))
     assert len(found.text) == 6_000_000
 
 
-def split(documents, val_fraction):
-    """Documents to train on, and documents to hold out, where all of them are looked at first."""
-    survey = corpus.SplitStats()
-    for document in documents:
-        survey.add(document, corpus.digest(document.text))
-    rule = survey.split(val_fraction)
-    parts = documents if len(documents) > 1 else corpus.split_tail(documents[0], val_fraction)
-    held = [rule.holds_out(corpus.digest(d.text)) for d in parts]
+def split(given, val_fraction):
+    """The training and held-out documents of `SplitStats.split`."""
+    stats = documents.SplitStats()
+    for document in given:
+        stats.add(document, documents.digest(document.text))
+    rule = stats.split(val_fraction)
+    parts = given if len(given) > 1 else documents.split_tail(given[0], val_fraction)
+    held = [rule.holds_out(documents.digest(d.text)) for d in parts]
     return tuple([d for d, h in zip(parts, held, strict=True) if h == side] for side in (False, True))
 
 
 def test_split_depends_on_the_text_alone():
-    documents = [corpus.Document(str(i), f"text number {i}") for i in range(1000)]
-    train, val = split(documents, 0.1)
+    given = [documents.Document(str(i), f"text number {i}") for i in range(1000)]
+    train, val = split(given, 0.1)
     assert len(train) + len(val) == 1000 and 70 < len(val) < 130
-    more = [corpus.Document("new", f"another {i}") for i in range(500)] + documents[::-1]
+    more = [documents.Document("new", f"another {i}") for i in range(500)] + given[::-1]
     train_of_more, val_of_more = split(more, 0.1)
     assert set(val) <= set(val_of_more) and set(train) <= set(train_of_more)
 
 
 def test_split_leaves_no_side_empty():
     for n in (2, 3, 5):
-        documents = [corpus.Document(str(i), f"text {i}") for i in range(n)]
-        train, val = split(documents, 0.001)
+        given = [documents.Document(str(i), f"text {i}") for i in range(n)]
+        train, val = split(given, 0.001)
         assert val and train
     with pytest.raises(ValueError, match="all documents are held out"):
-        split([corpus.Document("a", "same"), corpus.Document("b", "same")], 0.5)
+        split([documents.Document("a", "same"), documents.Document("b", "same")], 0.5)
 
 
 def test_a_single_document_is_cut_at_a_line():
     text = "".join(f"line {i}\n" for i in range(100))
-    (train,), (val,) = split([corpus.Document("book", text)], 0.1)
+    (train,), (val,) = split([documents.Document("book", text)], 0.1)
     assert train.text + val.text == text
     assert train.text.endswith("\n") and 0.08 < len(val.text) / len(text) < 0.12
-    (train,), (val,) = split([corpus.Document("line", "x" * 100)], 0.1)
+    (train,), (val,) = split([documents.Document("line", "x" * 100)], 0.1)
     assert (len(train.text), len(val.text)) == (90, 10)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 300])
-def test_looking_ahead_splits_as_looking_at_all(n):
-    documents = [corpus.Document(str(i), f"text {i}\nof two lines\n") for i in range(n)]
-    rule, again = corpus.split_ahead(iter(documents), 0.05)
-    held = {d.text for d in again if rule.holds_out(corpus.digest(d.text))}
-    assert held == {d.text for d in split(documents, 0.05)[1]} != set()
+def test_split_ahead_equals_split(n):
+    given = [documents.Document(str(i), f"text {i}\nof two lines\n") for i in range(n)]
+    rule, again = documents.split_ahead(iter(given), 0.05)
+    held = {d.text for d in again if rule.holds_out(documents.digest(d.text))}
+    assert held == {d.text for d in split(given, 0.05)[1]} != set()
 
 
-def test_looking_ahead_sees_that_a_document_is_the_only_one():
-    document = corpus.Document("one", "line\n" * 20)
-    assert corpus.Split(0.7).holds_out(corpus.digest(document.text))
-    rule, parts = corpus.split_ahead(iter([document]), 0.7)
-    assert [rule.holds_out(corpus.digest(part.text)) for part in parts] == [True, False]
+def test_split_ahead_splits_a_single_document():
+    document = documents.Document("one", "line\n" * 20)
+    assert documents.Split(0.7).holds_out(documents.digest(document.text))
+    rule, parts = documents.split_ahead(iter([document]), 0.7)
+    assert [rule.holds_out(documents.digest(part.text)) for part in parts] == [True, False]
 
 
-def test_looking_ahead_ends(monkeypatch):
-    monkeypatch.setattr(corpus, "AHEAD_CHARACTERS", 1000)
+def test_split_ahead_reads_a_bounded_part(monkeypatch):
+    monkeypatch.setattr(documents, "AHEAD_CHARACTERS", 1000)
     read = []
-    documents = (read.append(i) or corpus.Document(str(i), f"text {i}" * 20) for i in range(10_000))
-    rule, again = corpus.split_ahead(documents, 1e-9)
-    assert len(read) < 20 and rule == corpus.Split(1e-9)
+    given = (read.append(i) or documents.Document(str(i), f"text {i}" * 20) for i in range(10_000))
+    rule, again = documents.split_ahead(given, 1e-9)
+    assert len(read) < 20 and rule == documents.Split(1e-9)
     assert [d.name for d in again] == [str(i) for i in range(10_000)]

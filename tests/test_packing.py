@@ -1,4 +1,4 @@
-"""Documents to token files, whatever cuts them off. Alone: uv run pytest tests/test_packing.py"""
+"""Documents to token files, resumed after any interruption. Alone: uv run pytest tests/test_packing.py"""
 
 import dataclasses
 import json
@@ -64,10 +64,10 @@ def texts(prepared, parts):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is written
+# Content
 
 
-def test_every_text_is_there_once_on_the_side_that_its_digest_decides(options):
+def test_every_text_is_written_once_on_the_side_of_its_digest(options):
     meta = build(options("out"))
     prepared = prepare.load(options("out").out)
     given = list(dict.fromkeys(make_documents(300)))
@@ -78,12 +78,12 @@ def test_every_text_is_there_once_on_the_side_that_its_digest_decides(options):
     assert meta["documents"] == {"train": len(given) - len(held), "val": len(held)}
 
 
-def test_copies_at_the_end_are_counted_too(options, source):
+def test_duplicates_at_the_end_are_counted(options, source):
     write_lines(source, [*make_documents(50), *["the last"] * 5])
     assert build(options("out"))["duplicates"] == 4 + 7
 
 
-def test_a_limit_leaves_a_single_document_its_end(options, source):
+def test_max_tokens_keeps_the_tail_of_a_single_document(options, source):
     write_lines(source, ["a line\n" * 100])
     meta = build(options("out", max_tokens=200))
     assert meta["documents"] == {"train": 1, "val": 1} and meta["tokens"]["val"] == 71
@@ -100,7 +100,7 @@ def test_files_are_full_but_for_the_last(options):
         assert shard.document_ends[-1] == len(shard.tokens)
 
 
-def test_meta_says_what_the_files_hold(options):
+def test_meta_counts_match_the_files(options):
     meta = build(options("out"))
     prepared = prepare.load(options("out").out)
     assert meta == json.loads((prepared.folder / "meta.json").read_text())
@@ -132,7 +132,7 @@ def test_no_text_becomes_a_special_token(options, source):
     assert ends == sum(meta["documents"].values()) == 50
 
 
-def test_halves_of_characters_are_mended(options, source):
+def test_lone_surrogates_are_replaced(options, source):
     source.write_text('{"text": "a \\ud83d b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "c"}\n')
     build(options("out"))
     prepared = prepare.load(options("out").out)
@@ -141,7 +141,7 @@ def test_halves_of_characters_are_mended(options, source):
 
 
 @pytest.mark.parametrize("limit", [1, 4000, 10**9])
-def test_a_limit_stops_behind_the_document_that_reaches_it(options, source, limit):
+def test_max_tokens_stops_after_the_document_that_reaches_it(options, source, limit):
     if limit == 1:
         with pytest.raises(
             ValueError, match="val_fraction must leave text on both sides, but of 1 documents"
@@ -153,7 +153,7 @@ def test_a_limit_stops_behind_the_document_that_reaches_it(options, source, limi
 
 
 @pytest.mark.parametrize("texts_given", [["one\ntwo\nthree\n"], ["one", "two"], ["one"] * 3 + ["two"]])
-def test_few_documents_are_split_too(options, source, texts_given):
+def test_few_documents_are_split(options, source, texts_given):
     write_lines(source, texts_given)
     build(options("out"))
     prepared = prepare.load(options("out").out)
@@ -161,7 +161,7 @@ def test_few_documents_are_split_too(options, source, texts_given):
     assert train and val and sorted("".join(train + val)) == sorted("".join(dict.fromkeys(texts_given)))
 
 
-def test_a_vocabulary_is_learned_from_the_first_texts_to_train_on(options, monkeypatch):
+def test_bpe_trains_on_the_first_training_texts(options, monkeypatch):
     seen = []
     train_bpe = prepare.bpe.train_bpe
     monkeypatch.setattr(
@@ -172,31 +172,31 @@ def test_a_vocabulary_is_learned_from_the_first_texts_to_train_on(options, monke
     build(options("out", tokenizer="bpe", vocab_size=300, sample_bytes=5000))
     prepared = prepare.load(options("out").out)
     (sample,) = seen
-    read = sample.split(documents.DOCUMENT_SEPARATOR)
+    read = sample.split(documents.DOCUMENT_SEPARATOR)[:-1]
     assert read == texts(prepared, prepared.train)[: len(read)]
     assert 5000 <= sum(map(len, read)) < 5200 and len(read) < 0.9 * sum(s.n_documents for s in prepared.train)
     assert prepared.tokenizer.vocab_size == 300
 
 
 # --------------------------------------------------------------------------------------------------
-# What is cut off
+# Interruptions
 
 
-class Cut(BaseException):
-    """Stands for a kill: nothing in the package may handle it."""
+class Killed(BaseException):
+    """Simulates a kill: nothing in the package may handle it."""
 
 
-def cut_at(monkeypatch, home, name, number, after):
-    """Let the call `number` of a function end the program, before or after it has done its work."""
+def kill_at(monkeypatch, home, name, number, after):
+    """Make call `number` of a function raise `Killed`, before or after it runs."""
     original, calls = getattr(home, name), []
 
     def call(*args, **kw):
         calls.append(name)
         if len(calls) == number and not after:
-            raise Cut
+            raise Killed
         result = original(*args, **kw)
         if len(calls) == number and after:
-            raise Cut
+            raise Killed
         return result
 
     monkeypatch.setattr(home, name, call)
@@ -209,36 +209,36 @@ POINTS = [
     *((shard_builder.Journal, "is_new", number, True) for number in (1, 30, 79)),
     *((shard_builder.shutil, "rmtree", 1, after) for after in (False, True)),
     *((shard_builder.os, "rename", 1, after) for after in (False, True)),
-    (shard_builder, "sweep", 1, True),
+    (shard_builder, "delete_uncommitted", 1, True),
 ]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_cut_off_anywhere_and_run_again_gives_the_same_files(options, source, monkeypatch, kind):
+def test_killed_anywhere_and_resumed_gives_the_same_files(options, source, monkeypatch, kind):
     changes = {"tokenizer": kind, "vocab_size": 280, "sample_bytes": 2000}
     changes["shard_tokens"] = {"bytes": 700, "bpe": 350}[kind]
     write_lines(source, make_documents(80))
     build(options("whole", **changes))
     expected = content(options("whole").out)
     assert sum(name.startswith("train_") for name in expected) > 4
-    n_cut = 0
+    n_killed = 0
     for i, (home, name, number, after) in enumerate(POINTS):
-        again = options(f"cut{i}", **changes)
+        again = options(f"killed{i}", **changes)
         with monkeypatch.context() as patch:
-            cut_at(patch, home, name, number, after)
-            # a kill cleans nothing up
+            kill_at(patch, home, name, number, after)
+            # a kill cleans up nothing
             patch.setattr(shards.ShardWriter, "__exit__", _leave_open)
             patch.setattr(Path, "unlink", lambda *args, **kw: None)
             if name != "rmtree":
                 patch.setattr(prepare.shutil, "rmtree", lambda *args, **kw: None)
             try:
                 build(again)
-            except Cut:
-                n_cut += 1
+            except Killed:
+                n_killed += 1
         build(again)
         assert content(again.out) == expected, (name, number, after)
         assert not Path(again.out + ".partial").exists()
-    assert n_cut >= len(POINTS) - 2
+    assert n_killed >= len(POINTS) - 2
 
 
 def _leave_open(writer, exception, *_):
@@ -246,21 +246,21 @@ def _leave_open(writer, exception, *_):
         writer._finish()
 
 
-def test_cut_off_again_and_again(options, monkeypatch):
+def test_killed_again_and_again(options, monkeypatch):
     build(options("whole"))
-    again = options("cut")
+    again = options("again")
     for _ in range(100):
         with monkeypatch.context() as patch:
-            cut_at(patch, shard_builder.Journal, "commit", 2, False)
+            kill_at(patch, shard_builder.Journal, "commit", 2, False)
             try:
                 build(again)
                 break
-            except Cut:
+            except Killed:
                 continue
     assert content(again.out) == content(options("whole").out)
 
 
-def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
+def test_a_later_run_resumes_without_encoding_again(options, monkeypatch):
     build(options("whole"))
     encoded = []
     encode = prepare.tokenizer.Tokenizer.encode_ordinary
@@ -270,28 +270,28 @@ def test_a_later_run_goes_on_and_does_not_begin_again(options, monkeypatch):
         lambda s, text: encoded.append(text) or encode(s, text),
     )
     with monkeypatch.context() as patch:
-        cut_at(patch, shard_builder.Journal, "commit", 3, True)
-        with pytest.raises(Cut):
-            build(options("cut"))
+        kill_at(patch, shard_builder.Journal, "commit", 3, True)
+        with pytest.raises(Killed):
+            build(options("again"))
     first = len(encoded)
-    said = []
-    prepare.build(options("cut"), said.append)
+    lines = []
+    prepare.build(options("again"), lines.append)
     assert len(encoded) == len(set(encoded)) > first > 50
-    assert said[1].startswith("going on behind document ")
-    prepare.build(options("cut"), said.append)
-    assert said[-1] == f"{options('cut').out} is prepared already"
+    assert lines[1].startswith("resuming after document ")
+    prepare.build(options("again"), lines.append)
+    assert lines[-1] == f"{options('again').out} is prepared already"
 
 
-def test_what_is_finished_but_for_its_name_is_not_written_again(options, monkeypatch):
+def test_a_finished_folder_that_was_not_renamed_is_not_written_again(options, monkeypatch):
     with monkeypatch.context() as patch:
-        cut_at(patch, shard_builder, "publish", 1, False)
-        with pytest.raises(Cut):
+        kill_at(patch, shard_builder, "publish", 1, False)
+        with pytest.raises(Killed):
             build(options("out"))
     monkeypatch.setattr(shard_builder.shards, "ShardWriter", pytest.fail)
     assert build(options("out")) == json.loads(Path(options("out").out, "meta.json").read_text())
 
 
-def test_killed_for_real(options, source):
+def test_a_killed_process_resumes(options, source):
     write_lines(source, make_documents(3_000))
     settings = {"shard_tokens": 8_000, "val_fraction": 0.05}
     build(options("whole", **settings))
@@ -310,24 +310,24 @@ def test_killed_for_real(options, source):
             time.sleep(0.002)
     assert kills == 2 and ledger.exists()
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on behind document" in finished.stdout
+    assert "resuming after document" in finished.stdout
     assert f"--data {again.out}" in finished.stdout
     assert content(again.out) == content(options("whole").out)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused
+# Refusals
 
 
 def partial(options, monkeypatch, out="out", commits=2):
-    """A preparation that was cut off."""
+    """An interrupted preparation."""
     with monkeypatch.context() as patch:
-        cut_at(patch, shard_builder.Journal, "commit", commits, True)
-        with pytest.raises(Cut):
+        kill_at(patch, shard_builder.Journal, "commit", commits, True)
+        with pytest.raises(Killed):
             build(options(out))
 
 
-def test_what_was_written_after_the_last_commit_is_swept(options, monkeypatch):
+def test_files_after_the_last_commit_are_deleted(options, monkeypatch):
     build(options("whole"))
     partial(options, monkeypatch)
     work = Path(options("out").out + ".partial")
@@ -342,13 +342,13 @@ def test_a_source_that_has_changed_is_refused(options, source, monkeypatch):
     given = make_documents(300)
     for changed in (["new", *given], given[:3]):
         write_lines(source, changed)
-        with pytest.raises(ValueError, match="must be what it was when its preparation began"):
+        with pytest.raises(ValueError, match="must be what they were when its preparation began"):
             build(options("out"))
     write_lines(source, given)
     build(options("out"))
 
 
-def test_a_source_that_has_changed_since_is_said(options, source):
+def test_a_source_that_changed_after_it_was_prepared_is_refused(options, source):
     out, given, about = options("out").out, source.read_text(), source.stat()
     build(options("out"))
     for changed, size, ns in ((given + "{}\n", len(given) + 3, about.st_mtime_ns), (given, len(given), 1)):
@@ -362,7 +362,7 @@ def test_a_source_that_has_changed_since_is_said(options, source):
             f"delete {out} to prepare it again"
         )
     assert prepare.load(out).train
-    # what is gone has not changed, and earlier versions did not say what there was
+    # a deleted source has not changed, and meta.json of earlier versions has no stamp
     source.unlink()
     meta = build(options("out"))
     del meta["stamp"]
@@ -371,7 +371,7 @@ def test_a_source_that_has_changed_since_is_said(options, source):
     assert build(options("out")) == meta
 
 
-def test_a_source_that_changes_while_nothing_is_left_to_read_is_said(options, source, monkeypatch):
+def test_a_source_that_changes_after_it_was_read_is_refused_later(options, source, monkeypatch):
     build(options("whole"))
     n_commits = len(prepare.load(options("whole").out).train)
     partial(options, monkeypatch, commits=n_commits)
@@ -402,7 +402,7 @@ def test_a_folder_with_something_else_in_it_is_refused(options, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
-def test_two_at_once_are_refused(options, tmp_path, monkeypatch):
+def test_two_processes_at_once_are_refused(options, tmp_path, monkeypatch):
     partial(options, monkeypatch)
     work = tmp_path / "out.partial"
     settings = json.loads(
@@ -410,15 +410,15 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch):
         .execute("SELECT settings FROM committed")
         .fetchone()[0]
     )
-    with shard_builder.Journal(work, settings) as ledger:
+    with shard_builder.Journal(work, settings) as journal:
         for _ in range(2):
             with pytest.raises(ValueError, match="no other process may use it: database is locked"):
                 build(options("out"))
-            ledger.commit(ledger.state)
+            journal.commit(journal.state)
     build(options("out"))
 
 
-def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, monkeypatch):
+def test_two_processes_that_finish_together_give_one_folder(options, monkeypatch):
     build(options("whole"))
     write, publish, find, seen = shard_builder.files.write, shard_builder.publish, prepare.sources.find, []
 
@@ -430,7 +430,7 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
         seen.append("refused")
         write(path, text)
 
-    def publish_behind_another(work, out):
+    def publish_after_another(work, out):
         monkeypatch.setattr(shard_builder, "publish", publish)
         seen.append(publish(work, out))
         return publish(work, out)
@@ -438,11 +438,11 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
     def find_before_another_ends(*arguments):
         monkeypatch.setattr(prepare.sources, "find", find)
         seen.append(build(options("third")))
-        monkeypatch.setattr(prepare, "_fill", pytest.fail)
+        monkeypatch.setattr(prepare, "_write_shards", pytest.fail)
         return find(*arguments)
 
     monkeypatch.setattr(shard_builder.files, "write", write_while_another_begins)
-    monkeypatch.setattr(shard_builder, "publish", publish_behind_another)
+    monkeypatch.setattr(shard_builder, "publish", publish_after_another)
     assert build(options("out")) == seen[1] and seen[0] == "refused"
     monkeypatch.setattr(shard_builder.files, "write", write)
     stamp = prepare.sources.stamp(options("third").source)
@@ -455,21 +455,21 @@ def test_two_at_the_end_are_refused_or_find_what_the_first_has_made(options, mon
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (["{}"], "must have the field text"),
         (["", '{"text": " "}'], "must hold text, but"),
         (['{"text": "same"}'] * 3, "all documents are held out"),
     ],
 )
-def test_of_what_cannot_be_prepared_nothing_is_left(options, source, tmp_path, rows, said):
+def test_a_source_that_cannot_be_prepared_leaves_nothing(options, source, tmp_path, rows, message):
     source.write_text("\n".join(rows) + "\n")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         build(options("out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_a_mistake_further_on_can_be_mended(options, source):
+def test_a_source_can_be_repaired_after_an_error(options, source):
     build(options("whole"))
     good, about = source.read_text(), source.stat()
     source.write_text(good[: len(good) // 2] + "\n")

@@ -42,13 +42,13 @@ def options(folder):
 
 
 def texts(prepared, shards):
-    """The documents in token files, decoded again."""
+    """The documents of token files, decoded."""
     ids = [int(i) for shard in shards for i in shard.tokens]
     return prepared.tokenizer.decode(ids).split(documents.DOCUMENT_SEPARATOR)[:-1]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_every_document_arrives_whole_on_one_side(folder, options, kind):
+def test_every_document_is_whole_on_one_side(folder, options, kind):
     prepared = prepare.prepare(options(tokenizer=kind))
     train, val = texts(prepared, prepared.train), texts(prepared, [prepared.val])
     expected = [(folder / "text" / f"{i}.txt").read_bytes().decode() for i in range(20)]
@@ -57,7 +57,7 @@ def test_every_document_arrives_whole_on_one_side(folder, options, kind):
     assert sum(s.n_bytes for s in [*prepared.train, prepared.val]) == sum(map(len, expected))
 
 
-def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch):
+def test_bpe_trains_on_the_training_split_alone(options, monkeypatch):
     seen = []
     train_bpe = prepare.bpe.train_bpe
     monkeypatch.setattr(
@@ -66,17 +66,18 @@ def test_vocabulary_is_learned_from_the_training_part_alone(options, monkeypatch
         lambda path, *args, **kw: seen.append(path.read_bytes().decode()) or train_bpe(path, *args, **kw),
     )
     prepared = prepare.prepare(options())
-    assert seen == [documents.DOCUMENT_SEPARATOR.join(texts(prepared, prepared.train))]
+    expected = "".join(t + documents.DOCUMENT_SEPARATOR for t in texts(prepared, prepared.train))
+    assert seen == [expected]
 
 
-def test_second_time_finds_what_the_first_has_made(options, monkeypatch):
+def test_the_second_call_uses_the_cache(options, monkeypatch):
     first = prepare.prepare(options())
     monkeypatch.setattr(prepare.bpe, "train_bpe", pytest.fail)
     monkeypatch.setattr(prepare.shard_builder.Packer, "pack", pytest.fail)
     assert prepare.prepare(options()).folder == first.folder
 
 
-def test_other_text_split_or_tokenizer_goes_to_another_folder(folder, options):
+def test_text_split_and_tokenizer_change_the_folder(folder, options):
     folders = {
         prepare.prepare(o).folder for o in (options(), options(vocab_size=271), options(tokenizer="bytes"))
     }
@@ -86,7 +87,7 @@ def test_other_text_split_or_tokenizer_goes_to_another_folder(folder, options):
     assert len(folders) == 5
 
 
-def test_interrupted_preparation_is_done_again(options, monkeypatch):
+def test_an_interrupted_preparation_starts_again(options, monkeypatch):
     save = tokenizer.Tokenizer.save
     monkeypatch.setattr(tokenizer.Tokenizer, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -102,7 +103,7 @@ def test_saved_tokenizer_can_be_used_for_other_text(folder, options):
     assert again.tokenizer.fingerprint() == made.tokenizer.fingerprint() and again.folder != made.folder
 
 
-def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(folder, options):
+def test_a_separator_in_text_divides_documents(folder, options):
     (folder / "text" / "0.txt").write_text("one<|endoftext|>two")
     prepared = prepare.prepare(options(tokenizer="bytes"))
     both = texts(prepared, prepared.train) + texts(prepared, [prepared.val])
@@ -110,7 +111,7 @@ def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(fold
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"tokenizer": "bpe", "vocab_size": 256}, "vocab_size must be at least 257"),
         (
@@ -119,8 +120,8 @@ def test_text_that_spells_the_separator_never_becomes_one_inside_a_document(fold
         ),
     ],
 )
-def test_mistakes(options, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_errors(options, changes, message):
+    with pytest.raises(ValueError, match=message):
         prepare.prepare(options(**changes))
 
 
@@ -132,7 +133,7 @@ def test_empty_text_is_refused(options, folder):
     assert not (folder / "data").exists()
 
 
-def test_copies_of_a_document_stay(folder, options):
+def test_duplicates_are_kept(folder, options):
     (folder / "text" / "copy.txt").write_bytes((folder / "text" / "3.txt").read_bytes())
     prepared = prepare.prepare(options(tokenizer="bytes"))
     assert len(texts(prepared, prepared.train) + texts(prepared, [prepared.val])) == 21
@@ -157,7 +158,7 @@ def test_documents_are_not_kept_in_memory(folder, options, monkeypatch):
     assert len(most) >= 40 and max(most) <= 5
 
 
-def test_a_limit_of_tokens_goes_to_another_folder(options):
+def test_max_tokens_changes_the_folder(options):
     whole = prepare.prepare(options(tokenizer="bytes"))
     few = prepare.prepare(options(tokenizer="bytes", max_tokens=3000))
     assert few.folder != whole.folder
@@ -166,13 +167,13 @@ def test_a_limit_of_tokens_goes_to_another_folder(options):
         options(max_tokens=0)
 
 
-def test_a_package_that_was_never_installed_has_no_version(monkeypatch):
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     assert prepare._versions().keys() == {"llm_basics", "regex", "python"}
     monkeypatch.setattr(prepare.importlib.metadata, "distributions", lambda name: [])
     assert prepare._versions().keys() == {"python"}
 
 
-def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
+def test_the_folder_name_is_stable_across_versions(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n" * (i + 1))
     found = prepare.prepare(config.Config(data=str(tmp_path / "*.txt"), data_dir=str(tmp_path / "data")))
@@ -185,7 +186,7 @@ def test_the_folder_that_earlier_versions_made_is_found_again(tmp_path):
 
 @pytest.fixture
 def made(folder):
-    """A folder that the program has made."""
+    """A folder that the command prepared."""
     settings = {"tokenizer": "bpe", "vocab_size": 270, "val_fraction": 0.3, "fast": "off"}
     options = commands.PrepareConfig(source=str(folder / "text"), out=str(folder / "made"), **settings)
     prepare.build(options, lambda line: None)
@@ -206,7 +207,7 @@ def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(made, optio
     with pytest.raises(
         ValueError,
         match="prepared with, which has 270 tokens, got --tokenizer bytes with 257; "
-        f"take its own, {made}/tokenizer, or prepare",
+        f"use {made}/tokenizer, or prepare",
     ):
         prepare.prepare(dataclasses.replace(options(tokenizer="bytes"), data=str(made)))
 
@@ -220,7 +221,7 @@ def test_training_begins_from_a_prepared_folder(made, tmp_path, capsys, monkeypa
     assert "is prepared; its tokenizer has 270 tokens" in capsys.readouterr().out
     assert training.options.model.vocab_size == 270 and training.prepared_in == "made"
     assert run_dir.read_config("run")["tokenizer"] == f"{made}/tokenizer"
-    # what is recorded can be asked for again
+    # the recorded options load the same folder
     assert prepare.prepare(training.options).folder == made
     assert len(training.held_out) == len(prepare.load(made).val.tokens)
     assert not (tmp_path / "data").exists()
@@ -232,7 +233,7 @@ def test_training_begins_from_a_prepared_folder(made, tmp_path, capsys, monkeypa
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hugging Face of 200 stories; the calls to it."""
+    """A fake `datasets` with 200 stories; returns the calls to it."""
     calls = []
     rows = [{"text": f"story {i} of a cat" * (i % 5 + 1)} for i in range(200)]
     fetched = types.SimpleNamespace(
@@ -247,19 +248,19 @@ def test_a_preset_names_a_data_set_that_is_fetched_once(hub, tmp_path):
     options = dataclasses.replace(
         presets.load("pretrain_small"), tokenizer="bytes", data_dir=str(tmp_path), max_tokens=5000, fast="off"
     )
-    said = []
-    prepared = prepare.prepare(options, said.append)
+    lines = []
+    prepared = prepare.prepare(options, lines.append)
     assert hub == ["roneneldan/TinyStories"]
     assert 5000 <= sum(len(s.tokens) for s in (*prepared.train, prepared.val)) < 5200
-    assert said[0].startswith(
+    assert lines[0].startswith(
         "fetching hub:roneneldan/TinyStories (2.1 million short stories, 1 GB), 5,000 tokens of it, to "
     )
     assert prepare.prepare(options).folder == prepared.folder and len(hub) == 1
-    other = prepare.prepare(dataclasses.replace(options, max_tokens=6000), said.append)
+    other = prepare.prepare(dataclasses.replace(options, max_tokens=6000), lines.append)
     assert other.folder != prepared.folder and len(hub) == 2
 
 
-def test_a_preset_can_be_trained_on_a_file_of_ones_own(folder, options):
+def test_a_preset_can_train_on_a_local_file(folder, options):
     given = options(tokenizer="bytes")
     preset = dataclasses.replace(presets.load("pretrain_small"), tokenizer="bytes", val_fraction=0.3)
     prepared = prepare.prepare(dataclasses.replace(preset, data=given.data, data_dir=given.data_dir))
@@ -272,7 +273,7 @@ def test_standard_input_must_be_prepared_first(options):
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 
 def prepare_program(*arguments):
@@ -280,17 +281,17 @@ def prepare_program(*arguments):
     return prepare.main(options)
 
 
-def test_the_program_says_what_it_has_made(folder, capsys, monkeypatch):
+def test_the_command_prints_a_summary(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert prepare_program("text", "--tokenizer", "bytes", "--val_fraction", "0.3", "--fast", "off") == 0
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     meta = json.loads((folder / "data" / "text" / "meta.json").read_text())
     n_train, n_val = meta["documents"]["train"], meta["documents"]["val"]
-    assert f"documents   {n_train} to train on, {n_val} held out, 0 copies left out" in said
-    assert "train on it uv run python -m llm_basics.train --data data/text" in said
+    assert f"documents   {n_train} for training, {n_val} held out, 0 duplicates removed" in out
+    assert "train on it uv run python -m llm_basics.train --data data/text" in out
 
 
-def test_the_program_reads_standard_input(folder, monkeypatch):
+def test_the_command_reads_standard_input(folder, monkeypatch):
     content = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(100))
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
     arguments = ["-", "--form", "jsonl", "--vocab_size", "260", "--sample_bytes", "99", "--fast", "off"]
@@ -301,7 +302,7 @@ def test_the_program_reads_standard_input(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "the text must be a file"),
         (["bad.jsonl"], "bad.jsonl:2 must be JSON; Expecting value in column 1\n"),
@@ -315,7 +316,7 @@ def test_the_program_reads_standard_input(folder, monkeypatch):
         (["text", "--out", "text"], "--out must be a folder that is new or empty, got text"),
     ],
 )
-def test_mistakes_end_the_program_in_one_line(folder, capsys, monkeypatch, arguments, said):
+def test_errors_exit_with_one_line(folder, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     (folder / "bad.jsonl").write_text('{"text": "one"}\nnot JSON\n')
     before = sorted(folder.rglob("*"))
@@ -323,11 +324,11 @@ def test_mistakes_end_the_program_in_one_line(folder, capsys, monkeypatch, argum
         prepare_program(*arguments, "--fast", "off")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert said in error
+    assert message in error
     assert [path for path in sorted(folder.rglob("*")) if path.name != "data"] == before
 
 
-def test_without_a_terminal_progress_comes_in_lines(monkeypatch):
+def test_without_a_terminal_progress_is_lines(monkeypatch):
     monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), console.progress_bar("bytes") as progress:

@@ -1,4 +1,4 @@
-"""The program of the tokenizer. Alone: `uv run pytest tests/test_tokenizer_cli.py`."""
+"""The tokenizer command. Alone: `uv run pytest tests/test_tokenizer_cli.py`."""
 
 import re
 import subprocess
@@ -21,13 +21,13 @@ def run(arguments):
 
 @pytest.fixture
 def learned(tmp_path):
-    """A folder with a tokenizer that the program has learned from the corpus."""
+    """A tokenizer trained by the command on the corpus."""
     folder = tmp_path / "learned"
     run(["train", "--data", str(CORPUS), "--vocab-size", "600", "--out", str(folder), "--fast", "off"])
     return folder
 
 
-def test_train_writes_what_the_library_learns(learned, capsys):
+def test_train_writes_the_tokenizer_of_train_bpe(learned, capsys):
     vocab, merges = bpe.train_bpe(CORPUS, 600, [END_OF_TEXT])
     found = tokenizer.Tokenizer.load(learned)
     assert (found.vocab, found.merges) == (vocab, merges)
@@ -40,7 +40,7 @@ def test_train_reads_a_folder_document_by_document(tmp_path, capsys):
     options = ["--ties", "lowest-id", "--pattern", "cl100k", "--fast", "off"]
     run(["train", "--data", str(tmp_path / "texts"), "--vocab-size", "999", "--out", str(tmp_path), *options])
     out = capsys.readouterr().out
-    assert "'hug'" in out and "no pair of neighbors is left" in out
+    assert "'hug'" in out and "no pair is left to merge" in out
     assert tokenizer.Tokenizer.load(tmp_path).merges[:2] == [(b"h", b"u"), (b"hu", b"g")]
 
 
@@ -88,7 +88,7 @@ def test_quotes_are_shown(text, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "|".join(text)
 
 
-def test_on_a_terminal_tokens_have_colors(monkeypatch, capsys):
+def test_tokens_are_colored_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -109,7 +109,7 @@ def test_compare_counts_tokens_side_by_side(learned, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "Expected one of {train, encode, inspect, compare}"),
         (["trian"], "trian"),
@@ -119,15 +119,15 @@ def test_compare_counts_tokens_side_by_side(learned, capsys):
         (["encode", "--tokenizer", "bytes", "--out", "x", "--data", "nowhere"], "the text must be a file"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments, said, capsys):
+def test_an_error_is_one_line_and_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(arguments)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert re.search(said, error), error
+    assert re.search(message, error), error
 
 
-def test_the_module_is_a_program():
+def test_the_module_is_a_command():
     command = [sys.executable, "-m", "llm_basics.tokenizer", "inspect", "ab", "--tokenizer", "bytes"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("a|b\n2 tokens")

@@ -1,10 +1,10 @@
-"""From raw text to token files: find it, split it, learn a vocabulary on it, encode it, once.
+"""Raw text to token files: find the text, split it, train or load a tokenizer, encode.
 
 uv run python -m llm_basics.prepare book.txt --out data/book
 uv run python -m llm_basics.prepare tinystories --max_tokens 10000000 --out data/stories
 
-Training does it by itself, and keeps the result under `data/` in a folder named by everything that decides
-its content, so that a second run on the same text starts at once.
+Training prepares its text by itself and caches the result under `data/`, in a folder named by a hash of
+everything that determines its content.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +26,18 @@ from typing import Any
 from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import bpe, config, tokenizer
-from llm_basics.data import documents as corpus
-from llm_basics.data import shard_builder, shards, sources, tokenizer_formats
+from llm_basics.data import documents, shard_builder, shards, sources, tokenizer_formats
 from llm_basics.runs import console
 
-# changes when the same text would be prepared differently
+# increased when the same text would give other token files
 VERSION = 2
 
-# a folder that is not whole yet
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A text as a model needs it."""
+    """Token files and their tokenizer."""
 
     folder: Path
     tokenizer: tokenizer.Tokenizer
@@ -49,7 +46,7 @@ class Prepared:
 
 
 def load(folder: str | os.PathLike[str]) -> Prepared:
-    """Open what was prepared. Raises ValueError if files and tokenizer do not belong together."""
+    """Open a prepared folder. Raises ValueError if token files and tokenizer do not belong together."""
     folder = Path(folder)
     chosen = tokenizer.Tokenizer.load(folder / "tokenizer")
     fingerprint = chosen.fingerprint()
@@ -62,74 +59,80 @@ def load(folder: str | os.PathLike[str]) -> Prepared:
 
 
 def prepare(options: config.Config, log: Callable[[str], None] = print) -> Prepared:
-    """Tokenize the text that `options` names, or find it already tokenized."""
+    """The token files of `options.data`, written unless they are cached."""
     if (Path(options.data) / shard_builder.META).is_file():
-        return _load_for(options, log)
+        return _load_prepared(options, log)
     if options.tokenizer == "bpe":
-        bpe.check_vocab_size(options.model.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+        bpe.check_vocab_size(options.model.vocab_size, [documents.DOCUMENT_SEPARATOR])
     source = sources.find(options.data, on_bad_utf8=options.on_bad_utf8)
-    if isinstance(source, sources.Hub):
-        folder = _folder(options, hashlib.sha256(json.dumps([*_settings(options), options.data]).encode()))
-        if not (folder / shard_builder.META).exists():
-            much = "all of it" if options.max_tokens is None else f"{options.max_tokens:,} tokens of it"
-            log(f"fetching {source.about()}, {much}, to {folder}")
-            build(_as_program(options, folder), log)
-        return load(folder)
-    if not source.is_local:
+    if isinstance(source, sources.Files):
+        return load(_prepare_local(options, source, log))
+    if not isinstance(source, sources.Hub):
         raise ValueError(f"--data {options.data} must be prepared first; see python -m llm_basics.prepare")
-    survey, content = corpus.SplitStats(), hashlib.sha256(json.dumps(_settings(options)).encode())
-    for document in _documents(source):
-        digest = corpus.digest(document.text)
-        survey.add(document, digest)
-        content.update(digest)
-    if survey.first is None:
-        raise ValueError(f"--data must hold text, but {options.data} is empty")
-    split = survey.split(options.val_fraction)
-    folder = _folder(options, content)
+    folder = _folder(options, hashlib.sha256(json.dumps([*_settings(options), options.data]).encode()))
     if not (folder / shard_builder.META).exists():
-        log(f"reading {options.data}: {survey.n_documents:,} documents, {survey.n_characters:,} characters")
-        documents: Iterable[corpus.Document] = _documents(source)
-        if survey.n_documents == 1:
-            documents = corpus.split_tail(survey.first, options.val_fraction)[::-1]
-        work = folder.with_name(f"{folder.name}{PARTIAL}-{os.getpid()}")
-        # copies of documents stay, and bpe learns from all of the training text
-        program = dataclasses.replace(_as_program(options, folder), sample_bytes=sys.maxsize)
-        try:
-            (work / shard_builder.PROGRESS).mkdir(parents=True)
-            with shard_builder.Journal(None, {}) as ledger:
-                _fill(program, source, shard_builder.Reader(source.name, documents, split), work, ledger, log)
-            about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
-            shard_builder.finish(work, about)
-            shard_builder.publish(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        amount = "all of it" if options.max_tokens is None else f"{options.max_tokens:,} tokens of it"
+        log(f"fetching {source.about()}, {amount}, to {folder}")
+        build(_prepare_config(options, folder), log)
     return load(folder)
 
 
-def _load_for(options: config.Config, log: Callable[[str], None]) -> Prepared:
-    """A folder that was prepared. Raises ValueError if another tokenizer is asked for than it was made by."""
+def _prepare_local(options: config.Config, source: sources.Source, log: Callable[[str], None]) -> Path:
+    """Read all documents to hash and split them, then write their token files unless they are cached."""
+    stats, content = documents.SplitStats(), hashlib.sha256(json.dumps(_settings(options)).encode())
+    for document in _documents(source):
+        digest = documents.digest(document.text)
+        stats.add(document, digest)
+        content.update(digest)
+    if stats.first is None:
+        raise ValueError(f"--data must hold text, but {options.data} is empty")
+    split, folder = stats.split(options.val_fraction), _folder(options, content)
+    if (folder / shard_builder.META).exists():
+        return folder
+    log(f"reading {options.data}: {stats.n_documents:,} documents, {stats.n_characters:,} characters")
+    texts: Iterable[documents.Document] = _documents(source)
+    if stats.n_documents == 1:
+        texts = documents.split_tail(stats.first, options.val_fraction)[::-1]
+    # a folder per process: several runs may prepare the same text at once
+    work = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}-{os.getpid()}")
+    # duplicates are kept, and BPE trains on the whole training split
+    settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=sys.maxsize)
+    try:
+        (work / shard_builder.PROGRESS).mkdir(parents=True)
+        with shard_builder.Journal(None, {}) as journal:
+            _write_shards(settings, shard_builder.Reader(source, texts, split), work, journal, log)
+        about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
+        shard_builder.finish(work, about)
+        shard_builder.publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _load_prepared(options: config.Config, log: Callable[[str], None]) -> Prepared:
+    """Open the prepared folder `options.data`. Raises ValueError if it was made by another tokenizer."""
     found = load(options.data)
-    # bpe is what nobody has asked for: one that was learned there
+    # bpe, the default, means the tokenizer in the folder
     if options.tokenizer != "bpe":
-        asked = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
-        if asked.fingerprint() != found.tokenizer.fingerprint():
+        given = _gapless(options.tokenizer)
+        if given.fingerprint() != found.tokenizer.fingerprint():
             raise ValueError(
                 f"{options.data} must be trained on with the tokenizer it was prepared with, which has "
                 f"{found.tokenizer.vocab_size:,} tokens, got --tokenizer {options.tokenizer} with "
-                f"{asked.vocab_size:,}; take its own, {found.folder / 'tokenizer'}, or prepare the text again"
+                f"{given.vocab_size:,}; use {found.folder / 'tokenizer'}, or prepare the text again"
             )
     log(f"{options.data} is prepared; its tokenizer has {found.tokenizer.vocab_size:,} tokens")
     return found
 
 
 def _settings(options: config.Config) -> list[Any]:
-    """All but the text that decides what is prepared."""
+    """Everything but the text that determines the token files."""
     settings: list[Any] = [VERSION, options.tokenizer, options.val_fraction]
     if options.tokenizer == "bpe":
         settings.append(options.model.vocab_size)
     elif Path(options.tokenizer).exists():
         settings.append(tokenizer_formats.load(options.tokenizer).fingerprint())
-    # what pieces of somebody's own have made must be made by them
+    # user code for these pieces may give other ids
     settings += [
         origin for piece, origin in swap.user_pieces().items() if piece.startswith(("bpe.", "tokenizer."))
     ]
@@ -137,13 +140,13 @@ def _settings(options: config.Config) -> list[Any]:
 
 
 def _folder(options: config.Config, content: Any) -> Path:
-    """Where the result is kept: a name that changes with the text, the split and the tokenizer."""
+    """The cache folder: its name changes with the text, the split and the tokenizer."""
     names = [Path(options.data).stem.strip("*") or "text", Path(options.tokenizer).name]
     name = re.sub(r"[^\w.-]+", "_", "-".join([*names, content.hexdigest()[:12]]))
     return Path(options.data_dir) / name
 
 
-def _as_program(options: config.Config, folder: Path) -> commands.PrepareConfig:
+def _prepare_config(options: config.Config, folder: Path) -> commands.PrepareConfig:
     return commands.PrepareConfig(
         source=options.data,
         out=str(folder),
@@ -156,18 +159,18 @@ def _as_program(options: config.Config, folder: Path) -> commands.PrepareConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# As a program
+# As a command
 
 
 def build(options: commands.PrepareConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Make the folder `options.out`, or go on where that was cut off. Returns what its meta.json says."""
+    """Write the folder `options.out`, or resume writing it. Returns the content of its meta.json."""
     out = Path(options.out)
-    work = out.with_name(out.name + PARTIAL)
+    work = out.with_name(out.name + PARTIAL_SUFFIX)
     settings = dataclasses.asdict(options) | {"version": VERSION}
     for name in ("out", "fast"):
         del settings[name]
     if options.tokenizer == "bpe":
-        bpe.check_vocab_size(options.vocab_size, [corpus.DOCUMENT_SEPARATOR])
+        bpe.check_vocab_size(options.vocab_size, [documents.DOCUMENT_SEPARATOR])
     stamp = sources.stamp(options.source)
     if (out / shard_builder.META).is_file():
         meta = shard_builder.read_meta(out, settings, stamp)
@@ -177,63 +180,62 @@ def build(options: commands.PrepareConfig, log: Callable[[str], None] = print) -
         raise ValueError(f"--out must be a folder that is new or empty, got {out}")
     source = sources.find(options.source, options.text_field, options.form, options.on_bad_utf8)
     (work / shard_builder.PROGRESS).mkdir(parents=True, exist_ok=True)
-    with shard_builder.Journal(work, settings, stamp) as ledger:
-        # unless another process has come to its end since this one looked
+    with shard_builder.Journal(work, settings, stamp) as journal:
+        # another process may have finished between the first check and this lock
         if not (out / shard_builder.META).is_file():
-            state = ledger.state or shard_builder.State()
             try:
-                if not state.is_complete:
+                if not journal.state.is_complete:
                     log(f"reading {source.about()}")
-                    split, documents = corpus.split_ahead(_documents(source), options.val_fraction)
-                    reader = shard_builder.Reader(source.name, documents, split, state.place, ledger.is_new)
-                    _fill(options, source, reader, work, ledger, log)
+                    split, texts = documents.split_ahead(_documents(source), options.val_fraction)
+                    position = journal.state.position
+                    reader = shard_builder.Reader(source, texts, split, position, journal.is_new)
+                    _write_shards(options, reader, work, journal, log)
             except BaseException:
-                if ledger.state is None:
+                if not journal.state.is_begun:
                     shutil.rmtree(work)
                 raise
-            duplicates = ledger.state.place.n_duplicates if ledger.state else 0
-            about = {"source": options.source, "stamp": ledger.stamp, "duplicates": duplicates}
+            duplicates = journal.state.position.n_duplicates
+            about = {"source": options.source, "stamp": journal.stamp, "duplicates": duplicates}
             shard_builder.finish(work, about | {"settings": settings, "versions": _versions()})
     return shard_builder.publish(work, out)
 
 
-def _fill(
+def _write_shards(
     options: commands.PrepareConfig,
-    source: sources.Source,
     reader: shard_builder.Reader,
     work: Path,
-    ledger: shard_builder.Journal,
+    journal: shard_builder.Journal,
     log: Callable[[str], None],
 ) -> None:
-    """Write the token files that are not written yet: choose a tokenizer, unless there is one, and encode."""
-    pieces = iter(reader)
+    """Write the remaining token files; train or load the tokenizer first if there is none yet."""
+    pieces, state = iter(reader), journal.state
     with swap.using("fast", log) if options.fast == "on" else contextlib.nullcontext():
-        if ledger.state is not None:
-            done = ledger.state
-            log(f"going on behind document {done.place.n_documents:,}, with {done.n_tokens:,} tokens")
+        if state.is_begun:
+            log(f"resuming after document {state.position.n_documents:,}, with {state.n_tokens:,} tokens")
             chosen = tokenizer.Tokenizer.load(work / "tokenizer")
-        elif options.tokenizer == "bpe":
-            ahead = work / shard_builder.PROGRESS / "ahead.jsonl"
-            chosen = _learn(shard_builder.keep(pieces, options.sample_bytes, ahead), options.vocab_size, log)
-            pieces = itertools.chain(shard_builder.kept(ahead), pieces)
         else:
-            chosen = _with_separator(load_tokenizer(options.tokenizer), options.tokenizer)
-        if ledger.state is None:
+            if options.tokenizer == "bpe":
+                spool = work / shard_builder.PROGRESS / "ahead.jsonl"
+                sample = shard_builder.spool(pieces, options.sample_bytes, spool)
+                chosen = _train_bpe(sample, options.vocab_size, log)
+                pieces = itertools.chain(shard_builder.read_spool(spool), pieces)
+            else:
+                chosen = _gapless(options.tokenizer)
             chosen.save(work / "tokenizer")
         log(f"encoding with {chosen.vocab_size:,} tokens")
         with console.progress_bar("bytes") as progress:
             packer = shard_builder.Packer(work, chosen, options.shard_tokens, options.max_tokens, progress)
-            packer.pack(pieces, reader, ledger, lambda: source.fraction)
+            packer.pack(pieces, reader, journal)
 
 
-def _documents(source: sources.Source) -> Iterator[corpus.Document]:
-    """The documents of a source, fit to be written as UTF-8: JSON may hold halves of characters."""
+def _documents(source: sources.Source) -> Iterator[documents.Document]:
+    """The documents of a source with lone surrogates replaced: JSON can hold them, UTF-8 cannot."""
     for document in source.documents():
-        yield corpus.Document(document.name, tokenizer.replace_surrogates(document.text))
+        yield documents.Document(document.name, tokenizer.replace_surrogates(document.text))
 
 
 def _versions() -> dict[str, str]:
-    """What decides how text is cut, beside the options. What was never installed has no version."""
+    """Versions of the packages that determine tokenization; a package that is not installed has none."""
     packages = (p for name in ("llm_basics", "regex") for p in importlib.metadata.distributions(name=name))
     return {p.name: p.version for p in packages} | {"python": platform.python_version()}
 
@@ -242,33 +244,33 @@ def _versions() -> dict[str, str]:
 # Tokenizers
 
 
-def _learn(texts: Iterable[str], vocab_size: int, log: Callable[[str], None]) -> tokenizer.Tokenizer:
-    """The tokenizer that is learned from texts, which are on disk meanwhile."""
-    specials = [corpus.DOCUMENT_SEPARATOR]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.txt"
-        with open(path, "wb") as file:
-            for number, text in enumerate(texts):
-                file.write((corpus.DOCUMENT_SEPARATOR * (number > 0) + text).encode("utf-8"))
+def _train_bpe(texts: Iterable[str], vocab_size: int, log: Callable[[str], None]) -> tokenizer.Tokenizer:
+    specials = [documents.DOCUMENT_SEPARATOR]
+    with documents.joined(texts) as path:
         log(f"learning a vocabulary of {vocab_size:,} tokens from {path.stat().st_size:,} bytes")
         with console.progress_bar() as progress:
             learned = bpe.train_bpe(path, vocab_size, specials, progress=progress)
     return tokenizer.Tokenizer(*learned, specials)
 
 
-def _with_separator(found: tokenizer.Tokenizer, name: str) -> tokenizer.Tokenizer:
-    """A tokenizer that has a token to put between documents. Raises ValueError if its ids have gaps."""
-    specials = [*found.special_tokens, corpus.DOCUMENT_SEPARATOR]
-    chosen = tokenizer.Tokenizer(found.vocab, found.merges, specials, found.pattern)
+def with_separator(found: tokenizer.Tokenizer) -> tokenizer.Tokenizer:
+    """The tokenizer with the special token between documents, added if it is missing."""
+    specials = [*found.special_tokens, documents.DOCUMENT_SEPARATOR]
+    return tokenizer.Tokenizer(found.vocab, found.merges, specials, found.pattern)
+
+
+def _gapless(name: str) -> tokenizer.Tokenizer:
+    """`load_tokenizer`, `with_separator`. Raises ValueError if its ids have gaps."""
+    chosen = with_separator(load_tokenizer(name))
     if len(chosen.vocab) != chosen.vocab_size:
         raise ValueError(f"the ids of {name} must go from 0 to {len(chosen.vocab) - 1} without gaps")
     return chosen
 
 
 def load_tokenizer(name: str) -> tokenizer.Tokenizer:
-    """The tokenizer that somebody names: `bytes`, `gpt2`, a folder, or a tokenizer.json."""
+    """A tokenizer by name: `bytes`, `gpt2`, a folder, or a tokenizer.json."""
     if name == "bytes":
-        return tokenizer.Tokenizer.byte_level([corpus.DOCUMENT_SEPARATOR])
+        return tokenizer.Tokenizer.byte_level([documents.DOCUMENT_SEPARATOR])
     if name == "gpt2":
         return _gpt2()
     if not Path(name).exists():
@@ -280,7 +282,7 @@ def load_tokenizer(name: str) -> tokenizer.Tokenizer:
 
 
 def _gpt2() -> tokenizer.Tokenizer:
-    """Our own tokenizer with GPT-2's vocabulary, which tiktoken fetches or has in TIKTOKEN_CACHE_DIR."""
+    """GPT-2's vocabulary, downloaded by tiktoken or read from TIKTOKEN_CACHE_DIR."""
     import tiktoken
 
     try:
@@ -300,7 +302,7 @@ def _gpt2() -> tokenizer.Tokenizer:
 
 
 def main(options: commands.PrepareConfig) -> int:
-    """Prepare as `options` say. Returns the exit status."""
+    """Run the command. Returns the exit status."""
     if not options.out:
         name = re.sub(r"[^\w.-]+", "_", Path(options.source).stem.strip("*")) or "text"
         options = dataclasses.replace(options, out=str(Path("data") / name))
@@ -308,13 +310,13 @@ def main(options: commands.PrepareConfig) -> int:
         try:
             meta = build(options, console.print_line)
         except KeyboardInterrupt:
-            console.print_line("stopped; the same command goes on")
+            console.print_line("interrupted; run the same command to resume")
             return 130
-        documents, tokens, n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
+        n_documents, tokens, n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
         console.print_line(
-            f"documents   {documents['train']:,} to train on, {documents['val']:,} held out, "
-            f"{meta['duplicates']:,} copies left out\n"
-            f"tokens      {tokens['train']:,} to train on, {tokens['val']:,} held out, "
+            f"documents   {n_documents['train']:,} for training, {n_documents['val']:,} held out, "
+            f"{meta['duplicates']:,} duplicates removed\n"
+            f"tokens      {tokens['train']:,} for training, {tokens['val']:,} held out, "
             f"{sum(n_bytes.values()) / max(1, sum(tokens.values())):.2f} bytes each\n"
             f"train on it uv run python -m llm_basics.train --data {options.out}"
         )

@@ -1,6 +1,6 @@
-"""Where documents come from: files of text, JSON lines or Parquet, standard input, data sets by name.
+"""Sources of documents: text files, JSON lines, Parquet, standard input, data sets at Hugging Face.
 
-A source gives its documents one by one, always in the same order, and is never in memory as a whole.
+A source streams its documents in a fixed order and is never in memory as a whole.
 
 >>> [document.text for document in json_lines("a.jsonl", [b'{"text": "one"}', b'{"text": "two"}'])]
 ['one', 'two']
@@ -15,8 +15,8 @@ import re
 import sys
 import typing
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +36,27 @@ class Dataset:
     text_field: str = "text"
 
 
-# sizes as the pages of the data sets give them
+# sizes from the pages of the data sets
 PRESETS = {
     "tinystories": Dataset("roneneldan/TinyStories", "2.1 million short stories, 1 GB"),
     "openwebtext": Dataset("Skylion007/openwebtext", "8 million pages, 13 GB packed, 40 GB of text"),
     "fineweb-edu": Dataset(
-        "HuggingFaceFW/fineweb-edu", "10 billion tokens of instructive pages, 28 GB", "sample-10BT"
+        "HuggingFaceFW/fineweb-edu", "10 billion tokens of educational pages, 28 GB", "sample-10BT"
     ),
 }
 
 
 def find(source: str, text_field: str = "text", form: str = "auto", on_bad_utf8: str = "error") -> "Source":
-    """What `source` names. Raises ValueError if it names nothing; nothing is read or fetched yet.
+    """The source with this name, not read yet. Raises ValueError for an unknown name.
 
-    `form` is how files are written, text, jsonl or parquet; auto goes by their names.
+    `form` is the format of files: text, jsonl or parquet; auto goes by the file name.
     """
     if source == "-":
         return Pipe("standard input", text_field, form, on_bad_utf8)
     if source in PRESETS:
-        known = PRESETS[source]
-        field = known.text_field if text_field == "text" else text_field
-        return Hub(known.name, field, known.about, name=known.config)
+        preset = PRESETS[source]
+        column = preset.text_field if text_field == "text" else text_field
+        return Hub(preset.name, column, preset.about, name=preset.config)
     if source.startswith(HUB):
         path, _, config = source.removeprefix(HUB).partition(":")
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
@@ -66,13 +66,13 @@ def find(source: str, text_field: str = "text", form: str = "auto", on_bad_utf8:
         return Files(source, text_field, form, on_bad_utf8, corpus.find_files(source))
     except ValueError as error:
         raise ValueError(
-            f"{error}; beside these, - is standard input, {HUB}NAME a data set at Hugging Face, and "
-            f"{', '.join(PRESETS)} are such data sets"
+            f"{error}; other sources are - (standard input), {HUB}NAME (a data set at Hugging Face), and "
+            f"the data sets {', '.join(PRESETS)}"
         ) from None
 
 
 def stamp(source: str) -> dict[str, Any] | None:
-    """What tells the files of a source from others, none of them read; None if it has none, or no longer."""
+    """A hash of the names, sizes and times of the files of a source; None if it has none."""
     try:
         found = find(source)
     except ValueError:
@@ -88,34 +88,30 @@ def stamp(source: str) -> dict[str, Any] | None:
     return {"files": len(rows), "bytes": n_bytes, "sha256": digest}
 
 
+@dataclass
 class Source:
-    """Documents in an order that does not change."""
+    """Documents in a fixed order."""
 
-    # whether reading it again gives the same, and costs no more than reading
-    is_local = False
-    # how much of it has been read; 0 where that is unknown
-    fraction = 0.0
-
-    def __init__(self, name: str, text_field: str) -> None:
-        self.name = name
-        self.text_field = text_field
+    name: str
+    text_field: str
+    # how much of it was read; 0 if unknown
+    fraction: float = field(default=0.0, init=False)
 
     def documents(self) -> Iterator[corpus.Document]:
-        """Read from the beginning. Raises ValueError for what is no document, and says where it stands."""
+        """Stream from the beginning. Raises ValueError, with its position, for an invalid record."""
         yield from ()
 
     def about(self) -> str:
-        """What there is to read, for people."""
+        """Name and size, to be printed."""
         return self.name
 
 
+@dataclass
 class Pipe(Source):
-    """What another program writes into this one."""
+    """Standard input."""
 
-    def __init__(self, name: str, text_field: str, form: str, on_bad_utf8: str) -> None:
-        super().__init__(name, text_field)
-        self.form = form
-        self.on_bad_utf8 = on_bad_utf8
+    form: str
+    on_bad_utf8: str
 
     def documents(self) -> Iterator[corpus.Document]:
         yield from self._read(self.name, typing.cast(io.BufferedIOBase, sys.stdin.buffer))
@@ -132,16 +128,11 @@ class Pipe(Source):
         return corpus.stream_documents(name, content, self.on_bad_utf8)
 
 
+@dataclass
 class Files(Pipe):
-    """Files, one after the other; those that end in .gz are unpacked on the way."""
+    """Files in order; those that end in .gz are decompressed."""
 
-    is_local = True
-
-    def __init__(
-        self, name: str, text_field: str, form: str, on_bad_utf8: str, paths: Iterable[Path]
-    ) -> None:
-        super().__init__(name, text_field, form, on_bad_utf8)
-        self.paths = list(paths)
+    paths: list[Path]
 
     def documents(self) -> Iterator[corpus.Document]:
         sizes = [path.stat().st_size for path in self.paths]
@@ -154,7 +145,7 @@ class Files(Pipe):
                         self.fraction = (before + file.tell()) / total
                         yield document
                 except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise ValueError(f"{path} must be whole, packed by gzip; {error}") from None
+                    raise ValueError(f"{path} must be a whole gzip file; {error}") from None
             before += size
             self.fraction = before / total
 
@@ -164,9 +155,9 @@ class Files(Pipe):
 
 
 class Hub(Source):
-    """A data set of Hugging Face, streamed: what is not needed is not fetched.
+    """A data set at Hugging Face, streamed: only what is read is fetched.
 
-    `arguments` go to `datasets.load_dataset`: the name of a configuration, or files of one's own.
+    `arguments` go to `datasets.load_dataset`: the name of a configuration, or data files.
     """
 
     def __init__(self, path: str, text_field: str, about: str = "", **arguments: Any) -> None:
@@ -176,23 +167,19 @@ class Hub(Source):
         self._about = about
 
     def documents(self) -> Iterator[corpus.Document]:
-        rows = self._rows()
-        for number, row in enumerate(rows, start=1):
-            text = text_of(row, self.text_field, f"row {number} of {self.name}")
-            if text.strip():
-                yield corpus.Document(f"{self.name}:{number}", text)
+        return _documents(_numbered(self.name, self._rows()), self.text_field)
 
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
-        datasets = needed("datasets")
+    def _rows(self) -> Iterator[Any]:
+        datasets = import_optional("datasets")
         datasets.disable_progress_bars()
         try:
             yield from datasets.load_dataset(self.path, split="train", streaming=True, **self.arguments)
         except Exception as error:
-            # whatever is wrong with the net, the name or the data set, and however it is called there
+            # `datasets` raises many types for a failing network, a wrong name or a broken data set
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{self.about()} must be fetched from huggingface.co, which failed "
-                f"({type(error).__name__}: {reason}); connect to the internet, or name a file of your own"
+                f"({type(error).__name__}: {reason}); connect to the internet, or use a local file"
             ) from None
 
     def about(self) -> str:
@@ -200,53 +187,53 @@ class Hub(Source):
 
 
 # --------------------------------------------------------------------------------------------------
-# Forms of files
+# Formats
 
 
 def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
 ) -> Iterator[corpus.Document]:
-    """The documents of JSON lines, one object each; lines that are empty, or whose text is, hold none."""
-    for place, row in files.json_lines(name, lines, on_bad_utf8):
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
-        text = text_of(row, text_field, place)
-        if text.strip():
-            yield corpus.Document(place, text)
+    """The documents of JSON lines, one object each; blank lines and blank texts are skipped."""
+    return _documents(files.json_lines(name, lines, on_bad_utf8), text_field)
 
 
 def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[corpus.Document]:
-    """The documents of a Parquet file, one a row; a row whose text is empty holds none."""
-    arrow, parquet = needed("pyarrow"), needed("pyarrow.parquet")
-    number = 0
+    """The documents of a Parquet file, one per row; blank texts are skipped."""
+    arrow, parquet = import_optional("pyarrow"), import_optional("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(content)
         names = file.schema_arrow.names
-        columns = [text_field] if text_field in names else names
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                text = text_of(row, text_field, f"row {number} of {name}")
-                if text.strip():
-                    yield corpus.Document(f"{name}:{number}", text)
+        batches = file.iter_batches(batch_size=256, columns=[text_field] if text_field in names else names)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from _documents(_numbered(name, rows), text_field)
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} must be Parquet, which fails behind row {number}; {reason}") from None
+        raise ValueError(f"{name} must be Parquet; {reason}") from None
 
 
-def text_of(row: Mapping[str, Any], text_field: str, place: str) -> str:
-    """The text in a field of a row. Raises ValueError if there is none."""
-    if text_field not in row:
-        fields = ", ".join(map(str, row)) or "none"
-        raise ValueError(f"{place} must have the field {text_field}, got {fields:.200}; see --text_field")
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_field} in {place} must be text, got {text!r:.40}")
-    return text
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number} of {name}", row) for number, row in enumerate(rows, start=1))
 
 
-def needed(module: str) -> Any:
-    """A module that only data sets and Parquet need. Raises ValueError that says how to get it."""
+def _documents(rows: Iterable[tuple[str, Any]], text_field: str) -> Iterator[corpus.Document]:
+    """The documents of rows, without blank ones. Raises ValueError for an invalid row."""
+    for position, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{position} must be a JSON object, got {type(row).__name__}")
+        if text_field not in row:
+            fields = ", ".join(map(str, row)) or "none"
+            raise ValueError(
+                f"{position} must have the field {text_field}, got {fields:.200}; see --text_field"
+            )
+        text = row[text_field]
+        if not isinstance(text, str):
+            raise ValueError(f"{text_field} in {position} must be text, got {text!r:.40}")
+        if text.strip():
+            yield corpus.Document(position, text)
+
+
+def import_optional(module: str) -> Any:
+    """Import a module of the extra `data`. Raises ValueError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
