@@ -45,11 +45,11 @@ def test_an_id_of_the_vocabulary_size_is_never_written(tmp_path, vocab_size, kin
 @pytest.mark.parametrize(
     "wrong", [np.array([1.0]), np.array([True]), np.array([[1, 2]]), np.array(5), [2**70]], ids=str
 )
-def test_what_is_not_a_row_of_whole_numbers_is_never_written(tmp_path, wrong):
+def test_anything_but_1d_integers_is_never_written(tmp_path, wrong):
     with shards.ShardWriter(tmp_path, "train", 300, "fingerprint") as writer:
-        with pytest.raises(ValueError, match="token ids must be one row of whole numbers"):
+        with pytest.raises(ValueError, match="token ids must be 1-D integers"):
             writer.write(wrong, [], 1)
-        with pytest.raises(ValueError, match="document ends must be one row of whole numbers"):
+        with pytest.raises(ValueError, match="document ends must be 1-D integers"):
             writer.write([1, 2], wrong, 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_shards_hold_all_documents_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [10, 100_000])
-def test_document_ends_come_back_across_several_shards(tmp_path, vocab_size):
+def test_document_ends_round_trip_across_shards(tmp_path, vocab_size):
     ids = np.random.default_rng(0).integers(0, 10, 1000, np.int32)
     with shards.ShardWriter(tmp_path, "train", vocab_size, "abc", shard_tokens=99) as writer:
         for part in np.array_split(ids, 50):
@@ -92,7 +92,7 @@ def test_document_ends_come_back_across_several_shards(tmp_path, vocab_size):
         shards.check_ids(shard)
 
 
-def test_a_document_may_go_on_in_the_next_shard(tmp_path):
+def test_a_document_may_continue_in_the_next_shard(tmp_path):
     with shards.ShardWriter(tmp_path, "train", 10, "abc", shard_tokens=3) as writer:
         writer.write([1, 0, 2, 3], [2], 9)
         writer.write([4, 5, 6], [], 9)
@@ -101,7 +101,7 @@ def test_a_document_may_go_on_in_the_next_shard(tmp_path):
     assert ends == [[2], [], [1]]
 
 
-def test_a_shard_of_nothing_comes_back(tmp_path):
+def test_an_empty_shard_round_trips(tmp_path):
     with shards.ShardWriter(tmp_path, "train", 10, "abc") as writer:
         writer.write([], [], 0)
     shard = shards.read_shard(writer.paths[0])
@@ -189,19 +189,19 @@ def test_a_header_that_is_not_an_object_is_refused(shard, header):
         shards.read_shard(shard.path)
 
 
-@pytest.mark.parametrize(("ends", "place"), [([0, 50], 0), ([20, 20], 1), ([30, 20], 1), ([20, 51], 1)])
-def test_wrong_document_ends_in_a_file_are_refused(shard, ends, place):
+@pytest.mark.parametrize(("ends", "index"), [([0, 50], 0), ([20, 20], 1), ([30, 20], 1), ([20, 51], 1)])
+def test_wrong_document_ends_in_a_file_are_refused(shard, ends, index):
     start = shards.HEADER_BYTES + 104  # 50 ids of two bytes, filled up to a multiple of 8
     shard.path.write_bytes(shard.path.read_bytes()[:start] + np.array(ends, "<u8").tobytes())
-    with pytest.raises(ValueError, match=f"got {ends[place]} at byte {start + 8 * place}") as error:
+    with pytest.raises(ValueError, match=f"got {ends[index]} at byte {start + 8 * index}") as error:
         shards.read_shard(shard.path)
     assert str(shard.path) in str(error.value)
 
 
 def mutate(content: bytes, random: random.Random) -> bytes:
-    """A copy of a token file with one damage."""
+    """A token file with one random damage."""
     header_end = content.index(b"}") + 1
-    place, new = random.randrange(header_end, shards.HEADER_BYTES), random.choice(b"\t\r\n\0x")
+    index, new = random.randrange(header_end, shards.HEADER_BYTES), random.choice(b"\t\r\n\0x")
     match random.choice(["cut", "append", "magic", "version", "header", "padding"]):
         case "cut":
             return content[: random.randrange(len(content))]
@@ -212,9 +212,9 @@ def mutate(content: bytes, random: random.Random) -> bytes:
         case "version":
             return content.replace(b'"version": 2', b'"version": %d' % random.choice([0, 1, 3, 9]))
         case "header":
-            place = random.randrange(header_end)
-            new = content[place] ^ random.randint(1, 255)
-    return content[:place] + bytes([new]) + content[place + 1 :]
+            index = random.randrange(header_end)
+            new = content[index] ^ random.randint(1, 255)
+    return content[:index] + bytes([new]) + content[index + 1 :]
 
 
 def same(a: shards.Shard, b: shards.Shard) -> bool:
@@ -235,19 +235,19 @@ def test_a_mutated_file_is_refused_or_read_as_before(shard, seed):
         assert same(before, read) and mutated.split() == content.split()
 
 
-def test_space_of_another_kind_in_the_header_changes_nothing(shard):
+def test_other_whitespace_in_the_header_changes_nothing(shard):
     content = shard.path.read_bytes()
     shard.path.write_bytes(content[:4000] + b"\t\r\n" + content[4003:])
     assert same(shard, shards.read_shard(shard.path))
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
-@pytest.mark.parametrize("place", [0, 7, 999])
-def test_an_id_beyond_the_vocabulary_on_disk_is_found_at_its_byte(tmp_path, monkeypatch, vocab_size, place):
+@pytest.mark.parametrize("index", [0, 7, 999])
+def test_an_id_beyond_the_vocabulary_on_disk_is_found_at_its_byte(tmp_path, monkeypatch, vocab_size, index):
     monkeypatch.setattr(shards, "CHECK_TOKENS", 8)
     (path,) = shards.write_shards(tmp_path, "train", [([*range(250)] * 4, 9)], vocab_size, "abc")
     ids = shards.read_shard(path).tokens
-    offset = shards.HEADER_BYTES + place * ids.itemsize
+    offset = shards.HEADER_BYTES + index * ids.itemsize
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(np.array(vocab_size, ids.dtype).tobytes())
@@ -256,16 +256,16 @@ def test_an_id_beyond_the_vocabulary_on_disk_is_found_at_its_byte(tmp_path, monk
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("place", "new", "highest"), [(0, 60, 60), (49, 3, 48)])
-def test_a_highest_id_other_than_in_the_header_is_found(shard, place, new, highest):
+@pytest.mark.parametrize(("index", "new", "highest"), [(0, 60, 60), (49, 3, 48)])
+def test_another_highest_id_than_in_the_header_is_found(shard, index, new, highest):
     with open(shard.path, "r+b") as file:
-        file.seek(shards.HEADER_BYTES + 2 * place)
+        file.seek(shards.HEADER_BYTES + 2 * index)
         file.write(bytes([new, 0]))
-    with pytest.raises(ValueError, match=f"must be 49 as its header says, got {highest}"):
+    with pytest.raises(ValueError, match=f"must be 49 as in its header, got {highest}"):
         shards.check_ids(shards.read_shard(shard.path))
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         true = getattr(os, name)

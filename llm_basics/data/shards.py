@@ -1,11 +1,10 @@
-"""Token files: the ids of documents on disk, in the form in which training reads them.
+"""Token files ("shards"): the token ids of documents on disk.
 
-A token file ("shard") has three parts, all little-endian. It is read as a memory map, so it may be larger
-than memory.
+A shard has three parts, all little-endian. It is memory-mapped, so it may be larger than memory.
 
-    0     "LLMBASIC", then JSON, filled up with spaces to 4096 bytes
-    4096  the ids of all documents, two bytes each where the vocabulary allows it, else four
-    then  from the next multiple of 8: behind which token each document ends, eight bytes each
+    0     "LLMBASIC", then a JSON header, padded with spaces to 4096 bytes
+    4096  the ids of all documents: uint16 if the vocabulary allows it, else uint32
+    then  at the next multiple of 8: the exclusive end of each document, uint64
 """
 
 import contextlib
@@ -26,7 +25,7 @@ MAGIC = b"LLMBASIC"
 HEADER_BYTES = 4096
 VERSION = 2
 SHARD_TOKENS = 100_000_000
-CHECK_TOKENS = 2**20  # how many ids are checked at once
+CHECK_TOKENS = 2**20  # ids per chunk in `check_ids`
 
 COUNTS = ("n_tokens", "n_documents", "n_bytes")
 FIELDS = {"version": int, "dtype": str, "vocab_size": int, "tokenizer": str, "max_id": int}
@@ -35,10 +34,10 @@ FIELDS |= dict.fromkeys((*COUNTS, "crc32"), int)
 
 @dataclass(frozen=True)
 class Shard:
-    """An open token file: two read-only memory maps, and what its header says.
+    """An open token file: two read-only memory maps, and fields of its header.
 
-    Document i ends before `tokens[document_ends[i]]`. What stands behind the last end belongs to a document
-    that the next file goes on with. `max_id` is the highest id, -1 where there is none.
+    Document i ends before `tokens[document_ends[i]]`. Tokens after the last end belong to a document that
+    continues in the next file. `max_id` is the highest id, -1 in an empty file.
     """
 
     path: Path
@@ -51,34 +50,28 @@ class Shard:
     tokenizer: str
 
 
+@dataclass
 class ShardWriter:
-    """Writes ids to `folder/prefix_0000.bin` and on, a new file when one has `shard_tokens` ids.
+    """Writes ids to `folder/prefix_0000.bin`, `prefix_0001.bin`, ... of about `shard_tokens` ids each.
 
-    `tokenizer` is the fingerprint of the tokenizer that made the ids, `first` the number of the first file. A
-    file appears under its name only when it is complete.
+    `tokenizer` is the fingerprint of the tokenizer, `first` the number of the first file. Files are renamed
+    into place when they are complete.
 
         with ShardWriter(folder, "train", vocab_size, fingerprint) as writer:
             writer.write(ids, ends=[len(ids)], n_bytes=len(text))
         writer.paths
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        prefix: str,
-        vocab_size: int,
-        tokenizer: str,
-        shard_tokens: int = SHARD_TOKENS,
-        first: int = 0,
-    ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.prefix = prefix
-        self.vocab_size = vocab_size
-        self.tokenizer = tokenizer
-        self.shard_tokens = shard_tokens
-        self.first = first
-        self.dtype = _dtype(vocab_size)
+    folder: str | os.PathLike[str]
+    prefix: str
+    vocab_size: int
+    tokenizer: str
+    shard_tokens: int = SHARD_TOKENS
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        self.dtype = _dtype(self.vocab_size)
         self.paths: list[Path] = []
         self._file: BinaryIO | None = None
         self._replacing = contextlib.ExitStack()
@@ -89,7 +82,7 @@ class ShardWriter:
 
     def __exit__(self, *exception: Any) -> None:
         if exception[0] is not None:
-            # a part of the text would be taken for all of it
+            # incomplete output must not look complete
             self._replacing.__exit__(*exception)
             for path in self.paths:
                 path.unlink()
@@ -97,19 +90,18 @@ class ShardWriter:
             self._finish()
 
     def write(self, ids: Sequence[int] | np.ndarray, ends: Sequence[int] | np.ndarray, n_bytes: int) -> None:
-        """Add ids, which stand for `n_bytes` of text; `ends` counts those up to the end of each document.
+        """Append the ids of `n_bytes` of text; `ends` are the exclusive ends of documents in `ids`.
 
-        `write([5, 6, 0, 7, 0, 8], ends=[3, 5], n_bytes=20)` adds two documents and the beginning of a third.
-        Raises ValueError for an id outside the vocabulary, and for ends that do not ascend from 1 or more to
-        the number of ids or less.
+        `write([5, 6, 0, 7, 0, 8], ends=[3, 5], n_bytes=20)` appends two documents and the start of a third.
+        Raises ValueError for an id outside the vocabulary, or ends that do not ascend from 1 to `len(ids)`.
         """
-        array, ends = _whole_numbers("token ids", ids), _whole_numbers("document ends", ends)
+        array, ends = _integers("token ids", ids), _integers("document ends", ends)
         outside = _first((array < 0) | (array >= self.vocab_size))
         if outside is not None:
             raise ValueError(
                 f"a token id must be below the vocabulary size {self.vocab_size}, got {array[outside]}"
             )
-        wrong = _first_wrong_end(ends, array.size)
+        wrong = _first_invalid_end(ends, array.size)
         if wrong is not None:
             raise ValueError(
                 f"document ends must ascend from 1 to the {array.size} ids written, got {ends[wrong]} "
@@ -127,18 +119,18 @@ class ShardWriter:
             self._finish()
 
     def _path(self) -> Path:
-        return self.folder / f"{self.prefix}_{self.first + len(self.paths):04d}.bin"
+        return Path(self.folder) / f"{self.prefix}_{self.first + len(self.paths):04d}.bin"
 
     def _begin(self) -> None:
-        """Open the next file, with room for its header."""
+        """Open the next file after the space for its header."""
         self._file = self._replacing.enter_context(files.replacing(self._path()))
         self._file.seek(HEADER_BYTES)
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._ends = bytearray()  # as in the file: a list needs ten times the memory
+        self._ends = bytearray()  # bytes: a list would take ten times the memory
         self._max_id = -1
 
     def _finish(self) -> None:
-        """Write the document ends and the header of the open file, and give it its name."""
+        """Write the document ends and the header of the open file, and rename it."""
         assert self._file is not None
         about = {"version": VERSION, "dtype": self.dtype.name, "vocab_size": self.vocab_size}
         about |= self._counts | {"max_id": self._max_id, "tokenizer": self.tokenizer}
@@ -160,7 +152,7 @@ def write_shards(
     tokenizer: str,
     shard_tokens: int = SHARD_TOKENS,
 ) -> list[Path]:
-    """Write documents, pairs of at least one id and the number of bytes of the text, with `ShardWriter`."""
+    """Write documents, pairs of non-empty ids and the byte length of the text, with `ShardWriter`."""
     with ShardWriter(folder, prefix, vocab_size, tokenizer, shard_tokens) as writer:
         for ids, n_bytes in documents:
             writer.write(ids, [len(ids)], n_bytes)
@@ -176,9 +168,9 @@ def encode_to_file(
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[str, int, int], None] = bpe.silent,
 ) -> list[Path]:
-    """Encode a UTF-8 file of any size into token files `folder/prefix_0000.bin` and on.
+    """Encode a UTF-8 file of any size to token files `folder/prefix_0000.bin`, `prefix_0001.bin`, ...
 
-    Documents are what END_OF_TEXT separates; each keeps it, and the last one gets it.
+    Documents end with END_OF_TEXT, which is appended to the last one if missing.
     """
     end, last = chosen.special_id(tokenizers.END_OF_TEXT), -1
     size = Path(input_path).stat().st_size
@@ -193,7 +185,7 @@ def encode_to_file(
 
 
 def read_shard(path: str | os.PathLike[str], tokenizer: str | None = None) -> Shard:
-    """Open a token file. Raises ValueError if it is damaged, or if another `tokenizer` made it.
+    """Open a token file. Raises ValueError if it is damaged, or made by another `tokenizer` (a fingerprint).
 
     Reads the header and the document ends; `check_ids` reads the ids.
     """
@@ -211,27 +203,27 @@ def read_shard(path: str | os.PathLike[str], tokenizer: str | None = None) -> Sh
 
 
 def check_ids(shard: Shard) -> None:
-    """Read all ids. Raises ValueError if one is outside the vocabulary, or if the highest has changed."""
+    """Read all ids. Raises ValueError for one outside the vocabulary, or a highest other than `max_id`."""
     highest = -1
     for start in range(0, len(shard.tokens), CHECK_TOKENS):
         chunk = shard.tokens[start : start + CHECK_TOKENS]
         highest = max(highest, int(chunk.max()))
         if highest >= shard.vocab_size:
-            place = int(np.argmax(chunk >= shard.vocab_size))
+            at = int(np.argmax(chunk >= shard.vocab_size))
             raise ValueError(
                 f"the ids of {shard.path} must be below its vocabulary size {shard.vocab_size}, got "
-                f"{chunk[place]} at byte {HEADER_BYTES + (start + place) * chunk.itemsize}; "
+                f"{chunk[at]} at byte {HEADER_BYTES + (start + at) * chunk.itemsize}; "
                 f"delete {shard.path.parent} and start again"
             )
     if highest != shard.max_id:
         raise ValueError(
-            f"the highest id of {shard.path} must be {shard.max_id} as its header says, got {highest}: "
+            f"the highest id of {shard.path} must be {shard.max_id} as in its header, got {highest}: "
             f"the ids were changed; delete {shard.path.parent} and start again"
         )
 
 
 def _read_header(path: Path, start: bytes) -> dict[str, Any]:
-    """What a token file begins with. Raises ValueError if it is not a header of this version."""
+    """Parse the header. Raises ValueError if it is damaged or of another version."""
     if not start.startswith(MAGIC):
         raise ValueError(
             f"{path} must begin with {MAGIC!r} at byte 0, got {start[:8]!r}: this is not a token file"
@@ -256,9 +248,9 @@ def _read_header(path: Path, start: bytes) -> dict[str, Any]:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Raises ValueError for a field that is missing, impossible or changed."""
+    """Raise ValueError for a field that is missing, invalid or changed."""
     for name, kind in FIELDS.items():
-        # not isinstance: True is an int as well
+        # not isinstance: True is an int
         if type(header.get(name)) is not kind:
             raise ValueError(f"{name} must be {kind.__name__}, got {header.get(name)!r:.40}")
     for name in COUNTS:
@@ -277,7 +269,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
 
 def _map(path: Path, file: BinaryIO, header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and the document ends. Raises ValueError if the size of the file or an end is wrong."""
+    """Map the ids and the document ends. Raises ValueError for a wrong file size or end."""
     dtype, n_tokens, n_documents = _dtype(header["vocab_size"]), header["n_tokens"], header["n_documents"]
     tokens_end = HEADER_BYTES + n_tokens * dtype.itemsize
     ends_start = tokens_end + -tokens_end % 8
@@ -287,10 +279,10 @@ def _map(path: Path, file: BinaryIO, header: dict[str, Any]) -> tuple[np.ndarray
             f"{path} must have {expected} bytes for {n_tokens} tokens and {n_documents} documents, "
             f"got {size}; delete {path.parent} and start again"
         )
-    # one map for both: numpy cannot map a part of no bytes
+    # one map for both: numpy cannot map zero bytes
     content = np.memmap(file, np.uint8, mode="r")
     tokens, ends = content[HEADER_BYTES:tokens_end].view(dtype), content[ends_start:].view("<u8")
-    wrong = _first_wrong_end(ends, n_tokens)
+    wrong = _first_invalid_end(ends, n_tokens)
     if wrong is not None:
         raise ValueError(
             f"the document ends of {path} must ascend from 1 to its {n_tokens} tokens, got {ends[wrong]} "
@@ -300,32 +292,32 @@ def _map(path: Path, file: BinaryIO, header: dict[str, Any]) -> tuple[np.ndarray
 
 
 def _checksum(header: dict[str, Any]) -> int:
-    """A number that changes with what a header says, but not with the spaces in it."""
+    """The CRC-32 of the fields of a header."""
     return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
 def _dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds each id. Raises ValueError if four bytes are too few."""
+    """uint16 if it holds every id, else uint32. Raises ValueError for larger vocabularies."""
     if not 0 <= vocab_size <= 2**32:
         raise ValueError(f"vocab_size must be from 0 to {2**32}, got {vocab_size}")
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def _whole_numbers(name: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """`numbers` as an array. Raises ValueError if it is not one row of whole numbers."""
+def _integers(name: str, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """`numbers` as an array. Raises ValueError unless they are 1-D integers."""
     array = np.asarray(numbers)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name} must be one row of whole numbers, got {array.dtype}, shape {array.shape}")
+        raise ValueError(f"{name} must be 1-D integers, got {array.dtype}, shape {array.shape}")
     return array
 
 
-def _first_wrong_end(ends: np.ndarray, n_tokens: int) -> int | None:
-    """The index of the first end that is not above the one before it, or not from 1 to `n_tokens`."""
+def _first_invalid_end(ends: np.ndarray, n_tokens: int) -> int | None:
+    """The index of the first end that does not ascend, or is not from 1 to `n_tokens`."""
     wrong = (ends < 1) | (ends > n_tokens)
     wrong[1:] |= ends[1:] <= ends[:-1]
     return _first(wrong)
 
 
-def _first(true: np.ndarray) -> int | None:
-    """The index of the first True, if there is one."""
-    return int(np.argmax(true)) if true.any() else None
+def _first(mask: np.ndarray) -> int | None:
+    """The index of the first True, or None."""
+    return int(np.argmax(mask)) if mask.any() else None

@@ -1,8 +1,7 @@
-"""Vocabularies of other programs: Hugging Face's `tokenizer.json`, tiktoken's ranks and `tiktoken.Encoding`.
+"""Other tokenizer formats: Hugging Face's `tokenizer.json`, tiktoken's ranks and `tiktoken.Encoding`.
 
-What is read is checked, and refused where it would not give the ids that its own program gives (without what
-a post-processor adds). Programs have different engines for patterns: one of your own should match every
-character, and use only what all of them read alike.
+A file is refused unless it gives the ids of its own library (a post-processor aside). Regex engines differ: a
+custom pattern should match every character and use only syntax that all engines share.
 
     >>> low = from_ranks({b"l": 0, b"o": 1, b"w": 2, b"lo": 3, b"low": 4}, special_ids={})
     >>> low.merges
@@ -30,7 +29,7 @@ from llm_basics.core import bpe, files, tokenizer, vocabulary
 
 
 def write_tokenizer_json(known: vocabulary.Vocabulary, path: str | os.PathLike[str]) -> None:
-    """Write the file that `tokenizers.Tokenizer.from_file` reads, and `transformers` from a folder."""
+    """Write a `tokenizer.json` for `tokenizers.Tokenizer.from_file` and `transformers`."""
     special_ids = known.special_ids()
     specials = set(special_ids.values())
     names = {
@@ -39,7 +38,7 @@ def write_tokenizer_json(known: vocabulary.Vocabulary, path: str | os.PathLike[s
     }
     for special, id in special_ids.items():
         if any(name == special and other != id for other, name in names.items()):
-            raise ValueError(f"a special token must not be what another token is spelled as, got {special!r}")
+            raise ValueError(f"a special token must not be spelled as another token, got {special!r}")
     text = vocabulary.text_of(known.pattern)
     if known.pattern == bpe.SPLIT_PATTERN:
         split: dict[str, Any] = _byte_level(use_regex=True)
@@ -62,13 +61,8 @@ def write_tokenizer_json(known: vocabulary.Vocabulary, path: str | os.PathLike[s
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **dict.fromkeys(("dropout", "unk_token", *AFFIXES)),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
             "vocab": {name: id for id, name in names.items()},
             "merges": [
                 [vocabulary.bytes_to_unicode(left), vocabulary.bytes_to_unicode(right)]
@@ -83,7 +77,9 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-# the same pattern for engines that read `{1,3}+` as a repetition and `$` as the end of a line
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+# equivalents for engines where `{1,3}+` is a nested repetition and `$` the end of a line
 PORTABLE = {
     bpe.CL100K_PATTERN.pattern: (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -93,7 +89,7 @@ PORTABLE = {
 
 
 def read_tokenizer_json(path: str | os.PathLike[str]) -> vocabulary.Vocabulary:
-    """A byte-level BPE tokenizer in Hugging Face's format. Raises ValueError for any other kind."""
+    """The vocabulary of a byte-level BPE `tokenizer.json`. Raises ValueError for any other kind."""
     with vocabulary.reading(f"{path} must be a byte-level BPE tokenizer of Hugging Face"):
         content = files.read_json(Path(path))
         if not isinstance(content, dict) or not isinstance(content["model"], dict):
@@ -101,16 +97,10 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> vocabulary.Vocabulary:
         model = content["model"]
         if model["type"] != "BPE":
             raise ValueError(f"the model must be BPE, got {model['type']!r}")
-        switches = (
-            "dropout",
-            "continuing_subword_prefix",
-            "end_of_word_suffix",
-            "byte_fallback",
-            "ignore_merges",
-        )
-        for place, name in ((content, "normalizer"), *((model, name) for name in switches)):
-            if place.get(name):
-                raise ValueError(f"{name} must be off, got {place[name]!r}")
+        switches = ("dropout", *AFFIXES, "byte_fallback", "ignore_merges")
+        for part, name in ((content, "normalizer"), *((model, name) for name in switches)):
+            if part.get(name):
+                raise ValueError(f"{name} must be off, got {part[name]!r}")
         added = _added_tokens(content["added_tokens"], model["vocab"])
         spellings = {name: id for name, id in model["vocab"].items() if name not in added}
         if not isinstance(model["merges"], list):
@@ -127,9 +117,9 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> vocabulary.Vocabulary:
 
 
 def load(path: str | os.PathLike[str]) -> tokenizer.Tokenizer:
-    """The tokenizer of a `tokenizer.json`, or of a saved folder, ours or foreign."""
+    """The tokenizer of a `tokenizer.json`, or of a folder saved by this or another library."""
     path = Path(path)
-    # what other programs save stands whole in tokenizer.json alone
+    # folders of other libraries are complete in tokenizer.json alone
     if (path / "tokenizer.json").is_file() and not (path / "special_tokens.json").exists():
         path = path / "tokenizer.json"
     if path.is_file():
@@ -142,7 +132,7 @@ def _added_tokens(tokens: Sequence[Mapping[str, Any]], vocab: Mapping[str, int])
     for token in tokens:
         name, id = token["content"], token["id"]
         if not isinstance(name, str) or isinstance(id, bool) or not isinstance(id, int):
-            raise ValueError(f"an added token must have a text and a whole number, got {name!r} and {id!r}")
+            raise ValueError(f"an added token must have a string and an integer, got {name!r} and {id!r}")
         if name in added or id in added.values() or vocab.get(name, id) != id:
             raise ValueError(f"the added token {name!r} with id {id} contradicts another entry")
         for flag in ("lstrip", "rstrip", "single_word"):
@@ -159,8 +149,7 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any] | None) -> regex.Pattern:
     kinds = [part["type"] for part in parts]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or parts[-1]["add_prefix_space"]:
         raise ValueError(
-            f"the pre-tokenizer must be ByteLevel, alone or behind a Split, without a prefix space, got "
-            f"{kinds}"
+            f"the pre-tokenizer must be ByteLevel or Split and ByteLevel, without a prefix space, got {kinds}"
         )
     if len(parts) == 1 and parts[0].get("use_regex", True):
         return bpe.SPLIT_PATTERN
@@ -168,25 +157,22 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any] | None) -> regex.Pattern:
     isolates = split.get("behavior") == "Isolated" and not split.get("invert")
     if parts[-1].get("use_regex", True) or not isolates or "Regex" not in split["pattern"]:
         raise ValueError("the pre-tokenizer must have one pattern, a Regex, that isolates pre-tokens")
-    ours = {portable: own for own, portable in PORTABLE.items()}
-    return vocabulary.compile_pattern(ours.get(split["pattern"]["Regex"], split["pattern"]["Regex"]))
+    original = {portable: pattern for pattern, portable in PORTABLE.items()}
+    return vocabulary.compile_pattern(original.get(split["pattern"]["Regex"], split["pattern"]["Regex"]))
 
 
 # --------------------------------------------------------------------------------------------------
-# tiktoken: the rank of every token, which is also its id
+# tiktoken: a rank per token, which is also its id
 
 
 def from_ranks(
     ranks: Mapping[bytes, int], special_ids: Mapping[str, int], pattern: regex.Pattern = bpe.SPLIT_PATTERN
 ) -> vocabulary.Vocabulary:
-    """A vocabulary from tiktoken's form.
-
-    The pair that a token was merged from is what the merges before it leave of its bytes.
-    """
+    """A vocabulary from tiktoken's ranks; the merge of a token is what earlier merges leave of its bytes."""
     vocab = {id: token for token, id in ranks.items()}
     specials = {id: special.encode("utf-8") for special, id in special_ids.items()}
     if len(vocab | specials) < len(ranks) + len(special_ids):
-        raise ValueError("every token must have a rank of its own, and every special token an id of its own")
+        raise ValueError("tokens must have distinct ranks, and special tokens distinct ids")
     return vocabulary.Vocabulary(vocab | specials, _merges_of(ranks), list(special_ids), pattern)
 
 
@@ -199,9 +185,9 @@ def read_ranks(
     special_ids: Mapping[str, int],
     pattern: regex.Pattern = bpe.SPLIT_PATTERN,
 ) -> vocabulary.Vocabulary:
-    """A file of ranks, each line a token in base64 and its rank; what it lacks must be given."""
+    """A vocabulary from a file of ranks, a base64 token and its rank per line; the rest must be given."""
     ranks: dict[bytes, int] = {}
-    taken: set[int] = set()
+    seen: set[int] = set()
     with vocabulary.reading(f"{path} must be a file of ranks"):
         for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
             if not line:
@@ -210,32 +196,30 @@ def read_ranks(
             token = b""
             with contextlib.suppress(ValueError):
                 token = base64.b64decode(found[1], validate=True) if found else b""
-            if not found or not token or token in ranks or int(found[2]) in taken:
+            if not found or not token or token in ranks or int(found[2]) in seen:
                 raise ValueError(
                     f"{path}:{number} must be a new token in base64 and its rank, got {line[:60]!r}"
                 )
             ranks[token] = int(found[2])
-            taken.add(ranks[token])
+            seen.add(ranks[token])
         return from_ranks(ranks, special_ids, pattern)
 
 
 def to_tiktoken(known: vocabulary.Vocabulary, name: str = "llm_basics") -> tiktoken.Encoding:
-    """The `tiktoken.Encoding` that gives the same ids.
-
-    tiktoken merges in the order of ids. Raises ValueError if that does not give the same.
-    """
+    """The `tiktoken.Encoding` with the same ids. tiktoken merges in the order of ids: raises ValueError if
+    that differs from the order of the merges."""
     special_ids = known.special_ids()
     ranks = {token: id for id, token in known.vocab.items() if id not in special_ids.values()}
     learned = [ranks[left + right] for left, right in known.merges]
     for before, after in pairwise(learned):
         if before >= after:
             raise ValueError(
-                f"for tiktoken ids must rise in the order of learning, got {after} learned after {before}; "
+                f"for tiktoken ids must ascend in the order of merges, got {after} learned after {before}; "
                 "export tokenizer.json instead"
             )
     if list(known.merges) != _merges_of(ranks):
         raise ValueError(
-            "for tiktoken every token must be a byte or what its own merge makes of its bytes; "
+            "for tiktoken every token must be a byte or the result of its own merge; "
             "export tokenizer.json instead"
         )
     return tiktoken.Encoding(
