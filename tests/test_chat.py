@@ -1,4 +1,4 @@
-"""Conversations: what is rendered, what is learned, what is read. Alone: uv run pytest tests/test_chat.py"""
+"""Conversations: rendering, loss masks, reading. Alone: uv run pytest tests/test_chat.py"""
 
 import json
 
@@ -26,7 +26,7 @@ def chatting():
     return chat_template.with_specials(tokenizer.Tokenizer.byte_level())
 
 
-# what is learned, an id a sign: a special token is one, and so is each letter
+# loss masks, a character per id: each special token and each letter is one
 GOLDEN = [
     ("a:x", ".##"),
     ("u:x", "..."),
@@ -63,9 +63,9 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("spelled", "mask"), GOLDEN)
-def test_what_is_learned(chatting, spelled, mask):
-    ids, learned = chat_template.render(chatting, messages(spelled))
-    assert "".join(".#"[is_learned] for is_learned in learned) == mask
+def test_loss_mask(chatting, spelled, mask):
+    ids, loss_mask = chat_template.render(chatting, messages(spelled))
+    assert "".join(".#"[has_loss] for has_loss in loss_mask) == mask
     assert len(ids) == len(mask)
 
 
@@ -77,20 +77,19 @@ def test_rendered_as_written(chatting):
     assert ids[0] == chatting.special_id("<|system|>") and ids[-1] == chatting.special_id("<|end|>")
 
 
-def test_a_reply_is_opened_where_the_answer_was_learned(chatting):
-    ids, learned = chat_template.render(chatting, messages("s:a u:b a:cd"))
-    assert chat_template.open_reply(chatting, messages("s:a u:b")) == ids[: learned.index(True)]
+def test_the_prompt_ends_where_the_loss_begins(chatting):
+    ids, loss_mask = chat_template.render(chatting, messages("s:a u:b a:cd"))
+    assert chat_template.render_prompt(chatting, messages("s:a u:b")) == ids[: loss_mask.index(True)]
 
 
 def test_only_answers_have_a_gradient(chatting):
-    """The embedding of what the last user says, which no answer follows, gets none at all; and the first
-    token of an answer and its end do count."""
+    """The last user message has no answer and gets none; an answer gets it from first token to end."""
     torch.manual_seed(0)
     shape = config.ModelConfig(vocab_size=chatting.vocab_size, context_length=32, d_model=16, n_heads=2)
     lm = model.TransformerLM(shape)
-    ids, learned = chat_template.render(chatting, messages("u:ab a:xyz u:QRS"))
+    ids, loss_mask = chat_template.render(chatting, messages("u:ab a:xyz u:QRS"))
     tokens = torch.tensor(ids)
-    targets = tokens.masked_fill(~torch.tensor(learned), -100)
+    targets = tokens.masked_fill(~torch.tensor(loss_mask), -100)
     logits = lm(tokens[None, :-1])
     logits.retain_grad()
     F.cross_entropy(logits, targets[None, 1:]).backward()
@@ -104,7 +103,7 @@ def test_only_answers_have_a_gradient(chatting):
 
 
 def test_content_never_becomes_a_special_token(chatting):
-    """5,000 conversations of texts made of all special tokens, their halves, and signs between them."""
+    """5,000 conversations of random texts of special tokens and their halves."""
     rng = np.random.default_rng(0)
     specials = [*chat_template.SPECIALS, "<|endoftext|>"]
     halves = [part for special in specials for part in (special[:5], special[5:], special[:-1], special[1:])]
@@ -121,7 +120,7 @@ def test_content_never_becomes_a_special_token(chatting):
         assert found == expected, texts
 
 
-def test_specials_are_added_behind_the_vocabulary_once():
+def test_special_tokens_are_added_once_at_the_end():
     plain = tokenizer.Tokenizer.byte_level()
     added = chat_template.with_specials(plain)
     assert not chat_template.is_chat(plain) and chat_template.is_chat(added)
@@ -133,7 +132,7 @@ def test_specials_are_added_behind_the_vocabulary_once():
     assert chat_template.with_specials(some).special_id("<|end|>") == 260
 
 
-def test_a_saved_chat_tokenizer_is_one(chatting, tmp_path):
+def test_a_saved_chat_tokenizer_round_trips(chatting, tmp_path):
     chatting.save(tmp_path)
     loaded = tokenizer.Tokenizer.load(tmp_path)
     assert chat_template.is_chat(loaded) and loaded.fingerprint() == chatting.fingerprint()
@@ -145,32 +144,38 @@ def test_the_fast_tokenizer_renders_the_same(chatting):
     conversation = messages("s:be_kind u:<|end|>_caf\u00e9 a:1,234_and_<|user|>")
     expected = chat_template.render(chatting, conversation)
     with swap.using("fast", log=lambda line: None):
-        twin = chat_template.with_specials(tokenizer.Tokenizer.byte_level())
-        assert type(twin).__module__ == "llm_basics.fast.tokenizer"
-        assert chat_template.render(twin, conversation) == expected
+        fast = chat_template.with_specials(tokenizer.Tokenizer.byte_level())
+        assert type(fast).__module__ == "llm_basics.fast.tokenizer"
+        assert chat_template.render(fast, conversation) == expected
 
 
 def test_a_tokenizer_without_the_specials_is_refused():
-    with pytest.raises(ValueError, match="chat.with_specials adds them"):
+    with pytest.raises(ValueError, match="add them with chat_template.with_specials"):
         chat_template.render(tokenizer.Tokenizer.byte_level(), messages("u:a"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Files
 
-ASKED = {"prompt": "2+2?", "completion": "4"}
+PROMPT = {"prompt": "2+2?", "completion": "4"}
 ALPACA = {"instruction": "Add.", "input": "2, 2", "output": "4"}
 TALK = {"messages": [{"role": "system", "content": "Add."}, {"role": "assistant", "content": "4"}]}
 
 
 @pytest.mark.parametrize("as_array", [False, True])
-def test_all_forms_are_read(tmp_path, as_array):
+def test_all_formats_are_read(tmp_path, as_array):
     path = tmp_path / "answers"
-    records = [ASKED, ALPACA, ALPACA | {"input": ""}, {"instruction": "Say\u2028x", "output": "\u00e9"}, TALK]
+    records = [
+        PROMPT,
+        ALPACA,
+        ALPACA | {"input": ""},
+        {"instruction": "Say\u2028x", "output": "\u00e9"},
+        TALK,
+    ]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     text = f"\n [{','.join(lines)}]\n" if as_array else "\n".join([lines[0], "", *lines[1:]])
     path.write_bytes(("\ufeff" + text).encode("utf-8"))
-    assert chat_template.read(path) == [
+    assert chat_template.read_conversations(path) == [
         messages("u:2+2? a:4"),
         [Message("user", "Add.\n\n2, 2"), Message("assistant", "4")],
         messages("u:Add. a:4"),
@@ -179,42 +184,45 @@ def test_all_forms_are_read(tmp_path, as_array):
     ]
 
 
-MISTAKES = [
+INVALID_RECORDS = [
     ({"prompt": "a"}, "the field completion is missing"),
     ({"completion": "a"}, "the field prompt is missing"),
     ({"instruction": "a", "input": "b"}, "the field output is missing"),
-    ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, got 3"),
-    ({"prompt": "a", "completion": ""}, "an answer must not be empty"),
-    ({"prompt": "a", "completion": " \n"}, "an answer must not be empty"),
-    ({"prompt": "a", "completion": None}, "completion must be a text, got null"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "input must be a string, got 3"),
+    ({"prompt": "a", "completion": ""}, "the content of an assistant message must not be empty"),
+    ({"prompt": "a", "completion": " \n"}, "the content of an assistant message must not be empty"),
+    ({"prompt": "a", "completion": None}, "completion must be a string, got null"),
     ({"question": "a", "answer": "b"}, "or instruction and output, got question, answer"),
     ({}, "or instruction and output, got no field"),
     (["a", "b"], 'a record must be an object with fields, got ["a", "b"]'),
     ({"messages": "hi"}, 'messages must be a list, got "hi"'),
-    ({"messages": []}, "must have a message of the assistant, got none"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "must have a message of the assistant, got none"),
+    ({"messages": []}, "must have a message of the role assistant, got none"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "must have a message of the role assistant, got none"),
     ({"messages": [{"role": "bot", "content": "a"}]}, "message 1: a role must be system, user or assistant"),
     ({"messages": [*TALK["messages"], {"role": "user"}]}, "message 3: the field content is missing"),
     ({"messages": ["hi"]}, 'message 1: a message must have role and content, got "hi"'),
-    ({"messages": [{"role": "assistant", "content": ""}]}, "an answer must not be empty"),
+    (
+        {"messages": [{"role": "assistant", "content": ""}]},
+        "the content of an assistant message must not be empty",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("record", "said"), MISTAKES)
-def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
+@pytest.mark.parametrize(("record", "message"), INVALID_RECORDS)
+def test_an_invalid_record_is_named_with_its_position(tmp_path, record, message):
     path = tmp_path / "answers.jsonl"
-    path.write_text(f"{json.dumps(ASKED)}\n\n{json.dumps(record)}\n")
+    path.write_text(f"{json.dumps(PROMPT)}\n\n{json.dumps(record)}\n")
     with pytest.raises(ValueError) as error:
-        chat_template.read(path)
-    assert str(error.value).startswith(f"{path}:3: ") and said in str(error.value)
-    path.write_text(json.dumps([ASKED, record]))
+        chat_template.read_conversations(path)
+    assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
+    path.write_text(json.dumps([PROMPT, record]))
     with pytest.raises(ValueError) as error:
-        chat_template.read(path)
-    assert str(error.value).startswith(f"{path}, record 2: ") and said in str(error.value)
+        chat_template.read_conversations(path)
+    assert str(error.value).startswith(f"{path}, record 2: ") and message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             b'{"prompt": "a", "completion": "b"}\n{"prompt": \n',
@@ -228,9 +236,9 @@ def test_a_wrong_record_is_named_with_its_place(tmp_path, record, said):
         (b"[" * 100_000, ":1 must be JSON; "),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, content, said):
+def test_an_invalid_file_is_refused(tmp_path, content, message):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        chat_template.read(path)
-    assert str(error.value).startswith(str(path)) and said in str(error.value)
+        chat_template.read_conversations(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)

@@ -123,7 +123,7 @@ def test_a_saved_conversation_can_be_read(pipe, scripted, tmp_path):
     odd = 'caf\u00e9 \u2028 "x" <|end|>'
     save = f"/save {path}"
     assert "(saved to" in pipe(f"{odd}", save, "/system S", "/reset", "two", save).err
-    assert chat_template.read(path) == [
+    assert chat_template.read_conversations(path) == [
         [chat_template.Message("user", odd), chat_template.Message("assistant", "1")],
         [
             chat_template.Message("system", "S"),
@@ -222,7 +222,7 @@ def test_the_oldest_turns_are_dropped_and_the_system_message_is_kept(pipe, scrip
 def test_dropped_turns_are_saved(pipe, scripted, tmp_path):
     path = tmp_path / "all.jsonl"
     pipe(*[f"message {i}" for i in range(6)], f"/save {path}")
-    assert len(chat_template.read(path)[0]) == 12
+    assert len(chat_template.read_conversations(path)[0]) == 12
 
 
 def test_a_message_that_is_too_long_is_refused_and_dropped(pipe, scripted, folder):

@@ -137,7 +137,7 @@ def test_transformers_renders_the_same_chat(transformers, tmp_path):
 
     for messages in CHATS:
         assert rendered(messages) == chat_template.render(ours, messages)[0]
-        assert rendered(messages, add_generation_prompt=True) == chat_template.open_reply(ours, messages)
+        assert rendered(messages, add_generation_prompt=True) == chat_template.render_prompt(ours, messages)
     with pytest.raises(Exception, match="a role must be system, user or assistant, got tool"):
         theirs.apply_chat_template([{"role": "tool", "content": "2"}])
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")

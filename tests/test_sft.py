@@ -1,4 +1,4 @@
-"""Conversations to batches, and a model that is taught to answer. Alone: uv run pytest tests/test_sft.py"""
+"""Conversations to batches, and supervised fine-tuning. Alone: uv run pytest tests/test_sft.py"""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ SPECIAL_IDS = {CHATTING.special_id(special) for special in CHATTING.special_toke
 
 
 def row(spelled):
-    ids, learned = chat_template.render(CHATTING, messages(spelled))
-    return sft_dataset.Example(np.array(ids), np.array(learned))
+    ids, loss_mask = chat_template.render(CHATTING, messages(spelled))
+    return sft_dataset.Example(np.array(ids), np.array(loss_mask))
 
 
 def text(found):
@@ -34,7 +34,7 @@ def text(found):
 # Rows
 
 
-def test_what_is_learned_is_read_off_the_ids():
+def test_the_loss_mask_is_recovered_from_the_ids():
     for spelled, _ in GOLDEN:
         rendered = row(spelled)
         assert np.array_equal(sft_dataset.loss_mask(rendered.ids, CHATTING), rendered.loss_mask), spelled
@@ -59,13 +59,13 @@ def test_what_is_learned_is_read_off_the_ids():
         ("a:abc", 3, "<|assistant|>ab"),
     ],
 )
-def test_a_long_conversation_is_cut_from_the_front(spelled, most, kept):
+def test_a_long_conversation_is_truncated_from_the_front(spelled, most, kept):
     found = sft_dataset.truncate(row(spelled), CHATTING, most)
     assert (found and text(found)) == kept
 
 
 def test_no_conversation_becomes_a_row_without_a_target():
-    """Of any messages and any context: short enough, begun by a role, and with something to learn."""
+    """For random messages and contexts: short enough, begins with a role token, has loss."""
     rng = np.random.default_rng(0)
     n_left_out = 0
     for _ in range(1_000):
@@ -81,7 +81,7 @@ def test_no_conversation_becomes_a_row_without_a_target():
             _, targets = sft_dataset.collate([found], most - 1)
             assert (targets != dataloader.IGNORE_INDEX).any()
         else:
-            assert most < len("[y][z"), "a question of one letter leaves room for an answer from 5 ids on"
+            assert most < len("[y][z"), "a prompt of one letter leaves room for an answer from 5 ids on"
     assert n_left_out > 0
 
 
@@ -93,7 +93,7 @@ def test_packed_rows_hold_every_conversation_once():
     expected = sorted(text(one) for one in rows)
     found = [f"<|user|>{part}" for one in packed for part in text(one).split("<|user|>")[1:]]
     assert sorted(found) == expected
-    # at most a tenth more than if nothing were lost
+    # at most a tenth above the lower bound
     assert len(packed) <= 1.1 * sum(len(one.ids) for one in rows) / 64
     assert all(np.array_equal(one.loss_mask, sft_dataset.loss_mask(one.ids, CHATTING)) for one in packed)
 
@@ -103,7 +103,7 @@ def test_packed_rows_hold_every_conversation_once():
 
 
 def marked_rows(n):
-    """Rows of 4 to 31 ids, of which the first says which row it is."""
+    """Rows of 4 to 31 ids, the first of which is the index of the row."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 32, size=n)
     return [
@@ -131,7 +131,7 @@ def test_the_order_is_a_pure_function_of_seed_epoch_and_step():
     assert any(not torch.equal(different.starting_at(i)[0], one.starting_at(i)[0]) for i in (0, 8))
 
 
-def test_batches_are_as_wide_as_their_rows_and_hold_a_target_a_row():
+def test_batches_are_as_wide_as_their_rows_and_have_a_target_per_row():
     batches = sft_dataset.Batches(marked_rows(240), 8, 30)
     widths, padded = set(), 0
     for first in range(0, 240, 8):
@@ -148,7 +148,7 @@ def test_fewer_rows_than_a_batch_are_repeated():
 
 
 def test_padding_changes_no_gradient():
-    """A row beside a longer one is learned from as it is alone."""
+    """The gradient of a padded batch is that of its rows one by one."""
     shape = config.ModelConfig(vocab_size=CHATTING.vocab_size, context_length=32, d_model=16, n_heads=2)
     lm = model.TransformerLM(shape).double()
     rows = [row("u:ab a:c"), row("u:defg a:hijklmnop")]
@@ -164,45 +164,45 @@ def test_padding_changes_no_gradient():
 
 
 # --------------------------------------------------------------------------------------------------
-# Questions
+# Synthetic pairs
 
 
-def test_questions_are_the_same_each_time_and_no_two_alike():
-    found = synthetic_qa.all_questions()
-    assert found == synthetic_qa.all_questions() and len(found) > 4_000
-    assert len({question.asked for question in found}) == len(found)
-    assert {question.kind for question in found} == set(synthetic_qa.KINDS)
+def test_synthetic_questions_are_deterministic_and_distinct():
+    found = synthetic_qa.all_pairs()
+    assert found == synthetic_qa.all_pairs() and len(found) > 4_000
+    assert len({pair.question for pair in found}) == len(found)
+    assert {pair.kind for pair in found} == set(synthetic_qa.KINDS)
 
 
-def test_answers_of_questions_are_right():
-    for question in synthetic_qa.all_questions():
-        words = question.asked.rstrip(".?").replace(",", "").split()
-        match question.kind:
+def test_synthetic_answers_are_right():
+    for pair in synthetic_qa.all_pairs():
+        words = pair.question.rstrip(".?").replace(",", "").split()
+        match pair.kind:
             case "plus":
-                assert int(question.answer) == int(words[2]) + int(words[4])
+                assert int(pair.answer) == int(words[2]) + int(words[4])
             case "larger":
-                assert int(question.answer) == max(int(words[3]), int(words[5]))
+                assert int(pair.answer) == max(int(words[3]), int(words[5]))
             case "reverse":
-                assert question.answer.split(", ") == words[-1:-4:-1]
+                assert pair.answer.split(", ") == words[-1:-4:-1]
             case "count":
-                assert int(question.answer) == len(words) - 5
+                assert int(pair.answer) == len(words) - 5
             case "member":
-                assert question.answer == ("yes" if words[1] in words[4:] else "no")
+                assert pair.answer == ("yes" if words[1] in words[4:] else "no")
             case "place":
-                assert question.answer == words[-3:][("first", "second", "third").index(words[3])]
+                assert pair.answer == words[-3:][("first", "second", "third").index(words[3])]
             case "spell":
-                assert question.answer.replace(" ", "") == words[1]
+                assert pair.answer.replace(" ", "") == words[1]
             case "define":
-                compile(question.answer, "answer", "exec")
+                compile(pair.answer, "answer", "exec")
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# The command
 
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """The folder of a run on text, beside a file of conversations."""
+    """A folder with a run on text and a file of conversations."""
     (tmp_path / "text.txt").write_text("".join(f"{i} and {i} are {2 * i}.\n" for i in range(200)))
     shape = config.ModelConfig(context_length=24, d_model=32, n_layers=1, n_heads=2, vocab_size=257)
     settings = config.TrainConfig(steps=2, batch_size=4, eval_batches=1, sample_tokens=2, device="cpu")
@@ -222,7 +222,7 @@ def pretrained(tmp_path):
 
 
 def options_of(folder, name="chat", **changes):
-    """What `sft` is started with on the command line."""
+    """Options as the sft command parses them."""
     arguments = ["--init_from", f"{folder}/old", "--data", f"{folder}/answers.jsonl", "--data_dir"]
     arguments += [f"{folder}/data", "--run_dir", f"{folder}/{name}", "--train.device", "cpu"]
     found = parse.train_options(arguments, prog="sft", preset="sft")
@@ -231,8 +231,8 @@ def options_of(folder, name="chat", **changes):
     return dataclasses.replace(found, train=dataclasses.replace(found.train, **settings))
 
 
-def test_a_model_is_taught_to_answer(pretrained, capsys):
-    """From text to a model that says the first letter, also of what it has never seen."""
+def test_a_model_learns_to_answer(pretrained, capsys):
+    """From text to a model that answers with the first letter of held-out prompts."""
     assert sft.main(options_of(pretrained, steps=150, lr=0.02, eval_every=100, log_every=50)) == 0
     lm, found = engine.load_run(pretrained / "chat")
     assert chat_template.is_chat(found) and lm.config.vocab_size == found.vocab_size == 261
@@ -240,21 +240,21 @@ def test_a_model_is_taught_to_answer(pretrained, capsys):
     metrics = [m for m in run_dir.read_metrics(pretrained / "chat") if "val_loss" in m]
     assert metrics[0]["step"] == 0 and metrics[-1]["val_loss"] < 0.2 * metrics[0]["val_loss"]
     samples = run_dir.read_samples(pretrained / "chat")
-    asked = [s["prompt"] for s in samples if s["step"] == 0]
-    assert asked and all(prompt.endswith("<|end|><|assistant|>") for prompt in asked)
+    prompts = [s["prompt"] for s in samples if s["step"] == 0]
+    assert prompts and all(prompt.endswith("<|end|><|assistant|>") for prompt in prompts)
     after = {s["prompt"]: s["text"] for s in samples if s["step"] == 150}
-    right = [after[prompt] == f"{prompt[len('<|user|>')]}<|end|>" for prompt in asked]
+    right = [after[prompt] == f"{prompt[len('<|user|>')]}<|end|>" for prompt in prompts]
     assert sum(right) >= 0.8 * len(right)
     assert " held-out questions; " in out and "exact match on " in out and "before" in out
-    prompt = torch.tensor(chat_template.open_reply(found, [chat_template.Message("user", "cx?")]))
+    prompt = torch.tensor(chat_template.render_prompt(found, [chat_template.Message("user", "cx?")]))
     ids = list(generate.generate(lm, prompt, 4, temperature=0.0, stop_id=found.special_id("<|end|>")))
     assert found.decode(ids) == "c"
 
 
-def test_no_question_is_on_both_sides(pretrained):
+def test_no_prompt_is_on_both_sides(pretrained):
     options = options_of(pretrained)
     lines = (pretrained / "answers.jsonl").read_text()
-    # each question a second time, with another answer
+    # each prompt a second time, with another answer
     (pretrained / "answers.jsonl").write_text(lines + lines.replace('n": "', 'n": "not '))
     training = sft.make(options)
     trained = {text(one).split("<|end|>")[0] for one in training.train_rows.rows}
@@ -270,7 +270,7 @@ def test_no_question_is_on_both_sides(pretrained):
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypatch, packing):
+def test_a_resumed_run_equals_an_uninterrupted_one(pretrained, monkeypatch, packing):
     options = dataclasses.replace(options_of(pretrained), packing=packing)
     assert sft.main(options) == 0
     stopped = dataclasses.replace(options, run_dir=str(pretrained / "stopped"))
@@ -284,23 +284,27 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", step_and_stop)
         assert sft.main(stopped) == 128 + signal.SIGTERM
-    # neither the run it began from nor its tokenizer is needed any more
+    # resuming needs neither the pretrained run nor its tokenizer
     (pretrained / "old").rename(pretrained / "gone")
     resumed = parse.train_options(["--resume", str(pretrained / "stopped")], preset="sft")
     assert sft.main(resumed) == 0
     one, other = (engine.load_run(pretrained / name)[0].state_dict() for name in ("chat", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    # what was answered before the first step was written once
+    # samples of step 0 are written once
     assert sum(s["step"] == 0 for s in run_dir.read_samples(pretrained / "stopped")) == sum(
         s["step"] == 0 for s in run_dir.read_samples(pretrained / "chat")
     )
 
 
 @pytest.mark.parametrize(
-    ("change", "content", "said"),
+    ("change", "content", "message"),
     [
-        ({}, '{"prompt": "a", "completion": ""}', "answers.jsonl:1: an answer must not be empty"),
-        ({}, '{"prompt": "a", "completion": "b"}', "must hold two questions or more, got 1"),
+        (
+            {},
+            '{"prompt": "a", "completion": ""}',
+            "answers.jsonl:1: the content of an assistant message must not be empty",
+        ),
+        ({}, '{"prompt": "a", "completion": "b"}', "must hold at least two prompts, got 1"),
         ({"data": "nowhere.jsonl"}, "", "--data must be a file of conversations, or demo, got nowhere.jsonl"),
         ({"init_from": None}, "", "--init_from must name the run to fine-tune"),
         (
@@ -327,7 +331,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pretrained, monkeypat
         ({"model": config.ModelConfig(d_model=64)}, "", "the model must match --init_from"),
     ],
 )
-def test_what_cannot_be_taught_is_refused(pretrained, capsys, monkeypatch, change, content, said):
+def test_invalid_options_and_data_are_refused(pretrained, capsys, monkeypatch, change, content, message):
     options = dataclasses.replace(options_of(pretrained), **change)
     monkeypatch.chdir(pretrained)
     monkeypatch.setattr(prepare, "_gpt2", pytest.fail)
@@ -337,8 +341,8 @@ def test_what_cannot_be_taught_is_refused(pretrained, capsys, monkeypatch, chang
     with pytest.raises(SystemExit) as stop:
         sft.main(options)
     assert stop.value.code == 2
-    complaint = capsys.readouterr().err
-    assert said in complaint and complaint.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not (pretrained / "chat").exists()
 
 

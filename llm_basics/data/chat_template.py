@@ -1,14 +1,14 @@
-"""Conversations as token ids: who speaks is said by special tokens, and which ids a model learns to write.
+"""Conversations as token ids and a loss mask. Special tokens mark roles and the end of messages:
 
     <|system|> Be brief. <|end|> <|user|> 2 + 2? <|end|> <|assistant|> 4 <|end|>
-                                                                       ^^^^^^^^^ learned
+                                                                       ^^^^^^^^^ loss
 
-Special tokens are put between ids, never into a text that is then encoded: whatever somebody writes, it is
-ordinary text, and can neither end their turn nor begin another's.
+Special tokens are inserted as ids, never as text to be encoded, so the content of a message is ordinary text
+and can neither end its turn nor begin another.
 
     >>> tokens = with_specials(tokenizers.Tokenizer.byte_level())
-    >>> ids, learned = render(tokens, [Message("user", "2+2?"), Message("assistant", "4")])
-    >>> tokens.decode(ids), tokens.decode([id for id, is_learned in zip(ids, learned) if is_learned])
+    >>> ids, loss_mask = render(tokens, [Message("user", "2+2?"), Message("assistant", "4")])
+    >>> tokens.decode(ids), tokens.decode([id for id, has_loss in zip(ids, loss_mask) if has_loss])
     ('<|user|>2+2?<|end|><|assistant|>4<|end|>', '4<|end|>')
 """
 
@@ -29,13 +29,13 @@ END = "<|end|>"
 
 ROLES = ("system", "user", "assistant")
 
-# the forms of a record, by the fields that it must have
-FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+# record formats, by their required fields
+FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 
 
 @dataclass(frozen=True)
 class Message:
-    """What somebody says: `role` is system, user or assistant. Raises ValueError for another role."""
+    """A message of a role: system, user or assistant. Raises ValueError for another role."""
 
     role: str
     content: str
@@ -50,35 +50,38 @@ class Message:
 
 
 def with_specials(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer with the special tokens of a chat; those that it lacks get the ids behind its last."""
+    """The tokenizer with the special tokens of the chat template; missing ones get new ids at the end."""
     specials = [*tokenizer.special_tokens, *(s for s in SPECIALS if s not in tokenizer.special_tokens)]
     return tokenizers.Tokenizer(tokenizer.vocab, tokenizer.merges, specials, tokenizer.pattern)
 
 
 def is_chat(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer has the special tokens of a chat, and so its model was made to answer."""
+    """Whether the tokenizer has the special tokens of the chat template, and so its model is a chat model."""
     return set(SPECIALS) <= set(tokenizer.special_tokens)
 
 
 def render(tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, and which of them are learned: what the assistant says, and its end.
+    """The ids of a conversation, and the loss mask: True for assistant content and the `<|end|>` after it.
 
-    Each message is the special token of its role, its content, and the special token of its end. The role is
-    not learned: whose turn it is, is said by whoever asks.
+    Each message is the special token of its role, its content, and `<|end|>`. Role tokens have no loss, since
+    the prompt ends with one.
     """
     if not is_chat(tokenizer):
-        raise ValueError("a chat needs a tokenizer with its special tokens; chat.with_specials adds them")
+        raise ValueError(
+            f"a chat tokenizer must have the special tokens {' '.join(SPECIALS)}, got "
+            f"{' '.join(tokenizer.special_tokens) or 'none'}; add them with chat_template.with_specials"
+        )
     ids: list[int] = []
-    learned: list[bool] = []
+    loss_mask: list[bool] = []
     for message in messages:
         content = [*tokenizer.encode_ordinary(message.content), tokenizer.special_id(END)]
         ids += [tokenizer.special_id(f"<|{message.role}|>"), *content]
-        learned += [False, *[message.role == "assistant"] * len(content)]
-    return ids, learned
+        loss_mask += [False, *[message.role == "assistant"] * len(content)]
+    return ids, loss_mask
 
 
-def open_reply(tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation for a model to go on from: it is the assistant's turn, up to `<|end|>`."""
+def render_prompt(tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation and of `<|assistant|>`: a model completes them up to `<|end|>`."""
     ids, _ = render(tokenizer, messages)
     return [*ids, tokenizer.special_id("<|assistant|>")]
 
@@ -87,10 +90,10 @@ def open_reply(tokenizer: tokenizers.Tokenizer, messages: Sequence[Message]) -> 
 # Files -> messages
 
 
-def read(path: str | os.PathLike[str], on_bad_utf8: str | None = None) -> list[list[Message]]:
-    """The conversations of a file, one record each: a JSON array, or JSON lines.
+def read_conversations(path: str | os.PathLike[str], on_bad_utf8: str | None = None) -> list[list[Message]]:
+    """The conversations of a file of records (`parse_conversation`): a JSON array, or JSON lines.
 
-    Raises ValueError, with file, line or record, and the reason, for the first that is none.
+    Raises ValueError with the file and the line or record of the first that is invalid.
     """
     content = Path(path).read_bytes()
     records: Iterable[tuple[str, Any]]
@@ -100,57 +103,57 @@ def read(path: str | os.PathLike[str], on_bad_utf8: str | None = None) -> list[l
     else:
         records = files.json_lines(path, io.BytesIO(content), on_bad_utf8)
     conversations = []
-    for place, record in records:
+    for position, record in records:
         try:
-            conversations.append(conversation(record))
+            conversations.append(parse_conversation(record))
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{position}: {error}") from None
     if not conversations:
         raise ValueError(f"{path} must hold conversations, JSON lines or a JSON array, but is empty")
     return conversations
 
 
-def conversation(record: Any) -> list[Message]:
-    """The messages of a record of one of three forms, all of them texts.
+def parse_conversation(record: Any) -> list[Message]:
+    """The messages of a record in one of three formats.
 
     `{"messages": [{"role": ..., "content": ...}, ...]}`; `{"prompt": ..., "completion": ...}`; or Alpaca's
-    `{"instruction": ..., "input": ..., "output": ...}`, where the input, if there is one, follows the
-    instruction after a blank line. Raises ValueError for what is none, or has nothing to learn from.
+    `{"instruction": ..., "input": ..., "output": ...}`, where the input, if not empty, follows after a
+    blank line. Raises ValueError for other records, and for those without assistant content.
 
-    >>> conversation({"instruction": "Double it.", "input": "4", "output": "8"})
+    >>> parse_conversation({"instruction": "Double it.", "input": "4", "output": "8"})
     [Message(role='user', content='Double it.\\n\\n4'), Message(role='assistant', content='8')]
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object with fields, got {_shown(record)}")
-    form = next((form for form in FORMS if record.keys() & set(form)), None)
-    if form is None:
+        raise ValueError(f"a record must be an object with fields, got {json.dumps(record):.60}")
+    fields = next((fields for fields in FORMATS if record.keys() & set(fields)), None)
+    if fields is None:
         raise ValueError(
             "a record must have messages, prompt and completion, or instruction and output, "
             f"got {', '.join(map(str, record)) or 'no field'}"
         )
-    if form == ("messages",):
+    if fields == ("messages",):
         messages = _messages(record["messages"])
     else:
-        asked, answer = (_text(record, field) for field in form)
-        if form[0] == "instruction" and record.get("input") not in (None, ""):
-            asked += "\n\n" + _text(record, "input")
-        messages = [Message("user", asked), Message("assistant", answer)]
+        prompt, answer = (_text(record, field) for field in fields)
+        if fields[0] == "instruction" and record.get("input") not in (None, ""):
+            prompt += "\n\n" + _text(record, "input")
+        messages = [Message("user", prompt), Message("assistant", answer)]
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
-        raise ValueError("a conversation must have a message of the assistant, got none")
+        raise ValueError("a conversation must have a message of the role assistant, got none")
     if not all(answer.strip() for answer in answers):
-        raise ValueError("an answer must not be empty")
+        raise ValueError("the content of an assistant message must not be empty")
     return messages
 
 
-def _messages(given: Any) -> list[Message]:
-    if not isinstance(given, list):
-        raise ValueError(f"messages must be a list, got {_shown(given)}")
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list):
+        raise ValueError(f"messages must be a list, got {json.dumps(value):.60}")
     messages = []
-    for number, message in enumerate(given, start=1):
+    for number, message in enumerate(value, start=1):
         try:
             if not isinstance(message, dict):
-                raise ValueError(f"a message must have role and content, got {_shown(message)}")
+                raise ValueError(f"a message must have role and content, got {json.dumps(message):.60}")
             messages.append(Message(_text(message, "role"), _text(message, "content")))
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
@@ -161,10 +164,5 @@ def _text(record: dict[str, Any], field: str) -> str:
     if field not in record:
         raise ValueError(f"the field {field} is missing")
     if not isinstance(record[field], str):
-        raise ValueError(f"{field} must be a text, got {_shown(record[field])}")
+        raise ValueError(f"{field} must be a string, got {json.dumps(record[field]):.60}")
     return record[field]
-
-
-def _shown(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

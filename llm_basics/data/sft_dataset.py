@@ -1,9 +1,8 @@
-"""From conversations to batches in which only answers are learned.
+"""Conversations to batches for supervised fine-tuning (SFT), with loss on assistant tokens only.
 
-Conversations are kept as token files, rendered by `chat`; who speaks, and so what is learned, is read off the
-special tokens, which no content can hold. A row of a batch is one conversation, padded to about the longest
-beside it; or several, packed into as many tokens as the model sees. What is not learned has the target
-`data.IGNORED`.
+Conversations are stored as token files, rendered by `chat_template`; the loss mask is recovered from the
+special tokens, which content cannot contain. A row of a batch is one conversation, padded to about the
+longest of the batch, or several, packed to the context length. Targets outside the loss mask are ignored.
 """
 
 import bisect
@@ -26,13 +25,13 @@ from llm_basics.core import config, dataloader, files
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import chat_template, documents, prepare, shards, synthetic_qa
 
-# changes when the same conversations would be prepared differently
+# increased when the same conversations would give other token files
 VERSION = 1
 
-# batches are as wide as a multiple of this, so that there are few shapes
+# batches are padded to a multiple of this, to limit the number of shapes
 WIDTH_STEP = 8
 
-# rows of similar length are sought among those of so many batches
+# rows are sorted by length within groups of this many batches
 SORTED_BATCHES = 4
 
 # --------------------------------------------------------------------------------------------------
@@ -40,57 +39,55 @@ SORTED_BATCHES = 4
 
 
 def prepare_conversations(options: config.Config, log: Callable[[str], None] = print) -> prepare.Prepared:
-    """Render the conversations that `options` name, or find them rendered.
+    """The token files of the conversations in `options.data`, written unless they are cached.
 
-    What was asked decides what is held out, not what was answered: a question is never on both sides.
+    The split depends on the prompts alone, so no prompt is on both sides.
     """
     source = options.tokenizer if options.resume is None else f"{options.resume}/tokenizer"
     tokenizer = chat_template.with_specials(prepare.load_tokenizer(source))
-    conversations = read(options.data, options.on_bad_utf8)
-    asked = [json.dumps([(m.role, m.content) for m in c if m.role != "assistant"]) for c in conversations]
-    if len(set(asked)) < 2:
-        raise ValueError(f"--data must hold two questions or more, got {len(set(asked))} in {options.data}")
+    conversations = load_conversations(options.data, options.on_bad_utf8)
+    prompts = [json.dumps([(m.role, m.content) for m in c if m.role != "assistant"]) for c in conversations]
+    if len(set(prompts)) < 2:
+        raise ValueError(f"--data must hold at least two prompts, got {len(set(prompts))} in {options.data}")
     folder = Path(options.data_dir) / _key(options, conversations, tokenizer)
     if not (folder / "meta.json").exists():
         log(f"reading {options.data}: {len(conversations):,} conversations")
-        survey, digests = documents.SplitStats(), [documents.digest(text) for text in asked]
-        for text, digest in zip(asked, digests, strict=True):
-            survey.add(documents.Document(options.data, text), digest)
-        split = survey.split(options.val_fraction)
-        held_out = [split.holds_out(digest) for digest in digests]
-        for name, wanted, size in (("train", False, shards.SHARD_TOKENS), ("val", True, sys.maxsize)):
-            part = (
-                c for c, is_held_out in zip(conversations, held_out, strict=True) if is_held_out == wanted
+        stats, digests = documents.SplitStats(), [documents.digest(prompt) for prompt in prompts]
+        for prompt, digest in zip(prompts, digests, strict=True):
+            stats.add(documents.Document(options.data, prompt), digest)
+        split = stats.split(options.val_fraction)
+        for name, is_val, size in (("train", False, shards.SHARD_TOKENS), ("val", True, sys.maxsize)):
+            rendered = (
+                _render(tokenizer, conversation)
+                for conversation, digest in zip(conversations, digests, strict=True)
+                if split.holds_out(digest) == is_val
             )
-            rendered = (_render(tokenizer, conversation) for conversation in part)
             shards.write_shards(folder, name, rendered, tokenizer.vocab_size, tokenizer.fingerprint(), size)
         tokenizer.save(folder / "tokenizer")
-        # written last: a folder without it was interrupted and is made again
+        # written last: an interrupted folder has none and is written again
         about = {"data": options.data, "conversations": len(conversations)}
         files.write(folder / "meta.json", json.dumps(about) + "\n")
     return prepare.load(folder)
 
 
-def read(source: str, on_bad_utf8: str | None = None) -> list[list[chat_template.Message]]:
-    """The conversations that `source` names: a file (`chat.read`), or `demo`, made by `questions`."""
+def load_conversations(source: str, on_bad_utf8: str | None = None) -> list[list[chat_template.Message]]:
+    """The conversations of a file (`chat_template.read_conversations`), or `demo` (`synthetic_qa`)."""
     if source == "demo":
-        pairs = [(question.asked, question.answer) for question in synthetic_qa.all_questions()]
         return [
-            [chat_template.Message("user", asked), chat_template.Message("assistant", answer)]
-            for asked, answer in pairs
+            [chat_template.Message("user", pair.question), chat_template.Message("assistant", pair.answer)]
+            for pair in synthetic_qa.all_pairs()
         ]
     if not Path(source).is_file():
         raise ValueError(f"--data must be a file of conversations, or demo, got {source}")
-    return chat_template.read(source, on_bad_utf8)
+    return chat_template.read_conversations(source, on_bad_utf8)
 
 
 def _render(
     tokenizer: tokenizers.Tokenizer, messages: Sequence[chat_template.Message]
 ) -> tuple[list[int], int]:
+    """Ids of a conversation, and the byte length of its contents."""
     ids, _ = chat_template.render(tokenizer, messages)
-    return ids, sum(
-        len(tokenizers.replace_surrogates(message.content).encode("utf-8")) for message in messages
-    )
+    return ids, sum(len(tokenizers.replace_surrogates(m.content).encode("utf-8")) for m in messages)
 
 
 def _key(
@@ -98,7 +95,7 @@ def _key(
     conversations: Sequence[Sequence[chat_template.Message]],
     tokenizer: tokenizers.Tokenizer,
 ) -> str:
-    """A folder name that changes with the conversations, the split and the tokenizer."""
+    """The cache folder: its name changes with the conversations, the split and the tokenizer."""
     settings = [VERSION, options.val_fraction, tokenizer.fingerprint()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for messages in conversations:
@@ -112,7 +109,7 @@ def _key(
 
 @dataclass(frozen=True)
 class Example:
-    """Ids, and which of them are learned."""
+    """Ids of a row, and its loss mask."""
 
     ids: Int[np.ndarray, " n"]
     loss_mask: Bool[np.ndarray, " n"]
@@ -120,7 +117,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a token file as rows, and how many were cut or left out to be short enough."""
+    """Conversations as rows, and how many were truncated or left out to fit the context."""
 
     rows: list[Example]
     n_cut: int
@@ -128,7 +125,7 @@ class Rows:
 
 
 def rows_of(parts: Sequence[shards.Shard], tokenizer: tokenizers.Tokenizer, most: int) -> Rows:
-    """The conversations of token files, each cut to `most` ids; a question that fills these is left out."""
+    """The conversations of token files, each truncated to `most` ids, or left out if no loss would remain."""
     rows, n_cut, n_left_out = [], 0, 0
     for part in parts:
         for start, end in zip([0, *part.document_ends[:-1]], part.document_ends, strict=True):
@@ -141,28 +138,28 @@ def rows_of(parts: Sequence[shards.Shard], tokenizer: tokenizers.Tokenizer, most
 
 
 def loss_mask(ids: Int[np.ndarray, " n"], tokenizer: tokenizers.Tokenizer) -> Bool[np.ndarray, " n"]:
-    """Which ids are learned, as `chat.render` says: those behind `<|assistant|>` up to the next role."""
-    places = np.flatnonzero(begins(ids, tokenizer))
-    is_learned = np.zeros(len(ids), dtype=bool)
-    for start, end in zip(places, [*places[1:], len(ids)], strict=True):
-        is_learned[start + 1 : end] = ids[start] == tokenizer.special_id("<|assistant|>")
-    return is_learned
+    """The loss mask of `chat_template.render`: ids after `<|assistant|>` up to the next role token."""
+    starts = np.flatnonzero(message_starts(ids, tokenizer))
+    mask = np.zeros(len(ids), dtype=bool)
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        mask[start + 1 : end] = ids[start] == tokenizer.special_id("<|assistant|>")
+    return mask
 
 
-def begins(ids: Int[np.ndarray, " n"], tokenizer: tokenizers.Tokenizer) -> Bool[np.ndarray, " n"]:
-    """Where messages begin."""
+def message_starts(ids: Int[np.ndarray, " n"], tokenizer: tokenizers.Tokenizer) -> Bool[np.ndarray, " n"]:
+    """Whether each id is a role token."""
     return np.isin(ids, [tokenizer.special_id(f"<|{role}|>") for role in chat_template.ROLES])
 
 
 def truncate(row: Example, tokenizer: tokenizers.Tokenizer, most: int) -> Example | None:
-    """The row with at most `most` ids, of which at least one is learned; None where that cannot be.
+    """The row with at most `most` ids; None if the loss mask would be empty.
 
-    The oldest messages go first. Where the last question and its answer alone are too long, the end of the
-    answer goes: what is left teaches to begin such an answer, and not to end it too early.
+    The oldest messages are dropped first. If the last prompt and its answer are still too long, the answer
+    is cut at the end, with its `<|end|>`.
     """
     last = int(np.flatnonzero(row.loss_mask)[-1]) + 1
-    starts = np.flatnonzero(begins(row.ids, tokenizer)).tolist()
-    # the message before the last answer is what it answers
+    starts = np.flatnonzero(message_starts(row.ids, tokenizer)).tolist()
+    # the prompt is the message before the last answer
     answer = max(i for i, start in enumerate(starts) if start < last)
     start = next((s for s in starts[: max(answer, 1)] if last - s <= most), starts[max(answer - 1, 0)])
     end = min(last, start + most)
@@ -172,21 +169,21 @@ def truncate(row: Example, tokenizer: tokenizers.Tokenizer, most: int) -> Exampl
 
 
 def pack(rows: Sequence[Example], most: int) -> list[Example]:
-    """The rows put together to as few of at most `most` ids as is easily found: best fit, longest first.
+    """Concatenate rows to at most `most` ids each: best-fit decreasing bin packing.
 
-    What follows in a row sees what is before it, as in running text: nothing hides one from the other.
+    Attention is not masked between the conversations of a row, as in pretraining.
     """
     bins: list[list[Example]] = []
-    rooms: list[tuple[int, int]] = []  # what is left in each, ascending
+    free: list[tuple[int, int]] = []  # (free ids, bin), ascending
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        place = bisect.bisect_left(rooms, (len(row.ids), 0))
-        if place == len(rooms):
+        best = bisect.bisect_left(free, (len(row.ids), 0))
+        if best == len(free):
             bins.append([])
-            room, number = most, len(bins) - 1
+            n_free, number = most, len(bins) - 1
         else:
-            room, number = rooms.pop(place)
+            n_free, number = free.pop(best)
         bins[number].append(row)
-        bisect.insort(rooms, (room - len(row.ids), number))
+        bisect.insort(free, (n_free - len(row.ids), number))
     joined = [[(row.ids, row.loss_mask) for row in packed] for packed in bins]
     return [Example(*(np.concatenate(part) for part in zip(*packed, strict=True))) for packed in joined]
 
@@ -196,10 +193,10 @@ def pack(rows: Sequence[Example], most: int) -> list[Example]:
 
 
 class Batches:
-    """Rows in batches, epoch after epoch, in an order that is a pure function of (seed, epoch, step).
+    """Batches of rows; the order is a pure function of (seed, epoch, step).
 
-    An epoch shuffles the rows, sorts those of some batches by length, so that little is padded, and shuffles
-    the batches. Rows that do not fill a last batch are left out of the epoch; others are in the next.
+    Each epoch shuffles the rows, sorts groups of batches by length to reduce padding, and shuffles the
+    batches. Rows that do not fill a last batch are left out of the epoch.
     """
 
     def __init__(
@@ -221,13 +218,13 @@ class Batches:
         self._order = functools.lru_cache(maxsize=2)(self._arrange)
 
     def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """The batch whose first row is number `first` since the beginning of training."""
-        places = [divmod(number, self.rows_per_epoch) for number in range(first, first + self.batch_size)]
-        rows = [self.rows[self._order(epoch)[place]] for epoch, place in places]
+        """The batch that begins with row number `first`, counted from the start of training."""
+        numbers = [divmod(number, self.rows_per_epoch) for number in range(first, first + self.batch_size)]
+        rows = [self.rows[self._order(epoch)[index]] for epoch, index in numbers]
         return collate(rows, self.context_length, self.device)
 
     def _arrange(self, epoch: int) -> Int[np.ndarray, " rows"]:
-        """The order of the rows in `epoch`; where they are fewer than a batch has, it begins again."""
+        """The order of the rows in `epoch`; repeated if they are fewer than a batch."""
         rng = np.random.default_rng((self.seed, epoch))
         order = np.resize(rng.permutation(len(self.rows)), self.rows_per_epoch)
         group = np.arange(len(order)) // (self.batch_size * SORTED_BATCHES)
@@ -238,12 +235,10 @@ class Batches:
 def collate(
     rows: Sequence[Example], context_length: int, device: torch.device | str = "cpu"
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Inputs, and as targets the ids that follow them where these are learned.
+    """Inputs and next-token targets, padded on the right; targets outside the loss mask are ignored.
 
-    Padding stands behind a row, where nothing looks at it: its inputs are any id, its targets do not count.
-
-    >>> rows = [Row(np.array([7, 5, 6]), np.array([False, False, True])), Row(np.arange(2), np.ones(2) > 0)]
-    >>> to_batch(rows, context_length=3)[1]
+    >>> rows = [Example(np.array([7, 5, 6]), np.array([0, 0, 1]) > 0), Example(np.arange(2), np.ones(2) > 0)]
+    >>> collate(rows, context_length=3)[1]
     tensor([[-100,    6, -100],
             [   1, -100, -100]])
     """
@@ -265,13 +260,13 @@ def sequential_batches(
     max_batches: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
-    """The rows by length, in the same order each time; or so many, evenly spaced."""
+    """All rows sorted by length, or an evenly spaced subset of `max_batches` batches."""
     chosen = evenly(sorted(rows, key=lambda row: len(row.ids)), max_batches * batch_size)
     for i in range(0, len(chosen), batch_size):
         yield collate(chosen[i : i + batch_size], context_length, device)
 
 
 def evenly(items: Sequence[Example], most: int) -> list[Example]:
-    """All items, or so many of them, evenly spaced."""
-    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[place] for place in places]
+    """At most `most` of the items, evenly spaced."""
+    indices = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[index] for index in indices]

@@ -1,11 +1,10 @@
-"""Questions whose answers can be checked, to teach a small model to answer, without any download.
+"""Synthetic question-answer pairs with checkable answers, to fine-tune a small model without a download.
 
-Each kind asks for something else to be done with words or numbers. Some of its questions are held out, so
-that an answer shows whether what to do was learned, and not only what was said. `opposite` is another matter:
-nobody can tell from other words that the opposite of hot is cold, so the same is asked in several ways.
+Each kind is one operation on words or numbers. Held-out questions show whether a model has learned the
+operation rather than the answers. `opposite` is different: that cold is the opposite of hot does not follow
+from other pairs, so each pair has several phrasings.
 """
 
-import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,20 +30,20 @@ OPPOSITES = """
 
 NUMBERS = range(20)
 
-# how many questions of each kind that has more
+# largest number of questions of a kind
 PER_KIND = 500
 
 
 @dataclass(frozen=True)
 class QAPair:
-    """What is asked, what is to be answered, and what for."""
+    """A question with its only correct answer."""
 
     kind: str
-    asked: str
+    question: str
     answer: str
 
 
-Make = Callable[[random.Random], tuple[str, str]]
+Generator = Callable[[random.Random], tuple[str, str]]
 
 
 def _three(rng: random.Random) -> list[str]:
@@ -57,8 +56,8 @@ def _twice(rng: random.Random) -> tuple[str, str]:
 
 
 def _place(rng: random.Random) -> tuple[str, str]:
-    words, place = _three(rng), rng.randrange(3)
-    return f"What is the {('first', 'second', 'third')[place]} of {', '.join(words)}?", words[place]
+    words, index = _three(rng), rng.randrange(3)
+    return f"What is the {('first', 'second', 'third')[index]} of {', '.join(words)}?", words[index]
 
 
 def _reverse(rng: random.Random) -> tuple[str, str]:
@@ -94,8 +93,8 @@ def _call(rng: random.Random) -> tuple[str, str]:
 
 def _define(rng: random.Random) -> tuple[str, str]:
     function, argument, value = _three(rng)
-    asked = f"Define {function} of {argument} that returns {value}."
-    return asked, f"def {function}({argument}):\n    return {value}"
+    question = f"Define {function} of {argument} that returns {value}."
+    return question, f"def {function}({argument}):\n    return {value}"
 
 
 def _spell(rng: random.Random) -> tuple[str, str]:
@@ -106,39 +105,33 @@ def _spell(rng: random.Random) -> tuple[str, str]:
 def _opposite(rng: random.Random) -> tuple[str, str]:
     pairs = [pair.split() for pair in OPPOSITES.split(",")]
     word, other = rng.choice([*pairs, *(pair[::-1] for pair in pairs)])
-    ways = ("What is the opposite of {}?", "Name the opposite of {}.", "Not {}, but?", "{} and its opposite?")
-    return rng.choice(ways).format(word), other
+    forms = (
+        "What is the opposite of {}?",
+        "Name the opposite of {}.",
+        "Not {}, but?",
+        "{} and its opposite?",
+    )
+    return rng.choice(forms).format(word), other
 
 
-KINDS: dict[str, Make] = {
-    "twice": _twice,
-    "place": _place,
-    "reverse": _reverse,
-    "call": _call,
-    "define": _define,
-    "member": _member,
-    "count": _count,
-    "larger": _larger,
-    "plus": _plus,
-    "spell": _spell,
-    "opposite": _opposite,
-}
+GENERATORS = _twice, _place, _reverse, _call, _define, _member, _count, _larger, _plus, _spell, _opposite
+KINDS: dict[str, Generator] = {generator.__name__[1:]: generator for generator in GENERATORS}
 
 
-def all_questions() -> list[QAPair]:
-    """All questions, no two alike, kind by kind, the same each time.
+def all_pairs() -> list[QAPair]:
+    """All pairs, with distinct questions, kind by kind, the same each time.
 
-    >>> next(question for question in all_questions() if question.kind == "plus")
-    Question(kind='plus', asked='What is 2 plus 10?', answer='12')
+    >>> next(pair for pair in all_pairs() if pair.kind == "plus")
+    QAPair(kind='plus', question='What is 2 plus 10?', answer='12')
     """
-    return [question for kind in KINDS for question in _of_kind(kind)]
+    return [pair for kind in KINDS for pair in _of_kind(kind)]
 
 
 def _of_kind(kind: str) -> list[QAPair]:
     rng = random.Random(kind)
-    made: dict[str, str] = {}
-    # a kind that has fewer is told after so many tries
-    for _ in itertools.repeat(None, 20 * PER_KIND):
-        if len(made) < PER_KIND:
-            made.setdefault(*KINDS[kind](rng))
-    return [QAPair(kind, asked, answer) for asked, answer in made.items()]
+    found: dict[str, str] = {}
+    # some kinds have fewer distinct questions
+    for _ in range(20 * PER_KIND):
+        if len(found) < PER_KIND:
+            found.setdefault(*KINDS[kind](rng))
+    return [QAPair(kind, question, answer) for question, answer in found.items()]

@@ -148,7 +148,9 @@ def _screen() -> console.Console:
     return console.Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def _swapped(options: Corpus) -> contextlib.AbstractContextManager[None]:
+def _swapped(
+    options: subcommands.TokenizerTrain | subcommands.TokenizerEncode | subcommands.TokenizerCompare,
+) -> contextlib.AbstractContextManager[None]:
     return swap.using("fast") if options.fast == "on" else contextlib.nullcontext()
 
 

@@ -102,7 +102,7 @@ class ChatSession:
         system = self.messages[: len(self.messages) - len(self.turns)]
         # a user message is dropped together with its reply
         for n_dropped in range(0, len(turns), 2):
-            ids = chat_template.open_reply(self._tokenizer, [*system, *turns[n_dropped:]])
+            ids = chat_template.render_prompt(self._tokenizer, [*system, *turns[n_dropped:]])
             if len(ids) <= room:
                 break
         else:

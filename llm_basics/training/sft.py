@@ -65,10 +65,10 @@ class SftState(state.TrainingState):
 
     def test_cases(self, most: int) -> list[TestCase]:
         """At most `most` of the held-out conversations, evenly spaced."""
-        kinds = {question.asked: question.kind for question in synthetic_qa.all_questions()}
+        kinds = {pair.question: pair.kind for pair in synthetic_qa.all_pairs()}
         found = []
         for row in sft_dataset.evenly(self.held_out_rows.rows, most):
-            *earlier, start = np.flatnonzero(sft_dataset.begins(row.ids, self.tokenizer)).tolist()
+            *earlier, start = np.flatnonzero(sft_dataset.message_starts(row.ids, self.tokenizer)).tolist()
             ids = row.ids.tolist()
             question = self.tokenizer.decode(ids[earlier[-1] + 1 : start - 1]) if earlier else ""
             expected = self.tokenizer.decode(ids[start + 1 :])
