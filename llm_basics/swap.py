@@ -223,8 +223,9 @@ def _module(home: str) -> types.ModuleType:
 
 
 def _use_fast(log: Callable[[str], None]) -> None:
-    numba_jit = importlib.import_module(f"{FAST}.numba_jit")
-    if f"{CORE}.bpe" in sys.modules and not numba_jit.used_before() and not fast_pieces():
+    numba_jit, kernel_cache = (importlib.import_module(f"{FAST}.{n}") for n in ("numba_jit", "kernel_cache"))
+    is_cached = numba_jit.used_before() or kernel_cache.is_pending("tokenizer")
+    if f"{CORE}.bpe" in sys.modules and not is_cached and not fast_pieces():
         log("compiling tokenizer kernels (about 10 s, cached; disable with --fast off)")
     own = set(user_pieces())
     for piece, fast in _fast_implementations():

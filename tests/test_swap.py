@@ -104,7 +104,7 @@ def test_yaml_may_say_on_and_off():
 
 def test_kernels_are_compiled_again_when_any_source_changes(tmp_path):
     shutil.copytree(Path(llm_basics.__file__).parent, tmp_path / "llm_basics")
-    script = "from llm_basics.fast import numba_jit; print(numba_jit._cache_folder())"
+    script = "from llm_basics.fast import kernel_cache; print(kernel_cache.folder())"
 
     def folder() -> str:
         command = [sys.executable, "-c", script]

@@ -14,6 +14,7 @@ import regex
 
 from llm_basics.core import bpe as reference
 from llm_basics.core import vocabulary
+from llm_basics.fast import kernel_cache
 from llm_basics.fast.text import chunks, merge, scanner
 
 # the reference, whose name may come to stand for what is defined here
@@ -38,6 +39,7 @@ def train_bpe(
     if vocabulary.own_pattern(pattern) not in scanner.SCANNERS:
         pretokens = count_with_regex(input_path, special_tokens, n_workers, pattern, progress)
         return learn_merges(pretokens, vocab_size, special_tokens, ties, progress)
+    kernel_cache.wait("vocabulary")
     counted = chunks.count_file(input_path, special_tokens, n_workers, pattern, progress).columns()
     return _learn(counted, vocab_size, special_tokens, ties, progress)
 

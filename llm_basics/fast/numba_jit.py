@@ -5,9 +5,7 @@ are not counted; the caller of the outermost function keeps them alive.
 """
 
 import functools
-import hashlib
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,20 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from llm_basics.fast import kernel_cache
+
 # what lets sums be taken in any order; infinities and what is not a number stay what they are
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`function` in machine code: made at the first call, kept on disk, and run without Python's lock."""
-    kept, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or _cache_folder()
+    """Compile `function` at its first call, with an on-disk cache, to run without the GIL."""
+    previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or kernel_cache.folder()
     try:
         # tests wrap functions to check their annotations; machine code has no use for that
         return numba.njit(cache=True, nogil=True, **settings)(inspect.unwrap(function))
     finally:
-        numba.config.CACHE_DIR = kept
+        numba.config.CACHE_DIR = previous
 
 
 def summing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,20 +43,10 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _cache_folder() -> str:
-    """A folder for machine code that changes with any source file here; "" for where Numba keeps it.
-
-    Numba looks at the file of a function alone, and would keep what was inlined into it from another one.
-    """
-    here = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))).hexdigest()
-    return str(here / "__pycache__" / digest[:12]) if os.access(here, os.W_OK) else ""
-
-
-@functools.cache
 def used_before(module: str = "*") -> bool:
-    """Whether machine code of this version (of one module) is there already."""
-    return any(Path(_cache_folder()).rglob(f"{module}.*.nbc")) if _cache_folder() else True
+    """Whether the cache has kernels of this version (of one module)."""
+    folder = kernel_cache.folder()
+    return any(Path(folder).rglob(f"{module}.*.nbc")) if folder else True
 
 
 @intrinsic

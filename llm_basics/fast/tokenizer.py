@@ -12,6 +12,7 @@ import numpy as np
 import regex
 
 from llm_basics.core import bpe, tokenizer
+from llm_basics.fast import kernel_cache
 from llm_basics.fast.text import chunks, encode, hash_table, scanner
 
 # what is encoded at a time: so little that text and ids stay in the processor's cache
@@ -73,6 +74,7 @@ class Tokenizer(tokenizer.Tokenizer):
         pattern: regex.Pattern = bpe.SPLIT_PATTERN,
     ) -> None:
         super().__init__(vocab, merges, special_tokens, pattern)
+        kernel_cache.wait("tokenizer")
         self._scanner = scanner.SCANNERS.get(self.pattern)
         self._merges = _merges(self.merges, self._ids)
         self._special_bytes = {special.encode("utf-8"): id for special, id in self._special_ids.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llm_basics.core import config, dataloader, device, layers, optim, trainer
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
-from llm_basics.fast import numba_jit
+from llm_basics.fast import kernel_cache
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.fast.cuda import availability
@@ -38,12 +38,11 @@ BY_KERNELS = 4
 
 
 def prepare_model(model: nn.Module, batch_size: int, seq: int) -> None:
-    """Compile the CPU kernels of training steps, unless they are in the cache of this machine."""
-    if numba_jit.used_before("interpreter"):
-        return
+    """Compile the CPU kernels of training steps, unless they are in the cache, or wait for them."""
     tokens = torch.zeros(batch_size, seq, dtype=torch.long)
-    if cpu_trainer.learner_for(model, tokens, tokens):
-        cpu_trainer.compile_apart()
+    if isinstance(model, models.TransformerLM) and not cpu_trainer.unsupported(model, tokens):
+        kernel_cache.start_compiling("training")
+        kernel_cache.wait("training")
 
 
 class _LossByLoops(torch.autograd.Function):

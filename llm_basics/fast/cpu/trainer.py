@@ -5,11 +5,8 @@ back, so that its work stays in its core's cache.
 """
 
 import functools
-import os
-import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,10 +52,9 @@ def learner_for(
 
 @functools.cache
 def log_if_compiling() -> None:
-    """Say once what the first step of all waits for."""
+    """Announce the compilation that the first step waits for."""
     if not numba_jit.used_before("interpreter"):
-        line = "compiling the loops that learn, which takes ten seconds or more and is done once"
-        print(f"{line} (--fast off does without)", file=sys.stderr)
+        print("compiling CPU training kernels (about 10 s, cached; disable with --fast off)", file=sys.stderr)
 
 
 def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
@@ -164,32 +160,10 @@ class Learner:
         return loss / n_targets, [part.view(parameter.shape) for part, parameter in shaped]
 
 
-# --------------------------------------------------------------------------------------------------
-# Machine code that is not there yet
-
-
-def compile_apart() -> None:
-    """Make the machine code that steps need, in a process of its own, for this one to load.
-
-    Code that a process has just compiled differs in the last bits from what it would load from the cache, so
-    a run that compiled could not be resumed bit for bit.
-    """
-    here = str(Path(__file__).parents[3])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # where it fails, this process compiles for itself, and says what is wrong
-    subprocess.run([sys.executable, "-m", __name__], env=environment, stderr=subprocess.DEVNULL)
-    numba_jit.used_before.cache_clear()
-
-
-def main() -> None:
-    """Use all loops once."""
+def compile_kernels() -> None:
+    """Run every kernel of a training step once."""
     shape = config.ModelConfig(256, 8, d_model=4 * matmul.VECTOR, n_layers=1, n_heads=4)
     model, tokens = models.TransformerLM(shape), torch.zeros(1, 8, dtype=torch.long)
     Learner(model, 1).learn(tokens, tokens, 0.0)
     nothing = np.empty((0, 3), np.int64)
     muon.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,110 @@
+"""The cache of compiled CPU kernels, and the process that fills it while a program starts.
+
+Results of code just compiled may differ in the last bits from those of the same code loaded from the cache: a
+function with several callers is compiled in several versions, and which one is called depends on the order.
+So a training run only loads kernels. They are compiled in a separate process (`precompile`), which starts
+with the program and writes a marker file after each group.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# groups of kernels in the order of compilation, and about how many seconds each takes
+SECONDS = {"tokenizer": 8, "vocabulary": 8, "training": 12, "decoding": 12}
+
+POLL_SECONDS = 0.05
+
+
+class _Compiler:
+    """The process that compiles for this one, and the groups requested from it."""
+
+    process: subprocess.Popen[bytes] | None = None
+    groups: tuple[str, ...] = ()
+
+
+@functools.cache
+def folder() -> str:
+    """The cache folder of this version of the source; "" for Numba's default.
+
+    Numba checks the file of a function only, and would miss changes in what was inlined from other files.
+    """
+    here = Path(__file__).parent
+    if os.environ.get("NUMBA_CACHE_DIR") or not os.access(here, os.W_OK):
+        return ""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))).hexdigest()
+    return str(here / "__pycache__" / digest[:12])
+
+
+def marker(group: str) -> Path:
+    """The file that exists once a group is compiled."""
+    return Path(folder()) / f"{group}.{sys.implementation.cache_tag}.compiled"
+
+
+def is_compiled(group: str) -> bool:
+    """Whether all kernels of a group are in the cache; without a cache folder, Numba takes care of it."""
+    return not folder() or marker(group).exists()
+
+
+def is_pending(group: str) -> bool:
+    """Whether a group is being compiled for this process."""
+    process = _Compiler.process
+    return (
+        group in _Compiler.groups
+        and process is not None
+        and process.poll() is None
+        and not is_compiled(group)
+    )
+
+
+def start_compiling(*groups: str) -> None:
+    """Compile the groups that are missing, in a process of its own; returns at once."""
+    missing = tuple(group for group in groups if not is_compiled(group))
+    if not missing or any(map(is_pending, missing)):
+        return
+    seconds = sum(SECONDS[group] for group in missing)
+    print(
+        f"compiling CPU kernels (about {seconds} s, cached; disable with --fast off)",
+        file=sys.stderr,
+        flush=True,
+    )
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # where this process fails, the program compiles for itself and shows the error
+    _Compiler.process = subprocess.Popen(
+        [sys.executable, "-m", "llm_basics.fast.precompile", *missing],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _Compiler.groups = missing
+
+
+def start_for_training(tokenizer: str, device: str) -> None:
+    """Compile what a training run with these options needs, in the order of its needs."""
+    text = ("tokenizer", "vocabulary") if tokenizer == "bpe" else ("tokenizer",)
+    start_compiling(*text, *(("training", "decoding") if device in ("auto", "cpu") else ()))
+
+
+def wait(group: str) -> None:
+    """Wait until a pending group is compiled, or its compiler has failed."""
+    while is_pending(group):
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Exclude other compilers of the same cache; the system releases the lock of a process that dies."""
+    Path(folder()).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder()) / "lock", "w") as file:
+        with contextlib.suppress(ImportError):  # Windows: without a lock, two programs compile the same
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,71 @@
+"""Compile groups of CPU kernels into the cache: `python -m llm_basics.fast.precompile GROUP ...`.
+
+Each group is compiled by using its functions once, on as little as calls all kernels.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from llm_basics.fast import kernel_cache
+
+TEXT = "The 12 cats' paws, 3 dogs and l'\u00e9t\u00e9;\n\n  it's low, lower, lowest.\n<|end|>"
+
+# above that of the program, which generates by the reference meanwhile
+NICENESS = 10
+
+
+def tokenizer() -> None:
+    """Kernels that encode text."""
+    from llm_basics.core import bpe
+    from llm_basics.fast import tokenizer
+    from llm_basics.fast.text import chunks, scanner
+
+    for pattern in (bpe.SPLIT_PATTERN, bpe.CL100K_PATTERN):
+        vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"lo", 257: b"low"}
+        merges = [(b"l", b"o"), (b"lo", b"w")]
+        tokenizer.Tokenizer(vocab, merges, ["<|end|>"], pattern).encode(20 * TEXT)
+    chunks.last_boundary(scanner.padded(TEXT.encode()), 9, 20, scanner.classes())
+
+
+def vocabulary() -> None:
+    """Kernels that count pre-tokens and learn merges."""
+    from llm_basics.fast import bpe
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        path.write_text(20 * TEXT, encoding="utf-8")
+        bpe.train_bpe(path, 300, ["<|end|>"], 2)
+
+
+def training() -> None:
+    """Kernels of training steps."""
+    from llm_basics.fast.cpu import trainer
+
+    trainer.compile_kernels()
+
+
+def decoding() -> None:
+    """Kernels that generate text."""
+    from llm_basics.fast import generate
+
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    generate.compile_kernels()
+
+
+GROUPS = {function.__name__: function for function in (tokenizer, vocabulary, training, decoding)}
+
+
+def main(groups: list[str]) -> None:
+    """Compile the groups that no other process has compiled by then."""
+    with kernel_cache.locked():
+        for group in groups:
+            if not kernel_cache.is_compiled(group):
+                GROUPS[group]()
+                kernel_cache.marker(group).touch()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
