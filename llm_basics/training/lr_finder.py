@@ -118,7 +118,5 @@ def search(training: state.TrainingState, output: run_dir.RunDir) -> float | Non
         output.log(f"\nloss by rate      {figures.plot_lr_finder(output.folder, proposal)}")
     except OSError as error:
         output.log(f"warning: the figure could not be written ({error.strerror})")
-    output.log(
-        f"suggestion        --train.lr {proposal:g} (a third of the learning rate with the lowest loss)"
-    )
+    output.log(f"suggestion (a third of the learning rate with the lowest loss): --train.lr {proposal:g}")
     return proposal
