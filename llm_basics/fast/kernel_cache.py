@@ -77,7 +77,7 @@ def start_compiling(*groups: str) -> None:
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # where this process fails, the program compiles for itself and shows the error
     _Compiler.process = subprocess.Popen(
-        [sys.executable, "-m", "llm_basics.fast.precompile", *missing],
+        [sys.executable, "-m", f"{__package__}.precompile", *missing],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
