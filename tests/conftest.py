@@ -2,10 +2,16 @@
 
 import dataclasses
 import json
+import os
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Bytecode halves the imports of every process of the suite: write it, whatever the environment says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jaxtyping
 import numpy as np
@@ -16,19 +22,51 @@ from torch import Tensor
 from torch.nn import functional as tF
 
 TESTS = Path(__file__).parent
+ADAPTERS = str(TESTS / "adapters.py")
 
 EXAMINER = pytest.StashKey[Any]()
+
+# the longest files, longest first: the workers start with them and share the short ones at the end
+LONGEST_FILES = [
+    f"test_{name}"
+    for name in (
+        "survival sft find_lr mistakes triton sweep fast_generate packing memory fast_tokenizer fast_bpe "
+        "train inherit generate learn fast_learning tokenizer_cli evaluate_cli chat_cli steps vocabulary"
+    ).split()
+]
+MAX_WORKERS = 4
 
 # the tensors here are small: several threads would only wait for each other
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # read when Triton is imported: NumPy then runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--adapters", default=str(TESTS / "adapters.py"), help="the implementation to test")
+    parser.addoption("--adapters", default=ADAPTERS, help="the implementation to test")
     parser.addoption("--mine", help="a Python file with pieces of your own to test")
     parser.addoption("--fast", action="store_true", help="test the fast twins")
     parser.addoption("--report", help="write what was found to this JSON file, and to a Markdown page")
     parser.addoption("--update-snapshots", action="store_true", help="make tests/fixtures/snapshots again")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Distribute the files over worker processes (pytest-xdist), unless an option forbids or decides it."""
+    option = config.option
+    files = {argument.split("::")[0] for argument in config.args}
+    is_one_file = len(files) == 1 and Path(*files).is_file()
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # pieces of other authors are graded in one process, which writes one report
+    in_one_process = option.collectonly or option.usepdb or option.maxfail or option.update_snapshots
+    in_one_process = in_one_process or option.mine or option.report or option.adapters != ADAPTERS
+    has_xdist = config.pluginmanager.has_plugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
+    if has_xdist and option.numprocesses is None and not (is_one_file or in_one_process) and n_cpus > 1:
+        option.numprocesses, option.dist = min(n_cpus, MAX_WORKERS), "loadfile"
+        # the order is that of LONGEST_FILES
+        option.loadscopereorder = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # and types, which is why somebody's own classes do without
         jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
     import examiner
+    import trials
 
     from llm_basics import swap
     from llm_basics.learn import checks, sandbox
@@ -59,6 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
             swap.use("fast")
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    trials.set_from(config.option.markexpr)
     config.stash[EXAMINER] = examiner.Examiner(config)
     # for the fixtures of the session too, which are not of this folder alone
     config.pluginmanager.register(config.stash[EXAMINER])
@@ -76,6 +116,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and not config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if config.stash[EXAMINER].examines_others:
         # the other tests are about this package, not about pieces
         reached = {"adapters", "judged"}
@@ -138,6 +180,21 @@ def pieces_as_they_were() -> Iterator[None]:
 
     with swap.restored():
         yield
+
+
+@pytest.fixture(autouse=True)
+def short_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs of a few steps do without what takes longer: the memory estimate and the loss curve.
+
+    A test marked `whole_run` has both.
+    """
+    launch, plot = (sys.modules.get(f"llm_basics.{name}") for name in ("launch", "plot"))
+    if request.node.get_closest_marker("whole_run") or launch is None or plot is None:
+        return
+    from llm_basics.training import memory
+
+    monkeypatch.setattr(launch, "estimate", lambda options: memory.Estimate(1, 1, 1, 9))
+    monkeypatch.setattr(plot, "plot_loss", lambda folder, unigram_entropy=None: Path(folder) / "loss.png")
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def test_y_limits_leave_out_the_steep_beginning(tmp_path, drawn):
     assert drawn[0].axes[0].get_ylim()[1] < 4
 
 
+@pytest.mark.whole_run
 def test_plot_loss_draws_the_unigram_entropy(tmp_path, drawn):
     folder = recorded.record(tmp_path / "r", [4.0, 3.0, 2.0])
     assert figures.plot_loss(folder, unigram_entropy=3.3) == folder / "loss.png"

@@ -139,6 +139,7 @@ def test_stopwatch_leaves_out_pauses(monkeypatch):
     assert watch.total() == 7.0
 
 
+@pytest.mark.whole_run
 def test_loss_curve_is_drawn(tmp_path):
     output = run_dir.RunDir(tmp_path)
     for step in range(1, 9):

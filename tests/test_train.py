@@ -264,6 +264,7 @@ def losses(folder):
     return {m["step"]: m["train_loss"] for m in run_dir.read_metrics(folder) if "train_loss" in m}
 
 
+@pytest.mark.whole_run
 def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert job.main(options) == 0
     folder = tmp_path / "run"
@@ -349,7 +350,7 @@ def test_evaluation_and_sampling_do_not_change_the_course(options):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("stop_at", [1, 3, 7])
+@pytest.mark.parametrize("stop_at", [1, pytest.param(3, marks=pytest.mark.slow), 7])
 def test_resumed_is_bitwise_the_same_as_uninterrupted(options, stop_at, dropout, tmp_path):
     settings = dataclasses.replace(
         SETTINGS, grad_accumulation_steps=2, checkpoint_every=1, keep_checkpoints=0
