@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import regex
 import tokenizers
+import trials
 from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -48,7 +49,7 @@ special_sets = st.lists(
 )
 
 # the same examples in every run; nothing is written to the working directory
-many = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=trials.count(150), deadline=None, derandomize=True, database=None)
 
 Merges = list[tuple[bytes, bytes]]
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import trials
 
 from llm_basics import swap
 from llm_basics.core import bpe, config, model, tokenizer
@@ -111,7 +112,7 @@ def test_content_never_becomes_a_special_token(chatting):
     words = {b"user": 9, b"end": 9, b"<|": 9, b"|>": 9}
     learned = tokenizer.Tokenizer(*bpe.learn_merges(words, 270, specials), specials)
     special_ids = {learned.special_id(special) for special in specials}
-    for _ in range(5_000):
+    for _ in range(trials.count(5_000)):
         roles = rng.choice(chat_template.ROLES, size=3)
         texts = ["".join(rng.choice(parts, size=rng.integers(0, 5))) for _ in roles]
         ids, _ = chat_template.render(learned, [Message(r, t) for r, t in zip(roles, texts, strict=True)])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import trials
 from fixtures import make_checkpoint
 from torch import nn
 
@@ -289,7 +290,7 @@ def test_a_damaged_one_does_not_count_as_kept(folder):
 def test_1000_turns_of_saving_killing_and_pruning_never_leave_less_than_one_whole(tmp_path):
     chance, step, best = random.Random(0), 0, {}
     network, optimizer = make(optim.AdamW)
-    for _ in range(1000):
+    for _ in range(trials.count(1000)):
         match chance.choice(["save", "kill", "prune", "damage"]):
             case "save":
                 step += 1

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import regex
 import tokenizers
+import trials
 from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ PATTERNS = [bpe.SPLIT_PATTERN, bpe.CL100K_PATTERN]
 TIES = [bpe.GREATEST, bpe.LOWEST_ID]
 
 # the same examples in every run; nothing is written to the working directory
-many = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=trials.count(100), deadline=None, derandomize=True, database=None)
 both_patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=["gpt2", "cl100k"])
 both_ties = pytest.mark.parametrize("ties", TIES)
 
@@ -146,7 +147,7 @@ def test_pretokens_end_where_regex_says(pattern, texts):
 @both_patterns
 def test_pretokens_of_many_random_texts_end_where_regex_says(pattern):
     generator = random.Random(1)
-    for _ in range(20_000):
+    for _ in range(trials.count(20_000)):
         text = random_text(generator).encode("utf-8")
         assert ends_by_scanner(text, pattern) == ends_by_regex(text, pattern), text
 
@@ -162,7 +163,7 @@ def test_bytes_that_are_not_utf8_are_signs(pattern, texts):
 @both_patterns
 def test_many_random_bytes_that_are_not_utf8_are_signs(pattern):
     generator = random.Random(2)
-    for _ in range(10_000):
+    for _ in range(trials.count(10_000)):
         parts = [
             generator.choice(BROKEN)
             if generator.random() < 0.4
@@ -224,7 +225,7 @@ def test_no_pretoken_depends_on_what_stands_behind_its_span(pattern):
     # a span ends at a special token, whose bytes stand right behind it
     generator = random.Random(3)
     kind = scanner.SCANNERS[pattern]
-    for _ in range(3000):
+    for _ in range(trials.count(3000)):
         text = random_text(generator).encode("utf-8")
         behind = scanner.padded(text + random_text(generator).encode("utf-8"))
         found = scan(behind, np.array([0]), np.array([len(text)]), scanner.classes(), kind)
@@ -294,7 +295,7 @@ def random_file(generator: random.Random, specials: list[str], n: int) -> str:
 def test_counts_of_random_files_equal_the_references(tmp_path, in_chunks, pattern, seed):
     generator = random.Random(seed)
     path = tmp_path / "text.txt"
-    for _ in range(50):
+    for _ in range(trials.count(50)):
         specials = generator.sample(SPECIALS, generator.randrange(4))
         text = random_file(generator, specials, generator.randrange(300)).encode("utf-8")
         path.write_bytes(text)
@@ -534,7 +535,7 @@ def test_both_refuse_the_same(tmp_path):
 def test_random_texts_of_few_letters_train_as_in_the_reference(tmp_path, ties, seed):
     generator = random.Random(seed)
     path = tmp_path / "text.txt"
-    for _ in range(30):
+    for _ in range(trials.count(30)):
         letters = generator.choice(
             ["ab", "abc", "ab 12'st\n", "a\u00e9\u4e2d ", "abcdefgh ", "aaaab ", "\x00\xffa "]
         )

@@ -26,6 +26,7 @@ import pytest
 import regex
 import tiktoken
 import tokenizers
+import trials
 from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ PATTERNS = {"gpt2": bpe.SPLIT_PATTERN, "cl100k": bpe.CL100K_PATTERN}
 PLAIN_PATTERN = regex.compile(r"\w+|\W")
 
 # the same examples in every run; nothing is written to the working directory
-many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=trials.count(200), deadline=None, derandomize=True, database=None)
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 # --------------------------------------------------------------------------------------------------
@@ -77,11 +78,11 @@ WORDS = (FIXTURES / "corpus.txt").read_bytes().decode("utf-8").split(" ")
 
 
 def varied_texts(n: int, seed: int, extra: tuple[str, ...] = ()) -> list[str]:
-    """`n` texts of up to 40 parts, each from another mixture of words, scraps, blanks and characters."""
+    """Texts of up to 40 parts, each from another mixture of words, scraps, blanks and characters."""
     rng = random.Random(seed)
     kinds = [WORDS, SCRAPS, BLANKS, ASCII, KNOWN, extra or SCRAPS]
     texts = []
-    for _ in range(n):
+    for _ in range(trials.count(n)):
         chosen = rng.sample(kinds, rng.randint(2, len(kinds)))
         parts = [rng.choice(rng.choice(chosen)) for _ in range(rng.randint(0, 40))]
         if rng.random() < 0.05:
@@ -103,7 +104,7 @@ def any_bytes(n: int, seed: int) -> list[bytes]:
     found += [bytes([a, b]) + c for a in b"\xe0\xed\xef" for b in seconds for c in rest]
     found += [bytes([a, b]) + c + d for a in b"\xf0\xf4" for b in seconds for c in rest for d in rest]
     found += [b"a" + content + b"a 1" + content + b"1" for content in found]
-    for i, text in enumerate(varied_texts(n - len(found), seed)):
+    for i, text in enumerate(varied_texts(max(n - len(found), 0), seed)):
         content = bytearray(text.encode("utf-8"))
         if i % 3 == 0:
             content = bytearray(rng.randbytes(rng.randint(0, 60)))
@@ -536,7 +537,7 @@ def texts_with(specials: tuple[str, ...], n: int, seed: int) -> list[str]:
     halves += [special[rng.randint(0, len(special) - 1) :] for special in specials]
     texts = ["".join(specials), "x".join(specials), " ".join(specials[::-1])]
     pools = [list(specials), halves, ["a", " ", "\n", "x", "the ship", ".", "1", "\u00e9", " \n"]]
-    for _ in range(n - len(texts)):
+    for _ in range(trials.count(n)):
         texts.append("".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(0, 14))))
     return texts
 

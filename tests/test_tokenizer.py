@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiktoken
 import tokenizers
+import trials
 from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -61,7 +62,7 @@ texts = st.lists(words | characters, max_size=40).map("".join)
 texts_with_specials = st.lists(words | characters | st.sampled_from(SPECIALS), max_size=40).map("".join)
 
 # the same examples in every run; nothing is written to the working directory
-many = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=trials.count(200), deadline=None, derandomize=True, database=None)
 
 Merges = list[tuple[bytes, bytes]]
 each_sample = pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in SAMPLES.items()])

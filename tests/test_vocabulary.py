@@ -18,6 +18,7 @@ import pytest
 import regex
 import tiktoken
 import tokenizers
+import trials
 from fixtures import make_text_fixtures as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -134,7 +135,7 @@ def some_texts(n: int, specials: Sequence[str] = (), seed: int = 0) -> list[str]
     chance = random.Random(seed)
     kinds = [WORDS, WORDS, BLANKS, BLANKS, KNOWN, RARE, specials or WORDS]
     texts = []
-    for _ in range(n):
+    for _ in range(trials.count(n)):
         parts = [chance.choice(chance.choice(kinds)) for _ in range(chance.randrange(16))]
         texts.append("".join(parts + chance.choices(BLANKS, k=chance.randrange(3))))
     return texts
@@ -164,7 +165,7 @@ def some_dense_texts(n: int, seed: int = 1) -> list[str]:
         "\t",
     ]
     letters += ["1", "2", "!", ".", "\u2028", "\x1c", "\u00a0", "\u0301", "\u6f22"]
-    return ["".join(chance.choices(letters, k=chance.randrange(1, 10))) for _ in range(n)]
+    return ["".join(chance.choices(letters, k=chance.randrange(1, 10))) for _ in range(trials.count(n))]
 
 
 def write_json(model: Tokenizer, path: Path) -> Path:
@@ -227,7 +228,7 @@ def with_specials(tmp_path_factory) -> tokenizers.Tokenizer:
 MINE_WITH_SPECIALS = make(SPECIALS)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=trials.count(200), deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from([*SPECIALS, "<|", "|>", "a", ".c", "x", " ", "\n", "\u6f22"]), max_size=12))
 @example(["a.c", ".", "c", "."])
 @example(["<|endof", "text|>", END_OF_TEXT])
@@ -979,7 +980,7 @@ def test_every_byte_has_its_character():
     assert all(character.isprintable() and character != " " for character in spelling.values())
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=trials.count(200), deadline=None, derandomize=True, database=None)
 @given(st.binary(max_size=12))
 def test_unspelling_gives_the_bytes_back(token):
     assert vocabulary.unicode_to_bytes(vocabulary.bytes_to_unicode(token)) == token
