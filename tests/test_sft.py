@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -200,9 +201,10 @@ def test_synthetic_answers_are_right():
 # The command
 
 
-@pytest.fixture
-def pretrained(tmp_path):
-    """A folder with a run on text and a file of conversations."""
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A folder with a run on text, `old`, and its data; trained once."""
+    tmp_path = tmp_path_factory.mktemp("first")
     (tmp_path / "text.txt").write_text("".join(f"{i} and {i} are {2 * i}.\n" for i in range(200)))
     shape = config.ModelConfig(context_length=24, d_model=32, n_layers=1, n_heads=2, vocab_size=257)
     settings = config.TrainConfig(steps=2, batch_size=4, eval_batches=1, sample_tokens=2, device="cpu")
@@ -215,6 +217,13 @@ def pretrained(tmp_path):
         train=settings,
     )
     assert job.main(options) == 0
+    return tmp_path
+
+
+@pytest.fixture
+def pretrained(first_run, tmp_path):
+    """The folder of a run on text, beside a file of conversations."""
+    shutil.copytree(first_run, tmp_path, dirs_exist_ok=True)
     records = [{"prompt": f"{a}{b}?", "completion": a} for a in "abcdefgh" for b in "stuvwxyz"]
     lines = [json.dumps(record) + "\n" for record in records]
     (tmp_path / "answers.jsonl").write_text("".join(lines))

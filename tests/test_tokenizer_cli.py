@@ -19,10 +19,10 @@ def run(arguments):
     tokenizer_commands.main(parse.program_options(subcommands.TOKENIZER, arguments, "tokenizer"))
 
 
-@pytest.fixture
-def learned(tmp_path):
-    """A tokenizer trained by the command on the corpus."""
-    folder = tmp_path / "learned"
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A tokenizer trained once by the command on the corpus."""
+    folder = tmp_path_factory.mktemp("cli") / "learned"
     run(["train", "--data", str(CORPUS), "--vocab-size", "600", "--out", str(folder), "--fast", "off"])
     return folder
 
