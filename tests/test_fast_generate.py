@@ -58,7 +58,17 @@ def make(context_length=64, **options):
     return lm.eval()
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+# covered by others in all but a combination
+SLOW = ["tied", "rms after", "layer norm without bias", "gelu", "two groups", "odd sizes", "one head, wide"]
+SLOW += ["large eps, layer", "theta", "padded vocabulary"]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(shape, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, shape in SHAPES.items()
+    ]
+)
 def lm(request):
     return make(**request.param)
 
@@ -96,7 +106,7 @@ def logits_by(reader, text, n_prompt):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("n_prompt", [1, 40, 60])
+@pytest.mark.parametrize("n_prompt", [1, 40, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reader", [fast.Loops, cuda_graph.StaticStep])
 def test_scores_of_each_token(lm, reader, n_prompt):
     text = torch.randint(lm.config.vocab_size, (64,)).tolist()

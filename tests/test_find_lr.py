@@ -156,6 +156,7 @@ def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options,
     assert json.loads((tmp_path / "one" / "config.json").read_text())["find_lr"] is True
 
 
+@pytest.mark.slow
 def test_the_proposal_is_better_than_rates_far_from_it(options, tmp_path):
     """After 60 steps, than a thirtieth of it and than thirty times as much."""
     job.main(options)

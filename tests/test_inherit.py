@@ -42,7 +42,7 @@ def options_in(tmp_path):
 def first_run(tmp_path_factory):
     """A run with SHAPE and SETTINGS, trained once."""
     folder = tmp_path_factory.mktemp("first")
-    assert train.main(options_in(folder)) == 0
+    assert job.main(options_in(folder)) == 0
     return folder / "old"
 
 

@@ -213,7 +213,7 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", [pytest.param("bytes", marks=pytest.mark.slow), "bpe"])
 def test_killed_anywhere_and_resumed_gives_the_same_files(options, source, monkeypatch, kind):
     changes = {"tokenizer": kind, "vocab_size": 280, "sample_bytes": 2000}
     changes["shard_tokens"] = {"bytes": 700, "bpe": 350}[kind]

@@ -463,7 +463,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("at", [1, 5, 10])
+@pytest.mark.parametrize("at", [1, pytest.param(5, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", NAMED)
 def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
@@ -568,6 +568,7 @@ def test_what_was_seen_before_a_resume_is_known_after_it(options):
 def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, monkeypatch, capsys):
     assert job.main(options) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     for flag, said in (("--deterministic", False), ("--no_deterministic", True)):
         try:
             arguments = ["--resume", str(options.run_dir), "--train.compile", "on", flag]
