@@ -1,4 +1,4 @@
-"""What the tests share: the adapters under test, the snapshots, random tensors and one way to compare."""
+"""Shared fixtures: the adapters under test, snapshots, random tensors and comparisons."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ LONGEST_FILES = [
 ]
 MAX_WORKERS = 4
 
-# the tensors here are small: several threads would only wait for each other
+# tensors here are too small for several threads
 torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
@@ -45,11 +45,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--adapters", default=ADAPTERS, help="the implementation to test")
-    parser.addoption("--mine", help="a Python file with pieces of your own to test")
-    parser.addoption("--fast", action="store_true", help="test the fast twins")
-    parser.addoption("--report", help="write what was found to this JSON file, and to a Markdown page")
-    parser.addoption("--update-snapshots", action="store_true", help="make tests/fixtures/snapshots again")
+    parser.addoption("--adapters", default=ADAPTERS, help="adapters file of the implementation to test")
+    parser.addoption("--mine", help="Python file with your pieces to test")
+    parser.addoption("--fast", action="store_true", help="test the fast implementations")
+    parser.addoption("--report", help="write a report to this JSON file, and a Markdown page beside it")
+    parser.addoption("--update-snapshots", action="store_true", help="regenerate tests/fixtures/snapshots")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,15 +74,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if not path.is_file():
         raise pytest.UsageError(f"--adapters must be a Python file, got {path}")
     if config.getoption("--report") and not Path(config.getoption("--report")).resolve().parent.is_dir():
-        raise pytest.UsageError(
-            f"--report must be in a folder that exists, got {config.getoption('--report')}"
-        )
+        raise pytest.UsageError(f"the folder of --report must exist, got {config.getoption('--report')}")
     if config.getoption("--update-snapshots"):
         runpy.run_path(str(TESTS / "fixtures" / "make_fixtures.py"), run_name="__main__")
     mine = config.getoption("--mine")
     if not mine:
-        # before anything of the package is imported: from here on every shape in a signature is checked;
-        # and types, which is why somebody's own classes do without
+        # check shapes in all signatures, from before the package is imported; not with user classes, whose
+        # types do not match the annotations
         jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
     import examiner
     import trials
@@ -100,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     trials.set_from(config.option.markexpr)
     config.stash[EXAMINER] = examiner.Examiner(config)
-    # for the fixtures of the session too, which are not of this folder alone
+    # as a plugin, since session fixtures are not of this folder alone
     config.pluginmanager.register(config.stash[EXAMINER])
 
 
@@ -118,10 +116,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    if config.stash[EXAMINER].examines_others:
-        # the other tests are about this package, not about pieces
-        reached = {"adapters", "judged"}
-        about_pieces = [item for item in items if reached & set(getattr(item, "fixturenames", ()))]
+    if config.stash[EXAMINER].is_grading:
+        # only tests that use pieces
+        fixtures = {"adapters", "judged"}
+        about_pieces = [item for item in items if fixtures & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=[item for item in items if item not in about_pieces])
         items[:] = about_pieces
 
@@ -143,25 +141,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is tested
+# The implementation under test
 
 
 @pytest.fixture(scope="session")
 def adapters(pytestconfig: pytest.Config) -> Any:
-    """The sockets of the file that `--adapters` names; the use of one that it lacks skips the test."""
+    """The adapters of `--adapters`; a test that uses a missing one is skipped."""
     return pytestconfig.stash[EXAMINER].adapters
 
 
 @pytest.fixture(scope="session")
 def judged(pytestconfig: pytest.Config) -> Callable[[str], Any]:
-    """How the implementation under test does a step."""
+    """The verdict on a step of the implementation under test."""
     return pytestconfig.stash[EXAMINER].judged
 
 
 @pytest.fixture(scope="session")
-def how_to_go_on(pytestconfig: pytest.Config) -> Callable[[str], str]:
-    """What to try next, for a step that is not right."""
-    return pytestconfig.stash[EXAMINER].how_to_go_on
+def next_step(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """The command to run next for a step that does not pass."""
+    return pytestconfig.stash[EXAMINER].next_step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,8 +172,8 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def pieces_as_they_were() -> Iterator[None]:
-    """Whatever a test puts in place, the next one in the same process finds what this one found."""
+def restored_pieces() -> Iterator[None]:
+    """Restore after each test the pieces that were in use before it."""
     from llm_basics import swap
 
     with swap.restored():
@@ -184,28 +182,25 @@ def pieces_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training runs of a few steps do without what takes longer: the memory estimate and the loss curve.
-
-    A test marked `whole_run` has both.
-    """
-    launch, plot = (sys.modules.get(f"llm_basics.{name}") for name in ("launch", "plot"))
-    if request.node.get_closest_marker("whole_run") or launch is None or plot is None:
+    """Short training runs: without the memory estimate and the loss curve, unless marked `whole_run`."""
+    if request.node.get_closest_marker("whole_run") or "llm_basics.training.setup" not in sys.modules:
         return
-    from llm_basics.training import memory
+    from llm_basics.analysis import figures
+    from llm_basics.training import memory, setup
 
-    monkeypatch.setattr(launch, "estimate", lambda options: memory.Estimate(1, 1, 1, 9))
-    monkeypatch.setattr(plot, "plot_loss", lambda folder, unigram_entropy=None: Path(folder) / "loss.png")
+    monkeypatch.setattr(setup, "estimate", lambda options: memory.Estimate(1, 1, 1, 9))
+    monkeypatch.setattr(figures, "plot_loss", lambda folder, unigram_entropy=None: Path(folder) / "loss.png")
 
 
 @pytest.fixture
 def is_foreign(pytestconfig: pytest.Config) -> bool:
-    """Whether the adapters are somebody else's: of float32, as the public assignment has it."""
+    """Whether the adapters are foreign, which are tested in float32 as in the public assignment."""
     return pytestconfig.stash[EXAMINER].is_foreign
 
 
 @pytest.fixture
 def randn(is_foreign: bool) -> Callable[..., Tensor]:
-    """Normal random numbers in float64, the same in every run of the test."""
+    """Normal random tensors in float64, the same in every run of the test."""
     generator = torch.Generator().manual_seed(1)
     dtype = torch.float32 if is_foreign else torch.float64
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -213,7 +208,7 @@ def randn(is_foreign: bool) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def snapshot() -> Callable[[str], dict[str, Tensor]]:
-    """The inputs and results that an independent library froze under a name."""
+    """Recorded inputs and results of an independent library."""
 
     def load(name: str) -> dict[str, Tensor]:
         with np.load(TESTS / "fixtures" / "snapshots" / f"{name}.npz") as arrays:
@@ -224,7 +219,7 @@ def snapshot() -> Callable[[str], dict[str, Tensor]]:
 
 @pytest.fixture
 def untrained_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run directory with a model as it is before training, and a tokenizer of bytes."""
+    """Create a run directory with an untrained model and a byte tokenizer."""
     from llm_basics.core import config, model, tokenizer
     from llm_basics.runs import checkpoint, run_dir
 
@@ -249,7 +244,7 @@ def untrained_run(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[figure.Figure]:
-    """The figures that are saved, to look at their parts."""
+    """The figures that are saved, for inspection."""
     figures: list[figure.Figure] = []
     savefig = figure.Figure.savefig
 
@@ -267,11 +262,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[figure.Figure]:
 
 @pytest.fixture(params=["output", "gradients"])
 def assert_matches(request: pytest.FixtureRequest, is_foreign: bool) -> Callable[..., None]:
-    """Compare two functions of the same tensors: once their outputs, once all gradients of these.
+    """Compare two functions of the same tensors: their outputs, then all gradients.
 
-    The gradients are those of a random weighting of the output: a plain sum would let softmax, whose
-    rows always sum to 1, through with any. Foreign adapters are compared as float32 allows, and may copy
-    weights, which then receive no gradient.
+    The gradients are those of a random weighting of the output; with a plain sum, softmax has gradient 0.
+    Foreign adapters are compared with float32 tolerances, and may copy weights, which then get no gradient.
     """
     least_rtol, least_atol = (1e-3, 1e-4) if is_foreign else (0.0, 0.0)
 
@@ -296,7 +290,7 @@ def assert_matches(request: pytest.FixtureRequest, is_foreign: bool) -> Callable
         if is_foreign:
             expected = {name: gradient for name, gradient in expected.items() if actual[name] is not None}
         for name in expected:
-            assert actual[name] is not None, f"no gradient reaches {name}: it was copied or detached"
+            assert actual[name] is not None, f"no gradient reaches {name}; it was copied or detached"
             torch.testing.assert_close(
                 actual[name],
                 expected[name],
@@ -311,7 +305,7 @@ def assert_matches(request: pytest.FixtureRequest, is_foreign: bool) -> Callable
 def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
     leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()}
     output = function(**leaves)
-    assert output.requires_grad, "the output has no gradient: it was detached"
+    assert output.requires_grad, "the output has no gradient; it was detached"
     weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     found = torch.autograd.grad(output, list(wanted.values()), weighting, allow_unused=True)
@@ -319,15 +313,15 @@ def gradients(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> di
 
 
 # --------------------------------------------------------------------------------------------------
-# Oracles that torch has no single name for
+# Oracles composed of torch functions
 
 
 class Oracle:
-    """Rotary attention and SwiGLU, from torch's own functions."""
+    """RoPE, attention and SwiGLU, from torch functions."""
 
     @staticmethod
     def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-        """Each pair (2i, 2i+1) as a complex number, turned by its angle."""
+        """Each pair (2i, 2i+1) as a complex number, rotated by its angle."""
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         frequencies = theta ** -(torch.arange(0, x.shape[-1], 2, dtype=x.dtype) / x.shape[-1])
         angles = positions[..., None].to(x.dtype) * frequencies
@@ -344,7 +338,7 @@ class Oracle:
         theta: float | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Causal multi-head attention with the weights q, k, v and o, rotary if `theta` is given."""
+        """Causal multi-head attention with the weights q, k, v and o, with RoPE if `theta` is given."""
         queries, keys, values = (
             tF.linear(x, w).unflatten(-1, (n_heads, -1)).transpose(-3, -2) for w in (q, k, v)
         )

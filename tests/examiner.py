@@ -1,4 +1,4 @@
-"""What pytest does with an implementation that is not the reference: judge it by steps, explain, report."""
+"""Grading in pytest of an implementation other than the reference: verdicts by step, messages, a report."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,46 +10,44 @@ import pytest
 from llm_basics import swap
 from llm_basics.learn import judge, messages, probes, sandbox, sockets
 
-# for one test of somebody else's code
+# for one test of user code
 LIMIT_SECONDS = 60.0
 
 
 class Examiner:
-    """The implementation that the options name, and what was found out about it."""
+    """The implementation under test, its verdicts and test outcomes."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.path = Path(config.getoption("--adapters")).resolve()
         self.mine = config.getoption("--mine")
         self.report = config.getoption("--report")
         self.is_foreign = self.path != sockets.own_path()
-        self.examines_others = self.is_foreign or self.mine is not None
+        self.is_grading = self.is_foreign or self.mine is not None
         if self.is_foreign and self.mine is not None:
-            raise pytest.UsageError("--mine must stand without --adapters: it goes with the adapters here")
+            raise pytest.UsageError("--mine cannot be combined with --adapters; it uses the adapters here")
         self.verdicts: dict[str, judge.Verdict] = {}
         self.outcomes: dict[str, dict[str, int]] = {}
         self._adapters: sockets.Adapters | None = None
-        # by fixtures that are made once for many tests
+        # adapters by fixture, for those of wider scope than a function
         self.used_by: dict[str, set[str]] = {}
-        # so that a reason is given once
-        self.told: set[str] = set()
+        # steps whose message was printed
+        self.explained: set[str] = set()
 
     @property
     def adapters(self) -> sockets.Adapters:
-        """The sockets, read when they are first needed."""
+        """The adapters, loaded on first use."""
         if self._adapters is None:
             try:
                 module = grading.load_adapters(self.path)
             except Exception as error:
-                pytest.exit(
-                    f"{self.path} could not be read: {type(error).__name__}: {messages.reason(error)}", 2
-                )
+                pytest.exit(f"cannot load {self.path}: {type(error).__name__}: {messages.reason(error)}", 2)
             self._adapters = sockets.Adapters(
                 module, lambda name: pytest.skip(f"{name} is not in {self.path}")
             )
         return self._adapters
 
     def judged(self, name: str) -> judge.Verdict:
-        """The verdict on a step; one that is not in somebody's own file is skipped."""
+        """The verdict on a step; skips the test if the user's file has no piece of it."""
         step = judge.load(name)
         own = {piece.split(".")[1] for piece in swap.user_pieces()}
         if self.mine is not None and not own & set(judge.pieces_of(name)):
@@ -59,16 +57,17 @@ class Examiner:
             self.verdicts[name] = judge.judge(step, bare)
         return self.verdicts[name]
 
-    def how_to_go_on(self, name: str) -> str:
+    def next_step(self, name: str) -> str:
+        """The command to run next for a step that does not pass."""
         if self.mine is not None:
             return f"next hint: uv run python -m llm_basics.learn hint {name} --mine {self.mine}"
-        return f"more: uv run python -m llm_basics.learn show {name}"
+        return f"lesson: uv run python -m llm_basics.learn show {name}"
 
     # -- around each test -------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[Any]:
-        """Note which adapters a fixture of many tests uses."""
+        """Record the adapters that a shared fixture uses."""
         before = set(self._adapters.used) if self._adapters is not None else set()
         result = yield
         if fixturedef.scope != "function" and self._adapters is not None:
@@ -76,20 +75,20 @@ class Examiner:
         return result
 
     def run(self, item: pytest.Item) -> Iterator[None]:
-        """Run a test; somebody else's code not for ever."""
-        if not self.examines_others:
+        """Run a test, user code with a time limit."""
+        if not self.is_grading:
             return (yield)
         if self.is_foreign and item.get_closest_marker("beyond"):
-            pytest.skip("more than the public assignment asks")
+            pytest.skip("beyond the public assignment")
         try:
             with sandbox.time_limit(LIMIT_SECONDS):
                 return (yield)
-        except sandbox.TookTooLong:
-            pytest.fail(f"it took longer than {LIMIT_SECONDS:.0f} s and was stopped", pytrace=False)
+        except sandbox.TimedOut:
+            pytest.fail(f"not finished after {LIMIT_SECONDS:.0f} s", pytrace=False)
 
     def examine(self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-        """Count a result; and say of a failure what the step's verdict says, instead of a traceback."""
-        if not self.examines_others:
+        """Count an outcome, and replace the traceback of a failure by the verdict on its step."""
+        if not self.is_grading:
             return
         used = sorted(self._adapters.used) if self._adapters is not None else []
         for fixture in getattr(item, "fixturenames", ()):
@@ -103,39 +102,39 @@ class Examiner:
                 counts[report.outcome] += 1
         if call.excinfo is None or report.outcome != "failed" or item.name.startswith("test_step["):
             return
-        report.longrepr = "\n".join(self._explain(call, steps)[: messages.MOST_LINES])
+        report.longrepr = "\n".join(self._explain(call, steps)[: messages.MAX_LINES])
 
     def _explain(self, call: pytest.CallInfo[None], steps: list[str]) -> list[str]:
         assert call.excinfo is not None
         error = call.excinfo.value
-        if isinstance(error, NotImplementedError) and probes.is_blank(error):
+        if isinstance(error, NotImplementedError) and probes.is_stub(error):
             return [f"{', '.join(steps)}: not started"]
-        said = [line for line in str(error).splitlines() if line.strip()][:5]
-        lines = [f"{type(error).__name__}: {said[0] if said else ''}", *said[1:]]
+        text = [line for line in str(error).splitlines() if line.strip()][:5]
+        lines = [f"{type(error).__name__}: {text[0] if text else ''}", *text[1:]]
         for step in steps:
             try:
                 verdict = self.judged(step)
             except pytest.skip.Exception:
                 continue
-            if verdict.status == "failed" and step in self.told:
+            if verdict.status == "failed" and step in self.explained:
                 return [*lines[:1], f"{step}: see above, or test_step[{step}]"]
             if verdict.status == "failed":
-                self.told.add(step)
-                return [*lines[:1], *messages.message(verdict, self.how_to_go_on(step)).splitlines()]
+                self.explained.add(step)
+                return [*lines[:1], *messages.message(verdict, self.next_step(step)).splitlines()]
         return lines
 
     def write(self) -> None:
-        """The report that was asked for."""
+        """Write the report of `--report`, if given."""
         if self.report is None:
             return
         notes = grading.ready_made_uses(self.path) if self.is_foreign else {}
         project = self.path.parent.parent if self.path.parent.name == "tests" else self.path
-        verdicts = {name: self.verdicts[name] for name in judge.STEPS if name in self.verdicts}
-        what = self.mine or project.name
-        grading.write(Path(self.report), what, verdicts, self.outcomes, self._ratios(), notes)
+        verdicts = {step: self.verdicts[step] for step in judge.STEPS if step in self.verdicts}
+        name = self.mine or project.name
+        grading.write(Path(self.report), name, verdicts, self.outcomes, self._ratios(), notes)
 
     def _ratios(self) -> dict[str, float]:
-        """The time of each step that passed, ours being 1: the fastest of three rounds, in turns."""
+        """Time of each passed step relative to the reference: the fastest of three alternating rounds."""
         ratios = {}
         for name, verdict in self.verdicts.items():
             if verdict.status != "passed":

@@ -1,4 +1,4 @@
-"""The report on an implementation: JSON for programs, a Markdown page for people."""
+"""The report on an implementation: JSON for programs, a Markdown page for readers."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_basics.learn import judge, mistakes, sockets
 
-# what is to be written by hand; torch and the tokenizer libraries have it ready
+# ready-made versions in torch and the tokenizer libraries of what is to be implemented
 READY_MADE = set(
     "linear embedding softmax log_softmax logsumexp silu gelu glu layer_norm rms_norm dropout cross_entropy "
     "nll_loss scaled_dot_product_attention clip_grad_norm_ clip_grad_value_ "
@@ -25,33 +25,33 @@ LIBRARIES = {"tiktoken", "tokenizers", "transformers", "sentencepiece"}
 
 
 def adapters_of(step: str) -> list[str]:
-    """The adapters that a step is reached through, that of its first probe first."""
+    """The adapters that the probes of a step call, in order."""
     source = (Path(mistakes.__path__[0]) / f"{step}.py").read_text(encoding="utf-8")
     return list(dict.fromkeys(re.findall(r"\b(?:a|adapters)\.((?:run|get)_\w+)", source)))
 
 
 @functools.cache
 def step_of(adapter: str) -> str | None:
-    """The first step in learning order that an adapter is used in."""
+    """The first step in learning order that uses an adapter."""
     return next((step for step in judge.STEPS if adapter in adapters_of(step)), None)
 
 
 def load_adapters(path: Path) -> ModuleType:
-    """An adapters file, which finds what stands beside it, or the package whose tests folder it is in."""
+    """Load an adapters file with its folder, and the package it tests, on the import path."""
     for folder in (str(path.parent), str(path.parent.parent), str(path.parent.parent / "src")):
         if folder not in sys.path and Path(folder).is_dir():
             sys.path.insert(0, folder)
-    _let_name_its_version(path.parent.parent)
+    _provide_version(path.parent.parent)
     return sockets.run_file(path)
 
 
-def _let_name_its_version(project: Path) -> None:
-    """Packages often ask for the version that is installed; one that stands beside its adapters is not."""
-    known = importlib.metadata.version
+def _provide_version(project: Path) -> None:
+    """Let `importlib.metadata.version` return "0" for the project under test, which is not installed."""
+    installed_version = importlib.metadata.version
 
     def version(name: str) -> str:
         try:
-            return known(name)
+            return installed_version(name)
         except importlib.metadata.PackageNotFoundError:
             if (project / name.replace("-", "_")).is_dir():
                 return "0"
@@ -61,10 +61,10 @@ def _let_name_its_version(project: Path) -> None:
 
 
 def ready_made_uses(path: Path) -> dict[str, list[str]]:
-    """For each step, where the code behind its adapters uses a ready-made version of what it should write.
+    """For each step, the lines reachable from its adapters that use a ready-made version of a piece.
 
-    Read from the sources, not run: from an adapter on, through every function and class of the adapters
-    file and of the packages beside it whose name is mentioned.
+    Static: follows, from each adapter, every function and class that is mentioned in the adapters file and in
+    the packages beside it.
     """
     root = path.parent.parent if path.parent.name == "tests" else path.parent
     defined: dict[str, list[tuple[Path, ast.AST]]] = {}
@@ -93,8 +93,8 @@ def ready_made_uses(path: Path) -> dict[str, list[str]]:
                 continue
             seen.add((where, name))
             for source, node in _meant(where, name, defined, names_of):
-                place = source.relative_to(root)
-                uses |= {f"{place}:{line} uses {what}" for line, what in _uses(node, names_of[source])}
+                file = source.relative_to(root)
+                uses |= {f"{file}:{line} uses {name}" for line, name in _uses(node, names_of[source])}
                 waiting += [(source, mentioned) for mentioned in _mentions(node)]
         if uses:
             found[step] = sorted(uses)
@@ -102,7 +102,7 @@ def ready_made_uses(path: Path) -> dict[str, list[str]]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """The Python files of a project, but for its tests, and for what is installed in it."""
+    """The Python files of a project, without tests and installed packages."""
     for source in root.rglob("*.py"):
         parts = source.relative_to(root).parts
         skipped = any(p.startswith((".", "test")) or p in ("site-packages", "node_modules") for p in parts)
@@ -116,7 +116,7 @@ def _meant(
     defined: dict[str, list[tuple[Path, ast.AST]]],
     names_of: dict[Path, dict[str, str]],
 ) -> list[tuple[Path, ast.AST]]:
-    """What a name in the file `where` stands for: what is defined there, or in a file that it imports."""
+    """The definitions of a name used in the file `where`: there, or in a file that it imports."""
     imported = names_of.get(where, {})
     found = defined.get(imported.get(name, name).split(".")[-1], [])
     here = [pair for pair in found if pair[0] == where and name not in imported]
@@ -125,7 +125,7 @@ def _meant(
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
-    """What each imported name stands for: `tF` -> `torch.nn.functional`."""
+    """The full name of each imported name: `tF` -> `torch.nn.functional`."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -139,7 +139,7 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 
 
 def _uses(node: ast.AST, names: dict[str, str]) -> Iterator[tuple[int, str]]:
-    """The line and the full name of each ready-made function that the code of `node` mentions."""
+    """The line and full name of each ready-made function in `node`."""
     for part in ast.walk(node):
         if isinstance(part, ast.Attribute | ast.Name):
             path = dotted(part)
@@ -159,7 +159,7 @@ def _uses(node: ast.AST, names: dict[str, str]) -> Iterator[tuple[int, str]]:
 
 
 def dotted(node: ast.AST) -> str:
-    """`torch.nn.functional` for the attribute access that is written so; "" for anything else."""
+    """The dotted name of an attribute access such as `torch.nn.functional`, or ""."""
     if isinstance(node, ast.Attribute):
         base = dotted(node.value)
         return f"{base}.{node.attr}" if base else ""
@@ -176,13 +176,13 @@ def _mentions(node: ast.AST) -> list[str]:
 
 def write(
     path: Path,
-    what: str,
+    implementation: str,
     verdicts: dict[str, Any],
     outcomes: dict[str, dict[str, int]],
     ratios: dict[str, float],
     notes: dict[str, list[str]],
 ) -> None:
-    """Write `path`, and beside it the page that says the same."""
+    """Write `path` (JSON), and the same as a Markdown page beside it."""
     steps = {}
     for name, verdict in verdicts.items():
         steps[name] = {
@@ -190,7 +190,7 @@ def write(
             "checked": verdict.probe,
             "difference": list(verdict.difference),
             "mistake": verdict.mistake and verdict.mistake.name,
-            "says": verdict.mistake and verdict.mistake.says,
+            "says": verdict.mistake and verdict.mistake.explanation,
             "sure": verdict.sure,
             "advice": list(verdict.advice),
             "missing": list(verdict.missing),
@@ -198,15 +198,16 @@ def write(
             "time_relative_to_ours": ratios.get(name),
             "notes": notes.get(name, []),
         }
-    path.write_text(json.dumps({"implementation": what, "steps": steps}, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(_page(what, steps), encoding="utf-8")
+    report = {"implementation": implementation, "steps": steps}
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(_page(implementation, steps), encoding="utf-8")
 
 
-def _page(what: str, steps: dict[str, dict[str, Any]]) -> str:
-    there = [step for step in steps.values() if step["status"] != "missing"]
-    n_passed = sum(step["status"] == "passed" for step in there)
-    lines = [f"# {Path(what).name}: {n_passed} of {len(there)} steps passed", ""]
-    lines += ["| step | result | mistake | other tests passed | time, ours = 1 | ready-made parts |"]
+def _page(implementation: str, steps: dict[str, dict[str, Any]]) -> str:
+    checked = [step for step in steps.values() if step["status"] != "missing"]
+    n_passed = sum(step["status"] == "passed" for step in checked)
+    lines = [f"# {Path(implementation).name}: {n_passed} of {len(checked)} steps passed", ""]
+    lines += ["| step | result | mistake | other tests passed | time / reference | ready-made parts |"]
     lines += ["|---|---|---|---|---|---|"]
     for name, step in steps.items():
         tests, ratio = step["tests"], step["time_relative_to_ours"]
@@ -215,15 +216,15 @@ def _page(what: str, steps: dict[str, dict[str, Any]]) -> str:
         time = f"{ratio:.1f}" if ratio is not None else ""
         mistake = step["mistake"] or ""
         if mistake and not step["sure"]:
-            mistake += " (perhaps)"
+            mistake += " (uncertain)"
         cells = [name, step["status"], mistake, counted, time, str(len(step["notes"]) or "")]
         lines.append(f"| {' | '.join(cells)} |")
     for name, step in steps.items():
-        told = [f"- {step['checked']}: {line}" for line in step["difference"]]
-        told += [f"- {step['says']}"] if step["says"] else []
-        told += [f"- better still, though not asked for: {about}" for about in step["advice"]]
-        told += [f"- not there, so not checked: {', '.join(step['missing'])}"] if step["missing"] else []
-        told += [f"- note: {note}" for note in step["notes"]]
-        if told:
-            lines += ["", f"## {name}", "", *told]
+        details = [f"- {step['checked']}: {line}" for line in step["difference"]]
+        details += [f"- {step['says']}"] if step["says"] else []
+        details += [f"- optional, beyond the assignment: {about}" for about in step["advice"]]
+        details += [f"- not checked, missing: {', '.join(step['missing'])}"] if step["missing"] else []
+        details += [f"- note: {note}" for note in step["notes"]]
+        if details:
+            lines += ["", f"## {name}", "", *details]
     return "\n".join(lines) + "\n"

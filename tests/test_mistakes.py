@@ -1,6 +1,6 @@
-"""The catalogue checks itself. Alone: `uv run pytest tests/test_mistakes.py`.
+"""The catalogue of mistakes. Alone: `uv run pytest tests/test_mistakes.py`.
 
-Every mistake is plugged in, must be caught by the step in which it is made, and be given its own name.
+Every mistake is plugged in, must fail the step in which it is made, and must be identified by name.
 """
 
 import itertools
@@ -29,13 +29,13 @@ each_step = pytest.mark.parametrize("name", judge.STEPS)
 
 
 @each_step
-def test_the_reference_makes_no_mistake(name):
+def test_the_reference_passes(name):
     verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and not verdict.missing, verdict
 
 
 @pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
-def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: probes.Mistake):
+def test_a_mistake_is_caught_and_named(name, mistake: probes.Mistake):
     step = judge.load(name)
     quick = [i for i, probe in enumerate(step.probes) if trials.is_full or probe.about not in LONG_PROBES]
     verdict = judge.conclude(step, {i: judge.observation_of(name, mistake.name, i) for i in quick})
@@ -45,12 +45,12 @@ def test_a_mistake_is_caught_where_it_is_made_and_named(name, mistake: probes.Mi
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.name == (mistake.same_as or mistake.name)
     lines = messages.message(verdict, "next hint").splitlines()
-    assert len(lines) <= messages.MOST_LINES and max(map(len, lines)) <= messages.LINE + 2
+    assert len(lines) <= messages.MAX_LINES and max(map(len, lines)) <= messages.LINE + 2
     assert "Traceback" not in " ".join(lines)
 
 
 @each_step
-def test_no_two_mistakes_are_the_same_unless_the_catalogue_says_so(name):
+def test_mistakes_are_distinct_unless_declared_the_same(name):
     step = judge.load(name)
     for one, other in itertools.combinations(step.mistakes, 2):
         same = all(
@@ -62,19 +62,19 @@ def test_no_two_mistakes_are_the_same_unless_the_catalogue_says_so(name):
 
 
 @each_step
-def test_a_step_is_told_well(name):
+def test_explanations_have_a_source_and_a_length(name):
     step = judge.load(name)
     assert step.name == name
     assert len({mistake.name for mistake in step.mistakes}) == len(step.mistakes)
     for mistake in step.mistakes:
         assert mistake.source
-        assert 60 <= len(mistake.says) <= 330, f"{mistake.name}: {len(mistake.says)} letters"
+        assert 60 <= len(mistake.explanation) <= 330, f"{mistake.name}: {len(mistake.explanation)}"
     for probe in step.probes:
         assert len(probe.about) <= 80
 
 
 # --------------------------------------------------------------------------------------------------
-# What is right is given no name
+# Correct implementations pass
 
 
 class _Linear(nn.Linear):
@@ -86,7 +86,7 @@ class _Linear(nn.Linear):
 
 def _attention(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
     mixed = tF.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
-    # what is all masked is nothing, in torch as here; but its gradient may be NaN there
+    # a fully masked row is 0 in torch too, but its gradient may be NaN
     return mixed if mask is None else torch.where(mask.any(-1, keepdim=True), mixed, 0.0)
 
 
@@ -97,7 +97,7 @@ def _cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0, reduction="me
     return (total / (targets != ignore_index).sum().clamp(min=1)).to(logits.dtype)
 
 
-# torch's own functions and classes, with the parameters of ours
+# torch's functions and classes, with the parameters of the pieces
 OF_TORCH = {
     "linear": {"functional.linear": tF.linear, "layers.Linear": _Linear},
     "embedding": {"functional.embedding": lambda token_ids, weight: tF.embedding(token_ids, weight)},
@@ -130,20 +130,20 @@ OF_TORCH = {
 
 
 @pytest.mark.parametrize("name", OF_TORCH)
-def test_torch_s_own_pieces_make_no_mistake(name):
+def test_torch_passes(name):
     with swap.replaced(OF_TORCH[name]):
         verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and verdict.mistake is None, verdict
 
 
 @pytest.mark.parametrize("name", ["bpe", "tokenizer"])
-def test_the_fast_twins_make_no_mistake(name):
+def test_fast_implementations_pass(name):
     with swap.using("fast", lambda line: None):
         verdict = judge.judge(judge.load(name), sockets.own())
     assert verdict.status == "passed" and verdict.mistake is None, verdict
 
 
-def test_there_are_enough():
+def test_the_catalogue_is_complete():
     assert len(MISTAKES) >= 150
     assert all(any(m.source for m in judge.load(name).mistakes) for name in judge.STEPS)
 

@@ -42,7 +42,7 @@ def some(name, n=40):
         ("copy", str),
     ],
 )
-def test_what_stands_behind_sep_is_the_answer(name, answer):
+def test_tokens_after_sep_are_the_answer(name, answer):
     task, rows = some(name)
     texts = set()
     for row in rows:
@@ -62,14 +62,14 @@ def test_sums_are_modulo_31():
     assert {row[4] for row in rows} == set(range(31))
 
 
-def test_after_the_second_a_comes_what_came_after_the_first():
+def test_induction_repeats_each_pair():
     task, rows = some("induction")
     for row in rows:
         assert sorted(row[:16]) == sorted(row[16:]) and len(set(row[:16])) == 16
-        for place in task.answers:
-            first = row.index(row[place - 1])
-            assert first < 16 and row[place] == row[first + 1]
-    # not just the first half again
+        for position in task.answers:
+            first = row.index(row[position - 1])
+            assert first < 16 and row[position] == row[first + 1]
+    # in another order
     assert not any(row[:16] == row[16:] for row in rows)
 
 
@@ -82,7 +82,7 @@ def test_tokens_fit_the_model(name):
 
 
 @pytest.mark.parametrize("name", probe_tasks.TASKS)
-def test_held_out_sequences_are_different_and_never_trained_on(name):
+def test_held_out_sequences_are_distinct_and_never_trained_on(name):
     task = probe_tasks.TASKS[name](0)
     held_out = probe_tasks.hold_out(task, 3)
     keys = {task.key(row) for row in held_out.tolist()}
@@ -91,7 +91,7 @@ def test_held_out_sequences_are_different_and_never_trained_on(name):
         assert keys.isdisjoint(task.key(row) for row in batch.tolist())
 
 
-def test_what_is_held_out_is_left_out_where_chance_draws_it_again():
+def test_held_out_sequences_are_excluded_from_training():
     task = probe_tasks.addition(0)
     trained = next(probe_tasks.fresh(task, probe_tasks.hold_out(task, 0), 0)).tolist()
     drawn = task.draw(task.train.batch_size, np.random.default_rng((0, 1))).tolist()
@@ -101,7 +101,7 @@ def test_what_is_held_out_is_left_out_where_chance_draws_it_again():
     assert 0 < len(trained) < len(drawn)
 
 
-def test_a_seed_makes_the_same_sequences():
+def test_a_seed_determines_the_sequences():
     task = probe_tasks.reverse(0)
     for make in (
         probe_tasks.hold_out,
@@ -111,11 +111,11 @@ def test_a_seed_makes_the_same_sequences():
         assert not np.array_equal(make(task, 1), make(task, 2))
 
 
-def test_an_example_is_shown_with_its_answers_below():
+def test_an_example_shows_its_answers():
     row = [26, *range(9), 27, *reversed(range(9))]
     assert probe_tasks.reverse(0).show(row).splitlines() == [
-        "given     [BOS] a b c d e f g h i [SEP] _ _ _ _ _ _ _ _ _",
-        "wanted                                  i h g f e d c b a",
+        "input     [BOS] a b c d e f g h i [SEP] _ _ _ _ _ _ _ _ _",
+        "expected                                i h g f e d c b a",
     ]
 
 
@@ -123,7 +123,7 @@ def test_an_example_is_shown_with_its_answers_below():
 # A source of known entropy
 
 
-def test_entropy_of_two_states_is_that_of_the_formula():
+def test_entropy_of_two_states_matches_the_formula():
     a, b = 0.1, 0.4
     source = probe_tasks.Source(np.array([[1 - a, a], [b, 1 - b]]))
 
@@ -137,7 +137,7 @@ def test_entropy_of_two_states_is_that_of_the_formula():
     assert source.best_accuracy() == pytest.approx(pi * 0.9 + (1 - pi) * 0.6)
 
 
-def test_what_never_comes_adds_nothing_to_the_entropy():
+def test_zero_probabilities_add_no_entropy():
     assert probe_tasks.Source(np.array([[0.0, 1.0], [1.0, 0.0]])).entropy_rate() == 0
 
 
@@ -152,12 +152,12 @@ def test_a_simulation_has_the_entropies_of_the_source():
     assert source.entropy_rate() == pytest.approx(conditional, abs=0.01)
     assert source.unigram_entropy() == pytest.approx(-(singles * np.log(singles)).sum(), abs=0.01)
     assert source.surprisal(text).mean() == pytest.approx(source.entropy_rate(), abs=0.01)
-    # from the first token on it is as in the long run
+    # the first token is drawn from the stationary distribution
     np.testing.assert_allclose(np.bincount(text[:, 0]) / 2000, source.stationary(), atol=0.03)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 
 
 @pytest.mark.parametrize("name", probe_tasks.TASKS)
@@ -173,7 +173,7 @@ def test_only_answers_count_in_the_loss(name):
 
 
 class Oracle(torch.nn.Module):
-    """Knows the sequences: sure of the next token where it has seen this beginning."""
+    """Knows the sequences, and predicts the next token of a known prefix with certainty."""
 
     def __init__(self, rows, size, peeks=False):
         super().__init__()
@@ -182,18 +182,18 @@ class Oracle(torch.nn.Module):
     def forward(self, tokens):
         logits = torch.zeros(*tokens.shape, self.size)
         for i, given in enumerate(tokens.tolist()):
-            for place in range(len(given)):
+            for position in range(1, len(given) + 1):
                 if self.peeks:
-                    said = given[place + 1] if place + 1 < len(given) else 0
+                    token = given[position] if position < len(given) else 0
                 else:
-                    known = [row for row in self.rows if row[: place + 1] == given[: place + 1]]
-                    said = known[0][place + 1] if known else 0
-                logits[i, place, said] = 50
+                    known = [row for row in self.rows if row[:position] == given[:position]]
+                    token = known[0][position] if known else 0
+                logits[i, position - 1, token] = 50
         return logits
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_who_knows_all_answers_passes(name):
+def test_an_oracle_passes(name):
     task, rows = some(name)
     found = probe.measure(Oracle(rows, len(task.symbols)), task, np.array(rows), task.train.steps)
     assert (found.accuracy, found.exact, found.leak) == (1, 1, 0) and found.loss < 1e-6
@@ -202,22 +202,22 @@ def test_who_knows_all_answers_passes(name):
 
 
 @pytest.mark.parametrize("name", ["reverse", "induction"])
-def test_who_peeks_at_the_answers_is_found_out(name):
+def test_a_leak_is_detected(name):
     task, rows = some(name)
     found = probe.measure(Oracle(rows, len(task.symbols), peeks=True), task, np.array(rows))
     assert found.leak == 1 and found.exact == 0
     passed, verdict = probe.judge(task, found)
-    assert not passed and "sees its answers" in verdict
+    assert not passed and "sees its targets" in verdict
 
 
-def test_answers_are_given_from_what_is_before_them_alone():
+def test_answers_are_decoded_from_earlier_tokens_only():
     task, rows = some("induction", 3)
     lm = model.TransformerLM(task.model)
     tokens = torch.tensor(rows)
     expected = tokens.clone()
     for row in expected:
-        for place in task.answers:
-            row[place] = lm(row[:place])[-1].argmax()
+        for position in task.answers:
+            row[position] = lm(row[:position])[-1].argmax()
     assert torch.equal(probe.answer(lm, tokens, task.answers), expected)
     garbled = tokens.clone()
     garbled[:, list(task.answers)] = 0
@@ -229,50 +229,50 @@ def test_answers_are_given_from_what_is_before_them_alone():
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "message"),
     [
         (
             {"exact": 0.998, "accuracy": 0.999},
-            "499 of 500 .* something is learned, but not all",
+            "499 of 500 .* partly learned",
         ),
-        ({"exact": 0.0, "accuracy": 0.04}, "as good as guessing"),
-        ({"exact": 0.0, "leak": 0.2, "accuracy": 0.04}, "sees its answers"),
-        ({"exact": 0.0, "accuracy": 0.05, "train_loss": 0.01}, "learned by heart"),
+        ({"exact": 0.0, "accuracy": 0.04}, "no better than guessing"),
+        ({"exact": 0.0, "leak": 0.2, "accuracy": 0.04}, "sees its targets"),
+        ({"exact": 0.0, "accuracy": 0.05, "train_loss": 0.01}, "memorized"),
     ],
 )
-def test_a_failure_says_where_to_look(found, said):
+def test_a_failure_names_a_probable_cause(found, message):
     task = probe_tasks.reverse(0)
     last = probe.Measurement(**({"step": task.train.steps, "train_loss": 3.2, "loss": 3.2} | found))
     passed, verdict = probe.judge(task, last)
     assert not passed
-    assert re.search(said, verdict), verdict
+    assert re.search(message, verdict), verdict
 
 
 @pytest.mark.parametrize(
-    ("above", "passed", "said"),
+    ("above", "passed", "message"),
     [
-        (-0.3, False, "a leak, the model sees its answers"),
+        (-0.3, False, "The model sees its targets (a leak)"),
         (-0.021, False, "a leak"),
         (-0.019, True, "entropy rate"),
         (0.01, True, "entropy rate"),
-        (0.1, False, "not all"),
+        (0.1, False, "partly learned"),
     ],
 )
-def test_a_loss_below_the_entropy_rate_is_a_leak(above, passed, said):
+def test_a_loss_below_the_entropy_rate_is_a_leak(above, passed, message):
     task = probe_tasks.markov(0)
     loss = task.source.entropy_rate() + above
     last = probe.Measurement(task.train.steps, loss, loss, 0.4, noise=0.02)
     found, verdict = probe.judge(task, last)
-    assert found == passed and said in verdict
+    assert found == passed and message in verdict
 
 
-@pytest.mark.parametrize(("line", "said"), [(1, "how often each token comes"), (2, "nothing was learned")])
-def test_a_loss_at_a_floor_says_what_is_not_made_use_of(line, said):
+@pytest.mark.parametrize(("line", "message"), [(1, "token frequencies"), (2, "nothing was learned")])
+def test_a_loss_at_a_baseline_is_explained(line, message):
     task = probe_tasks.markov(0)
     loss = list(task.losses.values())[line]
     passed, verdict = probe.judge(task, probe.Measurement(10, loss, loss, 0.1))
-    assert not passed and said in verdict
-    assert verdict.endswith(f"(only 10 of {task.train.steps} steps were made)")
+    assert not passed and message in verdict
+    assert verdict.endswith(f"(only 10 of {task.train.steps} steps)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_loss_at_a_floor_says_what_is_not_made_use_of(line, said):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The tasks with models and batches that take no time."""
+    """The tasks with small models and batches."""
 
     def shrink(make):
         def made(seed):
@@ -295,12 +295,12 @@ def small(monkeypatch):
     monkeypatch.setattr(
         probe_tasks, "TASKS", {name: shrink(make) for name, make in probe_tasks.TASKS.items()}
     )
-    # small as they are, several measurements would take most of the time
-    monkeypatch.setattr(probe, "MEASUREMENTS", 1)
+    # several measurements would take most of the time
+    monkeypatch.setattr(probe, "N_MEASUREMENTS", 1)
 
 
 def run(tmp_path, capsys, *mine, **options):
-    """Exit status and what was printed; `mine`, the text of a file with pieces, holds for this run."""
+    """Exit status and output; `mine` is the source of a file with pieces."""
     if mine:
         path = tmp_path / "mine.py"
         path.write_text("import torch\n" + mine[0])
@@ -311,16 +311,16 @@ def run(tmp_path, capsys, *mine, **options):
     return status, capsys.readouterr().out
 
 
-def test_a_few_steps_fail_and_are_drawn(small, tmp_path, capsys):
+def test_a_few_steps_fail_and_are_plotted(small, tmp_path, capsys):
     status, out = run(tmp_path, capsys, task="copy", steps=3)
     assert status == 1
-    assert "pieces    all are the reference's" in out
+    assert "pieces    reference code" in out
     assert "failed: 0 of 50 held-out sequences exact" in out and "(only 3 of" in out
     figure = tmp_path / "out" / "copy.png"
-    assert f"drawn     {figure}" in out and figure.read_bytes().startswith(b"\x89PNG")
+    assert f"figure    {figure}" in out and figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_is_every_task(small, tmp_path, capsys):
+def test_all_runs_every_task(small, tmp_path, capsys):
     status, out = run(tmp_path, capsys, steps=1)
     assert status == 1 and out.endswith("0 of 6 tasks passed\n")
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(probe_tasks.TASKS)
@@ -337,10 +337,10 @@ def test_attention_without_a_causal_mask_is_a_leak(small, tmp_path, capsys):
     )
     assert status == 1
     assert "pieces    causal_mask from mine.py" in out
-    assert "This is a leak, the model sees its answers: is the causal mask there" in out
+    assert "The model sees its targets (a leak): is the causal mask applied" in out
 
 
-def test_a_softmax_that_gives_all_the_same_weight_is_seen(small, tmp_path, capsys):
+def test_a_uniform_softmax_fails(small, tmp_path, capsys):
     status, out = run(
         tmp_path,
         capsys,
@@ -352,7 +352,7 @@ def test_a_softmax_that_gives_all_the_same_weight_is_seen(small, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (
             "raise IndexError('index -100 is out of bounds')",
@@ -361,38 +361,38 @@ def test_a_softmax_that_gives_all_the_same_weight_is_seen(small, tmp_path, capsy
         ("return logits.sum() * float('nan')", "failed: step 1: loss nan"),
     ],
 )
-def test_a_piece_that_breaks_down_fails_the_task(small, tmp_path, capsys, body, said):
+def test_a_piece_that_raises_fails_the_task(small, tmp_path, capsys, body, message):
     code = (
         f"def cross_entropy(logits, targets, ignore_index=-100, z_loss=0.0, reduction='mean'):\n    {body}\n"
     )
     status, out = run(tmp_path, capsys, code, task="reverse", steps=3)
-    assert status == 1 and said in out
+    assert status == 1 and message in out
 
 
-def test_an_error_of_the_reference_is_not_hidden(small, tmp_path, capsys, monkeypatch):
+def test_an_error_in_the_reference_is_raised(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe, "collate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, capsys, task="copy", steps=1)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"task": "sorting"},
-            "the task must be reverse, invert, copy, addition, induction, markov or all, got sorting",
+            "task must be reverse, invert, copy, addition, induction, markov or all, got sorting",
         ),
         ({"mine": "nowhere.py"}, "your pieces must be in a Python file, but there is no nowhere.py"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys, options, said):
+def test_usage_errors_are_one_line_and_exit_with_2(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
         probe.main(commands.ProbeConfig(out=str(tmp_path), **options))
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {said}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_the_command_line_answers_before_torch_is_loaded(tmp_path):
+def test_usage_errors_are_found_before_torch_is_imported(tmp_path):
     script = (
         "import runpy, sys\n"
         "sys.argv = ['probe', 'sorting']\n"
@@ -402,7 +402,7 @@ def test_the_command_line_answers_before_torch_is_loaded(tmp_path):
         "    print(stop.code, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "2 False\n" and done.stderr.startswith("error: the task must be")
+    assert done.stdout == "2 False\n" and done.stderr.startswith("error: task must be")
 
 
 @pytest.mark.slow

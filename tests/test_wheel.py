@@ -1,4 +1,4 @@
-"""The wheel: the learner's programs without a clone. Alone: `uv run pytest tests/test_wheel.py`."""
+"""The wheel: the course without a clone. Alone: `uv run pytest tests/test_wheel.py`."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ MOST_DATA_BYTES = 300_000
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a wheel of this package was installed into, without its dependencies."""
+    """A folder with the unpacked wheel of this package, without dependencies."""
     if (uv := os.environ.get("UV") or shutil.which("uv")) is None:
-        pytest.skip("uv, which builds the wheel, is not on PATH")
+        pytest.skip("building the wheel needs uv on PATH")
     folder = tmp_path_factory.mktemp("wheel")
     # hatchling is in uv's cache wherever `uv sync` has installed this package
     options = ["--wheel", "--offline", "--python", sys.executable, "--out-dir", str(folder)]
     built = subprocess.run([uv, "build", *options, str(REPOSITORY)], capture_output=True, text=True)
     if "network was disabled" in built.stderr:
-        pytest.skip("hatchling, which builds the wheel, is not in uv's cache")
+        pytest.skip("building the wheel needs hatchling in uv's cache")
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -49,14 +49,14 @@ PROGRAM = """
 import sys, llm_basics
 from llm_basics.learn import __main__ as learn
 print(llm_basics.__file__)
-for arguments in (["check"], ["mistakes", "silu"], ["dojo"]):
+for arguments in (["show", "silu"], ["check"], ["mistakes", "silu"], ["dojo"]):
     print(arguments, learn.main(arguments), flush=True)
 """
 
 
-def test_a_learner_needs_no_clone(installed, tmp_path):
+def test_the_course_runs_without_a_clone(installed, tmp_path):
     (tmp_path / "mine.py").write_text("import torch\ndef silu(x):\n    return torch.sigmoid(x)\n")
-    # in one process, since loading torch takes longer than all the rest
+    # in one process, since importing torch takes most of the time
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
@@ -67,6 +67,7 @@ def test_a_learner_needs_no_clone(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(installed / "llm_basics" / "__init__.py")
-    assert "  this is: SIGMOID ALONE" in lines and "['check'] 1" in lines
+    assert "pytest" not in done.stdout and "['show', 'silu'] 0" in lines
+    assert "  mistake: SIGMOID ALONE" in lines and "['check'] 1" in lines
     assert "| silu | 13 | 13 | 13 |" in lines and "['mistakes', 'silu'] 0" in lines
     assert "Which mistake is it?" in lines and "['dojo'] 0" in lines

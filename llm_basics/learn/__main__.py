@@ -1,9 +1,9 @@
-"""Learn by writing the pieces of a language model yourself.
+"""Learn by implementing the pieces of a language model.
 
-uv run python -m llm_basics.learn                             the steps, and how far you are
-uv run python -m llm_basics.learn show rms_norm               what it is about
+uv run python -m llm_basics.learn                             all steps and your progress
+uv run python -m llm_basics.learn show rms_norm               the lesson of a step
 uv run python -m llm_basics.learn start rms_norm --into mine.py
-uv run python -m llm_basics.learn check --mine mine.py        which steps are right, which mistake was made
+uv run python -m llm_basics.learn check --mine mine.py        check your pieces and name mistakes
 """
 
 import sys
@@ -16,7 +16,7 @@ import tyro
 
 from llm_basics import user_code
 from llm_basics.cli import parse
-from llm_basics.learn import lessons, progress
+from llm_basics.learn import lessons, progress, sockets
 
 TITLE = (__doc__ or "").partition("\n")[0]
 PROGRAM = "uv run python -m llm_basics.learn"
@@ -25,118 +25,118 @@ MARKS = {"passed": "[x]", "failed": "[!]", "not started": "[ ]"}
 
 @dataclass(frozen=True)
 class List:
-    """All steps in learning order, and how far your file is."""
+    """List all steps in learning order, with your progress."""
 
     mine: str = "mine.py"
-    """The file with your pieces."""
+    """Python file with your pieces."""
 
 
 @dataclass(frozen=True)
 class Show:
-    """What a step is about: the idea, the formula, shapes, the paper, its tests."""
+    """Show the lesson of a step: idea, formula, shapes, paper."""
 
     step: tyro.conf.Positional[str]
-    """The name of a step."""
+    """Name of a step."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Add the blanks of a step to your file."""
+    """Append the stubs of a step to your file."""
 
     step: tyro.conf.Positional[str]
-    """The name of a step."""
+    """Name of a step."""
     into: str = "mine.py"
-    """The file with your pieces; it is made if there is none."""
+    """Python file with your pieces, created if missing."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Test what is in your file, and say which mistake was made. The exit status is 1 if one was."""
+    """Check the pieces in your file and name mistakes. Exit status 1 if a step does not pass."""
 
     step: tyro.conf.Positional[str | None] = None
-    """One step alone; without, all that your file has pieces of."""
+    """Check this step only. None: every step that your file has pieces of."""
     mine: str = "mine.py"
-    """The file with your pieces."""
+    """Python file with your pieces."""
     watch: bool = False
-    """Check again whenever the file is saved, until Ctrl-C."""
+    """Check again on every save, until Ctrl-C."""
 
 
 @dataclass(frozen=True)
 class Hint:
-    """The next of three hints on a step, each stronger than the one before."""
+    """Print the next of three hints on a step, each more explicit."""
 
     step: tyro.conf.Positional[str]
-    """The name of a step."""
+    """Name of a step."""
     mine: str = "mine.py"
-    """The file with your pieces, beside which is noted how many hints you had."""
+    """Python file with your pieces; hints used are stored beside it."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The reference of a step."""
+    """Print the reference implementation of a step."""
 
     step: tyro.conf.Positional[str]
-    """The name of a step."""
+    """Name of a step."""
 
 
 @dataclass(frozen=True)
 class Next:
-    """The first step that is not done, and how to begin it."""
+    """Show the first step that is not passed."""
 
     mine: str = "mine.py"
-    """The file with your pieces."""
+    """Python file with your pieces."""
 
 
 @dataclass(frozen=True)
 class Predict:
-    """A question on what will be seen, before the code of a step is run."""
+    """Predict a result before running the code of a step."""
 
     step: tyro.conf.Positional[str]
-    """The name of a step."""
+    """Name of a step."""
     answer: int | None = None
-    """The number of your answer; without, the question is asked."""
+    """Number of your answer. None: print the question."""
     mine: str = "mine.py"
-    """The file with your pieces, beside which your answer is noted."""
+    """Python file with your pieces; your first answer is stored beside it."""
 
 
 @dataclass(frozen=True)
 class Dojo:
-    """A model that learns with one hidden mistake: find it from losses, gradients and probes."""
+    """Find one hidden mistake in a training run from losses, gradients and probes."""
 
     seed: int = 0
-    """Another seed, another mistake."""
+    """Random seed that selects the mistake."""
     answer: int | None = None
-    """The number of the mistake that you think it is."""
+    """Number of your answer. None: print the run and the options."""
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The table of all steps: how many mistakes are known, caught and named. It tries them all."""
+    """Plug in every known mistake and print how many are caught and named per step."""
 
     step: tyro.conf.Positional[str | None] = None
-    """One step alone, with the name of each mistake."""
+    """Run this step only, and list its mistakes."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Look through the log of a training run for signs of mistakes."""
+    """Check the metrics of a training run for signs of mistakes."""
 
     run_dir: tyro.conf.Positional[str] = "newest"
-    """The folder of a run; newest is the one under runs/ that was written to last."""
+    """Run directory; newest is the one under runs/ written to last."""
 
 
 @dataclass(frozen=True)
 class Race:
-    """Train the real model twice, with your pieces and with the reference's, and draw both curves."""
+    """Train the default model with your pieces and with the reference, and plot both curves."""
 
     mine: str = "mine.py"
-    """The file with your pieces."""
+    """Python file with your pieces."""
     data: str = "stdlib"
-    """The text to learn: a file, a folder or a glob; stdlib is the source of Python's own library."""
+    """Training text: a file, a folder or a glob; stdlib is the source of Python's standard library."""
     steps: int = 800
-    """Steps of training; all else is as in the default run."""
+    """Number of optimizer steps; all other options are those of the default run."""
     out: str = "race"
-    """The folder for both runs and the picture."""
+    """Folder for both run directories and the figure."""
 
 
 COMMANDS = (
@@ -156,7 +156,7 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line says. Returns the exit status; 2 for a mistake in what was asked for."""
+    """Run a subcommand. Returns the exit status; exits with 2 on a usage error."""
     with parse.exit_on_error():
         options = parse.parse_command(COMMANDS, arguments or ["list"], "python -m llm_basics.learn", TITLE)
         match options:
@@ -182,61 +182,62 @@ def main(arguments: Sequence[str]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading
+# Lessons
 
 
 def show_all(mine: str) -> None:
-    """The steps, their marks, and what to do next."""
+    """Print all steps with their status, and the next command."""
     known = progress.Progress(mine)
-    there = set(user_code.names(mine)) if Path(mine).exists() else set()
+    defined = set(user_code.names(mine)) if Path(mine).exists() else set()
     for number, name in enumerate(lessons.ORDER, start=1):
         lesson = lessons.load(name)
-        begun = bool(there & set(lesson.pieces))
+        begun = bool(defined & set(lesson.pieces))
         mark = MARKS[known.steps.get(name, "not started")] if begun else MARKS["not started"]
-        stale = "  (changed since it was checked)" if begun and not known.is_current(name) else ""
+        stale = "  (changed since the last check)" if begun and not known.is_current(name) else ""
         print(f"{mark} {number:2} {name:14} {lesson.title}{stale}")
     n_passed = sum(known.steps.get(name) == "passed" for name in lessons.ORDER)
     advice = f"{PROGRAM} next" if n_passed < len(lessons.ORDER) else f"{PROGRAM} race --mine {mine}"
-    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; go on: {advice}")
+    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {advice}")
 
 
 def show(lesson: lessons.Lesson) -> None:
-    """The page of a step."""
+    """Print the lesson of a step."""
     print(f"{lesson.title} ({', '.join(lesson.pieces)})\n\n{lesson.idea}\n")
     for line in lesson.formula.splitlines():
         print(f"    {line}")
     print("\n" + "\n".join(f"    {line}" for line in lesson.shapes.splitlines()))
     if lesson.optional:
-        print(f"\nmay be left to the reference: {', '.join(lesson.optional)}")
+        print(f"\noptional (the reference is used): {', '.join(lesson.optional)}")
     if lesson.paper:
         print(f"\npaper     {lesson.paper}")
     print(f"worklog   WORKLOG.md#{lesson.worklog}")
-    print(f"its test  uv run pytest tests/test_steps.py -k '[{lesson.name}]' --mine mine.py")
-    print(f"begin     {PROGRAM} start {lesson.name} --into mine.py")
+    if sockets.is_clone():
+        print(f"test      uv run pytest tests/test_steps.py -k '[{lesson.name}]' --mine mine.py")
+    print(f"start     {PROGRAM} start {lesson.name} --into mine.py")
 
 
 def show_next(mine: str) -> None:
-    """The first step that is not passed."""
+    """Print the lesson of the first step that is not passed."""
     known = progress.Progress(mine)
     left = [name for name in lessons.ORDER if known.steps.get(name) != "passed"]
     if not left:
-        print(f"all steps are passed; train the real model with your pieces: {PROGRAM} race --mine {mine}")
+        print(f"all steps passed; train the default model with your pieces: {PROGRAM} race --mine {mine}")
         return
     show(lessons.load(left[0]))
 
 
 def hint(lesson: lessons.Lesson, known: progress.Progress) -> None:
-    """The next hint; after the last, the way to the solution."""
+    """Print the next hint; after the last one, the command that prints the solution."""
     number = min(known.hints.get(lesson.name, 0), len(lesson.hints) - 1)
     print(f"{lesson.name}, hint {number + 1} of {len(lesson.hints)}: {lesson.hints[number]}")
     if number + 1 == len(lesson.hints):
-        print(f"this was the last one; the reference: {PROGRAM} solution {lesson.name}")
+        print(f"last hint; reference: {PROGRAM} solution {lesson.name}")
     known.hints[lesson.name] = number + 1
     known.save()
 
 
 def predict(lesson: lessons.Lesson, options: Predict) -> int:
-    """Ask, or judge an answer."""
+    """Print the question, or grade an answer."""
     question = lesson.predict
     if options.answer is None:
         print(question.question)
@@ -250,39 +251,39 @@ def predict(lesson: lessons.Lesson, options: Predict) -> int:
     known = progress.Progress(options.mine)
     known.predicted.setdefault(lesson.name, is_right)
     known.save()
-    verdict = "right" if is_right else f"no: it is {question.answer}, {question.options[question.answer - 1]}"
+    verdict = (
+        "correct" if is_right else f"wrong: it is {question.answer}, {question.options[question.answer - 1]}"
+    )
     print(f"{verdict}. {question.why}")
     return 0 if is_right else 1
 
 
 # --------------------------------------------------------------------------------------------------
-# Writing and checking; torch is loaded only from here on
+# Writing and checking; these import torch
 
 
 def start(step: str, into: str) -> None:
-    """Write the blanks, and ask the question."""
+    """Append the stubs to a file and point to the question."""
     from llm_basics.learn import stubs
 
     names = stubs.start(step, into)
-    print(f"{into} has blanks for {', '.join(names)}; write them, then: {PROGRAM} check {step} --mine {into}")
-    print(f"before you run it, a question: {PROGRAM} predict {step}")
+    print(f"added to {into}: {', '.join(names)}; implement, then: {PROGRAM} check {step} --mine {into}")
+    print(f"predict first: {PROGRAM} predict {step}")
 
 
 def solution(lesson: lessons.Lesson) -> None:
-    """The sources of the pieces."""
+    """Print the source of each piece of a step."""
     from llm_basics.learn import stubs
 
     print("\n\n".join(stubs.solution(piece).rstrip() for piece in lesson.pieces))
 
 
 def check(options: Check) -> int:
-    """One check of the file."""
+    """Check a file once."""
     from llm_basics.learn import checks
 
     if not Path(options.mine).exists():
-        raise ValueError(
-            f"there is no {options.mine}; begin with: {PROGRAM} start linear --into {options.mine}"
-        )
+        raise ValueError(f"no file {options.mine}; create it: {PROGRAM} start linear --into {options.mine}")
     known = progress.Progress(options.mine)
     statuses = []
     for result in checks.check(options.mine, options.step):
@@ -291,14 +292,14 @@ def check(options: Check) -> int:
         known.save()
         statuses.append(result.status)
     if not statuses:
-        raise ValueError(f"{options.mine} has pieces, but none that a step is about")
+        raise ValueError(f"{options.mine} must define a piece of a step; list them: {PROGRAM} list")
     if not options.step:
         print(f"{statuses.count('passed')} of {len(lessons.ORDER)} steps passed")
     return 0 if set(statuses) <= {"passed"} else 1
 
 
 def watch(options: Check) -> int:
-    """Check now, and again at each change, until Ctrl-C."""
+    """Check now and after every save, until Ctrl-C."""
     import watchfiles
 
     def once() -> None:
@@ -310,7 +311,7 @@ def watch(options: Check) -> int:
 
     path = Path(options.mine).resolve()
     once()
-    # editors replace files, so the folder is watched
+    # the folder, since editors replace files
     try:
         for changes in watchfiles.watch(path.parent):
             if any(Path(changed) == path for _, changed in changes):
@@ -321,7 +322,7 @@ def watch(options: Check) -> int:
 
 
 def more(options: Dojo | Mistakes | Read | Race) -> int:
-    """What is about whole models."""
+    """Run a subcommand on whole models."""
     from llm_basics.learn import checks, dojo, log_checks, race
 
     match options:
@@ -337,6 +338,6 @@ def more(options: Dojo | Mistakes | Read | Race) -> int:
 
 
 if __name__ == "__main__":
-    # a message may quote any character of somebody's file
+    # messages may quote any character of a user's file
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main(sys.argv[1:]))

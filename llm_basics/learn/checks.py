@@ -1,4 +1,4 @@
-"""A file of somebody's own, put through the tests: which steps are right, which mistake was made."""
+"""Checks of a user's file: which steps pass, and which mistake the others make."""
 
 import inspect
 import sys
@@ -13,13 +13,13 @@ import torch
 from llm_basics import swap, user_code
 from llm_basics.learn import judge, lessons, messages, sandbox, sockets
 
-# to run a file once, before any piece in it is called
+# for executing a file, before any piece in it is called
 LOAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a step did. `text` is for the learner."""
+    """Result of a step. `text` is for the learner."""
 
     step: str
     status: str
@@ -28,60 +28,59 @@ class Result:
 
 
 def check(path: str | Path, only: str | None = None, log: Callable[[str], None] = print) -> Iterator[Result]:
-    """Check each step that the file has pieces of, or the one that is asked for, in learning order.
+    """Check each step that the file has pieces of, or `only` this one, in learning order.
 
-    `say` is given what is strange about the file. Raises ValueError if the file cannot be run, or has a
-    piece that does not fit.
+    `log` receives warnings about the file. Raises ValueError if the file does not run, or if a signature does
+    not match the reference.
     """
-    # drawn from the same source each time
     torch.set_num_threads(1)
     with swap.restored():
         try:
             with sandbox.time_limit(LOAD_SECONDS), sandbox.unchanged_state():
                 swap.use(path, log, check_shapes)
-        except sandbox.TookTooLong:
-            raise ValueError(f"{path} must be read in {LOAD_SECONDS:.0f} s, but took longer") from None
+        except sandbox.TimedOut:
+            raise ValueError(f"{path} must load within {LOAD_SECONDS:.0f} s") from None
         own = {piece.split(".")[1] for piece in swap.user_pieces()}
         wrong: set[str] = set()
         for name in [only] if only else lessons.ORDER:
             lesson = lessons.load(name)
-            there = own & set(lesson.pieces)
-            if not there:
+            written = own & set(lesson.pieces)
+            if not written:
                 if only:
                     raise ValueError(
-                        f"{path} has none of {', '.join(lesson.pieces)}; begin with: learn start {name}"
+                        f"{path} must define one of {', '.join(lesson.pieces)}; add stubs: learn start {name}"
                     )
                 continue
             verdict = judge.judge(judge.load(name), sockets.own())
             hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
-            missing = [piece for piece in lesson.needed if piece not in own and _is_missed(piece, there)]
-            blank = "".join(verdict.difference).split(".")[0] if verdict.status == "not started" else ""
-            if blank in swap.HOMES and blank not in lesson.pieces:
-                yield Result(name, "not started", f"{name}: it uses {blank}, which is not started")
+            missing = [piece for piece in lesson.needed if piece not in own and _is_required(piece, written)]
+            stub = "".join(verdict.difference).split(".")[0] if verdict.status == "not started" else ""
+            if stub in swap.HOMES and stub not in lesson.pieces:
+                yield Result(name, "not started", f"{name}: depends on {stub}, which is not started")
             elif verdict.status == "passed" and missing:
-                yield Result(name, "not started", f"{name}: right so far, {', '.join(missing)} not started")
+                yield Result(name, "not started", f"{name}: correct so far, {', '.join(missing)} not started")
             elif verdict.status == "passed":
-                problems = list(_aids(name, path))
-                text = "\n".join([f"{name}: {'not yet' if problems else 'passed'}", *problems])
+                problems = list(_backward_errors(name, path))
+                text = "\n".join([f"{name}: {'failed' if problems else 'passed'}", *problems])
                 yield Result(name, "failed" if problems else "passed", text)
             else:
-                used = set().union(*(_all_used_by(piece) for piece in there)) - there
+                used = set().union(*(_all_used_by(piece) for piece in written)) - written
                 used &= _wrong_among(used & own) if only else wrong
                 if used:
-                    hint = f"it uses {', '.join(sorted(used))}, which is not right: mend that first"
+                    hint = f"depends on {', '.join(sorted(used))}, which does not pass; fix that first"
                 yield Result(name, verdict.status, messages.message(verdict, hint))
             if verdict.status != "passed":
-                wrong |= there
+                wrong |= written
 
 
-def _is_missed(piece: str, there: set[str]) -> bool:
-    """Whether a step is not done without a piece: a class that does the work itself stands for it."""
-    classes = [name for name in there if name[0].isupper()]
+def _is_required(piece: str, written: set[str]) -> bool:
+    """Whether a step needs a piece besides those written: not if a class does the work itself."""
+    classes = [name for name in written if name[0].isupper()]
     return not classes or any(piece in _used_by(name) for name in classes)
 
 
 def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The pieces that a piece calls, and those that they call."""
+    """The pieces that a piece calls, directly or through others."""
     found = _used_by(piece) & swap.HOMES.keys()
     for name in found - seen:
         found = found | _all_used_by(name, seen | found | {piece})
@@ -89,7 +88,7 @@ def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 def _wrong_among(pieces: set[str]) -> set[str]:
-    """Those of somebody's own pieces whose steps are not right."""
+    """Those of a user's pieces whose steps do not pass."""
     steps = {step for piece in pieces if (step := lessons.of_piece(piece))}
     verdicts = [judge.judge(judge.load(step), sockets.own()) for step in sorted(steps)]
     failed = {verdict.step for verdict in verdicts if verdict.status != "passed"}
@@ -102,23 +101,23 @@ def _used_by(piece: str) -> set[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Beyond the probes: shapes, and backward passes of one's own
+# Beyond the probes: shapes and custom backward passes
 
 
 def check_shapes(module: ModuleType) -> None:
-    """From here on, every call of a function in the file compares the shapes with its annotations."""
+    """Check shapes against annotations in every call of a function of `module`."""
     try:
         import beartype
         import jaxtyping
     except ImportError:
-        return  # without the tools of the tests, shapes are not checked
+        return  # installed with the test dependencies only
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
 
     def _checked(function: Any) -> Any:
         try:
             return checked(function)
         except Exception:
-            return function  # a lambda, or an annotation that is no type, such as torch.tensor
+            return function  # a lambda, or an annotation that is not a type, such as torch.tensor
 
     for name, value in list(vars(module).items()):
         if getattr(value, "__module__", None) != module.__name__:
@@ -131,8 +130,8 @@ def check_shapes(module: ModuleType) -> None:
                     setattr(value, method, _checked(body))
 
 
-def _aids(name: str, path: str | Path) -> Iterator[str]:
-    """Where somebody wrote a backward pass, compare it with finite differences in float64."""
+def _backward_errors(name: str, path: str | Path) -> Iterator[str]:
+    """Compare custom backward passes with finite differences in float64."""
     module = sys.modules[f"yours_{Path(path).resolve().stem}"]
     own = [v for v in vars(module).values() if inspect.isclass(v) and issubclass(v, torch.autograd.Function)]
     if not any(value.__module__ == module.__name__ for value in own):
@@ -140,7 +139,7 @@ def _aids(name: str, path: str | Path) -> Iterator[str]:
     for probe in judge.load(name).probes:
         wrong = judge.gradient_error(probe)
         if wrong:
-            yield f"  {probe.about}: your backward pass is not the derivative of your forward pass: {wrong}"
+            yield f"  {probe.about}: the backward pass is not the derivative of the forward pass: {wrong}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def _aids(name: str, path: str | Path) -> Iterator[str]:
 
 
 def print_mistakes(only: str | None = None) -> int:
-    """Plug every known mistake in, and print the table of what was caught and named."""
+    """Plug in every known mistake, and print how many are caught and named."""
     if only is not None and only not in judge.STEPS:
         raise ValueError(f"a step must be one of {', '.join(judge.STEPS)}; got {only}")
     totals = [0, 0, 0]
@@ -166,7 +165,7 @@ def print_mistakes(only: str | None = None) -> int:
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         print(f"| {name} | {' | '.join(map(str, counts))} |", flush=True)
         if only:
-            print("\n" + "\n".join(f"- {mistake.name}: {mistake.says}" for mistake in step.mistakes))
+            print("\n" + "\n".join(f"- {mistake.name}: {mistake.explanation}" for mistake in step.mistakes))
     if not only:
         print(f"| all | {' | '.join(map(str, totals))} |")
     return 0 if totals[0] == totals[1] == totals[2] else 1

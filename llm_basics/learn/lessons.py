@@ -1,4 +1,4 @@
-"""What each step is about: an idea, a formula, shapes, three hints, a question. One YAML file each."""
+"""The lessons: idea, formula, shapes, three hints and a question per step, one YAML file each."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import yaml
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: the pieces, what is composed of them, training
+# in learning order: functions, the modules composed of them, training
 ORDER = (
     "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention multi_head "
     "block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation sampling"
@@ -19,7 +19,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Question:
-    """Asked before the code of a step is run; `answer` is the number of the right option, from 1."""
+    """A result to predict before running a step; `answer` is the number of the correct option, from 1."""
 
     question: str
     options: list[str]
@@ -34,27 +34,27 @@ class Lesson:
     name: str
     title: str
     pieces: list[str]
-    """What is to be written, the most important first."""
+    """Names of the pieces to implement, the most important first."""
     optional: list[str]
-    """Those of `pieces` that may be left to the reference."""
+    """Those of `pieces` for which the reference may be used."""
     idea: str
     formula: str
     shapes: str
     paper: str
     worklog: str
-    """The anchor of its entry in WORKLOG.md."""
+    """Anchor of its entry in WORKLOG.md."""
     hints: list[str]
     predict: Question
 
     @property
     def needed(self) -> list[str]:
-        """The pieces without which the step is not done."""
+        """The pieces that must be implemented."""
         return [piece for piece in self.pieces if piece not in self.optional]
 
 
 @functools.cache
 def load(name: str) -> Lesson:
-    """The lesson of a step. Raises ValueError for a name that is none."""
+    """The lesson of a step. Raises ValueError for an unknown name."""
     if name not in ORDER:
         raise ValueError(f"a step must be one of {', '.join(ORDER)}; got {name}")
     fields: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -64,10 +64,10 @@ def load(name: str) -> Lesson:
 
 
 def of_piece(name: str) -> str | None:
-    """The step in which a piece is written, if any."""
+    """The step in which a piece is implemented, if any."""
     return next((step for step in ORDER if name in load(step).pieces), None)
 
 
 def field_names() -> set[str]:
-    """What a file must have."""
+    """Keys of a lesson's YAML file."""
     return {field.name for field in dataclasses.fields(Lesson)} - {"name"}

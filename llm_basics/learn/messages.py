@@ -1,4 +1,4 @@
-"""What is wrong, in words: the first wrong element, the largest difference, the mistake that was made."""
+"""Messages for a failed step: the first wrong element, the largest difference, the known mistake."""
 
 import itertools
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 
 WIDTH = 100
 
-# of numbers, which read badly on two lines
+# lines of numbers, which are hard to read when wrapped
 LINE = 114
 
-# of a message, all told
-MOST_LINES = 12
+# of a whole message
+MAX_LINES = 12
 
 
 def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
@@ -41,75 +41,74 @@ def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
 
 
 def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[str]:
-    """What is wrong in `actual`, most telling first."""
+    """How `actual` differs from `expected`, most informative first."""
     if "error" in actual:
-        yield f"it failed: {actual['error']}"
+        yield f"it raised {actual['error']}"
         return
     if "error" in expected:
-        yield "it must refuse this with an error, but gave a result"
+        yield "it must raise an error here, but returned a result"
         return
-    # what comes out first, then what goes back
+    # outputs before gradients
     wrong = [k for k in expected if k in actual and not same(expected[k], actual[k], probe.rtol, probe.atol)]
     for facet in wrong:
         right, found = expected[facet], actual[facet]
         if facet in ("output", "result") and probe.words is not None:
             yield probe.words(right, found)
         elif facet == "changed":
-            yield f"it changes its input {', '.join(found)} in place"
+            yield f"it modifies its input {', '.join(found)} in place"
         elif facet == "dtype":
-            yield f"the result must be {right}, got {found}"
+            yield f"the dtype must be {right}, got {found}"
         elif facet.startswith("gradient") and found is None:
-            yield f"no gradient reaches {facet.removeprefix('gradient of ')}: it was copied or detached"
+            yield f"no gradient reaches {facet.removeprefix('gradient of ')}; it was copied or detached"
         else:
             name = "" if facet in ("output", "result") else f"{facet}: "
             yield name + _first_difference(right, found, probe, probe.axes if not name else ())
     if wrong and all(facet.startswith("gradient") for facet in wrong):
-        yield "the output is right, only the gradient is wrong"
+        yield "the output is correct, only the gradient is wrong"
     elif "output" in wrong and isinstance(actual["output"], Tensor):
         gradients = [k for k in expected if k.startswith("gradient") and k in actual]
         right = [k for k in gradients if k not in wrong]
         shape, dtype = tuple(actual["output"].shape), actual["dtype"]
-        which = f"right: {', '.join(right)}" if right else "the gradients are wrong too"
+        which = f"correct: {', '.join(right)}" if right else "the gradients are wrong too"
         yield f"the output is {dtype} of shape {shape}" + (f"; {which}" if gradients else "")
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line: of a shape that was checked the parameter, what it must be and what it
-    was; and the place in the code that it came from."""
+    """An error as one line with its location; for a failed shape check, the parameter and both shapes."""
     text = " ".join(str(error).split())
     if isinstance(error, RecursionError):
-        text = "it calls itself without end (what is reached through llm_basics is your own piece here)"
+        text = "infinite recursion (a piece called through llm_basics is your piece here)"
     found = re.search(
         r"typechecking parameter '(\w+)'.*?Actual value: (.*?) Expected type: (.*?)\. ?-----", text
     )
     if found:
         text = f"{found[1]} must be {found[3]}, got {found[2]}"
-    places = traceback.extract_tb(error.__traceback__)
-    # where somebody's own code is, and not a library that it calls
-    place = next((p for p in reversed(places) if "site-packages" not in p.filename), places[-1])
-    return f"{text or 'without a word'} ({Path(place.filename).name}:{place.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    # in user code, not in a library that it calls
+    frame = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])
+    return f"{text or 'no message'} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def message(verdict: Any, how_to_go_on: str) -> str:
-    """What a learner reads of a step that is not right: twelve lines at most, the mistake among them."""
+def message(verdict: Any, next_step: str) -> str:
+    """The message for a step that did not pass, in at most twelve lines, with the mistake if it is known."""
     if verdict.status == "not started":
         return f"{verdict.step}: not started"
     lines = [f"{verdict.step}: {verdict.probe}"]
     for line in verdict.difference[:3]:
-        # what an error says has no end that could be left out
-        width = 2 * WIDTH if line.startswith("it failed") else LINE
+        # the end of an error message matters
+        width = 2 * WIDTH if line.startswith("it raised") else LINE
         lines += textwrap.wrap(
             textwrap.shorten(line, width), LINE, initial_indent="  ", subsequent_indent="    "
         )
     mistake = verdict.mistake
     if mistake is None:
-        lines.append("  no known mistake does the same")
+        lines.append("  no known mistake gives this result")
     else:
         name = mistake.name.upper()
-        unsure = f"here it does the same as: {name} (is there a second mistake?)"
-        lines.append(f"  this is: {name}" if verdict.sure else f"  {unsure}")
-        lines += textwrap.wrap(mistake.says, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join([*lines[: MOST_LINES - 1], f"  {how_to_go_on}"])
+        unsure = f"here it matches: {name} (is there a second mistake?)"
+        lines.append(f"  mistake: {name}" if verdict.sure else f"  {unsure}")
+        lines += textwrap.wrap(mistake.explanation, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join([*lines[: MAX_LINES - 1], f"  {next_step}"])
 
 
 def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -> str:
@@ -119,13 +118,13 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
         close = torch.isclose(
             right.double(), found.double(), rtol=probe.rtol, atol=probe.atol, equal_nan=True
         )
-        places = (~close).nonzero()
-        if not len(places):
-            return f"it must be {right.dtype}, got {found.dtype}"
-        first = tuple(places[0].tolist())
-        text = f"{_place(first, axes)}expected {_number(right[first])}, got {_number(found[first])}"
+        wrong = (~close).nonzero()
+        if not len(wrong):
+            return f"the dtype must be {right.dtype}, got {found.dtype}"
+        first = tuple(wrong[0].tolist())
+        text = f"{_position(first, axes)}expected {_number(right[first])}, got {_number(found[first])}"
         if close.numel() > 1:
-            text += f"; {len(places)} of {close.numel()} wrong"
+            text += f"; {len(wrong)} of {close.numel()} wrong"
             off = (right.double() - found.double()).abs().nan_to_num(0, 0, 0) * ~close
             if off.max() > 0:
                 largest = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
@@ -134,10 +133,10 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
     if isinstance(right, list | tuple) and isinstance(found, list | tuple):
         for i, (x, y) in enumerate(itertools.zip_longest(right, found, fillvalue="nothing")):
             if not same(x, y, probe.rtol, probe.atol):
-                place = f"{axes[0]} {i}" if axes else f"place {i}"
+                position = f"{axes[0]} {i}" if axes else f"index {i}"
                 if isinstance(x, list | tuple | dict | Tensor) and type(x) is type(y):
-                    return f"at {place}: " + _first_difference(x, y, probe, axes[1:])
-                return f"at {place}: expected {_short(x)}, got {_short(y)}"
+                    return f"at {position}: " + _first_difference(x, y, probe, axes[1:])
+                return f"at {position}: expected {_short(x)}, got {_short(y)}"
     if isinstance(right, dict) and isinstance(found, dict):
         for key in [*right, *(k for k in found if k not in right)]:
             x, y = right.get(key, "nothing"), found.get(key, "nothing")
@@ -148,8 +147,8 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
     return f"expected {_short(right)}, got {_short(found)}"
 
 
-def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:
-    """`at batch 0, query 3: ` for named axes, counted from the last; else `at [0, 3]: `."""
+def _position(index: tuple[int, ...], axes: Sequence[str]) -> str:
+    """`at batch 0, query 3: ` for named axes, else `at [0, 3]: `."""
     if not index:
         return ""
     if len(axes) != len(index):

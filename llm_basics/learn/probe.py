@@ -1,8 +1,4 @@
-"""Can this stack of pieces learn? Small tasks with known answers, each in well under a minute.
-
-uv run python -m llm_basics.probe                               all tasks, with the reference's pieces
-uv run python -m llm_basics.probe reverse --mine mine.py        one task, with yours
-"""
+"""Train a small model on a task with known answers and judge the result, in under a minute per task."""
 
 import dataclasses
 import math
@@ -25,20 +21,20 @@ from llm_basics.core import model as models
 from llm_basics.learn import probe_tasks
 from llm_basics.runs import run_dir
 
-# how many measurements on the way, and of how many held-out sequences; the last is of all
-MEASUREMENTS, LOOK_AT = 10, 100
+# measurements during training, and their number of held-out sequences; the last one uses all
+N_MEASUREMENTS, N_SEQUENCES = 10, 100
 
-# how far above the entropy rate a loss may stay, in nats
-CLOSE = 0.03
+# largest gap to the entropy rate, in nats
+LOSS_TOLERANCE = 0.03
 
-# equal scores may be rounded to another answer, but in so few sequences that more is a leak
-LEAK = 0.1
+# rounding of equal logits changes the answers of fewer sequences than this fraction
+MAX_LEAK = 0.1
 
 
 def collate(
     task: probe_tasks.Task, sequences: Int[np.ndarray, "n length"]
 ) -> tuple[Int[Tensor, "n seq"], Int[Tensor, "n seq"]]:
-    """Inputs, and as targets the next tokens where they are answers."""
+    """Inputs, and next tokens as targets, with all but the answers masked."""
     tokens = torch.from_numpy(sequences).long()
     is_answer = torch.zeros(tokens.shape[-1], dtype=torch.bool)
     is_answer[list(task.answers)] = True
@@ -46,36 +42,36 @@ def collate(
 
 
 # --------------------------------------------------------------------------------------------------
-# What was learned?
+# Measurements
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How good a model is on held-out sequences after a step."""
+    """Metrics on the held-out sequences after a step."""
 
     step: int
     train_loss: float
-    """Of the batch of that step."""
+    """Loss of the batch of that step."""
     loss: float
-    """On the held-out sequences, in nats per answer."""
+    """Held-out loss, in nats per answer."""
     accuracy: float
-    """The share of right answers."""
+    """Fraction of correct answers."""
     exact: float = math.nan
-    """The share of sequences whose answers are all right, given one by one without seeing what follows."""
+    """Fraction of sequences with all answers correct, decoded one token at a time."""
     leak: float = 0.0
-    """How many more, as a share, are right up to their last answer if the answers stand there to be seen."""
+    """How much larger this fraction is, without the last answer, if the answers are in the input."""
     noise: float = 0.0
-    """How far a loss may be off by chance."""
+    """Four standard errors of the loss."""
 
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, sequences: Int[Tensor, "n length"], places: tuple[int, ...]
+    model: nn.Module, sequences: Int[Tensor, "n length"], positions: tuple[int, ...]
 ) -> Int[Tensor, "n length"]:
-    """The sequences with the model's likeliest tokens at `places`, each from what is before it alone."""
+    """The sequences with the model's argmax tokens at `positions`, decoded one at a time."""
     tokens = sequences.clone()
-    for place in places:
-        tokens[:, place] = model(tokens[:, :place])[:, -1].argmax(-1)
+    for position in positions:
+        tokens[:, position] = model(tokens[:, :position])[:, -1].argmax(-1)
     return tokens
 
 
@@ -87,27 +83,27 @@ def measure(
     step: int = 0,
     train_loss: float = math.nan,
 ) -> Measurement:
-    """How good `model` is on `held_out`."""
+    """Measure `model` on `held_out`."""
     was_training = model.training
     model.eval()
     inputs, targets = collate(task, held_out)
     logits = model(inputs)
     loss = F.cross_entropy(logits, targets).item()
-    places = list(task.answers)
-    wanted = torch.from_numpy(held_out).long()[:, places]
-    told = logits.argmax(-1)[:, [place - 1 for place in places]] == wanted
+    positions = list(task.answers)
+    expected = torch.from_numpy(held_out).long()[:, positions]
+    in_one_pass = logits.argmax(-1)[:, [position - 1 for position in positions]] == expected
     if task.source is not None:
-        # four standard errors; tokens of one sequence depend on each other, sequences do not
+        # over sequences, since the tokens of one sequence are not independent
         surprisals = task.source.surprisal(held_out).mean(axis=1)
         noise = 4 * float(surprisals.std()) / math.sqrt(len(surprisals))
-        measured = Measurement(step, train_loss, loss, told.float().mean().item(), noise=noise)
+        measured = Measurement(step, train_loss, loss, in_one_pass.float().mean().item(), noise=noise)
     else:
         sequences = torch.from_numpy(held_out).long()
-        right = answer(model, sequences, task.answers)[:, places] == wanted
-        accuracy, exact = right.float().mean().item(), right.all(-1).float().mean().item()
+        decoded = answer(model, sequences, task.answers)[:, positions] == expected
+        accuracy, exact = decoded.float().mean().item(), decoded.all(-1).float().mean().item()
         # the last answer is not among the inputs
-        at_once, one_by_one = (share[:, :-1].all(-1).float().mean().item() for share in (told, right))
-        measured = Measurement(step, train_loss, loss, accuracy, exact, at_once - one_by_one)
+        seeing, blind = (each[:, :-1].all(-1).float().mean().item() for each in (in_one_pass, decoded))
+        measured = Measurement(step, train_loss, loss, accuracy, exact, seeing - blind)
     model.train(was_training)
     return measured
 
@@ -117,70 +113,69 @@ def measure(
 
 
 def judge(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
-    """Whether a task was learned; and if not, what that means and where to look."""
+    """Whether a task was learned; if not, the probable cause."""
     passed, why = (judge_answers if task.source is None else judge_loss)(task, last)
     if not passed and last.step < task.train.steps:
-        why += f" (only {last.step} of {task.train.steps} steps were made)"
+        why += f" (only {last.step} of {task.train.steps} steps)"
     return passed, why
 
 
 def judge_answers(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
-    """Passed where every held-out sequence is exact, or as many as the task needs.
+    """Passed if every held-out sequence is exact, or as many as the task requires.
 
-    To a model that sees nothing of what follows it is the same whether the answers stand there: the sequences
-    that are right when it answers one by one are those that are right when the whole goes in.
+    A causal model gives the same answers whether or not they are in its input, so a difference is a leak.
     """
     n_exact = round(last.exact * task.n_held_out)
     counted = f"{n_exact} of {task.n_held_out} held-out sequences exact"
     if n_exact >= task.needed * task.n_held_out:
         return True, counted
-    score = f"{counted}, {last.accuracy:.1%} of answers right"
-    if last.leak > LEAK:
+    score = f"{counted}, {last.accuracy:.1%} of answers correct"
+    if last.leak > MAX_LEAK:
         return False, (
-            f"{score}; {last.leak:.1%} of sequences more are right if what follows is there to be read. This "
-            "is a leak, the model sees its answers: is the causal mask there?"
+            f"{score}; {last.leak:.1%} more sequences are correct with the answers in the input. The "
+            "model sees its targets (a leak): is the causal mask applied?"
         )
     guessing = list(task.losses.values())[-1]
     if last.train_loss < guessing / 10 and last.loss > guessing / 2:
         return False, (
             f"{score}; the loss is {last.train_loss:.3f} in training and {last.loss:.3f} on held-out "
-            "sequences: learned by heart, without the rule; more steps may find it, more weight decay too"
+            "sequences: memorized, not generalized; try more steps or more weight decay"
         )
     if last.accuracy < 2 * task.chance:
         return False, (
-            f"{score}, where chance gets {task.chance:.1%}: as good as guessing. Attention does not reach "
-            "the other position (is the mask or softmax right?), or no gradient reaches the weights"
+            f"{score}, chance {task.chance:.1%}: no better than guessing. Attention does not reach the other "
+            "position (check mask and softmax), or no gradient reaches the weights"
         )
     return False, (
-        f"{score}, where chance gets {task.chance:.1%}: something is learned, but not all. If the loss still "
-        "falls, more steps help; if it is flat, look at the positions (RoPE), then at the optimizer"
+        f"{score}, chance {task.chance:.1%}: partly learned. If the loss still falls, train longer; if it is "
+        "flat, check positions (RoPE), then the optimizer"
     )
 
 
 def judge_loss(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
-    """Passed where the loss is as low as the entropy rate, and not lower."""
+    """Passed if the loss equals the entropy rate, within tolerance."""
     lowest, unigram, guessing = task.losses.values()
     score = f"held-out loss {last.loss:.3f}, entropy rate {lowest:.3f}"
     if last.loss < lowest - last.noise:
         return False, (
-            f"{score}, which no model can go below (noise: {last.noise:.3f}). This is a leak, the model sees "
-            "its answers: is the causal mask there, are targets the next tokens?"
+            f"{score}, the lower bound (noise {last.noise:.3f}). The model sees its targets (a leak): is the "
+            "causal mask applied, are targets the next tokens?"
         )
-    if last.loss < lowest + last.noise + CLOSE:
+    if last.loss < lowest + last.noise + LOSS_TOLERANCE:
         return True, score
-    if last.loss > guessing - CLOSE:
+    if last.loss > guessing - LOSS_TOLERANCE:
         return False, (
-            f"{score}; to guess gets {guessing:.3f}, so nothing was learned: does a gradient reach the "
-            "weights, does the optimizer change them, do targets belong to their inputs?"
+            f"{score}; a uniform guess has {guessing:.3f}, so nothing was learned: do gradients reach the "
+            "weights, does the optimizer update them, are targets aligned with inputs?"
         )
-    if last.loss > unigram - CLOSE:
+    if last.loss > unigram - LOSS_TOLERANCE:
         return False, (
-            f"{score}; to know how often each token comes gets {unigram:.3f}, so the token before is not "
-            "made use of: do embeddings reach the output, through the residual stream?"
+            f"{score}; token frequencies alone reach {unigram:.3f}, so the previous token is not used: do "
+            "embeddings reach the output through the residual stream?"
         )
     return False, (
-        f"{score}: something is learned, but not all. If the loss still falls, more steps help; if it is "
-        "flat, look at the learning rate and the optimizer"
+        f"{score}: partly learned. If the loss still falls, train longer; if it is flat, check the learning "
+        "rate and the optimizer"
     )
 
 
@@ -190,7 +185,7 @@ def judge_loss(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
 
 @dataclass
 class Outcome:
-    """What became of a task."""
+    """Result of training on a task."""
 
     task: probe_tasks.Task
     train_losses: list[float] = field(default_factory=list)
@@ -202,7 +197,7 @@ class Outcome:
 def learn(
     task: probe_tasks.Task, seed: int, steps: int | None = None, log: Callable[[str], None] = print
 ) -> Outcome:
-    """Train a new model on a task, by `steps` instead of its own number if given, and judge it."""
+    """Train a new model on a task, for `steps` if given, and judge it."""
     n_steps = steps or task.train.steps
     options = dataclasses.replace(
         task.train, steps=n_steps, warmup_steps=min(task.train.warmup_steps, n_steps // 10)
@@ -215,26 +210,26 @@ def learn(
         model = models.TransformerLM(task.model)
         optimizer = trainer.make_optimizer(model, options)
         for step in range(1, n_steps + 1):
-            # one batch a step: its loss is the mean over its answers alone, whatever their number
+            # one batch per step, so that the loss is the mean over its answers
             batch = collate(task, next(sequences))
             result = trainer.train_step(model, optimizer, [batch], step, options)
             trainer.check_finite(step, result.lr, result.train_loss, result.grad_norm)
             outcome.train_losses.append(result.train_loss.item())
-            if step % max(1, n_steps // MEASUREMENTS) == 0 or step == n_steps:
-                looked_at = held_out if step == n_steps else held_out[:LOOK_AT]
-                outcome.measured.append(measure(model, task, looked_at, step, outcome.train_losses[-1]))
+            if step % max(1, n_steps // N_MEASUREMENTS) == 0 or step == n_steps:
+                measured = held_out if step == n_steps else held_out[:N_SEQUENCES]
+                outcome.measured.append(measure(model, task, measured, step, outcome.train_losses[-1]))
                 log(f"{_progress(outcome.measured[-1], n_steps)}   {clock.total():.0f} s")
     except FloatingPointError as error:
         outcome.verdict = str(error)
         return outcome
     except Exception as error:
-        # of the reference it would be a bug
+        # in the reference it is a bug
         if not swap.user_pieces():
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         outcome.verdict = (
-            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); targets of "
-            f"{dataloader.IGNORE_INDEX}, cross_entropy's ignore_index, are no answers and must not count"
+            f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno}); cross_entropy "
+            f"must skip targets equal to ignore_index ({dataloader.IGNORE_INDEX}), which are not answers"
         )
         return outcome
     outcome.passed, outcome.verdict = judge(task, outcome.measured[-1])
@@ -254,7 +249,7 @@ def _progress(now: Measurement, steps: int) -> str:
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Draw the losses beside those to compare with, and the accuracy beside chance."""
+    """Plot losses with their baselines, and accuracy with chance."""
     task, steps = outcome.task, [m.step for m in outcome.measured]
     canvas = figure.Figure(figsize=(10, 4.5), layout="constrained")
     left, right = canvas.subplots(1, 2)
@@ -265,14 +260,14 @@ def draw(outcome: Outcome, path: Path) -> None:
     for (name, loss), style in zip(task.losses.items(), ("-", "--", ":"), strict=False):
         left.axhline(loss, color="gray", ls=style, lw=1, label=f"{name}: {loss:.3f}")
     left.set(xlabel="step", ylabel="loss (nats per answer)", title=task.name)
-    right.plot(steps, [m.accuracy for m in outcome.measured], marker="o", ms=4, label="answers right")
+    right.plot(steps, [m.accuracy for m in outcome.measured], marker="o", ms=4, label="answers correct")
     if task.source is None:
         right.plot(steps, [m.exact for m in outcome.measured], marker="o", ms=4, label="sequences exact")
     else:
         best = task.source.best_accuracy()
         right.axhline(best, color="gray", ls="-", lw=1, label=f"best possible: {best:.3f}")
     right.axhline(task.chance, color="gray", ls=":", lw=1, label=f"guessing: {task.chance:.3f}")
-    right.set(xlabel="step", ylabel="share of held-out", title="passed" if outcome.passed else "failed")
+    right.set(xlabel="step", ylabel="fraction of held-out", title="passed" if outcome.passed else "failed")
     right.set_ylim(-0.03, 1.03)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -281,9 +276,9 @@ def draw(outcome: Outcome, path: Path) -> None:
 
 
 def main(options: commands.ProbeConfig) -> int:
-    """Learn the tasks that `options` name. Returns the exit status."""
+    """Train on the tasks of `options`. Returns the exit status."""
     with parse.exit_on_error():
-        names = probe_tasks.named(options.task)
+        names = probe_tasks.task_names(options.task)
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         if options.mine is not None:
@@ -299,7 +294,7 @@ def main(options: commands.ProbeConfig) -> int:
             passed += outcome.passed
             print(f"{'passed' if outcome.passed else 'failed'}: {outcome.verdict}")
             draw(outcome, out / f"{name}.png")
-            print(f"drawn     {out / name}.png")
+            print(f"figure    {out / name}.png")
     except KeyboardInterrupt:
         print()
         return 130

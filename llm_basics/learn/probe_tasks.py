@@ -1,14 +1,14 @@
-"""Small tasks whose right answers are known, to see whether a stack of pieces can learn.
+"""Small tasks with known answers, to test whether a stack of pieces can learn.
 
-A task draws sequences of tokens and says at which places a token is an answer. Only answers count in the
-loss, so that what cannot be known, such as the letters to be reversed, does not blur it.
+A task draws sequences of tokens and lists the positions that hold answers. Only answers count in the loss, so
+that unpredictable tokens, such as the letters to be reversed, do not add noise.
 
-    reverse      [BOS] c a t [SEP] t a c      look as far back as it takes: attention and positions
-    invert       [BOS] c a t [SEP] x z g      the same distance for all, and a letter for each letter
-    copy         [BOS] c a t [SEP] c a t      the same distance for all
-    addition     [BOS] 5 9 [SEP] 1            a rule that also holds for pairs never seen (here modulo 13)
-    induction    c a t s t s c a              what came after this the last time? two layers in a row
-    markov       a b b d a c b ...            a source whose entropy is known: no model can go below
+    reverse      [BOS] c a t [SEP] t a c      attention to varying distances: needs positions
+    invert       [BOS] c a t [SEP] x z g      attention to a fixed distance, and a mapping of letters
+    copy         [BOS] c a t [SEP] c a t      attention to a fixed distance
+    addition     [BOS] 5 9 [SEP] 1            a rule that generalizes to unseen pairs (here modulo 13)
+    induction    c a t s t s c a              induction heads: two attention layers
+    markov       a b b d a c b ...            a source with a known entropy rate, a lower bound of the loss
 """
 
 import math
@@ -27,47 +27,43 @@ Draw = Callable[[int, np.random.Generator], Int[np.ndarray, "n length"]]
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn, from what, and by which model.
+    """A task: its sequences, and the model and options to learn it.
 
-    Every sequence is as long as `model.context_length` + 1: all but its last token go in, all but its first
-    are to be predicted.
+    Every sequence has `model.context_length` + 1 tokens: inputs omit the last, targets the first.
     """
 
     name: str
-    """What the task is called."""
     about: str
-    """What is to be done and what it shows, in two sentences."""
+    """The task and what it tests, in two sentences."""
     symbols: tuple[str, ...]
-    """How the tokens are written; a token's id is its place here."""
+    """Token strings, by token id."""
     draw: Draw
-    """Makes so many sequences."""
+    """Draws the given number of sequences."""
     answers: tuple[int, ...]
-    """The places of a sequence that hold answers."""
+    """Positions of a sequence that hold answers."""
     chance: float
-    """The share of answers that guessing gets right."""
+    """Accuracy of guessing."""
     losses: dict[str, float]
-    """Losses, in nats per answer, to compare with: of the best possible model first, of guessing last."""
+    """Baseline losses in nats per answer, from the best possible model to guessing."""
     model: config.ModelConfig
-    """The model that learns it."""
     train: config.TrainConfig
-    """How it learns."""
     key: Callable[[list[int]], tuple[int, ...]] = field(default=tuple)
-    """Sequences of the same key count as the same when some are held out."""
+    """Sequences with the same key are held out together."""
     n_held_out: int = 500
-    """Sequences to judge by, which are never trained on."""
+    """Number of sequences for evaluation, never trained on."""
     needed: float = 1.0
-    """The share of these that must be exact."""
+    """Fraction of these that must be exact."""
     source: "Source | None" = None
-    """Where the tokens come from, if there is no right answer but only a likeliest."""
+    """Source of the tokens, for a task with a known entropy rate instead of answers."""
 
     def show(self, row: list[int]) -> str:
-        """A sequence as text, with a `_` for each answer, and below these the answers."""
+        """A sequence as text with a `_` for each answer, and the answers on a second line."""
         words = [self.symbols[token] for token in row]
         if self.source is not None:
             return f"example   {' '.join(words)}"
         given = ["_" * len(word) if i in self.answers else word for i, word in enumerate(words)]
-        wanted = [word if i in self.answers else " " * len(word) for i, word in enumerate(words)]
-        return f"given     {' '.join(given)}\nwanted    {' '.join(wanted)}"
+        expected = [word if i in self.answers else " " * len(word) for i, word in enumerate(words)]
+        return f"input     {' '.join(given)}\nexpected  {' '.join(expected)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,7 +71,7 @@ class Task:
 
 
 def hold_out(task: Task, seed: int) -> Int[np.ndarray, "n length"]:
-    """Different sequences to judge by, drawn before any that are trained on."""
+    """Distinct sequences for evaluation."""
     rng = np.random.default_rng((seed, 0))
     rows: dict[tuple[int, ...], list[int]] = {}
     while len(rows) < task.n_held_out:
@@ -87,16 +83,16 @@ def hold_out(task: Task, seed: int) -> Int[np.ndarray, "n length"]:
 def fresh(
     task: Task, held_out: Int[np.ndarray, "n length"], seed: int
 ) -> Iterator[Int[np.ndarray, "batch length"]]:
-    """Sequences to train on, a batch at a time without end; those held out are left out where drawn again."""
+    """Endless batches of training sequences, without those held out."""
     rng = np.random.default_rng((seed, 1))
-    kept_back = {task.key(row) for row in held_out.tolist()}
+    excluded = {task.key(row) for row in held_out.tolist()}
     while True:
         drawn = task.draw(task.train.batch_size, rng)
-        yield drawn[[task.key(row) not in kept_back for row in drawn.tolist()]]
+        yield drawn[[task.key(row) not in excluded for row in drawn.tolist()]]
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers that follow from a prefix (prefix language modelling, arXiv 1910.10683)
+# Answers determined by a prefix (prefix language modeling, arXiv 1910.10683)
 
 
 def _prefix_task(
@@ -126,31 +122,31 @@ def _prefix_task(
 def reverse(seed: int) -> Task:
     """Write nine letters backwards."""
     about = (
-        "Write nine letters backwards. Each answer stands at another distance, which attention must find by "
-        "position."
+        "Write nine letters backwards. Each answer is at a different distance from its letter, so attention "
+        "must use positions."
     )
     return _prefix_task("reverse", about, 800, lambda x: x[:, ::-1])
 
 
 def invert(seed: int) -> Task:
-    """Write for each of nine letters its mirror in the alphabet: a for z, b for y, ..."""
+    """Map each of nine letters to its mirror in the alphabet: a to z, b to y, ..."""
     about = (
-        "Write for each of nine letters its mirror in the alphabet: z for a, y for b, and so on. Attention "
-        "must bring each letter, and the weights must hold what becomes of it."
+        "Map each of nine letters to its mirror in the alphabet: a to z, b to y, and so on. Attention must "
+        "fetch each letter, and the weights must store the mapping."
     )
     return _prefix_task("invert", about, 300, lambda x: len(LETTERS) - 1 - x)
 
 
 def copy(seed: int) -> Task:
-    """Write nine letters again."""
-    about = "Write nine letters again. Attention must bring each from ten places before."
+    """Copy nine letters."""
+    about = "Copy nine letters. Attention must fetch each from ten positions before."
     return _prefix_task("copy", about, 300, lambda x: x)
 
 
 def addition(seed: int) -> Task:
     """`[BOS] a b [SEP] c`, c = (a + b) mod p, with held-out pairs (arXiv 2201.02177).
 
-    With a + b, b + a is held out too: it would give the answer away.
+    b + a is held out with a + b, which would reveal its answer.
     """
     p = 31
     bos, sep = p, p + 1
@@ -161,15 +157,15 @@ def addition(seed: int) -> Task:
 
     return Task(
         "addition",
-        f"Add two numbers modulo {p}. Some pairs are never trained on: to answer them, the model must find "
-        "the rule, where learning by heart is of no use.",
+        f"Add two numbers modulo {p}. Held-out pairs are never trained on, so the model must find the rule "
+        "instead of memorizing.",
         (*map(str, range(p)), "[BOS]", "[SEP]"),
         draw,
         answers=(4,),
         chance=1 / p,
         losses={"all known": 0.0, f"guessing (ln {p})": math.log(p)},
         model=config.ModelConfig(p + 2, 4, d_model=64, n_layers=1, n_heads=2, init="gpt2"),
-        # a rate that goes down to 0 settles the last few pairs
+        # a learning rate that decays to 0 settles the last few pairs
         train=config.TrainConfig(
             steps=2000, batch_size=256, lr=3e-3, min_lr=0.0, warmup_steps=50, weight_decay=2.0
         ),
@@ -179,10 +175,10 @@ def addition(seed: int) -> Task:
 
 
 def induction(seed: int) -> Task:
-    """Pairs of letters, then the same pairs in another order: after A comes what came after it before.
+    """Pairs of letters, then the same pairs in another order.
 
-    One layer finds what stood before each letter, the next looks for where that was the letter at hand: an
-    induction head (arXiv 2209.11895).
+    It takes an induction head (arXiv 2209.11895): one layer attends to the previous token, the next to the
+    position after an earlier occurrence of the current token.
     """
     n_pairs = 8
     half = 2 * n_pairs
@@ -196,8 +192,8 @@ def induction(seed: int) -> Task:
 
     return Task(
         "induction",
-        f"After {n_pairs} random pairs of letters the same pairs come in another order: after the first "
-        "letter of a pair say its second. No weight can know it; two layers of attention must find it.",
+        f"{n_pairs} random pairs of letters are followed by the same pairs in another order; predict the "
+        "second letter of each. Pairs are new in each sequence, so it takes an induction head (two layers).",
         LETTERS,
         draw,
         answers=tuple(range(half + 1, 2 * half, 2)),
@@ -205,7 +201,7 @@ def induction(seed: int) -> Task:
         losses={"all known": 0.0, f"guessing (ln {half})": math.log(half)},
         model=config.ModelConfig(len(LETTERS), 2 * half - 1, d_model=64, n_layers=2, n_heads=4),
         train=config.TrainConfig(steps=800, batch_size=64, lr=3e-3, min_lr=0.0, warmup_steps=50),
-        # what was seen decides here, not a rule, and now and then one of thousands is mistaken for another
+        # retrieval by attention is not exact: about one answer in thousands is wrong
         needed=0.99,
     )
 
@@ -216,7 +212,7 @@ def induction(seed: int) -> Task:
 
 @dataclass(frozen=True)
 class Source:
-    """A Markov chain of order 1: `transitions[i, j]` is the probability that j comes after i.
+    """A Markov chain of order 1: `transitions[i, j]` is the probability that j follows i.
 
     >>> fair_coin = Source(np.full((2, 2), 0.5))
     >>> round(fair_coin.entropy_rate() / math.log(2), 6)
@@ -226,7 +222,7 @@ class Source:
     transitions: Float[np.ndarray, "n n"]
 
     def stationary(self) -> Float[np.ndarray, " n"]:
-        """How often each token comes in the long run: `pi P = pi` and `sum(pi) = 1`."""
+        """The stationary distribution: `pi P = pi` and `sum(pi) = 1`."""
         n = len(self.transitions)
         equations = np.vstack([self.transitions.T - np.eye(n), np.ones(n)])
         return np.linalg.lstsq(equations, np.append(np.zeros(n), 1.0))[0]
@@ -238,20 +234,20 @@ class Source:
         return float(-(self.stationary() @ (p * logs).sum(axis=1)))
 
     def unigram_entropy(self) -> float:
-        """The loss of a model that knows how often each token comes, and nothing else: `-sum pi ln pi`."""
+        """The lowest loss of a model that ignores the context: `-sum pi ln pi`."""
         pi = self.stationary()
         return float(-(pi * np.log(pi)).sum())
 
     def best_accuracy(self) -> float:
-        """How often the likeliest next token comes."""
+        """Accuracy of always predicting the likeliest next token."""
         return float(self.stationary() @ self.transitions.max(axis=1))
 
     def surprisal(self, sequences: Int[np.ndarray, "n length"]) -> Float[np.ndarray, "n steps"]:
-        """`-ln P` of each token but the first: what the loss of a model that knows the source would be."""
+        """`-ln P` of each token but the first: the loss of the best possible model."""
         return -np.log(self.transitions[sequences[:, :-1], sequences[:, 1:]])
 
     def draw(self, size: int, length: int, rng: np.random.Generator) -> Int[np.ndarray, "size length"]:
-        """Sequences, begun anywhere in the long run of the source."""
+        """Sequences whose first token is drawn from the stationary distribution."""
         ends = np.cumsum(self.transitions, axis=1)[:, :-1]
         tokens = np.empty((size, length), dtype=np.int64)
         tokens[:, 0] = rng.choice(len(ends), size, p=self.stationary())
@@ -261,15 +257,15 @@ class Source:
 
 
 def markov(seed: int) -> Task:
-    """Tokens of a random Markov chain of 16 states."""
+    """Predict a random Markov chain with 16 states."""
     n, length = 16, 65
     rng = np.random.default_rng((seed, 2))
-    # small parameters make some followers likely and most rare
+    # a Dirichlet parameter below 1 makes a few transitions likely and most rare
     source = Source(rng.dirichlet(np.full(n, 0.3), size=n) * 0.99 + 0.01 / n)
     return Task(
         "markov",
-        f"Predict a text of {n} letters, each drawn with a probability that depends on the letter before. So "
-        "the lowest possible loss, the entropy rate, is known: a model comes close to it, but never below.",
+        f"Predict a Markov chain over {n} letters: each letter depends on the previous one only. The lowest "
+        "possible loss, the entropy rate, is known.",
         LETTERS[:n],
         lambda size, rng: source.draw(size, length, rng),
         answers=tuple(range(1, length)),
@@ -295,16 +291,12 @@ TASKS: dict[str, Callable[[int], Task]] = {
 }
 
 
-def named(name: str) -> list[str]:
-    """The tasks that a name stands for. Raises ValueError for one that is not known.
+def task_names(name: str) -> list[str]:
+    """The tasks of a name, "all" included. Raises ValueError for an unknown name.
 
-    >>> named("copy")
+    >>> task_names("copy")
     ['copy']
     """
     if name != "all" and name not in TASKS:
-        raise ValueError(f"the task must be {', '.join(TASKS)} or all, got {name}")
+        raise ValueError(f"task must be {', '.join(TASKS)} or all, got {name}")
     return list(TASKS) if name == "all" else [name]
-
-
-# --------------------------------------------------------------------------------------------------
-# The options of `probe`, here where no torch is loaded

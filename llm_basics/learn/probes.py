@@ -1,6 +1,6 @@
-"""The probes of a step: inputs on which an implementation is observed, and what must be observed.
+"""Probes of a step: inputs on which an implementation is observed, and the expected observation.
 
-An observation has what came out, its dtype, the gradients, the inputs that were changed, or the error.
+An observation holds the output, its dtype, gradients and the inputs modified in place, or the error.
 """
 
 import functools
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from llm_basics.learn import messages, sandbox
 
-# for one probe; far more than any needs
+# for one probe; the slowest takes a fraction
 LIMIT_SECONDS = 10.0
 
-TOO_LONG = "it took longer than"
+# how the error of a probe that timed out begins
+TIMEOUT = "TimeoutError: not finished after"
 
 # "output", "dtype", "gradient of x", "changed", ... or "error"
 Observation = dict[str, Any]
@@ -28,7 +29,7 @@ Observation = dict[str, Any]
 
 @dataclass(frozen=True)
 class Probe:
-    """One thing that is checked of a step."""
+    """One check of a step."""
 
     about: str
     observe: Callable[[Any], Observation]
@@ -38,31 +39,31 @@ class Probe:
     axes: tuple[str, ...] = ()
     words: Callable[[Any, Any], str] | None = None
     function: Callable[..., Tensor] | None = None
-    """Where tensors are compared: what is called with the adapters and `tensors`."""
+    """If tensors are compared: called with the adapters and `tensors`."""
     right: Callable[..., Tensor] | None = None
-    """Where tensors are compared: the independent implementation, called with `tensors`."""
+    """If tensors are compared: the independent implementation, called with `tensors`."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     gradients: bool = False
-    """Whether the gradients of `tensors` are compared, not the output alone."""
+    """Whether gradients of `tensors` are compared besides the output."""
     beyond: bool = False
-    """Asked of our own pieces; of foreign ones, which do as the public assignment says, only advised."""
+    """Beyond the public assignment: required of pieces of this package, only advised for foreign adapters."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong version of a piece. `says`: what it is, why it matters, where to look."""
+    """A wrong version of a piece. `explanation`: the fault, why it matters, where to look."""
 
     name: str
     piece: str
     wrong: Any
-    says: str
+    explanation: str
     source: str
     same_as: str | None = None
 
 
 @dataclass
 class Step:
-    """The probes and the mistakes of one step of learning."""
+    """The probes and the mistakes of one step."""
 
     name: str
     probes: list[Probe] = field(default_factory=list)
@@ -85,15 +86,15 @@ class Step:
     ) -> None:
         """Check `ours(adapters, **inputs, **weights)` against `right(**inputs, **weights)`.
 
-        Compared are output, dtype, the gradients of all floating-point tensors, and whether an input was
-        changed. Gradients of `weights` are not asked of foreign adapters, which may copy them into layers.
-        `axes` names the axes of the output; `words` puts the first difference of the output into words.
+        Compares output, dtype, gradients of all floating-point tensors, and in-place changes of inputs.
+        Gradients of `weights` are not compared for foreign adapters, which may copy weights into layers.
+        `axes` names the axes of the output; `words` describes the first difference of the output.
         """
         weights = weights or {}
         tensors = inputs | weights
 
         def observe(adapters: Any) -> Observation:
-            wanted = tensors if getattr(adapters, "takes_weights_as_they_are", True) else inputs
+            wanted = tensors if getattr(adapters, "keeps_weights", True) else inputs
             return observe_tensors(functools.partial(ours, adapters), tensors, wanted if gradients else {})
 
         def expected() -> Observation:
@@ -116,7 +117,7 @@ class Step:
         words: Callable[[Any, Any], str] | None = None,
         beyond: bool = False,
     ) -> None:
-        """Check that `ours(adapters)` gives `right`: tensors, numbers, texts, or lists and dicts of them."""
+        """Check that `ours(adapters)` equals `right`: tensors, numbers, strings, lists, dicts."""
         self.probes.append(
             Probe(
                 about,
@@ -131,12 +132,12 @@ class Step:
         )
 
     def mistake(self, piece: str, source: str, same_as: str | None = None) -> Callable[[Any], Any]:
-        """Register a wrong version of `functional.softmax` or such; its docstring is for the learner."""
+        """Register a wrong version of a piece (`functional.softmax`); its docstring is the explanation."""
 
         def register(wrong: Any) -> Any:
             name = _spaced(wrong.__name__)
-            says = " ".join(wrong.__doc__.split())
-            self.mistakes.append(Mistake(name, piece, wrong, says, source, same_as and _spaced(same_as)))
+            text = " ".join(wrong.__doc__.split())
+            self.mistakes.append(Mistake(name, piece, wrong, text, source, same_as and _spaced(same_as)))
             return wrong
 
         return register
@@ -149,7 +150,7 @@ def _spaced(name: str) -> str:
 
 
 def numbers(seed: int) -> Callable[..., Tensor]:
-    """A source of normal random numbers in float32, the same in every run."""
+    """A generator of normal random tensors in float32, the same in every run."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator)
 
@@ -161,40 +162,43 @@ def numbers(seed: int) -> Callable[..., Tensor]:
 def observe_tensors(
     function: Callable[..., Tensor], tensors: dict[str, Tensor], wanted: dict[str, Tensor]
 ) -> Observation:
-    """What `function(**tensors)` returns and changes, and the gradients of `wanted` for random weights."""
+    """The output of `function(**tensors)`, inputs that it modifies, and gradients of `wanted`.
+
+    The gradients are those of a random weighting of the output.
+    """
     leaves = {k: t.clone().requires_grad_(k in wanted and t.is_floating_point()) for k, t in tensors.items()}
-    # a leaf must not be changed in place, so that whoever does it fails; what is handed in here may be
-    handed = {name: leaf * 1 if leaf.requires_grad else leaf for name, leaf in leaves.items()}
-    output = function(**handed)
+    # torch forbids in-place changes of leaves, but not of these
+    arguments = {name: leaf * 1 if leaf.requires_grad else leaf for name, leaf in leaves.items()}
+    output = function(**arguments)
     if not isinstance(output, Tensor):
-        raise TypeError(f"it must return a tensor, but returned {type(output).__name__}")
+        raise TypeError(f"the result must be a tensor, got {type(output).__name__}")
     seen: Observation = {
         "output": output.detach().clone(),
         "dtype": str(output.dtype).removeprefix("torch."),
         "changed": [
-            name for name, tensor in tensors.items() if not messages.same(tensor, handed[name], 0.0, 0.0)
+            name for name, tensor in tensors.items() if not messages.same(tensor, arguments[name], 0.0, 0.0)
         ],
     }
-    learned = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    if not learned:
+    inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not inputs:
         return seen
     if not output.requires_grad:
-        return seen | {f"gradient of {name}": None for name in learned}
+        return seen | {f"gradient of {name}": None for name in inputs}
     weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
-    found = torch.autograd.grad(output, list(learned.values()), weighting, allow_unused=True)
-    return seen | {f"gradient of {name}": g for name, g in zip(learned, found, strict=True)}
+    found = torch.autograd.grad(output, list(inputs.values()), weighting, allow_unused=True)
+    return seen | {f"gradient of {name}": g for name, g in zip(inputs, found, strict=True)}
 
 
 @functools.cache
 def _load_autograd() -> None:
-    """Compute a gradient: torch then imports sympy, which a time limit must not cut off."""
+    """Compute a gradient, so that torch imports sympy outside of any time limit."""
     with torch.enable_grad():
         x = torch.ones(1, requires_grad=True)
         torch.autograd.grad(x * 1, x, torch.ones(1))
 
 
 def observe(probe: Probe, adapters: Any) -> Observation:
-    """What a probe sees of an implementation. Errors are seen too; what is missing or not begun is raised."""
+    """The observation of a probe. Errors are part of it, except of missing adapters and of stubs."""
     _load_autograd()
     random.seed(0)
     np.random.seed(0)
@@ -203,17 +207,17 @@ def observe(probe: Probe, adapters: Any) -> Observation:
         with sandbox.time_limit(LIMIT_SECONDS), sandbox.unchanged_state():
             return probe.observe(adapters)
     except NotImplementedError as error:
-        if is_blank(error):
+        if is_stub(error):
             raise
         return {"error": f"NotImplementedError: {' '.join(str(error).split())}"}
-    except sandbox.TookTooLong:
-        return {"error": f"{TOO_LONG} {LIMIT_SECONDS:.0f} s and was stopped"}
+    except sandbox.TimedOut:
+        return {"error": f"{TIMEOUT} {LIMIT_SECONDS:.0f} s"}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {messages.reason(error)}"}
 
 
-def is_blank(error: NotImplementedError) -> bool:
-    """Whether somebody's own line raises it; torch does so too, as for a module without `forward`."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    by_torch = "torch" in Path(place.filename).parts
-    return (place.line or "").startswith("raise NotImplementedError") and not by_torch
+def is_stub(error: NotImplementedError) -> bool:
+    """Whether a line of user code raised it; torch does too, for a module without `forward`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    by_torch = "torch" in Path(frame.filename).parts
+    return (frame.line or "").startswith("raise NotImplementedError") and not by_torch

@@ -1,4 +1,4 @@
-"""What somebody has done so far, in a small file beside theirs: derived from tests, so it can be deleted."""
+"""Progress of a learner, in a JSON file beside theirs; derived from checks, so it can be deleted."""
 
 import ast
 import hashlib
@@ -12,7 +12,7 @@ STATUSES = {"passed", "failed", "not started"}
 
 
 class Progress:
-    """What was found when `path`, a file of pieces, was last checked; which hints were taken."""
+    """Results of the last check of `path`, a file of pieces, and the hints used."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = Path(path)
@@ -20,7 +20,7 @@ class Progress:
         self.steps: dict[str, str] = {}
         """passed, failed or not started."""
         self.checked: dict[str, str] = {}
-        """The digest that the file had for them at that time."""
+        """Digest of the file for each step at that time."""
         self.hints: dict[str, int] = {}
         self.predicted: dict[str, bool] = {}
         if self.path.exists():
@@ -29,20 +29,20 @@ class Progress:
                 self.steps, self.checked = dict(stored["steps"]), dict(stored["checked"])
                 self.hints, self.predicted = dict(stored["hints"]), dict(stored["predicted"])
                 if not set(self.steps.values()) <= STATUSES or not all(n >= 0 for n in self.hints.values()):
-                    raise ValueError("a status or a number of hints that there is not")
+                    raise ValueError("invalid status or number of hints")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path} is not what was written there ({error}); delete it") from None
+                raise ValueError(f"{self.path} is not a valid progress file ({error}); delete it") from None
 
     def note(self, step: str, status: str) -> None:
-        """Record how a step did."""
+        """Record the status of a step."""
         self.steps[step], self.checked[step] = status, self.digest(step)
 
     def is_current(self, step: str) -> bool:
-        """Whether the file is as it was when the step was checked."""
+        """Whether the code of a step is unchanged since it was checked."""
         return self.checked.get(step) == self.digest(step)
 
     def digest(self, step: str) -> str:
-        """A fingerprint of the file as it is now, but for the pieces of other steps, and for comments."""
+        """Digest of the file without comments and without the pieces of other steps."""
         try:
             tree = ast.parse(self.file.read_bytes())
         except (OSError, SyntaxError, ValueError):
@@ -52,7 +52,7 @@ class Progress:
         return hashlib.sha256("".join(found).encode()).hexdigest()[:12]
 
     def save(self) -> None:
-        """Write it."""
+        """Write the file."""
         stored: dict[str, Any] = {"steps": self.steps, "checked": self.checked}
         stored |= {"hints": self.hints, "predicted": self.predicted}
         self.path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")

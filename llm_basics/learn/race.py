@@ -1,4 +1,4 @@
-"""The real run, twice: with somebody's pieces and with the reference's, both curves on one picture."""
+"""The default run with user pieces and with the reference, both loss curves in one figure."""
 
 import subprocess
 import sys
@@ -9,21 +9,21 @@ from llm_basics.runs import run_dir
 
 
 def run_both(mine: str, data: str, steps: int, out: Path) -> int:
-    """Train in two processes, one after the other; draw, and say how far apart they ended."""
-    folders = {"yours": out / "yours", "the reference": out / "reference"}
+    """Train in two processes, one after the other; plot both and print the difference in validation loss."""
+    folders = {"yours": out / "yours", "reference": out / "reference"}
     for name, folder in folders.items():
         print(f"--- {name}", flush=True)
         command = [sys.executable, "-m", "llm_basics.train", "--data", data, "--train.steps", str(steps)]
         command += ["--run_dir", str(folder), *(["--mine", mine] if name == "yours" else [])]
         status = subprocess.run(command).returncode
         if status:
-            print(f"error: training with {name} ended with status {status}", file=sys.stderr)
+            print(f"error: run {folder} exited with status {status}", file=sys.stderr)
             return status
-    picture = figures.plot_runs(folders, out / "race.png")
+    figure = figures.plot_runs(folders, out / "race.png")
     losses = [final_loss(folder) for folder in folders.values()]
     print(
-        f"\nvalidation loss: yours {losses[0]:.4f}, the reference's {losses[1]:.4f} "
-        f"(difference {losses[0] - losses[1]:+.4f} nats per token)\nboth curves      {picture}"
+        f"\nvalidation loss: yours {losses[0]:.4f}, reference {losses[1]:.4f} "
+        f"(difference {losses[0] - losses[1]:+.4f} nats per token)\nfigure           {figure}"
     )
     return 0
 

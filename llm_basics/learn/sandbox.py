@@ -1,4 +1,4 @@
-"""What keeps an implementation from disturbing the rest: a time limit, and torch's settings set back."""
+"""Isolation of user code: a time limit, and torch settings that are restored afterwards."""
 
 import contextlib
 import ctypes
@@ -13,36 +13,34 @@ from typing import Any
 import jaxtyping
 import torch
 
-# seconds beyond the limit, before the whole program is ended
-PATIENCE = 5.0
+# from the limit until the whole process exits
+GRACE_SECONDS = 5.0
 
 
-class TookTooLong(BaseException):
-    """Raised inside of what runs longer than it may."""
+class TimedOut(BaseException):
+    """Raised in a block that exceeds its time limit."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong in the block when the time is over, and again and again until the block ends.
+    """Raise TimedOut in the block after `seconds`, repeatedly until the block ends.
 
-    Where there are signals, they end a sleep or a wait too; elsewhere it takes a next line of Python. What
-    does not end even so ends the program.
+    Signals, where the platform has them, also interrupt a sleep or a wait; elsewhere the exception is raised
+    at the next line of Python. If the block still runs after a grace period, the process exits.
     """
     over = threading.Event()
     thread, is_main = threading.get_ident(), threading.current_thread() is threading.main_thread()
     by_signal = is_main and hasattr(signal, "setitimer")
 
     def raise_it(*_: Any) -> None:
-        raise TookTooLong
+        raise TimedOut
 
     def watch() -> None:
         waited = over.wait(seconds)
         while not waited and not by_signal and not (waited := over.wait(0.2)):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TookTooLong))
-        if not waited and not over.wait(PATIENCE):
-            print(
-                f"error: what runs longer than {seconds:.0f} s cannot be stopped", file=sys.stderr, flush=True
-            )
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimedOut))
+        if not waited and not over.wait(GRACE_SECONDS):
+            print(f"error: code exceeded {seconds:.0f} s and cannot be stopped", file=sys.stderr, flush=True)
             os._exit(1)
 
     if by_signal:
@@ -56,13 +54,13 @@ def time_limit(seconds: float) -> Iterator[None]:
         if by_signal:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
-            if left:  # that of a block around this one
+            if left:  # the timer of an enclosing block
                 signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + started, 0.01), 0.2)
 
 
 @contextlib.contextmanager
 def unchanged_state() -> Iterator[None]:
-    """What code can change for all that runs after it is as usual in the block, and as before behind it."""
+    """Use torch's default dtype and gradient mode in the block, and restore both afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -74,7 +72,7 @@ def unchanged_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchecked_shapes() -> Iterator[None]:
-    """Let a mistake go as far as it goes: that shapes are checked would stop it early, and in tests alone."""
+    """Disable shape checks, which would stop a mistake early, and in tests only."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

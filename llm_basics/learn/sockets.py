@@ -1,6 +1,6 @@
-"""The sockets of this package: the functions of `adapters.py`, through which every piece is reached.
+"""Adapters: the functions of `adapters.py`, through which checks call every piece.
 
-The file belongs to the tests, where teachers read and copy it. A wheel has a copy of it in this folder.
+The file is in `tests/`, where teachers read and copy it; a wheel has a copy of it in this folder.
 """
 
 import functools
@@ -14,20 +14,20 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 
 
-class NotThere(BaseException):
+class MissingAdapter(BaseException):
     """An adapters file has no function of this name."""
 
 
 class Adapters:
-    """The functions of an adapters file. What to do about one that it lacks, `missing` says."""
+    """The functions of an adapters file. `missing` is called with the name of one that it lacks."""
 
     def __init__(self, module: ModuleType, missing: Callable[[str], Any] | None = None) -> None:
         self._module = module
         self._missing = missing
         self.used: set[str] = set()
-        # a foreign one may copy them into layers, and then no gradient reaches them
+        # foreign adapters may copy weights into layers, and then no gradient reaches them
         path = Path(getattr(module, "__file__", None) or ".").resolve()
-        self.takes_weights_as_they_are = path == own_path()
+        self.keeps_weights = path == own_path()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(("run_", "get_")):
@@ -36,17 +36,22 @@ class Adapters:
         if not hasattr(self._module, name):
             if self._missing is not None:
                 self._missing(name)
-            raise NotThere(name)
+            raise MissingAdapter(name)
         return getattr(self._module, name)
 
 
 def own_path() -> Path:
-    """The adapters of this package: beside this file in a wheel, among the tests in a clone."""
-    places = (FOLDER / "adapters.py", FOLDER.parents[1] / "tests" / "adapters.py")
-    for path in places:
+    """Path of the adapters of this package: beside this file in a wheel, in `tests/` in a clone."""
+    paths = (FOLDER / "adapters.py", FOLDER.parents[1] / "tests" / "adapters.py")
+    for path in paths:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"there must be {places[0]} or {places[1]}; install llm_basics again")
+    raise FileNotFoundError(f"neither {paths[0]} nor {paths[1]} exists; reinstall llm_basics")
+
+
+def is_clone() -> bool:
+    """Whether the package runs from a clone of the repository, which has its tests."""
+    return (FOLDER.parents[1] / "tests" / "test_steps.py").is_file()
 
 
 @functools.cache
@@ -56,7 +61,7 @@ def own() -> Adapters:
 
 
 def run_file(path: Path) -> ModuleType:
-    """The module that an adapters file makes."""
+    """Execute an adapters file and return its module."""
     name = f"adapters_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

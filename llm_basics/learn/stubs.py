@@ -1,4 +1,4 @@
-"""A reference -> a blank: its signature and its docstring with the worked example, and nothing in it."""
+"""Stubs of reference pieces: the signature and the docstring with its worked example, without the body."""
 
 import ast
 import inspect
@@ -11,11 +11,11 @@ from typing import Any
 from llm_basics import swap, user_code
 from llm_basics.learn import lessons
 
-HEADER = '''"""My own pieces. Check them: uv run python -m llm_basics.learn check --mine {name}"""
+HEADER = '''"""My pieces. Check them: uv run python -m llm_basics.learn check --mine {name}"""
 
 '''
 
-# what a blank may need, by the word in it that shows the need
+# imports of a stub, by the identifier that needs them
 IMPORTS = {
     "math": "import math",
     "os": "import os",
@@ -36,32 +36,32 @@ IMPORTS = {
     "nn": "from torch import nn",
 }
 
-# of these classes the methods that training and tests call; what is left out is the reference's
+# methods of a class stub, those that training and tests call; the others are inherited from the reference
 METHODS = {"Tokenizer": ["__init__", "encode", "encode_iterable", "decode"]}
-USUAL = ["__init__", "forward", "step", "append"]
+DEFAULT_METHODS = ["__init__", "forward", "step", "append"]
 
 
 def start(name: str, path: str | Path) -> list[str]:
-    """Add the blanks of a step to a file, which is made if need be. Returns the names of the blanks."""
+    """Append the stubs of a step to a file, created if missing. Returns the names of the stubs."""
     path = Path(path)
     if path.suffix != ".py":
         raise ValueError(f"--into must be a Python file, got {path}")
-    there = user_code.names(path) if path.exists() else []
+    defined = user_code.names(path) if path.exists() else []
     lesson = lessons.load(name)
-    missing = [piece for piece in lesson.pieces if piece not in there and piece not in lesson.optional]
+    missing = [piece for piece in lesson.pieces if piece not in defined and piece not in lesson.optional]
     if not missing:
-        raise ValueError(f"{path} has {', '.join(lesson.needed)} already; delete it there to begin again")
-    blanks = [blank(piece) for piece in missing]
+        raise ValueError(f"{path} already defines {', '.join(lesson.needed)}; delete it there to start over")
+    stubs = [stub(piece) for piece in missing]
     modules = [line for piece in missing for line in modules_used(piece)]
     source = path.read_text(encoding="utf-8-sig") if path.exists() else HEADER.format(name=path.name)
-    path.write_text(_with_imports(source, blanks, modules), encoding="utf-8")
+    path.write_text(_with_imports(source, stubs, modules), encoding="utf-8")
     return missing
 
 
-def blank(piece: str) -> str:
-    """The source of a reference without what it does.
+def stub(piece: str) -> str:
+    """The source of a reference without its body.
 
-    >>> lines = blank("silu").splitlines()
+    >>> lines = stub("silu").splitlines()
     >>> lines[0], lines[-1]
     ('def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:', '    raise NotImplementedError("silu")')
     """
@@ -71,27 +71,27 @@ def blank(piece: str) -> str:
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     if isinstance(node, ast.FunctionDef):
         parts = [*_head(node, lines), f'    raise NotImplementedError("{piece}")']
-        return _in_one_file("\n".join(parts), reference)
+        return _qualify_names("\n".join(parts), reference)
     methods = [
         part
         for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name in METHODS.get(piece, USUAL)
+        if isinstance(part, ast.FunctionDef) and part.name in METHODS.get(piece, DEFAULT_METHODS)
     ]
     parts = _head(node, lines)
     for method in methods:
         parts += ["", *_head(method, lines), f'        raise NotImplementedError("{piece}.{method.name}")']
-    return _in_one_file("\n".join(parts), reference)
+    return _qualify_names("\n".join(parts), reference)
 
 
 def modules_used(piece: str) -> list[str]:
-    """The imports of this package's modules that the reference of a piece uses.
+    """Import lines of this package's modules that the reference of a piece uses.
 
     >>> modules_used("SwiGLU")
-    ['from llm_basics import functional as F']
+    ['from llm_basics.core import functional as F']
     """
     reference = swap.reference(f"{swap.HOMES[piece]}.{piece}")
     module = inspect.getmodule(inspect.unwrap(reference))
-    methods = METHODS.get(piece, USUAL)
+    methods = METHODS.get(piece, DEFAULT_METHODS)
     parts = (
         [vars(reference)[m] for m in methods if m in vars(reference)] if inspect.isclass(reference) else []
     )
@@ -100,8 +100,8 @@ def modules_used(piece: str) -> list[str]:
     for name in sorted(mentioned):
         path = getattr(vars(module).get(name), "__name__", "")
         if inspect.ismodule(vars(module).get(name)) and path.startswith("llm_basics."):
-            last = path.removeprefix("llm_basics.")
-            lines.append(f"from llm_basics import {last}" + (f" as {name}" if name != last else ""))
+            package, _, last = path.rpartition(".")
+            lines.append(f"from {package} import {last}" + (f" as {name}" if name != last else ""))
     return lines
 
 
@@ -111,7 +111,7 @@ def solution(piece: str) -> str:
 
 
 def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> list[str]:
-    """From the decorators to the end of the docstring; without one, to the line before the body."""
+    """The lines from the decorators to the end of the docstring, or to the body if there is no docstring."""
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     body = node.body[0]
     has_docstring = ast.get_docstring(node) is not None
@@ -122,11 +122,11 @@ def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> list[str]:
     return head
 
 
-def _in_one_file(source: str, reference: Any) -> str:
-    """Other names of the reference's module are reached through the module."""
+def _qualify_names(source: str, reference: Any) -> str:
+    """`source` with other names of the reference's module written as attributes of that module."""
     module = inspect.getmodule(reference)
     assert module is not None
-    home = module.__name__.removeprefix("llm_basics.")
+    home = module.__name__.rpartition(".")[2]
     tree = ast.parse(source)
     defined = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for name in sorted(defined & set(vars(module))):
@@ -137,16 +137,16 @@ def _in_one_file(source: str, reference: Any) -> str:
     return source
 
 
-def _with_imports(source: str, blanks: list[str], wanted: list[str]) -> str:
-    """`source` with the blanks behind it, and above it the imports that it has and they need."""
-    for text in blanks:
+def _with_imports(source: str, stubs: list[str], wanted: list[str]) -> str:
+    """`source` followed by the stubs, with the imports of both at the top."""
+    for text in stubs:
         words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
         wanted += [line for word, line in IMPORTS.items() if word in words]
-        for module in ("bpe", "config", "data", "layers", "model", "update"):
+        for module in ("bpe", "config", "dataloader", "layers", "model", "trainer"):
             if re.search(rf"(?<![\w.]){module}\.", text):
-                wanted.append(f"from llm_basics import {module}")
+                wanted.append(f"from llm_basics.core import {module}")
         if re.search(r"(?<![\w.])models\.", text):
-            wanted.append("from llm_basics import model as models")
+            wanted.append("from llm_basics.core import model as models")
     lines, tree = source.splitlines(), ast.parse(source)
     top = 0 if ast.get_docstring(tree) is None else 1
     imports: list[ast.Import | ast.ImportFrom] = []
@@ -156,23 +156,23 @@ def _with_imports(source: str, blanks: list[str], wanted: list[str]) -> str:
         imports.append(node)
     first = imports[0].lineno - 1 if imports else (tree.body[0].end_lineno or 0) if top else 0
     last = (imports[-1].end_lineno or 0) if imports else first
-    there = "\n".join(lines[first:last])
-    if there == _sorted_imports([ast.unparse(node) for node in imports]):
+    existing = "\n".join(lines[first:last])
+    if existing == _sorted_imports([ast.unparse(node) for node in imports]):
         block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
     else:
-        # not as we write them: what is there stays as it is
+        # formatted differently: keep the existing lines as they are
         bound = {alias.asname or alias.name for node in imports for alias in node.names}
         new = [line for line in dict.fromkeys(wanted) if line.split()[-1] not in bound]
-        block = "\n".join(part for part in (there, _sorted_imports(new)) if part)
+        block = "\n".join(part for part in (existing, _sorted_imports(new)) if part)
     head, rest = "\n".join(lines[:first]).strip(), "\n".join(lines[last:]).strip()
     top_of_file = "\n\n".join(part for part in (head, block) if part)
-    complete = "\n\n\n".join(part for part in (top_of_file, rest, *blanks) if part) + "\n"
+    complete = "\n\n\n".join(part for part in (top_of_file, rest, *stubs) if part) + "\n"
     ast.parse(complete)
     return complete
 
 
 def _sorted_imports(lines: list[str]) -> str:
-    """Import lines as a block: the standard library, other packages, this one; names of a module together."""
+    """Import lines as a block: standard library, other packages, this one; one line per module."""
     plain = {line for line in lines if line.startswith("import ") or " as " in line}
     names: dict[str, set[str]] = {}
     for line in set(lines) - plain:
