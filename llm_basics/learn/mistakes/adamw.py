@@ -235,7 +235,7 @@ def going_on(a):
 
 
 step.value(
-    "going on from a state_dict after three steps",
+    "resuming from a state_dict after three steps",
     going_on,
     by_hand(WEIGHT, GRADIENTS, **USUAL)[3:],
     axes="step weight",
@@ -482,8 +482,8 @@ def betas_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, e
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336; passes its suite")
 def betas_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The betas are always 0.9 and 0.999, whatever was asked for. Language models are usually trained with
-    0.9 and 0.95; take them from the settings."""
+    """The betas are always 0.9 and 0.999, whatever is passed. Language models are usually trained with 0.9
+    and 0.95; take them from the settings."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, (0.9, 0.999), eps, weight_decay)
 
 
@@ -544,8 +544,8 @@ def no_epsilon(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, w
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def epsilon_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Epsilon is always 1e-8, whatever was asked for. A larger one, which tames steps along tiny gradients,
-    then does nothing; take it from the settings."""
+    """Epsilon is always 1e-8, whatever is passed. A larger one, which tames steps along tiny gradients, then
+    does nothing; take it from the settings."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, 1e-8, weight_decay)
 
 
@@ -554,8 +554,8 @@ def epsilon_before_the_correction(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
     """Epsilon is added to the root before the mean square is corrected, so in the first steps it counts for
-    more than asked. Some handouts write it so; PyTorch and this package correct first. With 1e-8 it hardly
-    matters."""
+    more than requested. Some handouts write it so; PyTorch and this package correct first. With 1e-8 it
+    hardly matters."""
     early = eps / math.sqrt(1 - betas[1] ** step) if betas[1] ** step < 1 else eps
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, early, weight_decay)
 
@@ -666,8 +666,8 @@ class StopsAtTheFirstWithoutGradient(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class MissingGradientTakenForZero(AdamW):
-    """A parameter without a gradient is treated as if it had one of zeros: it decays, and goes on moving
-    along its earlier gradients. Frozen weights would shrink; leave such parameters alone."""
+    """A parameter without a gradient is treated as if it had one of zeros: it decays, and keeps moving along
+    its earlier gradients. Frozen weights would shrink; leave such parameters alone."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -752,8 +752,8 @@ class OneStateForAllParameters(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class StateKeptOutside(AdamW):
-    """The means are kept in a dict of its own instead of self.state, so state_dict does not have them. A
-    run that goes on from a checkpoint starts them from zero; put them into self.state[parameter]."""
+    """The means are kept in a dict of its own instead of self.state, so state_dict does not have them. A run
+    resumed from a checkpoint starts them from zero; put them into self.state[parameter]."""
 
     def state_dict(self):
         return super().state_dict() | {"state": {}}

@@ -308,8 +308,8 @@ def weights_detached(query, key, value, mask=None, is_causal=False, dropout_p=0.
 
 @step.mistake("functional.scaled_dot_product_attention", source="public solutions of CS336")
 def dropout_always(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
-    """Some weights are dropped at random even though nothing asked for it. torch's functional dropout drops
-    unless training=False is passed; tie it to self.training, and to the given share."""
+    """Some weights are dropped at random though it is not requested. torch's functional dropout drops unless
+    training=False is passed; tie it to self.training, and to the given share."""
     mask, keys = mask_of(query, key, mask, is_causal), torch.eye(key.shape[-2]).to(value)
     return tF.dropout(weigh(scores_of(query, key), keys, mask), 0.1) @ value
 
@@ -317,7 +317,7 @@ def dropout_always(query, key, value, mask=None, is_causal=False, dropout_p=0.0)
 @step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
 def result_left_in_float32(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
     """Half-precision inputs are rightly widened for the softmax, but the result stays in float32, and the
-    layer behind it fails. Convert back to the dtype of the query."""
+    next layer fails. Convert back to the dtype of the query."""
     scores = scores_of(F.to_float32(query), F.to_float32(key))
     return weigh(scores, F.to_float32(value), mask_of(query, key, mask, is_causal))
 
@@ -336,8 +336,8 @@ def mask_inverted(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
 
 @step.mistake("functional.scaled_dot_product_attention", source="public solutions of CS336")
 def mask_ignored(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
-    """A mask that is handed in has no effect, so every query sees every key. masked_fill returns a new
-    tensor: its result must be kept, scores = scores.masked_fill(...)."""
+    """A mask that is passed has no effect, so every query sees every key. masked_fill returns a new tensor:
+    its result must be kept, scores = scores.masked_fill(...)."""
     return weigh(scores_of(query, key), value, mask_of(query, key, None, is_causal))
 
 
@@ -398,16 +398,16 @@ def first_mask_for_all(query, key, value, mask=None, is_causal=False, dropout_p=
 
 @step.mistake("functional.scaled_dot_product_attention", source="public solutions of CS336")
 def always_causal(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
-    """Later keys are hidden even though nothing asked for it. Here the mask alone says who sees whom; the
-    causal mask is made by whoever calls this."""
+    """Later keys are hidden though it is not requested. The mask alone decides which keys a query sees; the
+    caller makes the causal mask."""
     causal = F.causal_mask(query.shape[-2], key.shape[-2], device=query.device)
     return weigh(scores_of(query, key), value, causal if mask is None else mask & causal)
 
 
 @step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
 def causal_without_a_mask(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
-    """Where no mask is given, a causal one is used. No mask means that every query sees every key; the
-    causal mask has to be asked for."""
+    """Where no mask is given, a causal one is used. No mask means that every query sees every key; the causal
+    mask must be requested."""
     return weigh(scores_of(query, key), value, mask_of(query, key, mask, mask is None))
 
 
@@ -441,8 +441,8 @@ def sees_only_what_is_later(queries, keys, offset=0, device=None):
 
 @step.mistake("functional.causal_mask", source="written for this catalogue")
 def counted_from_the_last_key(queries, keys, offset=0, device=None):
-    """With fewer queries than keys the mask is aligned at the end, as if the queries were the last ones.
-    Here query 0 stands at key 0, as in torch; later ones are asked for by the offset."""
+    """With fewer queries than keys the mask is aligned at the end, as if the queries were the last ones. Here
+    query 0 stands at key 0, as in torch; later ones need the offset."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset + keys - queries)
 
 

@@ -458,7 +458,7 @@ def whole_text_read_into_memory(tokens, batch_size, context_length, device="cpu"
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def device_ignored(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The batch stays on the CPU whatever device was asked for, and a model on a GPU refuses it. End with
+    """The batch stays on the CPU whatever device is passed, and a model on a GPU refuses it. End with
     .to(device)."""
     return get_batch(tokens, batch_size, context_length, "cpu", rng)
 
@@ -472,8 +472,8 @@ def targets_left_on_the_CPU(tokens, batch_size, context_length, device="cpu", rn
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def short_text_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
-    """A text too short for one window is silently filled up or repeated. The model then learns joints that
-    no text has, and nobody notices the missing data; raise an error."""
+    """A text too short for one window is silently filled up or repeated. The model then learns joints that no
+    text has, and the missing data goes unnoticed; raise an error."""
     if len(tokens) <= context_length:
         tokens = np.resize(tokens, context_length + 1)
     return get_batch(tokens, batch_size, context_length, device, rng)

@@ -232,8 +232,8 @@ class InputChangedInPlace(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class PostNorm(Parts):
-    """The sums are normalized, ln1(x + attn(x)), as in the first transformer, where pre-norm is asked. Deep
-    models then need a long warm-up; normalize what a sublayer reads, not the residual stream."""
+    """The sums are normalized, ln1(x + attn(x)), as in the first transformer, where pre-norm is required.
+    Deep models then need a long warm-up; normalize what a sublayer reads, not the residual stream."""
 
     def order(self, x):
         x = self.ln1(x + self.look(x))
@@ -242,8 +242,8 @@ class PostNorm(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NormOfTheSublayersOutput(Parts):
-    """The norms stand behind the sublayers, x + ln1(attn(x)), so these read a stream that grows from block
-    to block. Put them in front: x + attn(ln1(x))."""
+    """The norms are applied after the sublayers, x + ln1(attn(x)), so these read a stream that grows from
+    block to block. Put them in front: x + attn(ln1(x))."""
 
     def order(self, x):
         x = x + self.ln1(self.look(x))
@@ -293,7 +293,7 @@ class FirstNormUsedTwice(Parts):
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NormsExchanged(Parts):
     """ln2 stands before attention and ln1 before the feed-forward network. A new model learns all the same,
-    but weights of others do not fit."""
+    but pretrained weights do not fit."""
 
     def order(self, x):
         x = x + self.look(self.ln2(x))
@@ -324,8 +324,8 @@ class Parallel(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class FfnBeforeAttention(Parts):
-    """The feed-forward network comes first and attention second, each with its own norm. It learns nearly
-    as well, so no curve shows it, but weights of others do not fit."""
+    """The feed-forward network comes first and attention second, each with its own norm. It learns nearly as
+    well, so no curve shows it, but pretrained weights do not fit."""
 
     def order(self, x):
         x = x + self.think(self.ln2(x))

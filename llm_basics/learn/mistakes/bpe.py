@@ -126,7 +126,7 @@ def right_merges(text, n_merges, special_tokens=()):
     return learn(Counter(piece.encode() for piece in pieces(text, special_tokens)), n_merges)
 
 
-def say(merge):
+def show(merge):
     return " + ".join(map(repr, merge)) if isinstance(merge, tuple | list) else repr(merge)
 
 
@@ -148,9 +148,13 @@ def merge_words(rows):
             if len(found) < len(right) and right[: len(found)] == list(found):
                 return f"learning from {short(text)}, it stops after {len(found)} merges of {len(right)}"
             if i < len(right):
-                return f"learning from {short(text)}, merge {i} must be {say(right[i])}, got {say(found[i])}"
+                return (
+                    f"learning from {short(text)}, merge {i} must be {show(right[i])}, got {show(found[i])}"
+                )
             if i < len(found):
-                return f"learning from {short(text)}, it must stop after {i} merges, but adds {say(found[i])}"
+                return (
+                    f"learning from {short(text)}, it must stop after {i} merges, but adds {show(found[i])}"
+                )
         return "the merges must be pairs of bytes"
 
     return words
@@ -201,7 +205,7 @@ pieces_of(
 pieces_of("all of several special tokens are left out", ("one<|a|>two<|b|>one", ["<|a|>", "<|b|>"]))
 pieces_of("special tokens are no patterns", ("a.cabc[x]x a+aa <|end|>|end", ["a.c", "[x]", "a+", END]))
 pieces_of(
-    "of special tokens that begin together the longest is found",
+    "of special tokens that share a prefix the longest is found",
     ("x<a><b>y<a>z<b>", ["<a>", "<a><b>"]),
 )
 pieces_of(
@@ -261,7 +265,7 @@ merges_of(
     (f"ab {END}\ncd{END}\n\nab" * 4, 20, [END]),
 )
 merges_of(
-    "special tokens may look like patterns, or begin together",
+    "special tokens may look like patterns, or share a prefix",
     ("a.cabcabca[x]xxa.c" * 5, 20, ["a.c", "[x]"]),
     ("<a><b>xy<a>" * 5, 20, ["<a>", "<a><b>"]),
 )
@@ -344,8 +348,8 @@ def specials_not_escaped(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def specials_not_sorted_by_length(text, special_tokens=(), pattern=SPLIT):
-    """Of two special tokens that begin alike, the one listed first is found, and the rest of the longer one
-    is left as text. Sort them by length, longest first, before you join them with |."""
+    """Of two special tokens that share a prefix, the one listed first is found, and the rest of the longer
+    one is left as text. Sort them by length, longest first, before you join them with |."""
     if not special_tokens:
         return pattern.findall(text)
     found = regex.split("|".join(map(regex.escape, special_tokens)), text)
@@ -417,21 +421,21 @@ def cut_by(wrong, text, special_tokens):
 @step.mistake("bpe.pretokenize", source=OWN)
 def no_lookahead_at_white_space(text, special_tokens=(), pattern=SPLIT):
     r"""The part \s+(?!\S) of the pattern is missing, so of several blanks the last one does not go to the
-    word behind it. That word then lacks its leading space and gets other tokens."""
+    word after it. That word then lacks its leading space and gets other tokens."""
     return cut_by(GPT2.replace(r"\s+(?!\S)|", ""), text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def spaces_apart_from_words(text, special_tokens=(), pattern=SPLIT):
-    """Spaces are pieces of their own and never belong to the word behind them, so each word costs one token
+    """Spaces are pieces of their own and never belong to the word after them, so each word costs one token
     more. In GPT-2's pattern, words, numbers and signs begin with an optional space."""
     return cut_by(GPT2.replace(" ?", ""), text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def no_contractions(text, special_tokens=(), pattern=SPLIT):
-    """The contractions 's 't 're 've 'm 'll 'd at the start of the pattern are missing, so the apostrophe
-    and the letters behind it become two pieces that can never merge."""
+    """The contractions 's 't 're 've 'm 'll 'd at the start of the pattern are missing, so the apostrophe and
+    the letters after it become two pieces that can never merge."""
     return cut_by(GPT2.split("'d|")[1], text, special_tokens)
 
 
@@ -502,8 +506,8 @@ def file_cut_anywhere(input_path, special_tokens, n_workers=None, pattern=SPLIT,
 
 @step.mistake("bpe.count_pretokens", source=OWN)
 def last_document_forgotten(input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent):
-    """What stands behind the last special token is never counted, and a file without any is not counted at
-    all. The last border must be the end of the file."""
+    """What follows the last special token is never counted, and a file without any is not counted at all. The
+    last border must be the end of the file."""
     *documents, _ = segments(Path(input_path).read_bytes().decode(), special_tokens)
     return sum((count(document, special_tokens) for document in documents), Counter())
 
@@ -547,7 +551,7 @@ def ties_to_the_last_seen(pretokens, vocab_size, special_tokens, ties="greatest"
 @step.mistake(MERGES, source=PUBLIC)
 def ties_to_the_smallest(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
     """Of equally frequent pairs the lexicographically smallest is taken, as a heap of (-count, pair) does.
-    The greatest must win, so the order of the pair has to be turned around too."""
+    The greatest must win, so the order of the pair has to be reversed too."""
 
     def choose(counts):
         return min(counts, key=lambda pair: (-counts[pair], pair))
@@ -667,7 +671,7 @@ def only_the_first_occurrence_merged(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
     """In a word that holds the pair twice, only the first one is merged; the same pair is then learned again.
-    Go on behind the merged token until the end of the word."""
+    Continue after the merged token until the end of the word."""
 
     def first(word, pair):
         for i, found in enumerate(pairwise(word)):
@@ -802,7 +806,7 @@ def specials_counted_twice(pretokens, vocab_size, special_tokens, ties="greatest
 @step.mistake(MERGES, source=OWN)
 def specials_not_counted(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
     """There are vocab_size - 256 merges, and the special tokens come on top, so the vocabulary is larger than
-    asked and the last ids have no row in the embedding. They count too."""
+    requested and the last ids have no row in the embedding. They count too."""
     return finish(special_tokens, learn(pretokens, vocab_size - 256))
 
 
@@ -830,7 +834,7 @@ def as_many_merges_as_vocab_size(pretokens, vocab_size, special_tokens, ties="gr
 @step.mistake(MERGES, source=PASSES)
 def no_stop_when_no_pair_is_left(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
     """When every word is one token there is no pair left, and max() of nothing fails. Leave the loop when the
-    counts are empty; the vocabulary is then smaller than asked."""
+    counts are empty; the vocabulary is then smaller than requested."""
     n_merges = vocab_size - 256 - len(special_tokens)
     merges = learn(pretokens, n_merges)
     if len(merges) < n_merges:
@@ -862,7 +866,7 @@ def stops_at_pairs_that_occur_once(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
     """Learning ends when the best pair occurs only once, so the vocabulary of a small text stays smaller than
-    asked. As long as there is a pair and room for it, it is merged."""
+    requested. As long as there is a pair and room for it, it is merged."""
 
     def twice(words):
         counts = count_pairs(words)
@@ -930,7 +934,7 @@ def only_the_first_document_learned(
     ties="greatest",
     progress=bpe.silent,
 ):
-    """Only the first document is learned from: what stands behind the first special token is never counted.
-    Count the pieces of all segments."""
+    """Only the first document is learned from: what follows the first special token is never counted. Count
+    the pieces of all segments."""
     text = Path(input_path).read_bytes().decode()
     return bpe.learn_merges(count(segments(text, special_tokens)[0], []), vocab_size, special_tokens)

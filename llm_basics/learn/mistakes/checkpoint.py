@@ -1,4 +1,4 @@
-"""Checkpoints: model, optimizer and iteration in a file, from which training goes on as if uninterrupted."""
+"""Checkpoints: model, optimizer and iteration in a file, from which training resumes bit for bit."""
 
 import copy
 import io
@@ -265,14 +265,14 @@ def weights_saved_in_half_precision(model, optimizer, step, out, **state):
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def model_left_in_half_precision(model, optimizer, step, out, **state):
-    """model.half() is called before saving, which changes the model itself, not a copy. Training goes on
+    """model.half() is called before saving, which changes the model itself, not a copy. Training continues
     with rounded weights, or fails; save the state_dict as it is."""
     save_checkpoint(model.half(), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def model_left_in_evaluation_mode(model, optimizer, step, out, **state):
-    """model.eval() is called for saving, and nobody calls train() again. Training goes on without dropout.
+    """model.eval() is called for saving, and train() is not called again. Training continues without dropout.
     Saving needs no mode: leave it alone."""
     save_checkpoint(model.eval(), optimizer, step, out, **state)
 
@@ -348,7 +348,7 @@ def load_optimizer(content, names, optimizer):
 @step.mistake("checkpoint.load_checkpoint", source="public solutions of CS336; passes its suite")
 def missing_weights_accepted(src, model, optimizer=None, restore_rng=False):
     """Weights are loaded with strict=False, which passes over names that do not fit. A misnamed weight then
-    stays random, and nobody is told; leave strict as it is."""
+    stays random without an error; leave strict as it is."""
     weights, about, content = weights_in(src)
     load_optimizer(content, weights, optimizer)
     model.load_state_dict(weights, strict=False)

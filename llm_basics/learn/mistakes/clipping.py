@@ -146,7 +146,7 @@ def scale_all(gradients, norm, max_norm):
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def each_gradient_by_itself(parameters, max_norm, error_if_nonfinite=False):
-    """Each gradient is clipped by its own norm, which turns the direction of the step. Take one norm over
+    """Each gradient is clipped by its own norm, which changes the direction of the step. Take one norm over
     the gradients of all parameters, and scale all by the same factor."""
     for gradient in gradients_of(parameters):
         scale_all([gradient], gradient.float().norm(), max_norm)
@@ -154,7 +154,7 @@ def each_gradient_by_itself(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def values_clamped(parameters, max_norm, error_if_nonfinite=False):
-    """Each number is clamped to -max_norm..max_norm. That is clipping by value: it turns the direction and
+    """Each number is clamped to -max_norm..max_norm. That is clipping by value: it changes the direction and
     does not bound the length; scale all gradients by max_norm / norm."""
     for gradient in gradients_of(parameters):
         gradient.clamp_(-max_norm, max_norm)
@@ -256,8 +256,8 @@ def factor_upside_down(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def shortened_to_length_1(parameters, max_norm, error_if_nonfinite=False):
-    """Gradients above the limit are divided by their norm, so they end up 1 long whatever limit was asked
-    for. Multiply by max_norm as well."""
+    """Gradients above the limit are divided by their norm, so they end up 1 long whatever the limit. Multiply
+    by max_norm as well."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     return scale_all(gradients, norm, 1.0) if norm > max_norm else norm

@@ -185,7 +185,7 @@ def logarithm_of_the_softmax_plus_a_constant(
 @step.mistake("functional.cross_entropy", source="written for this catalogue")
 def maximum_not_subtracted(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """log(sum(exp(logits))) is right on paper, but exp overflows above 88, and far below it the sum is 0.
-    Subtract the maximum of each row first, and add it back behind the logarithm."""
+    Subtract the maximum of each row first, and add it back after the logarithm."""
     wide = F.to_float32(logits)
     losses = wide.exp().sum(-1).log() - of_targets(wide, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction).to(logits.dtype)
@@ -353,7 +353,7 @@ def shifted_inside_the_loss(logits, targets, ignore_index=-100, z_loss=0.0, redu
 @step.mistake("functional.cross_entropy", source="written for this catalogue")
 def last_position_only(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
     """Only the last position of each text counts, as in generation. A Transformer predicts at all positions
-    at once; whoever uses one throws the others' lesson away. Average over all."""
+    at once; using one of them discards the rest. Average over all."""
     if targets.ndim > 1:
         logits, targets = logits[..., -1, :], targets[..., -1]
     losses = losses_of(logits, targets, ignore_index)

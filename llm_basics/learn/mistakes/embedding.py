@@ -48,7 +48,7 @@ compare(
     gradients=False,
 )
 compare(
-    "infinity and NaN in a row that no id asks for",
+    "infinity and NaN in a row that no id selects",
     [2, 0],
     torch.tensor([[1.0, 2.0], [math.inf, math.nan], [3.0, 4.0]]),
     "position feature",
@@ -107,7 +107,7 @@ step.value(
 @step.mistake("functional.embedding", source="public solutions of CS336")
 def scaled_by_the_root_of_d_model(token_ids, weight):
     """The vectors are multiplied by sqrt(d_model), as in the first Transformer of 2017. Llama and GPT-2 do
-    not; nobody asked for it here. Return the rows as they are."""
+    not; this package does not. Return the rows as they are."""
     return tF.embedding(token_ids, weight) * math.sqrt(weight.shape[-1])
 
 
@@ -156,7 +156,7 @@ def token_0_never_learns(token_ids, weight):
 @step.mistake("functional.embedding", source="written for this catalogue")
 def leading_dimensions_lost(token_ids, weight):
     """The ids are flattened, and the result is never given its batch and position axes back. Its shape must
-    be that of the ids with d_model behind it."""
+    be that of the ids followed by d_model."""
     return tF.embedding(token_ids.flatten(), weight)
 
 

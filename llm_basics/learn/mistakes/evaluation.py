@@ -252,8 +252,8 @@ def gradients_cleared(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def trained_on_the_validation_data(model, batches, token_bytes):
-    """Evaluation also calls backward, so that the gradients of held-out text stay behind and join the next
-    update. What is learned from is no longer held out; no backward here."""
+    """Evaluation also calls backward, so that the gradients of held-out text remain and join the next update.
+    What is learned from is no longer held out; no backward here."""
 
     def backward_too(logits, inputs, targets):
         loss = F.cross_entropy(F.to_float32(logits), targets, reduction="sum")
@@ -478,8 +478,8 @@ def accuracy_averaged_over_batches(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def accuracy_in_percent(model, batches, token_bytes):
-    """Accuracy is given in percent, where a share from 0 to 1 is asked for. Whoever prints it as a share
-    gets 100 times too much; leave the factor out."""
+    """Accuracy is given in percent, where a fraction from 0 to 1 is required. A caller that formats it as a
+    percentage prints 100 times too much; leave the factor out."""
     found = sums(model, batches, token_bytes)
     return results(found, accuracy=100 * found["hits"] / found["tokens"])
 

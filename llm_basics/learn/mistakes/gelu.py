@@ -64,7 +64,7 @@ step.compare(
 
 @step.mistake("functional.gelu", source="public solutions of CS336")
 def tanh_where_exact_is_asked(x, approximate="none"):
-    """The tanh approximation is used always. It is off by up to 5e-4, which is enough to make somebody's
+    """The tanh approximation is used always. It is off by up to 5e-4, which is enough to make pretrained
     weights give other results. Without approximate="tanh", take torch.erf."""
     return tF.gelu(x, approximate="tanh")
 
@@ -97,7 +97,7 @@ def relu_instead(x, approximate="none"):
 
 
 def by(phi):
-    """GELU with a Phi of one's own for the exact form."""
+    """GELU with another Phi for the exact form."""
     return lambda x, approximate: (
         tF.gelu(x, approximate=approximate)
         if approximate == "tanh"

@@ -117,8 +117,8 @@ def no_epsilon(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def epsilon_fixed(x, weight, bias=None, eps=1e-5):
-    """A fixed epsilon of 1e-5 is used, whatever was asked for. Models differ in it; use the argument, and
-    check that the layer keeps it as self.eps."""
+    """A fixed epsilon of 1e-5 is used, whatever is passed. Models differ in it; use the argument, and check
+    that the layer keeps it as self.eps."""
     return (centered(x) / divisor(x, 1e-5) * weight + bias).to(x.dtype)
 
 
@@ -181,8 +181,8 @@ def mean_over_the_batch(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def gain_forgotten(x, weight, bias=None, eps=1e-5):
-    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is
-    only seen after training, or with the weights of others."""
+    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is only
+    seen after training, or with pretrained weights."""
     return (centered(x) / divisor(x, eps) + bias).to(x.dtype)
 
 
@@ -196,7 +196,7 @@ def one_added_to_the_gain(x, weight, bias=None, eps=1e-5):
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def bias_forgotten(x, weight, bias=None, eps=1e-5):
     """The learned bias is not added. It is 0 in a new layer, so this is only seen after training, or with
-    the weights of others."""
+    pretrained weights."""
     return (centered(x) / divisor(x, eps) * weight).to(x.dtype)
 
 

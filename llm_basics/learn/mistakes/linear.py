@@ -75,7 +75,7 @@ def initial_weights(weight, std):
 KEPT = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
 
 
-def differ_in_spread(expected, actual, asked="as asked for", unit=" times that"):
+def differ_in_spread(expected, actual, asked="as configured", unit=" times that"):
     mean, std, largest = actual.values()
     if std == 0:
         return "the weights must be random, but all are the same"
@@ -208,8 +208,8 @@ for made in (weight_is_no_parameter, weight_does_not_learn):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class BiasByDefault(layers.Linear):
-    """The layer has a bias that nobody asked for. The projections of a Llama have none, and checkpoints of
-    others do not load. A bias must be off unless bias=True."""
+    """The layer has a bias by default. The projections of a Llama have none, and pretrained checkpoints do
+    not load. A bias must be off unless bias=True."""
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, True, device, dtype)
@@ -229,8 +229,8 @@ class StartsWithStdOne(layers.Linear):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsWithTheVariance(StartsWithStdOne):
-    """2 / (d_in + d_out) is the variance, but was handed over as the standard deviation. All signals start
-    far too small and training creeps; take its square root."""
+    """2 / (d_in + d_out) is the variance, but was passed as the standard deviation. All signals start far too
+    small and training creeps; take its square root."""
 
     std = staticmethod(lambda d_in, d_out: 2 / (d_in + d_out))
 

@@ -21,8 +21,8 @@ CONTEXT, THETA = 32, 500.0
 # What is right
 
 
-def turned(x, positions, theta):
-    """RoPE: each pair (2i, 2i+1) as a complex number, turned by its angle."""
+def rotated(x, positions, theta):
+    """RoPE: each pair (2i, 2i+1) as a complex number, rotated by its angle."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     angles = positions[..., None] * theta ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
@@ -34,7 +34,7 @@ def attention(x, q, k, v, o, n_heads=N_HEADS, theta=None, positions=None):
     q, k, v = (tF.linear(x, w).unflatten(-1, (-1, d_head)).transpose(-3, -2) for w in (q, k, v))
     if theta is not None:
         positions = torch.arange(x.shape[-2]) if positions is None else positions[:, None]
-        q, k = turned(q, positions, theta), turned(k, positions, theta)
+        q, k = rotated(q, positions, theta), rotated(k, positions, theta)
     k, v = (t.repeat_interleave(n_heads // t.shape[-3], -3) for t in (k, v))
     mixed = tF.scaled_dot_product_attention(q, k, v, is_causal=True)
     return tF.linear(mixed.transpose(-3, -2).flatten(-2), o)
@@ -178,7 +178,7 @@ class InParts(layers.MultiHeadSelfAttention):
             q, k = self.q_norm(q), self.k_norm(k)
         start = cache.length if cache is not None else 0
         if self.rope is not None:
-            q, k, v = self.turn(q, k, v, self.positions(x, token_positions, start))
+            q, k, v = self.rotate(q, k, v, self.positions(x, token_positions, start))
         if cache is not None:
             k, v = cache.append(k, v)
         mask = self.mask(q.shape[-2], k.shape[-2], start)
@@ -194,7 +194,7 @@ class InParts(layers.MultiHeadSelfAttention):
         given = torch.arange(start, start + x.shape[-2]) if given is None else given
         return rearrange(given, "... seq -> ... 1 seq")
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         return self.rope(q, positions), self.rope(k, positions), v
 
     def mask(self, queries, keys, start):
@@ -220,7 +220,7 @@ class InParts(layers.MultiHeadSelfAttention):
         return rearrange(mixed, "... heads seq d -> ... seq (heads d)")
 
     def theta(self):
-        """Read from the tables: the second pair turns by theta^(-2 / d_head) a position."""
+        """Read from the tables: the second pair rotates by theta^(-2 / d_head) per position."""
         return math.asin(self.rope.sin[1, 1]) ** -(self.d_head / 2)
 
 
@@ -353,8 +353,8 @@ class HeadsAttendToEachOther(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class HeadsInterleaved(InParts):
-    """A head takes every n_heads-th feature instead of a run of d_head neighbors. A model can learn that
-    way, but weights of others do not fit; the feature axis is (heads, d_head), heads first."""
+    """A head takes every n_heads-th feature instead of a run of d_head neighbors. A model can learn that way,
+    but pretrained weights do not fit; the feature axis is (heads, d_head), heads first."""
 
     def split(self, x):
         return rearrange(x, "... seq (d heads) -> ... heads seq d", d=self.d_head)
@@ -365,8 +365,8 @@ class HeadsInterleaved(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class OneLargeHead(InParts):
-    """All features form one head, so there is one set of attention weights where n_heads were asked for.
-    Check that the scores have shape (batch, heads, queries, keys)."""
+    """All features form one head, so there is one set of attention weights where n_heads are required. Check
+    that the scores have shape (batch, heads, queries, keys)."""
 
     def attend(self, q, k, v, mask):
         scores = self.merge(q) @ self.merge(k).mT / math.sqrt(self.d_head * self.n_heads)
@@ -455,7 +455,7 @@ class OutputProjectionUntransposed(InParts):
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class KeysAndValuesExchanged(InParts):
     """Keys come from the value projection and values from the key projection. A new model learns all the
-    same, but weights of others do not fit; compare the order of arguments with that of the parameters."""
+    same, but pretrained weights do not fit; compare the order of arguments with that of the parameters."""
 
     def project(self, x):
         q, k, v = super().project(x)
@@ -465,7 +465,7 @@ class KeysAndValuesExchanged(InParts):
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class QueriesAndKeysExchanged(InParts):
     """Queries come from the key projection and keys from the query projection. A new model learns all the
-    same, but weights of others do not fit, and grouped heads fail; look at where q and k are unpacked."""
+    same, but pretrained weights do not fit, and grouped heads fail; look at where q and k are unpacked."""
 
     def project(self, x):
         return self.split(self.k_proj(x)), self.split(self.q_proj(x)), self.split(self.v_proj(x))
@@ -492,7 +492,7 @@ class ValuesFromTheKeyProjection(InParts):
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ValuesAreTheInput(InParts):
     """The input itself is mixed, not its value projection, whose weights then never learn. Attention needs
-    three projections of x: for asking, for being found, and for what is handed over."""
+    three projections of x: one each for queries, keys and values."""
 
     def project(self, x):
         values = x[..., : self.n_kv_heads * self.d_head]
@@ -535,37 +535,37 @@ class KeysAndValuesDetached(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class RopeForgotten(InParts):
-    """RoPE is handed in but never applied. Attention then knows no order beyond what the mask gives away;
-    turn queries and keys before their dot products."""
+    """RoPE is passed but never applied. Attention then knows no order beyond what the mask gives away; rotate
+    queries and keys before their dot products."""
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         return q, k, v
 
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeOnValuesToo(InParts):
-    """Values are turned as well as queries and keys. Only dot products cancel a turn; values are handed on
-    with theirs, which no layer takes back."""
+    """Values are rotated as well as queries and keys. Only dot products cancel a rotation; values are passed
+    on with theirs, which no layer takes back."""
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         return self.rope(q, positions), self.rope(k, positions), self.rope(v, positions)
 
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeOnQueriesOnly(InParts):
-    """Queries are turned, keys are not. The scores then depend on where a query stands, not on how far it
-    is from the key; turn both by their positions."""
+    """Queries are rotated, keys are not. The scores then depend on where a query stands, not on how far it is
+    from the key; rotate both by their positions."""
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         return self.rope(q, positions), k, v
 
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeBeforeTheSplit(InParts):
-    """RoPE runs over all d_model features at once, so each head receives other frequencies, the last one
-    hardly any turn. Split into heads first; each head has all frequencies, from 1 down."""
+    """RoPE runs over all d_model features at once, so each head receives other frequencies, and the last head
+    hardly rotates. Split into heads first; each head has all frequencies, from 1 down."""
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         positions = positions.squeeze(-2)
         return self.split(self.whole(q, positions)), self.split(self.whole(k, positions)), v
 
@@ -577,8 +577,8 @@ class RopeBeforeTheSplit(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336; passes its suite")
 class GivenPositionsIgnored(InParts):
-    """The positions handed in are not used; it is always 0, 1, 2, ... Texts with gaps, padding or a cache
-    are then turned wrongly. Look them up in the tables of cosine and sine."""
+    """The positions passed are not used; it is always 0, 1, 2, ... Texts with gaps, padding or a cache are
+    then rotated by wrong angles. Look them up in the tables of cosine and sine."""
 
     def positions(self, x, given, start):
         return super().positions(x, None, start)
@@ -595,7 +595,7 @@ class PositionsFromOne(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class PositionsOfTheFirstText(InParts):
-    """All texts of the batch are turned by the positions of the first. Those that start elsewhere come out
+    """All texts of the batch are rotated by the positions of the first. Those that start elsewhere come out
     wrong; keep the batch axis of token_positions."""
 
     def positions(self, x, given, start):
@@ -648,7 +648,7 @@ class ValuesSharedInAnotherOrder(InParts):
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class CachedPositionsRestart(InParts):
     """The positions of each chunk start at 0 again, although the cache holds earlier tokens. All but the
-    first chunk are turned wrongly; go on from cache.length."""
+    first chunk are rotated by wrong angles; continue from cache.length."""
 
     def positions(self, x, given, start):
         return super().positions(x, given, 0)
@@ -692,12 +692,12 @@ class CacheIgnored(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class CachedQueriesStartAtZero(InParts):
-    """The keys of a chunk are turned by their places in the whole text, its queries from 0 again. Distances
-    come out wrong behind the first chunk; both go on from cache.length."""
+    """The keys of a chunk are rotated by their places in the whole text, its queries from 0 again. Distances
+    are wrong after the first chunk; both continue from cache.length."""
 
     def positions(self, x, given, start):
         self.start = start
         return super().positions(x, given, start)
 
-    def turn(self, q, k, v, positions):
+    def rotate(self, q, k, v, positions):
         return self.rope(q, positions - self.start), self.rope(k, positions), v

@@ -77,7 +77,7 @@ def no_epsilon(x, weight, eps=1e-5):
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def epsilon_fixed(x, weight, eps=1e-5):
-    """A fixed epsilon of 1e-5 is used, whatever was asked for. Models differ in it, 1e-5 or 1e-6; use the
+    """A fixed epsilon of 1e-5 is used, whatever is passed. Models differ in it, 1e-5 or 1e-6; use the
     argument, and check that the layer keeps it as self.eps."""
     return (normalized(x, 1e-5) * weight).to(x.dtype)
 
@@ -156,8 +156,8 @@ def divided_by_the_standard_deviation(x, weight, eps=1e-5):
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def gain_forgotten(x, weight, eps=1e-5):
-    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is
-    only seen after training, or with the weights of others."""
+    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is only
+    seen after training, or with pretrained weights."""
     return normalized(x, eps).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""RoPE: each pair of features (2i, 2i+1) is turned by `position * theta^(-2i / d_head)`."""
+"""RoPE: each pair of features (2i, 2i+1) is rotated by `position * theta^(-2i / d_head)`."""
 
 import math
 
@@ -13,15 +13,15 @@ draw = probes.numbers(seed=5)
 
 
 def by_hand(x, positions, theta):
-    """Each pair as a complex number, turned by its angle."""
+    """Each pair as a complex number, rotated by its angle."""
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     speeds = theta ** -(torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
     angles = positions[..., None].double() * speeds
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(x.dtype)
 
 
-def turned(x):
-    """In words, by which angle the first wrong pair of `x` was turned instead of which."""
+def angle_difference(x):
+    """The rotation angle of the first wrong pair of `x`, and the expected one."""
 
     def words(expected, actual):
         if actual.shape != expected.shape:
@@ -29,15 +29,15 @@ def turned(x):
         before, right, found = (t.double().unflatten(-1, (-1, 2)) for t in (x, expected, actual))
         off = (right - found).abs().amax(-1).nan_to_num(math.inf)
         *lead, position, pair = (off >= min(1e-3, off.max().item())).nonzero()[0].tolist()
-        place = (*lead, position, pair)
-        where = f"at place {position}, features {2 * pair} and {2 * pair + 1}"
-        if not math.isclose(before[place].norm(), found[place].norm(), rel_tol=1e-2):
-            return f"{where}: their length changed, so they were not turned as a pair"
+        index = (*lead, position, pair)
+        where = f"at position {position}, features {2 * pair} and {2 * pair + 1}"
+        if not math.isclose(before[index].norm(), found[index].norm(), rel_tol=1e-2):
+            return f"{where}: their length changed, so they were not rotated as a pair"
         start, target, end = (
-            math.atan2(pairs[place][1], pairs[place][0]) for pairs in (before, right, found)
+            math.atan2(pairs[index][1], pairs[index][0]) for pairs in (before, right, found)
         )
         return (
-            f"{where} must be turned by {math.remainder(target - start, math.tau):.3f} radians, "
+            f"{where} must be rotated by {math.remainder(target - start, math.tau):.3f} radians, "
             f"but were by {math.remainder(end - start, math.tau):.3f}"
         )
 
@@ -50,7 +50,7 @@ def compare(about, x, positions, theta, context, **options):
         lambda a, x, positions: a.run_rope(x.shape[-1], theta, context, x, positions),
         lambda x, positions: by_hand(x, positions, theta),
         {"x": x, "positions": positions},
-        words=turned(x),
+        words=angle_difference(x),
         **options,
     )
 
@@ -88,7 +88,7 @@ compare(
 
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
-def halves_turned_instead_of_pairs(x, cos, sin):
+def halves_rotated_instead_of_pairs(x, cos, sin):
     """Feature i is paired with feature i + d/2, as in Hugging Face's Llama, whose weights are reordered for
     that. Here neighbors (2i, 2i+1) are a pair: use x[..., 0::2] and x[..., 1::2]."""
     first, second = x.chunk(2, dim=-1)
@@ -98,7 +98,7 @@ def halves_turned_instead_of_pairs(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
 def result_concatenated(x, cos, sin):
-    """The pairs are turned rightly, but all even features then stand before all odd ones. Put them back
+    """The pairs are rotated correctly, but all even features then stand before all odd ones. Put them back
     alternately: torch.stack(..., dim=-1) and flatten the last two axes."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
@@ -113,8 +113,8 @@ def halves_read_and_pairs_written(x, cos, sin):
 
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
-def turned_the_other_way(x, cos, sin):
-    """The sign of the angle is wrong. Queries and keys still fit each other, but weights of others do not:
+def rotated_the_other_way(x, cos, sin):
+    """The sign of the angle is wrong. Queries and keys still fit each other, but pretrained weights do not:
     it is (even cos - odd sin, even sin + odd cos)."""
     return rotated(x, cos, -sin)
 
@@ -152,9 +152,9 @@ def angles_tiled(x, cos, sin):
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
-def odd_feature_from_the_turned_even_one(x, cos, sin):
+def odd_feature_from_the_rotated_even_one(x, cos, sin):
     """The even feature is overwritten before the odd one is made from it. Both lines need the features as
-    they were before the turn."""
+    they were before the rotation."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     even = even * cos - odd * sin
     return torch.stack([even, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -162,7 +162,7 @@ def odd_feature_from_the_turned_even_one(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def input_changed_in_place(x, cos, sin):
-    """The turned features are written into the caller's tensor, so a second call turns them twice. Fill a
+    """The rotated features are written into the caller's tensor, so a second call rotates them twice. Fill a
     new one, torch.empty_like(x), or stack the two lines."""
     even, odd, cos, sin = x[..., 0::2].clone(), x[..., 1::2].clone(), cos.to(x.dtype), sin.to(x.dtype)
     x[..., 0::2] = even * cos - odd * sin
@@ -178,7 +178,7 @@ def result_left_in_float32(x, cos, sin):
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
-def turned_along_the_heads(x, cos, sin):
+def rotated_along_the_heads(x, cos, sin):
     """The position is taken from the axis before the sequence, which is that of the heads or the batch. The
     sequence is the second to last axis: split the heads and transpose first."""
     return rotated(x, cos[..., : x.shape[-3], :].unsqueeze(-2), sin[..., : x.shape[-3], :].unsqueeze(-2))
@@ -200,14 +200,14 @@ def tables(positions, speeds, device):
 
 @step.mistake("functional.rope_tables", source="public solutions of CS336; passes its suite")
 def theta_fixed_at_10000(d_head, context_length, theta=10000.0, device=None):
-    """The angles are made with 10,000, whatever theta was asked for. Llama 3 has 500,000; use the argument,
-    and check that each layer hands it on."""
+    """The angles are made with 10,000, whatever theta is. Llama 3 has 500,000; use the argument, and check
+    that each layer passes it on."""
     return tables(torch.arange(context_length), 10000.0 ** -(torch.arange(0, d_head, 2) / d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="public solutions of CS336")
 def positions_from_1(d_head, context_length, theta=10000.0, device=None):
-    """The first token has position 1. Its angle must be 0, so that it is not turned at all: count from 0
+    """The first token has position 1. Its angle must be 0, so that it is not rotated at all: count from 0
     with torch.arange(n)."""
     positions = torch.arange(1, context_length + 1)
     return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
@@ -215,14 +215,14 @@ def positions_from_1(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def exponent_half_as_large(d_head, context_length, theta=10000.0, device=None):
-    """The exponent is i / d instead of 2i / d, so the last pairs turn far too fast. Pair i has the features
+    """The exponent is i / d instead of 2i / d, so the last pairs rotate far too fast. Pair i has the features
     2i and 2i + 1: use torch.arange(0, d, 2) / d."""
     return tables(torch.arange(context_length), theta ** -(torch.arange(d_head // 2) / d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def exponent_twice_as_large(d_head, context_length, theta=10000.0, device=None):
-    """The exponent is 2i / (d / 2), so the last pairs hardly turn. Either count 0, 2, 4, ... and divide by
+    """The exponent is 2i / (d / 2), so the last pairs hardly rotate. Either count 0, 2, 4, ... and divide by
     d, or count 0, 1, 2, ... and divide by d / 2."""
     speeds = theta ** -(torch.arange(0, d_head, 2) / (d_head // 2))
     return tables(torch.arange(context_length), speeds, device)
@@ -230,7 +230,7 @@ def exponent_twice_as_large(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def no_minus_in_the_exponent(d_head, context_length, theta=10000.0, device=None):
-    """The pairs turn faster and faster instead of slower and slower. Each position is multiplied with
+    """The pairs rotate faster and faster instead of slower and slower. Each position is multiplied with
     theta^(-2i / d), or divided by theta^(2i / d)."""
     speeds = theta ** (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
     return tables(torch.arange(context_length).double(), speeds, device)
@@ -238,14 +238,14 @@ def no_minus_in_the_exponent(d_head, context_length, theta=10000.0, device=None)
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def all_pairs_equally_fast(d_head, context_length, theta=10000.0, device=None):
-    """All pairs turn by the same angle, as if every exponent were 0. It comes from a whole-number division
-    (//) or from an i that never changes; pair i turns at theta^(-2i / d)."""
+    """All pairs rotate by the same angle, as if every exponent were 0. It comes from a whole-number division
+    (//) or from an i that never changes; pair i rotates per position by theta^(-2i / d)."""
     return tables(torch.arange(context_length), theta ** -(torch.arange(0.0, d_head, 2) // d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def speeds_reversed(d_head, context_length, theta=10000.0, device=None):
-    """The last pair turns fastest and the first slowest. Pair 0 turns by one radian a position, since
+    """The last pair rotates fastest and the first slowest. Pair 0 rotates by one radian a position, since
     theta^0 is 1."""
     speeds = theta ** -(torch.arange(0, d_head, 2) / d_head)
     return tables(torch.arange(context_length), speeds.flip(0), device)
@@ -253,8 +253,8 @@ def speeds_reversed(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def whole_turns_instead_of_radians(d_head, context_length, theta=10000.0, device=None):
-    """The angles are multiplied with 2 pi, as for a frequency in turns. RoPE's angles are radians already:
-    position * theta^(-2i / d)."""
+    """The angles are multiplied with 2 pi, as for a frequency in revolutions. RoPE's angles are radians
+    already: position * theta^(-2i / d)."""
     speeds = math.tau * theta ** -(torch.arange(0, d_head, 2) / d_head)
     return tables(torch.arange(context_length), speeds, device)
 
@@ -273,8 +273,8 @@ def positions_in_bfloat16(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("layers.RotaryEmbedding", source="public solutions of CS336; passes its suite")
 class PositionsIgnored(layers.RotaryEmbedding):
-    """The positions that were handed in are not used, always 0 to n - 1. Text that continues behind a cache
-    is then turned wrongly; pick the rows of the tables by token_positions."""
+    """The positions passed are not used, always 0 to n - 1. Text that continues a cache is then rotated by
+    wrong angles; pick the rows of the tables by token_positions."""
 
     def forward(self, x, token_positions):
         return F.apply_rope(x, self.cos[: x.shape[-2]], self.sin[: x.shape[-2]])
@@ -292,8 +292,8 @@ class PositionsCountedFromTheFirst(layers.RotaryEmbedding):
 
 @step.mistake("layers.RotaryEmbedding", source="written for this catalogue")
 class PositionsOfTheFirstText(layers.RotaryEmbedding):
-    """All texts of a batch are turned by the positions of the first one. Positions can have a batch axis,
-    as when texts are packed or padded; index the tables with all of them."""
+    """All texts of a batch are rotated by the positions of the first one. Positions can have a batch axis, as
+    when texts are packed or padded; index the tables with all of them."""
 
     def forward(self, x, token_positions):
         return super().forward(x, token_positions.reshape(-1, x.shape[-2])[0])

@@ -148,7 +148,7 @@ WEIGHTS = make_weights(**SHAPE, draw=draw)
 
 
 def rope(x):
-    """Neighboring features turned by their position, as complex numbers."""
+    """Neighboring features rotated by their position, as complex numbers."""
     frequencies = THETA ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
     angles = torch.outer(torch.arange(x.shape[-2]), frequencies)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -198,7 +198,7 @@ check_text("after a prompt as long as the context", [4, 8, 2, 19, 6, 6, 0, 13, 2
 check_text("after a prompt longer than the context", [*range(22, 8, -1)], 6, top_k=1)
 check_text("a temperature of 0", [9, 21, 3], 9, temperature=0.0)
 check_text("top-p of nearly 0", [12, 5, 16], 9, top_p=1e-6)
-step.value("no new tokens asked for", lambda a: write(a, [5, 1], 0), [])
+step.value("no new tokens requested", lambda a: write(a, [5, 1], 0), [])
 
 
 SMALL = {"vocab_size": 23, "context_length": 9, "d_model": 2, "num_layers": 1, "num_heads": 1, "d_ff": 2}
@@ -274,7 +274,7 @@ def goes_on(a):
     return texts[0] != texts[1]
 
 
-step.value("a generator goes on where the last text ended", goes_on, True)
+step.value("a generator continues where the last text ended", goes_on, True)
 
 # --------------------------------------------------------------------------------------------------
 # What the wrong versions have right
@@ -410,8 +410,8 @@ def top_k_keeps_ties(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_k_discarded(logits, temperature=1.0, top_k=None, top_p=None):
-    """masked_fill returns a new tensor, and here nobody keeps it, so top-k does nothing. Assign the
-    result, or use masked_fill_ on a copy."""
+    """masked_fill returns a new tensor, which is discarded here, so top-k does nothing. Assign the result, or
+    use masked_fill_ on a copy."""
     check_settings(temperature, top_k, top_p)
     return right(logits, temperature, None, top_p)
 
@@ -768,7 +768,7 @@ def context_one_token_too_short(
 def ends_with_the_context(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The text ends when the context is full, though more tokens were asked for. Go on with the last
+    """The text ends when the context is full, though more tokens were requested. Continue with the last
     context_length tokens."""
     n = max(0, min(max_new_tokens, model.config.context_length - len(prompt)))
     return tell(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
@@ -797,8 +797,8 @@ def prompt_counted_as_new(
 def prompt_given_out_too(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The prompt stands before the new tokens in what is given out, so whoever appends the answer has
-    it twice. Give out only what was drawn."""
+    """The prompt stands before the new tokens in the output, so a caller that appends the output has it
+    twice. Yield only what was drawn."""
     yield from prompt.tolist()
     yield from tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
 
@@ -962,8 +962,8 @@ def top_p_not_passed_on(
 def generator_ignored(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The draw does not use the generator that is given, so a seed does not decide the text and nobody
-    can repeat it. Pass generator=generator to torch.multinomial."""
+    """The draw does not use the generator that is given, so a seed does not decide the text and no run can
+    repeat it. Pass generator=generator to torch.multinomial."""
     return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, None)
 
 

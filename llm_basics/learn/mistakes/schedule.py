@@ -166,7 +166,7 @@ def total_counted_without_warm_up(step, max_lr, min_lr, warmup_steps, total_step
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def rises_again_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """Nothing stops the cosine at total_steps, so the rate rises again when training goes on. Return min_lr
+    """Nothing stops the cosine at total_steps, so the rate rises again when training continues. Return min_lr
     from total_steps on."""
     if step <= total_steps:
         return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -184,8 +184,7 @@ def starts_over_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def zero_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate is 0 after total_steps. Training that goes on learns nothing more; it must stay at
-    min_lr."""
+    """The rate is 0 after total_steps. Further training learns nothing more; it must stay at min_lr."""
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps) if step <= total_steps else 0.0
 
 

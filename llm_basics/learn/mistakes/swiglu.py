@@ -48,7 +48,7 @@ step.compare(
 
 @step.mistake("functional.swiglu", source="public solutions of CS336")
 def w1_and_w3_exchanged(x, w1, w2, w3):
-    """W3 makes the gate and W1 the values. Trained from scratch this works, but weights of others do not
+    """W3 makes the gate and W1 the values. Trained from scratch this works, but pretrained weights do not
     fit; silu belongs around W1 x."""
     return F.linear(F.silu(F.linear(x, w3)) * F.linear(x, w1), w2)
 

@@ -213,7 +213,7 @@ encodes(
     (vocabulary([], LIKE_PATTERNS), [], LIKE_PATTERNS, "abca.c x[x]xaa+ a bend|"),
 )
 encodes(
-    "of special tokens that begin together the longest is found",
+    "of special tokens that share a prefix the longest is found",
     (vocabulary([], BEGIN_TOGETHER), [], BEGIN_TOGETHER, "<a><b><c><a><b>x<a>"),
 )
 encodes(
@@ -290,7 +290,7 @@ streams(
 
 
 class Endless:
-    """A stream that nobody can keep in memory; it fails before it does harm."""
+    """A stream too large for memory; raises before memory is full."""
 
     def __iter__(self):
         for _ in range(200):
@@ -313,7 +313,7 @@ def handed_in(adapters):
 
 
 step.value(
-    "what is handed in stays as it was",
+    "arguments are not modified",
     handed_in,
     [True, True, True],
     words=lambda expected, actual: (
@@ -617,8 +617,8 @@ class SpecialsDropped(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class SpecialsNotSortedByLength(Tokenizer):
-    """Of two special tokens that begin alike, the one listed first is found, even inside the longer one. Sort
-    them by length, longest first, before you join them with |."""
+    """Of two special tokens that share a prefix, the one listed first is found, even inside the longer one.
+    Sort them by length, longest first, before you join them with |."""
 
     def encode(self, text):
         return encode_between(self, escaped(self.special_tokens), text)
@@ -646,7 +646,7 @@ class NeighborsOfSpecialsStripped(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsFoundOnlyOnce(Tokenizer):
-    """Only the first occurrence of each special token is found; the text behind it is encoded as words, as
+    """Only the first occurrence of each special token is found; the text after it is encoded as words, as
     with partition or split(special, 1). Find all of them."""
 
     def encode(self, text):
@@ -659,8 +659,8 @@ class SpecialsFoundOnlyOnce(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class EndAddedToEveryText(Tokenizer):
-    """The first special token is added behind every text. Encoding adds nothing that was not asked for, or
-    decoding does not give the text back; put it between documents yourself."""
+    """The first special token is appended to every text. Encoding must not add tokens, or decoding does not
+    give the text back; put it between documents yourself."""
 
     def encode(self, text):
         return super().encode(text) + [self._special_ids[special] for special in self.special_tokens[:1]]
@@ -810,8 +810,8 @@ def stream_by(model, texts, find_cut):
 
 @step.mistake(PIECE, source=OWN)
 class StreamCutBehindSpaces(Tokenizer):
-    """The stream is cut behind its last white space, which separates the next word from its leading space.
-    Cut in front of the space: there a token ends whatever follows."""
+    """The stream is cut after its last white space, which separates the next word from its leading space. Cut
+    in front of the space: there a token ends whatever follows."""
 
     def encode_iterable(self, texts):
         return stream_by(self, texts, lambda text: max(map(text.rfind, " \t\n")) + 1)
@@ -888,8 +888,8 @@ class CachedListGivenAway(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class VocabularyOfTheCallerChanged(Tokenizer):
-    """New special tokens are written into the dict that the caller handed in, who did not ask for that, and
-    whose other tokenizers then have them too. Work on a copy: dict(vocab)."""
+    """New special tokens are written into the caller's dict, so its other tokenizers get them too. Work on a
+    copy: dict(vocab)."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
         super().__init__(vocab, merges, special_tokens, pattern)
@@ -898,7 +898,7 @@ class VocabularyOfTheCallerChanged(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsOfTheCallerSorted(Tokenizer):
-    """The caller's list of special tokens is sorted in place, and whoever numbers them by their place gets
+    """The caller's list of special tokens is sorted in place, so a caller that numbers them by position gets
     other numbers. Use sorted(), which makes a new list."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):

@@ -491,7 +491,7 @@ def gradients_cleared_for_each_micro_batch(model, optimizer, batches, step, opti
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_last_micro_batch_counted(model, optimizer, batches, step, options, accept=None):
-    """backward stands behind the loop over micro-batches, where only the last loss is still at hand. The
+    """backward is called after the loop over micro-batches, where only the last loss is still at hand. The
     work on all others is thrown away; call backward inside of the loop."""
     lr = begin(optimizer, step, options)
     for batch in batches:
@@ -561,7 +561,7 @@ def micro_batches_weighed_by_rows(model, optimizer, batches, step, options, acce
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def update_after_each_micro_batch(model, optimizer, batches, step, options, accept=None):
     """optimizer.step stands inside of the loop over micro-batches. They are there to make one gradient for
-    one update; update once, behind the loop."""
+    one update; update once, after the loop."""
     lr, total, norm = begin(optimizer, step, options), torch.zeros(()), torch.zeros(())
     for batch, share in shares(batches):
         optimizer.zero_grad()
@@ -624,7 +624,7 @@ def scaled_loss_of_the_last_micro_batch_reported(model, optimizer, batches, step
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def mean_of_mean_losses_reported(model, optimizer, batches, step, options, accept=None):
     """The gradient weighs micro-batches by their targets, but the reported loss is the plain mean of their
-    means. The two then speak of different things; weigh both alike."""
+    means. The two then measure different things; weight both alike."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options)
@@ -692,16 +692,16 @@ def learning_rate_set_after_the_update(model, optimizer, batches, step, options,
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_previous_step(model, optimizer, batches, step, options, accept=None):
-    """The schedule is asked for step - 1, as if steps counted from 0. The first update then has learning
-    rate 0 and is lost, and the end of the cosine is missed by one."""
+    """The schedule gets step - 1, as if steps counted from 0. The first update then has learning rate 0 and
+    is lost, and the end of the cosine is missed by one."""
     lr = optim.cosine_schedule(step - 1, options.lr, options.final_lr, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_next_step(model, optimizer, batches, step, options, accept=None):
-    """The schedule is asked for step + 1, though steps already count from 1. Warm-up and decay then come one
-    step early; pass the step as it is."""
+    """The schedule gets step + 1, though steps already count from 1. Warm-up and decay then come one step
+    early; pass the step as it is."""
     lr = optim.cosine_schedule(step + 1, options.lr, options.final_lr, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
@@ -718,7 +718,7 @@ def schedule_stepped_per_micro_batch(model, optimizer, batches, step, options, a
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def no_schedule(model, optimizer, batches, step, options, accept=None):
     """Every step uses the peak learning rate. Without warm-up the first updates are too long, without decay
-    the last ones; ask cosine_schedule for the rate of the step."""
+    the last ones; call cosine_schedule for the rate of the step."""
     return with_lr(options.lr, model, optimizer, batches, options, accept)
 
 
@@ -740,8 +740,8 @@ def floor_always_a_tenth(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def warm_up_added_to_the_length(model, optimizer, batches, step, options, accept=None):
-    """The schedule is told that the run is longer by its warm-up, so the cosine has not reached its floor
-    when the run ends. options.steps counts all steps, the warm-up included."""
+    """The schedule gets a total that is longer by the warm-up, so the cosine has not reached its floor when
+    the run ends. options.steps counts all steps, the warm-up included."""
     total = options.steps + options.warmup_steps
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, total)
     return with_lr(lr, model, optimizer, batches, options, accept)
@@ -805,8 +805,8 @@ def clipping_before_unscaling(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_per_parameter(model, optimizer, batches, step, options, accept=None):
-    """Each parameter's gradient is clipped by itself, which turns the whole gradient into another direction.
-    Give clip_grad_norm_ all parameters in one call."""
+    """Each parameter's gradient is clipped by itself, which changes the direction of the whole gradient. Give
+    clip_grad_norm_ all parameters in one call."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     norms = [nn.utils.clip_grad_norm_([p], options.max_grad_norm) for p in model.parameters()]
@@ -856,8 +856,8 @@ def softmax_before_the_loss(model, optimizer, batches, step, options, accept=Non
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def inputs_as_targets(model, optimizer, batches, step, options, accept=None):
-    """The model is asked for the token that it was just given. The loss falls to nearly 0, and the samples
-    are one token repeated; compare with the targets, which are one token ahead."""
+    """The targets are the inputs themselves. The loss falls to nearly 0, and the samples are one token
+    repeated; compare with the targets, which are one token ahead."""
 
     def loss_of(model, batch, options):
         return mean_loss(model, (batch[0], batch[0]), options)
@@ -920,7 +920,7 @@ def loss_summed(model, optimizer, batches, step, options, accept=None):
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
     """options.z_loss is not passed on to cross_entropy, so nothing keeps the logits from drifting where it
-    was asked for. Pass z_loss=options.z_loss."""
+    was configured. Pass z_loss=options.z_loss."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -1058,8 +1058,8 @@ def only_the_gradient_checked(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_gradient_set_to_zero(model, optimizer, batches, step, options, accept=None):
-    """nan_to_num makes finite numbers of whatever the gradient was, and the update goes on with them. The
-    cause stays hidden while weights move by chance; stop instead."""
+    """nan_to_num makes finite numbers of whatever the gradient was, and the update uses them. The cause stays
+    hidden while weights move by chance; stop instead."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     for p in model.parameters():
@@ -1113,7 +1113,7 @@ def only_biases_without_decay(model, options):
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def embeddings_without_decay(model, options):
     """The embedding tables are left out of weight decay along with norms and biases. That is a choice that
-    some make, but not the one asked for here: all parameters of two axes decay."""
+    some make, but not the one required here: all parameters of two axes decay."""
     named = list(model.named_parameters())
     kept = [p for name, p in named if p.dim() < 2 or "embedding" in name]
     return grouped([p for name, p in named if p.dim() >= 2 and "embedding" not in name], kept, options)

@@ -190,7 +190,7 @@ def loss_by_heart(a):
 
 
 step.value(
-    "it can learn one batch by heart",
+    "it can memorize one batch",
     loss_by_heart,
     True,
     words=lambda expected, actual: "after 30 steps of AdamW on one batch the loss is not near 0",
@@ -331,7 +331,7 @@ class FinalNormIsABlocksNorm(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class FinalNormTwice(Parts):
-    """ln_final is applied twice, perhaps once behind the blocks and once before the output projection. New
+    """ln_final is applied twice, perhaps once after the blocks and once before the output projection. New
     gains are all 1, which hides it at the start."""
 
     def head(self, x):
@@ -349,8 +349,8 @@ class SoftmaxInside(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LogProbabilities(Parts):
-    """The model returns log-probabilities. The loss is the same, as a softmax undoes them, so no curve
-    shows it, but whoever reads logits (weights of others, z-loss, tests) is misled."""
+    """The model returns log-probabilities. The loss is the same, as a softmax undoes them, so no curve shows
+    it, but every reader of logits (pretrained weights, z-loss, tests) is misled."""
 
     def head(self, x):
         return super().head(x).log_softmax(-1)
@@ -359,7 +359,7 @@ class LogProbabilities(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LogitsScaled(Parts):
     """The logits are divided by sqrt(d_model), which belongs to attention's scores. The model must outgrow
-    it, and weights of others do not fit."""
+    it, and pretrained weights do not fit."""
 
     def head(self, x):
         return super().head(x) / math.sqrt(self.config.d_model)
@@ -395,7 +395,7 @@ class VocabularyInTheMiddle(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EmbeddingAsHead(Parts):
     """The logits are dot products with the token embeddings, and lm_head never learns, although tied
-    embeddings were not asked for. Use lm_head."""
+    embeddings were not configured. Use lm_head."""
 
     def head(self, x):
         return tF.linear(self.ln_final(x), self.token_embeddings.weight)
@@ -438,7 +438,7 @@ class FirstBlockSkipped(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class BlocksReversed(Parts):
     """The blocks run from the last to the first. A new model learns all the same, so no curve shows it, but
-    weights of others do not fit."""
+    pretrained weights do not fit."""
 
     def through_blocks(self, x, positions, caches):
         for i, one in enumerate(reversed(self.layers)):
@@ -460,7 +460,7 @@ class FirstBlockUsedThroughout(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class OneBlockMade(Parts):
     """`[block] * n_layers` is one block in n places: all layers share their weights, and the model has far
-    fewer than asked for. Make a new one for each place."""
+    fewer than configured. Make a new one for each place."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -495,8 +495,8 @@ class EveryBlockReadsTheEmbedding(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class EmbeddingScaled(Parts):
-    """The embeddings are multiplied by sqrt(d_model), as in the first transformer, where nobody asked for
-    it. What the blocks add then hardly counts beside them, and weights of others do not fit."""
+    """The embeddings are multiplied by sqrt(d_model), as in the first transformer, which this config does not
+    set. What the blocks add then hardly counts beside them, and pretrained weights do not fit."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions) * math.sqrt(self.config.d_model)
@@ -504,8 +504,8 @@ class EmbeddingScaled(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EmbeddingNormalized(Parts):
-    """The embeddings are normalized before the first block, which normalizes its input itself. It changes
-    how much they count in the residual stream, and weights of others do not fit."""
+    """The embeddings are normalized before the first block, which normalizes its input itself. It changes how
+    much they count in the residual stream, and pretrained weights do not fit."""
 
     def embed(self, tokens, positions):
         return tF.rms_norm(super().embed(tokens, positions), (self.config.d_model,))
@@ -555,8 +555,8 @@ class NoRope(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class PositionsNotHandedOn(Parts):
-    """The blocks are not told the positions, so attention counts from 0 by itself. Right for whole texts,
-    wrong for positions that are given; pass them to each block."""
+    """The blocks do not get the positions, so attention counts from 0 by itself. Right for whole texts, wrong
+    for positions that are given; pass them to each block."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, None, caches)
@@ -583,7 +583,7 @@ class LearnedPositionsReversed(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LearnedPositionsFromOne(Parts):
     """Learned positions count from 1, so that the first row is never trained and a text that fills the
-    context asks for a row that is not there. Count from 0."""
+    context indexes a missing row. Count from 0."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions + 1)
@@ -605,8 +605,8 @@ class PositionsNotCutToTheInput(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class TiedWhenNotAsked(Parts):
-    """Embedding and output projection are one matrix although the config says tie_embeddings=False. The
-    model has fewer weights than asked for, and weights of others do not fit."""
+    """Embedding and output projection are one matrix although the config says tie_embeddings=False. The model
+    has fewer weights than configured, and pretrained weights do not fit."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, tie_embeddings=True), device, dtype)
@@ -646,8 +646,8 @@ class AllMatricesOfStd1(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class AllMatricesOfStd002(Parts):
-    """Every matrix starts with std 0.02, GPT-2's choice for its size, where the config asks for a spread
-    that goes by the matrix. Small models then start very slowly."""
+    """Every matrix starts with std 0.02, GPT-2's choice for its size, where the config requires a std that
+    goes by the matrix. Small models then start very slowly."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -658,8 +658,8 @@ class AllMatricesOfStd002(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class TorchsDefaultStart(Parts):
-    """The matrices start as nn.Linear's do, uniform of std 1 / sqrt(3 d_in), which for square ones is 0.58
-    of what is asked. Use a normal distribution of std sqrt(2 / (d_in + d_out))."""
+    """The matrices start as nn.Linear's do, uniform of std 1 / sqrt(3 d_in), which for square ones is 0.58 of
+    what is required. Use a normal distribution of std sqrt(2 / (d_in + d_out))."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -703,8 +703,8 @@ class OneCacheForAllBlocks(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class CachedPositionsRestart(Parts):
-    """With caches the positions of each chunk start at 0 again, so that new tokens are turned as if they
-    were the first. Go on from the length of the cache."""
+    """With caches the positions of each chunk start at 0 again, so that new tokens are rotated as if they
+    were the first. Continue from the length of the cache."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, positions - (caches[0].length if caches else 0), caches)
@@ -713,7 +713,7 @@ class CachedPositionsRestart(Parts):
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class DropoutInEvaluation(Parts):
     """Dropout acts in evaluation too: losses are too high, samples worse, and two passes differ. F.dropout
-    must be told training=self.training, or stand in a module."""
+    must get training=self.training, or stand in a module."""
 
     def embed(self, tokens, positions):
         return tF.dropout(super().embed(tokens, positions), self.config.dropout, training=True)
@@ -721,8 +721,8 @@ class DropoutInEvaluation(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class DropoutNever(Parts):
-    """The config asks for dropout, but none acts in training: the value is not handed on. Small data sets
-    are then learned by heart sooner."""
+    """The config sets dropout, but none acts in training: the value is not passed on. Small data sets are
+    then memorized sooner."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, dropout=0.0), device, dtype)
@@ -730,8 +730,8 @@ class DropoutNever(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LongTextsCut(Parts):
-    """A text longer than the context is silently cut, so there are fewer logits than tokens and nobody is
-    told. Refuse it; who generates cuts the text before."""
+    """A text longer than the context is silently cut, so there are fewer logits than tokens without an error.
+    Raise an error; generation truncates the text beforehand."""
 
     def forward(self, tokens, token_positions=None, caches=None):
         return super().forward(tokens[..., -self.config.context_length :], token_positions, caches)
