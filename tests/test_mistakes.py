@@ -21,11 +21,15 @@ LONG_PROBES = {
     "how often at a temperature of 4",
     "the likeliest token after a prompt of 4",
     "a transformer learns a text that repeats itself",
-    "it can learn one batch by heart",
+    "it can memorize one batch",
 }
 
 MISTAKES = [(name, mistake) for name in judge.STEPS for mistake in judge.load(name).mistakes]
 each_step = pytest.mark.parametrize("name", judge.STEPS)
+
+
+def test_the_long_probes_exist():
+    assert {probe.about for name in judge.STEPS for probe in judge.load(name).probes} >= LONG_PROBES
 
 
 @each_step
@@ -40,7 +44,8 @@ def test_a_mistake_is_caught_and_named(name, mistake: probes.Mistake):
     quick = [i for i, probe in enumerate(step.probes) if trials.is_full or probe.about not in LONG_PROBES]
     verdict = judge.conclude(step, {i: judge.observation_of(name, mistake.name, i) for i in quick})
     if not verdict.sure:
-        verdict = judge.conclude(step, judge.observations_of(name, mistake.name))
+        every = range(len(step.probes))
+        verdict = judge.conclude(step, {i: judge.observation_of(name, mistake.name, i) for i in every})
     assert verdict.status == "failed"
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.name == (mistake.same_as or mistake.name)

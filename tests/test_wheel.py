@@ -67,7 +67,7 @@ def test_the_course_runs_without_a_clone(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(installed / "llm_basics" / "__init__.py")
-    assert "pytest" not in done.stdout and "['show', 'silu'] 0" in lines
+    assert "uv run pytest" not in done.stdout and "['show', 'silu'] 0" in lines
     assert "  mistake: SIGMOID ALONE" in lines and "['check'] 1" in lines
     assert "| silu | 13 | 13 | 13 |" in lines and "['mistakes', 'silu'] 0" in lines
     assert "Which mistake is it?" in lines and "['dojo'] 0" in lines

@@ -45,11 +45,6 @@ def observation_of(step: str, mistake: str, index: int) -> probes.Observation:
             return probes.observe(load(step).probes[index], sockets.own())
 
 
-def observations_of(step: str, mistake: str) -> dict[int, probes.Observation]:
-    """The observations of all probes of a step on the reference with one mistake in it."""
-    return {index: observation_of(step, mistake, index) for index in range(len(load(step).probes))}
-
-
 # --------------------------------------------------------------------------------------------------
 # Comparing
 

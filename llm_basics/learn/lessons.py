@@ -1,6 +1,5 @@
 """The lessons: idea, formula, shapes, three hints and a question per step, one YAML file each."""
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +65,3 @@ def load(name: str) -> Lesson:
 def of_piece(name: str) -> str | None:
     """The step in which a piece is implemented, if any."""
     return next((step for step in ORDER if name in load(step).pieces), None)
-
-
-def field_names() -> set[str]:
-    """Keys of a lesson's YAML file."""
-    return {field.name for field in dataclasses.fields(Lesson)} - {"name"}
