@@ -92,7 +92,7 @@ def follow(gradients, **options):
 
 
 step.value(
-    "the first step, which has length lr however long the gradient",
+    "the first step, of length lr whatever the gradient norm",
     *follow(GRADIENTS[:1], **USUAL),
     axes="step weight",
 )
@@ -173,7 +173,7 @@ def with_groups(a):
 
 
 step.value(
-    "three groups of parameters with settings of their own",
+    "three parameter groups with different options",
     with_groups,
     [
         by_hand(PLAIN, GRADIENTS[:1], **USUAL),
@@ -194,7 +194,7 @@ def without_a_gradient(a):
 
 
 step.value(
-    "one weight that never has a gradient, and one that has it now and then",
+    "one weight without gradients, and one with gradients in some steps",
     without_a_gradient,
     [
         by_hand(PLAIN, ZEROS + ZEROS[:1], **USUAL | {"weight_decay": 0.01}),
@@ -218,7 +218,7 @@ def left_as_they_were(a):
 
 
 step.value(
-    "what is changed, and where",
+    "in-place updates",
     left_as_they_were,
     {"the gradient is left as it was": True, "the weight is changed where it is, not replaced": True},
     words=lambda right, found: "; ".join(f"not so: {fact}" for fact in right if not found[fact]),
@@ -262,13 +262,13 @@ step.value("a step that is given a closure", loss_of_a_closure, {"loss": 4.0, "w
 # Probes: details in which handouts differ from PyTorch
 
 step.value(
-    "epsilon beside the corrected root, not before the correction",
+    "eps added to the corrected root, not before the correction",
     *follow(GRADIENTS, **USUAL | {"betas": (0.5, 0.9), "eps": 0.1}),
     axes="step weight",
     beyond=True,
 )
 step.value(
-    "the decay shrinks the weight as it was, not the step",
+    "the decay applies to the old weight, not to the step",
     *follow(GRADIENTS, **USUAL | {"lr": 0.3, "weight_decay": 0.5}),
     axes="step weight",
     beyond=True,

@@ -147,7 +147,7 @@ def zeros_for_the_unseeing(q, k, v, mask):
 
 
 compare(
-    "a query that may see nothing gets zeros",
+    "a fully masked row gives zeros",
     {"q": draw(2, 4, 6), "k": draw(2, 5, 6), "v": draw(2, 5, 7), "mask": UNSEEING},
     zeros_for_the_unseeing,
     axes="head query feature",

@@ -43,7 +43,7 @@ def shapes(a):
     return {"inputs": list(inputs.shape), "targets": list(targets.shape)}
 
 
-step.value("the shapes of a batch of 8 windows of 4 tokens", shapes, {"inputs": [8, 4], "targets": [8, 4]})
+step.value("the shapes of a batch of 8 sequences of 4 tokens", shapes, {"inputs": [8, 4], "targets": [8, 4]})
 
 
 def one_call_and_the_next(a):
@@ -54,7 +54,7 @@ def one_call_and_the_next(a):
 
 
 step.value(
-    "other windows in each call",
+    "different sequences in each call",
     one_call_and_the_next,
     "others",
     words=lambda right, found: f"the windows of a batch must be drawn anew, but each call gives {found}",
@@ -67,7 +67,7 @@ def input_shift(a):
 
 
 step.value(
-    "inputs are tokens that follow one another",
+    "inputs are consecutive tokens",
     input_shift,
     [[0], [1], [2], [3]],
     words=lambda right, found: "the tokens of a window do not follow one another in the text",
@@ -88,7 +88,7 @@ def say_shift(right, found):
     return f"the target of token {place} of a window is not the next token in the text"
 
 
-step.value("targets are the inputs one token on", target_shift, [[1]] * 4, words=say_shift)
+step.value("targets are the inputs shifted by one token", target_shift, [[1]] * 4, words=say_shift)
 
 
 def say_places(right, found):
@@ -98,7 +98,7 @@ def say_places(right, found):
 
 
 step.value(
-    "windows start at every place where one fits, the first and the last included",
+    "sequences start at every valid position, including the first and the last",
     lambda a: places_of(a).unique().tolist(),
     list(range(PLACES)),
     words=say_places,
@@ -112,14 +112,14 @@ def out_of_proportion(a):
 
 
 step.value(
-    "no place is much likelier than another",
+    "start positions are uniform",
     out_of_proportion,
     [],
     words=lambda right, found: f"windows start at {found} far more or far less often than elsewhere",
 )
 # how far the places of neighbors in a batch are apart; 0 is left out, for draws without repetition
 step.value(
-    "each window of a batch has a place of its own",
+    "each sequence of a batch has its own start",
     lambda a: sorted(set(places_of(a).diff(dim=1).abs().unique().tolist()) - {0}),
     list(range(1, PLACES)),
     words=lambda right, found: (
@@ -136,7 +136,7 @@ def types(a):
 
 
 step.value(
-    "uint16 tokens of 60,000 become int64 and stay what they are",
+    "uint16 tokens of 60,000 become int64 with the same values",
     types,
     ["torch.int64", "torch.int64", 60_000, 60_000],
     words=lambda right, found: (
@@ -145,7 +145,7 @@ step.value(
     ),
 )
 step.value(
-    "a text in which a single window fits",
+    "a text with room for a single sequence",
     lambda a: [[rows.tolist() for rows in a.run_get_batch(np.arange(5), 1, 4, "cpu")] for _ in range(60)][0],
     [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
 )
@@ -162,7 +162,7 @@ def more_than_places(a):
 
 
 step.value(
-    "300 windows from a text with 9 places",
+    "300 sequences from a text with 9 start positions",
     more_than_places,
     "300 windows",
     words=lambda right, found: f"a batch of 300 windows from a text with 9 places gives {found}",
@@ -201,7 +201,7 @@ def far_too_large(a):
 
 
 step.value(
-    "a text far larger than the memory",
+    "a text far larger than memory",
     far_too_large,
     "read in windows",
     words=lambda right, found: "all of the text is read into memory, not only the windows",
@@ -219,7 +219,7 @@ def too_short(a):
 
 
 step.value(
-    "a text that is one token too short for a window and its last target",
+    "a text one token too short for a sequence and its last target",
     too_short,
     "refused",
     words=lambda right, found: "4 tokens hold no window of 4 with its last target: refuse them with an error",
@@ -391,8 +391,8 @@ def windows_follow_one_another(tokens, batch_size, context_length, device="cpu",
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def same_seed_in_every_call(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The random generator is made anew from a fixed seed in every call, which gives the same batch for
-    ever. Seed once, before training, and go on with the same generator."""
+    """The random generator is made anew from a fixed seed in every call, which gives the same batch for ever.
+    Seed once, before training, and keep using the same generator."""
     return get_batch(tokens, batch_size, context_length, device, np.random.default_rng(0))
 
 

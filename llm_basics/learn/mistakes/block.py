@@ -55,7 +55,7 @@ def without(*names):
 INPUT = (1 + draw(2, SEQ, D_MODEL)) * torch.tensor([1, 0.5, 3, 0.7, 2]).reshape(SEQ, 1)
 
 step.compare(
-    "both sublayers add nothing, so what comes in must come out",
+    "both sublayers add zero, so the output equals the input",
     run,
     lambda x, **weights: x * 1,
     {"x": INPUT},
@@ -101,7 +101,7 @@ step.compare(
 
 # mean squares of 5e-5: an epsilon of 1e-5 counts, one of 1e-6 or less hardly does
 step.compare(
-    "tiny inputs, where the epsilon of the norms counts",
+    "tiny inputs, where the eps of the norms matters",
     run,
     block,
     {"x": 7e-3 * tF.rms_norm(INPUT, (D_MODEL,))},

@@ -192,18 +192,22 @@ def pieces_of(about, *rows):
 
 
 # up to "equally frequent" no two pairs are ever equally frequent
-merges_of("the most frequent pair is merged, again and again", (lines(low=31, lot=13, net=59, new=5), 5))
+merges_of("the most frequent pair is merged, repeatedly", (lines(low=31, lot=13, net=59, new=5), 5))
 
-pieces_of("words with their space, numbers and signs are cut apart", ("The cat, 12 mice: a1 b_c x-10 =", []))
-pieces_of("contractions are cut off, in small letters only", ("I'm we've they'll it's DON'T o'clock", []))
+pieces_of(
+    "words with their space, numbers and punctuation are separate", ("The cat, 12 mice: a1 b_c x-10 =", [])
+)
+pieces_of("contractions are split off, in lower case only", ("I'm we've they'll it's DON'T o'clock", []))
 pieces_of("the last blank of a run belongs to the next word", ("  a  b\n\nc \n d\t\te \r\n\r\nf   ", []))
 pieces_of("letters and digits of all scripts", ("na\u00efve \u6f22\u5b57 \u0663x\u00b2 \u2167 \u00c5", []))
 pieces_of(
-    "special tokens are left out, and what stands beside them stays apart",
+    "special tokens are removed, and text on their two sides is not joined",
     (f"ab{END}cd {END}\n ef{END}{END}  g", [END]),
 )
-pieces_of("all of several special tokens are left out", ("one<|a|>two<|b|>one", ["<|a|>", "<|b|>"]))
-pieces_of("special tokens are no patterns", ("a.cabc[x]x a+aa <|end|>|end", ["a.c", "[x]", "a+", END]))
+pieces_of("all of several special tokens are removed", ("one<|a|>two<|b|>one", ["<|a|>", "<|b|>"]))
+pieces_of(
+    "special tokens are not regular expressions", ("a.cabc[x]x a+aa <|end|>|end", ["a.c", "[x]", "a+", END])
+)
 pieces_of(
     "of special tokens that share a prefix the longest is found",
     ("x<a><b>y<a>z<b>", ["<a>", "<a><b>"]),
@@ -212,60 +216,62 @@ pieces_of(
     "the longest special token is found in any order of their list", ("x<a><b>y<a>z<b>", ["<a><b>", "<a>"])
 )
 
-merges_of("words count as often as they occur", (lines(abc=1, abd=1, abe=1, abf=1, xy=5), 2))
-merges_of("pairs count at every place of a word", (lines(abab=3, cabcab=2, zz=8), 3))
+merges_of("words are weighted by frequency", (lines(abc=1, abd=1, abe=1, abf=1, xy=5), 2))
+merges_of("pairs count at every position of a word", (lines(abab=3, cabcab=2, zz=8), 3))
 merges_of("pairs that occur once are merged too", (lines(ab=3, cd=1), 2))
 merges_of("training ends when no pair is left", (lines(ab=3, abc=2), 50), ("", 5), ("a", 5, [END]))
 merges_of("runs such as aaa hold two pairs", (lines(aaa=3, xy=5), 3))
 merges_of("runs such as aaaa merge from the left", *((f"{run}\n{run}\n", 9) for run in ("aaa", "aaaa")))
 merges_of("only whole tokens merge, not their ends", (lines(xb=20, xbc=2, bc=9), 3))
 merges_of(
-    "a merge lowers the counts of the pairs it takes apart",
+    "a merge lowers the counts of the pairs that it breaks",
     (lines(abc=9, bc=9, ab=1, xy=5), 4),
     (lines(abc=9, ab=9, bc=1, xy=5), 4),
     (lines(abcd=9, abc=1, bc=1, cd=1, xy=8), 5),
 )
 merges_of("words are bytes, not characters", (lines(**{"\u00e9": 5, "\u00e8": 3}), 2))
 merges_of(
-    "equally frequent: the greater pair of byte strings goes first",
+    "ties: the greater pair of byte strings goes first",
     (lines(ab=2, mn=2, zy=2, cd=2), 4),
 )
 merges_of(
-    "equally frequent: the left sides are compared first, and length is nothing",
+    "ties: the left sides are compared first, and length is irrelevant",
     (lines(az=2, ba=2), 2),
     (lines(zx=3, zxa=2, bc=2), 3),
     (lines(ab=3, abc=2, zx=2), 3),
 )
 merges_of(
-    "equally frequent, with longer tokens: bytes decide, not ids, length or join",
+    "ties of longer tokens: bytes decide, not ids, length or join",
     (lines(bd=9, ab=4, abd=2, abc=2), 4),
     (lines(cd=9, ce=8, acd=2, ace=2), 4),
     (lines(ab=3, aba=2, aca=2), 4),
 )
 merges_of(
-    "equally frequent: the space and bytes above 127 count as the numbers they are",
+    "ties: the space and bytes above 127 compare as unsigned bytes",
     ("x a a zz zz\n", 3),
     ("\u00e9\n\u00e9\nzz\nzz\n", 2),
     ("\u00e9t\u00e9 \u6f22\u5b57\u6f22\n" * 3, 9),
 )
 merges_of(
-    "longer and mixed runs merge from the left too, at every place at once",
+    "longer and mixed runs merge from the left too, at every position",
     *((f"{run}\n{run}\n", 9) for run in ("aaaaaaa", "baaab", "ababa", "aabaaab")),
     (lines(abab=3, cabcab=2, zz=8), 9),
 )
-merges_of("words, numbers, signs and white space never join", ("don't a12 b_c,  DON'T\n\n\nx " * 5, 40))
 merges_of(
-    "line ends are learned as they stand in the file",
+    "words, numbers, punctuation and white space never merge", ("don't a12 b_c,  DON'T\n\n\nx " * 5, 40)
+)
+merges_of(
+    "line ends are learned as they are in the file",
     ("a\r\n\r\nb\r\n\r\n\r\n" * 5 + "c\n\n\nd\n", 9),
     beyond=True,
 )
 merges_of(
-    "special tokens are neither learned nor bridged",
+    "special tokens are neither learned nor merged across",
     (f"{END}ab{END}cd{END} " * 5, 20, [END]),
     (f"ab {END}\ncd{END}\n\nab" * 4, 20, [END]),
 )
 merges_of(
-    "special tokens may look like patterns, or share a prefix",
+    "special tokens may look like regular expressions, or share a prefix",
     ("a.cabcabca[x]xxa.c" * 5, 20, ["a.c", "[x]"]),
     ("<a><b>xy<a>" * 5, 20, ["<a>", "<a><b>"]),
 )
@@ -301,7 +307,7 @@ def vocabulary_words(expected, actual):
 
 
 step.value(
-    "the vocabulary: the special tokens, all 256 bytes, one token a merge",
+    "the vocabulary: the special tokens, all 256 bytes, one token per merge",
     vocabulary,
     {"size": 256 + 3 + 7, "ids without gaps from 0": True, "lacking": [], "foreign": []},
     words=vocabulary_words,

@@ -91,7 +91,7 @@ def goes_on(a):
     return weights_of(other[0])
 
 
-step.value("two more steps, as if training had not been interrupted", goes_on, AFTER_4)
+step.value("two more steps, as in an uninterrupted run", goes_on, AFTER_4)
 
 
 def settings_back(a):
@@ -119,7 +119,7 @@ def what_was_saved_goes_on(a):
 
 
 step.value(
-    "the model that was saved, which must go on as if it had not been",
+    "the saved model, which must not change",
     what_was_saved_goes_on,
     {"in training mode": True, "weights": AFTER_4},
 )
@@ -142,7 +142,7 @@ def saved_twice(a):
         return [a.run_load_checkpoint(path, *other), weights_of(other[0])]
 
 
-step.value("a second checkpoint under the name of the first", saved_twice, [2, AFTER_2], rtol=1e-7, atol=0.0)
+step.value("a checkpoint that overwrites another", saved_twice, [2, AFTER_2], rtol=1e-7, atol=0.0)
 
 
 def with_statistics():
@@ -158,7 +158,7 @@ def statistics_back(a):
 
 
 step.value(
-    "buffers, which are no parameters but belong to the model",
+    "buffers, which are part of the model besides parameters",
     statistics_back,
     torch.arange(4.0),
     axes="feature",
@@ -258,7 +258,7 @@ def iteration_forgotten(model, optimizer, step, out, **state):
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def weights_saved_in_half_precision(model, optimizer, step, out, **state):
     """The weights are saved in half precision. The file is smaller, but what comes back is rounded, and
-    training does not go on where it was; save them as they are."""
+    training does not resume where it was; save them as they are."""
     rounded = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     save_checkpoint(model_with(rounded), optimizer, step, out, **state)
 

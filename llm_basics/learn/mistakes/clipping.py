@@ -43,25 +43,25 @@ def shortened(max_norm, *gradients):
 
 
 step.value(
-    "one gradient, [3, 4], to be at most 0.5 long",
+    "one gradient, [3, 4], clipped to norm 0.5",
     clipped(0.5, torch.tensor([3.0, 4.0])),
     [torch.tensor([0.3, 0.4])],
     axes="weight element",
 )
 step.value(
-    "three gradients of different sizes, together too long",
+    "three gradients of different sizes, with a global norm above the limit",
     clipped(2.0, *GRADIENTS),
     shortened(2.0, *GRADIENTS),
     axes="weight row column",
 )
 step.value(
-    "three gradients of which each is short enough, but not all together",
+    "three gradients, each below the limit, but not their global norm",
     clipped(2.0, *(1.5 * g / g.norm() for g in GRADIENTS)),
     shortened(2.0, *(1.5 * g / g.norm() for g in GRADIENTS)),
     axes="weight row column",
 )
 step.value(
-    "gradients that are short enough, which must stay as they are",
+    "gradients below the limit, which must not change",
     clipped(2.0, *SHORT),
     SHORT,
     axes="weight row column",
@@ -89,7 +89,7 @@ def given_a_generator(a):
 
 
 step.value(
-    "weights that come from a generator, as from model.parameters()",
+    "weights from a generator, such as model.parameters()",
     given_a_generator,
     shortened(2.0, *GRADIENTS),
     axes="weight row column",
@@ -109,7 +109,7 @@ def left_as_they_were(a):
 
 
 step.value(
-    "what is changed, and where",
+    "in-place updates",
     left_as_they_were,
     {"gradients are changed where they are, not replaced": True, "weights are left as they were": True},
     words=lambda right, found: "; ".join(f"not so: {fact}" for fact in right if not found[fact]),

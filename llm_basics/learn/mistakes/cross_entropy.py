@@ -73,13 +73,13 @@ def outcome(run_cross_entropy, logits, targets):
 
 
 step.value(
-    "whether three texts of four tokens are taken",
+    "three sequences of four tokens run",
     lambda a: outcome(a.run_cross_entropy, torch.zeros(3, 4, 9), TARGETS_OF_TEXTS),
     "works",
     words=lambda expected, actual: "it must take logits of (batch, seq, vocab) and targets of (batch, seq)",
 )
 step.compare(
-    "three texts of four tokens",
+    "three sequences of four tokens",
     lambda a, logits, targets: a.run_cross_entropy(logits, targets),
     flattened,
     {"logits": draw(3, 4, 9), "targets": TARGETS_OF_TEXTS},
@@ -91,7 +91,7 @@ MASKED = TARGETS_OF_TEXTS.where(
 )
 
 step.compare(
-    "targets of -100, which do not count",
+    "targets of -100, which are ignored",
     lambda a, logits, targets: a.run_masked_cross_entropy(logits, targets, -100),
     flattened,
     {"logits": draw(3, 4, 9), "targets": MASKED},
@@ -103,7 +103,7 @@ step.compare(
     {"logits": draw(3, 4, 9), "targets": TARGETS_OF_TEXTS},
 )
 step.compare(
-    "no target that counts",
+    "all targets ignored",
     lambda a, logits, targets: a.run_masked_cross_entropy(logits, targets, -100),
     lambda logits, targets: (0 * logits).sum(),
     {"logits": draw(3, 9), "targets": torch.full((3,), -100)},
@@ -125,7 +125,7 @@ step.compare(
     {"weight": draw(9, 5)},
 )
 step.compare(
-    "from 5 features to 9 tokens, and some targets do not count",
+    "from 5 features to 9 tokens, with ignored targets",
     lambda a, x, weight, targets: a.run_linear_cross_entropy(x, weight, targets),
     lambda x, weight, targets: flattened(x @ weight.T, targets),
     {"x": draw(3, 4, 5), "targets": MASKED},

@@ -29,7 +29,7 @@ def compare(about, ids, weight, axes, **more):
 # a square table lets a lookup along the wrong axis through, which then gives numbers that can be told
 compare("7 ids with 7 features", [[3, 5, 1], [4, 2, 6]], draw(7, 7), "batch position feature")
 compare(
-    "11 ids with 6 features, the first and the last among them", [0, 10, 4], draw(11, 6), "position feature"
+    "11 ids with 6 features, including the first and the last", [0, 10, 4], draw(11, 6), "position feature"
 )
 compare(
     "several leading dimensions, and an id more than once",
@@ -85,20 +85,20 @@ step.value(
     words=not_refused,
 )
 step.value(
-    "what a layer learns",
+    "parameters of the layer",
     lambda a: linear.parameters(a.get_embedding(11, 6)),
     {"weight": (11, 6)},
     words=linear.differ_in_parameters,
 )
 step.value(
-    "the weights at the start",
+    "initial weights",
     lambda a: linear.initial_weights(a.get_embedding(400, 150).weight, std=1.0),
     {"mean": 0.0, "standard deviation": linear.KEPT, "largest": 3 / linear.KEPT},
     rtol=0.05,
     words=lambda expected, actual: linear.differ_in_spread(expected, actual, f"{linear.KEPT:.2f}", ""),
 )
 step.value(
-    "a layer that was converted to bfloat16",
+    "a layer converted to bfloat16",
     lambda a: linear.as_bfloat16(a.get_embedding(11, 6), torch.tensor([3, 0])),
     "bfloat16",
 )

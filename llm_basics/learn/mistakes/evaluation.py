@@ -63,7 +63,7 @@ def measured(a, model, batches, token_bytes):
 # Probes
 
 step.value(
-    "one batch, one byte a token",
+    "one batch, one byte per token",
     lambda a: measured(a, Bigrams(), ONE, torch.ones(7)),
     right(Bigrams(), ONE, torch.ones(7)),
 )
@@ -91,12 +91,12 @@ def circumstances(a, training):
 
 
 step.value(
-    "a model in training: evaluation mode, no gradients, then as it was",
+    "a model in training mode: eval mode without gradients, then restored",
     lambda a: circumstances(a, training=True),
     {"training": False, "gradients recorded": False, "training mode afterwards": True},
 )
 step.value(
-    "a model that is in evaluation mode stays in it",
+    "a model in eval mode stays in it",
     lambda a: circumstances(a, training=False),
     {"training": False, "gradients recorded": False, "training mode afterwards": False},
 )
@@ -111,7 +111,7 @@ def weights_afterwards(a):
 
 
 step.value(
-    "weights and their gradients stay as they were",
+    "weights and their gradients do not change",
     weights_afterwards,
     {"weights as before": True, "gradient as before": True},
 )

@@ -18,7 +18,7 @@ def by_torch(x, weight, bias):
 
 
 step.compare(
-    "rows of ordinary size",
+    "rows of ordinary scale",
     lambda a, x, weight, bias: a.run_layernorm(7, 1e-2, weight, bias, x),
     by_torch,
     {"x": ROWS},
@@ -29,7 +29,7 @@ step.compare(
 
 # ordinary rows, large ones, small ones, and tiny ones below sqrt(eps)
 step.compare(
-    "rows of all sizes",
+    "rows of very different scale",
     lambda a, x, weight, bias: a.run_layernorm(7, 1e-2, weight, bias, x),
     by_torch,
     {"x": ROWS * torch.tensor([1, 50, 0.1, 3e-3]).reshape(4, 1)},
@@ -38,7 +38,7 @@ step.compare(
 )
 
 step.compare(
-    "a row in which all numbers are equal",
+    "a constant row",
     lambda a, x, weight, bias: a.run_layernorm(8, 1e-2, weight, bias, x),
     lambda x, weight, bias: bias.expand(1, 8).clone(),
     {"x": torch.full((1, 8), 3.0)},

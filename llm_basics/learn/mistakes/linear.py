@@ -54,7 +54,7 @@ def differ_in_parameters(expected, actual):
 
 
 step.value(
-    "what a layer learns",
+    "parameters of the layer",
     lambda a: parameters(a.get_linear(6, 4)),
     {"weight": (4, 6)},
     words=differ_in_parameters,
@@ -88,7 +88,7 @@ def differ_in_spread(expected, actual, asked="as configured", unit=" times that"
 
 
 step.value(
-    "the weights at the start",
+    "initial weights",
     lambda a: initial_weights(a.get_linear(150, 400).weight, math.sqrt(2 / 550)),
     {"mean": 0.0, "standard deviation": KEPT, "largest": 3 / KEPT},
     rtol=0.05,
@@ -102,7 +102,7 @@ def as_bfloat16(layer, *inputs):
 
 
 step.value(
-    "a layer that was converted to bfloat16",
+    "a layer converted to bfloat16",
     lambda a: as_bfloat16(a.get_linear(6, 4), torch.ones(3, 6, dtype=torch.bfloat16)),
     "bfloat16",
 )

@@ -92,7 +92,7 @@ step.compare(
 )
 
 step.compare(
-    "more than one axis before the positions",
+    "several leading dimensions",
     lambda a, x, q, k, v, o: a.run_multihead_self_attention(D_MODEL, N_HEADS, q, k, v, o, x),
     attention,
     {"x": draw(2, 4, SEQ, D_MODEL)},
@@ -103,7 +103,7 @@ step.compare(
 
 # as long as the context, so that the last position is the last there is
 step.compare(
-    "RoPE, positions from 0, a text that fills the context",
+    "RoPE, positions from 0, a sequence that fills the context",
     lambda a, x, q, k, v, o: a.run_multihead_self_attention_with_rope(
         D_MODEL, N_HEADS, SEQ, THETA, q, k, v, o, x
     ),
@@ -128,7 +128,7 @@ step.compare(
 
 # as many texts as heads, so that positions without an axis for the heads broadcast to the wrong one
 step.compare(
-    "RoPE, positions of their own for each text",
+    "RoPE, positions for each sequence",
     lambda a, x, positions, q, k, v, o: a.run_multihead_self_attention_with_rope(
         D_MODEL, N_HEADS, CONTEXT, THETA, q, k, v, o, x, positions
     ),

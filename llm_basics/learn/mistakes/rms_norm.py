@@ -13,7 +13,7 @@ draw = probes.numbers(seed=1)
 ROWS = 0.5 + draw(2, 4, 7)
 
 step.compare(
-    "rows of ordinary size",
+    "rows of ordinary scale",
     lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
     lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
     {"x": ROWS},
@@ -24,7 +24,7 @@ step.compare(
 
 # ordinary rows, large ones, small ones, and tiny ones below sqrt(eps)
 step.compare(
-    "rows of all sizes",
+    "rows of very different scale",
     lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
     lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
     {"x": ROWS * torch.tensor([1, 50, 0.1, 3e-3]).reshape(4, 1)},

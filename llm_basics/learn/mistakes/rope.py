@@ -61,7 +61,7 @@ compare("positions 7, 8, 9, ...", draw(2, 3, 5, 6), torch.arange(7, 12), 10000.0
 compare("positions with gaps", draw(2, 3, 5, 6), torch.tensor([9, 2, 2, 30, 0]), 10000.0, 32, atol=1e-4)
 compare("theta of 500", draw(2, 5, 6), torch.arange(3, 8), 500.0, 32, atol=1e-4)
 compare(
-    "texts with positions of their own",
+    "a batch with positions for each sequence",
     draw(3, 5, 6),
     torch.tensor([[0, 1, 2, 3, 4], [3, 4, 9, 11, 30], [12, 13, 14, 15, 16]]),
     500.0,

@@ -52,10 +52,10 @@ LOGITS = 1.5 * draw(2, 3, 9)
 # three rows of different certainty
 ROWS = draw(3, 8) * torch.tensor([0.5, 2.0, 6.0]).reshape(3, 1)
 
-check("nothing set: softmax", LOGITS)
+check("no arguments: softmax", LOGITS)
 check("a temperature of 0.6", LOGITS, temperature=0.6)
 check("a temperature of 2.5", LOGITS, temperature=2.5)
-check("a temperature of 0: the likeliest alone", LOGITS, temperature=0.0)
+check("a temperature of 0: greedy", LOGITS, temperature=0.0)
 check("large logits and a low temperature", 20 * LOGITS, temperature=0.02)
 check("top-k of 3, in rows of different certainty", ROWS, top_k=3)
 check("top-k of 1", ROWS, top_k=1)
@@ -76,7 +76,7 @@ step.value("top-k of 3 among equals", n_kept, {"tokens kept": [3, 3], "sum": tor
 NUCLEUS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.02, 0.03, 0.9, 0.01, 0.04]]).log()
 
 check("top-p of 0.6", NUCLEUS, top_p=0.6)
-check("top-p of 0.2: less than the likeliest has", NUCLEUS, top_p=0.2)
+check("top-p of 0.2: below the largest probability", NUCLEUS, top_p=0.2)
 check("top-p of 0.92", NUCLEUS, top_p=0.92)
 check("top-p of 1: all are kept", NUCLEUS, top_p=1.0)
 check("top-p of 0.8 in rows of different certainty", ROWS, top_p=0.8)
@@ -115,7 +115,7 @@ def refused(a):
 
 
 step.value(
-    "settings that mean nothing are refused with a ValueError",
+    "invalid arguments raise ValueError",
     refused,
     {
         "{'temperature': -1.0}": "refused",
@@ -258,7 +258,7 @@ def seeds(a):
 
 
 step.value(
-    "the generator that is given decides",
+    "the generator determines the samples",
     seeds,
     {
         "the same seed gives the same text": True,
@@ -713,8 +713,8 @@ def only_the_last_token_read(
 def new_tokens_not_appended(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The tokens that were drawn are given out but never shown to the model, which continues the bare
-    prompt each time. Append each one before the next step."""
+    """The sampled tokens are yielded but never fed to the model, which continues the bare prompt each time.
+    Append each one before the next step."""
     context, n = model.config.context_length, len(prompt)
     settings = (temperature, top_k, top_p)
     return tell(
@@ -778,8 +778,8 @@ def ends_with_the_context(
 def one_token_too_many(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """One token more than max_new_tokens is given out: the count is looked at after it has been drawn.
-    Use range(max_new_tokens)."""
+    """One token more than max_new_tokens is yielded: the count is checked after sampling. Use
+    range(max_new_tokens)."""
     return tell(model, prompt, max_new_tokens + 1, (temperature, top_k, top_p), stop_id, generator)
 
 
@@ -808,7 +808,7 @@ def positions_restart_at_zero(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
     """With keys and values cached, each new token is given position 0, as if it stood at the beginning.
-    Rotary angles are then wrong; positions go on at the cache's length."""
+    Rotary angles are then wrong; positions continue at the cache's length."""
     caches = model.make_kv_caches(1)
 
     def read(tokens):

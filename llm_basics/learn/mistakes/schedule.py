@@ -37,7 +37,7 @@ def check(about, steps, settings, right):
 SETTINGS = (3.0, 0.5, 4, 10)
 ROOT = math.sqrt(3) / 2
 
-check("warm-up of 4 steps to 3.0", [0, 1, 2, 3], SETTINGS, [0.0, 0.75, 1.5, 2.25])
+check("warmup of 4 steps to 3.0", [0, 1, 2, 3], SETTINGS, [0.0, 0.75, 1.5, 2.25])
 check(
     "half a cosine from 3.0 at step 4 to 0.5 at step 10",
     [4, 5, 6, 7, 8, 9, 10],
@@ -46,10 +46,10 @@ check(
 )
 check("after the end, at step 10", [10, 11, 13, 16, 22, 1000], SETTINGS, [0.5] * 6)
 check("a floor of 0", [4, 7, 9, 10, 12], (3.0, 0.0, 4, 10), [3.0, 1.5, 1.5 - 1.5 * ROOT, 0.0, 0.0])
-check("no warm-up", [0, 1, 3, 6, 7], (3.0, 0.5, 0, 6), [3.0, 1.75 + 1.25 * ROOT, 1.75, 0.5, 0.5])
-check("nothing but warm-up", [0, 5, 9, 11], (3.0, 0.5, 10, 10), [0.0, 1.5, 2.7, 0.5])
+check("no warmup", [0, 1, 3, 6, 7], (3.0, 0.5, 0, 6), [3.0, 1.75 + 1.25 * ROOT, 1.75, 0.5, 0.5])
+check("warmup only", [0, 5, 9, 11], (3.0, 0.5, 10, 10), [0.0, 1.5, 2.7, 0.5])
 step.value(
-    "a schedule that ends with its warm-up has a rate there: the peak or the floor",
+    "a schedule that ends with its warmup has the peak or the floor there",
     lambda a: float(a.run_get_lr_cosine_schedule(10, 3.0, 0.5, 10, 10)) in (3.0, 0.5),
     True,
     beyond=True,

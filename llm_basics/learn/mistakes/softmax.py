@@ -76,7 +76,7 @@ step.compare(
     axes="row entry",
 )
 step.compare(
-    "scores of -inf, which have no share",
+    "scores of -inf, which have probability 0",
     lambda a, x: a.run_softmax(x, -1),
     lambda x: x.softmax(-1),
     {"x": torch.tensor([[0.5, -math.inf, 1.5], [-math.inf, -math.inf, -2.0]])},
@@ -91,7 +91,7 @@ def total(probabilities):
 
 
 step.value(
-    "what the shares of four equal scores add up to",
+    "sum of the probabilities of four equal scores",
     lambda a: total(a.run_softmax(torch.zeros(3, 4, dtype=torch.float64), -1)),
     "exactly 1",
     words=lambda expected, actual: f"the probabilities of a row must add up to exactly 1, but give {actual}",

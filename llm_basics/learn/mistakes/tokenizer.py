@@ -145,7 +145,7 @@ encodes(
     (VOCAB, WORDS, [], "the ship, the thing"),
 )
 encodes(
-    "the merge that was learned first goes first",
+    "the merge learned first is applied first",
     by(pairs("b c", "a b", "c d"), "abcd"),
     by(pairs("a b", "b c", "c d"), "abcd"),
     by(pairs("c d", "a b", "b cd", "ab c"), "abcd"),
@@ -154,19 +154,19 @@ encodes(
 )
 encodes("only pairs that were learned merge", by(pairs("b c", "a b", "ab c"), "abc"))
 encodes(
-    "a pair merges wherever it stands, runs from the left",
+    "a pair merges at every position, runs from the left",
     by(pairs("a b", "ab c"), "abcabcab"),
     by(pairs("a a", "aa b"), "aaab"),
     by(pairs("a a"), "aaaaa"),
     by(pairs("a a", "aa aa"), "aaaaaaa"),
 )
 encodes(
-    "nothing merges across words, numbers and signs",
+    "nothing merges across words, numbers and punctuation",
     by(pairs("n '", "a 1", "b _", "_ _", "e ,", "' T"), "don't a1 b b  c   d e, DON'T"),
     (VOCAB, WORDS, [], "  he's the  they'll\n\n ship\t\tx \r\n"),
 )
 encodes(
-    "text of any script, nothing changed in it",
+    "text of any script, unchanged",
     (VOCAB, WORDS, [], "The \u00e9 e\u0301 \u6f22 \ufb01 \U0001f643\x00"),
 )
 encodes("an empty text, and blanks alone", (VOCAB, WORDS, [], ""), (VOCAB, WORDS, [], "   "))
@@ -177,7 +177,7 @@ TEXTS = [
     "",
 ]
 step.value(
-    "decoding what was encoded gives the text back",
+    "decode(encode(text)) == text",
     lambda a: [
         model.decode(model.encode(text)) for model in [a.get_tokenizer(VOCAB, WORDS, [])] for text in TEXTS
     ],
@@ -186,7 +186,7 @@ step.value(
 )
 HALVES = [[0xC3], [0xC3, 0x61], [0xFF, 0xFE, 0x62], [0xF0, 0x9F, 0x99, 0x83, 0xE6, 0xBC]]
 step.value(
-    "a character that is cut in half is decoded to U+FFFD",
+    "an incomplete multi-byte character is decoded to U+FFFD",
     lambda a: [model.decode(ids) for model in [a.get_tokenizer(BYTES, [], [])] for ids in HALVES],
     ["\ufffd", "\ufffda", "\ufffd\ufffdb", "\U0001f643\ufffd"],
     words=text_words,
@@ -203,13 +203,13 @@ encodes(
     (SHUFFLED, WORDS, [], "they'll sing"),
 )
 encodes(
-    "a special token is one id, and what stands beside it stays as it is",
+    "a special token is one id, and text beside it is unchanged",
     (VOCAB, WORDS, [END], f"the{END}{END} ship {END}\n the  {END}"),
     (VOCAB, WORDS, [END], f"t{END}he {END[:-1]} |end|>"),
 )
-encodes("special tokens that are not given are text", (VOCAB, WORDS, [], f"the{END}thing"))
+encodes("special tokens that are not passed are text", (VOCAB, WORDS, [], f"the{END}thing"))
 encodes(
-    "special tokens are no patterns",
+    "special tokens are not regular expressions",
     (vocabulary([], LIKE_PATTERNS), [], LIKE_PATTERNS, "abca.c x[x]xaa+ a bend|"),
 )
 encodes(
@@ -234,7 +234,7 @@ def added_specials(adapters):
 
 
 step.value(
-    "a special token that the vocabulary lacks gets a new id",
+    "a special token missing from the vocabulary gets a new id",
     added_specials,
     {
         "tokens": 4,
@@ -274,13 +274,11 @@ streams(
 )
 streams("a stream with an empty text in it", ["the ship\n", "", "the thing\n"])
 streams(
-    "a stream that is cut within words and blanks",
+    "a stream split within words and spaces",
     ["the sh", "ip ", " the", " thi", "ng'", "ll"],
     beyond=True,
 )
-streams(
-    "a stream that is cut within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"], beyond=True
-)
+streams("a stream split within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"], beyond=True)
 streams(
     "a stream with a special token that holds a space",
     ["the <|a", " b|> ship <|a ", "b|>"],
@@ -348,7 +346,7 @@ def side_by_side(adapters):
 
 NEIGHBORS = [(pairs("a b"), []), (pairs("b c"), []), (pairs("b c"), ["abc"])]
 step.value(
-    "tokenizers do not disturb each other",
+    "tokenizers are independent of each other",
     side_by_side,
     [right_ids(vocabulary(m) | {257: b"abc"}, m, s, "xabc abc") for m, s in NEIGHBORS],
     axes="tokenizer token",

@@ -109,7 +109,7 @@ def check(about, make_optimizer, data, max_grad_norm=1e9, **options):
 # Probes
 
 check("one step on one batch", sgd, [[batch(3, 5, seed=1)]])
-check("three steps, each on a batch of its own", sgd, [[batch(3, 5, seed)] for seed in (1, 2, 3)])
+check("three steps on different batches", sgd, [[batch(3, 5, seed)] for seed in (1, 2, 3)])
 
 
 def rates(a, **options):
@@ -136,7 +136,7 @@ step.value(
     right_rates(0.05, 0.005, 3, 7),
 )
 step.value(
-    "the learning rate of each step, to a min_lr that is given",
+    "the learning rate of each step, to a given min_lr",
     lambda a: rates(a, lr=0.05, min_lr=0.02, warmup_steps=2, steps=5),
     right_rates(0.05, 0.02, 2, 5),
 )
@@ -171,7 +171,7 @@ check("four micro-batches of one size", sgd, [[batch(2, 5, seed) for seed in (1,
 check("micro-batches with unequal numbers of rows", sgd, [[batch(rows, 5, rows) for rows in (4, 1, 2)]])
 check("micro-batches of unequal length", sgd, [[batch(2, length, length) for length in (7, 2, 4)]])
 check(
-    "a long gradient from unequal micro-batches, clipped",
+    "a large gradient from unequal micro-batches, clipped",
     sgd,
     [[batch(4, 5, 1), batch(1, 3, 2), batch(2, 6, 3)]],
     max_grad_norm=0.25,
@@ -223,7 +223,7 @@ def modes(a):
 
 
 step.value(
-    "the course of a step: forward and backward for each micro-batch, then one update",
+    "the order of a step: forward and backward per micro-batch, then one update",
     course,
     ["forward", "backward"] * 4 + ["update"],
 )
@@ -372,7 +372,7 @@ def falls(a):
 
 
 step.value(
-    "a transformer learns a text that repeats itself",
+    "a transformer learns a repetitive text",
     falls,
     {"the first loss is about ln 11": True, "the last is below 0.2": True},
 )

@@ -134,7 +134,7 @@ def first_loss(a, **choices):
     return "near ln V" if -0.3 < excess < 0.7 else "above ln V" if excess > 0 else "below ln V"
 
 
-step.value("the first loss: as if all tokens were equally likely", first_loss, "near ln V")
+step.value("the initial loss, near that of a uniform guess", first_loss, "near ln V")
 
 
 def initial_state(a):
@@ -154,7 +154,7 @@ PARAMETERS = sorted(
     + [f"layers.{i}.{name}" for i in range(2) for name in block.weights(probes.numbers(seed=0))]
 )
 step.value(
-    "new weights: names, and spread against the right one (gains: mean)",
+    "initial weights: names, and std relative to the right one (gains: mean)",
     initial_state,
     dict.fromkeys(PARAMETERS, 1.0),
     rtol=0.1,
@@ -229,7 +229,7 @@ step.value(
     n_parameters(tied=True),
 )
 
-step.value("the first loss with tied embeddings", lambda a: first_loss(a, tie_embeddings=True), "near ln V")
+step.value("the initial loss with tied embeddings", lambda a: first_loss(a, tie_embeddings=True), "near ln V")
 
 
 def in_chunks(a, tokens, **weights):
