@@ -1,4 +1,4 @@
-"""The compiled twin of `bpe`, against `bpe` itself. Alone: `uv run pytest tests/test_fast_bpe.py`.
+"""fast/bpe.py against the reference and `regex`. Alone: `uv run pytest tests/test_fast_bpe.py`.
 
 Whatever the reference gives, the twin must give: the ends of pre-tokens, their counts, the merges and what is
 refused. The first run on a machine compiles for some 20 seconds; later ones find the machine code on disk.
@@ -37,7 +37,7 @@ both_ties = pytest.mark.parametrize("ties", TIES)
 
 Merges = list[tuple[bytes, bytes]]
 
-# what the patterns look at: letters, digits and other numbers, marks, signs, all kinds of white space
+# the classes of the patterns: letters, digits and other numbers, marks, signs, all kinds of white space
 LETTERS = ["a", "b", "Z", "\u00e9", "\u00df", "\u0130", "\u01c5", "\u02b0", "\u05d0", "\u4e2d", "\U00010428"]
 NUMBERS = ["0", "7", "12", "345", "6789", "\u00b2", "\u0663", "\u2163", "\u2460", "\U0001d7d8", "\U0001f101"]
 MARKS = ["\u0301", "\u20dd", "\u0903", "\u200d", "\ufe0f", "\U000e0100"]
@@ -45,12 +45,12 @@ SIGNS = [".", "!?", "_", "-", "\x00", "\x7f", "\u00a1", "\u2019", "\u3002", "\uf
 UNASSIGNED = ["\u0378", "\ue000", "\uffff", "\U0010fffd", "\U0010ffff"]
 BLANKS = [" ", "  ", "\t", "\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\xa0"]
 BLANKS += ["\u1680", "\u2003", "\u2028", "\u2029", "\u202f", "\u205f", "\u3000", "\n\n", " \n", "\r\n\r\n"]
-# no white space, though they look like it
+# not white space, despite their looks
 BLANKS += ["\u200b", "\u180e"]
 ENDINGS = "s S d D m M t T l ll LL lL v ve VE Ve vE e r re RE rE x x2 1".split() + ["\u017f", "\u017fs"]
 CONTRACTIONS = ["'", "''", " '", *(f"'{ending}" for ending in ENDINGS)]
 KINDS = [LETTERS, NUMBERS, MARKS, SIGNS, UNASSIGNED, BLANKS, BLANKS, CONTRACTIONS]
-# a lone lead byte, lone continuations, cut, overlong and surrogate sequences, bytes that are never used
+# a lone lead byte, lone continuations, truncated, overlong and surrogate sequences, invalid bytes
 BROKEN = [
     b"\xff",
     b"\xfe",
@@ -108,7 +108,7 @@ next_end = scanner.next_end
 
 @numba.njit
 def scan(text, starts, limits, classes, kind):  # type: ignore[no-untyped-def]
-    """The end of each pre-token between each start and its limit."""
+    """The ends of the pre-tokens from each start up to its limit."""
     ends = []
     for k in range(len(starts)):
         i = starts[k]
@@ -139,13 +139,13 @@ def ends_by_regex(text: bytes, pattern: regex.Pattern) -> list[int]:
 @example(["'\u017fa", "'\u017f", "'ll'LL'lL", "'Re're've'VE"])
 @example(["a'", "'", " '", "'l"])
 @example(["1234567", " 12345 67", "!a1", "\ra\na"])
-def test_pretokens_end_where_regex_says(pattern, texts):
+def test_pretokens_match_regex(pattern, texts):
     for text in map(str.encode, texts):
         assert ends_by_scanner(text, pattern) == ends_by_regex(text, pattern), text
 
 
 @both_patterns
-def test_pretokens_of_many_random_texts_end_where_regex_says(pattern):
+def test_pretokens_of_many_random_texts_match_regex(pattern):
     generator = random.Random(1)
     for _ in range(trials.count(20_000)):
         text = random_text(generator).encode("utf-8")
@@ -170,18 +170,18 @@ def test_many_random_bytes_that_are_not_utf8_are_signs(pattern):
             else random_text(generator)[:2].encode("utf-8")
             for _ in range(generator.randrange(1, 9))
         ]
-        # cut anywhere: the text may end inside a character
+        # truncated anywhere, even inside a character
         text = b"".join(parts)[: generator.randrange(1, 40)]
         assert ends_by_scanner(text, pattern) == ends_by_regex(text, pattern), text
 
 
 def code_points(plane: int) -> list[str]:
-    """All characters of a plane; surrogates are no characters."""
+    """All characters of a plane, without surrogates."""
     return [chr(c) for c in range(plane << 16, (plane + 1) << 16) if not 0xD800 <= c <= 0xDFFF]
 
 
 def lead_bytes(text: bytes) -> np.ndarray:
-    """Where the characters of a text begin, and its end."""
+    """The offsets of a text's characters, and its end."""
     array = np.frombuffer(text, np.uint8)
     return np.append(np.flatnonzero(array & 0xC0 != 0x80), len(array))
 
@@ -191,7 +191,7 @@ def test_every_code_point_alone_is_one_pretoken(pattern):
     for plane in range(17):
         text = "".join(code_points(plane)).encode("utf-8")
         begins = lead_bytes(text)
-        # each stands before the next, which must not be looked at
+        # each is followed by the next, which must not be read
         found = scan(
             scanner.padded(text),
             begins[:-1],
@@ -203,9 +203,9 @@ def test_every_code_point_alone_is_one_pretoken(pattern):
 
 
 @both_patterns
-def test_every_code_point_between_letters_digits_spaces_and_signs_ends_where_regex_says(pattern):
+def test_every_code_point_in_context_matches_regex(pattern):
     for plane in range(17):
-        # hardly any but the planes 0 to 3 and 14 have assigned characters, which are not all alike
+        # only planes 0 to 3 and 14 have assigned characters of several classes
         written = "a{0}a 1{0}1 {0} .{0}\n" if plane in (0, 1, 2, 3, 14) else "a{0}1 {0} "
         everything = "".join(map(written.format, code_points(plane)))
         text = everything.encode("utf-8")
@@ -221,8 +221,8 @@ def test_every_code_point_between_letters_digits_spaces_and_signs_ends_where_reg
 
 
 @both_patterns
-def test_no_pretoken_depends_on_what_stands_behind_its_span(pattern):
-    # a span ends at a special token, whose bytes stand right behind it
+def test_pretokens_do_not_depend_on_text_after_their_span(pattern):
+    # a span ends at a special token, whose bytes follow directly
     generator = random.Random(3)
     kind = scanner.SCANNERS[pattern]
     for _ in range(trials.count(3000)):
@@ -255,7 +255,7 @@ SPECIALS += ["a", "\u3000\u4e2d", "\u00e9\u00e9", "<" + 40 * "=" + ">"]
 
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have files read in chunks of so many bytes from here on."""
+    """Set the chunk size of file reads."""
     read = chunks.read
 
     def in_chunks(n_bytes: int) -> None:
@@ -266,7 +266,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def random_file(generator: random.Random, specials: list[str], n: int) -> str:
-    """A text of one of several manners of writing, with special tokens and pieces of them strewn in."""
+    """A random text in one of several styles, with special tokens and fragments of them."""
     manner = generator.choice(
         [
             [*"abc ", " ", "\n"],
@@ -326,7 +326,7 @@ def test_chunks_of_a_text_have_its_pretokens(tmp_path_factory, pattern, text, sp
             assert len(chunk.spans) == len(chunk.specials) and chunk.specials[-1] == -1
             stretches = [chunk.text[start:stop].decode("utf-8") for start, stop in chunk.spans.tolist()]
             found += [match for stretch in stretches for match in pattern.findall(stretch)]
-            # between the spans stand the special tokens, in order
+            # the special tokens are between the spans, in order
             gaps = zip(chunk.spans[:-1, 1].tolist(), chunk.spans[1:, 0].tolist(), strict=True)
             between = [chunk.text[start:stop].decode("utf-8") for start, stop in gaps]
             assert [specials.index(token) for token in between] == [
@@ -341,7 +341,7 @@ def test_a_text_is_read_in_chunks_where_it_can_be_cut(tmp_path):
     path.write_bytes(b"some words, " * 1000)
     with open(path, "rb") as file:
         sizes = [len(chunk.text) for chunk in chunks.read(file, {b"<|endoftext|>": 0}, 500)]
-    # no chunk waits for more than the word at its end and what might begin a special token
+    # a chunk holds back at most its last word and a possible prefix of a special token
     assert len(sizes) == 24 or len(sizes) == 25
     assert max(sizes) < 550
 
@@ -385,7 +385,7 @@ def test_texts_that_are_hard_to_cut_count_as_the_reference_does(tmp_path, in_chu
 def test_words_that_differ_in_any_byte_are_different(tmp_path, length):
     path = tmp_path / "text.txt"
     spelled = ["x" * k + letter + "x" * (length - k - 1) for k in range(length) for letter in "yz"]
-    # the same bytes, once more and once less, are other words
+    # one byte more or less makes another word
     spelled += ["x" * length, "x" * (length + 1), "x" * length + "\0"]
     path.write_text("\n".join(word for k, word in enumerate(spelled) for _ in range(k + 1)), encoding="utf-8")
     assert fast.count_pretokens(path, []) == bpe.count_pretokens(path, [])
@@ -400,10 +400,10 @@ def test_zero_bytes_count(tmp_path):
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_tables_grow(tmp_path, in_chunks, n_workers):
     # more words than half of the slots, and more long ones than the pool holds
-    empty = hash_table.Words.empty()
+    empty = hash_table.PretokenTable.empty()
     path = tmp_path / "text.txt"
     generator = random.Random(4)
-    # they share the first number of their keys, so that those in neighboring slots differ in the second alone
+    # they share the first word of their keys, so those in neighboring slots differ only in the second
     short = [
         "likewise" + "".join(generator.choices("abcdefghij", k=6)) for _ in range(len(empty.slots) * 2 // 3)
     ]
@@ -421,10 +421,10 @@ def test_tables_grow(tmp_path, in_chunks, n_workers):
 @pytest.mark.parametrize(("n_slots", "n_pool"), [(2, 1), (8, 64), (1 << 12, 1)])
 def test_tables_of_any_size_add_up(n_slots, n_pool):
     generator = random.Random(5)
-    total, expected = hash_table.Words.empty(n_slots, n_pool), Counter()
+    total, expected = hash_table.PretokenTable.empty(n_slots, n_pool), Counter()
     for _ in range(4):
         text = " ".join("ab" * generator.randrange(1, 99) + "c" * generator.randrange(3) for _ in range(99))
-        table, at = hash_table.Words.empty(n_slots, n_pool), np.zeros(2, np.int64)
+        table, at = hash_table.PretokenTable.empty(n_slots, n_pool), np.zeros(2, np.int64)
         span, array = np.array([[0, len(text)]], np.int64), scanner.padded(text.encode("utf-8"))
         while not hash_table.count(
             array, span, at, scanner.classes(), scanner.GPT2, table.slots, table.pool, table.used
@@ -441,9 +441,9 @@ def test_tables_of_any_size_add_up(n_slots, n_pool):
 
 
 def colliding_words() -> tuple[bytes, bytes]:
-    """Two words of 24 small letters that `words` gives the same hash."""
-    # the hash takes eight bytes after eight, so that the second eight can undo what the first changed; one in
-    # some 100,000 that do is spelled with letters
+    """Two words of 24 lowercase letters with the same hash in `hash_table`."""
+    # the hash takes eight bytes at a time, so the second eight can cancel the first; one such word in about
+    # 100,000 consists of letters
     mask, multiplier = (1 << 64) - 1, int(hash_table.MULTIPLIER)
 
     def mix(low: np.ndarray, high: int) -> np.ndarray:
@@ -465,15 +465,15 @@ def colliding_words() -> tuple[bytes, bytes]:
     ].tobytes() + tail
 
 
-def test_words_with_the_same_hash_are_told_apart(tmp_path):
+def test_words_with_equal_hashes_are_distinguished(tmp_path):
     one, other = colliding_words()
     hashes = {int(hash_table.hash_bytes(scanner.padded(word), 0, len(word))) for word in (one, other)}
     assert one != other and len(one) == len(other) and len(hashes) == 1
     path = tmp_path / "text.txt"
     path.write_bytes(b"\n".join([one, other, other]))
     assert fast.count_pretokens(path, []) == {one: 1, other: 2, b"\n": 2}
-    # also where the tables of two threads are put together
-    tables = hash_table.Words.empty(), hash_table.Words.empty()
+    # also when the tables of two threads are merged
+    tables = hash_table.PretokenTable.empty(), hash_table.PretokenTable.empty()
     for word, table in zip((one, other), tables, strict=True):
         span, at = np.array([[0, len(word)]]), np.zeros(2, np.int64)
         columns = table.slots, table.pool, table.used
@@ -483,7 +483,7 @@ def test_words_with_the_same_hash_are_told_apart(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -500,7 +500,7 @@ def test_bytes_that_are_not_utf8_are_named_as_the_reference_names_them(
             + broken
             + generator.choice([b"", b" cd", b"<s>"])
         )
-        # another one behind it is not the first
+        # a later invalid byte is not reported
         path.write_bytes(content + b"x\xffy" * generator.randrange(2))
         with pytest.raises(ValueError, match=r"must be UTF-8") as expected:
             bpe.count_pretokens(path, ["<s>"], 1)
@@ -600,7 +600,7 @@ def test_every_pair_of_bytes_may_tie(ties):
     "frequencies",
     [
         {b"ab": 2**32 + 1, b"cd": 2**32 + 2, b"ef": 3, b"gh": 2**33},
-        # they would tie as floats, and "ab" occurs more than 2**61 times
+        # these tie as floats; "ab" occurs more than 2**61 times
         {b"ab": 2**60 + 1, b"cd": 2**60, b"aab": 2**60, b"xy": 2**61 + 3, b"yz": 2**61 + 2},
     ],
 )
@@ -638,7 +638,7 @@ def test_training_ends_where_the_reference_ends(vocab_size):
 
 
 def test_arrays_grow_while_merging():
-    # a pair in very many places, and many pairs: all arrays are enlarged, some again and again
+    # a pair at very many positions, and many pairs: all arrays grow, some repeatedly
     generator = random.Random(8)
     frequencies = {bytes(generator.choices(b"abcdefgh", k=9)): generator.randrange(1, 9) for _ in range(3000)}
     frequencies |= {b"xy" * 9000 + b"q": 999, b"z" * 90_000: 99_999}
@@ -722,18 +722,18 @@ def texts_for_hugging_face() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", list(texts_for_hugging_face()))
-def test_hugging_face_reference_and_twin_learn_the_same(tmp_path, name):
+def test_hugging_face_reference_and_fast_learn_the_same(tmp_path, name):
     text = texts_for_hugging_face()[name]
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode("utf-8"))
-    # its trainer does not know special tokens as borders
+    # its trainer does not split at special tokens
     documents = text.split(END_OF_TEXT)
     for vocab_size in (257, 400, 3000):
         expected = merges_of_hugging_face(documents, vocab_size)
         assert bpe.train_bpe(path, vocab_size, [END_OF_TEXT], ties=bpe.LOWEST_ID)[1] == expected
         vocab, merges = fast.train_bpe(path, vocab_size, [END_OF_TEXT], ties=bpe.LOWEST_ID)
         assert merges == expected
-        # it has all ids in the same order, too
+        # ids are in the same order, too
         assert list(vocab.values()) == [END_OF_TEXT.encode(), *bpe.alphabet(bpe.LOWEST_ID)] + [
             left + right for left, right in merges
         ]
@@ -774,7 +774,7 @@ def test_a_word_of_two_megabytes_trains(tmp_path, ties):
             else:
                 assert (ids[left], ids[right]) == min(ties_with)
         text = replace(text, ids[left], ids[right], ids[left + right])
-    # what is left is no more frequent than the last pair was, and is still the text
+    # remaining pairs are at most as frequent as the last merged, and the text is unchanged
     assert max(count_pairs(text).values()) <= most
     assert b"".join(map(vocab.__getitem__, text.tolist())) == letters.tobytes()
 
@@ -787,10 +787,10 @@ def count_pairs(text: np.ndarray) -> dict[tuple[int, int], int]:
 
 
 def replace(text: np.ndarray, left: int, right: int, new: int) -> np.ndarray:
-    """Each pair from left to right by the new token."""
+    """Replace each occurrence of a pair by the new token, left to right."""
     at = np.flatnonzero((text[:-1] == left) & (text[1:] == right))
     if left == right and len(at):
-        # of places in a row every other one is taken, from the first on
+        # overlapping occurrences: every other one, from the first
         begins = np.flatnonzero(np.diff(at, prepend=-2) != 1)
         at = at[(np.arange(len(at)) - np.repeat(begins, np.diff([*begins, len(at)]))) % 2 == 0]
     replaced = text.copy()

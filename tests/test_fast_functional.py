@@ -1,4 +1,4 @@
-"""The twins in fast/functional.py, fast/optim.py and fast/update.py give what the reference gives.
+"""fast/functional.py, fast/optim.py, fast/trainer.py and fast/dataloader.py against the reference.
 
 Run alone: uv run pytest tests/test_fast_functional.py
 """
@@ -32,7 +32,7 @@ TARGETS = torch.tensor([[3, -100, 4], [1, 5, 0]])
 MASK = torch.rand(5, 7) > 0.4
 MASK[2] = False
 
-# the function, what is differentiated, and the rest
+# the function, the differentiated tensors, and the other arguments
 CASES = {
     "linear": ("linear", (normal(4, 6, 16), normal(24, 16)), {}),
     "linear, one row": ("linear", (normal(16), normal(24, 16)), {}),
@@ -72,7 +72,7 @@ CASES = {
 
 
 def outcome(function, tensors, others):
-    """The output, and the gradients of its sum with weights that differ."""
+    """The output, and the gradients of a weighted sum of it."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     others = dict(others)
     first = [others.pop("token_ids")] if "token_ids" in others else []
@@ -88,7 +88,7 @@ def outcome(function, tensors, others):
     [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-5, 2e-6), (torch.bfloat16, 2e-2, 3e-2)],
     ids=str,
 )
-def test_a_twin_gives_what_its_reference_gives(case, dtype, rtol, atol):
+def test_fast_functions_match_the_reference(case, dtype, rtol, atol):
     name, tensors, others = CASES[case]
     # float64 with atol 1e-6, since apply_rope has float32 tables
     tensors = [tensor.to(dtype) for tensor in tensors]  # keeps strides
@@ -100,15 +100,15 @@ def test_a_twin_gives_what_its_reference_gives(case, dtype, rtol, atol):
 
 @pytest.fixture
 def by_onednn(monkeypatch):
-    """Products by oneDNN, also on a processor on which MKL is as fast."""
+    """Force products by oneDNN, also where MKL is as fast."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch comes without oneDNN here")
-    monkeypatch.setattr(linear, "onednn_is_wider", lambda: True)
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: True)
 
 
 def test_products_in_float32_are_made_by_onednn(by_onednn):
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(24, 16)
-    assert type(fast.linear(x, weight).grad_fn).__name__ == "_WideLinearBackward"
+    assert type(fast.linear(x, weight).grad_fn).__name__ == "_OneDNNLinearBackward"
     with torch.autocast("cpu", torch.bfloat16):
         assert fast.linear(x, weight).dtype == torch.bfloat16
 
@@ -123,12 +123,12 @@ def test_products_by_onednn_are_the_same(case, by_onednn):
 
 @pytest.mark.parametrize(("made_by", "capability"), [("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX2")])
 def test_where_mkl_is_as_wide_it_is_used(made_by, capability, monkeypatch):
-    monkeypatch.setattr(linear, "is_of_intel", lambda: made_by == "GenuineIntel")
+    monkeypatch.setattr(linear, "is_intel", lambda: made_by == "GenuineIntel")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert not linear.onednn_is_wider.__wrapped__()
-    monkeypatch.setattr(linear, "is_of_intel", lambda: False)
+    assert not linear.prefers_onednn.__wrapped__()
+    monkeypatch.setattr(linear, "is_intel", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert linear.onednn_is_wider.__wrapped__() == torch.backends.mkldnn.is_available()
+    assert linear.prefers_onednn.__wrapped__() == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_where_mkl_is_as_wide_it_is_used(made_by, capability, monkeypatch):
     [{}, {"bias": True}, {"n_kv_heads": 2, "qk_norm": True}, {"n_kv_heads": 1, "bias": True}],
     ids=str,
 )
-@pytest.mark.parametrize("seq", [1, linear.LEAST_ROWS // 2, linear.LEAST_ROWS])
+@pytest.mark.parametrize("seq", [1, linear.MIN_ROWS // 2, linear.MIN_ROWS])
 def test_one_product_projects_as_three_do(options, seq, monkeypatch):
     apart = layers.MultiHeadSelfAttention(24, 4, **options).double()
     together = fast_layers.MultiHeadSelfAttention(24, 4, **options).double()
@@ -150,7 +150,7 @@ def test_one_product_projects_as_three_do(options, seq, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     for one, other in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
-    assert len(n_merged) == (2 * seq >= linear.LEAST_ROWS)
+    assert len(n_merged) == (2 * seq >= linear.MIN_ROWS)
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -161,13 +161,13 @@ def test_merged_products(biases):
         torch.testing.assert_close(one, functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_gives_no_gradient_that_is_not_asked_for():
+def test_linear_computes_only_the_required_gradients():
     x, weight = torch.randn(3, 16), torch.randn(24, 16, requires_grad=True)
     fast.linear(x, weight).sum().backward()
     assert x.grad is None and weight.grad is not None
 
 
-def test_what_a_reference_refuses_its_twin_refuses():
+def test_invalid_arguments_raise_as_in_the_reference():
     x = torch.randn(2, 3)
     for call in (
         lambda F: F.gelu(x, approximate="sigmoid"),
@@ -199,7 +199,7 @@ def train(lm: model.TransformerLM, optimizer: torch.optim.Optimizer, steps: int)
     return [parameter.detach().clone() for parameter in lm.parameters()]
 
 
-def test_the_optimizer_goes_on_from_a_state_of_the_other_one():
+def test_optimizer_states_are_interchangeable():
     weights = []
     for order in (("reference", "reference"), ("reference", "fast"), ("fast", "reference"), ("fast", "fast")):
         torch.manual_seed(0)
@@ -256,14 +256,14 @@ def test_clipping_refuses_what_is_not_finite_and_changes_nothing():
 
 
 # --------------------------------------------------------------------------------------------------
-# The loss in pieces
+# The chunked loss
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize(
     "changes", [{}, {"vocab_multiple": 64}, {"tie_embeddings": True}, {"dropout": 0.2}], ids=str
 )
-def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
+def test_chunked_loss_matches(monkeypatch, changes, z_loss):
     shape = dataclasses.replace(SHAPE, **changes)
     torch.manual_seed(1)
     lm = model.TransformerLM(shape)
@@ -274,8 +274,8 @@ def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
         (fast_update.batch_loss, 200),
         (fast_update.batch_loss, 7),
     ):
-        monkeypatch.setitem(fast_update.MOST_LOGITS, "cpu", most)
-        monkeypatch.setattr(fast_update, "LEAST_ROWS", 1)
+        monkeypatch.setitem(fast_update.MAX_LOGITS, "cpu", most)
+        monkeypatch.setattr(fast_update, "MIN_ROWS", 1)
         lm.zero_grad()
         torch.manual_seed(2)
         loss = of_batch(lm, tokens[:, :-1], tokens[:, 1:], z_loss)
@@ -288,9 +288,9 @@ def test_a_loss_in_pieces_is_the_same_loss(monkeypatch, changes, z_loss):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_in_pieces_holds_few_logits(monkeypatch):
-    monkeypatch.setitem(fast_update.MOST_LOGITS, "cpu", 200)
-    monkeypatch.setattr(fast_update, "LEAST_ROWS", 1)
+def test_chunked_loss_holds_few_logits(monkeypatch):
+    monkeypatch.setitem(fast_update.MAX_LOGITS, "cpu", 200)
+    monkeypatch.setattr(fast_update, "MIN_ROWS", 1)
     lm = model.TransformerLM(SHAPE)
     sizes = []
     lm.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
@@ -299,7 +299,7 @@ def test_a_loss_in_pieces_holds_few_logits(monkeypatch):
     assert max(sizes) <= 200 and sum(sizes) == 3 * 16 * 50
 
 
-def test_a_model_of_somebody_else_is_asked_for_its_logits():
+def test_user_models_use_forward():
     class Other(torch.nn.Module):
         def forward(self, tokens):
             return torch.zeros(*tokens.shape, 1 << 21)

@@ -1,4 +1,4 @@
-"""Text by loops and by a static step: the reference's. Alone: uv run pytest tests/test_fast_generate.py"""
+"""fast/generate.py against the reference. Alone: `uv run pytest tests/test_fast_generate.py`."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from llm_basics.fast.cpu import decode, threads, vectors, weights
 from llm_basics.fast.cuda import cuda_graph
 from llm_basics.inference import engine
 
-# no option has its default in all of them; numbers of rows that four do not divide are among them
+# every option differs from its default in some shape; some numbers of rows are not divisible by four
 SHAPES = {
     "llama": {},
     "gpt2": {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True},
@@ -78,17 +78,17 @@ def seeded(seed=3):
 
 
 def both(lm, prompt, n, *settings, **options):
-    """What reference and twin write, with the same seed."""
+    """The tokens of reference and fast implementation, with the same seed."""
     prompt = torch.tensor(prompt)
     return [
         list(home.generate(lm, prompt, n, *settings, generator=seeded(), **options))
-        for home in (engine, fast)
+        for home in (generate, fast)
     ]
 
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch):
-    """What is said once. A twin that steps aside says so: here it must not, unless a test asks for it."""
+    """Lines logged once. A test fails on a fallback to the reference, unless it pops that line."""
     lines = []
     monkeypatch.setattr(fast, "say_once", lambda line: None if line in lines else lines.append(line))
     yield lines
@@ -133,7 +133,7 @@ def test_weights_are_no_copies():
     reader = fast.Loops(lm)
     logits_by(reader, [1, 2, 3], 1)
     with torch.no_grad():
-        # what no key or value of an earlier token depends on
+        # weights that no cached key or value depends on
         lm.layers[1].ffn.w2.weight.zero_()
         lm.layers[1].attn.q_proj.weight.mul_(2)
         lm.lm_head.weight.mul_(2)
@@ -147,13 +147,13 @@ def test_weights_are_no_copies():
 
 @pytest.fixture
 def n_threads():
-    """Sets the number of threads that loops may use, for the length of a test."""
+    """Set the number of threads during a test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
 
 
 def only(size, has_drafts=False):
-    """A pace that has no choice."""
+    """An autotuner with one config."""
     return fast.Autotuner([fast.LoopConfig(size, has_drafts)])
 
 
@@ -197,7 +197,7 @@ def test_a_team_whose_size_changes_writes_the_same_text(n_threads):
     reader.read_prompt(torch.tensor(text[:2]))
     for size in itertools.islice(itertools.cycle([1, 2]), 10):
         reader.writing = only(size, True)
-        # what one member knows of how the drafts went, all know
+        # all members share the state of the drafts
         text += reader.likeliest_after(text[-1], len(text) - 1, 5)
     assert text[2:] == expected[:51]
 
@@ -221,7 +221,7 @@ def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
     assert arrived == [1]
 
 
-def test_what_fails_in_another_member_is_told():
+def test_errors_of_other_members_are_raised():
     def work(number, member):
         if number == 1:
             raise ZeroDivisionError
@@ -233,21 +233,21 @@ def test_what_fails_in_another_member_is_told():
 
 @pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 33, 61, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_each_row_is_somebody_s(n_rows, size):
+def test_each_row_belongs_to_one_member(n_rows, size):
     parts = [range(*decode.rows_of(n_rows, number, size)) for number in range(size)]
     assert [row for part in parts for row in part] == list(range(n_rows))
     assert all(len(part) >= min(n_rows, vectors.ROWS) for part in parts if len(part))
 
 
 @pytest.mark.parametrize("fastest", [fast.LoopConfig(2, True), fast.LoopConfig(1, False)])
-def test_what_is_faster_is_stayed_with(fastest):
+def test_the_autotuner_keeps_the_fastest(fastest):
     ways = [fast.LoopConfig(size, has_drafts) for size in (2, 1) for has_drafts in (True, False)]
     pace, tried = fast.Autotuner(ways), []
     for _ in range(200):
         way = pace.way()
         tried.append(way)
         pace.note(way, 1.0 if way == fastest else 3.0)
-    # at first all, then the others in turns to see whether it is still so
+    # first all configs, then periodic retrials of the others
     assert tried[:4] == ways
     others = [(call, way) for call, way in enumerate(tried[4:], 5) if way != fastest]
     assert [call for call, _ in others] == [8, 16, 32, 64, 96, 128, 160, 192]
@@ -294,7 +294,7 @@ def test_text_of_changed_scores(temperature, adjust):
 
 
 @pytest.mark.parametrize("settings", [(1.0,), (0.7, 5), (0.0,), (0.9, 20, 0.9), (0.9, None, 0.9)])
-def test_the_same_text_with_twins_in_place(settings):
+def test_the_same_text_with_all_fast_implementations(settings):
     lm = make(40)
     texts = [list(generate.generate(lm, torch.tensor([5, 6, 7]), 60, *settings, generator=seeded()))]
     with swap.using("fast", lambda line: None):
@@ -371,7 +371,7 @@ def test_empty_prompt_is_refused():
 
 
 def drafts_of(monkeypatch):
-    """How many tokens are to be drafted after each call of the loops."""
+    """Record the number of tokens to draft next, after each kernel call."""
     monkeypatch.setattr(fast, "MOST_AT_ONCE", 1)
     monkeypatch.setattr(fast, "known_pace", lambda *_: only(1, True))
     counts, write = [], decode.write_likeliest
@@ -391,7 +391,7 @@ def test_a_text_whose_drafts_are_right(monkeypatch):
 
 @pytest.fixture
 def wrong_drafts(monkeypatch):
-    """The matrices of drafts are some others."""
+    """Draft with the matrices of another model."""
 
     def of_another_model(w):
         rounded, kept = weights_rounded(w)
@@ -447,7 +447,7 @@ def test_products_of_whole_numbers(n):
 def test_a_rounded_product_is_near(d_in, d_out, kind):
     matrix, x = torch.randn(d_out, d_in), torch.randn(1, d_in)
     if kind == "all equal":
-        # as large as sums of whole numbers get
+        # the largest possible integer sums
         matrix.fill_(3.0), x.fill_(-2.0)
     elif kind == "zero":
         matrix[0], x = 0.0, x * 0
@@ -480,7 +480,7 @@ def test_probabilities_are_the_reference_s_to_the_last_bit(cuts):
     for logits in [*(3 * torch.randn(20, 40)), 3 * torch.randn(2, 5, 40), torch.randn(3, 40).bfloat16()]:
         expected = generate.next_token_probabilities(logits, *cuts)
         assert torch.equal(fast.next_token_probabilities(logits, *cuts), expected)
-        # many equals, at the cut and elsewhere
+        # many ties, at the cutoff and elsewhere
         rounded = logits.round()
         expected = generate.next_token_probabilities(rounded, *cuts)
         assert torch.equal(fast.next_token_probabilities(rounded, *cuts), expected)
@@ -504,15 +504,15 @@ def test_probabilities_of_impossible_settings(wrong):
         except ValueError as error:
             return str(error)
 
-    assert outcome(fast) == outcome(engine)
+    assert outcome(fast) == outcome(generate)
 
 
 # --------------------------------------------------------------------------------------------------
-# The likeliest
+# Argmax
 
 
 def test_of_equals_the_lowest_id():
-    # of 61 equal rows, torch's library for Intel gives the last another last bit
+    # MKL gives the last of 61 equal rows a different last bit
     lm = make(position="learned", vocab_size=64)
     with torch.no_grad():
         lm.lm_head.weight[:] = lm.lm_head.weight[0]
@@ -538,11 +538,11 @@ def test_activations_over_the_whole_range(kind):
     }[kind](x)
     hidden = x.float().numpy().copy()
     vectors.activate(vectors.FFN[kind], hidden, np.full_like(hidden, 3))
-    # where float32 has few digits left, torch's own lose them too
+    # large values, where torch loses the same float32 digits
     torch.testing.assert_close(torch.from_numpy(hidden).double(), expected, rtol=2e-6, atol=1e-6)
 
 
-def test_a_clear_one_is_found_wherever_it_stands():
+def test_a_unique_maximum_is_found_at_any_position():
     for token in range(61):
         assert vectors.likeliest((np.arange(61) == token).astype(np.float32)) == token
 
@@ -567,7 +567,7 @@ def test_a_model_that_is_broken_fails_as_with_the_reference(number):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the loops cannot read
+# Fallbacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -616,14 +616,14 @@ UNREADABLE = {
     "layers.0.attn.gate": new_parameter,
     "token_embeddings.weight is float64 on cpu": lambda lm: lm.double(),
     "token_embeddings.weight is bfloat16 on cpu": lambda lm: lm.bfloat16(),
-    "the numbers of lm_head.weight do not lie in a row": in_columns,
-    "layers.0.ffn does more than": lambda lm: lm.layers[0].ffn.register_forward_hook(lambda *_: None),
-    "ln_final does more than": own_forward,
+    "lm_head.weight is not contiguous": in_columns,
+    "layers.0.ffn has hooks": lambda lm: lm.layers[0].ffn.register_forward_hook(lambda *_: None),
+    "ln_final has hooks or an instance attribute": own_forward,
 }
 
 
 @pytest.mark.parametrize("reason", UNREADABLE)
-def test_other_models_are_read_by_the_reference_and_that_is_said(reason, said):
+def test_unsupported_models_use_the_reference_and_log_why(reason, said):
     lm = make()
     assert weights.supports(lm) == ""
     UNREADABLE[reason](lm)
@@ -632,26 +632,26 @@ def test_other_models_are_read_by_the_reference_and_that_is_said(reason, said):
     assert reason in said.pop()
 
 
-def test_an_option_that_is_not_known_may_ask_for_nothing():
+def test_an_unknown_option_may_be_unset():
     lm = make()
     option("soft_cap", None)(lm)
     assert weights.supports(lm) == ""
 
 
-def test_half_precision_is_the_reference_s(said):
+def test_autocast_uses_the_reference(said):
     with torch.autocast("cpu", torch.bfloat16):
         list(fast.generate(make(), torch.tensor([1]), 3))
-    assert said.pop() == "text is generated by the reference, since half precision is asked for"
+    assert said.pop() == "text is generated by the reference, since autocast is enabled"
 
 
-def test_what_is_true_of_every_text_is_said_once(capsys):
+def test_lines_are_logged_once(capsys):
     for _ in range(2):
         SAY_ONCE("a line of this test")
     assert capsys.readouterr().err == "a line of this test\n"
 
 
 # --------------------------------------------------------------------------------------------------
-# The seam
+# swap
 
 
 @pytest.fixture
@@ -666,7 +666,7 @@ def mine(tmp_path):
 
 
 @pytest.mark.parametrize("piece", ["softmax", "next_token_probabilities"])
-def test_the_twin_gives_way_to_an_own_piece_of_the_draw(mine, piece):
+def test_user_code_for_sampling_replaces_the_fast_implementation(mine, piece):
     def own(name):
         parameters = "x, dim=-1" if name == "softmax" else "logits, temperature=1.0, top_k=None, top_p=None"
         return f"def {name}({parameters}):\n    return torch.zeros(61).index_fill(0, torch.tensor(7), 1.0)\n"
@@ -674,7 +674,7 @@ def test_the_twin_gives_way_to_an_own_piece_of_the_draw(mine, piece):
     told = []
     swap.use(mine(own(piece)))
     with swap.using("fast", told.append):
-        assert generate.generate.__module__ == "llm_basics.generate"
+        assert generate.generate.__module__ == "llm_basics.core.generate"
     home = "functional" if piece == "softmax" else "generate"
     assert f"the fast twin of generate is not used: it would go past your {home}.{piece}" in told
 
@@ -693,7 +693,7 @@ def test_the_twin_gives_way_to_an_own_piece_of_the_draw(mine, piece):
         ),
     ],
 )
-def test_own_pieces_of_the_model_are_used(mine, said, source, reason):
+def test_user_code_for_the_model_is_used(mine, said, source, reason):
     swap.use(mine(source))
     with swap.using("fast", lambda line: None):
         lm = make()
@@ -702,7 +702,7 @@ def test_own_pieces_of_the_model_are_used(mine, said, source, reason):
         assert found == list(swap.reference("generate.generate")(lm, torch.tensor([1]), 20, 0.0))
 
 
-def test_the_twin_stands_in_for_the_reference():
+def test_the_fast_implementation_replaces_the_reference():
     with swap.using("fast", lambda line: None):
         assert generate.generate is fast.generate
     assert generate.generate is not fast.generate

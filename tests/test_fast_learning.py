@@ -1,4 +1,4 @@
-"""Loss and gradients by loops: autograd's. Alone: uv run pytest tests/test_fast_learning.py"""
+"""The CPU training kernels against autograd. Alone: `uv run pytest tests/test_fast_learning.py`."""
 
 import copy
 import gc
@@ -26,10 +26,10 @@ from llm_basics.runs import checkpoint, run_dir
 from llm_basics.training import memory
 
 pytestmark = pytest.mark.skipif(
-    cpu_trainer.LEAST_VECTOR > matmul.VECTOR, reason="the processor has no wide vectors, so torch is used"
+    cpu_trainer.LEAST_VECTOR > matmul.VECTOR, reason="the processor has no 256-bit vectors, so torch is used"
 )
 
-# sizes of all kinds: vocabularies that no vector divides, heads of one vector and of three, one group and two
+# vocabularies that are not a multiple of a vector, heads of one and of three vectors, one and two groups
 SHAPES = {
     "llama": {},
     "gpt2": {
@@ -61,7 +61,7 @@ BATCHES = {
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Each test on one thread, unless it asks for more, and with as few tokens as it likes."""
+    """Run on one thread by default, without a minimum number of tokens."""
     monkeypatch.setattr(cpu_trainer, "MOST_WEIGHTS_PER_TOKEN", 10**9)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -91,15 +91,15 @@ def gradients(lm, batch, batch_loss, z_loss=0.0):
 
 
 def assert_same(found, expected):
-    # that of a bias of keys is 0 but for rounding: all scores of a row have it
+    # the gradient of a key bias is 0 up to rounding: it shifts all scores of a row
     largest = max(gradient_of.norm() for gradient_of in expected.values())
     for name, gradient_of in expected.items():
         scale = gradient_of.norm() + 1e-2 * largest
         assert (found[name] - gradient_of).norm() < 2e-5 * scale, name
 
 
-def is_by_loops(loss):
-    return "Loops" in type(loss.grad_fn).__name__
+def uses_kernels(loss):
+    return "CPULoss" in type(loss.grad_fn).__name__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ def is_by_loops(loss):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_finds_what_autograd_finds(shape):
+def test_gradients_match_autograd(shape):
     lm, exact = make(**SHAPES[shape]), make(**SHAPES[shape]).double()
     exact.load_state_dict(lm.state_dict())
     inputs, targets = random_batch(lm)
     targets[0, :5], targets[2] = dataloader.IGNORE_INDEX, dataloader.IGNORE_INDEX
     expected, of_weights = gradients(exact, (inputs, targets), trainer.batch_loss, 0.01)
     loss, found = gradients(lm, (inputs, targets), fast.batch_loss, 0.01)
-    assert is_by_loops(loss)
+    assert uses_kernels(loss)
     assert abs(loss.item() - expected.item()) < 1e-5
     assert_same(found, {name: g.float() for name, g in of_weights.items()})
 
@@ -128,7 +128,7 @@ def test_batches_of_any_size(shape, batch):
     torch.set_num_threads(n_threads)
     expected, of_weights = gradients(lm, texts, trainer.batch_loss)
     loss, found = gradients(lm, texts, fast.batch_loss)
-    assert is_by_loops(loss) and abs(loss.item() - expected.item()) < 1e-5
+    assert uses_kernels(loss) and abs(loss.item() - expected.item()) < 1e-5
     assert_same(found, of_weights)
 
 
@@ -164,17 +164,17 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_nothing_to_learn():
+def test_all_targets_ignored():
     lm = make()
     inputs, targets = random_batch(lm)
     loss, found = gradients(
         lm, (inputs, torch.full_like(targets, dataloader.IGNORE_INDEX)), fast.batch_loss, 0.1
     )
-    assert is_by_loops(loss) and loss == 0
+    assert uses_kernels(loss) and loss == 0
     assert all(not g.any() for g in found.values())
 
 
-def test_sees_weights_as_they_are_now():
+def test_reads_current_weights():
     lm = make()
     batch = random_batch(lm)
     gradients(lm, batch, fast.batch_loss)
@@ -187,20 +187,20 @@ def test_sees_weights_as_they_are_now():
     expected, of_weights = gradients(moved, batch, trainer.batch_loss)
     for lm_now in (lm, moved):
         loss, found = gradients(lm_now, batch, fast.batch_loss)
-        assert is_by_loops(loss) and abs(loss - expected) < 1e-5
+        assert uses_kernels(loss) and abs(loss - expected) < 1e-5
         assert_same(found, of_weights)
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("place", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "ffn.w1", "ffn.w2", "ln2"])
-def test_what_is_not_finite_stays_so(place, number):
-    """An exponential or a maximum could make a number of it again."""
+def test_nonfinite_values_propagate(place, number):
+    """Neither exp nor max may hide a NaN."""
     lm = make(qk_norm=True)
     settings, name = config.TrainConfig(10, dtype="float32"), f"layers.0.{place}.weight"
     with torch.no_grad():
         lm.get_parameter(name).view(-1)[7] = float(number)
     loss, found = gradients(lm, random_batch(lm), fast.batch_loss)
-    assert is_by_loops(loss) and not (loss.isfinite() and found[name].isfinite().all())
+    assert uses_kernels(loss) and not (loss.isfinite() and found[name].isfinite().all())
     with swap.using("fast"), pytest.raises(FloatingPointError, match="step 1: loss nan"):
         trainer.train_step(lm, trainer.make_optimizer(lm, settings), [random_batch(lm)], 1, settings)
 
@@ -226,7 +226,7 @@ def test_two_hundred_steps_learn_the_same(shape):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is for torch to do
+# Fallbacks to torch
 
 
 def with_hook(lm):
@@ -258,10 +258,10 @@ def in_double_precision(lm):
 def test_is_left_to_torch_if_the_model_is_not_as_it_was_made(change):
     lm = make()
     batch = random_batch(lm)
-    assert is_by_loops(fast.batch_loss(lm, *batch, 0.0))
+    assert uses_kernels(fast.batch_loss(lm, *batch, 0.0))
     change(lm)
     loss = fast.batch_loss(lm, *batch, 0.0)
-    assert not is_by_loops(loss) and torch.equal(loss, fast.batch_loss(copy.deepcopy(lm), *batch, 0.0))
+    assert not uses_kernels(loss) and torch.equal(loss, fast.batch_loss(copy.deepcopy(lm), *batch, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -275,18 +275,18 @@ def test_is_left_to_torch_if_the_model_is_not_as_it_was_made(change):
     ],
     ids=str,
 )
-def test_is_left_to_torch_if_the_config_asks_for_what_loops_do_not_know(options):
+def test_unsupported_configs_use_torch(options):
     lm = make(**options)
     assert cpu_trainer.unsupported(lm, random_batch(lm)[0])
-    assert not is_by_loops(fast.batch_loss(lm, *random_batch(lm), 0.0))
+    assert not uses_kernels(fast.batch_loss(lm, *random_batch(lm), 0.0))
 
 
 def test_dropout_is_none_in_evaluation():
     lm = make(dropout=0.5).eval()
-    assert is_by_loops(fast.batch_loss(lm, *random_batch(lm), 0.0))
+    assert uses_kernels(fast.batch_loss(lm, *random_batch(lm), 0.0))
 
 
-def test_is_left_to_torch_where_threads_outnumber_texts():
+def test_fewer_texts_than_threads_use_torch():
     lm = make()
     torch.set_num_threads(3)
     assert "2 texts are too few for 3 threads" in cpu_trainer.unsupported(lm, random_batch(lm, 2)[0])
@@ -301,7 +301,7 @@ def test_is_left_to_torch_where_that_is_faster(monkeypatch):
     assert "too many for 76 tokens" in cpu_trainer.unsupported(lm, random_batch(lm, 4, 19)[0])
 
 
-def test_is_left_to_torch_where_gradients_of_all_threads_are_too_many(monkeypatch):
+def test_too_many_gradients_use_torch(monkeypatch):
     lm = make()
     monkeypatch.setattr(cpu_trainer, "MOST_GRADIENTS", 2 * lm.n_parameters())
     torch.set_num_threads(2)
@@ -314,13 +314,13 @@ def test_is_left_to_torch_where_gradients_of_all_threads_are_too_many(monkeypatc
     "inputs, targets",
     [((0, 61), (0, 0)), ((-1, 0), (0, 0)), ((0, 0), (0, 61)), ((0, 0), (-1, 0)), ((0, 0), (-101, 0))],
 )
-def test_unknown_tokens_have_the_error_of_torch(inputs, targets):
+def test_unknown_tokens_raise(inputs, targets):
     lm = make()
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
         fast.batch_loss(lm, torch.tensor([inputs]), torch.tensor([targets]), 0.0)
 
 
-def test_texts_that_are_too_long_have_the_error_of_torch():
+def test_texts_that_are_too_long_raise():
     lm = make(context_length=8)
     with pytest.raises(ValueError, match="sees 8 tokens at most, got 9"):
         fast.batch_loss(lm, *random_batch(lm, 2, 9), 0.0)
@@ -340,7 +340,7 @@ def test_kernels_of_a_step_are_compiled_before_the_first(monkeypatch):
         assert requested == ["training"], "these weights are for torch"
     assert all(torch.equal(before[name], weight.float()) for name, weight in lm.state_dict().items())
     assert all(parameter.grad is None for parameter in lm.parameters())
-    # what the compiling process runs
+    # the work of the compiling process
     monkeypatch.setattr(cpu_trainer.muon, "update", lambda *arguments: used.append("muon"))
     learn = cpu_trainer.Learner.learn
     monkeypatch.setattr(cpu_trainer.Learner, "learn", lambda *a: used.append("gradient") or learn(*a))
@@ -373,7 +373,7 @@ def test_without_a_gradient_there_is_none():
         assert not fast.batch_loss(lm, *random_batch(lm), 0.0).requires_grad
 
 
-def test_memory_is_estimated_without_loops():
+def test_memory_is_estimated_without_kernels():
     options = config.Config(
         model=config.ModelConfig(vocab_size=61, context_length=16, d_model=64, n_layers=2, d_ff=80),
         train=config.TrainConfig(10, device="cpu"),
@@ -386,7 +386,7 @@ def test_memory_is_estimated_without_loops():
 # Threads and memory
 
 
-def test_a_model_that_nobody_needs_is_forgotten():
+def test_unreferenced_models_are_freed():
     lm = make()
     gradients(lm, random_batch(lm), fast.batch_loss)
     lm, gone = None, weakref.ref(lm)
@@ -422,7 +422,7 @@ def test_a_forked_process_has_helpers_of_its_own():
     threads.helpers(1).submit(int).result()
     child = os.fork()
     if child == 0:
-        # nothing but this: the child has no other thread that torch may need
+        # only this: the child lacks threads that torch may need
         os._exit(0 if threads.helpers(1).submit(lambda: 7).result(timeout=20) == 7 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -432,7 +432,7 @@ def test_gradients_that_lie_in_a_row_are_clipped_in_one_go(monkeypatch):
     gradients(lm, random_batch(lm), fast.batch_loss)
     parameters = list(lm.parameters())
     own = [p.grad for p in parameters]
-    (whole,) = fast_optim.joined(own)
+    (whole,) = fast_optim.as_flat_view(own)
     assert whole.numel() == lm.n_parameters() and whole.data_ptr() == own[0].data_ptr()
     apart = copy.deepcopy(parameters)
     for parameter, gradient_of in zip(apart, own, strict=True):
@@ -441,14 +441,14 @@ def test_gradients_that_lie_in_a_row_are_clipped_in_one_go(monkeypatch):
     assert torch.allclose(*norms) and all(
         torch.allclose(p.grad, q.grad) for p, q in zip(parameters, apart, strict=True)
     )
-    assert fast_optim.joined([own[1], own[0]])[0] is own[1]
-    assert fast_optim.joined([own[0].T, own[1]])[1] is own[1]
-    assert fast_optim.joined([]) == []
-    # side by side in memory, as GPUs often have them, but with a storage each
+    assert fast_optim.as_flat_view([own[1], own[0]])[0] is own[1]
+    assert fast_optim.as_flat_view([own[0].T, own[1]])[1] is own[1]
+    assert fast_optim.as_flat_view([]) == []
+    # adjacent in memory, as often on GPUs, but in separate storages
     numbers = np.zeros(8, np.float32)
     neighbors = [torch.from_numpy(numbers[:4]), torch.from_numpy(numbers[4:])]
     assert neighbors[0].data_ptr() + 16 == neighbors[1].data_ptr()
-    assert fast_optim.joined(neighbors) == neighbors
+    assert fast_optim.as_flat_view(neighbors) == neighbors
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,10 +463,10 @@ def matrix(x, column=1, tile=0):
     "m, n, k", [(1, 1, 1), (8, 2, 3), (13, 1, 40), (33, 5, 17), (64, 3, 128), (7, 4, 1), (9, 3, 1100)]
 )
 def test_product(m, n, k):
-    """n counts vectors."""
+    """`n` is a number of vectors."""
     n *= matmul.VECTOR
     a, b, start = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
-    # around what is written there is something else
+    # memory around the output must stay unchanged
     room = torch.full((m + 1, n + 5), 7.0)
     left, right = matrix(a, tile=matmul.ROWS * k), matrix(b, tile=matmul.COLUMNS)
     matmul.product(left, right, matrix(start), matrix(room), m, n, k)
@@ -487,7 +487,7 @@ def test_pack_turns_a_matrix_and_ends_it_with_zeros(n):
     out = torch.full((5, matmul.padded(n)), float("nan"))
     nothing, right = torch.zeros(matmul.padded(n)), matmul.packed(packed.data_ptr(), k)
     left = matrix(x, tile=matmul.ROWS * k)
-    matmul.product(left, right, matmul.repeated_at(nothing.data_ptr()), matrix(out), 5, n, k)
+    matmul.product(left, right, matmul.broadcast_at(nothing.data_ptr()), matrix(out), 5, n, k)
     assert torch.allclose(out[:, :n], x @ weight.T, atol=1e-4) and (out[:, n:] == 0).all()
 
 
@@ -495,19 +495,19 @@ def test_pack_turns_a_matrix_and_ends_it_with_zeros(n):
 def test_turn_makes_columns_rows(m):
     a, b = torch.randn(30, m + 2)[:, :m], torch.randn(30, matmul.VECTOR)
     turned, out = torch.zeros(matmul.whole_tiles(m) * 30), torch.zeros(m, matmul.VECTOR)
-    matmul.turn(a.data_ptr(), a.stride(0), 30, m, turned.data_ptr())
-    left, right = matmul.turned(turned.data_ptr(), 30), matrix(b, tile=matmul.COLUMNS)
+    matmul.transpose(a.data_ptr(), a.stride(0), 30, m, turned.data_ptr())
+    left, right = matmul.transposed(turned.data_ptr(), 30), matrix(b, tile=matmul.COLUMNS)
     matmul.product(left, right, matrix(out), matrix(out), m, matmul.VECTOR, 30)
     assert torch.allclose(out, a.T @ b, atol=1e-4)
     out.zero_()
-    left = matmul.turned_at(a.data_ptr(), a.stride(0))
+    left = matmul.transposed_at(a.data_ptr(), a.stride(0))
     matmul.product(left, right, matrix(out), matrix(out), m, matmul.VECTOR, 30)
     assert torch.allclose(out, a.T @ b, atol=1e-4)
 
 
 @numba_jit.jit
 def highest(x):
-    return matmul.highest(x.ctypes.data, len(x))
+    return matmul.maximum(x.ctypes.data, len(x))
 
 
 def test_highest():
@@ -519,7 +519,7 @@ def test_highest():
 
 
 def test_scores_far_from_others_are_no_weight():
-    """A softmax whose exponentials overflow or vanish, and one that sees itself alone."""
+    """Softmax whose exponentials overflow or vanish, and with a single visible key."""
     seq, d_head = 2 * attention.QUERIES + 3, matmul.VECTOR
     q, k, v = (30 * torch.randn(seq, d_head) for _ in range(3))
     expected = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
@@ -529,5 +529,5 @@ def test_scores_far_from_others_are_no_weight():
     room = attention.Workspace(*(part.data_ptr() for part in (*rooms, zeros)))
     places = [part.data_ptr() for part in (q, k, v, sizes)]
     attention.attend(*places, attention.Heads(1, seq, 1, 1, d_head), room, out.data_ptr())
-    # scores are in the thousands: their last bits count
+    # scores in the thousands, where rounding matters
     assert torch.allclose(out, expected, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Machine code gives the ids of the reference, of tiktoken and of Hugging Face, whatever the text.
+"""fast/tokenizer.py against the reference, tiktoken and Hugging Face tokenizers.
 
 What both tokenizers promise is asked of both. The tests with GPT-2's own vocabulary need two folders,
 TIKTOKEN_CACHE_DIR, where tiktoken keeps what it downloaded, and LLM_BASICS_DATA, with gpt2_vocab.json and
@@ -56,7 +56,7 @@ each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 # --------------------------------------------------------------------------------------------------
 # Texts
 
-# characters that every Unicode library knows by now, so that all agree on what a letter is
+# characters old enough for all Unicode libraries to agree on their classes
 ALPHABETS = [(0, 0x3000), (0x4E00, 0x4E80), (0xAC00, 0xAC40), (0xF900, 0xFB00), (0xFE00, 0x10000)]
 ALPHABETS += [(0x10300, 0x10450), (0x1D400, 0x1D800), (0x20000, 0x20010)]
 KNOWN = [
@@ -68,7 +68,7 @@ KNOWN = [
 ASCII = [chr(code) for code in range(128)]
 BLANKS = [" ", " ", "  ", "    ", "\n", "\n\n", "\r\n", "\r", "\t", "\v", "\u2028", "\u00a0", "\x00"]
 BLANKS += ["\x1c", "\x85", "\u3000", "\u200b", "\ufeff", " \n ", "\n \n"]
-# what the patterns look at: contractions in any case, the long s, which is an s to cl100k, marks, numbers
+# the classes of the patterns: contractions in any case, the long s (an s in cl100k), marks, numbers
 SCRAPS = ["'", "'s", "'S", "'ll", "'lL", "'l", "'re", "'VE", "'\u017f", "'d", "'m", "'t", "''", "s", "ll"]
 SCRAPS += ["the", " the", "The", "ing", " a", "a", "_", ".", "..", "!?", "-", " (", "12", "1234567", "\u0663"]
 SCRAPS += ["\u00e9", "e\u0301", "\u0301", "\u6f22", "\u6f22\u5b57", "\u0939\u093f", "\u05e9\u05dc", "\u00b2"]
@@ -78,7 +78,7 @@ WORDS = (FIXTURES / "corpus.txt").read_bytes().decode("utf-8").split(" ")
 
 
 def varied_texts(n: int, seed: int, extra: tuple[str, ...] = ()) -> list[str]:
-    """Texts of up to 40 parts, each from another mixture of words, scraps, blanks and characters."""
+    """`n` texts of up to 40 parts, each a random mixture of words, fragments, white space and characters."""
     rng = random.Random(seed)
     kinds = [WORDS, SCRAPS, BLANKS, ASCII, KNOWN, extra or SCRAPS]
     texts = []
@@ -92,14 +92,14 @@ def varied_texts(n: int, seed: int, extra: tuple[str, ...] = ()) -> list[str]:
 
 
 def any_bytes(n: int, seed: int) -> list[bytes]:
-    """`n` byte strings: noise, UTF-8, and UTF-8 with holes, cuts and strange bytes in it."""
+    """`n` byte strings: noise, UTF-8, and damaged UTF-8."""
     rng = random.Random(seed)
-    # a long form, a surrogate, one behind the last code point, leads without their rest, a rest alone
+    # overlong, a surrogate, past the last code point, leads without continuations, a lone continuation
     odd = [b"\xc0\x80", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf0\x80\x80\x80", b"\xc2"]
     odd += [b"\xe2\x82", b"\xf0\x9f\x98", b"\x80", b"\xbf", b"\xff", b"\xfe", b"\xf5\x80\x80\x80", b"\xc1"]
     odd += [b"\xe6\xbc", b"\xc3a", b"\xe1\x80 ", b"\xed\x9f\xbf", b"\xef\xbf\xbf", b"\xf4\x8f\xbf\xbf"]
     found = [bytes([first, second]) for first in range(0xC0, 256) for second in (0x20, 0x80, 0xA9, 0xBF)]
-    # long forms of letters, digits and blanks; the edges of surrogates and of the last code point
+    # overlong letters, digits and spaces; the limits of surrogates and of code points
     seconds, rest = b"\x80\x81\x8f\x90\x9f\xa0\xbf", [b"\x81", b"\xa0", b"\xb1"]
     found += [bytes([a, b]) + c for a in b"\xe0\xed\xef" for b in seconds for c in rest]
     found += [bytes([a, b]) + c + d for a in b"\xf0\xf4" for b in seconds for c in rest for d in rest]
@@ -122,11 +122,11 @@ def any_bytes(n: int, seed: int) -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[int, bytes], list]]:
-    """The vocabulary and merges of the fixtures and of some words without end, by a pattern."""
+    """Vocabulary and merges learned from the fixtures and some endless words, by pattern."""
     path = tmp_path_factory.mktemp("learned") / "text.txt"
     rng = random.Random(0)
     endless = " ".join("".join(rng.choices("ab'1 \n\u00e9\u6f22\U0001f643", k=9)) for _ in range(4000))
-    # merges inside numbers, signs and white space, so that to cut there in the wrong place changes ids
+    # merges inside numbers, signs and white space, so that a wrong boundary changes ids
     endless += "".join(rng.choices(["12", "1", "27", " ", "  ", "\n", "\r\n", ".", "!", "'", "'s"], k=20_000))
     endless += " ".join("".join(rng.choices("127", k=rng.randint(2, 9))) for _ in range(3000))
     samples = END_OF_TEXT.join(SAMPLES.values()) * 3
@@ -138,7 +138,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dic
 
 @pytest.fixture(scope="session")
 def make(learned) -> Callable[..., Any]:
-    """A new tokenizer of either class, by its name, with the learned vocabulary."""
+    """A new tokenizer of a class by name, with the learned vocabulary."""
 
     def make(kind: str, pattern: str = "gpt2", specials: tuple[str, ...] = (END_OF_TEXT,)) -> Any:
         return CLASSES[kind](*learned(pattern), specials, PATTERNS[pattern])
@@ -148,7 +148,7 @@ def make(learned) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def shared(make) -> Callable[..., Any]:
-    """As `make`, but the same tokenizer each time: one that remembers other texts."""
+    """As `make`, but the same tokenizer each time, with a warm cache."""
     return functools.cache(make)
 
 
@@ -242,7 +242,7 @@ def test_dense_merges_of_two_letters_get_the_ids_of_the_reference(training_text,
 def test_words_around_the_longest_that_is_remembered_get_the_ids_of_tiktoken(make, tiktoken_of, size):
     rng = random.Random(size)
     words = ["".join(rng.choices("abshiptoe", k=size)) for _ in range(20)] + ["a" * size, "ab" * size]
-    # each twice: once new, once remembered; then with other bytes behind
+    # each twice, new and cached; then with other bytes after it
     text = " ".join(words + words) + "".join(words)
     assert make("fast").encode(text) == tiktoken_of().encode(text)
 
@@ -282,16 +282,16 @@ def test_varied_texts_get_the_ids_that_hugging_face_gives_with_gpt2(gpt2_of, tmp
 
 
 # --------------------------------------------------------------------------------------------------
-# Oracle: hostile texts
+# Oracle: adversarial texts
 
 
 def repeated(unit: str) -> Callable[[int], str]:
-    """A maker of texts of `n_bytes`: the same unit again and again."""
+    """A function that repeats a unit to `n_bytes`."""
     return lambda n_bytes: unit * (n_bytes // len(unit.encode("utf-8")))
 
 
 def drawn(parts: str | list[str]) -> Callable[[int], str]:
-    """A maker of texts of about `n_bytes`: parts drawn at random."""
+    """A function that draws parts at random to about `n_bytes`."""
 
     def make_text(n_bytes: int) -> str:
         mean = len("".join(parts).encode("utf-8")) / len(parts)
@@ -369,7 +369,7 @@ HOSTILE = {
 
 
 def survived(encode: Callable[[], list[int]]) -> list[int] | None:
-    """What tiktoken gives; None if its regular expressions gave up, which Rust calls a panic."""
+    """tiktoken's ids; None if its regular expressions fail (a Rust panic)."""
     try:
         return encode()
     except BaseException as error:
@@ -412,12 +412,12 @@ def test_a_hostile_megabyte_takes_ten_times_as_long_as_a_tenth_of_it(make, tikto
     expected = survived(lambda: tiktoken_of(pattern).encode(text, allowed_special="all"))
     assert expected is None or ids == expected
     assert seconds[1_000_000] < 5
-    # 100 kB are one piece, and fit into the cache: what a megabyte needs besides is at most 0.5 s
+    # 100 kB are one chunk and fit the cache; a megabyte may take 0.5 s more
     assert seconds[1_000_000] <= 15 * seconds[100_000] + 0.5
 
 
 # --------------------------------------------------------------------------------------------------
-# Property: bytes, and text that is none
+# Property: invalid UTF-8
 
 
 @each_pattern
@@ -431,7 +431,7 @@ def test_any_bytes_come_back_and_get_the_ids_of_the_reference(shared, pattern):
 
 @each_pattern
 def test_any_bytes_are_cut_where_the_pattern_cuts_them(pattern):
-    """Where no merge crosses the wrong cut, the ids are right all the same."""
+    """A wrong boundary that no merge crosses does not change ids."""
     regular, number = PATTERNS[pattern], {"gpt2": scanner.GPT2, "cl100k": scanner.CL100K}[pattern]
 
     def by_scanner(content: bytes) -> list[int]:
@@ -465,7 +465,7 @@ def test_bytes_of_a_text_get_its_ids(kind, shared):
 def test_bytes_that_are_no_text_are_signs(kind, make, content):
     model = make(kind)
     assert model.decode_bytes(model.encode_bytes(content)) == content
-    # a sign takes the space before it along, as "!" would, and ends the word
+    # a sign takes the preceding space, as "!" would, and ends the word
     assert model.encode_bytes(b"the\xff") == [*model.encode_bytes(b"the"), *model.encode_bytes(b"\xff")]
 
 
@@ -500,7 +500,7 @@ def test_a_lone_surrogate_becomes_a_replacement_character_and_a_pair_its_charact
 
 @pytest.mark.parametrize("special", ["\ufffd", "\U0001f643", "a\U0001f643", "\ufffd\ufffd"])
 def test_special_tokens_are_looked_for_in_the_text_as_it_was_mended(kind, special):
-    """As tiktoken does it: else the two would disagree, and what is decoded would not be encoded alike."""
+    """As in tiktoken."""
     model = CLASSES[kind].byte_level([special])
     theirs = tokenizer_formats.to_tiktoken(vocabulary_of(model))
     texts = [text + special for text in surrogate_texts()]
@@ -510,10 +510,10 @@ def test_special_tokens_are_looked_for_in_the_text_as_it_was_mended(kind, specia
 # --------------------------------------------------------------------------------------------------
 # Property: special tokens
 
-# nested, overlapping, begun alike, with white space at their ends and in the middle
+# nested, overlapping, with common prefixes, with white space at the ends and inside
 SPECIALS = (END_OF_TEXT, END_OF_TEXT * 2, "<|a b|>", "<|a", "|><|", "[x]", "a.c", "\n\n|", "  ", " <s> ")
 SPECIALS += ("\u00e9\u00e9", "the", "\u6f22 \U0001f643", "s\n", "'s", "12")
-# none is the beginning of another: tiktoken takes any of two that begin alike
+# none is a prefix of another, where tiktoken's choice is arbitrary
 DISTINCT = (
     END_OF_TEXT,
     "|><|",
@@ -531,7 +531,7 @@ DISTINCT += ("text|>x",)
 
 
 def texts_with(specials: tuple[str, ...], n: int, seed: int) -> list[str]:
-    """Texts of special tokens, their halves, and what stands around."""
+    """Texts of special tokens, their halves, and ordinary text."""
     rng = random.Random(seed)
     halves = [special[: rng.randint(1, len(special))] for special in specials]
     halves += [special[rng.randint(0, len(special) - 1) :] for special in specials]
@@ -543,7 +543,7 @@ def texts_with(specials: tuple[str, ...], n: int, seed: int) -> list[str]:
 
 
 def found_by_hand(model: Any, text: str) -> list[int]:
-    """Ids with the special tokens found by looking at each place for the longest."""
+    """Ids with the longest special token at each position."""
     ids, start, i = [], 0, 0
     while i < len(text):
         here = max((s for s in model.special_tokens if text.startswith(s, i)), key=len, default="")
@@ -556,7 +556,7 @@ def found_by_hand(model: Any, text: str) -> list[int]:
 
 @pytest.fixture(scope="session")
 def bare_bytes() -> Callable[[str, tuple[str, ...]], Any]:
-    """A tokenizer of bytes with special tokens that learned vocabularies would hold as well."""
+    """A byte tokenizer with special tokens."""
     return functools.cache(lambda kind, specials: CLASSES[kind].byte_level(specials))
 
 
@@ -594,11 +594,11 @@ def test_texts_with_special_tokens_get_the_ids_of_tiktoken(make, learned, patter
 
 
 # --------------------------------------------------------------------------------------------------
-# Property: pieces, memory, threads
+# Property: chunks, cache, threads
 
 
 def long_texts(specials: tuple[str, ...]) -> list[str]:
-    """Texts that are many pieces long if a piece has 50 characters or fewer."""
+    """Texts of many chunks of up to 50 characters."""
     texts = [HOSTILE[name](1500) for name in HOSTILE]
     texts += ["".join(varied_texts(20, seed, specials)) for seed in range(20, 50)]
     return texts + ["".join(texts_with(specials, 60, seed)) for seed in range(20)]
@@ -606,9 +606,9 @@ def long_texts(specials: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("size", [7, 20, 50])
 @each_pattern
-def test_texts_longer_than_a_piece_get_the_ids_of_the_reference(make, shared, monkeypatch, pattern, size):
+def test_texts_longer_than_a_chunk_get_the_ids_of_the_reference(make, shared, monkeypatch, pattern, size):
     reference = shared("reference", pattern)
-    monkeypatch.setattr(fast, "PIECE_CHARACTERS", size)
+    monkeypatch.setattr(fast, "CHUNK_CHARACTERS", size)
     compiled = make("fast", pattern)
     texts = long_texts((END_OF_TEXT,))
     assert_same(texts, compiled.encode, reference.encode)
@@ -616,20 +616,20 @@ def test_texts_longer_than_a_piece_get_the_ids_of_the_reference(make, shared, mo
 
 
 @pytest.mark.parametrize("size", [7, 20, 50])
-def test_special_tokens_across_pieces_stay_whole(bare_bytes, monkeypatch, size):
+def test_special_tokens_across_chunks_stay_whole(bare_bytes, monkeypatch, size):
     reference = bare_bytes("reference", SPECIALS)
-    monkeypatch.setattr(fast, "PIECE_CHARACTERS", size)
+    monkeypatch.setattr(fast, "CHUNK_CHARACTERS", size)
     compiled = fast.Tokenizer.byte_level(SPECIALS)
     assert_same(long_texts(SPECIALS), compiled.encode, reference.encode)
 
 
 @each_pattern
-def test_pairs_of_surrogates_across_pieces_stay_whole(monkeypatch, pattern):
-    """They are letters or numbers only once they are joined, and belong to the word before them."""
+def test_pairs_of_surrogates_across_chunks_stay_whole(monkeypatch, pattern):
+    """A pair is a letter or number only when joined, and belongs to the word before it."""
     merges = [(b"a", b"\xf0"), (b"1", b"\xf0"), (b" ", b"\xf0")]
     vocab = slow.vocabulary(merges, [])
     reference = tokenizer.Tokenizer(vocab, merges, ["a\U0001f643"], PATTERNS[pattern])
-    monkeypatch.setattr(fast, "PIECE_CHARACTERS", 5)
+    monkeypatch.setattr(fast, "CHUNK_CHARACTERS", 5)
     compiled = fast.Tokenizer(vocab, merges, ["a\U0001f643"], PATTERNS[pattern])
     texts = ["a\ud801\udc37" * 10, "1\ud835\udfd8" * 10, "aa\ud83d\ude43 " * 10, "1\ud801\udc37" * 10]
     fixed = {text: text.encode("utf-16-le", "surrogatepass").decode("utf-16-le") for text in texts}
@@ -637,18 +637,18 @@ def test_pairs_of_surrogates_across_pieces_stay_whole(monkeypatch, pattern):
     assert_same(list(surrogate_texts()), compiled.encode_ordinary, reference.encode_ordinary)
 
 
-def test_a_text_of_several_pieces_of_the_true_size_gets_the_ids_of_tiktoken(make, tiktoken_of):
+def test_a_text_of_several_full_chunks_gets_the_ids_of_tiktoken(make, tiktoken_of):
     text = " ".join(WORDS) + "".join(varied_texts(6000, 13))
-    assert len(text) > 2 * fast.PIECE_CHARACTERS
+    assert len(text) > 2 * fast.CHUNK_CHARACTERS
     assert make("fast").encode(text) == tiktoken_of().encode(text, allowed_special="all")
 
 
 @pytest.mark.parametrize("most", [1, 1 << 13, 1 << 14])
 def test_a_memory_that_begins_anew_changes_no_ids(make, tiktoken_of, monkeypatch, most):
-    monkeypatch.setattr(fast, "MOST_SLOTS", most)
+    monkeypatch.setattr(fast, "MAX_SLOTS", most)
     rng = random.Random(14)
     short = [f"{rng.choice(WORDS)}{rng.choices(LETTERS, k=4)}" for _ in range(4000)]
-    # beyond 16 bytes a pre-token stands in the pool, which fills first
+    # pre-tokens over 16 bytes are in the pool, which fills first
     long = ["".join(rng.choices(LETTERS, k=rng.randint(17, 96))) for _ in range(6000)]
     for text in (" ".join(short), " ".join(long), " ".join(rng.sample(short + long, 5000))):
         model = make("fast")
@@ -669,7 +669,7 @@ def test_a_memory_that_grows_changes_no_ids(make, tiktoken_of):
 
 
 def test_what_is_remembered_is_not_mixed_up_with_what_begins_alike(make, tiktoken_of):
-    """Lengths around 8 and 16, where keys change their form, with zeros at the ends."""
+    """Lengths around 8 and 16, where the key format changes, with trailing zeros."""
     bodies = ["\x01\x02" * 10, "abcdefgh" * 3, "\x00" * 20, "!\x00" * 10, "-" * 20, "\u00e9" * 10]
     units = [body[:n] for body in bodies for n in range(1, 20)]
     text = "".join(f"{unit} a{unit}1" for unit in units)
@@ -679,8 +679,8 @@ def test_what_is_remembered_is_not_mixed_up_with_what_begins_alike(make, tiktoke
         assert_same(units, model.encode, tiktoken_of().encode)
 
 
-def test_pretokens_that_begin_with_the_same_eight_bytes_are_told_apart(make, tiktoken_of):
-    """So many that some of them meet in the table."""
+def test_pretokens_with_the_same_first_eight_bytes_are_distinguished(make, tiktoken_of):
+    """Enough for collisions in the table."""
     rng = random.Random(26)
     words = ["abcdefgh" + "".join(rng.choices(LETTERS, k=4)) for _ in range(6000)]
     assert make("fast").encode(" ".join(words)) == tiktoken_of().encode(" ".join(words))
@@ -688,7 +688,7 @@ def test_pretokens_that_begin_with_the_same_eight_bytes_are_told_apart(make, tik
 
 
 def mix(low: int, high: int) -> int:
-    """`words.mix` in Python's numbers."""
+    """`hash_table.mix` in Python integers."""
     h = ((low ^ (high * MULTIPLIER)) * MULTIPLIER) & LAST
     h = ((h ^ (h >> 32)) * MULTIPLIER) & LAST
     return h ^ (h >> 32)
@@ -698,7 +698,7 @@ MULTIPLIER, LAST = int(table.MULTIPLIER), (1 << 64) - 1
 
 
 def same_hash(word: bytes, rng: random.Random) -> bytes:
-    """Another pre-token of 24 bytes with the hash of `word`: eight bytes, and what must follow them."""
+    """Another pre-token of 24 bytes with the hash of `word`: eight bytes, and eight that cancel them."""
     first, second = (int.from_bytes(word[i : i + 8], "little") for i in (0, 8))
     while True:
         other = bytes(rng.choices(SIGNS, k=8))
@@ -709,11 +709,11 @@ def same_hash(word: bytes, rng: random.Random) -> bytes:
             return found
 
 
-# neither letters, numbers nor blanks, alone or one behind the other
+# neither letters, numbers nor white space, alone or in a row
 SIGNS = b'!"#$%&()*+,-./:;<=>?@[]^_`{|}~' + bytes(range(0x80, 0xC0)) + bytes(range(0xF5, 0x100))
 
 
-def test_pretokens_with_the_same_hash_are_told_apart(make):
+def test_pretokens_with_equal_hashes_are_distinguished(make):
     model, rng = make("fast"), random.Random(27)
     words = [bytes(rng.choices(SIGNS, k=24)) for _ in range(3)]
     words += [same_hash(word, rng) for word in words]
@@ -730,9 +730,9 @@ def test_a_shorter_text_sees_nothing_of_a_longer_one_before_it(make, tiktoken_of
     assert_same(texts, model.encode, tiktoken_of().encode)
 
 
-def test_a_memory_has_room_for_a_piece_and_for_what_is_read_behind_it(make, monkeypatch):
-    """Machine code writes where it is told to: too little room would show elsewhere, if at all."""
-    monkeypatch.setattr(fast, "PIECE_CHARACTERS", 100)
+def test_buffers_hold_a_chunk_and_the_padding_after_it(make, monkeypatch):
+    """Kernels do not check bounds; an overflow would corrupt other memory."""
+    monkeypatch.setattr(fast, "CHUNK_CHARACTERS", 100)
     for n_letters in (1, 99, 100, 101, 110, 123, 124, 125, 1000):
         model = make("fast")
         model.encode_bytes(b"x" * n_letters)
@@ -785,7 +785,7 @@ def test_the_ids_belong_to_the_caller(kind, make):
 
 
 # --------------------------------------------------------------------------------------------------
-# Property: what both classes have
+# Property: the common interface
 
 
 @each_pattern
@@ -810,7 +810,7 @@ def test_a_pickle_or_a_copy_is_the_same_tokenizer(kind, make, pattern, copied):
     assert same.fingerprint() == model.fingerprint()
     texts = [*SAMPLES.values(), f"It'S 12345{END_OF_TEXT}\u017f"]
     assert_same(texts, same.encode, model.encode)
-    # a pattern that is equal but another object must count as the same one: here, for where a stream is cut
+    # an equal pattern object must select the same scanner
     n_read = 0
 
     def stream() -> Iterator[str]:
@@ -884,7 +884,7 @@ def test_one_high_id_takes_no_memory(learned, high):
 
 @pytest.fixture(params=[40, 500, None], ids=["parts of 40", "parts of 500", "parts of the true size"])
 def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """How much of a file is encoded at a time."""
+    """Set the size of file chunks."""
     if request.param:
         monkeypatch.setattr(tokenizer, "PART_BYTES", request.param)
         monkeypatch.setattr(chunks, "read", functools.partial(chunks.read, n_bytes=request.param))
@@ -896,7 +896,7 @@ def ids_in(paths: list[Path]) -> list[int]:
 
 
 def documents(n: int) -> str:
-    """Documents of all kinds, some empty, some one word without end; with halves of END_OF_TEXT between."""
+    """Documents, some empty, some one endless word, with halves of END_OF_TEXT between them."""
     texts = varied_texts(n, 22) + list(SAMPLES.values()) + ["", "", "a" * 3000, " " * 999, "\u6f22" * 700]
     return END_OF_TEXT.join(texts + ["one\r\n\r\n two", "x<|endof", "text|>", "the end."])
 
@@ -983,7 +983,7 @@ def test_a_file_with_special_tokens_in_each_other_gets_the_ids_of_its_text(
     ],
 )
 @pytest.mark.parametrize("n_threads", [1, 3])
-def test_a_file_that_is_no_text_is_named_with_the_place(
+def test_invalid_utf8_is_reported_with_file_and_offset(
     kind, make, tmp_path, part_bytes, n_threads, content, offset
 ):
     path = tmp_path / "text.txt"
@@ -1011,12 +1011,12 @@ def test_a_file_without_an_end_of_text_in_the_vocabulary_is_refused(kind, tmp_pa
     assert not (tmp_path / "ids").exists()
 
 
-def test_what_is_remembered_has_room_for_the_longest(make):
-    """A pre-token of REMEMBERED_BYTES that merges to nothing needs as many ids."""
+def test_the_cache_holds_the_longest_pretokens(make):
+    """A pre-token of MAX_CACHED_BYTES without merges needs as many ids."""
     model = make("fast")
     rng = random.Random(25)
     words = ["".join(chr(rng.randint(0xC0, 0xD6)) for _ in range(48)) for _ in range(2000)]
-    assert len(words[0].encode("utf-8")) == text_encode.REMEMBERED_BYTES
+    assert len(words[0].encode("utf-8")) == text_encode.MAX_CACHED_BYTES
     text = "1".join(words)
     assert model.decode(model.encode(text)) == text
     one = model.encode("1")

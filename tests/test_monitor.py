@@ -253,8 +253,8 @@ def test_a_step_waits_for_its_numbers_only_where_it_must(monkeypatch):
         trainer.train_step(lm, optimizer or trainer.make_optimizer(lm, chosen), batch(), 1, chosen)
         return bool(held)
 
-    held_by = fast_optim.held_by
-    monkeypatch.setattr(fast_optim, "held_by", lambda flag: held.append(flag) or held_by(flag))
+    skip_if = fast_optim.skip_if
+    monkeypatch.setattr(fast_optim, "skip_if", lambda flag: held.append(flag) or skip_if(flag))
     choose(monkeypatch, "late")
     assert not is_held()
     with swap.using("fast", lambda line: None):
@@ -314,13 +314,13 @@ def test_a_step_that_is_held_changes_nothing(kind):
         lms = [models.TransformerLM(dataclasses.replace(SHAPE, dropout=0.0)) for _ in range(2)]
         lms[1].load_state_dict(lms[0].state_dict())
         optimizers = [trainer.make_optimizer(lm, settings) for lm in lms]
-        assert all(map(fast_optim.can_be_held, optimizers))
+        assert all(map(fast_optim.supports_skip, optimizers))
         for held in (0.0, 1.0, 0.0):
             for lm, optimizer, late in zip(lms, optimizers, (True, False), strict=True):
                 optimizer.zero_grad()
                 trainer.accumulate_gradients(lm, batch(), settings)
                 if late:
-                    with fast_optim.held_by(torch.tensor(held)):
+                    with fast_optim.skip_if(torch.tensor(held)):
                         optimizer.step()
                     for state in optimizer.state.values():
                         if held and "step" in state:

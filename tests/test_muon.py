@@ -547,8 +547,8 @@ def test_a_step_by_loops_is_left_to_torch_where_that_is_better(shape, monkeypatc
 def test_directions_by_products_are_the_same(shape, steps):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     expected = optim.orthogonalize(matrices.double(), steps)
-    found = fast_optim.orthogonalize_by_products(matrices, steps, torch.float32)
+    found = fast_optim.orthogonalize_fused(matrices, steps, torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-    rough = fast_optim.orthogonalize_by_products(matrices, steps, torch.bfloat16)
+    rough = fast_optim.orthogonalize_fused(matrices, steps, torch.bfloat16)
     # five steps of a number of 8 bits: half a hundredth of the length of a direction, each
     torch.testing.assert_close(rough.double(), expected, rtol=0, atol=0.05)

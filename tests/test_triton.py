@@ -41,36 +41,36 @@ from llm_basics.fast.cuda import (  # noqa: E402
 
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 if triton_jit.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-    # it takes an array of one element for a whole number, which NumPy no longer does
+    # the interpreter converts one-element arrays to integers, which NumPy no longer does
     pytest.skip("the interpreter of Triton 3.6 needs NumPy below 2.4", allow_module_level=True)
 
-# what a dtype can say, twice over
+# twice the precision of a dtype
 HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
-# what no query sees may overflow before it is set to 0
+# masked scores may overflow before they are set to 0
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 slow = pytest.mark.slow
 halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 class ReferenceCalled(Exception):
-    """What should have been a kernel's work was left to the reference."""
+    """Fail: the reference ran instead of a kernel."""
 
 
 @pytest.fixture(autouse=True)
 def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention may not leave the work to the reference, or these tests would compare that with itself."""
+    """Fail if attention falls back to the reference, which these tests compare with."""
 
     def refuse(*args: Any) -> None:
         raise ReferenceCalled
 
-    monkeypatch.setattr(flash_attention, "attention_in_steps", refuse)
+    monkeypatch.setattr(flash_attention, "reference_attention", refuse)
 
 
 @pytest.fixture
 def normal() -> Callable[..., Tensor]:
-    """Normal random numbers, the same in every run of the test."""
+    """Seeded normal random numbers."""
     generator = torch.Generator().manual_seed(3)
     return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
 
@@ -85,7 +85,7 @@ def run(function: Callable[..., Tensor], tensors: list[Tensor], **options: Any) 
 
 
 def assert_right(kernel: Callable[..., Tensor], *tensors: Tensor, rtol: float, atol: float, **options: Any):
-    """Output and gradients are those of the function of that name in `functional` in float64."""
+    """Compare output and gradients with the function of that name in `functional`, in float64."""
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
     actual = run(kernel, list(tensors), **options)
     expected = run(getattr(F, kernel.__name__), wide, **options)
@@ -104,7 +104,7 @@ def ids(vocab_size: int, *shape: int) -> Tensor:
 
 
 def assert_replaced(logits: Tensor, targets: Tensor, vocab_size: int | None = None, **options: Any) -> None:
-    """Losses, and the gradients in the place of `logits`, are those of the reference in float64."""
+    """Compare losses, and the gradients that replace `logits`, with the reference in float64."""
     vocab_size = vocab_size or logits.shape[-1]
     wide = logits[:, :vocab_size].double().requires_grad_()
     losses = F.cross_entropy(wide, targets, **options, reduction="none")
@@ -120,7 +120,7 @@ def assert_replaced(logits: Tensor, targets: Tensor, vocab_size: int | None = No
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("vocab_size", "width"), [(50, 64), (4097, 4097), (5000, 5056)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_gradients_in_the_place_of_logits(normal, dtype, vocab_size, width, z_loss):
+def test_logits_are_replaced_by_gradients(normal, dtype, vocab_size, width, z_loss):
     logits, targets = (3 * normal(5, width)).to(dtype), ids(vocab_size, 5)
     targets[2] = -100
     assert_replaced(logits, targets, vocab_size, z_loss=z_loss)
@@ -143,7 +143,7 @@ def test_cross_entropy_ignores_targets(normal, ignore_index):
 
 
 def test_cross_entropy_of_large_logits(normal):
-    # close to each other, so that the differences matter: they are exact, in float32 too
+    # nearly equal logits, whose differences are exact in float32
     logits = (16 * normal(5, 20)).round() / 16
     for offset in (1e4, -1e4):
         assert_replaced(logits + offset, ids(20, 5))
@@ -171,13 +171,13 @@ def test_cross_entropy_of_no_id_is_nan(normal, target):
 
 
 @pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 64}, {"tie_embeddings": True}], ids=str)
-def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
+def test_the_kernels_loss_matches(monkeypatch, changes):
     lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
     targets = ids(50, 3, 9)
     targets[1, 2:5] = -100
-    monkeypatch.setitem(trainer.MOST_LOGITS, DEVICE.type, 200)
-    monkeypatch.setattr(trainer, "LEAST_ROWS", 1)
-    # which would do it in another way
+    monkeypatch.setitem(trainer.MAX_LOGITS, DEVICE.type, 200)
+    monkeypatch.setattr(trainer, "MIN_ROWS", 1)
+    # which takes another code path
     monkeypatch.setattr(trainer.cpu_trainer, "learner_for", lambda *_: None)
     replace, pieces, found = cross_entropy.replace_by_gradient_, [], []
     monkeypatch.setattr(
@@ -187,7 +187,7 @@ def test_a_loss_by_kernels_is_the_same_loss(monkeypatch, changes):
         monkeypatch.setattr(trainer, "kernels_for", lambda lm, rows, module=module: module)
         loss = trainer.batch_loss(lm, ids(50, 3, 9), targets, 0.01)
         found.append([loss.detach(), *torch.autograd.grad(0.7 * loss, list(lm.parameters()))])
-    n_rows = trainer.BY_KERNELS * (200 // lm.config.padded_vocab_size)
+    n_rows = trainer.KERNEL_LOGITS_FACTOR * (200 // lm.config.padded_vocab_size)
     assert pieces == [n_rows] * (27 // n_rows) + [27 % n_rows]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
@@ -196,21 +196,21 @@ def test_kernels_are_for_a_card_and_a_plain_output_projection():
     lm = model.TransformerLM(SMALL).to(DEVICE)
     rows = torch.zeros(3, SMALL.d_model, device=DEVICE)
     assert trainer.kernels_for(lm, rows) is (cross_entropy if DEVICE.type == "cuda" else None)
-    assert trainer.ends_plainly(lm)
+    assert trainer.has_plain_head(lm)
     with swap.replaced({"functional.linear": tF.linear}):
-        assert not trainer.ends_plainly(lm)
+        assert not trainer.has_plain_head(lm)
     lm.lm_head = torch.nn.Linear(16, 50)
-    assert not trainer.ends_plainly(lm)
+    assert not trainer.has_plain_head(lm)
 
 
 def test_a_card_for_which_triton_does_not_work(monkeypatch, capsys):
-    device = torch.device("cuda:7")  # asked for nowhere else
+    device = torch.device("cuda:7")  # used in no other test
     said = []
 
     def fails(place: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.\nand more")
 
-    monkeypatch.setattr(triton_jit, "try_out", fails)
+    monkeypatch.setattr(triton_jit, "check_device", fails)
     for _ in range(2):
         assert not availability.has_triton(device)
         said.append(capsys.readouterr().err)
@@ -218,10 +218,10 @@ def test_a_card_for_which_triton_does_not_work(monkeypatch, capsys):
 
 
 def test_a_kernel_can_be_tried_out(monkeypatch):
-    triton_jit.try_out(DEVICE)
+    triton_jit.check_device(DEVICE)
     monkeypatch.setattr(triton_jit, "_add_one", {(1,): lambda number: None})
     with pytest.raises(RuntimeError, match="must give 1, got 0"):
-        triton_jit.try_out(DEVICE)
+        triton_jit.check_device(DEVICE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_attention_of_tensors_that_lie_scattered(normal):
 
 @causal
 def test_attention_of_large_scores(normal, is_causal):
-    # scores up to some 1,000, of which float32 keeps 4 digits behind the point
+    # scores up to about 1,000, with 4 decimals in float32
     q, k, v = (scale * normal(2, 70, 16) for scale in (30, 30, 1))
     assert_right(attention, q, k, v, is_causal=is_causal, rtol=1e-3, atol=1e-2)
 
@@ -344,7 +344,7 @@ def test_gradients_of_gradients_are_refused(normal):
 
 
 # --------------------------------------------------------------------------------------------------
-# One token through a model
+# Decoding
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -367,7 +367,7 @@ def make_model(name: str) -> model.TransformerLM:
     lm = model.TransformerLM(config.ModelConfig(**(shape | MODELS[name]))).to(DEVICE)
     with torch.no_grad():
         for parameter in lm.parameters():
-            # no weight of a norm or bias as it begins
+            # norms and biases away from their initial values
             parameter += 0.2 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(8)).to(
                 DEVICE
             )
@@ -398,13 +398,13 @@ def test_scores_of_each_token(name, n_tokens):
     ("name", "n"), [("llama", 6), pytest.param("llama", 22, marks=slow), pytest.param("gpt2", 22, marks=slow)]
 )
 def test_the_likeliest_tokens_one_after_the_other(name, n, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "AT_ONCE", 4)
+    monkeypatch.setattr(cuda_graph, "TOKENS_PER_SYNC", 4)
     lm = make_model(name)
     prompt = ids(50, 3)
     expected = list(generate.generate(lm, prompt, n, temperature=0.0))
     monkeypatch.setattr(fast_generate, "Loops", reader_of)
     assert list(fast_generate.generate(lm, prompt, n, temperature=0.0)) == expected
-    # which is not to be given out
+    # the stop token is not yielded
     stop = expected[n // 2]
     until = list(fast_generate.generate(lm, prompt, n, temperature=0.0, stop_id=stop))
     assert until == expected[: expected.index(stop)]
@@ -413,7 +413,7 @@ def test_the_likeliest_tokens_one_after_the_other(name, n, monkeypatch):
 def test_equals_are_left_to_the_reference(monkeypatch):
     lm, prompt = make_model("llama"), ids(50, 3)
     with torch.no_grad():
-        # each token has one that is as likely
+        # each token has an equally likely one
         lm.lm_head.weight[25:] = lm.lm_head.weight[:25]
     expected = list(generate.generate(lm, prompt, 4, temperature=0.0))
     monkeypatch.setattr(fast_generate, "Loops", reader_of)
@@ -429,12 +429,12 @@ def test_a_token_is_chosen_where_it_is_clear():
         ([-math.inf, -math.inf, 0.0], 2),
         ([*range(4096), 4096.0, 7.0], 4096),
         ([7.0, *range(5000)], 5000),
-        # of equals, of near ones, in one block or in two
+        # ties and near ties, in one block or in two
         ([1.0, 3.0, 3.0, 2.0], -1),
         ([3.0 + 5e-6, 3.0], -1),
         ([9.0, *[0.0] * 5000, 9.0], -1),
         ([9.0, *[0.0] * 5000, 9.0 - 5e-6], -1),
-        # what is no score
+        # non-finite scores
         ([1.0, math.nan, 2.0], -1),
         ([math.inf, 1.0], -1),
         ([-math.inf, -math.inf], -1),
@@ -443,21 +443,21 @@ def test_a_token_is_chosen_where_it_is_clear():
         written = torch.full((5,), 7, device=DEVICE)
         decode.choose(torch.tensor(scores, device=DEVICE), token, position, written)
         assert written.tolist() == [7, 7, 7, likeliest, 7] and position.item() == 3, scores[:3]
-        # which the next step can look up in any case
+        # an id that the next step can look up
         assert 0 <= token.item() < len(scores) and (likeliest < 0 or token.item() == likeliest)
 
 
-def test_what_kernels_do_not_know_is_read_as_it_is_written():
-    assert cuda_graph.has_kernels(model.TransformerLM(SMALL))
+def test_unsupported_models_use_their_modules():
+    assert cuda_graph.is_supported(model.TransformerLM(SMALL))
     for changes in (
         {"norm_placement": "post"},
         {"d_model": 18, "position": "learned"},
     ):
         lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
-        assert not cuda_graph.has_kernels(lm), changes
+        assert not cuda_graph.is_supported(lm), changes
         reader = cuda_graph.StaticStep(lm)
         assert reader.kernels is None and reader.likeliest_after(1, 0, 3) == []
-    assert not cuda_graph.has_kernels(model.TransformerLM(SMALL, dtype=torch.bfloat16))
+    assert not cuda_graph.is_supported(model.TransformerLM(SMALL, dtype=torch.bfloat16))
 
 
 def test_kernels_compile(tmp_path, monkeypatch):

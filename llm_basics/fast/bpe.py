@@ -1,6 +1,6 @@
-"""Learn merges from gigabytes in seconds: the algorithm of `bpe` on arrays, in machine code.
+"""BPE training on gigabytes of text: the algorithm of `core.bpe` on arrays, compiled with Numba.
 
-Counting is `chunks`, on threads, and merging is `merging`; what stands here is how they are put together.
+`text.chunks` counts pre-tokens on several threads, and `text.merge` merges them; this module combines both.
 
     >>> learn_merges({b"low": 5, b"lower": 2}, vocab_size=258, special_tokens=[])[1]
     [(b'o', b'w'), (b'l', b'ow')]
@@ -17,10 +17,10 @@ from llm_basics.core import vocabulary
 from llm_basics.fast import kernel_cache
 from llm_basics.fast.text import chunks, merge, scanner
 
-# the reference, whose name may come to stand for what is defined here
+# bound here because `swap` replaces the name in the reference module
 count_with_regex = reference.count_pretokens
 
-# merges between two reports of progress
+# merges between two progress reports
 REPORT_EVERY = 1000
 
 
@@ -33,7 +33,7 @@ def train_bpe(
     ties: str = reference.GREATEST,
     progress: Callable[[str, int, int], None] = reference.silent,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """`bpe.train_bpe`, on threads: the same vocabulary and merges."""
+    """`bpe.train_bpe` on several threads; the same vocabulary and merges."""
     special_tokens = reference.check_special_tokens(special_tokens)
     reference.check_vocab_size(vocab_size, special_tokens)
     if vocabulary.own_pattern(pattern) not in scanner.SCANNERS:
@@ -51,7 +51,7 @@ def count_pretokens(
     pattern: regex.Pattern = reference.SPLIT_PATTERN,
     progress: Callable[[str, int, int], None] = reference.silent,
 ) -> dict[bytes, int]:
-    """`bpe.count_pretokens`, on threads: the same counts."""
+    """`bpe.count_pretokens` on several threads; the same counts."""
     if vocabulary.own_pattern(pattern) not in scanner.SCANNERS:
         return count_with_regex(input_path, special_tokens, n_workers, pattern, progress)
     counted = chunks.count_file(input_path, special_tokens, n_workers, pattern, progress)
@@ -68,7 +68,7 @@ def learn_merges(
     ties: str = reference.GREATEST,
     progress: Callable[[str, int, int], None] = reference.silent,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """`bpe.learn_merges`: the same vocabulary and merges."""
+    """`bpe.learn_merges` with compiled kernels; the same vocabulary and merges."""
     text = np.frombuffer(b"".join(pretokens), np.uint8)
     lengths = np.array([len(word) for word in pretokens], np.int64)
     counts = np.array(list(pretokens.values()), np.int64)
@@ -84,18 +84,18 @@ def _learn(
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     alphabet = reference.alphabet(ties)
     vocab = dict(enumerate([token.encode("utf-8") for token in special_tokens] + alphabet))
-    # each merge takes a symbol away, so there cannot be more
-    wanted = max(0, vocab_size - len(vocab))
-    n_merges = min(wanted, len(pretokens[0]))
+    # each merge removes a symbol, so `len(text)` bounds their number
+    n_requested = max(0, vocab_size - len(vocab))
+    n_merges = min(n_requested, len(pretokens[0]))
     by_id = ties == reference.LOWEST_ID
-    merger = _start(pretokens, alphabet, n_merges, by_id)
-    done, more = 0, True
-    while more and done < n_merges:
-        # it returns early where an array is full
-        more = merge.merge(merger, 256 + min(n_merges, done + REPORT_EVERY), by_id)
+    merger = _make_merger(pretokens, alphabet, n_merges, by_id)
+    done, has_pairs = 0, True
+    while has_pairs and done < n_merges:
+        # returns early when an array is full
+        has_pairs = merge.merge(merger, 256 + min(n_merges, done + REPORT_EVERY), by_id)
         done = int(merger.used[merge.N_TOKENS]) - 256
-        progress("merging", done, wanted)
-        merger = _enlarge(merger)
+        progress("merging", done, n_requested)
+        merger = _grow(merger)
     tokens = list(alphabet)
     merges = []
     for left, right in merger.merges[:done].tolist():
@@ -105,7 +105,7 @@ def _learn(
     return vocab, merges
 
 
-def _start(
+def _make_merger(
     pretokens: tuple[np.ndarray, np.ndarray, np.ndarray],
     alphabet: Sequence[bytes],
     n_merges: int,
@@ -118,7 +118,7 @@ def _start(
     symbol_of = np.empty(256, np.int32)
     symbol_of[[byte[0] for byte in alphabet]] = np.arange(256)
     symbols, word_at = np.full(n, merge.BORDER, np.int32), np.zeros(n, np.int32)
-    merge.lay_out(text, lengths, symbol_of, symbols, word_at)
+    merge.write_symbols(text, lengths, symbol_of, symbols, word_at)
     n_tokens = 256 + n_merges
     merger = merge.Merger(
         symbols=symbols,
@@ -126,28 +126,28 @@ def _start(
         word_at=word_at,
         frequencies=frequencies,
         pairs=np.zeros((1 << 17, 5), np.int64),
-        places=np.empty(2 * n, np.int32),
+        positions=np.empty(2 * n, np.int32),
         heap=np.empty(1 << 17, np.int32),
         heap_counts=np.empty(1 << 17, np.int64),
         tokens=np.frombuffer(b"".join(alphabet).ljust(1 << 16), np.uint8).copy(),
         begins=np.zeros(n_tokens + 1, np.int64),
         with_left=np.full(n_tokens, merge.NO_PAIR, np.int32),
         with_right=np.full(n_tokens, merge.NO_PAIR, np.int32),
-        made_pairs=np.empty(1 << 12, np.int32),
-        made_places=np.empty(1 << 12, np.int32),
+        new_pairs=np.empty(1 << 12, np.int32),
+        new_positions=np.empty(1 << 12, np.int32),
         merges=np.empty((n_merges, 2), np.int32),
         used=np.array([256, 0, 0, 0, 0, 0], np.int64),
     )
     merger.begins[:257] = np.arange(257)
-    merge.list_pairs(merger, np.full((256, 256), merge.NO_PAIR, np.int32))
+    merge.find_pairs(merger, np.full((256, 256), merge.NO_PAIR, np.int32))
     merger.used[merge.THRESHOLD] = merger.pairs[:, merge.COUNT].max() + 1
     return merger
 
 
-def _enlarge(m: merge.Merger) -> merge.Merger:
-    """The same state with more room in every array that the next merge might fill."""
+def _grow(m: merge.Merger) -> merge.Merger:
+    """The same state, with every array enlarged that the next merge might overflow."""
     larger = {}
-    for name, n in zip(merge.GROWING, merge.needed(m), strict=True):
+    for name, n in zip(merge.GROWABLE, merge.required_lengths(m), strict=True):
         array = getattr(m, name)
         if n > len(array):
             larger[name] = np.empty((2 * n, *array.shape[1:]), array.dtype)

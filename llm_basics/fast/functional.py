@@ -1,4 +1,4 @@
-"""The pieces of `functional` through torch's fused kernels, which read and write each tensor once."""
+"""`core.functional` by torch's fused kernels, which read and write each tensor once."""
 
 import torch
 import torch.nn.functional as tF
@@ -8,8 +8,8 @@ from torch import Tensor
 from llm_basics.core import functional as reference
 from llm_basics.fast.cpu import linear as cpu_linear
 
-# the reference, whose name comes to stand for what is defined here
-rope_of_reference = reference.apply_rope
+# bound here because `swap` replaces the name in the reference module
+reference_apply_rope = reference.apply_rope
 
 # --------------------------------------------------------------------------------------------------
 # Lookup and projection
@@ -20,7 +20,7 @@ def linear(
     weight: Float[Tensor, "d_out d_in"],
     bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "... d_out"]:
-    """`functional.linear`, by oneDNN where that is faster."""
+    """`functional.linear` by oneDNN where it is faster than MKL."""
     return cpu_linear.linear(x, weight, bias)
 
 
@@ -53,8 +53,8 @@ def swiglu(
     w2: Float[Tensor, "d_model d_ff"],
     w3: Float[Tensor, "d_ff d_model"],
 ) -> Float[Tensor, "... d_model"]:
-    """`functional.swiglu` with one product for gates and values on a GPU; on a CPU that gained nothing."""
-    if x.is_cuda and cpu_linear.pays_to_merge(x):
+    """`functional.swiglu`; on a GPU, gates and values are one product (no gain on a CPU)."""
+    if x.is_cuda and cpu_linear.should_merge(x):
         gates, values = cpu_linear.merged(x, [w1, w3], [None, None])
     else:
         gates, values = linear(x, w1), linear(x, w3)
@@ -62,7 +62,7 @@ def swiglu(
 
 
 def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """`functional.relu2`; the derivative of a product is cheaper than that of a power."""
+    """`functional.relu2` as a product, whose derivative is cheaper than a power's."""
     rectified = tF.relu(x)
     return rectified * rectified
 
@@ -72,7 +72,7 @@ def relu2(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`x / sqrt(mean(x^2) + eps) * weight`, which keeps `x` alone of its size for the backward pass."""
+    """`x / sqrt(mean(x^2) + eps) * weight`; saves `x` and one scale per row for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
@@ -87,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
         normalized = x * scale
         dweight = (dy * normalized).flatten(0, -2).sum(0)
         dy = dy * weight
-        # the part of the gradient along x changes its length, which is divided out again
+        # normalization is invariant to the length of x: the gradient component along x vanishes
         along = (dy * normalized).mean(-1, keepdim=True)
         return dy.sub_(normalized.mul_(along)).mul_(scale), dweight, None
 
@@ -95,7 +95,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(
     x: Float[Tensor, "... d_model"], weight: Float[Tensor, " d_model"], eps: float = 1e-5
 ) -> Float[Tensor, "... d_model"]:
-    """`functional.rms_norm` with its gradient by hand."""
+    """`functional.rms_norm` with a hand-written gradient."""
     if x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
     return tF.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
@@ -120,17 +120,17 @@ def apply_rope(
     cos: Float[Tensor, "... seq half"],
     sin: Float[Tensor, "... seq half"],
 ) -> Float[Tensor, "... seq d_head"]:
-    """`functional.apply_rope`: a pair is a complex number, and to turn it is one product."""
+    """`functional.apply_rope` as one product of complex numbers, a pair of features each."""
     if torch.compiler.is_compiling():
-        # which knows no complex numbers
-        return rope_of_reference(x, cos, sin)
+        # inductor does not compile complex numbers
+        return reference_apply_rope(x, cos, sin)
     wide = reference.to_float32(x)
     pairs = wide.unflatten(-1, (-1, 2))
-    # the two numbers must be neighbors in memory, at an even place
+    # view_as_complex needs the two numbers of a pair adjacent, at an even offset
     if pairs.stride(-1) != 1 or any(stride % 2 for stride in (*pairs.stride()[:-1], pairs.storage_offset())):
         pairs = pairs.clone(memory_format=torch.contiguous_format)
-    turns = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype))
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
+    rotations = torch.complex(cos.to(wide.dtype), sin.to(wide.dtype))
+    return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(x.dtype)
 
 
 def scaled_dot_product_attention(
@@ -141,7 +141,7 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "... queries d_v"]:
-    """`functional.scaled_dot_product_attention` by torch's fused kernels, which never write the scores."""
+    """`functional.scaled_dot_product_attention` by torch's fused kernels, which never store the scores."""
     if is_causal and mask is not None:
         raise ValueError("give attention either a mask or is_causal=True, got both; combine them in the mask")
     return tF.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)

@@ -1,4 +1,4 @@
-"""The pieces of `layers` whose products are better made together."""
+"""`core.layers` with merged projections."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -8,7 +8,7 @@ from llm_basics.fast.cpu import linear
 
 
 class MultiHeadSelfAttention(reference.MultiHeadSelfAttention):
-    """`layers.MultiHeadSelfAttention` with one product for queries, keys and values; the same parameters."""
+    """`layers.MultiHeadSelfAttention` with one product for queries, keys and values."""
 
     def project(
         self, x: Float[Tensor, "... seq d_model"]
@@ -17,7 +17,7 @@ class MultiHeadSelfAttention(reference.MultiHeadSelfAttention):
     ]:
         """Queries, keys and values."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not linear.pays_to_merge(x):
+        if not linear.should_merge(x):
             return super().project(x)
         q, k, v = linear.merged(x, [p.weight for p in projections], [p.bias for p in projections])
         return q, k, v

@@ -1,6 +1,6 @@
-"""The pieces of `optim` for all parameters at once, since a GPU pays microseconds for each kernel.
+"""`core.optim` for all parameters at once, since each kernel launch on a GPU costs microseconds.
 
-Nothing here waits for a GPU: whether a step changes anything may be a number on the device (`held_by`).
+Nothing here synchronizes with a GPU: a flag on the device decides whether a step is skipped (`skip_if`).
 """
 
 import contextlib
@@ -15,44 +15,44 @@ from torch import Tensor, nn
 from llm_basics.core import optim as reference
 from llm_basics.fast.cpu import matmul, muon, threads
 
-# the reference, whose names come to stand for what is defined here
+# bound here because `swap` replaces the names in the reference module
 clip_of_reference, muon_of_reference = reference.clip_grad_norm_, reference.muon_step_
-orthogonalize_in_steps = reference.orthogonalize
+orthogonalize_of_reference = reference.orthogonalize
 
-# a side of matrices that do not fit into the cache of a core any more, where torch is as fast
-MOST_ROWS = 512
+# matrices with longer sides exceed a core's cache, and torch is as fast
+MAX_ROWS = 512
 
 
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, error_if_nonfinite: bool = False
 ) -> Float[Tensor, ""]:
-    """`optim.clip_grad_norm_`, all gradients together."""
+    """`optim.clip_grad_norm_` by torch's multi-tensor kernels."""
     parameters = list(parameters)
-    gradients = joined([p.grad for p in parameters if p.grad is not None])
+    gradients = as_flat_view([p.grad for p in parameters if p.grad is not None])
     if len({(g.device, g.dtype) for g in gradients}) != 1 or gradients[0].itemsize < 4:
         return clip_of_reference(parameters, max_norm, error_if_nonfinite)
     total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(f"the gradient norm must be finite, got {total_norm.item()}; nothing was clipped")
     scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
-    # to ask a GPU would be to wait for it
+    # comparing a CUDA tensor would synchronize
     if total_norm.is_cuda or scale != 1:
         torch._foreach_mul_(gradients, scale)
     return total_norm
 
 
-def joined(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers as one tensor, where they lie behind each other in one storage.
+def as_flat_view(tensors: list[Tensor]) -> list[Tensor]:
+    """One flat tensor of the same memory if `tensors` are adjacent in one storage, else `tensors`.
 
     >>> both = torch.arange(6.0)
-    >>> joined([both[:4].view(2, 2), both[4:]])
+    >>> as_flat_view([both[:4].view(2, 2), both[4:]])
     [tensor([0., 1., 2., 3., 4., 5.])]
     """
     if not tensors:
         return []
     first, end = tensors[0], tensors[0].data_ptr()
-    # an allocator may put two tensors side by side that have nothing to do with each other
+    # an allocator may place unrelated tensors side by side
     storage = first.untyped_storage().data_ptr()
     for tensor in tensors:
         is_next = tensor.data_ptr() == end and tensor.untyped_storage().data_ptr() == storage
@@ -62,30 +62,30 @@ def joined(tensors: list[Tensor]) -> list[Tensor]:
     return [first.as_strided((sum(map(torch.numel, tensors)),), (1,))]
 
 
-class _Hold:
-    """The number that steps look at, if they are to look at one."""
+class _Skip:
+    """The flag of the enclosing `skip_if`, if any."""
 
     flag: Tensor | None = None
 
 
 @contextlib.contextmanager
-def held_by(flag: Float[Tensor, ""]) -> Iterator[None]:
-    """Inside, steps leave weights and running means as they are if `flag`, on the same device, is 1, not 0.
+def skip_if(flag: Float[Tensor, ""]) -> Iterator[None]:
+    """Inside the context, optimizer steps change no weights or running means if `flag` is 1 (0 otherwise).
 
-    They are counted all the same.
+    `flag` is on the parameters' device. Skipped steps still count.
     """
-    _Hold.flag = flag
+    _Skip.flag = flag
     try:
         yield
     finally:
-        _Hold.flag = None
+        _Skip.flag = None
 
 
-def can_be_held(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all that `optimizer` does heeds `held_by`."""
-    # not somebody's own, which may stand under the name of ours
-    is_ours = type(optimizer).__module__ == reference.__name__
-    return is_ours and reference.adamw_step_ is adamw_step_ and reference.muon_step_ is muon_step_
+def supports_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `skip_if` works with `optimizer`."""
+    # user code may replace the class under its name
+    is_reference = type(optimizer).__module__ == reference.__name__
+    return is_reference and reference.adamw_step_ is adamw_step_ and reference.muon_step_ is muon_step_
 
 
 def adamw_step_(
@@ -97,15 +97,15 @@ def adamw_step_(
     weight_decay: float,
 ) -> None:
     """`optim.adamw_step_` by torch's fused kernel, which reads and writes each element once."""
-    of_step: dict[tuple[int, torch.device], list[int]] = {}
+    by_step: dict[tuple[int, torch.device], list[int]] = {}
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
-        of_step.setdefault((state["step"], parameter.device), []).append(i)
-    for (step, device), indices in of_step.items():
+        by_step.setdefault((state["step"], parameter.device), []).append(i)
+    for (step, device), indices in by_step.items():
         count = torch.full((), float(step), device=device)
         torch._fused_adamw_(
             [parameters[i] for i in indices],
@@ -121,7 +121,7 @@ def adamw_step_(
             eps=eps,
             amsgrad=False,
             maximize=False,
-            found_inf=_Hold.flag,
+            found_inf=_Skip.flag,
         )
 
 
@@ -133,38 +133,38 @@ def muon_step_(
     weight_decay: float,
     dtype: torch.dtype,
 ) -> None:
-    """`optim.muon_step_`, on a CPU by loops, each thread with matrices of its own."""
+    """`optim.muon_step_`; on a CPU by compiled kernels, the matrices divided among threads."""
     (rows, cols), n_threads = parameters[0].shape, torch.get_num_threads()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for parameter, state in zip(parameters, states, strict=True):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
     buffers = [state["momentum_buffer"] for state in states]
-    if _Hold.flag is not None:
+    if _Skip.flag is not None:
         before = torch.stack(list(parameters)), torch.stack(buffers)
         settings = lr, momentum, weight_decay, dtype
         after = reference.muon_update(before[0], torch.stack(gradients), before[1], *settings)
         for tensors, old, new in zip((list(parameters), buffers), before, after, strict=True):
-            torch._foreach_copy_(tensors, torch.where(_Hold.flag > 0, old, new).unbind())
+            torch._foreach_copy_(tensors, torch.where(_Skip.flag > 0, old, new).unbind())
         return
     if (
         dtype != torch.float32
-        or min(rows, cols) > MOST_ROWS
+        or min(rows, cols) > MAX_ROWS
         or rows % matmul.VECTOR
         or cols % matmul.VECTOR
         or len(parameters) < n_threads
-        or not all(map(_is_plain, (*parameters, *gradients, *buffers)))
+        or not all(map(_has_cpu_data, (*parameters, *gradients, *buffers)))
     ):
         muon_of_reference(parameters, states, lr, momentum, weight_decay, dtype)
         return
     matrices = zip(parameters, gradients, buffers, strict=True)
-    addresses = np.array([[tensor.data_ptr() for tensor in three] for three in matrices], np.int64)
+    addresses = np.array([[tensor.data_ptr() for tensor in tensors] for tensors in matrices], np.int64)
 
     def work(number: int) -> None:
-        own = addresses[number * len(addresses) // n_threads : (number + 1) * len(addresses) // n_threads]
-        room = torch.empty(muon.room_for(rows, cols))
+        chunk = addresses[number * len(addresses) // n_threads : (number + 1) * len(addresses) // n_threads]
+        workspace = torch.empty(muon.workspace_size(rows, cols))
         settings = lr, momentum, weight_decay, reference.NEWTON_SCHULZ
-        muon.update(own, rows, cols, *settings, room.data_ptr())
+        muon.update(chunk, rows, cols, *settings, workspace.data_ptr())
 
     threads.parallel_map(work, n_threads)
 
@@ -172,16 +172,16 @@ def muon_step_(
 def orthogonalize(
     matrices: Float[Tensor, "... rows cols"], steps: int = 5, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "... rows cols"]:
-    """`optim.orthogonalize`, on a GPU by products that add up what they are multiplied with."""
+    """`optim.orthogonalize`; on a GPU by fused multiply-adds of matrices."""
     if not matrices.is_cuda:
-        return orthogonalize_in_steps(matrices, steps, dtype)
-    return orthogonalize_by_products(matrices, steps, dtype)
+        return orthogonalize_of_reference(matrices, steps, dtype)
+    return orthogonalize_fused(matrices, steps, dtype)
 
 
-def orthogonalize_by_products(
+def orthogonalize_fused(
     matrices: Float[Tensor, "... rows cols"], steps: int, dtype: torch.dtype
 ) -> Float[Tensor, "... rows cols"]:
-    """Three products a step, and nothing else that would have to be started."""
+    """Newton-Schulz with three kernel launches per step (`baddbmm` adds the polynomial's terms)."""
     a, b, c = reference.NEWTON_SCHULZ
     rows, cols = matrices.shape[-2:]
     x = matrices.reshape(-1, rows, cols)
@@ -193,7 +193,7 @@ def orthogonalize_by_products(
     return (x.mT if rows > cols else x).to(matrices.dtype).view(matrices.shape)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether loops can read a tensor: not one without content, by which memory is estimated."""
+def _has_cpu_data(tensor: Tensor) -> bool:
+    """Whether kernels can read the tensor; a fake tensor, as in memory estimates, has no data."""
     is_float = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
     return is_float and tensor.is_contiguous() and type(tensor) in (Tensor, nn.Parameter)

@@ -1,16 +1,13 @@
-"""The pieces of `update`: a loss in pieces, one by loops, and steps that do not wait for a GPU.
+"""Fast implementations of `core.trainer`: chunked loss, CPU training kernels, asynchronous GPU steps.
 
-Logits are the largest tensor of all: GPT-2 makes 50,257 numbers of each token, 64 times as many as a hidden
-state has. So where they are many the end of the model runs forward and backward for some rows at a time, and
-what is kept is the gradient of the hidden states alone.
+Logits are the largest tensor of a step: GPT-2 has 50,257 per token, 64 times the hidden state. Large batches
+therefore run the output projection and the loss forward and backward chunk by chunk, and only the gradient of
+the hidden states is kept.
 
-On a GPU a kernel writes the gradient of logits over them: they are read twice and written once, and there
-is one tensor of that size, in bfloat16. What torch does takes three times as many passes.
+On a GPU a Triton kernel overwrites logits with their gradient (`cuda.cross_entropy`): two reads and one write
+of one bfloat16 tensor, a third of torch's passes. A GPU step returns before its metrics are computed.
 
-A step on a GPU returns before its numbers are there: the next one is started before they are read.
-
-On a CPU, what torch does for a small model takes as long as what it is for: `learning` does all of it
-without torch, both ways at once.
+On a CPU, torch's overhead dominates small models; `cpu.trainer` computes loss and gradients without torch.
 """
 
 import types
@@ -28,13 +25,13 @@ from llm_basics.fast import optim as fast_optim
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.fast.cuda import availability
 
-# logits that exist at a time: on a CPU few enough for its cache, on a GPU a GB; but each piece is added to
-# the gradient of the whole output projection, which takes as long as to multiply that by some hundred rows
-MOST_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
-LEAST_ROWS = 512
+# logits per chunk: on a CPU they fit its cache, on a GPU they take a GB. MIN_ROWS: adding a chunk to the
+# gradient of the output projection costs as much as a product with some hundred rows
+MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+MIN_ROWS = 512
 
-# times as many where a kernel writes gradients over them: 2 GB in bfloat16
-BY_KERNELS = 4
+# chunks are larger by this factor where a kernel overwrites logits with gradients: 2 GB in bfloat16
+KERNEL_LOGITS_FACTOR = 4
 
 
 def prepare_model(model: nn.Module, batch_size: int, seq: int) -> None:
@@ -45,8 +42,8 @@ def prepare_model(model: nn.Module, batch_size: int, seq: int) -> None:
         kernel_cache.wait("training")
 
 
-class _LossByLoops(torch.autograd.Function):
-    """The mean loss of a model, and its gradients, which are there already when autograd asks for them."""
+class _CPULoss(torch.autograd.Function):
+    """Mean loss by the CPU training kernels, which compute the gradients in the forward pass."""
 
     @staticmethod
     def forward(ctx, learner, inputs, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
@@ -55,39 +52,43 @@ class _LossByLoops(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):  # type: ignore[no-untyped-def]
-        # given away, not kept: so each becomes the gradient of its parameter without a copy
+        # dropping the reference lets autograd use each tensor as `.grad` without a copy
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("backward must be called once for each loss; make the loss anew")
+            raise RuntimeError("backward must be called once for each loss; compute the loss again")
         if dloss != 1:
             torch._foreach_mul_(gradients, dloss)
         return None, None, None, None, *gradients
 
 
-class _LossInPieces(torch.autograd.Function):
-    """The mean loss of `model.logits(hidden)`, and its gradients, computed on the way forward."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Mean loss of `model.logits(hidden)`; the gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, model, hidden, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
-        rows, answers = hidden.flatten(0, -2), targets.flatten()
+        rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
         kernels = kernels_for(model, rows)
-        n_rows = rows_at_a_time(hidden.device, model.config.padded_vocab_size) * (
-            1 if kernels is None else BY_KERNELS
+        n_rows = rows_per_chunk(hidden.device, model.config.padded_vocab_size) * (
+            1 if kernels is None else KERNEL_LOGITS_FACTOR
         )
         dhidden = torch.empty_like(rows)
         dparameters = [torch.zeros_like(parameter) for parameter in parameters]
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(rows), n_rows):
-            piece = slice(start, start + n_rows)
+            chunk = slice(start, start + n_rows)
             if kernels is None:
-                loss, dpart, *more = _by_autograd(model, rows[piece], answers[piece], z_loss, parameters)
+                loss, dchunk, *dchunk_parameters = _chunk_by_autograd(
+                    model, rows[chunk], flat_targets[chunk], z_loss, parameters
+                )
             else:
-                loss, dpart, *more = _by_kernels(kernels, model, rows[piece], answers[piece], z_loss)
-            dhidden[piece] = dpart
-            torch._foreach_add_(dparameters, more)
+                loss, dchunk, *dchunk_parameters = _chunk_by_kernels(
+                    kernels, model, rows[chunk], flat_targets[chunk], z_loss
+                )
+            dhidden[chunk] = dchunk
+            torch._foreach_add_(dparameters, dchunk_parameters)
             total += loss
         ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
-        ctx.n_targets = (answers != dataloader.IGNORE_INDEX).sum().clamp(min=1)
+        ctx.n_targets = (flat_targets != dataloader.IGNORE_INDEX).sum().clamp(min=1)
         return total / ctx.n_targets
 
     @staticmethod
@@ -96,36 +97,36 @@ class _LossInPieces(torch.autograd.Function):
         return None, dhidden, None, None, *dparameters
 
 
-def _by_autograd(
+def _chunk_by_autograd(
     model: models.TransformerLM,
     rows: Float[Tensor, "tokens d_model"],
-    answers: Int[Tensor, " tokens"],
+    flat_targets: Int[Tensor, " tokens"],
     z_loss: float,
     parameters: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The sum of the losses, and its gradients: of `rows`, and of `parameters`."""
+    """The summed loss and its gradients with respect to `rows` and `parameters`."""
     with torch.enable_grad():
         rows = rows.detach().requires_grad_()
         logits = F.to_float32(model.logits(rows))
-        loss = F.cross_entropy(logits, answers, z_loss=z_loss, reduction="sum")
+        loss = F.cross_entropy(logits, flat_targets, z_loss=z_loss, reduction="sum")
     return [loss.detach(), *torch.autograd.grad(loss, [rows, *parameters])]
 
 
-def _by_kernels(
+def _chunk_by_kernels(
     kernels: types.ModuleType,
     model: models.TransformerLM,
     rows: Float[Tensor, "tokens d_model"],
-    answers: Int[Tensor, " tokens"],
+    flat_targets: Int[Tensor, " tokens"],
     z_loss: float,
 ) -> list[Tensor]:
-    """The same, of the output projection."""
-    weight, place = model.lm_head.weight, rows.device.type
-    if torch.is_autocast_enabled(place):
-        dtype = torch.get_autocast_dtype(place)
+    """The summed loss and its gradients with respect to `rows` and the output projection."""
+    weight, device_type = model.lm_head.weight, rows.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         weight, rows = weight.to(dtype), rows.to(dtype)
     logits = rows @ weight.T
     losses = kernels.replace_by_gradient_(
-        logits, answers, model.config.vocab_size, dataloader.IGNORE_INDEX, z_loss
+        logits, flat_targets, model.config.vocab_size, dataloader.IGNORE_INDEX, z_loss
     )
     return [losses.sum(), logits @ weight, logits.T @ rows]
 
@@ -133,41 +134,41 @@ def _by_kernels(
 def kernels_for(
     model: models.TransformerLM, rows: Float[Tensor, "tokens d_model"]
 ) -> types.ModuleType | None:
-    """The kernels that can do the end of the model; None where that is for autograd to do."""
-    if not rows.is_cuda or not ends_plainly(model) or not availability.has_triton(rows.device):
+    """The loss kernels for this model; None if autograd must compute its output layer."""
+    if not rows.is_cuda or not has_plain_head(model) or not availability.has_triton(rows.device):
         return None
     from llm_basics.fast.cuda import cross_entropy  # only where Triton is installed
 
     return cross_entropy
 
 
-def ends_plainly(model: models.TransformerLM) -> bool:
-    """Whether logits are a product and nothing else, by pieces of ours."""
-    is_ours = type(model.lm_head).__module__ == layers.__name__
-    return is_ours and F.linear.__module__.startswith("llm_basics.")
+def has_plain_head(model: models.TransformerLM) -> bool:
+    """Whether logits are one product of built-in pieces."""
+    is_reference = type(model.lm_head).__module__ == layers.__name__
+    return is_reference and F.linear.__module__.startswith("llm_basics.")
 
 
-def rows_at_a_time(place: torch.device, n_logits: int) -> int:
-    """How many tokens of `n_logits` each have theirs at a time."""
-    return max(LEAST_ROWS, MOST_LOGITS.get(place.type, MOST_LOGITS["cpu"]) // n_logits)
+def rows_per_chunk(device: torch.device, n_logits: int) -> int:
+    """Tokens per chunk for `n_logits` logits per token."""
+    return max(MIN_ROWS, MAX_LOGITS.get(device.type, MAX_LOGITS["cpu"]) // n_logits)
 
 
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
-    """`update.batch_loss` by loops on a CPU; else a piece of the batch at a time if its logits are many."""
+    """`trainer.batch_loss` by the CPU training kernels; else chunk by chunk if the logits are many."""
     if torch.is_grad_enabled() and (learner := cpu_trainer.learner_for(model, inputs, targets)):
-        return _LossByLoops.apply(learner, inputs, targets, z_loss, *learner.parameters)
-    # a model of somebody else's need not be made of hidden states and logits
+        return _CPULoss.apply(learner, inputs, targets, z_loss, *learner.parameters)
+    # user models need not have hidden_states and logits
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
-        if targets.numel() > rows_at_a_time(targets.device, model.config.padded_vocab_size):
+        if targets.numel() > rows_per_chunk(targets.device, model.config.padded_vocab_size):
             hidden = model.hidden_states(inputs)
-            return _LossInPieces.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
+            return _ChunkedLoss.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
     return trainer.compute_loss(model(inputs), targets, z_loss)
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps that do not wait for a GPU
+# Asynchronous GPU steps
 
 
 def train_step(
@@ -178,10 +179,9 @@ def train_step(
     options: config.TrainConfig,
     accept: Callable[[float], bool] | None = None,
 ) -> trainer.StepResult:
-    """`update.train_step`; on a GPU it returns before the numbers are there, and raises nothing.
+    """`trainer.train_step`; on a GPU it returns before the metrics are computed and never raises.
 
-    The GPU itself leaves the weights as they are where loss or gradient norm is not finite, which
-    `check_finite` of the result shows; AdamW counts such a step. With `accept`, the loss is waited for.
+    A non-finite step leaves the weights unchanged (AdamW counts it); `check_finite` of the result reports it.
     """
     lr = trainer.learning_rate(step, options)
     for group in optimizer.param_groups:
@@ -189,11 +189,11 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     train_loss = trainer.accumulate_gradients(model, batches, options)
     grad_norm = optim.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-    if accept is None and train_loss.device.type in device.ASYNCHRONOUS and fast_optim.can_be_held(optimizer):
-        # a user's own function may return a number elsewhere
+    is_asynchronous = accept is None and train_loss.device.type in device.ASYNCHRONOUS
+    if is_asynchronous and fast_optim.supports_skip(optimizer):
+        # user code may return the norm as a number, or on another device
         grad_norm = torch.as_tensor(grad_norm, device=train_loss.device).reshape(())
-        is_finite = train_loss.isfinite() & grad_norm.isfinite()
-        with fast_optim.held_by((~is_finite).float()):
+        with fast_optim.skip_if((~(train_loss.isfinite() & grad_norm.isfinite())).float()):
             optimizer.step()
         return trainer.StepResult(train_loss, grad_norm, lr)
     trainer.check_finite(step, lr, train_loss, grad_norm)

@@ -1,7 +1,7 @@
-"""Attention of many texts with its gradient: blocks of queries of a head, against all keys.
+"""Causal attention of a batch and its gradient: a block of one head's queries against all keys.
 
-Of the scores only the logarithm of each row's sum is kept; the backward pass computes them again
-(FlashAttention, arXiv 2205.14135).
+Queries, keys and values are (text, token, head, d_head). Only two numbers per row of scores are kept, and the
+backward pass recomputes the scores (FlashAttention, arXiv 2205.14135).
 """
 
 import math
@@ -12,17 +12,17 @@ import numpy as np
 from llm_basics.fast import numba_jit
 from llm_basics.fast.cpu import matmul, vectors
 
-# queries of a head that are matched at a time
+# queries of a head per block
 QUERIES = 32
 
 ZERO, ONE = vectors.ZERO, vectors.ONE
 
-# a score that no softmax sees
-NOTHING = np.float32(-1e30)
+# the score of masked keys: its exponential is 0
+MASKED = np.float32(-1e30)
 
 
 class Heads(NamedTuple):
-    """How many texts, tokens of each, and heads there are; neighbouring heads share keys and values."""
+    """The shape of a batch; `n_heads / n_kv_heads` neighboring heads share keys and values."""
 
     n_texts: int
     seq: int
@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Addresses of room to work in; keys and values are there as `tiles.pack` has them."""
+    """Addresses of temporary arrays; keys and values in the layout of `matmul.pack`."""
 
     scores: int
     dscores: int
@@ -45,12 +45,12 @@ class Workspace(NamedTuple):
 def apply_rope(
     x: int, gain: int, eps: float, has_norm: bool, cos: int, sin: int, shape: Heads, n_heads: int, out: int
 ) -> None:
-    """Make the queries or keys of `n_heads` heads ready: RMSNorm if asked, then turned by position."""
+    """Apply RMSNorm (if `has_norm`) and RoPE to the queries or keys of `n_heads` heads."""
     d_head = shape.d_head
     half, gains = d_head // 2, numba_jit.array(gain, (d_head,))
     for t in range(shape.n_texts * shape.seq):
-        turn_cos = numba_jit.row(cos, (t % shape.seq), half)
-        turn_sin = numba_jit.row(sin, (t % shape.seq), half)
+        row_cos = numba_jit.row(cos, (t % shape.seq), half)
+        row_sin = numba_jit.row(sin, (t % shape.seq), half)
         for head in range(n_heads):
             start = 4 * (t * n_heads + head) * d_head
             row, to = numba_jit.array(x + start, (d_head,)), numba_jit.array(out + start, (d_head,))
@@ -59,8 +59,8 @@ def apply_rope(
                 to[i] = row[i] * scale * gains[i]
             for pair in range(half):
                 even, odd = to[2 * pair], to[2 * pair + 1]
-                to[2 * pair] = even * turn_cos[pair] - odd * turn_sin[pair]
-                to[2 * pair + 1] = even * turn_sin[pair] + odd * turn_cos[pair]
+                to[2 * pair] = even * row_cos[pair] - odd * row_sin[pair]
+                to[2 * pair + 1] = even * row_sin[pair] + odd * row_cos[pair]
 
 
 @numba_jit.summing
@@ -76,27 +76,27 @@ def apply_rope_backward(
     dy: int,
     dgain: int,
 ) -> None:
-    """Turn `dy`, of what `place` made of `x`, into what the loss changes by with `x`."""
+    """The gradient of `apply_rope`: replaces `dy` by `dx`, and adds to `dgain`."""
     d_head = shape.d_head
     half, gains, dgains = d_head // 2, numba_jit.array(gain, (d_head,)), numba_jit.array(dgain, (d_head,))
     for t in range(shape.n_texts * shape.seq):
-        turn_cos = numba_jit.row(cos, (t % shape.seq), half)
-        turn_sin = numba_jit.row(sin, (t % shape.seq), half)
+        row_cos = numba_jit.row(cos, (t % shape.seq), half)
+        row_sin = numba_jit.row(sin, (t % shape.seq), half)
         for head in range(n_heads):
             start = 4 * (t * n_heads + head) * d_head
             row, d = numba_jit.array(x + start, (d_head,)), numba_jit.array(dy + start, (d_head,))
             for pair in range(half):
                 even, odd = d[2 * pair], d[2 * pair + 1]
-                d[2 * pair] = even * turn_cos[pair] + odd * turn_sin[pair]
-                d[2 * pair + 1] = odd * turn_cos[pair] - even * turn_sin[pair]
+                d[2 * pair] = even * row_cos[pair] + odd * row_sin[pair]
+                d[2 * pair + 1] = odd * row_cos[pair] - even * row_sin[pair]
             if has_norm:
-                scale, along = _scale_of(row, eps), ZERO
+                scale, dot = _scale_of(row, eps), ZERO
                 for i in range(d_head):
-                    along += d[i] * gains[i] * row[i]
-                along *= scale * scale / np.float32(d_head)
+                    dot += d[i] * gains[i] * row[i]
+                dot *= scale * scale / np.float32(d_head)
                 for i in range(d_head):
                     dgains[i] += d[i] * row[i] * scale
-                    d[i] = (d[i] * gains[i] - row[i] * along) * scale
+                    d[i] = (d[i] * gains[i] - row[i] * dot) * scale
 
 
 @numba_jit.inlined
@@ -108,44 +108,60 @@ def _scale_of(x: np.ndarray, eps: float) -> float:
 
 
 @numba_jit.summing
-def attend(q: int, k: int, v: int, sizes: int, shape: Heads, room: Workspace, out: int) -> None:
-    """`out = softmax(q k^T / sqrt(d_head)) v` of each head, where no query sees keys after its own.
+def attend(q: int, k: int, v: int, statistics: int, shape: Heads, workspace: Workspace, out: int) -> None:
+    """`out = softmax(q k^T / sqrt(d_head)) v` of each head, with a causal mask.
 
-    `sizes` are the highest score of each row and 1 / the sum of the exponentials: (text, head, 2, token).
+    Writes each row's maximum and 1 / sum of exponentials to `statistics`: (text, head, 2, token).
     """
     seq, d_head = shape.seq, shape.d_head
     scale, width = ONE / np.float32(math.sqrt(d_head)), matmul.padded(seq)
-    scores = numba_jit.array(room.scores, (QUERIES, width))
+    scores = numba_jit.array(workspace.scores, (QUERIES, width))
     d_q, d_kv = shape.n_heads * d_head, shape.n_kv_heads * d_head
     for head in range(shape.n_texts * shape.n_heads):
-        of_q, of_k = _starts(head, shape)
-        tops, shares = numba_jit.row(sizes, 2 * head, seq), numba_jit.row(sizes, 2 * head + 1, seq)
-        matmul.pack(k + of_k, d_kv, seq, d_head, room.keys)
+        q_offset, k_offset = _head_offsets(head, shape)
+        maxima, inverse_sums = (
+            numba_jit.row(statistics, 2 * head, seq),
+            numba_jit.row(statistics, 2 * head + 1, seq),
+        )
+        matmul.pack(k + k_offset, d_kv, seq, d_head, workspace.keys)
         for first in range(0, seq, QUERIES):
             end = min(first + QUERIES, seq)
-            _match(q + of_q + 4 * first * d_q, d_q, room.keys, end - first, end, width, d_head, room)
-            # all rows at a time: what is done to one need not wait for what is done to the one before
+            _compute_scores(
+                q + q_offset + 4 * first * d_q,
+                d_q,
+                workspace.keys,
+                end - first,
+                end,
+                width,
+                d_head,
+                workspace,
+            )
+            # row by row in each loop: independent rows can overlap in the pipeline
             for t in range(first, end):
-                _hide(room, t - first, t, width)
-                tops[t] = matmul.highest(room.scores + 4 * (t - first) * width, matmul.padded(t + 1)) * scale
+                _mask_row(workspace, t - first, t, width)
+                maxima[t] = (
+                    matmul.maximum(workspace.scores + 4 * (t - first) * width, matmul.padded(t + 1)) * scale
+                )
             for t in range(first, end):
-                row, top = t - first, tops[t]
+                row, maximum = t - first, maxima[t]
                 for i in range(matmul.padded(t + 1)):
-                    scores[row, i] = vectors.exp(scores[row, i] * scale - top)
+                    scores[row, i] = vectors.exp(scores[row, i] * scale - maximum)
             for t in range(first, end):
                 row, total = t - first, ZERO
                 for i in range(matmul.padded(t + 1)):
                     total += scores[row, i]
-                shares[t] = ONE / total
+                inverse_sums[t] = ONE / total
                 for i in range(matmul.padded(t + 1), matmul.padded(end)):
                     scores[row, i] = ZERO
-            to = matmul.rows_at(out + of_q + 4 * first * d_q, d_q)
-            weights, values = matmul.rows_at(room.scores, width), matmul.columns_at(v + of_k, d_kv)
-            matmul.product(weights, values, matmul.repeated_at(room.zeros), to, end - first, d_head, end)
+            to = matmul.rows_at(out + q_offset + 4 * first * d_q, d_q)
+            weights, values = matmul.rows_at(workspace.scores, width), matmul.columns_at(v + k_offset, d_kv)
+            matmul.product(
+                weights, values, matmul.broadcast_at(workspace.zeros), to, end - first, d_head, end
+            )
             for t in range(first, end):
-                mixed = numba_jit.array(out + of_q + 4 * t * d_q, (d_head,))
+                output = numba_jit.array(out + q_offset + 4 * t * d_q, (d_head,))
                 for i in range(d_head):
-                    mixed[i] *= shares[t]
+                    output[i] *= inverse_sums[t]
 
 
 @numba_jit.summing
@@ -153,86 +169,92 @@ def attend_backward(
     q: int,
     k: int,
     v: int,
-    sizes: int,
+    statistics: int,
     out: int,
     dout: int,
     shape: Heads,
-    room: Workspace,
+    workspace: Workspace,
     dq: int,
     dk: int,
     dv: int,
 ) -> None:
-    """Write `dq`, and add to `dk` and `dv`, of what `attend` made of `q`, `k` and `v`.
+    """The gradients of `attend`: writes `dq`, adds to `dk` and `dv`.
 
-    A row of probabilities adds up to 1: what of their gradient is common to all of them is lost. It is the
-    product of the row's output with its gradient.
+    `dscores = p * (dp - output . doutput)`: the rows of p sum to 1, so a gradient common to a row vanishes.
     """
     seq, d_head = shape.seq, shape.d_head
     scale, width = ONE / np.float32(math.sqrt(d_head)), matmul.padded(seq)
-    scores = numba_jit.array(room.scores, (QUERIES, width))
-    dscores = numba_jit.array(room.dscores, (QUERIES, width))
+    scores = numba_jit.array(workspace.scores, (QUERIES, width))
+    dscores = numba_jit.array(workspace.dscores, (QUERIES, width))
     d_q, d_kv = shape.n_heads * d_head, shape.n_kv_heads * d_head
     for head in range(shape.n_texts * shape.n_heads):
-        of_q, of_k = _starts(head, shape)
-        tops, shares = numba_jit.row(sizes, 2 * head, seq), numba_jit.row(sizes, 2 * head + 1, seq)
-        matmul.pack(k + of_k, d_kv, seq, d_head, room.keys)
-        matmul.pack(v + of_k, d_kv, seq, d_head, room.values)
+        q_offset, k_offset = _head_offsets(head, shape)
+        maxima, inverse_sums = (
+            numba_jit.row(statistics, 2 * head, seq),
+            numba_jit.row(statistics, 2 * head + 1, seq),
+        )
+        matmul.pack(k + k_offset, d_kv, seq, d_head, workspace.keys)
+        matmul.pack(v + k_offset, d_kv, seq, d_head, workspace.values)
         for first in range(0, seq, QUERIES):
             end = min(first + QUERIES, seq)
-            n, start = end - first, of_q + 4 * first * d_q
-            _match(q + start, d_q, room.keys, n, end, width, d_head, room)
-            to, packed = matmul.rows_at(room.dscores, width), matmul.packed(room.values, d_head)
-            zeros = matmul.repeated_at(room.zeros)
+            n, start = end - first, q_offset + 4 * first * d_q
+            _compute_scores(q + start, d_q, workspace.keys, n, end, width, d_head, workspace)
+            to, packed = matmul.rows_at(workspace.dscores, width), matmul.packed(workspace.values, d_head)
+            zeros = matmul.broadcast_at(workspace.zeros)
             matmul.product(matmul.rows_at(dout + start, d_q), packed, zeros, to, n, end, d_head)
             for t in range(first, end):
-                row, common, top, share = t - first, ZERO, tops[t], shares[t]
-                of_row = of_q + 4 * t * d_q
-                mixed = numba_jit.array(out + of_row, (d_head,))
-                dmixed = numba_jit.array(dout + of_row, (d_head,))
+                row, row_dot, maximum, inverse_sum = t - first, ZERO, maxima[t], inverse_sums[t]
+                row_offset = q_offset + 4 * t * d_q
+                output = numba_jit.array(out + row_offset, (d_head,))
+                doutput = numba_jit.array(dout + row_offset, (d_head,))
                 for i in range(d_head):
-                    common += mixed[i] * dmixed[i]
-                _hide(room, row, t, width)
+                    row_dot += output[i] * doutput[i]
+                _mask_row(workspace, row, t, width)
                 for i in range(matmul.padded(t + 1)):
-                    weight = vectors.exp(scores[row, i] * scale - top) * share
+                    weight = vectors.exp(scores[row, i] * scale - maximum) * inverse_sum
                     scores[row, i] = weight
-                    dscores[row, i] = weight * (dscores[row, i] - common) * scale
+                    dscores[row, i] = weight * (dscores[row, i] - row_dot) * scale
                 for i in range(matmul.padded(t + 1), matmul.padded(end)):
                     scores[row, i] = dscores[row, i] = ZERO
-            _collect(room.scores, width, dout + start, d_q, n, end, d_head, room, dv + of_k, d_kv)
-            _collect(room.dscores, width, q + start, d_q, n, end, d_head, room, dk + of_k, d_kv)
-            weights, keys = matmul.rows_at(room.dscores, width), matmul.columns_at(k + of_k, d_kv)
+            _accumulate_grads(
+                workspace.scores, width, dout + start, d_q, n, end, d_head, workspace, dv + k_offset, d_kv
+            )
+            _accumulate_grads(
+                workspace.dscores, width, q + start, d_q, n, end, d_head, workspace, dk + k_offset, d_kv
+            )
+            weights, keys = matmul.rows_at(workspace.dscores, width), matmul.columns_at(k + k_offset, d_kv)
             matmul.product(weights, keys, zeros, matmul.rows_at(dq + start, d_q), n, d_head, end)
 
 
 @numba_jit.inlined
-def _hide(room: Workspace, row: int, t: int, width: int) -> None:
-    """Make scores of keys after token `t` nothing, in the last vector of those that it sees."""
+def _mask_row(workspace: Workspace, row: int, t: int, width: int) -> None:
+    """Mask the scores of keys after token `t` in the last vector with a visible key."""
     start = t - t % matmul.VECTOR
-    last = numba_jit.array(room.scores + 4 * (row * width + start), (matmul.VECTOR,))
+    last = numba_jit.array(workspace.scores + 4 * (row * width + start), (matmul.VECTOR,))
     for i in range(matmul.VECTOR):
-        last[i] = last[i] if start + i <= t else NOTHING
+        last[i] = last[i] if start + i <= t else MASKED
 
 
 @numba_jit.inlined
-def _starts(number: int, shape: Heads) -> tuple[int, int]:
-    """Where the queries, and where the keys of a head begin: in bytes."""
+def _head_offsets(number: int, shape: Heads) -> tuple[int, int]:
+    """The byte offsets of a head's queries and of its keys."""
     text, head = number // shape.n_heads, number % shape.n_heads
     row, shared = text * shape.seq, head * shape.n_kv_heads // shape.n_heads
-    of_q = 4 * (row * shape.n_heads + head) * shape.d_head
-    return of_q, 4 * (row * shape.n_kv_heads + shared) * shape.d_head
+    q_offset = 4 * (row * shape.n_heads + head) * shape.d_head
+    return q_offset, 4 * (row * shape.n_kv_heads + shared) * shape.d_head
 
 
 @numba_jit.inlined
-def _match(
-    q: int, d_q: int, keys: int, n: int, n_keys: int, width: int, d_head: int, room: Workspace
+def _compute_scores(
+    q: int, d_q: int, keys: int, n: int, n_keys: int, width: int, d_head: int, workspace: Workspace
 ) -> None:
-    """The products of some queries with all keys so far."""
-    start, out = matmul.repeated_at(room.zeros), matmul.rows_at(room.scores, width)
+    """The scores of a block of queries against all keys up to its last."""
+    start, out = matmul.broadcast_at(workspace.zeros), matmul.rows_at(workspace.scores, width)
     matmul.product(matmul.rows_at(q, d_q), matmul.packed(keys, d_head), start, out, n, n_keys, d_head)
 
 
 @numba_jit.inlined
-def _collect(
+def _accumulate_grads(
     weights: int,
     width: int,
     rows: int,
@@ -240,10 +262,10 @@ def _collect(
     n: int,
     n_keys: int,
     d_head: int,
-    room: Workspace,
+    workspace: Workspace,
     out: int,
     d_out: int,
 ) -> None:
-    """Add to the row of each key all `rows`, each with its weight for it."""
-    to, columns = matmul.rows_at(out, d_out), matmul.turned_at(weights, width)
+    """`out += weights^T rows`: add to each key's row the weighted sum over the queries of a block."""
+    to, columns = matmul.rows_at(out, d_out), matmul.transposed_at(weights, width)
     matmul.product(columns, matmul.columns_at(rows, d_rows), to, to, n_keys, d_head, n)

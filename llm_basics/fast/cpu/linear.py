@@ -1,4 +1,4 @@
-"""Products of matrices: by the library that is faster here, and several of one input as one."""
+"""Linear layers by the faster of MKL and oneDNN, and several projections of one input as one product."""
 
 import functools
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ import torch.nn.functional as tF
 from jaxtyping import Float
 from torch import Tensor
 
-# to put weights side by side is to copy them, which takes about as long as to multiply them by a few rows
-LEAST_ROWS = 64
+# merging copies the weights, which costs about as much as a product with a few rows
+MIN_ROWS = 64
 
 
 @functools.cache
-def onednn_is_wider() -> bool:
-    """Whether oneDNN multiplies float32 matrices by wider instructions here than MKL, which torch calls.
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices with wider instructions than MKL, torch's default.
 
-    MKL uses AVX-512 on Intel alone: one core of an AMD EPYC of 2024 reached 100 GFLOP/s by it, 230 by oneDNN.
-    Two cores of an Intel of 2023 reach 330 by both, and 140 by oneDNN for the gradients of weights.
+    MKL uses AVX-512 only on Intel: one core of an AMD EPYC (2024) reaches 100 GFLOP/s with MKL, 230 with
+    oneDNN. Two cores of an Intel Xeon (2023) reach 330 with both, but 140 with oneDNN for weight gradients.
     """
     has_avx512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_avx512 and not is_of_intel()
+    return has_avx512 and not is_intel()
 
 
-def is_of_intel() -> bool:
-    """Whether the processor says that Intel made it; where nobody can ask, no."""
+def is_intel() -> bool:
+    """Whether the CPU is made by Intel; False if unknown."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -38,8 +38,8 @@ def _product(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class _WideLinear(torch.autograd.Function):
-    """`x W^T + b` by oneDNN; the gradients are two more products of that form."""
+class _OneDNNLinear(torch.autograd.Function):
+    """`x W^T + b` by oneDNN, as are its gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
@@ -63,24 +63,24 @@ def linear(
     weight: Float[Tensor, "d_out d_in"],
     bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "... d_out"]:
-    """`x W^T + b`, by oneDNN where that is faster."""
+    """`x W^T + b`, by oneDNN where it is faster."""
     if (
-        # a compiler has products of its own
+        # inductor selects its own kernels
         not torch.compiler.is_compiling()
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.dim() > 1
         and x.numel() > 0
-        and onednn_is_wider()
+        and prefers_onednn()
         and not torch.is_autocast_enabled("cpu")
     ):
-        return _WideLinear.apply(x, weight, bias)
+        return _OneDNNLinear.apply(x, weight, bias)
     return tF.linear(x, weight, bias)
 
 
-def pays_to_merge(x: Float[Tensor, "... d_in"]) -> bool:
-    """Whether `x` has so many rows that one large product is faster than several, with the copy it needs."""
-    return x.shape[:-1].numel() >= LEAST_ROWS
+def should_merge(x: Float[Tensor, "... d_in"]) -> bool:
+    """Whether `x` has enough rows for a merged product to pay for copying the weights."""
+    return x.shape[:-1].numel() >= MIN_ROWS
 
 
 def merged(
@@ -88,8 +88,8 @@ def merged(
     weights: Sequence[Float[Tensor, "_ d_in"]],
     biases: Sequence[Float[Tensor, " _"] | None],
 ) -> tuple[Float[Tensor, "... _"], ...]:
-    """`x W^T + b` of several weights and biases, in one product: one kernel, and `x` is read once."""
-    given = [bias for bias in biases if bias is not None]
-    assert len(given) in (0, len(weights)), "all projections have a bias, or none"
-    together = linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)
-    return together.split([len(weight) for weight in weights], dim=-1)
+    """`x W^T + b` for several weights and biases in one product, which reads `x` once."""
+    present = [bias for bias in biases if bias is not None]
+    assert len(present) in (0, len(weights)), "either all projections must have a bias or none"
+    merged_output = linear(x, torch.cat(list(weights)), torch.cat(present) if present else None)
+    return merged_output.split([len(weight) for weight in weights], dim=-1)

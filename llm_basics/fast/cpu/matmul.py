@@ -1,10 +1,9 @@
-"""Products of matrices, tile by tile, with the sums of a tile in registers.
+"""Matrix multiplication by register tiles, in float32.
 
-A tile of `out = a b` is some rows and some vectors of columns, 8 x 32 numbers where a vector holds 16. For
-each step along k, two vectors of `b` and 8 numbers of `a` are loaded for 16 fused multiplications. All tiles
-below each other need the same columns of `b`, a panel, which the nearest cache holds (Goto and van de Geijn
-2008, "Anatomy of High-Performance Matrix Multiplication"). One core of an Intel Xeon of 2023: 180 to 187
-GFLOP/s, MKL 165 to 190.
+A tile of `out = a b` is ROWS x 2 vectors, 8 x 32 with AVX-512. Each step along k loads two vectors of `b` and
+8 elements of `a` for 16 fused multiply-adds. The tiles of a column share a panel of `b`, which stays in the
+L1 or L2 cache (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). One core of
+an Intel Xeon (2023): 180 to 187 GFLOP/s, MKL 165 to 190.
 """
 
 from typing import NamedTuple
@@ -18,12 +17,12 @@ from llm_basics.fast import numba_jit
 
 FEATURES = llvm.get_host_cpu_features()
 
-# float32 numbers of a vector; AVX has half as many registers as there are with AVX-512 or on ARM
+# float32 lanes of a vector; AVX2 has 16 registers, AVX-512 and ARM have 32
 VECTOR = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4
 ROWS = 4 if VECTOR == 8 else 8
 COLUMNS = 2 * VECTOR
 
-# rows of a panel that are multiplied before the next panel, so that a core's own caches hold it: 64 KB
+# rows of a panel per pass, 64 KB with AVX-512, to fit a core's caches
 DEPTH = 512
 
 FLOAT, INDEX, LANE = ir.FloatType(), ir.IntType(64), ir.IntType(32)
@@ -32,10 +31,10 @@ FUSED = ("contract",)
 
 
 class Matrix(NamedTuple):
-    """Where float32 numbers are: the address of the first, and how many numbers further the next are.
+    """The address and the strides, in elements, of a float32 matrix.
 
-    The next row, the next column, and the next tile: ROWS rows of what is multiplied from the left, COLUMNS
-    columns of what is multiplied from the right. Within a tile of the latter, columns lie side by side.
+    `tile` is the distance between tiles: ROWS rows of a left operand, COLUMNS columns of a right operand,
+    whose columns must be contiguous within a tile.
     """
 
     address: int
@@ -46,43 +45,43 @@ class Matrix(NamedTuple):
 
 @numba_jit.inlined
 def rows_at(address: int, n: int) -> Matrix:
-    """Rows that are `n` numbers apart, to be multiplied from the left, or to be written."""
+    """A left operand or an output whose rows are `n` elements apart."""
     return Matrix(address, n, 1, n * ROWS)
 
 
 @numba_jit.inlined
 def columns_at(address: int, n: int) -> Matrix:
-    """Rows that are `n` numbers apart, to be multiplied from the right."""
+    """A right operand whose rows are `n` elements apart."""
     return Matrix(address, n, 1, COLUMNS)
 
 
 @numba_jit.inlined
 def packed(address: int, k: int) -> Matrix:
-    """What `pack` has written of rows of `k` numbers, to be multiplied from the right."""
+    """A right operand written by `pack` from rows of `k` elements."""
     return Matrix(address, COLUMNS, 1, k * COLUMNS)
 
 
 @numba_jit.inlined
-def turned(address: int, k: int) -> Matrix:
-    """What `turn` has written of `k` rows, to be multiplied from the left."""
+def transposed(address: int, k: int) -> Matrix:
+    """A left operand written by `transpose` from `k` rows."""
     return Matrix(address, 1, ROWS, k * ROWS)
 
 
 @numba_jit.inlined
-def turned_at(address: int, n: int) -> Matrix:
-    """Rows that are `n` numbers apart, whose columns are to be multiplied from the left as rows."""
+def transposed_at(address: int, n: int) -> Matrix:
+    """A left operand that is the transpose of rows `n` elements apart."""
     return Matrix(address, 1, n, ROWS)
 
 
 @numba_jit.inlined
-def repeated_at(address: int) -> Matrix:
-    """A row that stands for as many as there are."""
+def broadcast_at(address: int) -> Matrix:
+    """One row, broadcast to all rows."""
     return Matrix(address, 0, 1, 0)
 
 
 @numba_jit.inlined
 def start_at(start: int, out: int, n: int) -> Matrix:
-    """What `product` begins with: the rows of `n` numbers that are at `out` already, or a row for all."""
+    """The start of `product`: the rows of `out` itself if `start == out`, else one broadcast row."""
     return Matrix(start, n if start == out else 0, 1, 0)
 
 
@@ -90,10 +89,10 @@ def start_at(start: int, out: int, n: int) -> Matrix:
 def product(a: Matrix, b: Matrix, start: Matrix, out: Matrix, m: int, n: int, k: int) -> None:
     """`out = start + a b`, where `a` is m x k and `b` is k x n.
 
-    Of `out`, `start` and `b`, n is rounded up to a multiple of VECTOR. `start` may be `out`, or one row.
+    `out`, `start` and `b` have n rounded up to a multiple of VECTOR. `start` may be `out`, or one row.
     """
     for done in range(0, k, DEPTH):
-        depth, begin = min(DEPTH, k - done), out if done else start
+        depth, initial = min(DEPTH, k - done), out if done else start
         for column in range(0, n, COLUMNS):
             panel = b.address + 4 * (done * b.row + column // COLUMNS * b.tile)
             is_whole = n - column > VECTOR
@@ -102,46 +101,46 @@ def product(a: Matrix, b: Matrix, start: Matrix, out: Matrix, m: int, n: int, k:
                 n_rows = ROWS if row + ROWS <= m else 1
                 first = row // ROWS * a.tile + row % ROWS * a.row + done * a.column
                 left, right = (a.address + 4 * first, a.row, a.column), (panel, b.row, depth)
-                before = begin.address + 4 * (row * begin.row + column)
-                ends = before, begin.row, out.address + 4 * (row * out.row + column), out.row
+                before = initial.address + 4 * (row * initial.row + column)
+                outputs = before, initial.row, out.address + 4 * (row * out.row + column), out.row
                 if n_rows == ROWS and is_whole:
-                    _tile(ROWS, 2, left, right, ends)
+                    _tile(ROWS, 2, left, right, outputs)
                 elif n_rows == ROWS:
-                    _tile(ROWS, 1, left, right, ends)
+                    _tile(ROWS, 1, left, right, outputs)
                 elif is_whole:
-                    _tile(1, 2, left, right, ends)
+                    _tile(1, 2, left, right, outputs)
                 else:
-                    _tile(1, 1, left, right, ends)
+                    _tile(1, 1, left, right, outputs)
                 row += n_rows
 
 
 @numba_jit.jit
 def pack(rows: int, step: int, n: int, k: int, out: int) -> None:
-    """Write a matrix turned, in panels: `n` rows of `k` numbers, `step` apart, become columns.
+    """Transpose `n` rows of `k` elements, `step` apart, into panels of COLUMNS columns, zero-padded.
 
-    Beyond them are zeros. `k` must be a multiple of VECTOR; there must be room for `packed_size(n, k)`.
+    `k` must be a multiple of VECTOR; `out` must hold `packed_size(n, k)` elements.
     """
     for row in range(0, n, VECTOR):
         panel = out + 4 * (row // COLUMNS * k * COLUMNS + row % COLUMNS)
         for column in range(0, k, VECTOR):
             first = rows + 4 * (row * step + column)
-            _turn_block(first, step, min(VECTOR, n - row), panel + 4 * column * COLUMNS)
+            _transpose_block(first, step, min(VECTOR, n - row), panel + 4 * column * COLUMNS)
 
 
 @numba_jit.jit
-def turn(rows: int, step: int, k: int, n: int, out: int) -> None:
-    """Write the `n` columns of `k` rows, `step` numbers apart, as rows: tile by tile, to an address.
+def transpose(rows: int, step: int, k: int, n: int, out: int) -> None:
+    """Transpose `k` rows, `step` apart, of `n` elements into tiles of ROWS rows.
 
-    There must be room for n, rounded up to a multiple of ROWS, times k numbers.
+    `out` must hold `whole_tiles(n) * k` elements.
     """
     for first in range(0, n - n % ROWS, ROWS):
         _copy_strip(rows + 4 * first, 4 * step, k, out + 4 * first * k)
     first = n - n % ROWS
     for i in range(k):
-        rest = numba_jit.array(rows + 4 * (i * step + first), (n % ROWS,))
-        to = numba_jit.array(out + 4 * (first * k + i * ROWS), (n % ROWS,))
+        source = numba_jit.array(rows + 4 * (i * step + first), (n % ROWS,))
+        destination = numba_jit.array(out + 4 * (first * k + i * ROWS), (n % ROWS,))
         for column in range(n % ROWS):
-            to[column] = rest[column]
+            destination[column] = source[column]
 
 
 @numba_jit.jit
@@ -162,25 +161,25 @@ def whole_tiles(n: int) -> int:
 
 @numba_jit.jit
 def packed_size(n: int, k: int) -> int:
-    """How many numbers `pack` makes of `n` rows of `k`, with what is left free in the last panel."""
+    """The number of elements that `pack` writes for `n` rows of `k`, with padding."""
     return -(-n // COLUMNS) * COLUMNS * k
 
 
 @intrinsic
-def highest(_context, row, n):  # type: ignore[no-untyped-def]
-    """The highest of `n` numbers from an address on, a multiple of VECTOR."""
+def maximum(_context, row, n):  # type: ignore[no-untyped-def]
+    """The maximum of `n` elements at an address, a multiple of VECTOR."""
 
     def generate(_, builder, signature, arguments):  # type: ignore[no-untyped-def]
         row, n = arguments
-        top = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [float("-inf")] * VECTOR))
+        running = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [float("-inf")] * VECTOR))
         with cgutils.for_range_slice(builder, _index(0), n, _index(VECTOR)) as (i, _):
-            _store_higher(builder, top, _load(builder, _place(builder, row, i)))
+            _store_maximum(builder, running, _load(builder, _offset(builder, row, i)))
         width = VECTOR
         while width > 1:
             width //= 2
             lanes = [(lane + width) % VECTOR for lane in range(VECTOR)]
-            _store_higher(builder, top, _chosen(builder, builder.load(top), lanes))
-        return builder.extract_element(builder.load(top), ir.Constant(LANE, 0))
+            _store_maximum(builder, running, _shuffle(builder, builder.load(running), lanes))
+        return builder.extract_element(builder.load(running), ir.Constant(LANE, 0))
 
     return types.float32(types.int64, types.int64), generate
 
@@ -190,48 +189,48 @@ def highest(_context, row, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def _tile(_context, n_rows, n_vectors, left, right, ends):  # type: ignore[no-untyped-def]
-    """A tile of `product`: `n_rows` rows and `n_vectors` vectors of sums, in registers while the loop runs.
+def _tile(_context, n_rows, n_vectors, left, right, outputs):  # type: ignore[no-untyped-def]
+    """One tile of `product`: `n_rows` x `n_vectors` vectors of sums in registers.
 
-    `left`: where `a` is, and how far apart its rows and columns are; `right`: where `b` is, how far apart its
-    rows are, and how many; `ends`: the same of `start` and of `out`.
+    `left`: address, row and column stride of `a`; `right`: address, row stride and number of rows of `b`;
+    `outputs`: address and row stride of `start`, then of `out`.
     """
     if not isinstance(n_rows, types.IntegerLiteral):
         return None
     sizes = n_rows.literal_value, n_vectors.literal_value
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        left, right, ends = (cgutils.unpack_tuple(builder, given) for given in arguments[2:])
-        (a, a_row, a_column), (b, b_row, k), (start, start_row, out, out_row) = left, right, ends
-        places = [(_index(row), VECTOR * vector) for row in range(sizes[0]) for vector in range(sizes[1])]
+        left, right, outputs = (cgutils.unpack_tuple(builder, argument) for argument in arguments[2:])
+        (a, a_row, a_column), (b, b_row, k), (start, start_row, out, out_row) = left, right, outputs
+        tiles = [(_index(row), VECTOR * vector) for row in range(sizes[0]) for vector in range(sizes[1])]
 
         def numbers_at(address, distance, row, extra):  # type: ignore[no-untyped-def]
-            return _place(builder, address, builder.mul(row, distance), extra)
+            return _offset(builder, address, builder.mul(row, distance), extra)
 
         sums = [
-            cgutils.alloca_once_value(builder, _load(builder, numbers_at(start, start_row, *place)))
-            for place in places
+            cgutils.alloca_once_value(builder, _load(builder, numbers_at(start, start_row, *tile)))
+            for tile in tiles
         ]
-        rows = [_place(builder, a, builder.mul(_index(row), a_row)) for row in range(sizes[0])]
+        rows = [_offset(builder, a, builder.mul(_index(row), a_row)) for row in range(sizes[0])]
         with cgutils.for_range_slice(builder, _index(0), k, _index(1)) as (i, _):
             vectors = [_load(builder, numbers_at(b, b_row, i, VECTOR * j)) for j in range(sizes[1])]
             column = builder.mul(i, a_column)
             for row, address in enumerate(rows):
-                factor = _repeated(builder, _place(builder, address, column))
+                factor = _broadcast(builder, _offset(builder, address, column))
                 for j, vector in enumerate(vectors):
                     total = sums[row * sizes[1] + j]
-                    more = builder.fmul(factor, vector, flags=FUSED)
-                    builder.store(builder.fadd(builder.load(total), more, flags=FUSED), total)
-        for total, place in zip(sums, places, strict=True):
-            _store(builder, builder.load(total), numbers_at(out, out_row, *place))
+                    addend = builder.fmul(factor, vector, flags=FUSED)
+                    builder.store(builder.fadd(builder.load(total), addend, flags=FUSED), total)
+        for total, tile in zip(sums, tiles, strict=True):
+            _store(builder, builder.load(total), numbers_at(out, out_row, *tile))
         return context.get_dummy_value()
 
-    return types.void(n_rows, n_vectors, left, right, ends), generate
+    return types.void(n_rows, n_vectors, left, right, outputs), generate
 
 
 @intrinsic
 def _copy_strip(_context, rows, step, n, out):  # type: ignore[no-untyped-def]
-    """ROWS numbers of each of `n` rows, which are `step` bytes apart: behind each other."""
+    """Copy ROWS elements of each of `n` rows, `step` bytes apart, contiguously."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         rows, step, n, out = arguments
@@ -239,36 +238,36 @@ def _copy_strip(_context, rows, step, n, out):  # type: ignore[no-untyped-def]
         with cgutils.for_range_slice(builder, _index(0), n, _index(1)) as (i, _):
             numbers = builder.load(_pointer(builder, builder.add(rows, builder.mul(i, step)), strip))
             numbers.align = 4
-            to = _place(builder, out, builder.mul(i, _index(ROWS)))
-            builder.store(numbers, _pointer(builder, to, strip)).align = 4
+            destination = _offset(builder, out, builder.mul(i, _index(ROWS)))
+            builder.store(numbers, _pointer(builder, destination, strip)).align = 4
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
 
 
 @intrinsic
-def _turn_block(_context, rows, row, n, out):  # type: ignore[no-untyped-def]
-    """VECTOR numbers of each of `n` rows, zeros for those up to VECTOR: turned, in a panel.
+def _transpose_block(_context, rows, row, n, out):  # type: ignore[no-untyped-def]
+    """Transpose a block of VECTOR elements of `n` <= VECTOR rows, zero-padded, into a panel.
 
-    log2(VECTOR) perfect shuffles of the numbers in a row transpose a square matrix.
+    log2(VECTOR) perfect shuffles transpose a square matrix.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         rows, row, n, out = arguments
         square = []
         for i in range(VECTOR):
-            found = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
+            row_vector = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
             with builder.if_then(builder.icmp_signed("<", _index(i), n)):
-                builder.store(_load(builder, _place(builder, rows, builder.mul(_index(i), row))), found)
-            square.append(builder.load(found))
+                builder.store(_load(builder, _offset(builder, rows, builder.mul(_index(i), row))), row_vector)
+            square.append(builder.load(row_vector))
         half = VECTOR // 2
-        lower = [place for i in range(half) for place in (i, VECTOR + i)]
-        upper = [place + half for place in lower]
+        lower = [lane for i in range(half) for lane in (i, VECTOR + i)]
+        upper = [lane + half for lane in lower]
         for _ in range(VECTOR.bit_length() - 1):
             pairs = zip(square[:half], square[half:], strict=True)
-            square = [_chosen(builder, a, lanes, b) for a, b in pairs for lanes in (lower, upper)]
+            square = [_shuffle(builder, a, lanes, b) for a, b in pairs for lanes in (lower, upper)]
         for i, vector in enumerate(square):
-            _store(builder, vector, _place(builder, out, _index(i * COLUMNS)))
+            _store(builder, vector, _offset(builder, out, _index(i * COLUMNS)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
@@ -278,9 +277,9 @@ def _index(n):  # type: ignore[no-untyped-def]
     return ir.Constant(INDEX, n)
 
 
-def _place(builder, start, numbers, more=0):  # type: ignore[no-untyped-def]
-    """The address some float32 numbers further on."""
-    return builder.add(builder.add(start, builder.shl(numbers, _index(2))), _index(4 * more))
+def _offset(builder, start, numbers, addend=0):  # type: ignore[no-untyped-def]
+    """The address `numbers + addend` float32 elements after `start`."""
+    return builder.add(builder.add(start, builder.shl(numbers, _index(2))), _index(4 * addend))
 
 
 def _pointer(builder, address, kind):  # type: ignore[no-untyped-def]
@@ -293,23 +292,23 @@ def _load(builder, address):  # type: ignore[no-untyped-def]
     return vector
 
 
-def _repeated(builder, address):  # type: ignore[no-untyped-def]
-    """A vector of the one number that is at an address."""
+def _broadcast(builder, address):  # type: ignore[no-untyped-def]
+    """A vector with the element at an address in every lane."""
     number = builder.load(_pointer(builder, address, FLOAT))
     first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, ir.Constant(LANE, 0))
-    return _chosen(builder, first, [0] * VECTOR)
+    return _shuffle(builder, first, [0] * VECTOR)
 
 
 def _store(builder, vector, address):  # type: ignore[no-untyped-def]
     builder.store(vector, _pointer(builder, address, FLOATS)).align = 4
 
 
-def _chosen(builder, one, lanes, other=None):  # type: ignore[no-untyped-def]
-    """The numbers of one vector, or of two behind each other, at these places."""
-    places = ir.Constant(ir.VectorType(LANE, len(lanes)), lanes)
-    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined) if other is None else other, places)
+def _shuffle(builder, one, lanes, other=None):  # type: ignore[no-untyped-def]
+    """The given lanes of one vector, or of two concatenated."""
+    tiles = ir.Constant(ir.VectorType(LANE, len(lanes)), lanes)
+    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined) if other is None else other, tiles)
 
 
-def _store_higher(builder, top, numbers):  # type: ignore[no-untyped-def]
-    before = builder.load(top)
-    builder.store(builder.select(builder.fcmp_ordered(">", numbers, before), numbers, before), top)
+def _store_maximum(builder, running, numbers):  # type: ignore[no-untyped-def]
+    before = builder.load(running)
+    builder.store(builder.select(builder.fcmp_ordered(">", numbers, before), numbers, before), running)

@@ -1,6 +1,6 @@
-"""A step of Muon in machine code: `optim.muon_step_`, one matrix after the other.
+"""Muon's update (`optim.muon_step_`) in machine code, one matrix at a time.
 
-To orthogonalize a matrix takes fifteen products that fit into a core's cache, so each thread has its own.
+Orthogonalization is fifteen products that fit a core's cache, so matrices are distributed over threads.
 """
 
 import math
@@ -10,14 +10,14 @@ import numpy as np
 from llm_basics.fast import numba_jit
 from llm_basics.fast.cpu import matmul, vectors
 
-# what keeps a matrix of zeros from being divided by 0
+# avoids division by zero for a matrix of zeros
 EPS = np.float32(1e-7)
 STEPS = 5
 
 
 @numba_jit.jit
-def room_for(rows: int, cols: int) -> int:
-    """How many numbers `update` works on beside a matrix of that shape."""
+def workspace_size(rows: int, cols: int) -> int:
+    """The number of float32 elements in the workspace of `update`."""
     small, large = min(rows, cols), max(rows, cols)
     return 2 * small * large + 2 * small * small + matmul.packed_size(small, large) + large
 
@@ -31,67 +31,67 @@ def update(
     momentum: float,
     weight_decay: float,
     factors: tuple[float, float, float],
-    room: int,
+    workspace: int,
 ) -> None:
-    """`optim.muon_update` of matrices: the addresses of each, of its gradient, and of its running mean.
+    """`optim.muon_update` in place; a row of `addresses` is a parameter, its gradient and its momentum.
 
-    `rows` and `cols` are multiples of `tiles.VECTOR`; `factors` those of Newton's and Schulz' polynomial.
+    `rows` and `cols` are multiples of `matmul.VECTOR`; `factors` are the Newton-Schulz coefficients.
     """
     is_tall, size = rows > cols, rows * cols
-    kept, length = np.float32(1 - lr * weight_decay), np.float32(lr * 0.2 * math.sqrt(max(rows, cols)))
+    decay, step_size = np.float32(1 - lr * weight_decay), np.float32(lr * 0.2 * math.sqrt(max(rows, cols)))
     for number in range(len(addresses)):
         parameter, gradient, buffer = addresses[number]
-        means, gradients = numba_jit.array(buffer, (size,)), numba_jit.array(gradient, (size,))
-        direction = room + 4 * size if is_tall else room
-        ahead, share = numba_jit.array(direction, (size,)), np.float32(1 - momentum)
+        momenta, gradients = numba_jit.array(buffer, (size,)), numba_jit.array(gradient, (size,))
+        direction = workspace + 4 * size if is_tall else workspace
+        nesterov, blend = numba_jit.array(direction, (size,)), np.float32(1 - momentum)
         for i in range(size):
-            means[i] += share * (gradients[i] - means[i])
-            ahead[i] = means[i] + share * (gradients[i] - means[i])
+            momenta[i] += blend * (gradients[i] - momenta[i])
+            nesterov[i] = momenta[i] + blend * (gradients[i] - momenta[i])
         if is_tall:
-            turn(direction, rows, cols, room)
-        orthogonalize(room, min(rows, cols), max(rows, cols), factors, room + 4 * size)
+            transpose(direction, rows, cols, workspace)
+        orthogonalize(workspace, min(rows, cols), max(rows, cols), factors, workspace + 4 * size)
         if is_tall:
-            turn(room, cols, rows, direction)
+            transpose(workspace, cols, rows, direction)
         weights = numba_jit.array(parameter, (size,))
         for i in range(size):
-            weights[i] = kept * weights[i] - length * ahead[i]
+            weights[i] = decay * weights[i] - step_size * nesterov[i]
 
 
 @numba_jit.jit
-def turn(x: int, rows: int, cols: int, out: int) -> None:
-    """Columns become rows."""
-    before, after = numba_jit.array(x, (rows, cols)), numba_jit.array(out, (cols, rows))
+def transpose(x: int, rows: int, cols: int, out: int) -> None:
+    """`out = x^T`."""
+    source, target = numba_jit.array(x, (rows, cols)), numba_jit.array(out, (cols, rows))
     for column in range(cols):
         for row in range(rows):
-            after[column, row] = before[row, column]
+            target[column, row] = source[row, column]
 
 
 @numba_jit.summing
-def orthogonalize(x: int, rows: int, cols: int, factors: tuple[float, float, float], room: int) -> None:
-    """`optim.orthogonalize` of a matrix X that has no more rows than columns, in its place.
+def orthogonalize(x: int, rows: int, cols: int, factors: tuple[float, float, float], workspace: int) -> None:
+    """`optim.orthogonalize` in place, for a matrix X with at most as many rows as columns.
 
-    The three terms of a step are one product, `(a I + b X X^T + c (X X^T)^2) X`.
+    An iteration is `X <- (a I + b X X^T + c (X X^T)^2) X`.
     """
     size, (a, b, c) = rows * cols, factors
-    gram = room + 4 * size
+    gram = workspace + 4 * size
     square = gram + 4 * rows * rows
     packed = square + 4 * rows * rows
-    nothing = packed + 4 * matmul.packed_size(rows, cols)
-    numba_jit.array(nothing, (cols,))[:] = vectors.ZERO
-    zeros = matmul.repeated_at(nothing)
+    zero_row = packed + 4 * matmul.packed_size(rows, cols)
+    numba_jit.array(zero_row, (cols,))[:] = vectors.ZERO
+    zeros = matmul.broadcast_at(zero_row)
     _divide_by_norm(numba_jit.array(x, (size,)))
-    here, there = x, room
+    current, following = x, workspace
     for _ in range(STEPS):
-        of_x, of_next = matmul.rows_at(here, cols), matmul.rows_at(there, cols)
-        of_gram, of_square = matmul.rows_at(gram, rows), matmul.rows_at(square, rows)
-        matmul.pack(here, cols, rows, cols, packed)
-        matmul.product(of_x, matmul.packed(packed, cols), zeros, of_gram, rows, rows, cols)
-        matmul.product(of_gram, matmul.columns_at(gram, rows), zeros, of_square, rows, rows, rows)
+        current_rows, following_rows = matmul.rows_at(current, cols), matmul.rows_at(following, cols)
+        gram_rows, square_rows = matmul.rows_at(gram, rows), matmul.rows_at(square, rows)
+        matmul.pack(current, cols, rows, cols, packed)
+        matmul.product(current_rows, matmul.packed(packed, cols), zeros, gram_rows, rows, rows, cols)
+        matmul.product(gram_rows, matmul.columns_at(gram, rows), zeros, square_rows, rows, rows, rows)
         _combine(numba_jit.array(gram, (rows, rows)), numba_jit.array(square, (rows, rows)), a, b, c)
-        matmul.product(of_square, matmul.columns_at(here, cols), zeros, of_next, rows, cols, rows)
-        here, there = there, here
-    if here != x:
-        numba_jit.array(x, (size,))[:] = numba_jit.array(here, (size,))
+        matmul.product(square_rows, matmul.columns_at(current, cols), zeros, following_rows, rows, cols, rows)
+        current, following = following, current
+    if current != x:
+        numba_jit.array(x, (size,))[:] = numba_jit.array(current, (size,))
 
 
 @numba_jit.summing
@@ -106,9 +106,9 @@ def _divide_by_norm(x: np.ndarray) -> None:
 
 @numba_jit.summing
 def _combine(gram: np.ndarray, square: np.ndarray, a: float, b: float, c: float) -> None:
-    """`a I + b gram + c square`, in place of `square`."""
-    of_identity, of_gram, of_square = np.float32(a), np.float32(b), np.float32(c)
+    """`square <- a I + b gram + c square`."""
+    a_term, gram_rows, square_rows = np.float32(a), np.float32(b), np.float32(c)
     for row in range(len(gram)):
         for column in range(len(gram)):
-            square[row, column] = of_gram * gram[row, column] + of_square * square[row, column]
-        square[row, row] += of_identity
+            square[row, column] = gram_rows * gram[row, column] + square_rows * square[row, column]
+        square[row, row] += a_term

@@ -1,4 +1,4 @@
-"""Threads that work together: some that share work, and loops on several threads that meet on the way."""
+"""A thread pool, and a spinning barrier for kernels that run on several threads."""
 
 import concurrent.futures
 import functools
@@ -14,14 +14,14 @@ from llm_basics.fast import numba_jit
 
 @functools.cache
 def helpers(n: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads that wait for work beside the one that asks."""
+    """The pool of `n` threads beside the calling one."""
     return concurrent.futures.ThreadPoolExecutor(n, "loops")
 
 
 def parallel_map(work: Callable[[int], Any], n_threads: int) -> list[Any]:
-    """What `work` returns for each number below `n_threads`: done at the same time, the first by the caller.
+    """`[work(0), ..., work(n_threads - 1)]`, in parallel; the calling thread runs the first.
 
-    Whatever happens, no thread works on when this ends.
+    Returns, or raises, only after all threads have finished.
     """
     others = [helpers(n_threads - 1).submit(work, number) for number in range(1, n_threads)]
     try:
@@ -32,20 +32,20 @@ def parallel_map(work: Callable[[int], Any], n_threads: int) -> list[Any]:
 
 
 if hasattr(os, "register_at_fork"):
-    # a process has but one thread when it begins
+    # a forked process has a single thread
     os.register_at_fork(after_in_child=helpers.cache_clear)
 
-# tries to see the others arrive, some microseconds, before a thread offers its core to somebody else
-TRIES = 10_000
+# some microseconds of spinning before a thread yields its core
+MAX_SPINS = 10_000
 
-# of the system, where there is one of that name
-offer_core = types.ExternalFunction("sched_yield", types.int32())
+# POSIX only
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 CAN_MEET = hasattr(os, "sched_yield")
 
 
 @intrinsic
-def count_up(_context, counter):  # type: ignore[no-untyped-def]
-    """Add 1 to the first number of an array, which other threads may do just now; returns what it was."""
+def fetch_add(_context, counter):  # type: ignore[no-untyped-def]
+    """Atomically add 1 to the first element of an int64 array; returns the old value."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -55,8 +55,8 @@ def count_up(_context, counter):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def counted(_context, counter):  # type: ignore[no-untyped-def]
-    """The first number of an array as other threads have left it, and all that they wrote before it."""
+def load_acquire(_context, counter):  # type: ignore[no-untyped-def]
+    """The first element of an array, loaded with acquire ordering."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -67,15 +67,15 @@ def counted(_context, counter):  # type: ignore[no-untyped-def]
 
 @numba_jit.jit
 def barrier(counter: Any, size: int) -> None:
-    """Wait until `size` threads are here, and with that many for the next time.
+    """Wait until `size` threads have arrived; reusable with the same number of threads.
 
-    `counter` begins as two zeros. Where the second is no more, somebody will not come: nobody waits.
+    `counter` starts as two zeros. A nonzero second element (a thread failed) releases all threads.
     """
     if size == 1:
         return
-    everybody = (count_up(counter) // size + 1) * size
-    tries = 0
-    while counted(counter) < everybody and counter[1] == 0:
-        tries += 1
-        if tries > TRIES:
-            offer_core()
+    target = (fetch_add(counter) // size + 1) * size
+    spins = 0
+    while load_acquire(counter) < target and counter[1] == 0:
+        spins += 1
+        if spins > MAX_SPINS:
+            sched_yield()

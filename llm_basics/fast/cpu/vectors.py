@@ -1,6 +1,6 @@
-"""Products, norms and activations of one row of numbers, as loops that a compiler vectorizes.
+"""Vector kernels: products, norms, activations, attention and argmax of one row of float32.
 
-It does so where a loop has no call and its sum may be taken in any order; hence an `exp` of our own.
+LLVM vectorizes loops without calls whose sums may be reordered (`numba_jit.summing`); hence a custom `exp`.
 """
 
 import math
@@ -9,38 +9,38 @@ import numpy as np
 
 from llm_basics.fast import numba_jit
 
-# kinds of feed-forward network, as a model's config has them
+# kinds of feed-forward network, by their names in the config
 SWIGLU, GELU, GELU_TANH, RELU2, SILU = range(5)
 FFN = {"swiglu": SWIGLU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2, "silu": SILU}
 
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 ROOT_HALF, TWO_ROOT_2_PI = np.float32(math.sqrt(0.5)), np.float32(2 * math.sqrt(2 / math.pi))
 
-# beyond these, e^x is no ordinary float32; of the lowest, and what is below, `exp` makes 0
-LOWEST, HIGHEST = np.float32(-88), np.float32(88)
+# outside this range e^x is not a normal float32; `exp` returns 0 up to the minimum
+MIN_EXPONENT, MAX_EXPONENT = np.float32(-88), np.float32(88)
 LOG2_E = np.float32(math.log2(math.e))
-# ln 2 in two numbers, the first of so few digits that its multiples are exact (Cody and Waite 1980)
-LN_2, REST_OF_LN_2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+# ln 2 as a sum whose first term has exact multiples (Cody and Waite 1980)
+LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
 TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(2, 8))
 
-# of a matrix whose sums are taken side by side
+# rows of a matrix whose sums are computed together
 ROWS = 4
 
-# closer to the highest score than this, another may be its equal once both are probabilities
-NEAR = np.float32(1e-5)
+# a score this close to the maximum may round to the same probability
+TIE_TOLERANCE = np.float32(1e-5)
 
-ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
-# of a vector rounded to 16 bits
-LENGTH = np.float32(32_000)
-COMPARED_AT_A_TIME = 64
+ABS_MASK = np.int32(0x7FFFFFFF)
+# the norm of a vector quantized to 16 bits
+QUANTIZED_NORM = np.float32(32_000)
+BLOCK = 64
 
 
 @numba_jit.inlined
 def exp(x: float) -> float:
-    """`e^x = 2^n e^r`, n whole and r within ln 2 / 2 of 0: the exponent of a float32, and a short sum."""
-    x = min(max(x, LOWEST), HIGHEST)
+    """`e^x = 2^n e^r` with integer n and |r| <= ln 2 / 2: exponent bits times a Taylor polynomial."""
+    x = min(max(x, MIN_EXPONENT), MAX_EXPONENT)
     n = np.floor(x * LOG2_E + HALF)
-    r = x - n * LN_2 - n * REST_OF_LN_2
+    r = x - n * LN_2_HIGH - n * LN_2_LOW
     a, b, c, d, e, f = TAYLOR
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return power * (ONE + r + r * r * (a + r * (b + r * (c + r * (d + r * (e + r * f))))))
@@ -56,10 +56,10 @@ def sigmoid(x: float) -> float:
 def multiply(
     matrix: np.ndarray, x: np.ndarray, n: int, bias: np.ndarray, out: np.ndarray, start: int, end: int
 ) -> None:
-    """`out = matrix x + bias` of the first `n` rows of `x`, for some rows of the matrix.
+    """`out = matrix x + bias` of the first `n` rows of `x`, for rows `start` to `end` of the matrix.
 
-    `matrix` is its address, and that of its rows' scales or 0. With several `x`, the numbers of the matrix
-    are fetched once for four of them; room beyond `n` may be worked on in vain.
+    `matrix` is the address of the weights and that of the rows' scales (8 bits) or 0. Four rows of `x` share
+    each load of the matrix; rows of `out` beyond `n` may be overwritten.
     """
     if matrix[1]:
         multiply_bytes(matrix, x[0], bias, out[0], start, end)
@@ -72,9 +72,9 @@ def multiply(
 
 @numba_jit.summing
 def multiply_one(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int) -> None:
-    """Four rows at a time: each number of `x` is fetched once for them.
+    """Four rows at a time, which share each load of `x`.
 
-    The last four may be some of those before again: so equal rows have equal sums, wherever they stand.
+    The last four may overlap those before, so that equal rows have equal sums wherever they are.
     """
     n = len(x)
     weight = numba_jit.array(matrix, (len(out), n))
@@ -114,38 +114,38 @@ def multiply_four(
 def multiply_bytes(
     matrix: np.ndarray, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int
 ) -> None:
-    """Sums of whole numbers, four rows at a time, then scaled: `x` is rounded too, to 16 bits.
+    """`multiply` with int8 weights and `x` quantized to int16, four rows at a time.
 
-    Its length becomes LENGTH, so that no product with a row is beyond 32 bits (Cauchy and Schwarz).
+    `x` is scaled to the norm QUANTIZED_NORM, so that int32 sums cannot overflow (Cauchy-Schwarz).
     """
     square = ZERO
     for i in range(len(x)):
         square += x[i] * x[i]
-    unit = np.float32(math.sqrt(square)) / LENGTH
+    unit = np.float32(math.sqrt(square)) / QUANTIZED_NORM
     steps = ONE / unit if unit > ZERO else ZERO
-    whole = np.zeros(padded(len(x)), np.int16)
+    quantized = np.zeros(padded(len(x)), np.int16)
     for i in range(len(x)):
-        whole[i] = np.int16(np.rint(x[i] * steps))
-    stride, scale = len(whole), numba_jit.array(matrix[1], (len(out),))
+        quantized[i] = np.int16(np.rint(x[i] * steps))
+    stride, scale = len(quantized), numba_jit.array(matrix[1], (len(out),))
     for row in range(start, end, 4):
         rows = matrix[0] + row * stride
-        # the last four may go beyond the end: there is room for them
-        sums = numba_jit.four_sums(rows, stride, whole.ctypes.data)
+        # the last four may pass the end, where the matrix is padded
+        sums = numba_jit.four_sums(rows, stride, quantized.ctypes.data)
         for i in range(min(4, end - row)):
             out[row + i] = np.float32(sums[i]) * (unit * scale[row + i]) + bias[row + i]
 
 
 @numba_jit.summing
 def round_rows(matrix: int, n: int, out: np.ndarray, scale: np.ndarray) -> None:
-    """Each row of `n` numbers as a scale and whole numbers of 8 bits, the largest 127 or -127."""
+    """Quantize each row of `n` elements to int8 with one scale, so that the largest is 127 or -127."""
     weight = numba_jit.array(matrix, (len(scale), n))
     for row in range(len(scale)):
-        # of numbers without their sign, the order is that of their bits; a maximum of those is found sooner
-        bits, most = weight[row].view(np.int32), np.int32(0)
+        # absolute values are ordered as their bits, and an integer maximum is faster
+        bits, max_bits = weight[row].view(np.int32), np.int32(0)
         for i in range(n):
-            size = np.int32(bits[i] & ALL_BUT_SIGN)
-            most = size if size > most else most
-        largest = np.int32(most).view(np.float32)
+            magnitude = np.int32(bits[i] & ABS_MASK)
+            max_bits = magnitude if magnitude > max_bits else max_bits
+        largest = np.int32(max_bits).view(np.float32)
         scale[row] = largest / np.float32(127)
         steps = np.float32(127) / largest if largest > ZERO else ZERO
         for i in range(n):
@@ -154,7 +154,7 @@ def round_rows(matrix: int, n: int, out: np.ndarray, scale: np.ndarray) -> None:
 
 @numba_jit.jit
 def padded(n: int) -> int:
-    """The next multiple of how many numbers `machine.four_sums` takes at a time."""
+    """The next multiple of BYTES_AT_ONCE, as `numba_jit.four_sums` requires."""
     return -(-n // numba_jit.BYTES_AT_ONCE) * numba_jit.BYTES_AT_ONCE
 
 
@@ -162,7 +162,7 @@ def padded(n: int) -> int:
 def normalize(
     x: np.ndarray, gain: np.ndarray, bias: np.ndarray, eps: float, is_layer_norm: bool, out: np.ndarray
 ) -> None:
-    """`(x - mean) / sqrt(mean square + eps) * gain + bias`; for RMSNorm the mean is left where it is."""
+    """`(x - mean) / sqrt(variance + eps) * gain + bias`, with mean = 0 for RMSNorm."""
     n = np.float32(len(x))
     mean = square = ZERO
     if is_layer_norm:
@@ -178,7 +178,7 @@ def normalize(
 
 @numba_jit.summing
 def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
-    """Apply a feed-forward network's activation in place; swiglu's gates let `gated` through."""
+    """Apply a feed-forward network's activation to `hidden` in place; SwiGLU multiplies by `gated`."""
     if kind == SWIGLU:
         for i in range(len(hidden)):
             hidden[i] *= sigmoid(hidden[i]) * gated[i]
@@ -192,7 +192,7 @@ def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
         for i in range(len(hidden)):
             hidden[i] *= HALF * (ONE + math.erf(hidden[i] * ROOT_HALF))
     else:
-        # the tanh form: (1 + tanh(u)) / 2 is sigmoid(2 u)
+        # tanh form: (1 + tanh(u)) / 2 = sigmoid(2 u)
         for i in range(len(hidden)):
             h = hidden[i]
             hidden[i] = h * sigmoid(TWO_ROOT_2_PI * (h + np.float32(0.044715) * h * h * h))
@@ -200,23 +200,23 @@ def activate(kind: int, hidden: np.ndarray, gated: np.ndarray) -> None:
 
 @numba_jit.summing
 def highest(logits: np.ndarray) -> int:
-    """The token of the highest score, the first of equals; 0 where there is none.
+    """The index of the first maximum; 0 if there is none.
 
-    A few at a time are compared with the highest before, side by side; one by one only where one is higher.
+    A block is compared with the maximum so far in vectors, and element by element only if one is higher.
 
     >>> highest(np.array([1.0, 3.0, 3.0], np.float32))
     1
     """
-    top, first = np.float32(-np.inf), 0
-    for start in range(0, len(logits), COMPARED_AT_A_TIME):
-        some = logits[start : start + COMPARED_AT_A_TIME]
+    maximum, first = np.float32(-np.inf), 0
+    for start in range(0, len(logits), BLOCK):
+        block = logits[start : start + BLOCK]
         n_higher = 0
-        for i in range(len(some)):
-            n_higher += some[i] > top
+        for i in range(len(block)):
+            n_higher += block[i] > maximum
         if n_higher:
-            for i in range(len(some)):
-                if some[i] > top:
-                    top, first = some[i], start + i
+            for i in range(len(block)):
+                if block[i] > maximum:
+                    maximum, first = block[i], start + i
     return first
 
 
@@ -224,13 +224,13 @@ def highest(logits: np.ndarray) -> int:
 def weighted_sum(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, scores: np.ndarray, out: np.ndarray
 ) -> None:
-    """`softmax(q K^T / sqrt(d_head)) V` over as many tokens as there is room for scores."""
-    # whole vectors of four tokens at once, then what is left
-    n, width, top, total = len(scores), len(q), np.float32(-np.inf), ZERO
+    """`softmax(q K^T / sqrt(d_head)) V` over the first `len(scores)` tokens."""
+    # four tokens at once, then the rest
+    n, width, maximum, total = len(scores), len(q), np.float32(-np.inf), ZERO
     n_whole = n - n % 4 if width % numba_jit.FLOATS_AT_ONCE == 0 else 0
     for token in range(0, n_whole, 4):
         four = numba_jit.four_products(keys[token].ctypes.data, width, q.ctypes.data)
-        top = max(top, max(max(four[0], four[1]), max(four[2], four[3])))
+        maximum = max(maximum, max(max(four[0], four[1]), max(four[2], four[3])))
         for i in range(4):
             scores[token + i] = four[i]
     for token in range(n_whole, n):
@@ -238,16 +238,16 @@ def weighted_sum(
         for i in range(width):
             a += q[i] * keys[token, i]
         scores[token] = a
-        top = max(top, a)
+        maximum = max(maximum, a)
     scale = ONE / np.float32(math.sqrt(width))
     for token in range(n):
-        scores[token] = exp((scores[token] - top) * scale)
+        scores[token] = exp((scores[token] - maximum) * scale)
         total += scores[token]
     out[:] = ZERO
     for start in range(0, width if n_whole else 0, numba_jit.FLOATS_AT_ONCE):
-        some = numba_jit.weighted_sum(values[0, start:].ctypes.data, width, n_whole, scores.ctypes.data)
+        block = numba_jit.weighted_sum(values[0, start:].ctypes.data, width, n_whole, scores.ctypes.data)
         for i in range(numba_jit.FLOATS_AT_ONCE):
-            out[start + i] = some[i]
+            out[start + i] = block[i]
     for token in range(n_whole, n):
         for i in range(width):
             out[i] += scores[token] * values[token, i]
@@ -257,14 +257,14 @@ def weighted_sum(
 
 @numba_jit.summing
 def likeliest(logits: np.ndarray) -> int:
-    """The token of the highest score; -1 if others are so near that rounding decides, or if any is no number.
+    """The index of the maximum; -1 if rounding could decide between near ties, or if any score is not finite.
 
     >>> likeliest(np.array([1.0, 3.0, 2.0], np.float32)), likeliest(np.ones(2, np.float32))
     (1, -1)
     """
     first = highest(logits)
-    n_near, nothing = 0, ZERO
+    n_tied, nan_check = 0, ZERO
     for token in range(len(logits)):
-        n_near += logits[first] - logits[token] < NEAR
-        nothing += logits[token] * ZERO
-    return first if n_near == 1 and nothing == ZERO else -1
+        n_tied += logits[first] - logits[token] < TIE_TOLERANCE
+        nan_check += logits[token] * ZERO
+    return first if n_tied == 1 and nan_check == ZERO else -1

@@ -1,6 +1,6 @@
-"""A model's weights as arrays for `decoding`, and which models it can read.
+"""A model's weights as arrays for `decode`, and the check that the kernels support the model.
 
-Modules, parameters and config are checked: what is not known here is not guessed.
+Modules, parameters and config must all be known; anything else falls back to the reference.
 """
 
 import functools
@@ -18,15 +18,15 @@ from llm_basics.core import model as models
 from llm_basics.fast import layers as fast_layers
 from llm_basics.fast.cpu import decode, vectors
 
-# options of the model's config; of others only nothing (None, False, 0, "") is understood
-OPTIONS = set(
+# options of the model's config; any other option must be unset (None, False, 0, "")
+SUPPORTED_OPTIONS = set(
     "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff norm norm_eps norm_placement "
     "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init vocab_multiple".split()
 )
-VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
+SUPPORTED_VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
 
-# parameters and buffers, those of blocks without the number
-NAMES = set(
+# parameters and buffers; those of blocks without `layers.N.`
+SUPPORTED_NAMES = set(
     "token_embeddings.weight position_embeddings.weight lm_head.weight lm_head.bias ln_final.weight "
     "ln_final.bias ln1.weight ln1.bias ln2.weight ln2.bias attn.q_proj.weight attn.q_proj.bias "
     "attn.k_proj.weight attn.k_proj.bias attn.v_proj.weight attn.v_proj.bias attn.output_proj.weight "
@@ -34,66 +34,66 @@ NAMES = set(
     "ffn.w1.weight ffn.w1.bias ffn.w2.weight ffn.w2.bias ffn.w3.weight".split()
 )
 
-# the modules whose layers are known; fast layers have the parameters of their references
+# modules with supported layers; fast layers have the same parameters as the reference
 FAST_PACKAGE = fast_layers.__name__.removesuffix("layers")
 LAYER_MODULES = {models.__name__, layers.__name__, fast_layers.__name__}
 
-# what a model calls, and the loops do not
+# functions that a model calls and the kernels replace
 FUNCTIONS = (
     "linear embedding softmax silu gelu relu2 swiglu rms_norm layer_norm rope_tables apply_rope "
     "causal_mask scaled_dot_product_attention"
 ).split()
 
 
-def unknown_part(model: models.TransformerLM) -> str:
-    """What of a model is not the reference's, or not known here; "" if all is."""
+def unsupported_part(model: models.TransformerLM) -> str:
+    """The first part of a model that is user code or unsupported; "" if there is none."""
     for name, module in model.named_modules():
         kind = type(module)
         if kind is not nn.ModuleList and kind.__module__ not in LAYER_MODULES:
             return f"{name or 'the model'} is a {kind.__name__} of {user_code.origin(kind)}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the model'} does more than a {kind.__name__} does"
+            return f"{name or 'the model'} has hooks or an instance attribute `forward`"
     for name in FUNCTIONS:
         module = getattr(F, name).__module__
         if module != F.__name__ and not module.startswith(FAST_PACKAGE):
             return f"{name} is of {user_code.origin(getattr(F, name))}"
     for option, value in vars(model.config).items():
-        if (option not in OPTIONS and value) or value not in VALUES.get(option, [value]):
+        if (option not in SUPPORTED_OPTIONS and value) or value not in SUPPORTED_VALUES.get(option, [value]):
             return f"the model's {option} is {value}"
     return ""
 
 
 def supports(model: models.TransformerLM) -> str:
-    """Why neither loops nor graph can read a model; "" if one can: a graph on CUDA, else the loops."""
-    if reason := unknown_part(model):
+    """Why neither the CPU kernels nor the CUDA graph support a model; "" if one of them does."""
+    if reason := unsupported_part(model):
         return reason
-    # of each module its own, since a walk for parameters and one for buffers would take longer than a token
+    # one walk over modules: named_parameters and named_buffers would take longer than decoding a token
     for name, tensor in [
-        (f"{place}.{name}", tensor)
-        for place, module in model.named_modules()
+        (f"{module_name}.{name}", tensor)
+        for module_name, module in model.named_modules()
         for name, tensor in (module._parameters | module._buffers).items()
         if tensor is not None
     ]:
-        if not _is_known(name):
+        if not _is_supported(name):
             return f"the model has {name}"
         if tensor.device.type == "cuda":
             continue
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         if not tensor.is_contiguous():
-            return f"the numbers of {name} do not lie in a row"
-    return "half precision is asked for" if torch.is_autocast_enabled("cpu") else ""
+            return f"{name} is not contiguous"
+    return "autocast is enabled" if torch.is_autocast_enabled("cpu") else ""
 
 
 @functools.cache
-def _is_known(name: str) -> bool:
-    """Whether a parameter or buffer of this name is understood."""
-    of_block = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return of_block in NAMES
+def _is_supported(name: str) -> bool:
+    """Whether a parameter or buffer of this name is supported."""
+    block_name = name.split(".", 2)[2] if name.startswith("layers.") else name
+    return block_name in SUPPORTED_NAMES
 
 
 def shape_of(model: models.TransformerLM) -> decode.Shape:
-    """What the model's config decides, in numbers."""
+    """The options of the model's config as numbers."""
     c = model.config
     return decode.Shape(
         vocab_size=c.vocab_size,
@@ -108,12 +108,9 @@ def shape_of(model: models.TransformerLM) -> decode.Shape:
 
 
 def weights_of(model: models.TransformerLM) -> decode.Weights:
-    """Where the weights are, and copies of the small ones as they are now.
-
-    What the model does without is there too, with the value that changes nothing.
-    """
+    """Addresses of the matrices, and copies of the current vectors; neutral values for absent parts."""
     c = model.config
-    # a ModuleList does not say of what
+    # a ModuleList is not generic
     blocks: list[Any] = list(model.layers)
     attention, ffn = [block.attn for block in blocks], [block.ffn for block in blocks]
     positions = (c.context_length, c.d_head // 2)
@@ -155,28 +152,28 @@ def weights_of(model: models.TransformerLM) -> decode.Weights:
 
 
 def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_members: int) -> list[decode.State]:
-    """Room to work in, beside keys and values of all blocks as (block, head, position, feature).
+    """A State for each member of a team; `keys` and `values` are (block, head, position, feature).
 
-    Members of a team share what each makes a part of, and have the rest for themselves.
+    Arrays that members write in parts are shared, the others private.
     """
-    parts = {
+    shared_like = {
         "added": w.ln_final,
         "q": w.q_bias[0],
         "k": w.k_bias[0],
         "v": w.v_bias[0],
-        "mixed": w.q_bias[0],
+        "head_output": w.q_bias[0],
         "hidden": w.up_bias[0],
         "gated": w.up_bias[0],
         "logits": w.lm_head_bias,
     }
-    own = {"x": w.ln_final, "seen": w.ln_final}
-    shared = {name: _room(like) for name, like in parts.items()}
+    private = {"x": w.ln_final, "normed": w.ln_final}
+    shared = {name: _buffer(like) for name, like in shared_like.items()}
     return [
         decode.State(
             keys,
             values,
             **shared,
-            **{name: _room(like) for name, like in own.items()},
+            **{name: _buffer(like) for name, like in private.items()},
             scores=np.zeros(keys.shape[2], np.float32),
             tokens=np.zeros(decode.AT_A_TIME, np.int64),
         )
@@ -184,24 +181,24 @@ def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_member
     ]
 
 
-def _room(like: np.ndarray) -> np.ndarray:
+def _buffer(like: np.ndarray) -> np.ndarray:
     return np.zeros((decode.AT_A_TIME, len(like)), np.float32)
 
 
 def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
-    """The same weights with all matrices in 8 bits, and what their addresses are of, to be kept."""
-    kept = []
+    """The weights with int8 matrices, and the arrays to keep alive."""
+    buffers = []
 
     def rounded_matrices(matrices: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
-        found = np.empty_like(matrices)
+        addresses = np.empty_like(matrices)
         for i, (address, _) in enumerate(matrices):
-            # a multiple of four rows
+            # rows padded to a multiple of four
             numbers = np.zeros((-(-d_out // 4) * 4, vectors.padded(d_in)), np.int8)
             scales = np.empty(d_out, np.float32)
             vectors.round_rows(address, d_in, numbers, scales)
-            kept.extend([numbers, scales])
-            found[i] = numbers.ctypes.data, scales.ctypes.data
-        return found
+            buffers.extend([numbers, scales])
+            addresses[i] = numbers.ctypes.data, scales.ctypes.data
+        return addresses
 
     d_model, d_hidden = len(w.ln_final), len(w.up_bias[0])
     sizes = {
@@ -215,16 +212,16 @@ def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
         "lm_head": (len(w.lm_head_bias), d_model),
     }
     matrices = {name: rounded_matrices(getattr(w, name), *size) for name, size in sizes.items()}
-    return w._replace(**matrices), kept
+    return w._replace(**matrices), buffers
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """The numbers of a tensor where they are."""
+    """A NumPy view of a tensor."""
     return tensor.detach().numpy()
 
 
 def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
-    """The addresses of weights without scales, which have the size that the loops will take them for."""
+    """Addresses of float32 weights, after a check of their shapes."""
     for linear in linears:
         assert linear.weight.shape == (d_out, d_in), (linear, d_out, d_in)
     return np.array([(linear.weight.data_ptr(), 0) for linear in linears], np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Blocks of queries and keys in causal attention: which are seen whole, in part or not at all.
+"""Causal masks by blocks of queries and keys: visible in full, in part or not at all.
 
 For 4 queries a block and 2 keys a block:
 
@@ -7,9 +7,9 @@ For 4 queries a block and 2 keys a block:
     query 5           x x   x x   x x
     query 6           x x   x x   x x   x
     query 7           x x   x x   x x   x x
-                      whole       on the edge
+                      full        on the diagonal
 
-Only blocks on the edge need a mask. What lies beyond is never loaded.
+Only blocks on the diagonal (ON_EDGE) need a mask; blocks above it are never loaded.
 """
 
 from triton import language as tl
@@ -21,7 +21,7 @@ from llm_basics.fast.cuda import triton_jit
 def sees(
     queries: triton_jit.Tile, keys: triton_jit.Tile, n_keys: triton_jit.Number, IS_CAUSAL: tl.constexpr
 ) -> triton_jit.Tile:
-    """Which queries see which keys: those that exist and, if causal, do not come later."""
+    """The mask of queries and keys: keys that exist and, if causal, do not come after the query."""
     seen = keys < n_keys
     if IS_CAUSAL:
         seen = seen & (keys <= queries)
@@ -37,7 +37,7 @@ def key_range(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> tuple[triton_jit.Number, triton_jit.Number]:
-    """The keys in blocks that a block of queries sees whole; or those that follow, up to the last seen."""
+    """The range of keys in blocks fully visible to a block of queries; or those on the diagonal."""
     whole, end = n_keys, n_keys
     if IS_CAUSAL:
         whole = tl.minimum(first_query + 1, n_keys)
@@ -59,7 +59,7 @@ def query_range(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> tuple[triton_jit.Number, triton_jit.Number]:
-    """The queries in blocks that see a block of keys whole; or those before, from the first that sees any."""
+    """The range of queries in blocks to which a block of keys is fully visible; or those on the diagonal."""
     begin, whole = 0, 0
     if IS_CAUSAL:
         begin = first_key // QUERIES * QUERIES
@@ -75,7 +75,7 @@ def query_range(
 def first_block_first(
     n_rows: triton_jit.Number, ROWS: tl.constexpr
 ) -> tuple[triton_jit.Number, triton_jit.Number]:
-    """The head and the first row that this program works on: one head after the other, for the cache."""
+    """The head and the first row of this program; head by head, for the cache."""
     n_blocks = tl.cdiv(n_rows, ROWS)
     # 64 bits: all heads together may have more than 2^31 elements, one has less
     return (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks * ROWS
@@ -85,7 +85,7 @@ def first_block_first(
 def last_block_first(
     n_rows: triton_jit.Number, ROWS: tl.constexpr
 ) -> tuple[triton_jit.Number, triton_jit.Number]:
-    """The same from the other end: the last queries see most, and what takes longest should begin first."""
+    """`first_block_first` in reverse: the last queries see most keys, and the longest work starts first."""
     head, first_row = first_block_first(n_rows, ROWS)
     return head, (tl.cdiv(n_rows, ROWS) - 1) * ROWS - first_row
 
@@ -98,7 +98,7 @@ def rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tuple[triton_jit.Tile, triton_jit.Tile, triton_jit.Tile]:
-    """The numbers of a block's rows, where their elements are in their head, and which of these exist."""
+    """The indices of a block's rows, the offsets of their elements in the head, and the mask of those."""
     rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (rows < n_rows)[:, None] & (columns < D_HEAD)[None, :]
     return rows, rows[:, None] * D_HEAD + columns[None, :], inside

@@ -1,9 +1,8 @@
-"""One token through a model in tensors of fixed shapes, which a CUDA graph can record.
+"""Decodes one token with static shapes, recorded as a CUDA graph.
 
-A small model on a GPU spends its time starting kernels; a graph starts all of them at once, but repeats what
-was recorded. So the position is a number on the device. Most models are read by five kernels a block
-(`triton_decoding`), which choose the likeliest token too; others as written, with attention to the whole
-cache through a mask.
+A small model on a GPU is bound by kernel launches. A graph launches all of them at once but only replays, so
+the position is a tensor on the device. Most models use five Triton kernels per block (`cuda.decode`), which
+also choose the greedy token; others use their modules, with masked attention over the whole cache.
 """
 
 import itertools
@@ -20,12 +19,12 @@ from llm_basics.core import layers
 from llm_basics.core import model as models
 from llm_basics.fast.cuda import availability
 
-# tokens that are asked for at once
-AT_ONCE = 16
+# greedy tokens decoded per synchronization
+TOKENS_PER_SYNC = 16
 
 
 class StaticStep:
-    """Reads a text token by token, on CUDA by replaying a graph of the first token's work."""
+    """Decodes a text token by token, on CUDA by replaying a graph recorded at the first token."""
 
     def __init__(self, model: models.TransformerLM) -> None:
         self.model = model
@@ -36,20 +35,22 @@ class StaticStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         c = model.config
         self.kernels = kernels_for(model)
-        # what kernels leave for each other, and the tokens that they choose, by position
-        self.x, self.queries, self.mixed = (torch.empty(c.d_model, device=self.device) for _ in range(3))
+        # activations of the kernels, and the greedy tokens by position
+        self.x, self.queries, self.head_outputs = (
+            torch.empty(c.d_model, device=self.device) for _ in range(3)
+        )
         self.hidden = torch.empty(c.d_hidden, device=self.device)
         self.logits = torch.empty(c.vocab_size, device=self.device)
-        self.written = torch.full((c.context_length + 1,), -1, device=self.device)
+        self.generated = torch.full((c.context_length + 1,), -1, device=self.device)
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor) -> Float[Tensor, " vocab"]:
-        """The scores of the token that follows a whole prompt."""
+        """The logits after a prompt."""
         return self.model(tokens[None], caches=self.caches)[0, -1]
 
     @torch.no_grad()
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
-        """The scores of the token that follows `token`, in memory that the next call writes to again."""
+        """The logits after `token`, in a buffer that the next call overwrites."""
         self.token.fill_(token)
         self.position.fill_(position)
         self._run()
@@ -57,23 +58,23 @@ class StaticStep:
 
     @torch.no_grad()
     def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
-        """Up to `n` tokens that follow `token`, each the likeliest; none where kernels do not choose."""
+        """Up to `n` greedy tokens after `token`, before any near tie; none without Triton kernels."""
         if self.kernels is None:
             return []
-        n = min(n, AT_ONCE)
+        n = min(n, TOKENS_PER_SYNC)
         self.token.fill_(token)
         self.position.fill_(position)
         for _ in range(n):
             self._run()
-        found = self.written[position + 1 : position + 1 + n].tolist()
-        return list(itertools.takewhile(lambda token: token >= 0, found))
+        tokens = self.generated[position + 1 : position + 1 + n].tolist()
+        return list(itertools.takewhile(lambda token: token >= 0, tokens))
 
     def _run(self) -> None:
-        """Read the token, and leave the scores of the next in `self.logits`."""
+        """Decode `self.token`, and write the next token's logits to `self.logits`."""
         if self.device.type != "cuda":
             self.logits = self.step()
             return
-        # which need not be the current one
+        # the model's device need not be the current one
         with torch.cuda.device(self.device):
             if self.graph is None:
                 self._record()
@@ -81,10 +82,10 @@ class StaticStep:
             self.graph.replay()
 
     def _record(self) -> None:
-        # a step by kernels puts the next token in the place of this one
+        # kernels overwrite token and position by the next ones
         token, position = self.token.clone(), self.position.clone()
-        # libraries make their choices in the first calls, on a stream of their own as torch's manual asks;
-        # each writes the same keys and values to the same position
+        # warmup on a side stream, as torch's documentation requires: libraries select algorithms; each step
+        # writes the same keys and values to the same position
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -98,22 +99,21 @@ class StaticStep:
             self.logits = self.step()
 
     def step(self) -> Float[Tensor, " vocab"]:
-        """`model.forward` for the one token at the one position; by kernels, the likeliest of the next tokens
-        then stands in the place of this one, and in `self.written`."""
-        return self._as_written() if self.kernels is None else self._by_kernels(self.kernels)
+        """The logits after `self.token` at `self.position`; kernels then replace both by the greedy next."""
+        return self._step_by_modules() if self.kernels is None else self._step_by_kernels(self.kernels)
 
-    # -- by kernels -------------------------------------------------------------------------------
+    # -- Triton kernels ---------------------------------------------------------------------------
 
-    def _by_kernels(self, kernels: types.ModuleType) -> Float[Tensor, " vocab"]:
+    def _step_by_kernels(self, kernels: types.ModuleType) -> Float[Tensor, " vocab"]:
         model, x, eps = self.model, self.x, self.model.config.norm_eps
-        learned = model.position_embeddings
-        positions = None if learned is None else learned.weight
+        positions_module = model.position_embeddings
+        positions = None if positions_module is None else positions_module.weight
         kernels.embed(self.token, self.position, model.token_embeddings.weight, positions, x)
         blocks: Any = model.layers
         for block, cache in zip(blocks, self.caches, strict=True):
-            attn, ffn, norm = block.attn, block.ffn, norm_of(kernels, block.ln2, eps)
+            attn, ffn, norm = block.attn, block.ffn, kernel_norm(kernels, block.ln2, eps)
             heads = kernels.Heads(
-                norm_of(kernels, block.ln1, eps),
+                kernel_norm(kernels, block.ln1, eps),
                 tuple(kernels.Projection(p.weight, p.bias) for p in (attn.q_proj, attn.k_proj, attn.v_proj)),
                 None if attn.q_norm is None else (attn.q_norm.weight, attn.k_norm.weight),
                 None if attn.rope is None else (attn.rope.cos, attn.rope.sin),
@@ -121,23 +121,23 @@ class StaticStep:
                 cache.values[0],
             )
             kernels.project_heads(x, self.position, heads, self.queries)
-            kernels.attend(self.queries, self.position, heads, self.mixed)
-            back = kernels.Projection(attn.output_proj.weight, attn.output_proj.bias)
-            kernels.project(self.mixed, back, x, is_added=True)
-            into, back = (kernels.Projection(p.weight, p.bias) for p in (ffn.w1, ffn.w2))
+            kernels.attend(self.queries, self.position, heads, self.head_outputs)
+            down = kernels.Projection(attn.output_proj.weight, attn.output_proj.bias)
+            kernels.project(self.head_outputs, down, x, is_added=True)
+            into, down = (kernels.Projection(p.weight, p.bias) for p in (ffn.w1, ffn.w2))
             if isinstance(ffn, layers.SwiGLU):
                 kernels.project(x, into, self.hidden, norm, "swiglu", gate=ffn.w3.weight)
             else:
                 kernels.project(x, into, self.hidden, norm, ffn.activation)
-            kernels.project(self.hidden, back, x, is_added=True)
+            kernels.project(self.hidden, down, x, is_added=True)
         head = kernels.Projection(model.lm_head.weight, model.lm_head.bias)
-        kernels.project(x, head, self.logits, norm_of(kernels, model.ln_final, eps))
-        kernels.choose(self.logits, self.token, self.position, self.written)
+        kernels.project(x, head, self.logits, kernel_norm(kernels, model.ln_final, eps))
+        kernels.choose(self.logits, self.token, self.position, self.generated)
         return self.logits
 
-    # -- as written -------------------------------------------------------------------------------
+    # -- the model's modules ----------------------------------------------------------------------
 
-    def _as_written(self) -> Float[Tensor, " vocab"]:
+    def _step_by_modules(self) -> Float[Tensor, " vocab"]:
         model = self.model
         x = model.token_embeddings(self.token)
         if model.position_embeddings is not None:
@@ -160,7 +160,7 @@ class StaticStep:
         cache: layers.KVCache,
         is_past: Bool[Tensor, " keys"],
     ) -> Float[Tensor, "1 d_model"]:
-        """`attn.forward` over the whole cache, of which only the past counts."""
+        """`attn.forward` over the whole cache, masked to the past."""
         q, k, v = (
             rearrange(projected, "seq (heads d_head) -> heads seq d_head", d_head=attn.d_head)
             for projected in (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
@@ -174,30 +174,30 @@ class StaticStep:
         group = attn.n_heads // attn.n_kv_heads
         all_keys = repeat(cache.keys[0], "heads keys d_head -> (heads group) keys d_head", group=group)
         all_values = repeat(cache.values[0], "heads keys d_head -> (heads group) keys d_head", group=group)
-        mixed = F.scaled_dot_product_attention(q, all_keys, all_values, is_past[None])
-        return attn.output_proj(rearrange(mixed, "heads seq d_head -> seq (heads d_head)"))
+        head_outputs = F.scaled_dot_product_attention(q, all_keys, all_values, is_past[None])
+        return attn.output_proj(rearrange(head_outputs, "heads seq d_head -> seq (heads d_head)"))
 
 
 def kernels_for(model: models.TransformerLM) -> types.ModuleType | None:
-    """The kernels that can read a model that `weights` knows; None if there are none."""
+    """The Triton kernels for a model that `weights.supports`; None if they do not support it."""
     device = model.lm_head.weight.device
-    if device.type != "cuda" or not has_kernels(model) or not availability.has_triton(device):
+    if device.type != "cuda" or not is_supported(model) or not availability.has_triton(device):
         return None
     from llm_basics.fast.cuda import decode  # only where Triton is installed
 
     return decode
 
 
-def has_kernels(model: models.TransformerLM) -> bool:
-    """Whether there are kernels for all that the model does, and for what its weights are."""
+def is_supported(model: models.TransformerLM) -> bool:
+    """Whether the kernels support the model's config and weights."""
     c, parameters = model.config, list(model.parameters())
-    is_plain = c.norm_placement == "pre" and c.d_head % 2 == 0
-    are_plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-    return is_plain and are_plain and len({p.device for p in parameters}) == 1
+    has_supported_config = c.norm_placement == "pre" and c.d_head % 2 == 0
+    has_supported_weights = all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return has_supported_config and has_supported_weights and len({p.device for p in parameters}) == 1
 
 
-def norm_of(kernels: types.ModuleType, norm: nn.Module, eps: float) -> tuple:
-    """What kernels are told of a norm; `eps` is for the heads where there is none."""
+def kernel_norm(kernels: types.ModuleType, norm: nn.Module, eps: float) -> tuple:
+    """The kernels' description of a norm; `eps` is for the heads if the norm is nn.Identity."""
     if isinstance(norm, nn.Identity):
         return kernels.Norm("none", None, None, eps)
     assert isinstance(norm, layers.RMSNorm | layers.LayerNorm), f"the norm is a {type(norm)}"

@@ -1,13 +1,13 @@
-"""One token through a transformer, in five kernels a block.
+"""Decodes one token of a transformer with five Triton kernels per block.
 
-A kernel of a CUDA graph that waits for another takes 2 us or more, in which an H200 would read 10 MB. So
-everything with one input vector is one kernel:
+A dependent kernel in a CUDA graph costs 2 us or more, in which an H200 reads 10 MB. So operations on the same
+input vector are fused:
 
-    project_heads    normalize, project to queries, keys and values, RoPE, store keys and values
-    attend           each head over all keys, block by block, by an online softmax
-    project          back to the residual stream; also with the norm before and the activation after it
+    project_heads    norm, projections to queries, keys and values, RoPE, cache update
+    attend           each head over all keys, block by block, with an online softmax
+    project          linear layer, with an optional norm before it and activation or residual after it
 
-`choose` puts the likeliest token where `embed` reads it, so the next token needs no synchronization.
+`choose` writes the greedy token to the input of `embed`, so the next step needs no synchronization.
 """
 
 import math
@@ -20,17 +20,17 @@ from torch import Tensor
 from llm_basics.fast.cuda import decode_kernels as vectors
 from llm_basics.fast.cuda import triton_jit
 
-# what is done to the vector that comes in, and to the one that goes out
+# codes of norms (of the input) and of activations (of the output)
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 ACTIVATIONS = {"": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "silu": 4, "swiglu": 5}
 
-# features that a program looks at in one go, and keys; and the weights of a head that it holds
+# features and keys per block; weights of a head per tile
 BLOCK, KEYS = 1024, 128
 TILE = 16384
 
 
 class Norm(NamedTuple):
-    """What normalizes a vector: a name of `NORMS`, and its parameters, if there are any."""
+    """A norm: a name in `NORMS` and its parameters."""
 
     kind: str
     weight: Float[Tensor, " d_model"] | None
@@ -39,27 +39,27 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A matrix and a bias, if there is one."""
+    """A weight matrix and an optional bias."""
 
     weight: Float[Tensor, "d_out d_in"]
     bias: Float[Tensor, " d_out"] | None
 
 
 class Heads(NamedTuple):
-    """What makes a vector queries, keys and values, and where the latter are kept."""
+    """Norm, projections and rotations of queries, keys and values, and the key-value cache."""
 
     norm: Norm
     projections: tuple[Projection, Projection, Projection]
-    # the weights that normalize queries and keys
+    # RMSNorm weights of queries and keys
     head_norms: tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]] | None
-    # cosines and sines of all positions
-    turns: tuple[Float[Tensor, "positions half"], Float[Tensor, "positions half"]] | None
+    # cosines and sines by position
+    rope: tuple[Float[Tensor, "positions half"], Float[Tensor, "positions half"]] | None
     keys: Float[Tensor, "n_kv_heads positions d_head"]
     values: Float[Tensor, "n_kv_heads positions d_head"]
 
 
 # --------------------------------------------------------------------------------------------------
-# What a graph records
+# Launches, recorded by a graph
 
 
 def embed(
@@ -69,12 +69,12 @@ def embed(
     positions: Float[Tensor, "positions d_model"] | None,
     out: Float[Tensor, " d_model"],
 ) -> None:
-    """The vector of a token, and of its position, if positions have vectors."""
+    """Token embedding, plus the position embedding if there is one."""
     d_model = tokens.shape[1]
     options = {"HAS_POSITIONS": positions is not None, "BLOCK": BLOCK}
-    given = token, position, tokens, tokens if positions is None else positions, out
+    arguments = token, position, tokens, tokens if positions is None else positions, out
     with triton_jit.on_device_of(out):
-        vectors.embed[(triton.cdiv(d_model, BLOCK),)](*given, d_model, **options)
+        vectors.embed[(triton.cdiv(d_model, BLOCK),)](*arguments, d_model, **options)
 
 
 def project_heads(
@@ -83,7 +83,7 @@ def project_heads(
     heads: Heads,
     queries: Float[Tensor, " d_model"],
 ) -> None:
-    """Queries of the token at `position`; its keys and values are put to those before."""
+    """Write the queries of the token at `position`, and its keys and values to the cache."""
     (n_kv_heads, context_length, d_head), norm = heads.keys.shape, heads.norm
     n_heads, half = len(queries) // d_head, triton.next_power_of_2(d_head // 2)
     weights, biases = zip(*heads.projections, strict=True)
@@ -92,12 +92,12 @@ def project_heads(
     with triton_jit.on_device_of(x):
         vectors.project_heads[(n_heads + 2 * n_kv_heads,)](
             x,
-            *_of_norm(norm, x),
+            *_norm_pointers(norm, x),
             *weights,
-            # where nothing is read, anything may stand
+            # unused pointers may be anything
             *(biases if has_bias else (x, x, x)),
             *(heads.head_norms or (x, x)),
-            *(heads.turns or (x, x)),
+            *(heads.rope or (x, x)),
             position,
             queries,
             heads.keys,
@@ -108,7 +108,7 @@ def project_heads(
             HAS_NORM_BIAS=norm.bias is not None,
             HAS_BIAS=has_bias,
             HAS_HEAD_NORMS=heads.head_norms is not None,
-            HAS_TURNS=heads.turns is not None,
+            HAS_ROPE=heads.rope is not None,
             HALF=half,
             BLOCK=triton_jit.block_size(len(x), min(BLOCK, TILE // half)),
             num_warps=8,
@@ -121,14 +121,14 @@ def attend(
     heads: Heads,
     out: Float[Tensor, " d_model"],
 ) -> None:
-    """What the heads find for these queries, before it is projected back."""
+    """Attention of all heads over the cache, before the output projection."""
     n_kv_heads, context_length, d_head = heads.keys.shape
     n_heads, scale = len(queries) // d_head, 1 / math.sqrt(d_head)
     sizes = context_length, n_heads // n_kv_heads, d_head
     options = {"WIDTH": triton.next_power_of_2(d_head), "KEYS": KEYS, "num_warps": 8}
-    given = queries, heads.keys, heads.values, position, out, scale
+    arguments = queries, heads.keys, heads.values, position, out, scale
     with triton_jit.on_device_of(queries):
-        vectors.attend[(n_heads,)](*given, *sizes, **options)
+        vectors.attend[(n_heads,)](*arguments, *sizes, **options)
 
 
 def project(
@@ -140,9 +140,9 @@ def project(
     gate: Float[Tensor, "d_out d_in"] | None = None,
     is_added: bool = False,
 ) -> None:
-    """`out = activation(W norm(x) + b)`, or added to what is there.
+    """`out = activation(W norm(x) + b)`, or `out +=` if `is_added`.
 
-    The activation "swiglu" multiplies `silu(W norm(x))` by what `gate` makes.
+    "swiglu" is `silu(W norm(x)) * (gate norm(x))`.
     """
     norm = norm or Norm("none", None, None, 0.0)
     weight, bias = projection
@@ -150,7 +150,7 @@ def project(
     with triton_jit.on_device_of(x):
         vectors.project[(triton.cdiv(d_out, rows),)](
             x,
-            *_of_norm(norm, x),
+            *_norm_pointers(norm, x),
             weight,
             weight if gate is None else gate,
             x if bias is None else bias,
@@ -172,17 +172,17 @@ def choose(
     logits: Float[Tensor, " vocab"],
     token: Int[Tensor, "1"],
     position: Int[Tensor, "1"],
-    written: Int[Tensor, " positions"],
+    generated: Int[Tensor, " positions"],
 ) -> None:
-    """Let the likeliest token be the next, at the next position.
+    """Set token and position to the greedy next ones, and record the token in `generated`.
 
-    Where others are so near that rounding decides, or a score is no number, -1 is written.
+    Records -1 if rounding could decide between near ties or a logit is not finite.
     """
     block = triton_jit.block_size(len(logits), 4096)
     with triton_jit.on_device_of(logits):
-        vectors.choose[(1,)](logits, token, position, written, len(logits), BLOCK=block, num_warps=8)
+        vectors.choose[(1,)](logits, token, position, generated, len(logits), BLOCK=block, num_warps=8)
 
 
-def _of_norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in whose place anything may stand where they are not read."""
+def _norm_pointers(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm; `x` as the pointer of an absent one, which is never read."""
     return x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias

@@ -1,16 +1,16 @@
-"""Kernels of `triton_decoding`: products, norms, activations and attention of one token.
+"""Triton kernels of `cuda.decode`: products, norms, activations and attention of one token.
 
-A program makes some rows of a product, and normalizes the input again: cheaper than to start a kernel.
+A program computes some rows of a product, and recomputes the norm of the input: cheaper than another launch.
 """
 
 from triton import language as tl
 
 from llm_basics.fast.cuda import triton_jit
 
-# below any score but -inf
-LOWEST = tl.constexpr(-3.4e38)
-# scores that are no further apart may be so by rounding (`vectors.NEAR`)
-NEAR = tl.constexpr(1e-5)
+# below any score except -inf
+MIN_SCORE = tl.constexpr(-3.4e38)
+# closer scores may differ by rounding alone (`vectors.TIE_TOLERANCE`)
+TIE_TOLERANCE = tl.constexpr(1e-5)
 
 
 @triton_jit.kernel
@@ -61,47 +61,47 @@ def project_heads(
     HAS_NORM_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_HEAD_NORMS: tl.constexpr,
-    HAS_TURNS: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program makes one head of queries, keys or values, as pairs: that is what RoPE turns."""
+    """One program computes one head of queries, keys or values, as pairs of features for RoPE."""
     head = tl.program_id(0)
-    place = tl.load(position)
+    index = tl.load(position)
     if head < n_heads:
         weight, bias, head_norm = q_weight, q_bias, q_norm
         out = queries + head * d_head
     elif head < n_heads + n_kv_heads:
         head -= n_heads
         weight, bias, head_norm = k_weight, k_bias, k_norm
-        out = keys + (head * context_length + place) * d_head
+        out = keys + (head * context_length + index) * d_head
     else:
         head -= n_heads + n_kv_heads
         weight, bias, head_norm = v_weight, v_bias, k_norm
-        out = values + (head * context_length + place) * d_head
+        out = values + (head * context_length + index) * d_head
     is_value = tl.program_id(0) >= n_heads + n_kv_heads
 
     pairs = tl.arange(0, HALF)
     is_pair = pairs < d_head // 2
-    mean, scale = _measure(x, d_model, eps, NORM, BLOCK)
+    mean, scale = _norm_statistics(x, d_model, eps, NORM, BLOCK)
     rows = weight + (head * d_head + 2 * pairs)[:, None] * d_model
     first, second = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     for start in range(0, d_model, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        normal = _normalize(x, norm_weight, norm_bias, ids, d_model, mean, scale, NORM, HAS_NORM_BIAS)
-        there, places = is_pair[:, None] & (ids < d_model)[None, :], rows + ids[None, :]
-        first += tl.sum(tl.load(places, mask=there, other=0.0) * normal[None, :], axis=1)
-        second += tl.sum(tl.load(places + d_model, mask=there, other=0.0) * normal[None, :], axis=1)
+        normed = _normalize(x, norm_weight, norm_bias, ids, d_model, mean, scale, NORM, HAS_NORM_BIAS)
+        mask, pointers = is_pair[:, None] & (ids < d_model)[None, :], rows + ids[None, :]
+        first += tl.sum(tl.load(pointers, mask=mask, other=0.0) * normed[None, :], axis=1)
+        second += tl.sum(tl.load(pointers + d_model, mask=mask, other=0.0) * normed[None, :], axis=1)
     if HAS_BIAS:
         first += tl.load(bias + head * d_head + 2 * pairs, mask=is_pair, other=0.0)
         second += tl.load(bias + head * d_head + 2 * pairs + 1, mask=is_pair, other=0.0)
     if not is_value:
         if HAS_HEAD_NORMS:
             first, second = _normalize_head(first, second, head_norm, pairs, d_head, eps)
-        if HAS_TURNS:
-            turn = place * (d_head // 2) + pairs
-            c = tl.load(cos + turn, mask=is_pair, other=0.0)
-            s = tl.load(sin + turn, mask=is_pair, other=0.0)
+        if HAS_ROPE:
+            rope_offset = index * (d_head // 2) + pairs
+            c = tl.load(cos + rope_offset, mask=is_pair, other=0.0)
+            s = tl.load(sin + rope_offset, mask=is_pair, other=0.0)
             first, second = first * c - second * s, first * s + second * c
     tl.store(out + 2 * pairs, first, mask=is_pair)
     tl.store(out + 2 * pairs + 1, second, mask=is_pair)
@@ -116,11 +116,11 @@ def _normalize_head(
     d_head: triton_jit.Number,
     eps: triton_jit.Number,
 ) -> tuple[triton_jit.Tile, triton_jit.Tile]:
-    """The numbers of a head by RMSNorm, as pairs."""
+    """RMSNorm of a head, as pairs of features."""
     is_pair = pairs < d_head // 2
-    shrink = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=0) / d_head + eps)
-    first *= shrink * tl.load(weight + 2 * pairs, mask=is_pair, other=0.0)
-    second *= shrink * tl.load(weight + 2 * pairs + 1, mask=is_pair, other=0.0)
+    correction = 1.0 / tl.sqrt(tl.sum(first * first + second * second, axis=0) / d_head + eps)
+    first *= correction * tl.load(weight + 2 * pairs, mask=is_pair, other=0.0)
+    second *= correction * tl.load(weight + 2 * pairs + 1, mask=is_pair, other=0.0)
     return first, second
 
 
@@ -138,28 +138,28 @@ def attend(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """One program is one head: the mean of all values up to `position`, weighted by softmax."""
+    """One program computes one head: softmax attention over the keys up to `position`."""
     head = tl.program_id(0)
     features = tl.arange(0, WIDTH)
     is_feature = features < d_head
     query = scale * tl.load(queries + head * d_head + features, mask=is_feature, other=0.0)
     n_keys = tl.load(position) + 1
     start = (head // group) * context_length * d_head
-    peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
-    mixed = tl.zeros((WIDTH,), tl.float32)
+    peak, total = tl.full((), MIN_SCORE, tl.float32), tl.full((), 0.0, tl.float32)
+    output = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, n_keys, KEYS):
-        seen = first + tl.arange(0, KEYS)
-        where = start + seen[:, None] * d_head + features[None, :]
-        there = (seen < n_keys)[:, None] & is_feature[None, :]
-        scores = tl.sum(tl.load(keys + where, mask=there, other=0.0) * query[None, :], axis=1)
-        scores = tl.where(seen < n_keys, scores, -float("inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=0))
-        shares, shrink = tl.exp(scores - higher), tl.exp(peak - higher)
-        here = tl.sum(shares[:, None] * tl.load(values + where, mask=there, other=0.0), axis=0)
-        mixed = mixed * shrink + here
-        total = total * shrink + tl.sum(shares, axis=0)
-        peak = higher
-    tl.store(out + head * d_head + features, mixed / total, mask=is_feature)
+        key_ids = first + tl.arange(0, KEYS)
+        offsets = start + key_ids[:, None] * d_head + features[None, :]
+        mask = (key_ids < n_keys)[:, None] & is_feature[None, :]
+        scores = tl.sum(tl.load(keys + offsets, mask=mask, other=0.0) * query[None, :], axis=1)
+        scores = tl.where(key_ids < n_keys, scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+        weights, correction = tl.exp(scores - new_peak), tl.exp(peak - new_peak)
+        block_sum = tl.sum(weights[:, None] * tl.load(values + offsets, mask=mask, other=0.0), axis=0)
+        output = output * correction + block_sum
+        total = total * correction + tl.sum(weights, axis=0)
+        peak = new_peak
+    tl.store(out + head * d_head + features, output / total, mask=is_feature)
 
 
 @triton_jit.kernel
@@ -182,20 +182,20 @@ def project(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program makes some numbers of what comes out."""
+    """One program computes ROWS outputs."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < d_out
-    mean, scale = _measure(x, d_in, eps, NORM, BLOCK)
+    mean, scale = _norm_statistics(x, d_in, eps, NORM, BLOCK)
     # 64 bits: there may be more than 2^31 weights
-    where = rows.to(tl.int64)[:, None] * d_in
+    offsets = rows.to(tl.int64)[:, None] * d_in
     y, gates = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for start in range(0, d_in, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        normal = _normalize(x, norm_weight, norm_bias, ids, d_in, mean, scale, NORM, HAS_NORM_BIAS)
-        there = is_row[:, None] & (ids < d_in)[None, :]
-        y += tl.sum(tl.load(weight + where + ids[None, :], mask=there, other=0.0) * normal[None, :], axis=1)
+        normed = _normalize(x, norm_weight, norm_bias, ids, d_in, mean, scale, NORM, HAS_NORM_BIAS)
+        mask = is_row[:, None] & (ids < d_in)[None, :]
+        y += tl.sum(tl.load(weight + offsets + ids[None, :], mask=mask, other=0.0) * normed[None, :], axis=1)
         if ACTIVATION == 5:
-            gated = tl.load(gate + where + ids[None, :], mask=there, other=0.0) * normal[None, :]
+            gated = tl.load(gate + offsets + ids[None, :], mask=mask, other=0.0) * normed[None, :]
             gates += tl.sum(gated, axis=1)
     if HAS_BIAS:
         y += tl.load(bias + rows, mask=is_row, other=0.0)
@@ -207,11 +207,11 @@ def project(
 
 @triton_jit.kernel
 def _activate(y: triton_jit.Tile, gates: triton_jit.Tile, ACTIVATION: tl.constexpr) -> triton_jit.Tile:
-    """An activation by its number."""
+    """Apply the activation with this code."""
     if ACTIVATION == 1:
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == 2:
-        # (1 + tanh u) / 2 is the sigmoid of 2u
+        # (1 + tanh u) / 2 = sigmoid(2u)
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     elif ACTIVATION == 3:
         y = tl.maximum(y, 0.0) * tl.maximum(y, 0.0)
@@ -227,13 +227,13 @@ def choose(
     logits: triton_jit.Pointer,
     token: triton_jit.Pointer,
     position: triton_jit.Pointer,
-    written: triton_jit.Pointer,
+    generated: triton_jit.Pointer,
     vocab_size: triton_jit.Number,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program looks through all logits, for the highest and the one below."""
-    best, second = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
-    likeliest, n_strange = 0, 0
+    """One program finds the two highest logits."""
+    best, second = tl.full((), MIN_SCORE, tl.float32), tl.full((), MIN_SCORE, tl.float32)
+    likeliest, n_nan = 0, 0
     for first in range(0, vocab_size, BLOCK):
         ids = first + tl.arange(0, BLOCK)
         scores = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf"))
@@ -243,23 +243,23 @@ def choose(
         second = tl.maximum(tl.maximum(second, others), tl.minimum(best, top))
         likeliest = tl.where(top > best, lowest, likeliest)
         best = tl.maximum(best, top)
-        n_strange += tl.sum((scores != scores).to(tl.int32), axis=0)
-    place = tl.load(position) + 1
-    is_clear = (best - second >= NEAR) & (best < float("inf")) & (n_strange == 0)
+        n_nan += tl.sum((scores != scores).to(tl.int32), axis=0)
+    index = tl.load(position) + 1
+    is_unique = (best - second >= TIE_TOLERANCE) & (best < float("inf")) & (n_nan == 0)
     tl.store(token, likeliest)
-    tl.store(position, place)
-    tl.store(written + place, tl.where(is_clear, likeliest, -1))
+    tl.store(position, index)
+    tl.store(generated + index, tl.where(is_unique, likeliest, -1))
 
 
 @triton_jit.kernel
-def _measure(
+def _norm_statistics(
     x: triton_jit.Pointer,
     d_in: triton_jit.Number,
     eps: triton_jit.Number,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tuple[triton_jit.Number, triton_jit.Number]:
-    """What a norm subtracts from a vector, and what it multiplies it by then."""
+    """The mean that a norm subtracts, and the scale that it multiplies by."""
     mean, scale = tl.full((), 0.0, tl.float32), tl.full((), 1.0, tl.float32)
     if NORM == 2:
         total = tl.zeros((BLOCK,), tl.float32)
@@ -271,8 +271,8 @@ def _measure(
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, d_in, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            apart = tl.where(ids < d_in, tl.load(x + ids, mask=ids < d_in, other=0.0) - mean, 0.0)
-            squares += apart * apart
+            centered = tl.where(ids < d_in, tl.load(x + ids, mask=ids < d_in, other=0.0) - mean, 0.0)
+            squares += centered * centered
         scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / d_in + eps)
     return mean, scale
 
@@ -289,11 +289,11 @@ def _normalize(
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> triton_jit.Tile:
-    """Some features of a vector, normalized."""
-    there = ids < d_in
-    y = tl.load(x + ids, mask=there, other=0.0)
+    """A block of features, normalized."""
+    mask = ids < d_in
+    y = tl.load(x + ids, mask=mask, other=0.0)
     if NORM != 0:
-        y = (y - mean) * scale * tl.load(weight + ids, mask=there, other=0.0)
+        y = (y - mean) * scale * tl.load(weight + ids, mask=mask, other=0.0)
     if HAS_BIAS:
-        y += tl.load(bias + ids, mask=there, other=0.0)
+        y += tl.load(bias + ids, mask=mask, other=0.0)
     return y

@@ -1,8 +1,8 @@
-"""A hash table of pre-tokens: bytes -> a number, with open addressing, in three arrays.
+"""A hash table from pre-tokens to uint64 values, with open addressing, in three arrays.
 
-A pre-token of up to 16 bytes is its own key: two 8-byte words and its length. A longer one stands in a pool,
-and its key is a hash and its place there. When three quarters of the slots are taken, or the pool is full,
-`insert` returns False and its caller enlarges the table.
+A slot has four columns. A pre-token of up to 16 bytes is its own key: two 8-byte words and its length. For a
+longer one, the key is a hash, and its offset in a pool of bytes. At a load factor of 3/4, or when the pool is
+full, `insert` returns False and the caller enlarges the table.
 """
 
 from dataclasses import dataclass
@@ -12,68 +12,68 @@ import numpy as np
 from llm_basics.fast import numba_jit
 from llm_basics.fast.text import scanner
 
-# the columns of a slot; a length of zero marks an empty one
+# columns of a slot; an empty slot has length 0
 LOW, HIGH, LENGTH, VALUE = 0, 1, 2, 3
 
-# how many slots are taken, how many bytes of the pool
-TAKEN, POOLED = 0, 1
+# indices into `used`: occupied slots, occupied bytes of the pool
+N_ENTRIES, N_POOL_BYTES = 0, 1
 
-SHORT = 16
-LONGEST_INLINE = np.uint64(SHORT)
-NOTHING = np.uint64(0)
+MAX_INLINE = 16
+INLINE_LENGTH = np.uint64(MAX_INLINE)
+ZERO = np.uint64(0)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 BYTE_SHIFT = np.uint64(3)
 ONE = np.uint64(1)
 TWO = np.uint64(2)
-HALF = np.uint64(32)
+HALF_SHIFT = np.uint64(32)
 BYTE = np.uint64(0xFF)
 
 
 @dataclass
-class Words:
-    """The arrays of a table: slots of four numbers, the bytes of long pre-tokens, and how full both are."""
+class PretokenTable:
+    """The arrays of a table: slots (n, 4), the bytes of long pre-tokens, and how full both are."""
 
     slots: np.ndarray
     pool: np.ndarray
     used: np.ndarray
 
     @classmethod
-    def empty(cls, n_slots: int = 1 << 16, n_pool: int = 1 << 16) -> "Words":
+    def empty(cls, n_slots: int = 1 << 16, n_pool: int = 1 << 16) -> "PretokenTable":
         """A table without entries."""
         return cls(_slots(n_slots), np.empty(n_pool, np.uint8), np.zeros(2, np.int64))
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What machine code is handed."""
+        """The arguments of the kernels."""
         return self.slots, self.pool, self.used
 
     def __len__(self) -> int:
-        return int(self.used[TAKEN])
+        return int(self.used[N_ENTRIES])
 
-    def copy(self) -> "Words":
-        """Another table of the same."""
-        return Words(self.slots.copy(), self.pool.copy(), self.used.copy())
+    def copy(self) -> "PretokenTable":
+        """An independent copy."""
+        return PretokenTable(self.slots.copy(), self.pool.copy(), self.used.copy())
 
     def enlarge(self, n_pool: int) -> None:
-        """Make room: twice the slots if three quarters are taken, and `n_pool` more bytes in the pool."""
+        """Double the slots at a load factor of 3/4, and provide `n_pool` free bytes in the pool."""
         if 4 * (len(self) + 1) > 3 * len(self.slots):
             slots = _slots(2 * len(self.slots))
             rehash(self.slots, slots)
             self.slots = slots
-        if self.used[POOLED] + n_pool > len(self.pool):
+        if self.used[N_POOL_BYTES] + n_pool > len(self.pool):
             pool = np.empty(2 * len(self.pool) + n_pool, np.uint8)
             pool[: len(self.pool)] = self.pool
             self.pool = pool
 
-    def add(self, other: "Words") -> None:
-        """Add what `other` has counted."""
+    def add(self, other: "PretokenTable") -> None:
+        """Add the counts of `other`."""
         done = 0
         while done < len(other.slots):
             done = add(other.slots, other.pool, done, *self.arrays)
-            self.enlarge(int(other.used[POOLED]))
+            self.enlarge(int(other.used[N_POOL_BYTES]))
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The bytes of all entries in a row, and for each entry its length and its value."""
+        """The concatenated bytes of all entries, their lengths and their values."""
         lengths = np.empty(len(self), np.int64)
         values = np.empty(len(self), np.int64)
         text = np.empty(int(self.slots[:, LENGTH].sum()), np.uint8)
@@ -82,7 +82,7 @@ class Words:
 
 
 def _slots(n: int) -> np.ndarray:
-    """Empty slots; filled here, since what `zeros` gives is zeroed page by page when it is first touched."""
+    """Empty slots, zeroed now: the pages of `np.zeros` are zeroed at first access, which is slower."""
     slots = np.empty((n, 4), np.uint64)
     slots.fill(0)
     return slots
@@ -90,22 +90,22 @@ def _slots(n: int) -> np.ndarray:
 
 @numba_jit.inlined
 def first_bytes(text: np.ndarray, i: int, n: int) -> np.uint64:
-    """The `n` bytes of the text from byte `i` on, at least one and at most eight, with zeros behind."""
+    """1 <= `n` <= 8 bytes of the text from byte `i`, zero-padded to a word."""
     return numba_jit.eight_bytes(text, i) & ((TWO << ((np.uint64(n) << BYTE_SHIFT) - ONE)) - ONE)
 
 
 @numba_jit.inlined
 def mix(low: np.uint64, high: np.uint64) -> np.uint64:
-    """A hash whose every bit depends on all bits of `low` and `high`."""
+    """A hash of two words in which every bit depends on all bits of both."""
     h = (low ^ (high * MULTIPLIER)) * MULTIPLIER
-    h ^= h >> HALF
+    h ^= h >> HALF_SHIFT
     h *= MULTIPLIER
-    return h ^ (h >> HALF)
+    return h ^ (h >> HALF_SHIFT)
 
 
 @numba_jit.jit
 def hash_bytes(text: np.ndarray, start: int, n: int) -> np.uint64:
-    """A hash of `n` bytes of the text."""
+    """Hash of `n` bytes of the text."""
     h = np.uint64(n)
     for i in range(0, n, 8):
         h = mix(first_bytes(text, start + i, min(8, n - i)), h)
@@ -114,7 +114,7 @@ def hash_bytes(text: np.ndarray, start: int, n: int) -> np.uint64:
 
 @numba_jit.jit
 def same_bytes(text: np.ndarray, start: int, pool: np.ndarray, first: int, n: int) -> bool:
-    """Whether `n` bytes of the text are those in the pool."""
+    """Whether `n` bytes of the text equal those in the pool."""
     at = np.int64(first)
     for k in range(n):
         if text[start + k] != pool[at + k]:
@@ -133,43 +133,43 @@ def find(
     high: np.uint64,
 ) -> int:
     """The slot of the pre-token at `start`, or the empty one where it belongs."""
-    # all in unsigned numbers: to compare one with a signed number takes longer than all the rest
+    # all unsigned: mixed-sign comparisons would take longer than everything else
     mask, length = np.uint64(len(slots) - 1), np.uint64(n)
-    place = mix(low, high) & mask
+    slot = mix(low, high) & mask
     while True:
-        if slots[place, LENGTH] == length and slots[place, LOW] == low:
-            if length > LONGEST_INLINE:
-                if same_bytes(text, start, pool, slots[place, HIGH], n):
+        if slots[slot, LENGTH] == length and slots[slot, LOW] == low:
+            if length > INLINE_LENGTH:
+                if same_bytes(text, start, pool, slots[slot, HIGH], n):
                     break
-            elif slots[place, HIGH] == high:
+            elif slots[slot, HIGH] == high:
                 break
-        elif slots[place, LENGTH] == NOTHING:
+        elif slots[slot, LENGTH] == ZERO:
             break
-        place = (place + ONE) & mask
-    return np.int64(place)
+        slot = (slot + ONE) & mask
+    return np.int64(slot)
 
 
 @numba_jit.jit
 def rehash(old: np.ndarray, new: np.ndarray) -> None:
-    """Put all entries of `old` into the empty and larger `new`."""
+    """Insert all entries of `old` into the empty, larger `new`."""
     mask = len(new) - 1
     for k in range(len(old)):
-        if old[k, LENGTH] != NOTHING:
-            high = old[k, HIGH] if old[k, LENGTH] <= SHORT else np.uint64(0)
-            place = np.int64(mix(old[k, LOW], high) & np.uint64(mask))
-            while new[place, LENGTH] != NOTHING:
-                place = (place + 1) & mask
-            new[place] = old[k]
+        if old[k, LENGTH] != ZERO:
+            high = old[k, HIGH] if old[k, LENGTH] <= MAX_INLINE else np.uint64(0)
+            slot = np.int64(mix(old[k, LOW], high) & np.uint64(mask))
+            while new[slot, LENGTH] != ZERO:
+                slot = (slot + 1) & mask
+            new[slot] = old[k]
 
 
 @numba_jit.inlined
 def key_of(text: np.ndarray, start: int, n: int) -> tuple[np.uint64, np.uint64]:
-    """The two numbers that stand for `n` bytes of the text: themselves, or for more than 16 a hash."""
+    """The two words of the key of `n` bytes: the bytes themselves, or a hash if more than 16."""
     if n <= 8:
-        return first_bytes(text, start, n), NOTHING
-    if n <= SHORT:
+        return first_bytes(text, start, n), ZERO
+    if n <= MAX_INLINE:
         return numba_jit.eight_bytes(text, start), first_bytes(text, start + 8, n - 8)
-    return hash_bytes(text, start, n), NOTHING
+    return hash_bytes(text, start, n), ZERO
 
 
 @numba_jit.jit
@@ -177,23 +177,23 @@ def insert(
     slots: np.ndarray,
     pool: np.ndarray,
     used: np.ndarray,
-    place: int,
+    slot: int,
     text: np.ndarray,
     start: int,
     n: int,
     low: np.uint64,
     high: np.uint64,
 ) -> bool:
-    """Write a new key into the empty slot `place`; False if the table needs to be enlarged first."""
-    if 4 * (used[TAKEN] + 1) > 3 * len(slots) or (n > SHORT and used[POOLED] + n > len(pool)):
+    """Write a new key into the empty slot `slot`; False if the table must be enlarged first."""
+    if 4 * (used[N_ENTRIES] + 1) > 3 * len(slots) or (n > MAX_INLINE and used[N_POOL_BYTES] + n > len(pool)):
         return False
-    slots[place, LOW], slots[place, HIGH], slots[place, LENGTH] = low, high, np.uint64(n)
-    used[TAKEN] += 1
-    if n > SHORT:
-        slots[place, HIGH] = np.uint64(used[POOLED])
+    slots[slot, LOW], slots[slot, HIGH], slots[slot, LENGTH] = low, high, np.uint64(n)
+    used[N_ENTRIES] += 1
+    if n > MAX_INLINE:
+        slots[slot, HIGH] = np.uint64(used[N_POOL_BYTES])
         for k in range(n):
-            pool[used[POOLED] + k] = text[start + k]
-        used[POOLED] += n
+            pool[used[N_POOL_BYTES] + k] = text[start + k]
+        used[N_POOL_BYTES] += n
     return True
 
 
@@ -208,7 +208,10 @@ def count(
     pool: np.ndarray,
     used: np.ndarray,
 ) -> bool:
-    """Count the pre-tokens in `spans` of a text; False, and where in `at`, if the table must be enlarged."""
+    """Count the pre-tokens in `spans` of a text.
+
+    Returns False if the table must be enlarged; `at` then holds the span and byte to resume from.
+    """
     text, spans, classes = numba_jit.borrowed(text), numba_jit.borrowed(spans), numba_jit.borrowed(classes)
     slots, pool, used = numba_jit.borrowed(slots), numba_jit.borrowed(pool), numba_jit.borrowed(used)
     k, i = at[0], at[1]
@@ -217,13 +220,13 @@ def count(
         while i < stop:
             end = scanner.next_end(text, i, stop, classes, kind)
             low, high = key_of(text, i, end - i)
-            place = find(slots, pool, text, i, end - i, low, high)
-            if slots[place, LENGTH] == NOTHING and not insert(
-                slots, pool, used, place, text, i, end - i, low, high
+            slot = find(slots, pool, text, i, end - i, low, high)
+            if slots[slot, LENGTH] == ZERO and not insert(
+                slots, pool, used, slot, text, i, end - i, low, high
             ):
                 at[0], at[1] = k, i
                 return False
-            slots[place, VALUE] += ONE
+            slots[slot, VALUE] += ONE
             i = end
         k += 1
     return True
@@ -238,21 +241,21 @@ def add(
     pool: np.ndarray,
     used: np.ndarray,
 ) -> int:
-    """Add the values of another table from slot `done` on; returns where the table must be enlarged."""
+    """Add another table's values from slot `done`; returns the slot to resume from after enlarging."""
     other_slots, other_pool = numba_jit.borrowed(other_slots), numba_jit.borrowed(other_pool)
     slots, pool, used = numba_jit.borrowed(slots), numba_jit.borrowed(pool), numba_jit.borrowed(used)
     for k in range(done, len(other_slots)):
         n = np.int64(other_slots[k, LENGTH])
         if n > 0:
             low, high, start = other_slots[k, LOW], other_slots[k, HIGH], 0
-            if n > SHORT:
+            if n > MAX_INLINE:
                 start, high = np.int64(high), np.uint64(0)
-            place = find(slots, pool, other_pool, start, n, low, high)
-            if slots[place, LENGTH] == NOTHING and not insert(
-                slots, pool, used, place, other_pool, start, n, low, high
+            slot = find(slots, pool, other_pool, start, n, low, high)
+            if slots[slot, LENGTH] == ZERO and not insert(
+                slots, pool, used, slot, other_pool, start, n, low, high
             ):
                 return k
-            slots[place, VALUE] += other_slots[k, VALUE]
+            slots[slot, VALUE] += other_slots[k, VALUE]
     return len(other_slots)
 
 
@@ -260,7 +263,7 @@ def add(
 def write_columns(
     slots: np.ndarray, pool: np.ndarray, text: np.ndarray, lengths: np.ndarray, values: np.ndarray
 ) -> None:
-    """Write all entries into the three arrays."""
+    """Write the bytes, lengths and values of all entries into three arrays."""
     entry = at = 0
     for k in range(len(slots)):
         n = np.int64(slots[k, LENGTH])
@@ -268,7 +271,7 @@ def write_columns(
             lengths[entry], values[entry] = n, slots[k, VALUE]
             entry += 1
             for j in range(n):
-                if n > SHORT:
+                if n > MAX_INLINE:
                     text[at + j] = pool[np.int64(slots[k, HIGH]) + j]
                 else:
                     word = slots[k, LOW] if j < 8 else slots[k, HIGH]

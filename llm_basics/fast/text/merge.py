@@ -1,8 +1,8 @@
-"""BPE merging in machine code: one row of symbols, all pairs of neighbors, and a heap of them.
+"""BPE merging: one array of symbols, all pairs of neighbors with their positions, and a heap of pairs.
 
-A pair comes to be only in the step that makes the younger of its tokens, so its places are listed then and
-never added to. Its count only falls, so an outdated heap entry may wait until it is on top. Each place
-remembers which pair begins there, so nothing is looked up while merging.
+A pair is created only by the merge that makes the newer of its tokens, so its positions are listed then and
+never extended. Its count only decreases, so a stale heap entry is updated when it reaches the top. Each
+position stores the pair that begins there, so merging needs no lookups.
 """
 
 from typing import NamedTuple
@@ -11,27 +11,27 @@ import numpy as np
 
 from llm_basics.fast import numba_jit
 
-# stands for a special token, in front of each word and behind the last
+# separates words: before each and after the last
 BORDER = -1
-# at a place where no pair begins: the last token of a word, and the inside of a token
+# no pair begins at this position: the last token of a word, or the inside of a token
 NO_PAIR = -1
 
-# the columns of a pair: its tokens, how often it occurs, the first of its places and how many there are
-LEFT, RIGHT, COUNT, FIRST, PLACES = 0, 1, 2, 3, 4
+# columns of `pairs`: two tokens, the count, the index of the first position, the number of positions
+LEFT, RIGHT, COUNT, FIRST, N_POSITIONS = 0, 1, 2, 3, 4
 
-# how much of the arrays of a `Merger` is in use
-N_TOKENS, N_PAIRS, N_PLACES, N_HEAP, N_MADE = 0, 1, 2, 3, 4
-# only pairs that are at least so frequent are on the heap; lowered when it is empty
+# indices into `used`: the used lengths of a Merger's arrays
+N_TOKENS, N_PAIRS, N_LISTED, N_HEAP, N_NEW = 0, 1, 2, 3, 4
+# the lowest count of pairs on the heap; lowered when it is empty
 THRESHOLD = 5
 
-GROWING = ("pairs", "places", "heap", "heap_counts", "tokens", "made_pairs", "made_places")
+GROWABLE = ("pairs", "positions", "heap", "heap_counts", "tokens", "new_pairs", "new_positions")
 
 
 class Merger(NamedTuple):
-    """All words in one row of symbols, with a border around each, and all pairs of neighbors.
+    """All words in one array of symbols, with borders between them, and all pairs of neighbors.
 
-    A token keeps the places of its bytes; `symbols` has it in the first and the last of them, so that both
-    neighbors find it, and `pair_at` has in the first the pair that begins there.
+    A token occupies the positions of its bytes. `symbols` holds it at the first and the last of them, where
+    its neighbors read it; `pair_at` holds at the first the pair that begins there.
     """
 
     symbols: np.ndarray
@@ -39,29 +39,29 @@ class Merger(NamedTuple):
     word_at: np.ndarray
     frequencies: np.ndarray
     pairs: np.ndarray
-    places: np.ndarray
-    # a heap of pairs, and their counts when they were put there
+    positions: np.ndarray
+    # a heap of pairs, and their counts when they were pushed
     heap: np.ndarray
     heap_counts: np.ndarray
-    # the bytes of all tokens, and where those of each begin
+    # the bytes of all tokens, and the offset of each token
     tokens: np.ndarray
     begins: np.ndarray
-    # the pairs of the newest token, by their other token
+    # pairs of the newest token, by their other token
     with_left: np.ndarray
     with_right: np.ndarray
-    # where it came to stand, in the order in which that was found
-    made_pairs: np.ndarray
-    made_places: np.ndarray
+    # positions of these pairs, in the order of their discovery
+    new_pairs: np.ndarray
+    new_positions: np.ndarray
     merges: np.ndarray
-    # how much of the arrays is in use
+    # used lengths of the arrays
     used: np.ndarray
 
 
 @numba_jit.jit
-def lay_out(
+def write_symbols(
     text: np.ndarray, lengths: np.ndarray, symbol_of: np.ndarray, symbols: np.ndarray, word_at: np.ndarray
 ) -> None:
-    """Write the symbols of all words in a row, with a border in front of each."""
+    """Write the symbols of all words, with a border before each."""
     start = at = 0
     for word in range(len(lengths)):
         at += 1
@@ -73,8 +73,8 @@ def lay_out(
 
 
 @numba_jit.jit
-def list_pairs(m: Merger, pair_of: np.ndarray) -> None:
-    """Find all pairs of bytes, how often they occur, and where."""
+def find_pairs(m: Merger, pair_of: np.ndarray) -> None:
+    """Find all pairs of bytes, their counts and positions."""
     n_pairs = 0
     for i in range(len(m.symbols) - 1):
         left, right = m.symbols[i], m.symbols[i + 1]
@@ -86,69 +86,69 @@ def list_pairs(m: Merger, pair_of: np.ndarray) -> None:
             pair = pair_of[left, right]
             m.pair_at[i] = pair
             m.pairs[pair, COUNT] += m.frequencies[m.word_at[i]]
-            m.pairs[pair, PLACES] += 1
+            m.pairs[pair, N_POSITIONS] += 1
     m.used[N_PAIRS] = n_pairs
-    n_places = 0
+    n_positions = 0
     for pair in range(n_pairs):
-        m.pairs[pair, FIRST] = n_places
-        n_places += m.pairs[pair, PLACES]
-        m.pairs[pair, PLACES] = 0
-    m.used[N_PLACES] = n_places
+        m.pairs[pair, FIRST] = n_positions
+        n_positions += m.pairs[pair, N_POSITIONS]
+        m.pairs[pair, N_POSITIONS] = 0
+    m.used[N_LISTED] = n_positions
     for i in range(len(m.symbols)):
         pair = m.pair_at[i]
         if pair != NO_PAIR:
-            m.places[m.pairs[pair, FIRST] + m.pairs[pair, PLACES]] = i
-            m.pairs[pair, PLACES] += 1
+            m.positions[m.pairs[pair, FIRST] + m.pairs[pair, N_POSITIONS]] = i
+            m.pairs[pair, N_POSITIONS] += 1
 
 
 @numba_jit.inlined
-def size(begins: np.ndarray, token: int) -> int:
-    """How many bytes `token` has."""
+def length(begins: np.ndarray, token: int) -> int:
+    """The number of bytes of `token`."""
     return begins[token + 1] - begins[token]
 
 
 @numba_jit.jit
-def needed(m: Merger) -> tuple[int, int, int, int, int, int, int]:
-    """The lengths that the arrays named in GROWING must have for the next merge."""
+def required_lengths(m: Merger) -> tuple[int, int, int, int, int, int, int]:
+    """The lengths that the arrays in GROWABLE must have for the next merge."""
     if m.used[N_HEAP] == 0:
         return 0, 0, 0, 0, 0, 0, 0
     pair = m.pairs[m.heap[0]]
-    made = 2 * pair[PLACES]
-    end = m.begins[m.used[N_TOKENS]] + size(m.begins, pair[LEFT]) + size(m.begins, pair[RIGHT])
-    n_pairs = m.used[N_PAIRS] + made
-    return n_pairs, m.used[N_PLACES] + made, n_pairs, n_pairs, end, made, made
+    n_new = 2 * pair[N_POSITIONS]
+    end = m.begins[m.used[N_TOKENS]] + length(m.begins, pair[LEFT]) + length(m.begins, pair[RIGHT])
+    n_pairs = m.used[N_PAIRS] + n_new
+    return n_pairs, m.used[N_LISTED] + n_new, n_pairs, n_pairs, end, n_new, n_new
 
 
 @numba_jit.jit
 def merge(m: Merger, until: int, by_id: bool) -> bool:
     """Merge the most frequent pairs until there are `until` tokens; False if no pair is left.
 
-    Returns earlier where an array has no room for the next merge.
+    Returns early if an array is too short for the next merge.
     """
     m = numba_jit.borrowed(m)
     while m.used[N_TOKENS] < until:
-        if not bring_up_most_frequent(m, by_id):
+        if not update_top(m, by_id):
             return False
-        pairs, places, heap, _, tokens, made, _ = needed(m)
+        pairs, positions, heap, _, tokens, n_new, _ = required_lengths(m)
         if (
             pairs > len(m.pairs)
-            or places > len(m.places)
+            or positions > len(m.positions)
             or heap > len(m.heap)
             or tokens > len(m.tokens)
-            or made > len(m.made_pairs)
+            or n_new > len(m.new_pairs)
         ):
             return True
         first = m.used[N_PAIRS]
         pair = m.heap[0]
-        replace(m, pair, name_token(m, pair))
-        list_places(m, first)
+        replace(m, pair, add_token(m, pair))
+        list_positions(m, first)
         push(m, first, by_id)
     return True
 
 
 @numba_jit.jit
-def name_token(m: Merger, pair: int) -> int:
-    """Make the token that `pair` merges to."""
+def add_token(m: Merger, pair: int) -> int:
+    """Append the token that `pair` merges to."""
     new = m.used[N_TOKENS]
     left, right = m.pairs[pair, LEFT], m.pairs[pair, RIGHT]
     m.merges[new - 256, 0], m.merges[new - 256, 1] = left, right
@@ -164,82 +164,82 @@ def name_token(m: Merger, pair: int) -> int:
 
 @numba_jit.jit
 def replace(m: Merger, pair: int, new: int) -> None:
-    """Put token `new` in all places of `pair`, from left to right, and count its pairs with its neighbors."""
-    # an array in a local name costs nothing to use; as an attribute it is counted as in use each time
+    """Replace all occurrences of `pair` by `new`, left to right, and count the new pairs."""
+    # local names: each attribute access of the tuple would count references to the array
     symbols, pair_at, pairs, begins = m.symbols, m.pair_at, m.pairs, m.begins
-    word_at, frequencies, places = m.word_at, m.frequencies, m.places
-    with_left, with_right, made_pairs, made_places = m.with_left, m.with_right, m.made_pairs, m.made_places
-    n_pairs, n_made = m.used[N_PAIRS], 0
-    size_left, size_new = size(begins, pairs[pair, LEFT]), size(begins, new)
-    for k in range(pairs[pair, FIRST], pairs[pair, FIRST] + pairs[pair, PLACES]):
-        i = places[k]
+    word_at, frequencies, positions = m.word_at, m.frequencies, m.positions
+    with_left, with_right, new_pairs, new_positions = m.with_left, m.with_right, m.new_pairs, m.new_positions
+    n_pairs, n_new = m.used[N_PAIRS], 0
+    length_left, length_new = length(begins, pairs[pair, LEFT]), length(begins, new)
+    for k in range(pairs[pair, FIRST], pairs[pair, FIRST] + pairs[pair, N_POSITIONS]):
+        i = positions[k]
         if pair_at[i] != pair:
-            continue  # an earlier merge took the pair apart here
-        right, end = i + size_left, i + size_new
+            continue  # an earlier merge changed this position
+        right, end = i + length_left, i + length_new
         before, after = symbols[i - 1], symbols[end]
         count = frequencies[word_at[i]]
         pairs[pair, COUNT] -= count
         pair_at[i] = NO_PAIR
         if before != BORDER:
-            at = i - size(begins, before)
+            at = i - length(begins, before)
             pairs[pair_at[at], COUNT] -= count
             if with_left[before] == NO_PAIR:
                 with_left[before] = n_pairs
                 n_pairs = add_pair(pairs, n_pairs, before, new)
             pair_at[at] = with_left[before]
-            n_made = add_place(pairs, with_left[before], count, made_pairs, made_places, n_made, at)
+            n_new = add_position(pairs, with_left[before], count, new_pairs, new_positions, n_new, at)
         if after != BORDER:
             pairs[pair_at[right], COUNT] -= count
             if with_right[after] == NO_PAIR:
                 with_right[after] = n_pairs
                 n_pairs = add_pair(pairs, n_pairs, new, after)
             pair_at[i] = with_right[after]
-            n_made = add_place(pairs, with_right[after], count, made_pairs, made_places, n_made, i)
+            n_new = add_position(pairs, with_right[after], count, new_pairs, new_positions, n_new, i)
         pair_at[right] = NO_PAIR
         symbols[i] = symbols[end - 1] = new
-    m.used[N_PAIRS], m.used[N_MADE] = n_pairs, n_made
+    m.used[N_PAIRS], m.used[N_NEW] = n_pairs, n_new
 
 
 @numba_jit.inlined
 def add_pair(pairs: np.ndarray, n_pairs: int, left: int, right: int) -> int:
-    """A new pair behind the `n_pairs` there are; returns how many there are now."""
+    """Append a pair; returns the new number of pairs."""
     pairs[n_pairs, LEFT], pairs[n_pairs, RIGHT] = left, right
-    pairs[n_pairs, COUNT] = pairs[n_pairs, PLACES] = 0
+    pairs[n_pairs, COUNT] = pairs[n_pairs, N_POSITIONS] = 0
     return n_pairs + 1
 
 
 @numba_jit.inlined
-def add_place(
+def add_position(
     pairs: np.ndarray,
     pair: int,
     count: int,
-    made_pairs: np.ndarray,
-    made_places: np.ndarray,
-    n_made: int,
+    new_pairs: np.ndarray,
+    new_positions: np.ndarray,
+    n_new: int,
     at: int,
 ) -> int:
-    """Another place for `pair`; returns how many were made."""
+    """Append a position of `pair`; returns the new number of new positions."""
     pairs[pair, COUNT] += count
-    pairs[pair, PLACES] += 1
-    made_pairs[n_made], made_places[n_made] = pair, at
-    return n_made + 1
+    pairs[pair, N_POSITIONS] += 1
+    new_pairs[n_new], new_positions[n_new] = pair, at
+    return n_new + 1
 
 
 @numba_jit.jit
-def list_places(m: Merger, first: int) -> None:
-    """Sort the places of the pairs from `first` on by pair, and forget which are the newest token's."""
-    pairs, places, n_places = m.pairs, m.places, m.used[N_PLACES]
-    with_left, with_right, made_pairs, made_places = m.with_left, m.with_right, m.made_pairs, m.made_places
+def list_positions(m: Merger, first: int) -> None:
+    """List the new positions by pair, for pairs from `first`, and reset the newest token's pairs."""
+    pairs, positions, n_positions = m.pairs, m.positions, m.used[N_LISTED]
+    with_left, with_right, new_pairs, new_positions = m.with_left, m.with_right, m.new_pairs, m.new_positions
     for pair in range(first, m.used[N_PAIRS]):
         with_left[pairs[pair, LEFT]] = with_right[pairs[pair, RIGHT]] = NO_PAIR
-        pairs[pair, FIRST] = n_places
-        n_places += pairs[pair, PLACES]
-        pairs[pair, PLACES] = 0
-    for k in range(m.used[N_MADE]):
-        pair = made_pairs[k]
-        places[pairs[pair, FIRST] + pairs[pair, PLACES]] = made_places[k]
-        pairs[pair, PLACES] += 1
-    m.used[N_PLACES] = n_places
+        pairs[pair, FIRST] = n_positions
+        n_positions += pairs[pair, N_POSITIONS]
+        pairs[pair, N_POSITIONS] = 0
+    for k in range(m.used[N_NEW]):
+        pair = new_pairs[k]
+        positions[pairs[pair, FIRST] + pairs[pair, N_POSITIONS]] = new_positions[k]
+        pairs[pair, N_POSITIONS] += 1
+    m.used[N_LISTED] = n_positions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def list_places(m: Merger, first: int) -> None:
 
 @numba_jit.jit
 def push(m: Merger, first: int, by_id: bool) -> None:
-    """Put the pairs from `first` on that are frequent enough on the heap."""
+    """Push the pairs from `first` whose counts reach the threshold."""
     heap, counts, n = m.heap, m.heap_counts, m.used[N_HEAP]
     pairs, tokens, begins, threshold = m.pairs, m.tokens, m.begins, m.used[THRESHOLD]
     for pair in range(first, m.used[N_PAIRS]):
@@ -270,8 +270,8 @@ def push(m: Merger, first: int, by_id: bool) -> None:
 
 
 @numba_jit.jit
-def bring_up_most_frequent(m: Merger, by_id: bool) -> bool:
-    """Put counts that fell in their place, until the top of the heap is up to date; False if none is left."""
+def update_top(m: Merger, by_id: bool) -> bool:
+    """Update the heap until its top has the current highest count; False if no pair is left."""
     refresh(m, by_id)
     while m.used[N_HEAP] == 0 and m.used[THRESHOLD] > 1:
         m.used[THRESHOLD] >>= 1
@@ -281,7 +281,7 @@ def bring_up_most_frequent(m: Merger, by_id: bool) -> bool:
 
 @numba_jit.jit
 def refresh(m: Merger, by_id: bool) -> None:
-    """Sink what is on top of the heap with a count that is out of date, or drop it if that fell too far."""
+    """Sift down stale entries at the top of the heap; drop those below the threshold."""
     heap, counts, n = m.heap, m.heap_counts, m.used[N_HEAP]
     pairs, tokens, begins, threshold = m.pairs, m.tokens, m.begins, m.used[THRESHOLD]
     while n > 0 and counts[0] != pairs[heap[0], COUNT]:
@@ -312,7 +312,7 @@ def refresh(m: Merger, by_id: bool) -> None:
 
 @numba_jit.jit
 def wins_tie(pairs: np.ndarray, a: int, b: int, tokens: np.ndarray, begins: np.ndarray, by_id: bool) -> bool:
-    """Of two pairs that are equally frequent, whether `a` is merged before `b`."""
+    """Whether `a` is merged before the equally frequent `b`."""
     for side in (LEFT, RIGHT):
         token_a, token_b = pairs[a, side], pairs[b, side]
         if token_a == token_b:
@@ -320,9 +320,9 @@ def wins_tie(pairs: np.ndarray, a: int, b: int, tokens: np.ndarray, begins: np.n
         if by_id:
             return token_a < token_b
         at_a, at_b = begins[token_a], begins[token_b]
-        size_a, size_b = size(begins, token_a), size(begins, token_b)
-        for k in range(min(size_a, size_b)):
+        length_a, length_b = length(begins, token_a), length(begins, token_b)
+        for k in range(min(length_a, length_b)):
             if tokens[at_a + k] != tokens[at_b + k]:
                 return tokens[at_a + k] > tokens[at_b + k]
-        return size_a > size_b
+        return length_a > length_b
     return False

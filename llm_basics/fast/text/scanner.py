@@ -1,7 +1,7 @@
-"""Where each pre-token ends, found in UTF-8 bytes by two scanners that equal GPT-2's and cl100k's patterns.
+"""Pre-token boundaries in UTF-8 bytes, by hand-written scanners for the patterns of GPT-2 and cl100k_base.
 
-ASCII costs one look into a table of classes, taken from `regex`; other characters are decoded first. A byte
-that is not UTF-8 is a sign of its own, as `surrogateescape` decodes it.
+Characters are classified by a table made with `regex`: an ASCII byte directly, others after decoding. A byte
+that is not UTF-8 is a character of its own, as in `surrogateescape`.
 
     >>> text, n = padded(b"It's 10 mice"), 12
     >>> ends = [0]
@@ -21,17 +21,17 @@ from llm_basics.fast import numba_jit
 
 OTHER, LETTER, NUMBER, SPACE = 0, 1, 2, 3
 
-# which scanner stands for which pattern; a pattern that has none is left to `regex`
+# scanners by pattern; other patterns use `regex`
 GPT2, CL100K = 0, 1
 SCANNERS = {bpe.SPLIT_PATTERN: GPT2, bpe.CL100K_PATTERN: CL100K}
 
-# what `words` may read behind the end of a text, eight bytes at a time
+# bytes that `hash_table` may read past the end of a text, a word of eight at a time
 PADDING = 24
 
 
 @functools.cache
 def classes() -> np.ndarray:
-    """For each code point whether it is a letter, a number, white space, or something else."""
+    """The class of each code point: letter, number, white space or other."""
     table = np.full(0x110000, OTHER, np.uint8)
     everything = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     for pattern, kind in ((r"\p{L}+", LETTER), (r"\p{N}+", NUMBER), (r"\s+", SPACE)):
@@ -41,7 +41,7 @@ def classes() -> np.ndarray:
 
 
 def padded(text: bytes) -> np.ndarray:
-    """The bytes of `text` with zeros behind, in whole words of eight bytes."""
+    """The bytes of `text`, zero-padded to a multiple of eight."""
     array = np.empty(-(-(len(text) + PADDING) // 8) * 8, np.uint8)
     array[: len(text)] = np.frombuffer(text, np.uint8)
     array[len(text) :] = 0
@@ -50,11 +50,11 @@ def padded(text: bytes) -> np.ndarray:
 
 @numba_jit.jit
 def character(text: np.ndarray, i: int, n: int) -> tuple[int, int]:
-    """The code point at byte `i`, and how many bytes it has; the byte alone where it is not UTF-8."""
+    """The code point at byte `i` and its number of bytes; an invalid byte counts alone."""
     first = np.int64(text[i])
     if first < 0x80:
         return first, 1
-    # the lead byte tells the length and, with the second, rules out long forms and surrogates
+    # the lead byte gives the length and the range of the second, which excludes overlong forms and surrogates
     size, low, high = 1, 0x80, 0xBF
     if 0xC2 <= first <= 0xDF:
         size, code = 2, first & 0x1F
@@ -78,7 +78,7 @@ def character(text: np.ndarray, i: int, n: int) -> tuple[int, int]:
 
 @numba_jit.jit
 def run_end(text: np.ndarray, i: int, n: int, classes: np.ndarray, kind: int) -> int:
-    """The end of the run of characters of class `kind` that goes on at `i`."""
+    """The end of the run of characters of class `kind` from `i`."""
     while i < n:
         byte = text[i]
         if byte < 0x80:
@@ -108,7 +108,7 @@ def contraction_end(text: np.ndarray, i: int, n: int, any_case: bool) -> int:
             (first == ord("v") or first == ord("r")) and second == ord("e")
         ):
             return i + 3
-        # the long s is an s too where case does not count
+        # the long s (U+017F) equals s when case is ignored
         if any_case and text[i + 1] == 0xC5 and text[i + 2] == 0xBF:
             return i + 3
     return i
@@ -140,7 +140,7 @@ def gpt2_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int:
 
 @numba_jit.jit
 def space_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int:
-    """The end of white space: its last character is left to what follows, unless it is all there is."""
+    """The end of white space; its last character belongs to the next pre-token unless it is the only one."""
     last = end = start
     while end < n:
         size, kind = 1, classes[text[end]]
@@ -158,7 +158,7 @@ def space_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int:
 def cl100k_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int:
     """The end of the pre-token that begins at `start`, by the pattern of cl100k_base."""
     byte = text[start]
-    # most words: a letter, or one space and a letter, all ASCII
+    # fast path for most words: ASCII letters after at most one space
     i = start + (byte == ord(" "))
     if classes[text[i]] != LETTER or text[i] >= 0x80:
         return cl100k_rare_end(text, start, n, classes)
@@ -169,7 +169,7 @@ def cl100k_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int
 
 @numba_jit.jit
 def cl100k_rare_end(text: np.ndarray, start: int, n: int, classes: np.ndarray) -> int:
-    """`cl100k_end` for all that is not a plain word."""
+    """`cl100k_end` for everything but plain words."""
     if text[start] == ord("'"):
         end = contraction_end(text, start, n, True)
         if end > start:
