@@ -1,22 +1,22 @@
-"""How fast does a trained model write, beside `generate` of transformers with the same weights?
+"""Benchmarks greedy decoding of trained models against `generate` of transformers.
 
 uv run --group benchmark python benchmarks/decode.py --run runs/NAME       a run of `llm-basics train`
-uv run --group benchmark python benchmarks/decode.py                       two models, trained here first
+uv run --group benchmark python benchmarks/decode.py                       trains two models first
 uv run --group benchmark python benchmarks/decode.py --device cuda --threads 1
 
 Without --run, two GPT-2s (4 blocks of 128 features, 6 of 384) are trained for a few hundred steps on the
-default data, once: later calls reuse their runs. Random weights would not do, since nearly all drafts of
-random weights are right.
+default data; later calls reuse the runs. Trained weights matter: with random weights nearly all drafts are
+accepted.
 
-Each contender runs in a process of its own, in turns, for some rounds; medians are compared, of the number of
-threads that suits each best. A process first writes such a text, so that libraries and machine code are
-loaded before the clock starts. All write the likeliest text, and its digest is compared.
+Each contender runs in a separate process, in turns, for some rounds; medians are compared, each with its best
+number of threads. A process first generates one text, so that libraries and machine code are loaded before
+timing. All decode greedily, and a digest of each text is shown.
 
-"ours" measures while writing whether drafts with weights of 8 bits pay (`fast/decoding.py`); "ours, drafts"
-always drafts, "ours, no drafts" never.
+"ours" measures during generation whether int8 drafts pay (`fast/cpu/decode.py`); "ours, drafts" always
+drafts, "ours, no drafts" never.
 
-A token costs a pass over all weights. How many bytes can be read in a second is measured too, by inner
-products of two vectors as large as the weights together; the share of it that a contender uses is shown.
+A token costs a pass over all weights. Memory bandwidth is measured by dot products of two vectors that
+together are as large as the weights; the table shows the fraction of it that each contender uses.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from llm_basics.inference import engine
 from llm_basics.interop import hf_export
 from llm_basics.runs import run_dir
 
-# the models that are trained here, by the options that make them, and their steps
+# the models to train: their options and steps
 TRAINED = {
     "4x128": ("--model.n_layers 4 --model.d_model 128 --model.n_heads 4 --train.batch_size 8", 600),
     "6x384": ("--model.n_layers 6 --model.d_model 384 --model.n_heads 6 --train.batch_size 4", 300),
@@ -56,18 +56,20 @@ N_PROMPT = 16
 
 
 def main() -> None:
-    """Measure what the command line asks for, and print a table for each model."""
+    """Run the benchmark and print a table for each model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", nargs="+", default=[], help="run directories of trained models")
-    parser.add_argument("--shape", choices=TRAINED, help="without --run, this model alone")
-    parser.add_argument("--prompt", default=PROMPT, help=f"its first {N_PROMPT} tokens are continued")
+    parser.add_argument("--shape", choices=TRAINED, help="without --run, only this model")
+    parser.add_argument("--prompt", default=PROMPT, help=f"the first {N_PROMPT} tokens are used")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=200, help="new tokens in a text")
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens per text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", choices=CONTENDERS, nargs="+", default=list(CONTENDERS), help="who writes")
+    parser.add_argument(
+        "--only", choices=CONTENDERS, nargs="+", default=list(CONTENDERS), help="the contenders"
+    )
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def trained(shape: str) -> Path:
-    """The run directory of a model of `TRAINED`, which is trained if it is not there."""
+    """The run directory of a model in `TRAINED`; trains it if missing."""
     (given, steps), folder = TRAINED[shape], run_dir.RUNS / f"decode-{shape}"
     if run_dir.checkpoint_path(folder, steps).exists():
         return folder
@@ -97,7 +99,7 @@ def trained(shape: str) -> Path:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    """Run all contenders in turns, and print their medians."""
+    """Run all contenders in turns, and print medians."""
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for name in [*options.only, "read"]:
@@ -107,7 +109,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
                 command += ["--device", options.device, "--prompt", options.prompt]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
                 if name.startswith("ours"):
-                    # as the programs set it
+                    # as `llm-basics` sets it
                     environment["GOMP_SPINCOUNT"] = "3000"
                 run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
                 results.setdefault((name, n_threads), []).append(json.loads(run.stdout.splitlines()[-1]))
@@ -123,7 +125,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     theirs = per_second("transformers", best["transformers"]) if "transformers" in best else float("nan")
     n_bytes = results["read", best["read"]][0]["bytes"]
     print(f"\n**{folder.name}**, {n_bytes / 1e6:.1f} MB of weights a token, {read / 1e9:.0f} GB/s\n")
-    print("| writes | tokens/s (all rounds) | threads | times transformers | of what can be read | text |")
+    print("| contender | tokens/s (all rounds) | threads | times transformers | of bandwidth | text |")
     print("|---|---|---|---|---|---|")
     for name, n_threads in [(name, best[name]) for name in options.only]:
         rates = sorted(r["per_second"] for r in results[name, n_threads])
@@ -138,10 +140,10 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second, and a few letters that tell texts apart; of `read`, bytes a second."""
+    """Tokens per second and a digest of the text; for `read`, bytes per second."""
     make, n_texts = CONTENDERS.get(name, (reference, 1))
     if name.startswith("ours"):
-        # as the programs do
+        # as `llm-basics` does
         swap.use("fast", lambda line: None)
         device.tune_allocator()
     model, tokenizer = engine.load_run(options.run[0], options.device)
@@ -165,7 +167,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bytes_per_second(n_bytes: int, place: str) -> float:
-    """Read as many bytes as the weights have, again and again, and nothing else."""
+    """Memory bandwidth for an array of the size of the weights."""
     one, other = (torch.ones(n_bytes // 8, device=place) for _ in range(2))
     rounds = max(10, 2**31 // n_bytes)
     for timed in (False, True):
@@ -179,7 +181,7 @@ def bytes_per_second(n_bytes: int, place: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# One model, in several ways
+# Contenders
 
 Write = Callable[[int], list[int]]
 Make = Callable[[models.TransformerLM, tokenizers.Tokenizer, torch.Tensor, int], Write]
@@ -190,7 +192,7 @@ def reference(model: models.TransformerLM, _: Any, prompt: torch.Tensor, n_texts
 
 
 def with_drafts(*ways: bool) -> Make:
-    """Ours, writing in these ways: with drafts, without, or in the one that is faster."""
+    """Ours with drafts, without, or (both given) with the faster."""
 
     def make(model: models.TransformerLM, tokenizer: Any, prompt: torch.Tensor, n_texts: int) -> Write:
         from llm_basics.fast import generate as fast
@@ -213,7 +215,7 @@ def transformers(
     with tempfile.TemporaryDirectory() as folder:
         hf_export.export(model, tokenizer, Path(folder), card="")
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval().to(prompt.device)
-    # all write as many tokens as are asked for
+    # never stop early
     theirs.generation_config.eos_token_id = theirs.config.eos_token_id = None
 
     def write(n: int) -> list[int]:
@@ -225,7 +227,7 @@ def transformers(
     return write
 
 
-# how each writes, and how many texts at once
+# the generate function and the number of texts per batch
 CONTENDERS: dict[str, tuple[Make, int]] = {
     "ours": (with_drafts(True, False), 1),
     "ours, drafts": (with_drafts(True), 1),

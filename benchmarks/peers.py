@@ -1,4 +1,4 @@
-"""The models of transformers, with the weights and the work of ours: what the benchmarks compare with."""
+"""Baselines for the benchmarks: models of transformers with the same weights and training step."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,14 +26,14 @@ LLAMA_NAMES = {
 
 
 def write_weights(shape: config.ModelConfig, folder: Path) -> None:
-    """Draw the weights that all begin with, and write them to `folder`, for transformers and for ours."""
+    """Draw initial weights, and write them to `folder` in both formats, transformers' and ours."""
     torch.manual_seed(0)
     model = make(shape)
     model.save_pretrained(folder)
     theirs = model.state_dict()
     ours = gpt2_weights(theirs, shape) if shape.position == "learned" else llama_weights(theirs, shape)
     for name in ("token_embeddings.weight", "lm_head.weight"):
-        # rows that round the vocabulary up
+        # padding rows of the vocabulary
         ours[name] = torch.nn.functional.pad(
             ours[name], (0, 0, 0, shape.padded_vocab_size - shape.vocab_size)
         )
@@ -41,14 +41,14 @@ def write_weights(shape: config.ModelConfig, folder: Path) -> None:
 
 
 def load_ours(shape: config.ModelConfig, folder: Path) -> models.TransformerLM:
-    """Our model with these weights."""
+    """This package's model with the weights in `folder`."""
     model = models.TransformerLM(shape)
     model.load_state_dict(safetensors.torch.load_file(folder / OURS))
     return model
 
 
 def make(shape: config.ModelConfig) -> Any:
-    """GPT-2 or Llama of that shape."""
+    """A GPT-2 or Llama of transformers with these sizes."""
     transformers = _transformers()
 
     if shape.position == "learned":
@@ -85,7 +85,7 @@ def make(shape: config.ModelConfig) -> Any:
 
 
 def _transformers() -> Any:
-    """The library, which otherwise tells of each file that it reads."""
+    """transformers without progress bars and log lines."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -94,7 +94,7 @@ def _transformers() -> Any:
 
 
 def gpt2_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> dict[str, Tensor]:
-    """Weights of transformers' GPT-2 under our names. Its matrices are (d_in, d_out)."""
+    """Rename and transpose the weights of transformers' GPT-2, whose matrices are (d_in, d_out)."""
     ours = {
         "token_embeddings.weight": theirs["transformer.wte.weight"],
         "lm_head.weight": theirs["transformer.wte.weight"],
@@ -117,9 +117,9 @@ def _turned(weight: Tensor) -> Tensor:
 
 
 def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> dict[str, Tensor]:
-    """Weights of transformers' Llama under our names.
+    """Rename and permute the weights of transformers' Llama.
 
-    Its RoPE turns feature i together with feature i + d_head/2, ours neighbors: same pairs, other order.
+    Its RoPE pairs feature i with i + d_head/2, ours pairs neighbors: the same rotations in another order.
     """
     ours = {
         "token_embeddings.weight": theirs["model.embed_tokens.weight"],
@@ -140,7 +140,7 @@ def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> di
 def make_step(
     folder: Path, chosen: torch.device, train: config.TrainConfig, is_compiled: bool
 ) -> Callable[[dataloader.Batch], Tensor]:
-    """What takes one step of training by transformers and torch, and returns its loss."""
+    """A function that runs one training step with transformers and torch, and returns the loss."""
     transformers = _transformers()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
@@ -157,7 +157,7 @@ def make_step(
         inputs, targets = batch
         optimizer.zero_grad()
         with device.precision(chosen, train.dtype):
-            # targets are the next tokens already; as labels alone they would be moved once more
+            # targets are already shifted; `labels` alone would be shifted again
             loss = trained(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)

@@ -1,18 +1,17 @@
-"""How long does training take until held-out text is predicted this well?
+"""Measures training time to a validation loss.
 
 uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt
 uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt --recipes plain best --steps best=230
 uv run python benchmarks/time_to_loss.py --data tinyshakespeare.txt --recipes gpu --context_length 256 \
     --target 1.4697
 
-A recipe is a list of options of `python -m llm_basics.train`, which runs it in a process of its own; recipes
-take turns, for some rounds of other seeds. All have the same text and split, the same context length, and
-are judged on the same held-out windows.
+A recipe is a list of options of `python -m llm_basics.train`, run in a separate process; recipes take turns,
+with one seed per round. All share the text, the split, the context length and the held-out windows.
 
-Seconds are of training: without reading, evaluating and saving, and without what the first step takes beyond
-the others, which compiles, with empty caches. The target is reached between two evaluations: at a point on
-the line between them, and at the later one for sure. A falling learning rate gets to its loss at its end
-alone, so such a recipe is given the number of steps in which it gets there (`--steps`).
+Times are of training alone: without data loading, evaluation and checkpoints, and without the excess of the
+first step, which compiles with empty caches. The time to the target is interpolated linearly between two
+evaluations; that of the later one is listed too. A recipe with learning rate decay reaches its loss only at
+its last step, so give it the number of steps in which it reaches the target (`--steps`).
 """
 
 import dataclasses
@@ -47,24 +46,24 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure how long recipes take to a validation loss."""
+    """Measure training time to a validation loss."""
 
     data: str = "stdlib"
     """A UTF-8 text file, a folder or a quoted glob of them; or stdlib, the source of Python's own library."""
     target: float = 1.886
     """The validation loss to reach, in nats per token."""
     recipes: tuple[str, ...] = ("plain", "fast", "best")
-    """Which recipes to run."""
+    """The recipes to run."""
     steps: tuple[str, ...] = ()
-    """Steps of a recipe in the place of its own, as in best=230."""
+    """Override the steps of a recipe, e.g. best=230."""
     rounds: int = 3
-    """Runs of each recipe, in turns; each round has a seed of its own."""
+    """Runs per recipe, in turns; each round has its own seed."""
     context_length: int = 64
-    """The most tokens that a model sees, in all recipes."""
+    """Context length of all recipes."""
     eval_every: int = 50
     """Steps between evaluations."""
     eval_windows: int = 2304
-    """Held-out windows in an evaluation, more or less evenly spaced; all, if there are no more than these."""
+    """Held-out windows per evaluation, about evenly spaced; at most all."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.recipes) - RECIPES.keys():
@@ -79,31 +78,31 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one run measured; infinite where the target was not reached."""
+    """The measurements of one run; inf if the target was not reached."""
 
     interpolated: float
-    """Seconds of training to the target."""
+    """Seconds of training to the target, interpolated."""
     sure: float
-    """Seconds of training to the first evaluation that was not above it."""
+    """Seconds of training to the first evaluation at or below the target."""
     loss: float
-    """At the end."""
+    """Final validation loss."""
     seconds: float
-    """Of training, to the end."""
+    """Seconds of training in total."""
     compiling: float
-    """Seconds of the first step beyond those of the others."""
+    """Excess seconds of the first step."""
     starting: float
-    """Seconds before training, with the libraries."""
+    """Seconds before training, including imports."""
     wall: float
     """Seconds of the process."""
 
 
 def main(options: Options) -> None:
-    """Run all recipes, and print a table."""
+    """Run all recipes and print a table."""
     results: dict[str, list[Result]] = {name: [] for name in options.recipes}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arguments = {recipe: arguments_of(recipe, options, folder) for recipe in options.recipes}
-        # mistakes are found now, and the text is tokenized before the first run
+        # validate the options, and tokenize the text before the first run
         configs = {recipe: parse.train_options(given) for recipe, given in arguments.items()}
         for settings in configs.values():
             prepare.prepare(dataclasses.replace(settings, fast="on"), log=lambda line: None)
@@ -115,7 +114,7 @@ def main(options: Options) -> None:
 
 
 def arguments_of(recipe: str, options: Options, folder: Path) -> list[str]:
-    """The command line of a recipe, but for seed and run directory."""
+    """The command line of a recipe without seed and run directory."""
     given = RECIPES[recipe].split()
     own_steps = dict(item.split("=") for item in options.steps)
     given += ["--train.steps", own_steps[recipe]] if recipe in own_steps else []
@@ -132,14 +131,14 @@ def arguments_of(recipe: str, options: Options, folder: Path) -> list[str]:
 
 
 def measure(given: Sequence[str], settings: config.Config, folder: Path, options: Options) -> Result:
-    """Train in a process of its own, and read what it wrote."""
+    """Train in a separate process, and read its metrics."""
     command = [sys.executable, "-m", "llm_basics.train", *given, "--run_dir", str(folder)]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}-compiled"}
     began, start = time.time(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     wall = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}{done.stderr}")
     metrics = run_dir.read_metrics(folder)
     train = settings.train
     n_tokens = train.batch_size * train.grad_accumulation_steps * settings.model.context_length
@@ -148,16 +147,16 @@ def measure(given: Sequence[str], settings: config.Config, folder: Path, options
     times = np.interp([step for step, _ in evaluated], steps, seconds)
     losses = [loss for _, loss in evaluated]
     interpolated, sure = time_to(options.target, times.tolist(), losses)
-    # written when all is ready for the first step
+    # written just before the first step
     starting = (folder / "config.json").stat().st_mtime - began
     return Result(interpolated, sure, losses[-1], seconds[-1], compiling, starting, wall)
 
 
 def training_seconds(metrics: Sequence[dict], n_tokens: int) -> tuple[list[int], list[float], float]:
-    """Steps, how many seconds of training had passed after each, and what the first took beyond the others.
+    """Steps, the training seconds after each, and the excess of the first step.
 
-    A line of a run says how many tokens there were a second since the line before, without interruptions;
-    the first is of one step alone.
+    A line of metrics has the tokens per second since the previous line, without interruptions; the first
+    covers one step.
 
     >>> lines = [{"step": 1, "tokens_per_second": 10}, {"step": 3, "tokens_per_second": 200}]
     >>> training_seconds(lines, n_tokens=100)
@@ -174,7 +173,7 @@ def training_seconds(metrics: Sequence[dict], n_tokens: int) -> tuple[list[int],
 
 
 def time_to(target: float, times: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """When a loss reached `target`: on the line between evaluations, and at the first that has it.
+    """The time of `target`, interpolated between evaluations, and that of the first evaluation below it.
 
     >>> time_to(2.0, times=[10.0, 20.0, 30.0], losses=[3.0, 2.5, 1.5])
     (25.0, 30.0)
@@ -189,7 +188,7 @@ def time_to(target: float, times: Sequence[float], losses: Sequence[float]) -> t
 
 
 def report(results: dict[str, list[Result]], steps: dict[str, int], options: Options) -> None:
-    """Print a table of medians, and all rounds of what it is about; inf is for what was not reached."""
+    """Print a table of medians, with all rounds of the time to the target (inf: not reached)."""
     print(f"{options.data}: seconds of training to a validation loss of {options.target}")
     for recipe, runs in results.items():
         print(f"{recipe}: {RECIPES[recipe]} --train.steps {steps[recipe]}; losses {[r.loss for r in runs]}")
@@ -210,7 +209,7 @@ def report(results: dict[str, list[Result]], steps: dict[str, int], options: Opt
             for name in ("sure", "loss", "seconds", "starting", "wall")
         )
         every = " ".join(f"{seconds:.1f}" for seconds in sorted(r.interpolated for r in runs))
-        # one who never arrives is no measure
+        # no ratio to a run that missed the target
         faster, faster_whole = (
             f"{theirs / ours:.2f}" if math.isfinite(theirs / ours) else "-"
             for theirs, ours in zip(base, mine, strict=True)

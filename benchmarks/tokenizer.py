@@ -1,12 +1,12 @@
-"""How fast are vocabularies learned and texts encoded, beside the programs that others install for it?
+"""Benchmarks tokenizer training and encoding against tiktoken, Hugging Face tokenizers and rustbpe.
 
 uv run --group benchmark python benchmarks/tokenizer.py                      on the source of Python's library
 uv run --group benchmark python benchmarks/tokenizer.py --data prose.txt --vocab-size 10000
-tiktoken finds GPT-2's vocabulary in TIKTOKEN_CACHE_DIR, or fetches it; without it, encoding is left out.
+tiktoken reads GPT-2's vocabulary from TIKTOKEN_CACHE_DIR, or downloads it; without it, encoding is skipped.
 
-Each contender runs in a process of its own, in turns, for some rounds; medians are compared. A process
-first trains or encodes a few words, so that libraries and machine code are loaded before the clock starts.
-Memory is the highest resident size, and what of it came after that start.
+Each contender runs in a separate process, in turns, for some rounds; medians are compared. A process first
+trains on or encodes a few words, so that libraries and machine code are loaded before timing. Memory is the
+peak resident size, and its growth during the work.
 """
 
 import argparse
@@ -34,7 +34,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def main() -> None:
-    """Measure what the command line asks for, and print a table."""
+    """Run the benchmarks and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def compare(kind: str, path: Path, vocab_size: int, rounds: int) -> None:
-    """Run all contenders of a kind in turns, and print their medians as ratios to the first, ours."""
+    """Run all contenders of a kind in turns, and print medians and their ratios to the first (ours)."""
     names = [name for name in CONTENDERS if name.startswith(kind)]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(rounds):
@@ -94,7 +94,7 @@ def compare(kind: str, path: Path, vocab_size: int, rounds: int) -> None:
 
 
 def measured(work: Callable[[], Any], result: Callable[[Any], str]) -> dict[str, Any]:
-    """The seconds of `work`, the memory that it took, and a summary of its result."""
+    """Seconds and memory of `work`, and a digest of its result."""
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.perf_counter()
     done = work()
@@ -104,19 +104,19 @@ def measured(work: Callable[[], Any], result: Callable[[Any], str]) -> dict[str,
 
 
 def digest(content: Any) -> str:
-    """A few letters that tell results apart."""
+    """A short hash to compare results."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 # --------------------------------------------------------------------------------------------------
-# Learning a vocabulary
+# Training
 
 
 def train_ours(path: Path, vocab_size: int, ties: str = bpe.LOWEST_ID) -> dict[str, Any]:
     from llm_basics.fast import bpe as fast
 
     with tempfile.NamedTemporaryFile() as file:
-        # enough different words that tables grow and are added up
+        # enough distinct words to grow and merge the tables
         file.write(b"".join(b" word%d" % i for i in range(300_000)))
         file.flush()
         fast.train_bpe(file.name, 260, n_workers=2)
@@ -153,7 +153,7 @@ def train_hugging_face(path: Path, vocab_size: int) -> dict[str, Any]:
 
 def train_hugging_face_documents(path: Path, vocab_size: int) -> dict[str, Any]:
     model, trainer = hugging_face_trainer(vocab_size)
-    # a file is read by lines, which cuts white space where we do not; documents give the same merges as ours
+    # `train` reads files by lines, which splits white space differently; documents give our merges
     documents = path.read_bytes().decode("utf-8").split(END_OF_TEXT)
     return measured(lambda: model.train_from_iterator(documents, trainer), lambda _: merges_of(model))
 
@@ -176,14 +176,14 @@ def train_rustbpe(path: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def parts_of(path: Path, n: int = 64) -> list[str]:
-    """The text in `n` parts, cut at spaces."""
+    """Split the text into `n` parts at spaces."""
     text = path.read_bytes().decode("utf-8")
     cuts = [0, *(text.index(" ", len(text) * k // n) for k in range(1, n)), len(text)]
     return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def without_gpt2() -> str:
-    """Why GPT-2's vocabulary cannot be had; "" if it can."""
+    """Why GPT-2's vocabulary is unavailable; "" if it is available."""
     try:
         import tiktoken
 
@@ -195,7 +195,7 @@ def without_gpt2() -> str:
 
 
 def gpt2() -> Any:
-    """Ours with GPT-2's vocabulary, its machine code loaded, its memory of words as new."""
+    """Our tokenizer with GPT-2's vocabulary, compiled, with a fresh cache."""
     import tiktoken
 
     from llm_basics.fast import tokenizer

@@ -1,18 +1,17 @@
-"""How many tokens a second does training take in, beside transformers with the same model?
+"""Benchmarks training throughput in tokens per second against transformers.
 
 uv run --group benchmark python benchmarks/train.py                        a small GPT-2, on the CPU
 uv run --group benchmark python benchmarks/train.py --shape llama --threads 1 2
 uv run --group benchmark python benchmarks/train.py --shape gpt2 --device cuda
 
-All begin with the same weights and see the same random tokens, with the same batch, arithmetic, loss, AdamW
-and clipping; their first losses must agree. Reading data, evaluating and saving are left out. Ours is what
-`python -m llm_basics.train` runs, with the settings of its process. transformers has its own defaults, but
-without dropout and without the cache that training does not need; its model computes the loss, so that
-torch.compile gets that too.
+All contenders have the same initial weights, random tokens, batch size, precision, loss, AdamW and gradient
+clipping; their first losses must agree. Data loading, evaluation and checkpoints are excluded. Ours runs what
+`python -m llm_basics.train` runs, with its process settings. transformers runs with its defaults, without
+dropout and cache; its model computes the loss, so that torch.compile includes it.
 
-Each contender has a process of its own, which sleeps while others are measured: blocks of steps in turns, for
-some rounds. What a block says is the median of its steps; on CUDA, where steps overlap, their mean. The
-highest rate of products is measured in the same turns. Compilers begin with empty caches.
+Each contender runs in a separate process, which sleeps while others are measured, in blocks of steps by
+turns. The figure of a block is the median step, or on CUDA, where steps overlap, the mean. The peak rate of
+matrix products is measured in the same turns. Compilers start with empty caches.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ GPT2: dict[str, Any] = {
     **{"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "init": "gpt2"},
     **{"tie_embeddings": True, "bias": True},
 }
-# shape and batch of each
+# model config and batch size
 SHAPES = {
     "cpu": (dataclasses.replace(CPU, **GPT2), 12),
     "llama": (CPU, 12),
@@ -56,40 +55,40 @@ OURS = ("reference", "fast", "reference compiled", "fast compiled", "fast graphs
 THEIRS = ("transformers eager", "transformers compiled")
 PEAK = "products"
 
-# a contender and its threads, 0 being torch's choice
+# a contender and its number of threads (0: torch's default)
 Key = tuple[str, int]
 
-# what `python -m llm_basics.train` sets before torch is loaded
+# set by `python -m llm_basics.train` before torch is imported
 ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 
-# how far apart the first losses may be: that of one batch, before any step
+# tolerance of the first losses (same batch, initial weights)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure how fast models are trained, ours and transformers'."""
+    """Measure training throughput, ours and transformers'."""
 
     shape: Literal["cpu", "llama", "gpt2", "llama-large"] = "cpu"
-    """cpu: a GPT-2 of 0.8 million weights; gpt2: 124 million; llama, llama-large: Llama in these sizes."""
+    """cpu: a GPT-2 of 0.8 million parameters; gpt2: 124 million; llama, llama-large: Llamas of these sizes"""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first of these that is there."""
+    """cuda, mps or cpu; auto: the first available."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; auto: bfloat16 on CUDA, else float32."""
+    """Precision of the forward pass; auto: bfloat16 on CUDA, else float32."""
     threads: tuple[int, ...] = ()
-    """Each contender is measured with each of these; its best counts. None: as torch chooses."""
+    """Numbers of threads to measure; each contender's best counts. Default: torch's choice."""
     rounds: int = 5
-    """Blocks of each contender, in turns."""
+    """Blocks per contender, in turns."""
     steps: int = 50
-    """Steps of a block that count."""
+    """Timed steps per block."""
     warmup: int = 5
-    """Steps before each block that do not."""
+    """Untimed steps before each block."""
     batch_size: int | None = None
-    """Sequences in a step. None: as the shape has it, 12 or 64."""
+    """Sequences per step. Default: 12 or 64, by shape."""
     only: tuple[str, ...] = (*OURS, *THEIRS)
     """The contenders to measure."""
     same_process_settings: bool = False
-    """Give the processes of transformers what ours set for themselves: environment and memory."""
+    """Run transformers with our process settings: environment variables and allocator."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.only) - {*OURS, *THEIRS}:
@@ -99,7 +98,7 @@ class Options:
 
     @property
     def contenders(self) -> list[str]:
-        """Those of `only` that this device can run."""
+        """The contenders in `only` that this device supports."""
         on_cuda = device.choose(self.device).type == "cuda"
         return [name for name in self.only if on_cuda or not name.endswith("graphs")]
 
@@ -109,7 +108,7 @@ class Options:
 
     @property
     def train(self) -> config.TrainConfig:
-        """Settings of the optimizer, for all; the learning rate hardly moves."""
+        """The common optimizer settings; the learning rate is nearly constant."""
         batch_size = self.batch_size or SHAPES[self.shape][1]
         return config.TrainConfig(10**6, batch_size, lr=6e-4, warmup_steps=0, dtype=self.dtype)
 
@@ -122,7 +121,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measure all contenders, and print a table."""
+    """Run all contenders and print a table."""
     shape, train = options.model, options.train
     print(
         f"{options.shape}: batch {train.batch_size}, context {shape.context_length}, {options.arithmetic}; "
@@ -135,7 +134,7 @@ def main(options: Options) -> None:
             for threads, name in itertools.product(options.threads or (0,), (*options.contenders, PEAK)):
                 has_our_settings = name in OURS or (name in THEIRS and options.same_process_settings)
                 started[name, threads] = workers.Worker(
-                    answers,
+                    measure,
                     (name, threads, has_our_settings, options, Path(folder)),
                     environment={"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
                     | (ENVIRONMENT if has_our_settings else {}),
@@ -146,9 +145,9 @@ def main(options: Options) -> None:
 
 
 def take_turns(started: dict[Key, workers.Worker], options: Options) -> dict[Key, list[dict[str, float]]]:
-    """What each worker said: of its start, then of each block. Raises ValueError if first losses differ."""
-    results = {key: [worker.ask()] for key, worker in started.items()}
-    losses = [said["loss"] for said, *_ in results.values() if "loss" in said]
+    """Each worker's startup, then its blocks. Raises ValueError if the first losses differ."""
+    results = {key: [worker.request()] for key, worker in started.items()}
+    losses = [startup["loss"] for startup, *_ in results.values() if "loss" in startup]
     if losses:
         if not max(losses) - min(losses) <= TOLERANCE[options.arithmetic]:
             raise ValueError(f"the first losses must agree, got {results}")
@@ -156,12 +155,12 @@ def take_turns(started: dict[Key, workers.Worker], options: Options) -> dict[Key
     for _ in range(options.rounds):
         for key, worker in started.items():
             if workers.FAILED not in results[key][-1]:
-                results[key].append(worker.ask())
+                results[key].append(worker.request())
     return results
 
 
 def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None:
-    """Print the highest rates of products, and the table: each contender with its best number of threads."""
+    """Print peak rates, and the table with each contender's best number of threads."""
     n_tokens = options.train.batch_size * options.model.context_length
     speeds = {
         key: statistics.median(n_tokens / block["seconds"] for block in blocks)
@@ -172,8 +171,8 @@ def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None
     plain = dataclasses.replace(options.model, vocab_multiple=1)
     flops = models.TransformerLM(plain, device="meta").flops_per_token()
     print(
-        f"{flops:,} FLOPs per token: 6 for each weight that multiplies, "
-        "and 12 n_layers d_model context_length for attention"
+        f"{flops:,} FLOPs per token: 6 per matmul parameter, plus 12 n_layers d_model context_length "
+        "for attention"
     )
     if len(options.threads) > 1:
         print("tokens/s:", ", ".join(f"{name} x{n} {speed:,.0f}" for (name, n), speed in speeds.items()))
@@ -198,26 +197,26 @@ def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None
 
 
 def report_peak(results: dict[Key, list[dict[str, float]]], options: Options) -> float:
-    """Print the rate of products by each engine; returns the highest in the arithmetic of the contenders."""
+    """Print the FLOP/s of each engine; returns the highest at the contenders' precision."""
     rates: dict[str, float] = {}
     for (name, _), rounds in results.items():
         for engine in rounds[0] if name == PEAK else ():
-            rate = statistics.median(said[engine] for said in rounds)
+            rate = statistics.median(result[engine] for result in rounds)
             rates[engine] = max(rate, rates.get(engine, 0.0))
     best = max((engine for engine in rates if engine.startswith(options.arithmetic)), key=rates.__getitem__)
-    told = ", ".join(f"{engine} {rate / 1e9:,.0f} GFLOP/s" for engine, rate in rates.items())
-    print(f"products of matrices: {told}; utilization is of {best}")
+    listing = ", ".join(f"{engine} {rate / 1e9:,.0f} GFLOP/s" for engine, rate in rates.items())
+    print(f"matrix products: {listing}; utilization relative to {best}")
     return rates[best]
 
 
 # --------------------------------------------------------------------------------------------------
-# In the process of a contender
+# Worker processes
 
 
-def answers(
+def measure(
     name: str, threads: int, has_our_settings: bool, options: Options, folder: Path
 ) -> Iterator[dict[str, float]]:
-    """What the process of a contender says: of its start, then of one block after the other."""
+    """The results of one contender's process: its startup, then block by block."""
     if has_our_settings:
         device.tune_allocator()
     if threads:
@@ -229,7 +228,7 @@ def answers(
 
 
 def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[str, float]]:
-    """First of the steps that compile, then of one block after the other."""
+    """Yield the startup with compilation, then block by block."""
     chosen, train = device.choose(options.device), options.train
     random = torch.Generator().manual_seed(0)
     size = 32, train.batch_size, options.model.context_length + 1
@@ -246,23 +245,23 @@ def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[
     loss = step(next(batches)).item()
     for _ in range(options.warmup):
         step(next(batches))
-    workers.wait(chosen)
+    workers.synchronize(chosen)
     started = {"loss": loss, "seconds": time.perf_counter() - start, "steps": 1 + options.warmup}
-    workers.let_go(chosen)
+    workers.empty_cache(chosen)
     yield started
     while True:
         for _ in range(options.warmup):
             step(next(batches))
-        workers.wait(chosen)
+        workers.synchronize(chosen)
         seconds = []
         begin = time.perf_counter()
         for batch in itertools.islice(batches, options.steps):
             start = time.perf_counter()
             step(batch)
             seconds.append(time.perf_counter() - start)
-        workers.wait(chosen)
+        workers.synchronize(chosen)
         mean = (time.perf_counter() - begin) / options.steps
-        workers.let_go(chosen)
+        workers.empty_cache(chosen)
         yield {
             "seconds": mean if chosen.type == "cuda" else statistics.median(seconds),
             "peak": workers.peak_memory(chosen),
@@ -270,11 +269,11 @@ def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[
 
 
 # --------------------------------------------------------------------------------------------------
-# One step of ours
+# Our training step
 
 
 def our_step(name: str, options: Options, folder: Path) -> Callable[[dataloader.Batch], Tensor]:
-    """What `loop.fit` does for a step, apart from reading data and writing of it."""
+    """One step of `loop.fit` without data loading and logging."""
     if name.startswith("fast"):
         swap.use("fast", log=lambda line: None)
     chosen, train = device.choose(options.device), options.train
@@ -290,7 +289,7 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[dataloader.
         device.random_state(chosen)
         result = trainer.train_step(model, optimizer, [batch], next(count), train)
         pending.append(monitor.start_reading(result))
-        # on a GPU the numbers of the step before
+        # on a GPU, the metrics of the previous step
         if len(pending) > (chosen.type in device.ASYNCHRONOUS):
             spikes.z_score(pending.pop(0)()[0])
         return result.train_loss

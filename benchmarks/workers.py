@@ -1,4 +1,4 @@
-"""Processes that stay, and measure something each time that they are asked."""
+"""Persistent benchmark processes that measure one block per request."""
 
 import contextlib
 import itertools
@@ -15,43 +15,43 @@ import torch
 
 from llm_basics.core import device
 
-# the only number of an answer where memory was not enough
+# the only key of a result if the process ran out of memory
 FAILED = "failed"
 
 
 class Worker:
-    """A process with `environment` added, which gives the next of `make_answers(*arguments)` when asked.
+    """A process that sends the next item of `measure(*arguments)` per request, and sleeps in between.
 
-    In between it sleeps.
+    `environment` is added to its environment variables.
     """
 
     def __init__(
         self,
-        make_answers: Callable[..., Iterator[dict[str, float]]],
+        measure: Callable[..., Iterator[dict[str, float]]],
         arguments: Sequence[Any],
         environment: Mapping[str, str],
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, make_answers, *arguments), name=str(arguments[0])
+            target=_serve, args=(theirs, measure, *arguments), name=str(arguments[0])
         )
         with mock.patch.dict(os.environ, environment):
             self.process.start()
         theirs.close()
-        # libraries are loaded before anybody measures
-        self._hear()
+        # libraries are loaded before any measurement
+        self._receive()
 
-    def ask(self) -> dict[str, float]:
-        """Its next answer, when it comes."""
+    def request(self) -> dict[str, float]:
+        """The next result (blocks)."""
         self.connection.send(None)
-        return self._hear()
+        return self._receive()
 
-    def _hear(self) -> dict[str, float]:
+    def _receive(self) -> dict[str, float]:
         try:
             return self.connection.recv()
         except EOFError:
-            raise RuntimeError(f"{self.process.name} ended without an answer; see above for why") from None
+            raise RuntimeError(f"{self.process.name} exited without a result; see its output above") from None
 
     def close(self) -> None:
         self.connection.close()
@@ -60,17 +60,17 @@ class Worker:
 
 
 def _serve(
-    connection: Connection, make_answers: Callable[..., Iterator[dict[str, float]]], *arguments: Any
+    connection: Connection, measure: Callable[..., Iterator[dict[str, float]]], *arguments: Any
 ) -> None:
-    """Answer until nobody is there to ask."""
+    """Serve requests until the connection is closed."""
     with contextlib.suppress(EOFError, BrokenPipeError):
-        answers = None
+        results = None
         connection.send({})
         while True:
             connection.recv()
             try:
-                answers = answers or make_answers(*arguments)
-                connection.send(next(answers))
+                results = results or measure(*arguments)
+                connection.send(next(results))
             except (RuntimeError, MemoryError) as error:
                 if not device.is_out_of_memory(error):
                     raise
@@ -78,20 +78,20 @@ def _serve(
                 return
 
 
-def wait(chosen: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+def synchronize(chosen: torch.device) -> None:
+    """Wait for queued GPU work."""
     if chosen.type == "cuda":
         torch.cuda.synchronize(chosen)
 
 
-def let_go(chosen: torch.device) -> None:
-    """Leave to others the memory that a sleeper does not need."""
+def empty_cache(chosen: torch.device) -> None:
+    """Release cached GPU memory to the other processes."""
     if chosen.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_memory(chosen: torch.device) -> float:
-    """The most bytes that were in use, on a GPU by tensors, else by this process; 0 where nobody says."""
+    """Peak bytes of tensors on a GPU, else of this process; 0 if unknown."""
     if chosen.type == "cuda":
         return torch.cuda.max_memory_allocated(chosen)
     status = Path("/proc/self/status")
@@ -100,7 +100,7 @@ def peak_memory(chosen: torch.device) -> float:
 
 
 def rates_of_products(chosen: torch.device, dtypes: Sequence[str]) -> Iterator[dict[str, float]]:
-    """Floating-point operations a second in products of large matrices, by dtype and engine."""
+    """FLOP/s of large matrix products, by dtype and engine."""
     size, n_times = (8192, 20) if chosen.type == "cuda" else (2048, 3)
     pairs = {
         name: [torch.randn(size, size, device=chosen, dtype=getattr(torch, name)) for _ in range(2)]
@@ -115,11 +115,11 @@ def rates_of_products(chosen: torch.device, dtypes: Sequence[str]) -> Iterator[d
             product(*pair)
             seconds = []
             for _ in range(3):
-                wait(chosen)
+                synchronize(chosen)
                 start = time.perf_counter()
                 for _ in range(n_times):
                     product(*pair)
-                wait(chosen)
+                synchronize(chosen)
                 seconds.append((time.perf_counter() - start) / n_times)
             rates[f"{dtype} {engine}"] = 2 * size**3 / min(seconds)
         yield rates
