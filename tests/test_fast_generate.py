@@ -671,12 +671,12 @@ def test_user_code_for_sampling_replaces_the_fast_implementation(mine, piece):
         parameters = "x, dim=-1" if name == "softmax" else "logits, temperature=1.0, top_k=None, top_p=None"
         return f"def {name}({parameters}):\n    return torch.zeros(61).index_fill(0, torch.tensor(7), 1.0)\n"
 
-    told = []
+    lines = []
     swap.use(mine(own(piece)))
-    with swap.using("fast", told.append):
+    with swap.using("fast", lines.append):
         assert generate.generate.__module__ == "llm_basics.core.generate"
     home = "functional" if piece == "softmax" else "generate"
-    assert f"the fast twin of generate is not used: it would go past your {home}.{piece}" in told
+    assert f"generate: reference code is used, a fast kernel would bypass your {home}.{piece}" in lines
 
 
 @pytest.mark.parametrize(
