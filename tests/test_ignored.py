@@ -105,7 +105,7 @@ def test_a_step_without_a_target_leaves_numbers(lm, optimizer):
 
 def test_a_loss_in_pieces_counts_the_same_targets(lm, monkeypatch):
     monkeypatch.setitem(fast_trainer.MAX_LOGITS, "cpu", 100)
-    monkeypatch.setattr(fast_trainer, "LEAST_ROWS", 1)
+    monkeypatch.setattr(fast_trainer, "MIN_ROWS", 1)
     rng = np.random.default_rng(0)
     for share in (0.0, 0.1, 1.0):
         inputs, targets = masked_batch(3, 12, share, rng)

@@ -27,7 +27,6 @@ from llm_basics.core import config, generate, model
 from llm_basics.core import functional as F
 from llm_basics.fast import generate as fast_generate
 from llm_basics.fast import trainer
-from llm_basics.fast.cuda import availability, cuda_graph, decode, flash_attention, triton_jit
 
 SMALL = config.ModelConfig(vocab_size=50, context_length=9, d_model=16, n_layers=1, n_heads=2)
 
@@ -36,7 +35,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 triton = pytest.importorskip("triton", reason="there is no Triton for this system")
 
 from llm_basics.fast.cuda import (  # noqa: E402
+    availability,
     cross_entropy,
+    cuda_graph,
+    decode,
+    flash_attention,
+    triton_jit,
 )
 
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
