@@ -15,12 +15,12 @@ from torch.nn import functional as tF
 from llm_basics import swap
 from llm_basics.learn import judge, lessons, messages, probes, sockets
 
-# of most of the time; used only where the others do not name the mistake, unless all trials are asked for
+# the slowest probes; run only where the others do not name the mistake, unless all trials run
 LONG_PROBES = {
     "how often each token is drawn",
     "how often at a temperature of 4",
     "the likeliest token after a prompt of 4",
-    "a transformer learns a text that repeats itself",
+    "a transformer learns a repetitive text",
     "it can memorize one batch",
 }
 
