@@ -110,12 +110,12 @@ def test_models_are_trained_once(decode, monkeypatch, tmp_path, capsys):
     assert "training runs/decode-4x128 for 600 steps" in capsys.readouterr().out
     options = parse.train_options(commands[0][3:])
     assert (options.run_dir, options.train.steps, options.model.d_model) == (str(folder), 600, 128)
-    path = decode.run.checkpoint_path(folder, 200)
+    path = decode.run_dir.checkpoint_path(folder, 200)
     path.parent.mkdir(parents=True)
     path.touch()
     decode.trained("4x128")
     assert commands[1][-2:] == ["--resume", str(folder)]
-    decode.run.checkpoint_path(folder, 600).touch()
+    decode.run_dir.checkpoint_path(folder, 600).touch()
     assert decode.trained("4x128") == folder and len(commands) == 2
 
 
