@@ -111,7 +111,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
                 if name.startswith("ours"):
                     # as `llm-basics` sets it
                     environment["GOMP_SPINCOUNT"] = "3000"
-                run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                 results.setdefault((name, n_threads), []).append(json.loads(run.stdout.splitlines()[-1]))
 
     def per_second(name: str, n_threads: int) -> float:
