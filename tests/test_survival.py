@@ -138,7 +138,7 @@ def count(quick: int, full: int) -> Any:
 # Killed
 
 
-@count(20, 300)
+@count(10, 300)
 def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
     trainers, undisturbed, tmp_path, n_trials
 ):
@@ -184,7 +184,7 @@ PHASES += ["prune", "conclusion"]
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
-@count(2 * len(PHASES), 4 * len(PHASES))
+@count(len(PHASES), 4 * len(PHASES))
 def test_a_signal_in_any_phase_saves_and_is_logged(trainers, undisturbed, tmp_path, n_trials):
     chance, expected = random.Random(n_trials), learned(undisturbed)
     for trial in range(n_trials):

@@ -414,6 +414,7 @@ def test_the_likeliest_tokens_one_after_the_other(name, n, monkeypatch):
     assert until == expected[: expected.index(stop)]
 
 
+@slow
 def test_equals_are_left_to_the_reference(monkeypatch):
     lm, prompt = make_model("llama"), ids(50, 3)
     with torch.no_grad():

@@ -134,14 +134,14 @@ def healthy() -> Evidence:
 
 def enter(seed: int, answer: int | None) -> int:
     """Print a run with a hidden mistake, or grade an answer. Exit status 1 for a wrong answer."""
+    if answer is not None and not 1 <= answer <= N_OPTIONS:
+        raise ValueError(f"--answer must be from 1 to {N_OPTIONS}, got {answer}")
     hidden, evidence = _hide(seed)
     rng = random.Random(seed)
     others = [m for m in _candidates() if m.name != hidden.name]
     options = [hidden, *rng.sample(others, N_OPTIONS - 1)]
     rng.shuffle(options)
     if answer is not None:
-        if not 1 <= answer <= len(options):
-            raise ValueError(f"--answer must be from 1 to {len(options)}, got {answer}")
         is_right = options[answer - 1] is hidden
         grade = "correct" if is_right else "wrong"
         print(f"{grade}: it was {hidden.name.upper()} in {hidden.piece}. {hidden.explanation}")
