@@ -7,10 +7,12 @@ uv run python -m llm_basics.probe reverse --mine mine.py        one task, with y
 import sys
 
 from llm_basics.cli import commands, parse
-from llm_basics.learn import probe_tasks
 
 if __name__ == "__main__":
     options = parse.command_options(commands.ProbeConfig())
+
+    from llm_basics.learn import probe_tasks  # without torch: an unknown task is refused at once
+
     with parse.exit_on_error():
         probe_tasks.task_names(options.task)
 

@@ -425,10 +425,13 @@ def test_print_of_a_model_tells_its_size():
         ({"d_model": 100, "n_heads": 12}, "model.d_model must be divisible by model.n_heads, got 100 and 12"),
         ({"d_model": 100, "n_heads": 12}, "try d_model 96 or 108"),
         ({"n_heads": 4, "n_kv_heads": 3}, "model.n_heads must be divisible by model.n_kv_heads, got 4 and 3"),
-        ({"d_model": 12, "n_heads": 4}, "even d_model / n_heads, got 3 from d_model 12 and n_heads 4"),
+        (
+            {"d_model": 12, "n_heads": 4},
+            "d_model / n_heads must be even with position rope, got 3 from d_model 12",
+        ),
         ({"n_layers": 0}, "model.n_layers must be at least 1, got 0"),
         ({"dropout": 1.0}, "model.dropout must be at least 0 and below 1, got 1.0"),
-        ({"bias": True}, "swiglu has no biases"),
+        ({"bias": True}, "model.bias must be off with ffn swiglu"),
     ],
 )
 def test_shapes_that_cannot_work_are_refused(options, message):

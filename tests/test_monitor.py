@@ -231,8 +231,8 @@ def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatc
 
     monkeypatch.setattr(models.TransformerLM, "hidden_states", hidden_states)
     given = changed(options, tmp_path / "run", steps=50, eval_every=100, checkpoint_every=0)
-    launch, introduce = job.setup, job.setup.introduce
-    monkeypatch.setattr(launch, "introduce", lambda *a: introduce(*a) or calls.clear())
+    print_summary = job.setup.print_summary
+    monkeypatch.setattr(job.setup, "print_summary", lambda *a: print_summary(*a) or calls.clear())
     assert job.main(given) == 0
     assert "step 43: loss spike" in capsys.readouterr().out
 

@@ -312,7 +312,7 @@ def test_the_command_reads_standard_input(folder, monkeypatch):
         (["text", "--val_fraction", "2"], "val_fraction must be above 0 and below 1, got 2.0"),
         (["text", "--max_tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["text", "--shard_token", "0"], "the closest is --shard_tokens"),
-        (["-"], "--out must name the folder to make, since standard input (-) has no name, got none\n"),
+        (["-"], "--out must name the output folder when reading standard input (-), got none\n"),
         (["text", "--out", "text"], "--out must be a folder that is new or empty, got text"),
     ],
 )

@@ -139,7 +139,7 @@ SHAPES = {
         **SIZES, norm="layer", position="learned", ffn="gelu_tanh", bias=True, init="gpt2"
     ),
 }
-NOTHING = "nothing that is not finite was found in a second pass"
+NOTHING = "a second pass had finite values only"
 
 
 def make(name):
@@ -180,16 +180,16 @@ def test_a_sound_model_is_found_sound(shape):
 @pytest.mark.parametrize(
     "shape, name, bad, count, said",
     [
-        ("llama", "token_embeddings.weight", math.nan, 2, "2 values of 800 that are not finite"),
-        ("llama", "layers.0.attn.q_proj.weight", math.inf, 3, "3 values of 256 that are not finite"),
-        ("llama", "layers.1.attn.k_norm.weight", math.nan, 1, "1 value of 8 that is not finite"),
-        ("llama", "layers.1.ffn.w3.weight", -math.inf, 1, "1 value of 1,024 that is not finite"),
-        ("llama", "layers.1.ln2.weight", math.inf, 4, "4 values of 16 that are not finite"),
-        ("llama", "lm_head.weight", math.nan, 7, "7 values of 800 that are not finite"),
-        ("gpt2", "position_embeddings.weight", math.inf, 1, "1 value of 128 that is not finite"),
-        ("gpt2", "layers.0.ln1.bias", math.nan, 1, "1 value of 16 that is not finite"),
-        ("gpt2", "layers.1.ffn.w1.bias", math.inf, 1, "1 value of 64 that is not finite"),
-        ("gpt2", "ln_final.weight", math.nan, 1, "1 value of 16 that is not finite"),
+        ("llama", "token_embeddings.weight", math.nan, 2, "2 of 800 values not finite"),
+        ("llama", "layers.0.attn.q_proj.weight", math.inf, 3, "3 of 256 values not finite"),
+        ("llama", "layers.1.attn.k_norm.weight", math.nan, 1, "1 of 8 values not finite"),
+        ("llama", "layers.1.ffn.w3.weight", -math.inf, 1, "1 of 1,024 values not finite"),
+        ("llama", "layers.1.ln2.weight", math.inf, 4, "4 of 16 values not finite"),
+        ("llama", "lm_head.weight", math.nan, 7, "7 of 800 values not finite"),
+        ("gpt2", "position_embeddings.weight", math.inf, 1, "1 of 128 values not finite"),
+        ("gpt2", "layers.0.ln1.bias", math.nan, 1, "1 of 16 values not finite"),
+        ("gpt2", "layers.1.ffn.w1.bias", math.inf, 1, "1 of 64 values not finite"),
+        ("gpt2", "ln_final.weight", math.nan, 1, "1 of 16 values not finite"),
     ],
 )
 def test_a_weight_is_named(shape, name, bad, count, said):
@@ -266,7 +266,7 @@ def test_a_gradient_is_named_and_the_one_nearest_the_end_first(shape, name, bad,
     lm.token_embeddings.weight.grad.fill_(math.nan)
     lm.ln_final.weight.grad = None
     expected = (
-        f"the gradient of {name} has 1 value of {elements:,} that is not finite, the first from the end"
+        f"the gradient of {name} has 1 of {elements:,} values not finite, the first in the backward pass"
     )
     assert diagnostics.find_nonfinite(lm, forward) == expected
 
@@ -351,7 +351,9 @@ def test_a_compiled_model_is_looked_into_and_named_as_if_it_were_not():
     network[0].weight.data.fill_(3e38)
     assert diagnostics.find_nonfinite(compiled, forward).startswith("0 (Linear) returned inf")
     network[0].weight.data[0, 0] = math.nan
-    assert diagnostics.find_nonfinite(compiled, forward).startswith("the weight 0.weight has 1 value of 4")
+    assert diagnostics.find_nonfinite(compiled, forward).startswith(
+        "the weight 0.weight has 1 of 4 values not finite"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
