@@ -80,7 +80,7 @@ def test_encoding_is_left_out_without_gpt2(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def decode(monkeypatch):
-    """The benchmark of writing, and what it is told of a run; it may not change what others are to find."""
+    """`benchmarks/decode.py` as a module; pieces that it replaces are restored afterwards."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(device, "tune_allocator", lambda: None)
     monkeypatch.setattr(fast_generate, "DRAFTS", fast_generate.DRAFTS)
