@@ -1,5 +1,6 @@
 """Kernels that are compiled beside a starting program. Alone: uv run pytest tests/test_kernel_cache.py"""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -16,8 +17,7 @@ from llm_basics.fast import kernel_cache, precompile
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and no compiling process."""
     monkeypatch.setattr(kernel_cache, "folder", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel_cache._Compiler, "process", None)
-    monkeypatch.setattr(kernel_cache._Compiler, "groups", ())
+    monkeypatch.setattr(kernel_cache, "_compilers", {})
     return tmp_path / "cache"
 
 
@@ -28,7 +28,7 @@ def run(monkeypatch, script, groups):
         subprocess, "Popen", lambda command, **settings: popen([sys.executable, "-c", script])
     )
     kernel_cache.start_compiling(*groups)
-    return kernel_cache._Compiler.process
+    return kernel_cache._compilers[groups[0]]
 
 
 def test_a_wait_ends_with_its_group(cache, monkeypatch, capsys):
@@ -55,39 +55,44 @@ def test_a_failed_compiler_is_not_waited_for(cache, monkeypatch):
 
 def test_nothing_is_started_where_nothing_is_missing(cache, monkeypatch):
     cache.mkdir()
-    for group in kernel_cache.SECONDS:
+    for group in itertools.chain(*kernel_cache.CHAINS):
         kernel_cache.marker(group).touch()
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
     kernel_cache.start_for_training("bpe", "auto")
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "device", "groups"),
+    ("tokenizer", "device", "chains"),
     [
-        ("bpe", "auto", ["tokenizer", "vocabulary", "training", "decoding"]),
-        ("bytes", "cpu", ["tokenizer", "training", "decoding"]),
-        ("gpt2", "cuda:1", ["tokenizer"]),
+        ("bpe", "auto", [["tokenizer", "vocabulary"], ["training", "decoding"]]),
+        ("bytes", "cpu", [["tokenizer"], ["training", "decoding"]]),
+        ("gpt2", "cuda:1", [["tokenizer"]]),
     ],
 )
-def test_a_run_compiles_what_it_needs(cache, monkeypatch, tokenizer, device, groups):
+def test_a_run_compiles_what_it_needs(cache, monkeypatch, capsys, tokenizer, device, chains):
     commands = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **settings: commands.append(command))
     kernel_cache.start_for_training(tokenizer, device)
-    assert commands[0][3:] == groups
+    assert [command[3:] for command in commands] == chains
+    # side by side: as long as the longest
+    assert f"(about {24 if len(chains) > 1 else 8} s" in capsys.readouterr().err
 
 
 def test_two_processes_compile_each_group_once(cache, monkeypatch):
     compiled = []
-    monkeypatch.setattr(precompile, "GROUPS", {g: lambda g=g: compiled.append(g) for g in "ab"})
-    with kernel_cache.locked():
+    one, next_one = kernel_cache.CHAINS[0]
+    groups = {group: lambda group=group: compiled.append(group) for group in (one, next_one)}
+    monkeypatch.setattr(precompile, "GROUPS", groups)
+    # the lock is that of the chain
+    with kernel_cache.locked(next_one):
         script = f"from llm_basics.fast import kernel_cache\nkernel_cache.folder = lambda: {str(cache)!r}\n"
-        script += "from llm_basics.fast import precompile\nprecompile.GROUPS = dict.fromkeys('ab', int)\n"
-        other = subprocess.Popen([sys.executable, "-c", script + "precompile.main(['a'])"])
+        script += f"from llm_basics.fast import precompile\nprecompile.GROUPS = {{{one!r}: int}}\n"
+        other = subprocess.Popen([sys.executable, "-c", script + f"precompile.main([{one!r}])"])
         time.sleep(0.5)
-        assert other.poll() is None and not kernel_cache.is_compiled("a"), "must wait for the lock"
+        assert other.poll() is None and not kernel_cache.is_compiled(one), "must wait for the lock"
     assert other.wait() == 0
-    precompile.main(["a", "b"])
-    assert compiled == ["b"] and kernel_cache.is_compiled("a") and kernel_cache.is_compiled("b")
+    precompile.main([one, next_one])
+    assert compiled == [next_one] and kernel_cache.is_compiled(one) and kernel_cache.is_compiled(next_one)
 
 
 def test_text_is_generated_by_the_reference_while_kernels_are_pending(monkeypatch):

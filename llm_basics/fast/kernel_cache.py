@@ -1,9 +1,9 @@
-"""The cache of compiled CPU kernels, and the process that fills it while a program starts.
+"""The cache of compiled CPU kernels, and the processes that fill it while a program starts.
 
 Results of code just compiled may differ in the last bits from those of the same code loaded from the cache: a
 function with several callers is compiled in several versions, and which one is called depends on the order.
-So a training run only loads kernels. They are compiled in a separate process (`precompile`), which starts
-with the program and writes a marker file after each group.
+So a training run only loads kernels. They are compiled in separate processes (`precompile`), one for each
+chain of groups, which start with the program and write a marker file after each group.
 """
 
 import contextlib
@@ -16,17 +16,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# groups of kernels in the order of compilation, and about how many seconds each takes
-SECONDS = {"tokenizer": 8, "vocabulary": 8, "training": 12, "decoding": 12}
+# groups of kernels in the order of compilation, and about how many seconds each takes; the two chains share
+# no kernel and are compiled side by side
+CHAINS = ({"tokenizer": 8, "vocabulary": 8}, {"training": 12, "decoding": 12})
 
 POLL_SECONDS = 0.05
 
 
-class _Compiler:
-    """The process that compiles for this one, and the groups requested from it."""
-
-    process: subprocess.Popen[bytes] | None = None
-    groups: tuple[str, ...] = ()
+# the processes that compile for this one, by group
+_compilers: dict[str, subprocess.Popen[bytes]] = {}
 
 
 @functools.cache
@@ -54,40 +52,36 @@ def is_compiled(group: str) -> bool:
 
 def is_pending(group: str) -> bool:
     """Whether a group is being compiled for this process."""
-    process = _Compiler.process
-    return (
-        group in _Compiler.groups
-        and process is not None
-        and process.poll() is None
-        and not is_compiled(group)
-    )
+    return group in _compilers and _compilers[group].poll() is None and not is_compiled(group)
 
 
 def start_compiling(*groups: str) -> None:
-    """Compile the groups that are missing, in a process of its own; returns at once."""
-    missing = tuple(group for group in groups if not is_compiled(group))
+    """Compile the groups that are missing, in a process for each chain; returns at once."""
+    chains = [[group for group in chain if group in groups and not is_compiled(group)] for chain in CHAINS]
+    missing = [group for chain in chains for group in chain]
     if not missing or any(map(is_pending, missing)):
         return
-    seconds = sum(SECONDS[group] for group in missing)
+    seconds = max(sum(chain[group] for group in missing if group in chain) for chain in CHAINS)
     print(
         f"compiling CPU kernels (about {seconds} s, cached; disable with --fast off)",
         file=sys.stderr,
         flush=True,
     )
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # where this process fails, the program compiles for itself and shows the error
-    _Compiler.process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.precompile", *missing],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _Compiler.groups = missing
+    for chain in filter(None, chains):
+        # where this process fails, the program compiles for itself and shows the error
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.precompile", *chain],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _compilers.update(dict.fromkeys(chain, process))
 
 
 def start_for_training(tokenizer: str, device: str) -> None:
-    """Compile what a training run with these options needs, in the order of its needs."""
+    """Compile what a training run with these options needs."""
     text = ("tokenizer", "vocabulary") if tokenizer == "bpe" else ("tokenizer",)
     start_compiling(*text, *(("training", "decoding") if device in ("auto", "cpu") else ()))
 
@@ -99,10 +93,11 @@ def wait(group: str) -> None:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Exclude other compilers of the same cache; the system releases the lock of a process that dies."""
+def locked(group: str) -> Iterator[None]:
+    """Exclude other compilers of the group's chain; the system releases the lock of a process that dies."""
+    first = next(name for chain in CHAINS if group in chain for name in chain)
     Path(folder()).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder()) / "lock", "w") as file:
+    with open(Path(folder()) / f"{first}.lock", "w") as file:
         with contextlib.suppress(ImportError):  # Windows: without a lock, two programs compile the same
             import fcntl
 

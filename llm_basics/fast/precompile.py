@@ -60,8 +60,8 @@ GROUPS = {function.__name__: function for function in (tokenizer, vocabulary, tr
 
 def main(groups: list[str]) -> None:
     """Compile the groups that no other process has compiled by then."""
-    with kernel_cache.locked():
-        for group in groups:
+    for group in groups:
+        with kernel_cache.locked(group):
             if not kernel_cache.is_compiled(group):
                 GROUPS[group]()
                 kernel_cache.marker(group).touch()
