@@ -215,7 +215,8 @@ def current(piece: str) -> Any:
 
 
 def _module(home: str) -> types.ModuleType:
-    return importlib.import_module(HOMES_OUTSIDE_CORE.get(home, f"{CORE}.{home}"))
+    name = HOMES_OUTSIDE_CORE.get(home, f"{CORE}.{home}")
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 # --------------------------------------------------------------------------------------------------

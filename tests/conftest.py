@@ -1,6 +1,8 @@
 """Shared fixtures: the adapters under test, snapshots, random tensors and comparisons."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import runpy
@@ -35,6 +37,17 @@ LONGEST_FILES = [
     ).split()
 ]
 MAX_WORKERS = 4
+
+# the wings whose signatures give shapes, which are checked in each call: five times the time of a small model
+SHAPED = [f"llm_basics.{wing}" for wing in "core fast data inference interop evaluation training".split()]
+# tests of whole programs, whose parts are tested alone; shapes are checked here with -m "slow or not slow"
+WHOLE = {
+    f"test_{name}"
+    for name in (
+        "chat_cli evaluate_cli fast_generate fast_learning find_lr followers generate inherit learn memory "
+        "mistakes monitor muon probe sft survival sweep train watch"
+    ).split()
+}
 
 # tensors here are too small for several threads
 torch.set_num_threads(1)
@@ -79,9 +92,8 @@ def pytest_configure(config: pytest.Config) -> None:
         runpy.run_path(str(TESTS / "fixtures" / "make_fixtures.py"), run_name="__main__")
     mine = config.getoption("--mine")
     if not mine:
-        # check shapes in all signatures, from before the package is imported; not with user classes, whose
-        # types do not match the annotations
-        jaxtyping.install_import_hook("llm_basics", "beartype.beartype")
+        # from before the package is imported; not with user classes, whose types do not match the annotations
+        jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
     import examiner
     import trials
 
@@ -122,6 +134,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         about_pieces = [item for item in items if fixtures & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=[item for item in items if item not in about_pieces])
         items[:] = about_pieces
+
+
+def pytest_collection_finish() -> None:
+    # what was imported and collected stays: automatic collections leave it out
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -168,7 +185,17 @@ def next_step(pytestconfig: pytest.Config) -> Callable[[str], str]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(0)
+    # without a GPU, torch.manual_seed would record a traceback to seed one that appears later
+    torch.manual_seed(0) if torch.cuda.is_available() else torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def checked_shapes(request: pytest.FixtureRequest) -> None:
+    """Check the shapes in signatures, but in tests of whole programs only where all trials run."""
+    import trials
+
+    is_left_out = request.path.stem in WHOLE and not trials.is_full
+    jaxtyping.config.update("jaxtyping_disable", is_left_out)
 
 
 @pytest.fixture(autouse=True)
@@ -182,12 +209,15 @@ def restored_pieces() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def short_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short training runs: without the memory estimate and the loss curve, unless marked `whole_run`."""
+    """Training runs without memory estimate, loss curve and garbage collection, unless marked `whole_run`."""
     if request.node.get_closest_marker("whole_run") or "llm_basics.training.setup" not in sys.modules:
         return
     from llm_basics.analysis import figures
+    from llm_basics.core import device
     from llm_basics.training import memory, setup
 
+    # a collection goes through the objects of all tests: half the time of a short run
+    monkeypatch.setattr(device, "gc_frozen", contextlib.nullcontext)
     monkeypatch.setattr(setup, "estimate", lambda options: memory.Estimate(1, 1, 1, 9))
     monkeypatch.setattr(figures, "plot_loss", lambda folder, unigram_entropy=None: Path(folder) / "loss.png")
 

@@ -331,7 +331,7 @@ def test_a_model_that_was_not_fine_tuned(untrained_run, capsys):
         (["--max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
         (["--min_p=2"], "min_p must be from 0 to 1, got 2.0"),
         (["--mesage=x"], "the closest is --message"),
-        (["nowhere"], "a run directory must hold config.json, got nowhere"),
+        (["nowhere", "--fast=off"], "a run directory must hold config.json, got nowhere"),
     ],
 )
 def test_errors_on_the_command_line(capsys, wrong, message):

@@ -612,9 +612,10 @@ def test_huge_counts_are_exact(ties, frequencies):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["gpt2", "cl100k"])
 def test_the_corpus_trains_as_in_the_reference(ties, pattern):
     corpus = FIXTURES / "corpus.txt"
-    expected = bpe.train_bpe(corpus, 2000, [END_OF_TEXT], 1, pattern, ties)
+    vocab_size = trials.count(2000) + 600
+    expected = bpe.train_bpe(corpus, vocab_size, [END_OF_TEXT], 1, pattern, ties)
     for n_workers in (1, 3):
-        assert fast.train_bpe(corpus, 2000, [END_OF_TEXT], n_workers, pattern, ties) == expected
+        assert fast.train_bpe(corpus, vocab_size, [END_OF_TEXT], n_workers, pattern, ties) == expected
 
 
 @pytest.mark.parametrize("pattern", [r"\S+|\s+", r"[a-z]|[^a-z]+", r"(?s:.+)"])
@@ -640,12 +641,12 @@ def test_training_ends_where_the_reference_ends(vocab_size):
 def test_arrays_grow_while_merging():
     # a pair at very many positions, and many pairs: all arrays grow, some repeatedly
     generator = random.Random(8)
-    frequencies = {bytes(generator.choices(b"abcdefgh", k=9)): generator.randrange(1, 9) for _ in range(3000)}
+    frequencies = {bytes(generator.choices(b"abcdefgh", k=9)): generator.randrange(1, 9) for _ in range(1500)}
     frequencies |= {b"xy" * 9000 + b"q": 999, b"z" * 90_000: 99_999}
     initial = 256 + 65_536
-    vocab, merges = fast.learn_merges(frequencies, 256 + 200, [])
+    vocab, merges = fast.learn_merges(frequencies, 256 + 100, [])
     assert sum(map(len, vocab.values())) > initial
-    assert (vocab, merges) == bpe.learn_merges(frequencies, 256 + 200, [])
+    assert (vocab, merges) == bpe.learn_merges(frequencies, 256 + 100, [])
 
 
 @both_ties
@@ -728,7 +729,7 @@ def test_hugging_face_reference_and_fast_learn_the_same(tmp_path, name):
     path.write_bytes(text.encode("utf-8"))
     # its trainer does not split at special tokens
     documents = text.split(END_OF_TEXT)
-    for vocab_size in (257, 400, 3000):
+    for vocab_size in (257, 400, 3000 if trials.is_full else 1000):
         expected = merges_of_hugging_face(documents, vocab_size)
         assert bpe.train_bpe(path, vocab_size, [END_OF_TEXT], ties=bpe.LOWEST_ID)[1] == expected
         vocab, merges = fast.train_bpe(path, vocab_size, [END_OF_TEXT], ties=bpe.LOWEST_ID)
@@ -756,16 +757,17 @@ def test_a_word_of_two_megabytes_trains(tmp_path, ties):
     letters = np.random.default_rng(11).choice(np.frombuffer(b"etaoinshrdlu", np.uint8), 2_000_000)
     path = tmp_path / "text.txt"
     path.write_bytes(letters.tobytes())
-    vocab, merges = fast.train_bpe(path, 256 + 1000, ties=ties)
-    assert len(merges) == 1000
+    n_merges = trials.count(1000)
+    vocab, merges = fast.train_bpe(path, 256 + n_merges, ties=ties)
+    assert len(merges) == n_merges
     ids = {token: id for id, token in vocab.items()}
-    assert len(ids) == 1256, "two merges make the same token"
+    assert len(ids) == 256 + n_merges, "two merges make the same token"
     text = np.array([ids[bytes([byte])] for byte in range(256)], np.uint16)[letters]
     known = set(bpe.alphabet())
     for step, (left, right) in enumerate(merges):
         assert left in known and right in known
         known.add(left + right)
-        if step % 50 == 0 or step == 999:
+        if step % 50 == 0 or step == n_merges - 1:
             counts = count_pairs(text)
             most = max(counts.values())
             ties_with = [pair for pair, count in counts.items() if count == most]

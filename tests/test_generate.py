@@ -208,7 +208,9 @@ def test_texts_at_once_are_those_that_come_singly(lm, settings):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-@pytest.mark.parametrize("stop", range(23))
+@pytest.mark.parametrize(
+    "stop", [s if s % 5 == 0 else pytest.param(s, marks=pytest.mark.slow) for s in range(23)]
+)
 def test_texts_that_stop_leave_the_others_alone(lm, temperature, stop):
     singly, at_once = singly_and_at_once(lm, 12, temperature, stop_id=stop)
     assert at_once == singly

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import grading
+import jaxtyping
 import pytest
 import torch
 import yaml
 
 from llm_basics import swap
+from llm_basics.cli import commands, parse
+from llm_basics.inference import samples
 from llm_basics.learn import __main__ as learn
 from llm_basics.learn import (
     checks,
@@ -29,6 +32,7 @@ from llm_basics.learn import (
     sockets,
     stubs,
 )
+from llm_basics.training import job
 
 REPOSITORY = Path(__file__).parent.parent
 RIGHT = "def silu(x):\n    return x * torch.sigmoid(x)\n"
@@ -177,6 +181,7 @@ def test_a_class_that_does_all_the_work_passes(mine):
 
 
 def test_annotated_shapes_are_checked(mine):
+    jaxtyping.config.update("jaxtyping_disable", False)
     source = "from jaxtyping import Float\nfrom torch import Tensor\n"
     source += (
         'def silu(x: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:\n    return x * torch.sigmoid(x)\n'
@@ -376,34 +381,37 @@ def run(*arguments, cwd):
 
 TINY = (
     "--data text.txt --tokenizer bytes --fast off --train.steps 2 --train.batch_size 2 "
-    "--model.d_model 16 --model.n_layers 1 --model.n_heads 2 --model.context_length 8 --run_dir run"
+    "--model.d_model 16 --model.n_layers 1 --model.n_heads 2 --model.context_length 8"
 ).split()
 
 
-def test_user_code_is_checked_trained_and_sampled(mine, tmp_path):
+def test_user_code_is_checked_trained_and_sampled(mine, tmp_path, capsys):
+    def train(*arguments):
+        with swap.restored():
+            return job.main(parse.train_options(list(arguments)))
+
     (tmp_path / "text.txt").write_text("a little text to learn from\n" * 40)
     broken = "def silu(x):\n    raise RuntimeError('this is mine')\n"
     mine(broken)
-    checked = run("-m", "llm_basics.learn", "check", cwd=tmp_path)
-    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, cwd=tmp_path)
-    assert checked.returncode == 1 and "RuntimeError: this is mine" in checked.stdout
-    assert trained.returncode == 1 and "RuntimeError: this is mine" in trained.stderr
+    assert learn.main(["check"]) == 1 and "RuntimeError: this is mine" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="this is mine"):
+        train("--mine", "mine.py", *TINY, "--run_dir", "first")
     mine(RIGHT)
-    TINY[-1] = "second"
-    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, cwd=tmp_path)
+    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, "--run_dir", "run", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert re.search(r"pieces +silu from mine.py \(\w{12}\); reference code for the rest", trained.stdout)
-    stored = json.loads((tmp_path / "second" / "config.json").read_text())
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["origins"]["functional.silu"].startswith("mine.py (")
-    assert (tmp_path / "second" / "mine.py").read_text() == Path("mine.py").read_text()
-    resumed = run("-m", "llm_basics.train", "--resume", "second", "--train.steps", "3", cwd=tmp_path)
-    assert "pieces    silu from mine.py" in resumed.stdout and "bit for bit" not in resumed.stdout
+    assert (tmp_path / "run" / "mine.py").read_text() == Path("mine.py").read_text()
+    assert train("--resume", "run", "--train.steps", "3") == 0
+    resumed = capsys.readouterr().out
+    assert "pieces    silu from mine.py" in resumed and "bit for bit" not in resumed
     mine(RIGHT + "# other\n")
-    resumed = run("-m", "llm_basics.train", "--resume", "second", "--train.steps", "4", cwd=tmp_path)
-    assert "different: functional.silu was mine.py" in resumed.stdout
+    assert train("--resume", "run", "--train.steps", "4") == 0
+    assert "different: functional.silu was mine.py" in capsys.readouterr().out
     mine(broken)
-    sampled = run("-m", "llm_basics.generate", "second", "--mine", "mine.py", cwd=tmp_path)
-    assert "RuntimeError: this is mine" in sampled.stderr
+    with pytest.raises(RuntimeError, match="this is mine"):
+        samples.main(commands.GenerateConfig("run", mine="mine.py", device="cpu"))
 
 
 def test_pytest_grades_user_pieces(mine, tmp_path):
