@@ -38,9 +38,8 @@ LONGEST_FILES = [
 ]
 MAX_WORKERS = 4
 
-# the wings whose signatures give shapes, which are checked in each call: five times the time of a small model
-SHAPED = [f"llm_basics.{wing}" for wing in "core fast data inference interop evaluation training".split()]
-# tests of whole programs, whose parts are tested alone; shapes are checked here with -m "slow or not slow"
+# tests of whole programs, whose parts are tested alone: to check the shapes of each call takes five times the
+# time of a small model, so it is done here with -m "slow or not slow"
 WHOLE = {
     f"test_{name}"
     for name in (
@@ -48,6 +47,9 @@ WHOLE = {
         "mistakes monitor muon probe sft survival sweep train watch"
     ).split()
 }
+
+# no test loses power
+os.fsync = lambda file: None
 
 # tensors here are too small for several threads
 torch.set_num_threads(1)
@@ -93,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
     mine = config.getoption("--mine")
     if not mine:
         # from before the package is imported; not with user classes, whose types do not match the annotations
-        jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+        jaxtyping.install_import_hook(with_shapes(), "beartype.beartype")
     import examiner
     import trials
 
@@ -112,6 +114,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[EXAMINER] = examiner.Examiner(config)
     # as a plugin, since session fixtures are not of this folder alone
     config.pluginmanager.register(config.stash[EXAMINER])
+
+
+def with_shapes() -> list[str]:
+    """The modules whose signatures give shapes, but those of `learn`, which runs wrong code."""
+    root = TESTS.parent
+    sources = [path for path in (root / "llm_basics").rglob("*.py") if "jaxtyping" in path.read_text("utf-8")]
+    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in sources]
+    return [name for name in names if not name.startswith("llm_basics.learn.")]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

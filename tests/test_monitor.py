@@ -181,7 +181,7 @@ def test_a_run_ends_at_what_is_not_finite(options, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("bad", [[], [4]], ids=str)
-@pytest.mark.parametrize("at", [1, 3, 4, 5, 6, STEPS])
+@pytest.mark.parametrize("at", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 3, 6)), 4, 5, STEPS])
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypatch, way, at, bad):
     poison(monkeypatch, *bad)
     options = changed(options, tmp_path / "whole", on_nonfinite="skip")
