@@ -331,7 +331,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_formats, "write_tokenizer_json", no_room)
     with pytest.raises(SystemExit) as stop:
         hf_export.main(commands.ExportConfig(str(folder), out=str(tmp_path / "out")))
-    assert stop.value.code == 2 and list(tmp_path.iterdir()) == [folder]
+    assert stop.value.code == 3 and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from llm_basics.analysis import figures
 from llm_basics.cli import parse
-from llm_basics.core import config, trainer
+from llm_basics.core import config, files, trainer
 from llm_basics.data import prepare
 from llm_basics.runs import run_dir
 from llm_basics.training import job, lr_finder, state
@@ -207,12 +207,15 @@ def test_a_search_that_is_interrupted_says_that_nothing_is_kept(options, capsys,
 
 def test_a_figure_that_cannot_be_written_costs_no_proposal(options, capsys, monkeypatch):
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise files.WriteError(28, "lr_finder.png could not be written (No space left on device)")
 
     monkeypatch.setattr(figures, "plot_lr_finder", full)
     assert job.main(options) == 0
     said = capsys.readouterr().out
-    assert "could not be written (No space left on device)" in said and "--train.lr 0.0" in said
+    assert (
+        "warning: lr_finder.png could not be written (No space left on device)" in said
+        and "--train.lr 0.0" in said
+    )
 
 
 def test_a_run_is_not_searched_and_not_overwritten(options, tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_basics import swap
+from llm_basics.cli import parse
 from llm_basics.core import config, dataloader, device, optim, trainer
 from llm_basics.core import model as models
 from llm_basics.fast import optim as fast_optim
@@ -215,7 +216,7 @@ def test_what_cannot_be_written_ends_a_run_with_the_weights_of_a_step(options, t
     monkeypatch.setattr(run_dir.RunDir, "metrics", full)
     # with no evaluation that would be waited for
     given = changed(options, tmp_path / "run", checkpoint_every=0, eval_every=100)
-    assert job.main(given) == job.NOT_SAVED
+    assert job.main(given) == parse.NOT_SAVED
     newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == (6 if way == "late" else 5)
     assert_equal(numbers(newest)[0], numbers(tmp_path / "whole" / run_dir.CHECKPOINTS / newest.name)[0])

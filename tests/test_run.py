@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm_basics.analysis import figures
+from llm_basics.core import files
 from llm_basics.runs import loggers, run_dir
 
 
@@ -93,13 +94,12 @@ def test_a_line_torn_by_a_full_disk_is_ended_by_the_next(tmp_path, monkeypatch):
     output = run_dir.RunDir(tmp_path, tolerant=True)
     output.metrics(1, train_loss=2.0)
 
-    def full(path, mode, **options):
-        with open(path, mode, **options) as file:
-            file.write('{"step": 2, "tr')
+    def full(path, mode):
+        path.write_text(path.read_text() + '{"step": 2, "tr')
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "open", full, raising=False)
+        patch.setattr(files, "open_output", full)
         output.metrics(2, train_loss=1.0)
     output.metrics(3, train_loss=0.5)
     assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1, 3]

@@ -207,7 +207,7 @@ def test_options_of_a_run_are_written_atomically(here, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="3"):
         run_sweep(TWO)
     assert not [*Path("runs/mine").glob("*.yaml*")]
 

@@ -5,6 +5,7 @@ uv run python -m llm_basics.plot runs/one runs/two --x time --smooth 20 --out bo
 uv run python -m llm_basics.plot runs/one runs/two --y train_loss,grad_norm --log
 """
 
+import io
 import itertools
 import math
 import os
@@ -230,11 +231,13 @@ def readable(name: str) -> str:
 
 def save(canvas: figure.Figure, path: Path) -> Path:
     """Write a figure atomically."""
-    with files.replacing(path) as file, warnings.catch_warnings():
+    content = io.BytesIO()
+    with warnings.catch_warnings():
         # a character missing from the font is drawn as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         with matplotlib.rc_context({"agg.path.chunksize": 10_000}):
-            canvas.savefig(file, dpi=150, format=path.suffix[1:])
+            canvas.savefig(content, dpi=150, format=path.suffix[1:])
+    files.write(path, content.getvalue())
     return path
 
 

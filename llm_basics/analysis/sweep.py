@@ -157,7 +157,7 @@ def start(trial_run: TrialRun, jobs: int) -> subprocess.Popen[bytes]:
     else:
         sweep_spec.write_options(trial_run.trial.options, trial_run.file)
         arguments = ["--config", str(trial_run.file), "--run_dir", str(trial_run.folder)]
-    with open(trial_run.log, "ab") as log:
+    with files.open_output(trial_run.log, "ab") as log:
         return subprocess.Popen(
             [*TRAIN, *arguments],
             stdout=log,
@@ -291,7 +291,7 @@ def main(options: commands.SweepConfig) -> int:
         sweep = sweep_spec.load(options.sweep)
         out = Path(options.out or run_dir.RUNS / sweep.name)
         check_sources(find_trial_runs(sweep, out), options.sweep)
-        out.mkdir(parents=True, exist_ok=True)
+        files.create_folder(out)
         with signals.listening(), run_dir.locked(out):
             trial_runs = find_trial_runs(sweep, out)
             try:

@@ -6,6 +6,7 @@ An option's value comes from the command line, else from the YAML file of `--con
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import os
@@ -14,14 +15,21 @@ import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import tyro
 
-from llm_basics.core import config, presets
+from llm_basics.core import config, files, presets
 from llm_basics.runs import run_dir
 
 T = TypeVar("T")
+
+# the exit status of a program whose result could not be saved
+NOT_SAVED = 3
+
+# errors of the disk, and of a path that was given wrongly
+DISK = {*files.FULL, errno.EROFS, errno.EIO}
+WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
 
 def command_options(options: Any) -> Any:
@@ -157,16 +165,48 @@ def _tyro_errors_as_value_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print a ValueError or OSError as one line and exit with status 2; a closed output pipe exits with 0."""
+    """Print a ValueError or OSError as one line and exit with status 2, or NOT_SAVED if it is the disk's.
+
+    A closed output pipe exits with 0.
+    """
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
-        # at its exit Python flushes stdout, which must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(0)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {message(error)}", file=sys.stderr)
+        if is_of_output(error):
+            _discard_output()
+        sys.exit(NOT_SAVED if is_of_disk(error) else 2)
+
+
+def message(error: Exception) -> str:
+    """An error in one line, without the number that Python shows of an OSError."""
+    if is_of_output(error):
+        return f"the output could not be written ({error.strerror})"
+    if not isinstance(error, OSError) or isinstance(error, files.WriteError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether a result could not be saved where it should be: a full or read-only disk, no permission."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in DISK or (isinstance(error, files.WriteError) and number not in WRONG_PATH)
+
+
+def is_of_output(error: Exception) -> TypeGuard[OSError]:
+    """Whether standard output could not be written; errors of all other writes name their file."""
+    is_named = isinstance(error, files.WriteError) or getattr(error, "filename", None) is not None
+    return getattr(error, "errno", None) in files.FULL and not is_named
+
+
+def _discard_output() -> None:
+    """At its exit Python flushes standard output, which must not fail again."""
+    with contextlib.suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

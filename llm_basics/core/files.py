@@ -4,9 +4,13 @@ Errors name the file and line, `a.jsonl:3`. File formats are not here: each has 
 """
 
 import contextlib
+import errno
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,35 +73,111 @@ def json_lines(
 # --------------------------------------------------------------------------------------------------
 # Writing
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class WriteError(OSError):
+    """A file could not be written; its text names the file, the reason, and the bytes needed and free."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], n_bytes: int = 0, n_done: int = 0) -> Iterator[None]:
+    """Raise OSErrors as WriteErrors of `path`, which needs `n_bytes` or more and has `n_done` so far."""
+    try:
+        yield
+    except (WriteError, BrokenPipeError):
+        raise
+    except OSError as error:
+        shown = re.sub(r"\.tmp-\d+", "", str(path))
+        message = f"{shown} could not be written ({error.strerror or error})"
+        if error.errno in FULL and n_bytes:
+            free = free_bytes(Path(path)) + n_done
+            message += f"; it needs at least {n_bytes:,} bytes, {free:,} are free"
+        raise WriteError(error.errno, message) from None
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space where `path` is, or will be."""
+    return shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.is_dir())).free
+
+
+class _Output(io.FileIO):
+    """A file to write, whose errors are WriteErrors."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: str) -> None:
+        with writing(path):
+            super().__init__(path, mode)
+        self.start = os.fstat(self.fileno()).st_size
+
+    def write(self, content: Any) -> int:
+        n_done = os.fstat(self.fileno()).st_size - self.start
+        with writing(str(self.name), n_done + len(content), n_done):
+            return super().write(content)
+
+
+def open_output(path: str | os.PathLike[str], mode: str = "wb") -> BinaryIO:
+    """Open a log or a temporary file; what a user keeps is written by `replacing`."""
+    return io.BufferedWriter(_Output(path, mode))
+
+
+def create_folder(path: str | os.PathLike[str]) -> None:
+    """Create a folder and its parents unless it exists."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a temporary file that replaces `path` on success; after an error `path` is unchanged.
 
-    If the process or the machine stops, `path` has all of the old content or all of the new.
+    If the process or the machine stops, `path` has all of the old content or all of the new. It keeps its
+    permissions, a link remains one, and a device or a pipe is written directly.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open_output(path) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    partial = temporary(target)
     try:
-        with open(temporary, "wb") as file:
+        with open_output(partial) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            with writing(path):
+                os.fsync(file.fileno())
+        with writing(path):
+            if target.exists():
+                shutil.copymode(target, partial)
+            os.replace(partial, target)
     finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name must reach the disk as well
-        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    # the new name must reach the disk as well, unless a network file system cannot do that
+    with contextlib.suppress(OSError):
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # unsupported by some network file systems; the file itself is safe
-                os.fsync(folder)
+            os.fsync(folder)
         finally:
             os.close(folder)
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file atomically (`replacing`); text as UTF-8, with its line ends unchanged."""
-    with replacing(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    write_all({Path(path): content})
+
+
+def write_all(contents: Mapping[Path, str | bytes]) -> None:
+    """`write` files that belong together: all are on the disk before the first replaces an old one."""
+    with contextlib.ExitStack() as stack:
+        for path, content in contents.items():
+            file = stack.enter_context(replacing(path))
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()

@@ -104,18 +104,22 @@ def write_gpt2(vocabulary: Vocabulary, folder: str | os.PathLike[str]) -> None:
     """Write `vocab.json`, `merges.txt`, `special_tokens.json`, and `pattern.txt` if it is not GPT-2's."""
     pattern = text_of(vocabulary.pattern)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.create_folder(folder)
     vocab = {bytes_to_unicode(token): id for id, token in sorted(vocabulary.vocab.items())}
     merges = "".join(
         f"{bytes_to_unicode(left)} {bytes_to_unicode(right)}\n" for left, right in vocabulary.merges
     )
     specials = json.dumps(list(vocabulary.special_tokens), ensure_ascii=False)
-    files.write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False, indent=0) + "\n")
-    files.write(folder / "merges.txt", "#version: 0.2\n" + merges)
-    files.write(folder / "special_tokens.json", specials + "\n")
-    (folder / "pattern.txt").unlink(missing_ok=True)
+    contents: dict[Path, str | bytes] = {
+        folder / "vocab.json": json.dumps(vocab, ensure_ascii=False, indent=0) + "\n",
+        folder / "merges.txt": "#version: 0.2\n" + merges,
+        folder / "special_tokens.json": specials + "\n",
+    }
     if vocabulary.pattern != bpe.SPLIT_PATTERN:
-        files.write(folder / "pattern.txt", pattern)
+        contents[folder / "pattern.txt"] = pattern
+    files.write_all(contents)
+    if vocabulary.pattern == bpe.SPLIT_PATTERN:
+        (folder / "pattern.txt").unlink(missing_ok=True)
 
 
 def read_gpt2_folder(folder: str | os.PathLike[str]) -> Vocabulary:

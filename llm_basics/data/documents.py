@@ -96,9 +96,11 @@ def stream_documents(
 @contextlib.contextmanager
 def joined(texts: Iterable[str]) -> Iterator[Path]:
     """A temporary file with all texts, each followed by `<|endoftext|>`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "documents.txt"
-        with open(path, "wb") as file:
+    with files.writing("a temporary folder"):
+        folder = tempfile.TemporaryDirectory()
+    with folder:
+        path = Path(folder.name) / "documents.txt"
+        with files.open_output(path) as file:
             for text in texts:
                 file.write((text + DOCUMENT_SEPARATOR).encode("utf-8"))
         yield path

@@ -25,7 +25,7 @@ from typing import Any
 
 from llm_basics import swap
 from llm_basics.cli import commands, parse
-from llm_basics.core import bpe, config, tokenizer
+from llm_basics.core import bpe, config, files, tokenizer
 from llm_basics.data import documents, shard_builder, shards, sources, tokenizer_formats
 from llm_basics.runs import console
 
@@ -98,7 +98,7 @@ def _prepare_local(options: config.Config, source: sources.Source, log: Callable
     # duplicates are kept, and BPE trains on the whole training split
     settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=sys.maxsize)
     try:
-        (work / shard_builder.PROGRESS).mkdir(parents=True)
+        files.create_folder(work / shard_builder.PROGRESS)
         with shard_builder.Journal(None, {}) as journal:
             _write_shards(settings, shard_builder.Reader(source, texts, split), work, journal, log)
         about = {"source": options.data, "settings": _settings(options), "versions": _versions()}
@@ -179,8 +179,15 @@ def build(options: commands.PrepareConfig, log: Callable[[str], None] = print) -
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out must be a folder that is new or empty, got {out}")
     source = sources.find(options.source, options.text_field, options.form, options.on_bad_utf8)
-    (work / shard_builder.PROGRESS).mkdir(parents=True, exist_ok=True)
-    with shard_builder.Journal(work, settings, stamp) as journal:
+    is_new = not work.exists()
+    try:
+        files.create_folder(work / shard_builder.PROGRESS)
+        opened = shard_builder.Journal(work, settings, stamp)
+    except files.WriteError:
+        if is_new:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    with opened as journal:
         # another process may have finished between the first check and this lock
         if not (out / shard_builder.META).is_file():
             try:
@@ -192,7 +199,7 @@ def build(options: commands.PrepareConfig, log: Callable[[str], None] = print) -
                     _write_shards(options, reader, work, journal, log)
             except BaseException:
                 if not journal.state.is_begun:
-                    shutil.rmtree(work)
+                    shutil.rmtree(work, ignore_errors=True)
                 raise
             duplicates = journal.state.position.n_duplicates
             about = {"source": options.source, "stamp": journal.stamp, "duplicates": duplicates}

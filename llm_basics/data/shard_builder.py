@@ -8,6 +8,7 @@ Files after the last commit are deleted and written again, identically.
     out.partial/progress/          ledger.sqlite, and held_0000.bin, ..., which become one val_0000.bin
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ import re
 import shutil
 import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ PROGRESS = "progress"
 
 # bytes of text between two progress updates
 PROGRESS_BYTES = 1 << 18
+
+DISK_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 
 # stored part of a SHA-256: two of 10**12 documents collide once in 10**14 such collections
 DIGEST_BYTES = 16
@@ -117,15 +120,14 @@ class Journal:
     def __init__(
         self, work: Path | None, settings: dict[str, Any], stamp: dict[str, Any] | None = None
     ) -> None:
-        self.settings = settings
-        self.stamp = stamp
-        self.state = State()
-        path = work / PROGRESS / "ledger.sqlite" if work else ":memory:"
-        self.database = sqlite3.connect(path, isolation_level=None, timeout=0)
+        self.settings, self.stamp, self.state = settings, stamp, State()
+        path = self.path = work / PROGRESS / "ledger.sqlite" if work else ":memory:"
+        with storing(path):
+            self.database = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
             # the lock is held until the database is closed or the process ends
-            self.database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self.database.execute("BEGIN EXCLUSIVE")
+            self._execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._execute("BEGIN EXCLUSIVE")
             self._open(work)
         except BaseException as error:
             self.database.close()
@@ -133,8 +135,12 @@ class Journal:
                 raise ValueError(f"{path} must be whole, and no other process may use it: {error}") from None
             raise
 
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        with storing(self.path):
+            return self.database.execute(statement, values)
+
     def _open(self, work: Path | None) -> None:
-        execute = self.database.execute
+        execute = self._execute
         execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
         execute("CREATE TABLE IF NOT EXISTS committed (state TEXT, settings TEXT)")
         row = execute("SELECT state, settings FROM committed").fetchone()
@@ -156,18 +162,29 @@ class Journal:
     def is_new(self, digest: bytes, number: int) -> bool:
         """Record the digest of document `number`; whether it is the first with this digest."""
         values = [digest[:DIGEST_BYTES], number]
-        return self.database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", values).rowcount == 1
+        return self._execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", values).rowcount == 1
 
     def commit(self, state: State) -> None:
         """Make `state` the one to resume from, atomically."""
         fields = dataclasses.asdict(state)
         fields["place"] = fields.pop("position")
         values = [json.dumps(fields), json.dumps(self.settings | {"stamp": self.stamp})]
-        self.database.execute("DELETE FROM committed")
-        self.database.execute("INSERT INTO committed VALUES (?, ?)", values)
-        self.database.execute("COMMIT")
+        self._execute("DELETE FROM committed")
+        self._execute("INSERT INTO committed VALUES (?, ?)", values)
+        self._execute("COMMIT")
         self.state = state
-        self.database.execute("BEGIN")
+        self._execute("BEGIN")
+
+
+@contextlib.contextmanager
+def storing(path: str | Path) -> Iterator[None]:
+    """Raise errors of SQLite that are the disk's as WriteError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in DISK_ERRORS:
+            raise
+        raise files.WriteError(None, f"{path} could not be written ({error})") from None
 
 
 def check_settings(given: dict[str, Any], recorded: dict[str, Any], folder: object) -> None:
@@ -298,7 +315,8 @@ def publish(work: Path, out: Path) -> dict[str, Any]:
     """Rename a finished folder, unless another process did so first; returns its meta.json."""
     if not (out / META).exists():
         try:
-            os.rename(work, out)
+            with files.writing(out):
+                os.rename(work, out)
         except OSError:
             if not (out / META).exists():
                 raise
@@ -313,9 +331,9 @@ def publish(work: Path, out: Path) -> dict[str, Any]:
 
 def spool(pieces: Iterator[Piece], n_bytes: int, path: Path) -> Iterator[str]:
     """The training texts of the next pieces, up to `n_bytes`; the pieces go to a file for `read_spool`."""
-    with open(path, "w", encoding="utf-8") as file:
+    with files.open_output(path) as file:
         for piece in pieces:
-            file.write(json.dumps(dataclasses.asdict(piece)) + "\n")
+            file.write((json.dumps(dataclasses.asdict(piece)) + "\n").encode())
             if not piece.held_out:
                 yield piece.text
                 n_bytes -= len(piece.text.encode("utf-8"))

@@ -70,7 +70,7 @@ class ShardWriter:
     first: int = 0
 
     def __post_init__(self) -> None:
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        files.create_folder(self.folder)
         self.dtype = _dtype(self.vocab_size)
         self.paths: list[Path] = []
         self._file: BinaryIO | None = None
@@ -81,13 +81,17 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if exception[0] is not None:
+        try:
+            with self._replacing:
+                if exception[1] is not None:
+                    raise exception[1]
+                if self._file is not None:
+                    self._finish()
+        except BaseException:
             # incomplete output must not look complete
-            self._replacing.__exit__(*exception)
             for path in self.paths:
                 path.unlink()
-        elif self._file is not None:
-            self._finish()
+            raise
 
     def write(self, ids: Sequence[int] | np.ndarray, ends: Sequence[int] | np.ndarray, n_bytes: int) -> None:
         """Append the ids of `n_bytes` of text; `ends` are the exclusive ends of documents in `ids`.

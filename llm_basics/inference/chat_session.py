@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_basics.cli import commands, parse
-from llm_basics.core import generate, model, tokenizer
+from llm_basics.core import files, generate, model, tokenizer
 from llm_basics.data import chat_template
 from llm_basics.inference import detokenizer, engine
 
@@ -153,8 +155,8 @@ class ChatSession:
         if not self.turns:
             raise ValueError("the conversation must have at least one reply to be saved, got none")
         messages = [dataclasses.asdict(message) for message in self.messages]
-        with open(path, "ab") as file:
-            file.write(json.dumps({"messages": messages}).encode() + b"\n")
+        before = Path(path).read_bytes() if os.path.isfile(path) else b""
+        files.write(path, before + json.dumps({"messages": messages}).encode() + b"\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +190,8 @@ def converse(session: ChatSession, is_terminal: bool) -> int:
             raise
         except (ValueError, OSError) as error:
             n_failed += 1
-            _note(f"error: {error}" if is_terminal else f"error: standard input:{number}: {error}")
+            place = "" if is_terminal else f"standard input:{number}: "
+            _note(f"error: {place}{parse.message(error)}")
     return n_failed
 
 

@@ -55,8 +55,7 @@ def export(
     ids = {"bos_token_id": end, "eos_token_id": end}
     ends = [end, tokenizer.special_id(chat_template.END)] if chat_template.is_chat(tokenizer) else end
     tensors = hf_weights.to_hf(layout, shape, model.state_dict())
-    # save_file would create a file that only its owner may read
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    files.write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     # torch_dtype: the name before transformers 5
     options = hf_config.write_options(layout, shape) | ids | {"dtype": "float32", "torch_dtype": "float32"}
     _write_json(folder / "config.json", options)

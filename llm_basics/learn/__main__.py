@@ -307,7 +307,7 @@ def watch(options: Check) -> int:
         try:
             check(options)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", flush=True)
+            print(f"error: {parse.message(error)}", flush=True)
 
     path = Path(options.mine).resolve()
     once()

@@ -14,8 +14,9 @@ from matplotlib import figure
 from torch import Tensor, nn
 
 from llm_basics import swap
+from llm_basics.analysis import figures
 from llm_basics.cli import commands, parse
-from llm_basics.core import dataloader, trainer
+from llm_basics.core import dataloader, files, trainer
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
 from llm_basics.learn import probe_tasks
@@ -272,7 +273,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    canvas.savefig(path, dpi=120)
+    figures.save(canvas, path)
 
 
 def main(options: commands.ProbeConfig) -> int:
@@ -280,7 +281,7 @@ def main(options: commands.ProbeConfig) -> int:
     with parse.exit_on_error():
         names = probe_tasks.task_names(options.task)
         out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
+        files.create_folder(out)
         if options.mine is not None:
             swap.use(options.mine)
     print(f"pieces    {swap.describe()}")
@@ -293,7 +294,8 @@ def main(options: commands.ProbeConfig) -> int:
             outcome = learn(task, options.seed, options.steps)
             passed += outcome.passed
             print(f"{'passed' if outcome.passed else 'failed'}: {outcome.verdict}")
-            draw(outcome, out / f"{name}.png")
+            with parse.exit_on_error():
+                draw(outcome, out / f"{name}.png")
             print(f"figure    {out / name}.png")
     except KeyboardInterrupt:
         print()

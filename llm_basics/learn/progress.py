@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llm_basics.core import files
 from llm_basics.learn import lessons
 
 STATUSES = {"passed", "failed", "not started"}
@@ -55,4 +56,4 @@ class Progress:
         """Write the file."""
         stored: dict[str, Any] = {"steps": self.steps, "checked": self.checked}
         stored |= {"hints": self.hints, "predicted": self.predicted}
-        self.path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        files.write(self.path, json.dumps(stored, indent=2) + "\n")

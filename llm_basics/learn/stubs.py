@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics import swap, user_code
+from llm_basics.core import files
 from llm_basics.learn import lessons
 
 HEADER = '''"""My pieces. Check them: uv run python -m llm_basics.learn check --mine {name}"""
@@ -53,8 +54,9 @@ def start(name: str, path: str | Path) -> list[str]:
         raise ValueError(f"{path} already defines {', '.join(lesson.needed)}; delete it there to start over")
     stubs = [stub(piece) for piece in missing]
     modules = [line for piece in missing for line in modules_used(piece)]
-    source = path.read_text(encoding="utf-8-sig") if path.exists() else HEADER.format(name=path.name)
-    path.write_text(_with_imports(source, stubs, modules), encoding="utf-8")
+    source = path.read_bytes().decode("utf-8-sig") if path.exists() else HEADER.format(name=path.name)
+    complete = _with_imports(source, stubs, modules)
+    files.write(path, complete.replace("\n", "\r\n") if "\r\n" in source else complete)
     return missing
 
 

@@ -60,7 +60,7 @@ def save_checkpoint(
         tensors, {"llm_basics": described, "sha256": _digest(tensors, described)}
     )
     if isinstance(out, str | os.PathLike):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        file_io.create_folder(Path(out).parent)
         file_io.write(out, content)
     else:
         out.write(content)

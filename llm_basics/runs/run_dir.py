@@ -61,7 +61,7 @@ class RunDir:
         self.loggers = list(listeners)
         self.tolerant = tolerant
         self.checkpoints = self.folder / CHECKPOINTS
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        files.create_folder(self.checkpoints)
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
@@ -122,36 +122,40 @@ class RunDir:
             # a torn line is ended first; if this write fails, the next one checks again
             is_torn = name in self._maybe_torn and _is_torn(path)
             self._maybe_torn.add(name)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("\n" * is_torn + line + "\n")
+            with files.open_output(path, "ab") as file:
+                file.write(("\n" * is_torn + line + "\n").encode("utf-8"))
             self._maybe_torn.discard(name)
 
     @contextlib.contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
-        """With `tolerant`, log an OSError as a warning."""
+        """With `tolerant`, log an error as a warning."""
         try:
-            yield
-        except OSError as error:
+            with files.writing(path):
+                yield
+        except files.WriteError as error:
             if not self.tolerant:
                 raise
             for logger in self.loggers:
-                logger.message(f"warning: {path} could not be written ({error.strerror})")
+                logger.message(f"warning: {error}")
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a run directory; raises ValueError if another process holds it. Released when the process ends."""
-    with open(Path(folder) / "lock", "a+") as file:
+    with files.writing(Path(folder) / "lock"):
+        # unbuffered: nothing is left to write where it is closed on a full disk
+        file = open(Path(folder) / "lock", "a+b", buffering=0)  # noqa: SIM115
+    with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
-                owner = file.read().strip()
+                owner = file.read().decode().strip()
                 raise ValueError(f"{folder} is locked by pid {owner}, which is writing to it") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with files.writing(Path(folder) / "lock"):
+            file.truncate(0)
+            file.write(b"%d\n" % os.getpid())
         yield
 
 
@@ -164,7 +168,7 @@ def make_folder(name: str) -> Path:
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     for number in itertools.count(1):
         folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
-        with contextlib.suppress(FileExistsError):
+        with files.writing(folder), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             break
     return folder
@@ -179,13 +183,15 @@ def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.abspath(folder))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"--out must be new or an empty folder, got {folder}; delete it or choose another")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    temporary = files.temporary(path)
+    with files.writing(folder):
+        temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        with files.writing(folder):
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

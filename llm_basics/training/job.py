@@ -6,7 +6,7 @@ from collections.abc import Callable
 from llm_basics import swap
 from llm_basics.analysis import figures
 from llm_basics.cli import parse
-from llm_basics.core import config, device, evaluate
+from llm_basics.core import config, device, evaluate, files
 from llm_basics.data import chat_template
 from llm_basics.runs import console, run_dir, signals
 from llm_basics.training import loop, lr_finder, memory, setup, state
@@ -14,8 +14,8 @@ from llm_basics.training import loop, lr_finder, memory, setup, state
 # time for loggers to finish after a request to stop
 CLOSE_SECONDS = 2.0
 
-# exit statuses besides 0 and those of signals; 2 is a usage error
-NOT_FINITE, NOT_SAVED, NO_MEMORY, NO_RATE = 1, 3, 4, 5
+# exit statuses besides 0, those of signals and those of `parse.exit_on_error`
+NOT_FINITE, NO_MEMORY, NO_RATE = 1, 4, 5
 
 
 def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, seconds: float) -> None:
@@ -30,8 +30,8 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     figure: object = "not drawn"
     try:
         figure = figures.plot_loss(output.folder, entropy)
-    except OSError as error:
-        output.log(f"warning: the loss curve could not be written ({error.strerror})")
+    except files.WriteError as error:
+        output.log(f"warning: {error}")
     saved = output.checkpoint_path(training.step) if training.is_saved else "not saved"
     output.log(
         f"\n{steps} steps in {seconds:.0f} s\n"
@@ -59,7 +59,7 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
     with device.gc_frozen():
         loop.fit(training, output)
     conclude(training, output, training.step - first_step, clock.total())
-    return 0 if training.is_saved else NOT_SAVED
+    return 0 if training.is_saved else parse.NOT_SAVED
 
 
 def main(
@@ -78,9 +78,6 @@ def main(
         except signals.Stopped as stop:
             console.print_line(f"stopped by {stop.name} before the first step")
             return stop.status
-        except state.SaveError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return NOT_SAVED
         try:
             return work(training, output, clock)
         except signals.Stopped as stop:
@@ -91,9 +88,9 @@ def main(
         except FloatingPointError as error:
             print(f"error: {error}; the weights are those after step {training.step}", file=sys.stderr)
             return NOT_FINITE
-        except (state.SaveError, OSError) as error:
-            print(f"error: {error}; earlier checkpoints are unchanged", file=sys.stderr)
-            return NOT_SAVED
+        except OSError as error:
+            print(f"error: {parse.message(error)}; earlier checkpoints are unchanged", file=sys.stderr)
+            return parse.NOT_SAVED
         except (RuntimeError, MemoryError) as error:
             if not device.is_out_of_memory(error):
                 raise

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llm_basics.core import trainer
+from llm_basics.core import files, trainer
 from llm_basics.runs import checkpoint, run_dir, signals
 from llm_basics.training import monitor as monitors
 from llm_basics.training import state as training_state
@@ -15,7 +15,7 @@ from llm_basics.training import state as training_state
 def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Train to the last step; evaluate, sample and save on the way.
 
-    Raises signals.Stopped after saving, when a signal requests it; FloatingPointError and state.SaveError
+    Raises signals.Stopped after saving, when a signal requests it; FloatingPointError and files.WriteError
     unless the options skip or warn.
     """
     options, monitor = state.options.train, monitors.Monitor(state, output)
@@ -78,7 +78,7 @@ def saved_on_exit(
             monitor.flush()
         # the cause of the error may be in the weights, or prevent saving
         if all(torch.isfinite(p).all() for p in state.model.parameters()):
-            with contextlib.suppress(training_state.SaveError, OSError):
+            with contextlib.suppress(OSError):
                 save(state, output)
         raise
     save(state, output)
@@ -98,7 +98,7 @@ def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
         return
     try:
         state.save(output.checkpoint_path(state.step))
-    except training_state.SaveError as error:
+    except files.WriteError as error:
         if options.on_save_error == "stop":
             raise
         output.log(f"warning: {error}; training continues")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm_basics.analysis import figures
-from llm_basics.core import config, trainer
+from llm_basics.core import config, files, trainer
 from llm_basics.runs import run_dir, signals
 from llm_basics.training import state
 
@@ -116,7 +116,7 @@ def search(training: state.TrainingState, output: run_dir.RunDir) -> float | Non
         return None
     try:
         output.log(f"\nloss by rate      {figures.plot_lr_finder(output.folder, proposal)}")
-    except OSError as error:
-        output.log(f"warning: the figure could not be written ({error.strerror})")
+    except files.WriteError as error:
+        output.log(f"warning: {error}")
     output.log(f"suggestion (a third of the learning rate with the lowest loss): --train.lr {proposal:g}")
     return proposal

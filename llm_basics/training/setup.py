@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from llm_basics import swap
-from llm_basics.core import config, device, trainer
+from llm_basics.core import config, device, files, trainer
 from llm_basics.data import prepare
 from llm_basics.runs import checkpoint, console, loggers, run_dir
 from llm_basics.training import memory, warm_start
@@ -47,7 +47,7 @@ def start(
 ) -> tuple[training_state.TrainingState, run_dir.RunDir]:
     """Set up a run: all checks first, then the run directory. `make` loads the data and builds the model.
 
-    Raises ValueError or OSError for invalid options or data, SaveError if the directory is not writable.
+    Raises ValueError or OSError for invalid options or data, WriteError if the directory is not writable.
     """
     given = Path(options.run_dir or "")
     if options.run_dir and not options.resume and given.is_dir() and any(given.iterdir()):
@@ -68,12 +68,9 @@ def start(
     training = begin(options, make)
     folder = options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))
+    output = run_dir.RunDir(folder, tolerant=options.train.on_save_error == "warn")
     try:
-        output = run_dir.RunDir(folder, tolerant=options.train.on_save_error == "warn")
         checkpoint.delete_partial(output.checkpoints)
-    except OSError as error:
-        raise training_state.SaveError(f"the run {folder} could not be written ({error.strerror})") from None
-    try:
         if training.is_compiled:
             compile_model(training)
         else:
@@ -84,18 +81,12 @@ def start(
         output.loggers.append(loggers.ConsoleLogger(options.train.steps, training.step))
         output.write_config({**dataclasses.asdict(training.options), run_dir.ORIGINS: swap.user_pieces()})
         if options.mine is not None:
-            with contextlib.suppress(shutil.SameFileError):
-                shutil.copyfile(options.mine, output.folder / "mine.py")
+            files.write(output.folder / "mine.py", Path(options.mine).read_bytes())
         if options.resume is None:
             training.tokenizer.save(output.folder / "tokenizer")
         if options.wandb and not options.find_lr:
             about = dataclasses.asdict(training.options)
             output.loggers.append(loggers.WandbLogger(output.folder, about))
-    except OSError as error:
-        output.close()
-        raise training_state.SaveError(
-            f"{error.filename or folder} could not be written ({error.strerror})"
-        ) from None
     except BaseException:
         output.close()
         raise
@@ -161,7 +152,7 @@ def quarantine(path: Path) -> None:
 def print_summary(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Print data, model and memory of a run, with warnings if memory or disk space is short.
 
-    Raises SaveError if there is no space for a single checkpoint.
+    Raises WriteError if there is no space for a single checkpoint.
     """
     options, model = training.options, training.model
     n_tokens = sum(len(tokens) for tokens in training.batches.shards)
@@ -180,12 +171,13 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
     more = needs.total - needs.parameters if needs else 0
     if available is not None and more > available:
         output.log(f"warning: {more:,} bytes of memory are needed beside the weights, {available:,} are free")
-    needed, free = training.checkpoint_bytes(), training_state.free_bytes(output.folder)
+    needed, free = training.checkpoint_bytes(), files.free_bytes(output.folder)
     n_kept = options.train.keep_checkpoints + 2  # the best one, and the one being written
     if free < needed and options.train.on_save_error == "stop":
-        raise training_state.SaveError(
+        raise files.WriteError(
+            errno.ENOSPC,
             f"a checkpoint needs {needed:,} bytes, but {output.folder} has {free:,} free; free some, choose "
-            "another --run_dir, or train without checkpoints by --train.on_save_error warn"
+            "another --run_dir, or train without checkpoints by --train.on_save_error warn",
         )
     if free < n_kept * needed:
         output.log(f"warning: {n_kept} checkpoints need {n_kept * needed:,} bytes, {free:,} are free")

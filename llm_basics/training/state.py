@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,6 @@ RENAMED = {"looked": "evaluated", "windows": "sequences"}
 
 # metadata keys that every checkpoint of a training run has
 REQUIRED_KEYS = {"config", "data", "environment", "sequences", "evaluated", "val_loss", "best_loss", "spikes"}
-
-
-class SaveError(Exception):
-    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
@@ -180,31 +175,25 @@ class TrainingState:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint to resume from. Raises SaveError if that fails."""
-        try:
-            checkpoint.save_checkpoint(
-                self.model,
-                self.optimizer,
-                self.step,
-                path,
-                config=dataclasses.asdict(self.options),
-                data=self.prepared_in,
-                tokenizer=self.tokenizer.fingerprint(),
-                origins=swap.origins(),
-                environment=device.describe(self.device),
-                sequences=self.sequences,
-                tokens=self.sequences * self.options.model.context_length,
-                evaluated=self.evaluated,
-                val_loss=self.val_loss,
-                best_loss=self.best_loss,
-                spikes=self.spikes.state(),
-            )
-            self.saved = self.step, self.val_loss
-        except OSError as error:
-            raise SaveError(
-                f"the checkpoint of step {self.step} could not be written to {path} ({error.strerror}): "
-                f"it needs about {self.checkpoint_bytes():,} bytes, {free_bytes(path.parent):,} are free"
-            ) from None
+        """Write a checkpoint to resume from. Raises files.WriteError if that fails."""
+        checkpoint.save_checkpoint(
+            self.model,
+            self.optimizer,
+            self.step,
+            path,
+            config=dataclasses.asdict(self.options),
+            data=self.prepared_in,
+            tokenizer=self.tokenizer.fingerprint(),
+            origins=swap.origins(),
+            environment=device.describe(self.device),
+            sequences=self.sequences,
+            tokens=self.sequences * self.options.model.context_length,
+            evaluated=self.evaluated,
+            val_loss=self.val_loss,
+            best_loss=self.best_loss,
+            spikes=self.spikes.state(),
+        )
+        self.saved = self.step, self.val_loss
 
     @property
     def is_saved(self) -> bool:
@@ -262,12 +251,6 @@ class TrainingState:
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
         return settings + _differences(device.describe(self.device), metadata["environment"])
-
-
-def free_bytes(folder: Path) -> int:
-    """Free disk space where `folder` is, or will be."""
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
-    return shutil.disk_usage(existing).free
 
 
 def opening_line(text: str) -> str:
