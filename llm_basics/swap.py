@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics import user_code
+from llm_basics.runs import console
 
 CORE, FAST = "llm_basics.core", "llm_basics.fast"
 
@@ -54,7 +55,7 @@ _REFERENCE: dict[str, Any] = {}
 
 def use(
     what: str | Path,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = console.print_line,
     prepare: Callable[[types.ModuleType], None] = lambda module: None,
 ) -> None:
     """Use the fast implementations ("fast"), or the pieces of a Python file, until the program ends.
@@ -164,7 +165,7 @@ def reference_only() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def using(what: str | Path, log: Callable[[str], None] = print) -> Iterator[None]:
+def using(what: str | Path, log: Callable[[str], None] = console.print_line) -> Iterator[None]:
     """`use` within the block."""
     with restored():
         use(what, log)

@@ -164,14 +164,15 @@ def _tyro_errors_as_value_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
+def exit_on_error(flush: bool = True) -> Iterator[None]:
     """Print a ValueError or OSError as one line and exit with status 2, or NOT_SAVED if it is the disk's.
 
-    A closed output pipe exits with 0.
+    A closed output pipe exits with 0. With `flush`, output is complete at the end, or an error.
     """
     try:
         yield
-        sys.stdout.flush()
+        if flush:
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
         sys.exit(0)

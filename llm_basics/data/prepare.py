@@ -58,7 +58,7 @@ def load(folder: str | os.PathLike[str]) -> Prepared:
 # For a training run
 
 
-def prepare(options: config.Config, log: Callable[[str], None] = print) -> Prepared:
+def prepare(options: config.Config, log: Callable[[str], None] = console.print_line) -> Prepared:
     """The token files of `options.data`, written unless they are cached."""
     if (Path(options.data) / shard_builder.META).is_file():
         return _load_prepared(options, log)
@@ -162,7 +162,7 @@ def _prepare_config(options: config.Config, folder: Path) -> commands.PrepareCon
 # As a command
 
 
-def build(options: commands.PrepareConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
+def build(options: commands.PrepareConfig, log: Callable[[str], None] = console.print_line) -> dict[str, Any]:
     """Write the folder `options.out`, or resume writing it. Returns the content of its meta.json."""
     out = Path(options.out)
     work = out.with_name(out.name + PARTIAL_SUFFIX)

@@ -24,6 +24,7 @@ from torch import Tensor
 from llm_basics.core import config, dataloader, files
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import chat_template, documents, prepare, shards, synthetic_qa
+from llm_basics.runs import console
 
 # increased when the same conversations would give other token files
 VERSION = 1
@@ -38,7 +39,9 @@ SORTED_BATCHES = 4
 # Conversations -> token files
 
 
-def prepare_conversations(options: config.Config, log: Callable[[str], None] = print) -> prepare.Prepared:
+def prepare_conversations(
+    options: config.Config, log: Callable[[str], None] = console.print_line
+) -> prepare.Prepared:
     """The token files of the conversations in `options.data`, written unless they are cached.
 
     The split depends on the prompts alone, so no prompt is on both sides.

@@ -198,10 +198,10 @@ def main(options: commands.ExportConfig) -> int:
         with run_dir.appearing(out) as temporary:
             card = model_card(name, model, tokenizer, trained, about, folder)
             layout = export(model, tokenizer, temporary, card)
-    print(
-        f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"
-        f"layout    {layout.architecture}\n"
-        f"written   {out}\n"
-        f'load      transformers.AutoModelForCausalLM.from_pretrained("{out}")'
-    )
+        print(
+            f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"
+            f"layout    {layout.architecture}\n"
+            f"written   {out}\n"
+            f'load      transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+        )
     return 0

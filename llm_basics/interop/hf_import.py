@@ -129,10 +129,10 @@ def main(options: commands.ImportConfig) -> int:
             model, layout = read_model(folder)
             tokenizer = read_tokenizer(folder, options.tokenizer, model.config.vocab_size)
             write_run(model, tokenizer, temporary, out, name)
-    print(
-        f"model       {model.n_parameters():,} parameters ({layout.architecture})\n"
-        f"vocabulary  {tokenizer.vocab_size:,} tokens\n"
-        f"run         {out}\n"
-        f"generate    uv run python -m llm_basics.generate {out}"
-    )
+        print(
+            f"model       {model.n_parameters():,} parameters ({layout.architecture})\n"
+            f"vocabulary  {tokenizer.vocab_size:,} tokens\n"
+            f"run         {out}\n"
+            f"generate    uv run python -m llm_basics.generate {out}"
+        )
     return 0

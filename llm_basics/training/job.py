@@ -73,7 +73,8 @@ def main(
     device.tune_allocator()
     with signals.listening(), swap.restored():
         try:
-            with parse.exit_on_error(), signals.anywhere():
+            # a run goes on without its output
+            with parse.exit_on_error(flush=False), signals.anywhere():
                 training, output = setup.start(options, make)
         except signals.Stopped as stop:
             console.print_line(f"stopped by {stop.name} before the first step")
