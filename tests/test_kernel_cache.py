@@ -1,6 +1,8 @@
 """Kernels that are compiled beside a starting program. Alone: uv run pytest tests/test_kernel_cache.py"""
 
+import errno
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 from llm_basics.core import config, generate, model
+from llm_basics.fast import cache_folder, kernel_cache, numba_jit, precompile
 from llm_basics.fast import generate as fast_generate
-from llm_basics.fast import kernel_cache, precompile
 
 
 @pytest.fixture
@@ -102,3 +104,67 @@ def test_text_is_generated_by_the_reference_while_kernels_are_pending(monkeypatc
     monkeypatch.setattr(kernel_cache, "is_pending", lambda group: group == "decoding")
     monkeypatch.setattr(fast_generate, "Loops", pytest.fail)
     assert list(fast_generate.generate(lm, prompt, 8, temperature=0.0)) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders that cannot be written
+
+
+def test_kernels_are_cached_beside_the_source_or_by_the_user_or_temporarily(tmp_path, monkeypatch, capsys):
+    package, user, temporary = (tmp_path / name for name in ("package", "user", "temporary"))
+    temporary.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user))
+    monkeypatch.setattr(cache_folder.tempfile, "gettempdir", lambda: str(temporary))
+    own = temporary / f"llm_basics-{os.getuid()}"
+    assert cache_folder.find(package, "v") == str(package / "__pycache__" / "v")
+    monkeypatch.setattr(os, "access", lambda path, mode: package not in path.parents)
+    assert cache_folder.find(package, "v") == str(user / "llm_basics" / "v")
+    user.rename(tmp_path / "before")
+    user.touch()
+    assert capsys.readouterr().err == ""
+    assert cache_folder.find(package, "v") == str(own / "v") and own.stat().st_mode & 0o777 == 0o700
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(package) in said and str(user) in said and str(own) in said
+    # a folder into which others may put machine code is not used
+    own.chmod(0o777)
+    assert cache_folder.find(package, "v") == "" and capsys.readouterr().err == ""
+    own.rename(temporary / "of others").chmod(0o700)
+    own.symlink_to(temporary / "of others")
+    assert cache_folder.find(package, "v") == ""
+
+
+def test_a_home_that_is_unknown_is_not_a_folder_named_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cache_folder.find(tmp_path, "v") == "" and not (tmp_path / "~").exists()
+
+
+def twice(x):
+    return 2 * x
+
+
+def test_without_a_folder_kernels_are_not_cached(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_cache, "folder", lambda: "")
+    monkeypatch.setattr(cache_folder, "uncached", [])
+    monkeypatch.setattr(numba_jit.caching.CacheImpl, "_locator_classes", [])
+    assert [numba_jit.jit(twice)(x) for x in (1, 2)] == [2, 4]
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("warning: compiled CPU kernels are not cached (no folder") and said.count("\n") == 1
+    )
+
+
+def test_a_full_disk_does_not_stop_what_is_compiled(cache, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_folder, "uncached", [])
+    monkeypatch.setattr(numba_jit.caching.IndexDataCacheFile, "_save_data", full)
+    calls = []
+    monkeypatch.setattr(precompile, "GROUPS", {"training": lambda: calls.append(numba_jit.jit(twice)(21))})
+    precompile.main(["training"])
+    assert calls == [42] and not kernel_cache.is_compiled("training")
+    said = capsys.readouterr().err
+    assert str(cache) in said and "No space left on device)" in said and said.count("\n") == 1

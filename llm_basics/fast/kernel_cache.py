@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from llm_basics.fast import cache_folder
+
 # groups of kernels in the order of compilation, and about how many seconds each takes; the two chains share
 # no kernel and are compiled side by side
 CHAINS = ({"tokenizer": 8, "vocabulary": 8}, {"training": 12, "decoding": 12})
@@ -29,15 +31,15 @@ _compilers: dict[str, subprocess.Popen[bytes]] = {}
 
 @functools.cache
 def folder() -> str:
-    """The cache folder of this version of the source; "" for Numba's default.
+    """The cache folder of this version of the source; "" for NUMBA_CACHE_DIR, or where none can be written.
 
     Numba checks the file of a function only, and would miss changes in what was inlined from other files.
     """
     here = Path(__file__).parent
-    if os.environ.get("NUMBA_CACHE_DIR") or not os.access(here, os.W_OK):
+    if os.environ.get("NUMBA_CACHE_DIR"):
         return ""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))).hexdigest()
-    return str(here / "__pycache__" / digest[:12])
+    return cache_folder.find(here, digest[:12])
 
 
 def marker(group: str) -> Path:

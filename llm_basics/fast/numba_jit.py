@@ -12,23 +12,40 @@ from typing import Any
 
 import numba
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils, types
+from numba.core import caching, cgutils, types
 from numba.extending import intrinsic
 
-from llm_basics.fast import kernel_cache
+from llm_basics.fast import cache_folder, kernel_cache
 
 # what lets sums be taken in any order; infinities and what is not a number stay what they are
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Compile `function` at its first call, with an on-disk cache, to run without the GIL."""
+    """Compile `function` at its first call, with an on-disk cache if possible, to run without the GIL."""
+    # tests wrap functions to check their annotations; machine code has no use for that
+    compiled = numba.njit(nogil=True, **settings)(inspect.unwrap(function))
     previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, numba.config.CACHE_DIR or kernel_cache.folder()
     try:
-        # tests wrap functions to check their annotations; machine code has no use for that
-        return numba.njit(cache=True, nogil=True, **settings)(inspect.unwrap(function))
+        compiled._cache = _Cache(compiled.py_func)
+    except RuntimeError:  # no folder can be written
+        cache_folder.warn_uncached(
+            "no folder for a cache can be written; set NUMBA_CACHE_DIR to one that can"
+        )
     finally:
         numba.config.CACHE_DIR = previous
+    return compiled
+
+
+class _Cache(caching.FunctionCache):
+    """Numba's cache, but a disk that is full does not stop the program."""
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Save compiled code; what cannot be saved is compiled again by the next program."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            cache_folder.warn_uncached(f"{self.cache_path}: {error.strerror}")
 
 
 def summing(function: Callable[..., Any]) -> Callable[..., Any]:
