@@ -43,8 +43,8 @@ MAX_WORKERS = 4
 WHOLE = {
     f"test_{name}"
     for name in (
-        "chat_cli evaluate_cli fast_generate fast_learning find_lr followers generate inherit learn memory "
-        "mistakes monitor muon probe sft survival sweep train watch"
+        "chat_cli disk evaluate_cli fast_generate fast_learning find_lr followers generate inherit learn "
+        "memory mistakes monitor muon probe sft survival sweep train watch"
     ).split()
 }
 
