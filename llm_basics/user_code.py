@@ -1,8 +1,8 @@
 """Load user code: a Python file with pieces, checked against the signatures of the reference.
 
-A piece must have the parameters of the reference, by name and in order. Optional ones at the end may be
-missing: a call that needs one of them raises ValueError. Missing methods of a class, such as
-`TransformerLM.n_parameters`, are taken from the reference.
+A piece must have the parameters of the reference, by name and in order. Optional ones may be missing: a call
+that needs one of them raises ValueError; without `cache`, earlier tokens are recomputed. Missing methods of a
+class, such as `TransformerLM.n_parameters`, are taken from the reference.
 """
 
 import ast
@@ -177,36 +177,57 @@ def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
 
 def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], path: str | Path) -> Any:
     """`own`, wrapped to raise ValueError for arguments that it has no parameter for."""
-    ours = list(inspect.signature(reference).parameters.values())
+    signature = inspect.signature(reference)
+    ours = list(signature.parameters.values())
     given = list(inspect.signature(own).parameters.values())
-    required = [p.name for p in ours if p.default is p.empty]
-    same = all(
+    names = {p.name for p in given}
+    missing = [p for p in ours if p.name not in names and p.default is not p.empty]
+    expected = [p for p in ours if p not in missing]
+    same = len(given) >= len(expected) and all(
         (a.name, a.kind) == (b.name, b.kind) and (a.default is not a.empty or b.default is b.empty)
-        for a, b in zip(given, ours, strict=False)
+        for a, b in zip(given, expected, strict=False)
     )
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    rest_is_optional = all(p.default is not p.empty or p.kind in variable for p in given[len(ours) :])
-    if not same or len(given) < len(required) or not rest_is_optional:
+    extra = given[len(expected) :]
+    extra_is_optional = all(p.default is not p.empty or p.kind in variable for p in extra)
+    if not same or not extra_is_optional or (extra and missing):
         raise ValueError(
             f"{name} of {path} must have the parameters of the reference\n"
             f"    yours      {_header(name, given)}\n"
             f"    reference  {_header(name, ours)}"
         )
-    missing = ours[len(given) :]
     if not missing:
         return own
-    n_given = len(given)
+    recomputes = "cache" not in names and "token_positions" in names
 
     @functools.wraps(own)
     def accept(*args: Any, **kwargs: Any) -> Any:
-        for parameter, value in zip(missing, args[n_given:], strict=False):
-            _refuse(name, path, parameter, value)
+        arguments = signature.bind(*args, **kwargs).arguments
+        cache = arguments.pop("cache", None) if recomputes else None
         for parameter in missing:
-            if parameter.name in kwargs:
-                _refuse(name, path, parameter, kwargs.pop(parameter.name))
-        return own(*args[:n_given], **kwargs)
+            if parameter.name in arguments:
+                _refuse(name, path, parameter, arguments.pop(parameter.name))
+        return own(**arguments) if cache is None else _recompute(own, cache, **arguments)
 
     return accept
+
+
+def _recompute(own: Callable[..., Any], cache: Any, x: Any, token_positions: Any = None, **rest: Any) -> Any:
+    """The result for `x` of a causal layer without a parameter `cache`: from a call on all tokens so far.
+
+    The cache stores their inputs and positions in place of keys and values.
+    """
+    import torch
+
+    n_new = x.shape[1]
+    if token_positions is None:
+        token_positions = torch.arange(cache.length, cache.length + n_new, device=x.device)
+    token_positions = token_positions.expand(x.shape[:-1])
+    if cache.length:
+        x = torch.cat([cache.keys, x], dim=1)
+        token_positions = torch.cat([cache.values, token_positions], dim=1)
+    cache.keys, cache.values, cache.length = x, token_positions, x.shape[1]
+    return own(x=x, token_positions=token_positions, **rest)[:, -n_new:]
 
 
 def _refuse(name: str, path: str | Path, parameter: inspect.Parameter, value: Any) -> None:
@@ -266,6 +287,12 @@ def _tokenizer(own: type, reference: type, path: str | Path) -> type:
 
 # --------------------------------------------------------------------------------------------------
 # Names in code
+
+
+def parameters(module: Any) -> set[str]:
+    """The parameters of `__init__` and `forward` of an nn.Module class."""
+    methods = (module.__init__, module.forward)
+    return set().union(*(inspect.signature(method).parameters for method in methods))
 
 
 def mentioned(piece: Any) -> set[str]:

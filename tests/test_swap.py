@@ -216,6 +216,11 @@ def test_a_parameter_that_is_left_out_is_missed_only_when_it_is_needed(mine):
         F.cross_entropy(logits, targets, reduction="sum")
     with pytest.raises(ValueError, match="no parameter ignore_index, but is called with 2"):
         F.cross_entropy(logits, targets, 2)
+    # one in the middle
+    swap.use(mine("def cross_entropy(logits, targets, reduction='mean'):\n    return reduction\n"))
+    assert F.cross_entropy(logits, targets, -100, 0.0, "sum") == "sum"
+    with pytest.raises(ValueError, match="no parameter z_loss, but is called with 0.5; add it"):
+        F.cross_entropy(logits, targets, z_loss=0.5)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +230,7 @@ def test_a_parameter_that_is_left_out_is_missed_only_when_it_is_needed(mine):
             "def softmax(x, axis):\n    pass\n",
             r"yours +softmax\(x, axis\)\n +reference +softmax\(x, dim=-1\)",
         ),
+        ("def softmax(x, axis=-1):\n    pass\n", r"yours +softmax\(x, axis=-1\)"),
         ("def softmax(x, dim, more):\n    pass\n", "must have the parameters of the reference"),
         ("def softmax():\n    pass\n", "must have the parameters of the reference"),
         ("class softmax:\n    pass\n", "softmax of .*mine.py must be a function"),
