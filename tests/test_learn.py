@@ -1,5 +1,6 @@
 """The course: from a stub to a verdict. Alone: `uv run pytest tests/test_learn.py`."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,9 +15,10 @@ import pytest
 import torch
 import yaml
 
-from llm_basics import swap
+from llm_basics import swap, user_code
 from llm_basics.cli import commands, parse
-from llm_basics.inference import samples
+from llm_basics.core import config, model
+from llm_basics.inference import engine, samples
 from llm_basics.learn import __main__ as learn
 from llm_basics.learn import (
     checks,
@@ -32,6 +34,7 @@ from llm_basics.learn import (
     sockets,
     stubs,
 )
+from llm_basics.runs import console
 from llm_basics.training import job
 
 REPOSITORY = Path(__file__).parent.parent
@@ -63,7 +66,7 @@ def results(path, step=None):
 @pytest.mark.parametrize("name", lessons.ORDER)
 def test_a_lesson_is_complete(name):
     fields = yaml.safe_load((lessons.FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert fields.keys() == {field.name for field in dataclasses.fields(lessons.Lesson)} - {"name"}
+    assert fields.keys() | {"later"} == {f.name for f in dataclasses.fields(lessons.Lesson)} - {"name"}
     lesson = lessons.load(name)
     assert set(lesson.pieces) <= swap.HOMES.keys() and set(lesson.optional) < set(lesson.pieces)
     assert len(lesson.hints) == 3
@@ -80,7 +83,7 @@ def test_every_lesson_has_a_step_in_the_catalogue_and_back():
 
 
 def test_an_unknown_step_raises():
-    with pytest.raises(ValueError, match="a step must be one of linear, .* got softmaxx"):
+    with pytest.raises(ValueError, match=r"unknown step softmaxx; did you mean softmax\?"):
         lessons.load("softmaxx")
 
 
@@ -114,8 +117,88 @@ def test_stubs_keep_existing_code_and_add_imports(mine):
     assert results(path)["silu"].status == "passed"
 
 
+def test_a_stub_has_no_parameters_of_the_second_stage(mine):
+    stubs.start("multi_head", "mine.py")
+    stubs.start("block", "mine.py")
+    source = Path("mine.py").read_text()
+    assert not re.search("n_kv_heads|qk_norm|norm_eps|dropout|cache|norm_placement", source)
+    assert (
+        '"""Causal multi-head self-attention (arXiv 1706.03762); `rope` rotates queries and keys."""'
+        in source
+    )
+    for name in ("multi_head", "block"):
+        assert set(lessons.load(name).later) & user_code.parameters(swap.current(STAGED[name]))
+
+
 # --------------------------------------------------------------------------------------------------
 # Checks
+
+
+STAGED = {"multi_head": "layers.MultiHeadSelfAttention", "block": "model.TransformerBlock"}
+FIRST_STAGE = """
+from llm_basics.core import functional as F
+from llm_basics.core import layers
+
+class MultiHeadSelfAttention(nn.Module):
+    def __init__(self, d_model, n_heads, rope=None, device=None, dtype=None):
+        super().__init__()
+        self.n_heads, self.rope = n_heads, rope
+        for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
+            setattr(self, name, layers.Linear(d_model, d_model, device=device, dtype=dtype))
+
+    def forward(self, x, token_positions=None):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).unflatten(-1, (self.n_heads, -1)).transpose(-3, -2) for p in projections)
+        if self.rope is not None:
+            positions = torch.arange(x.shape[-2]) if token_positions is None else token_positions
+            q, k = (self.rope(t, positions.unsqueeze(-2)) for t in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output_proj(mixed.transpose(-3, -2).flatten(-2))
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config, rope=None, device=None, dtype=None):
+        super().__init__()
+        kind = {"device": device, "dtype": dtype}
+        self.ln1, self.ln2 = (layers.RMSNorm(config.d_model, config.norm_eps, **kind) for _ in range(2))
+        self.attn = layers.MultiHeadSelfAttention(config.d_model, config.n_heads, rope=rope, **kind)
+        self.ffn = layers.SwiGLU(config.d_model, config.d_hidden, **kind)
+
+    def forward(self, x, token_positions=None):
+        x = x + self.attn(self.ln1(x), token_positions)
+        return x + self.ffn(self.ln2(x))
+"""
+
+
+def test_a_first_stage_passes_and_the_second_is_named(mine):
+    found = results(mine(FIRST_STAGE))
+    assert [result.status for result in found.values()] == ["passed", "passed"]
+    names = "n_kv_heads, bias, qk_norm, norm_eps, dropout, cache"
+    assert found["multi_head"].text == f"multi_head: passed\n  second stage, see the lesson: {names}"
+    assert found["block"].text == "block: passed\n  second stage, see the lesson: cache"
+
+
+def test_a_second_stage_is_checked_once_it_is_begun(mine):
+    source = FIRST_STAGE.replace(
+        "d_model, n_heads, rope=None", "d_model, n_heads, n_kv_heads=None, rope=None"
+    )
+    text = results(mine(source), "multi_head")["multi_head"].text
+    assert text.startswith("multi_head: 6 query heads that share 2 key and value heads")
+
+
+def test_a_first_stage_generates_what_the_reference_does(mine):
+    """Without a parameter for the cache, earlier tokens are recomputed."""
+    shape = config.ModelConfig(vocab_size=11, context_length=8, d_model=16, n_layers=2, n_heads=2)
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    expected, found = [], []
+    for tokens, source in ((expected, None), (found, FIRST_STAGE)):
+        with swap.using(mine(source)) if source else contextlib.nullcontext():
+            torch.manual_seed(0)
+            lm = model.TransformerLM(shape)
+            tokens += engine.generate_batch(lm, prompts, 9, temperature=0.0)
+            caches = lm.make_kv_caches(batch=1)
+            parts = [lm(part, caches=caches) for part in torch.arange(6)[None].split([3, 1, 2], dim=1)]
+            assert torch.allclose(torch.cat(parts, dim=1), lm(torch.arange(6)[None]), atol=1e-5)
+    assert found == expected
 
 
 def test_a_mistake_is_named_and_a_correct_piece_passes(mine):
@@ -260,7 +343,77 @@ def test_from_an_empty_folder_to_a_passed_step(mine, capsys):
     assert learn.main([]) == 0
     assert "[x]  5 silu" in capsys.readouterr().out
     assert learn.main(["next"]) == 0 and "start linear" in capsys.readouterr().out
-    assert json.loads(Path("mine.progress.json").read_text())["hints"] == {"silu": 3}
+    assert learn.main(["hint"]) == 0 and "linear, hint 1 of 3" in capsys.readouterr().out
+    assert json.loads(Path("mine.progress.json").read_text())["hints"] == {"silu": 3, "linear": 1}
+
+
+def test_hints_and_predictions_are_of_the_current_step(mine, capsys):
+    """The first step in the file that is not passed, else the first of all."""
+    mine(WRONG + "def gelu(x, approximate='none'):\n    return x\n")
+    progress.Progress("mine.py").save()
+    assert learn.main(["predict"]) == 0 and capsys.readouterr().out.startswith("silu: ")
+    known = progress.Progress("mine.py")
+    known.note("silu", "passed")
+    known.save()
+    assert learn.main(["hint"]) == 0 and capsys.readouterr().out.startswith("gelu, hint 1 of 3")
+    assert learn.main(["predict", "--answer", str(lessons.load("gelu").predict.answer)]) == 0
+    for name in lessons.ORDER:
+        known.note(name, "passed")
+    known.save()
+    with pytest.raises(SystemExit):
+        learn.main(["hint"])
+    assert "all steps of mine.py passed; name a step, or train" in capsys.readouterr().err
+
+
+def test_a_check_announces_itself_and_the_next_step(mine, capsys, monkeypatch):
+    mine(RIGHT)
+    announced = []
+
+    def check(path, only):
+        announced.append(capsys.readouterr().err)
+        yield checks.Result("silu", "passed", "silu: passed")
+
+    monkeypatch.setattr(checks, "check", check)
+    assert learn.main(["check", "silu"]) == 0
+    assert announced == ["checking mine.py: silu\n"]
+    assert capsys.readouterr().out == f"silu: passed\nnext: {learn.PROGRAM} show linear\n"
+
+
+def test_until_torch_is_needed_it_is_not_imported(tmp_path):
+    code = "import sys; from llm_basics.learn import __main__ as m; m.main(['hint'])"
+    code += "; assert 'torch' not in sys.modules"
+    assert run("-c", code, cwd=tmp_path).returncode == 0
+
+
+def test_watch_tells_what_it_waits_for(mine, capsys, monkeypatch):
+    path = mine(WRONG)
+
+    def saved(folder):
+        assert "waiting for mine.py to be saved; Ctrl-C stops" in capsys.readouterr().out
+        path.write_text("import torch\n" + RIGHT)
+        yield {(1, str(Path("other.py").resolve()))}
+        yield {(1, str(path.resolve()))}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("watchfiles.watch", saved)
+    assert learn.main(["check", "--watch"]) == 0
+    assert capsys.readouterr().out.count("silu: passed") == 1
+
+
+def test_text_is_wrapped_to_the_terminal(mine, capsys, monkeypatch):
+    mine(WRONG)
+    shown = []
+    for columns in ("200", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert learn.main(["check"]) == 1
+        for command in (["show", "silu"], ["hint", "silu"], ["predict", "silu"]):
+            learn.main(command)
+        Path("mine.progress.json").unlink()
+        shown.append(capsys.readouterr().out)
+    wide, narrow = shown
+    assert narrow.split() == wide.split() and narrow != wide
+    for text, limit in ((narrow, 60), (wide, console.NUMBERS)):
+        assert max(len(line) for line in text.splitlines() if "uv run" not in line) <= limit
 
 
 @pytest.mark.parametrize("name", lessons.ORDER)
@@ -285,11 +438,15 @@ def test_a_prediction_is_graded(mine, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["show", "softmaxx"], "a step must be one of"),
+        (["show", "softmx"], "unknown step softmx; did you mean softmax?"),
+        (["chek"], "unknown command chek; did you mean check?"),
+        (["bogus"], "unknown command bogus; it must be one of list, show, start, check"),
+        (["check", "--wach"], "unknown option --wach (command line); the closest is --watch"),
+        (["check", "softmx"], "unknown step softmx; did you mean softmax?"),
         (["check"], "no file mine.py; create it: "),
         (["check", "rope", "--mine", "other.py"], "must define one of rope_tables"),
         (["predict", "softmax", "--answer", "9"], "--answer must be from 1 to"),
-        (["mistakes", "nothing"], "a step must be one of"),
+        (["mistakes", "checkpont"], "unknown step checkpont; did you mean checkpoint?"),
         (["dojo", "--answer", "9"], "--answer must be from 1 to 5"),
     ],
 )

@@ -6,6 +6,7 @@ An option's value comes from the command line, else from the YAML file of `--con
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import itertools
@@ -127,27 +128,39 @@ def parse(defaults: T, arguments: Sequence[str], prog: str, description: str | N
 
     Raises ValueError for unknown options and invalid values.
     """
+    return typing.cast(T, _parse(type(defaults), arguments, prog, description, default=defaults))
+
+
+def parse_command(commands: Any, arguments: Sequence[str], prog: str, description: str | None = None) -> Any:
+    """The options of one of several subcommands; `commands` is the union of their classes.
+
+    Raises ValueError for unknown subcommands, unknown options and invalid values.
+    """
+    names = [
+        each.__metadata__[0].name if hasattr(each, "__metadata__") else each.__name__.lower()
+        for each in typing.get_args(commands)
+    ]
+    if arguments and arguments[0] not in (*names, "-h", "--help"):
+        raise ValueError(unknown_name("command", arguments[0], names))
+    return _parse(commands, arguments, prog, description)
+
+
+def _parse(kind: Any, arguments: Sequence[str], prog: str, description: str | None, **default: Any) -> Any:
     with _tyro_errors_as_value_errors():
         parsed, unknown = tyro.cli(
-            type(defaults),
-            default=defaults,
+            kind,
             args=arguments,
             prog=prog,
             description=description,
             return_unknown_args=True,
             use_underscores=True,
+            **default,
         )
     if unknown:
         raise ValueError(
-            presets.unknown_option(unknown[0].split("=")[0], _flags(type(defaults)), "command line")
+            presets.unknown_option(unknown[0].split("=")[0], _flags(type(parsed)), "command line")
         )
-    return typing.cast(T, parsed)
-
-
-def parse_command(commands: Any, arguments: Sequence[str], prog: str, description: str | None = None) -> Any:
-    """The options of one of several subcommands; `commands` is the union of their classes."""
-    with _tyro_errors_as_value_errors():
-        return tyro.cli(commands, args=arguments, prog=prog, description=description, use_underscores=True)
+    return parsed
 
 
 @contextlib.contextmanager
@@ -218,6 +231,18 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")
     return None
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+    """The error message for an unknown name, with the closest known one, or all of them.
+
+    >>> unknown_name("step", "softmx", ["linear", "softmax"])
+    'unknown step softmx; did you mean softmax?'
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name}; " + (
+        f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}"
+    )
 
 
 def _flags(cls: Any, prefix: str = "--") -> list[str]:

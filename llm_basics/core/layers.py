@@ -258,11 +258,11 @@ class KVCache:
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Causal multi-head self-attention (arXiv 1706.03762).
+    """Causal multi-head self-attention (arXiv 1706.03762); `rope` rotates queries and keys.
 
     With fewer `n_kv_heads` than `n_heads`, groups of neighboring query heads share one key and value head
-    (grouped-query attention, arXiv 2305.13245). `rope` rotates queries and keys by their positions;
-    `qk_norm` normalizes both before that (arXiv 2010.04245).
+    (grouped-query attention, arXiv 2305.13245). `qk_norm` normalizes queries and keys before RoPE (arXiv
+    2010.04245).
     """
 
     def __init__(
@@ -302,7 +302,10 @@ class MultiHeadSelfAttention(nn.Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Attend along `seq`. With a `cache`, `x` continues the cached tokens."""
+        """Attend along `seq`.
+
+        With a `cache`, `x` continues the cached tokens.
+        """
         q, k, v = self.project(x)
         q = rearrange(q, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_heads)
         k = rearrange(k, "... seq (heads d_head) -> ... heads seq d_head", heads=self.n_kv_heads)

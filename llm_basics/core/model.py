@@ -18,7 +18,8 @@ class TransformerBlock(nn.Module):
     """Self-attention, then a feed-forward network, each added to the residual stream.
 
     Pre-norm (Llama, GPT-2): `x + attn(ln1(x))`, then `x + ffn(ln2(x))`.
-    Post-norm (the original transformer): `ln1(x + attn(x))`, then `ln2(x + ffn(x))`.
+
+    Post-norm (`norm_placement`, the original transformer): `ln1(x + attn(x))`, then `ln2(x + ffn(x))`.
     """
 
     def __init__(

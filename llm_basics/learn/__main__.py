@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from llm_basics import user_code
 from llm_basics.cli import parse
-from llm_basics.learn import lessons, progress, sockets
+from llm_basics.learn import lessons, progress
+from llm_basics.runs import console
 
 TITLE = (__doc__ or "").partition("\n")[0]
 PROGRAM = "uv run python -m llm_basics.learn"
@@ -24,79 +23,72 @@ MARKS = {"passed": "[x]", "failed": "[!]", "not started": "[ ]"}
 
 
 @dataclass(frozen=True)
-class List:
+class _File:
+    mine: str = "mine.py"
+    """Python file with your pieces; your progress is stored beside it."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: tyro.conf.Positional[str]
+    """Name of a step."""
+
+
+@dataclass(frozen=True)
+class _CurrentStep(_File):
+    step: tyro.conf.Positional[str | None] = None
+    """Name of a step. None: the current one, the first in your file that does not pass."""
+
+
+@dataclass(frozen=True)
+class List(_File):
     """List all steps in learning order, with your progress."""
 
-    mine: str = "mine.py"
-    """Python file with your pieces."""
-
 
 @dataclass(frozen=True)
-class Show:
+class Show(_Step):
     """Show the lesson of a step: idea, formula, shapes, paper."""
 
-    step: tyro.conf.Positional[str]
-    """Name of a step."""
-
 
 @dataclass(frozen=True)
-class Start:
+class Start(_Step):
     """Append the stubs of a step to your file."""
 
-    step: tyro.conf.Positional[str]
-    """Name of a step."""
     into: str = "mine.py"
     """Python file with your pieces, created if missing."""
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(_File):
     """Check the pieces in your file and name mistakes. Exit status 1 if a step does not pass."""
 
     step: tyro.conf.Positional[str | None] = None
     """Check this step only. None: every step that your file has pieces of."""
-    mine: str = "mine.py"
-    """Python file with your pieces."""
     watch: bool = False
     """Check again on every save, until Ctrl-C."""
 
 
 @dataclass(frozen=True)
-class Hint:
+class Hint(_CurrentStep):
     """Print the next of three hints on a step, each more explicit."""
 
-    step: tyro.conf.Positional[str]
-    """Name of a step."""
-    mine: str = "mine.py"
-    """Python file with your pieces; hints used are stored beside it."""
-
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(_Step):
     """Print the reference implementation of a step."""
 
-    step: tyro.conf.Positional[str]
-    """Name of a step."""
+
+@dataclass(frozen=True)
+class Next(_CurrentStep):
+    """Show the lesson of the current step."""
 
 
 @dataclass(frozen=True)
-class Next:
-    """Show the first step that is not passed."""
-
-    mine: str = "mine.py"
-    """Python file with your pieces."""
-
-
-@dataclass(frozen=True)
-class Predict:
+class Predict(_CurrentStep):
     """Predict a result before running the code of a step."""
 
-    step: tyro.conf.Positional[str]
-    """Name of a step."""
     answer: int | None = None
-    """Number of your answer. None: print the question."""
-    mine: str = "mine.py"
-    """Python file with your pieces; your first answer is stored beside it."""
+    """Number of your answer, of which the first is stored. None: print the question."""
 
 
 @dataclass(frozen=True)
@@ -126,33 +118,18 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Race:
+class Race(_File):
     """Train the default model with your pieces and with the reference, and plot both curves."""
 
-    mine: str = "mine.py"
-    """Python file with your pieces."""
     data: str = "stdlib"
     """Training text: a file, a folder or a glob; stdlib is the source of Python's standard library."""
     steps: int = 800
-    """Number of optimizer steps; all other options are those of the default run."""
+    """Number of optimizer steps; all other options are those of the default run, without qk_norm."""
     out: str = "race"
     """Folder for both run directories and the figure."""
 
 
-COMMANDS = (
-    Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Start, tyro.conf.subcommand("start")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
-    | Annotated[Hint, tyro.conf.subcommand("hint")]
-    | Annotated[Solution, tyro.conf.subcommand("solution")]
-    | Annotated[Next, tyro.conf.subcommand("next")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Dojo, tyro.conf.subcommand("dojo")]
-    | Annotated[Mistakes, tyro.conf.subcommand("mistakes")]
-    | Annotated[Read, tyro.conf.subcommand("read")]
-    | Annotated[Race, tyro.conf.subcommand("race")]
-)
+COMMANDS = List | Show | Start | Check | Hint | Solution | Next | Predict | Dojo | Mistakes | Read | Race
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -161,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse.parse_command(COMMANDS, arguments or ["list"], "python -m llm_basics.learn", TITLE)
         match options:
             case List():
-                show_all(options.mine)
+                show_all(progress.Progress(options.mine))
             case Show():
                 show(lessons.load(options.step))
             case Start():
@@ -169,67 +146,73 @@ def main(arguments: Sequence[str]) -> int:
             case Check():
                 return watch(options) if options.watch else check(options)
             case Hint():
-                hint(lessons.load(options.step), progress.Progress(options.mine))
+                hint(current(options), progress.Progress(options.mine))
             case Solution():
                 solution(lessons.load(options.step))
             case Next():
-                show_next(options.mine)
+                show(current(options))
             case Predict():
-                return predict(lessons.load(options.step), options)
+                return predict(current(options), options)
             case _:
                 return more(options)
     return 0
+
+
+def current(options: _CurrentStep) -> lessons.Lesson:
+    """The lesson of the step named in the options, or of the current step."""
+    known = progress.Progress(options.mine)
+    name = options.step or known.next_step()
+    if name is None:
+        raise ValueError(f"all steps of {options.mine} passed; name a step, or {advice(known)}")
+    return lessons.load(name)
+
+
+def advice(known: progress.Progress) -> str:
+    """The command to run next."""
+    name = known.next_step()
+    if name is None:
+        return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"
+    if name in known.begun():
+        return f"{PROGRAM} hint {name} --mine {known.file}"
+    return f"{PROGRAM} show {name}"
 
 
 # --------------------------------------------------------------------------------------------------
 # Lessons
 
 
-def show_all(mine: str) -> None:
+def show_all(known: progress.Progress) -> None:
     """Print all steps with their status, and the next command."""
-    known = progress.Progress(mine)
-    defined = set(user_code.names(mine)) if Path(mine).exists() else set()
+    begun = known.begun()
     for number, name in enumerate(lessons.ORDER, start=1):
-        lesson = lessons.load(name)
-        begun = bool(defined & set(lesson.pieces))
-        mark = MARKS[known.steps.get(name, "not started")] if begun else MARKS["not started"]
-        stale = "  (changed since the last check)" if begun and not known.is_current(name) else ""
-        print(f"{mark} {number:2} {name:14} {lesson.title}{stale}")
+        mark = MARKS[known.steps.get(name, "not started") if name in begun else "not started"]
+        stale = "  (changed since the last check)" if name in begun and not known.is_current(name) else ""
+        print(f"{mark} {number:2} {name:14} {lessons.load(name).title}{stale}")
     n_passed = sum(known.steps.get(name) == "passed" for name in lessons.ORDER)
-    advice = f"{PROGRAM} next" if n_passed < len(lessons.ORDER) else f"{PROGRAM} race --mine {mine}"
-    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {advice}")
+    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {advice(known)}")
 
 
 def show(lesson: lessons.Lesson) -> None:
     """Print the lesson of a step."""
-    print(f"{lesson.title} ({', '.join(lesson.pieces)})\n\n{lesson.idea}\n")
-    for line in lesson.formula.splitlines():
-        print(f"    {line}")
-    print("\n" + "\n".join(f"    {line}" for line in lesson.shapes.splitlines()))
+    print(console.wrap(f"{lesson.title} ({', '.join(lesson.pieces)})\n\n{lesson.idea}\n"))
+    for line in ["", *lesson.formula.splitlines(), "", *lesson.shapes.splitlines()]:
+        print(f"    {line}".rstrip())
     if lesson.optional:
         print(f"\noptional (the reference is used): {', '.join(lesson.optional)}")
-    if lesson.paper:
-        print(f"\npaper     {lesson.paper}")
+    if lesson.later:
+        print("\nsecond stage, once the step passes; until then, train without these options:")
+        print(console.wrap("\n".join(f"    {name}: {text}" for name, text in lesson.later.items())))
+    print(console.wrap(f"\npaper     {lesson.paper}" if lesson.paper else ""))
     print(f"worklog   WORKLOG.md#{lesson.worklog}")
-    if sockets.is_clone():
+    if (Path(__file__).parents[2] / "tests" / "test_steps.py").is_file():
         print(f"test      uv run pytest tests/test_steps.py -k '[{lesson.name}]' --mine mine.py")
     print(f"start     {PROGRAM} start {lesson.name} --into mine.py")
-
-
-def show_next(mine: str) -> None:
-    """Print the lesson of the first step that is not passed."""
-    known = progress.Progress(mine)
-    left = [name for name in lessons.ORDER if known.steps.get(name) != "passed"]
-    if not left:
-        print(f"all steps passed; train the default model with your pieces: {PROGRAM} race --mine {mine}")
-        return
-    show(lessons.load(left[0]))
 
 
 def hint(lesson: lessons.Lesson, known: progress.Progress) -> None:
     """Print the next hint; after the last one, the command that prints the solution."""
     number = min(known.hints.get(lesson.name, 0), len(lesson.hints) - 1)
-    print(f"{lesson.name}, hint {number + 1} of {len(lesson.hints)}: {lesson.hints[number]}")
+    print(console.wrap(f"{lesson.name}, hint {number + 1} of {len(lesson.hints)}: {lesson.hints[number]}"))
     if number + 1 == len(lesson.hints):
         print(f"last hint; reference: {PROGRAM} solution {lesson.name}")
     known.hints[lesson.name] = number + 1
@@ -240,9 +223,8 @@ def predict(lesson: lessons.Lesson, options: Predict) -> int:
     """Print the question, or grade an answer."""
     question = lesson.predict
     if options.answer is None:
-        print(question.question)
-        for number, option in enumerate(question.options, start=1):
-            print(f"  {number}  {option}")
+        options_shown = [f"  {number}  {option}" for number, option in enumerate(question.options, start=1)]
+        print(console.wrap("\n".join([f"{lesson.name}: {question.question}", *options_shown])))
         print(f"your answer: {PROGRAM} predict {lesson.name} --answer NUMBER")
         return 0
     if not 1 <= options.answer <= len(question.options):
@@ -254,7 +236,7 @@ def predict(lesson: lessons.Lesson, options: Predict) -> int:
     verdict = (
         "correct" if is_right else f"wrong: it is {question.answer}, {question.options[question.answer - 1]}"
     )
-    print(f"{verdict}. {question.why}")
+    print(console.wrap(f"{verdict}. {question.why}"))
     return 0 if is_right else 1
 
 
@@ -280,21 +262,29 @@ def solution(lesson: lessons.Lesson) -> None:
 
 def check(options: Check) -> int:
     """Check a file once."""
-    from llm_basics.learn import checks
-
+    lesson = lessons.load(options.step) if options.step else None
     if not Path(options.mine).exists():
         raise ValueError(f"no file {options.mine}; create it: {PROGRAM} start linear --into {options.mine}")
     known = progress.Progress(options.mine)
+    steps = [name for name in known.begun() if lesson is None or name == lesson.name]
+    if not steps:
+        wanted = f"one of {', '.join(lesson.pieces)}" if lesson else "a piece of a step"
+        stubs = f"add stubs: {PROGRAM} start {lesson.name}" if lesson else f"list them: {PROGRAM} list"
+        raise ValueError(f"{options.mine} must define {wanted}; {stubs}")
+    # before torch is imported, which takes seconds
+    print(console.wrap(f"checking {options.mine}: {', '.join(steps)}"), file=sys.stderr, flush=True)
+    from llm_basics.learn import checks
+
     statuses = []
     for result in checks.check(options.mine, options.step):
-        print(result.text, flush=True)
+        print(console.wrap(result.text), flush=True)
         known.note(result.step, result.status)
         known.save()
         statuses.append(result.status)
-    if not statuses:
-        raise ValueError(f"{options.mine} must define a piece of a step; list them: {PROGRAM} list")
     if not options.step:
         print(f"{statuses.count('passed')} of {len(lessons.ORDER)} steps passed")
+    if "failed" not in statuses:
+        print(f"next: {advice(known)}")
     return 0 if set(statuses) <= {"passed"} else 1
 
 
@@ -308,11 +298,12 @@ def watch(options: Check) -> int:
             check(options)
         except (ValueError, OSError) as error:
             print(f"error: {parse.message(error)}", flush=True)
+        print(f"waiting for {options.mine} to be saved; Ctrl-C stops", flush=True)
 
     path = Path(options.mine).resolve()
-    once()
-    # the folder, since editors replace files
     try:
+        once()
+        # the folder, since editors replace files
         for changes in watchfiles.watch(path.parent):
             if any(Path(changed) == path for _, changed in changes):
                 once()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llm_basics import swap, user_code
+from llm_basics.cli import parse
 from llm_basics.learn import judge, lessons, messages, sandbox, sockets
 
 # for executing a file, before any piece in it is called
@@ -46,10 +47,6 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
             lesson = lessons.load(name)
             written = own & set(lesson.pieces)
             if not written:
-                if only:
-                    raise ValueError(
-                        f"{path} must define one of {', '.join(lesson.pieces)}; add stubs: learn start {name}"
-                    )
                 continue
             verdict = judge.judge(judge.load(name), sockets.own())
             hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
@@ -61,7 +58,8 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
                 yield Result(name, "not started", f"{name}: correct so far, {', '.join(missing)} not started")
             elif verdict.status == "passed":
                 problems = list(_backward_errors(name, path))
-                text = "\n".join([f"{name}: {'failed' if problems else 'passed'}", *problems])
+                text = f"{name}: {'failed' if problems else 'passed'}"
+                text = "\n".join([text, *problems, *_second_stage(lesson)])
                 yield Result(name, "failed" if problems else "passed", text)
             else:
                 used = set().union(*(_all_used_by(piece) for piece in written)) - written
@@ -71,6 +69,16 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
                 yield Result(name, verdict.status, messages.message(verdict, hint))
             if verdict.status != "passed":
                 wrong |= written
+
+
+def _second_stage(lesson: lessons.Lesson) -> Iterator[str]:
+    """A line that names the parameters that a second stage of the step adds and the file lacks, if any."""
+    if lesson.later:
+        piece = f"{swap.HOMES[lesson.pieces[0]]}.{lesson.pieces[0]}"
+        missing = user_code.parameters(swap.reference(piece)) - user_code.parameters(swap.current(piece))
+        if missing:
+            names = ", ".join(name for name in lesson.later if name in missing)
+            yield f"  second stage, see the lesson: {names}"
 
 
 def _is_required(piece: str, written: set[str]) -> bool:
@@ -149,7 +157,7 @@ def _backward_errors(name: str, path: str | Path) -> Iterator[str]:
 def print_mistakes(only: str | None = None) -> int:
     """Plug in every known mistake, and print how many are caught and named."""
     if only is not None and only not in judge.STEPS:
-        raise ValueError(f"a step must be one of {', '.join(judge.STEPS)}; got {only}")
+        raise ValueError(parse.unknown_name("step", only, judge.STEPS))
     totals = [0, 0, 0]
     print("| step | mistakes | caught | named |\n|---|---|---|---|")
     for name in [only] if only else judge.STEPS:

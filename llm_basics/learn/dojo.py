@@ -51,14 +51,7 @@ class Evidence:
         rounded = tuple(round(loss, 2) for loss in self.losses[::10])
         norms = tuple(round(norm, 1) for norm in self.grad_norms[::10])
         without_gradient = tuple(name for name, norm in self.gradients.items() if not norm > 0)
-        return (
-            rounded,
-            norms,
-            without_gradient,
-            self.sees_the_future,
-            self.sees_the_past,
-            tuple(self.lrs[::10]),
-        )
+        return rounded, norms, without_gradient, self.sees_the_future, self.sees_the_past, self.lrs[::10]
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """The lessons: idea, formula, shapes, three hints and a question per step, one YAML file each."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
@@ -44,6 +46,8 @@ class Lesson:
     """Anchor of its entry in WORKLOG.md."""
     hints: list[str]
     predict: Question
+    later: dict[str, str] = field(default_factory=dict)
+    """What a second stage of the step adds: parameters of the pieces, or options, with an explanation."""
 
     @property
     def needed(self) -> list[str]:
@@ -55,7 +59,7 @@ class Lesson:
 def load(name: str) -> Lesson:
     """The lesson of a step. Raises ValueError for an unknown name."""
     if name not in ORDER:
-        raise ValueError(f"a step must be one of {', '.join(ORDER)}; got {name}")
+        raise ValueError(parse.unknown_name("step", name, ORDER))
     fields: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     question = Question(**fields.pop("predict"))
     texts = {key: value.strip() for key, value in fields.items() if isinstance(value, str)}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llm_basics import user_code
 from llm_basics.core import files
 from llm_basics.learn import lessons
 
@@ -37,6 +38,16 @@ class Progress:
     def note(self, step: str, status: str) -> None:
         """Record the status of a step."""
         self.steps[step], self.checked[step] = status, self.digest(step)
+
+    def begun(self) -> list[str]:
+        """The steps that the file has a piece of."""
+        defined = set(user_code.names(self.file)) if self.file.exists() else set()
+        return [name for name in lessons.ORDER if defined & set(lessons.load(name).pieces)]
+
+    def next_step(self) -> str | None:
+        """The first step in the file that is not passed, else the first that is not passed, if any."""
+        steps = [*self.begun(), *lessons.ORDER]
+        return next((name for name in steps if self.steps.get(name) != "passed"), None)
 
     def is_current(self, step: str) -> bool:
         """Whether the code of a step is unchanged since it was checked."""

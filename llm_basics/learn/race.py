@@ -1,4 +1,4 @@
-"""The default run with user pieces and with the reference, both loss curves in one figure."""
+"""The default run without QK-norm, with user pieces and with the reference; both curves in one figure."""
 
 import subprocess
 import sys
@@ -14,7 +14,9 @@ def run_both(mine: str, data: str, steps: int, out: Path) -> int:
     for name, folder in folders.items():
         print(f"--- {name}", flush=True)
         command = [sys.executable, "-m", "llm_basics.train", "--data", data, "--train.steps", str(steps)]
-        command += ["--run_dir", str(folder), *(["--mine", mine] if name == "yours" else [])]
+        # QK-norm belongs to the second stage of a step
+        command += ["--model.no-qk_norm", "--run_dir", str(folder)]
+        command += ["--mine", mine] if name == "yours" else []
         status = subprocess.run(command).returncode
         if status:
             print(f"error: run {folder} exited with status {status}", file=sys.stderr)

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from llm_basics import swap, user_code
+
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -33,11 +35,18 @@ class Adapters:
         if not name.startswith(("run_", "get_")):
             raise AttributeError(name)
         self.used.add(name)
-        if not hasattr(self._module, name):
+        if not hasattr(self._module, name) or (self.keeps_weights and _is_later(name)):
             if self._missing is not None:
                 self._missing(name)
             raise MissingAdapter(name)
         return getattr(self._module, name)
+
+
+def _is_later(adapter: str) -> bool:
+    """Whether an adapter needs the second stage of a step, and the piece in use is of the first."""
+    if adapter != "run_grouped_query_attention":
+        return False
+    return "n_kv_heads" not in user_code.parameters(swap.current("layers.MultiHeadSelfAttention"))
 
 
 def own_path() -> Path:
@@ -47,11 +56,6 @@ def own_path() -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"neither {paths[0]} nor {paths[1]} exists; reinstall llm_basics")
-
-
-def is_clone() -> bool:
-    """Whether the package runs from a clone of the repository, which has its tests."""
-    return (FOLDER.parents[1] / "tests" / "test_steps.py").is_file()
 
 
 @functools.cache

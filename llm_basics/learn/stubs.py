@@ -17,25 +17,16 @@ HEADER = '''"""My pieces. Check them: uv run python -m llm_basics.learn check --
 '''
 
 # imports of a stub, by the identifier that needs them
-IMPORTS = {
-    "math": "import math",
-    "os": "import os",
-    "Counter": "from collections import Counter",
-    "Callable": "from collections.abc import Callable",
-    "Iterable": "from collections.abc import Iterable",
-    "Iterator": "from collections.abc import Iterator",
-    "Mapping": "from collections.abc import Mapping",
-    "Sequence": "from collections.abc import Sequence",
-    "Any": "from typing import Any",
-    "np": "import numpy as np",
-    "regex": "import regex",
-    "torch": "import torch",
-    "Bool": "from jaxtyping import Bool",
-    "Float": "from jaxtyping import Float",
-    "Int": "from jaxtyping import Int",
-    "Tensor": "from torch import Tensor",
-    "nn": "from torch import nn",
+FROM = {
+    "collections": "Counter",
+    "collections.abc": "Callable Iterable Iterator Mapping Sequence",
+    "typing": "Any",
+    "jaxtyping": "Bool Float Int",
+    "torch": "Tensor nn",
 }
+IMPORTS = {name: f"import {name}" for name in ("math", "os", "regex", "torch")}
+IMPORTS |= {name: f"from {module} import {name}" for module, names in FROM.items() for name in names.split()}
+IMPORTS |= {"np": "import numpy as np"}
 
 # methods of a class stub, those that training and tests call; the others are inherited from the reference
 METHODS = {"Tokenizer": ["__init__", "encode", "encode_iterable", "decode"]}
@@ -61,7 +52,7 @@ def start(name: str, path: str | Path) -> list[str]:
 
 
 def stub(piece: str) -> str:
-    """The source of a reference without its body.
+    """The source of a reference without its body, and without what a second stage of the step adds.
 
     >>> lines = stub("silu").splitlines()
     >>> lines[0], lines[-1]
@@ -71,17 +62,16 @@ def stub(piece: str) -> str:
     lines = textwrap.dedent(inspect.getsource(reference)).splitlines()
     node = ast.parse("\n".join(lines)).body[0]
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    step = lessons.of_piece(piece)
+    later = list(lessons.load(step).later) if step else []
     if isinstance(node, ast.FunctionDef):
-        parts = [*_head(node, lines), f'    raise NotImplementedError("{piece}")']
+        parts = [*_head(node, lines, later), f'    raise NotImplementedError("{piece}")']
         return _qualify_names("\n".join(parts), reference)
-    methods = [
-        part
-        for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name in METHODS.get(piece, DEFAULT_METHODS)
-    ]
-    parts = _head(node, lines)
-    for method in methods:
-        parts += ["", *_head(method, lines), f'        raise NotImplementedError("{piece}.{method.name}")']
+    parts = _head(node, lines, later)
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef) and part.name in METHODS.get(piece, DEFAULT_METHODS):
+            parts += ["", *_head(part, lines, later)]
+            parts += [f'        raise NotImplementedError("{piece}.{part.name}")']
     return _qualify_names("\n".join(parts), reference)
 
 
@@ -112,16 +102,21 @@ def solution(piece: str) -> str:
     return inspect.getsource(inspect.unwrap(swap.reference(f"{swap.HOMES[piece]}.{piece}")))
 
 
-def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> list[str]:
-    """The lines from the decorators to the end of the docstring, or to the body if there is no docstring."""
+def _head(node: ast.FunctionDef | ast.ClassDef, lines: list[str], later: list[str]) -> list[str]:
+    """The lines from the decorators to the end of the docstring, or to the body if there is no docstring.
+
+    Without parameters named in `later`, and paragraphs of the docstring that mention one.
+    """
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     body = node.body[0]
     has_docstring = ast.get_docstring(node) is not None
     last = (body.end_lineno or body.lineno) if has_docstring else body.lineno - 1
-    head = lines[first - 1 : last]
+    head = [line for line in lines[first - 1 : last] if line.split(":")[0].strip() not in later]
     while head and head[-1].strip().startswith("#"):
         head.pop()
-    return head
+    paragraphs = "\n".join(head).split("\n\n")
+    kept = "\n\n".join(text for text in paragraphs if not any(f"`{name}`" in text for name in later))
+    return (kept if kept.endswith('"""') or not has_docstring else f'{kept}"""').splitlines()
 
 
 def _qualify_names(source: str, reference: Any) -> str:
@@ -144,11 +139,9 @@ def _with_imports(source: str, stubs: list[str], wanted: list[str]) -> str:
     for text in stubs:
         words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
         wanted += [line for word, line in IMPORTS.items() if word in words]
-        for module in ("bpe", "config", "dataloader", "layers", "model", "trainer"):
+        for module in ("bpe", "config", "dataloader", "layers", "model", "models", "trainer"):
             if re.search(rf"(?<![\w.]){module}\.", text):
-                wanted.append(f"from llm_basics.core import {module}")
-        if re.search(r"(?<![\w.])models\.", text):
-            wanted.append("from llm_basics.core import model as models")
+                wanted.append(f"from llm_basics.core import {module}".replace("models", "model as models"))
     lines, tree = source.splitlines(), ast.parse(source)
     top = 0 if ast.get_docstring(tree) is None else 1
     imports: list[ast.Import | ast.ImportFrom] = []

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 LINE_SECONDS = 10.0  # between progress lines without a terminal
+
+# widest lines of prose, and of numbers, which are hard to read when wrapped
+PROSE, NUMBERS = 100, 114
 
 
 @contextlib.contextmanager
@@ -60,3 +65,28 @@ def print_line(text: str) -> None:
         print(text, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def wrap(text: str) -> str:
+    """Wrap the lines of `text` to the terminal, after joining paragraphs that are wrapped to `PROSE`.
+
+    Commands stay in one line, so that they can be copied.
+    """
+    columns = shutil.get_terminal_size((NUMBERS, 24)).columns
+    lines: list[str] = []
+    length = 0
+    for line in text.splitlines():
+        word = line.strip().partition(" ")[0]
+        if lines and line.startswith("    ") and length + 1 + len(word) > PROSE:
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+        length = len(line)
+    wrapped = []
+    for line in lines:
+        is_indented = line.startswith("  ")
+        limit = NUMBERS if is_indented and not line.startswith("    ") else PROSE
+        indent = "    " if is_indented else ""
+        parts = textwrap.wrap(line, min(columns, limit), subsequent_indent=indent, break_long_words=False)
+        wrapped += parts if parts and "uv run" not in line else [line]
+    return "\n".join(wrapped)

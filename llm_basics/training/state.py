@@ -54,7 +54,10 @@ def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
     ]
     if differences:
         listed = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
-        raise ValueError(f"your model's parameters do not match the config: {listed}")
+        raise ValueError(
+            f"your model's parameters do not match the config: {listed}; implement the options of the "
+            "config, or train without them (q_norm and k_norm: --model.no-qk_norm)"
+        )
 
 
 class TrainingState:
