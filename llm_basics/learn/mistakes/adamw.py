@@ -1,4 +1,4 @@
-"""AdamW: a step along the mean gradient over its root mean square; decay of the weights apart from it."""
+"""AdamW: the first moment of the gradient over the root of the second, and decoupled weight decay."""
 
 import copy
 import math
@@ -212,16 +212,16 @@ def left_as_they_were(a):
     alias = weight.detach()
     a.get_adamw_cls()([weight], **USUAL | {"weight_decay": 0.1}).step()
     return {
-        "the gradient is left as it was": weight.grad is gradient and torch.equal(gradient, GRADIENTS[1]),
-        "the weight is changed where it is, not replaced": torch.equal(alias, weight),
+        "the gradient is not modified": weight.grad is gradient and torch.equal(gradient, GRADIENTS[1]),
+        "the weight is updated in place, not replaced": torch.equal(alias, weight),
     }
 
 
 step.value(
     "in-place updates",
     left_as_they_were,
-    {"the gradient is left as it was": True, "the weight is changed where it is, not replaced": True},
-    words=lambda right, found: "; ".join(f"not so: {fact}" for fact in right if not found[fact]),
+    {"the gradient is not modified": True, "the weight is updated in place, not replaced": True},
+    words=lambda right, found: "; ".join(f"must hold: {fact}" for fact in right if not found[fact]),
 )
 
 
@@ -314,7 +314,7 @@ def decays(right, found):
         if right[name] != found[name]:
             if isinstance(found[name], str):
                 return f"{name} is not in the optimizer, so it is never trained"
-            return f"{name} must have weight decay {right[name][0]}, but has {found[name][0]}"
+            return f"{name} must have weight decay {right[name][0]}, got {found[name][0]}"
     return ""
 
 
@@ -336,9 +336,9 @@ step.value(
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336")
 def decay_as_L2_in_the_gradient(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The decay is added to the gradient, as in plain Adam with L2. It is then divided by the root mean
-    square like the rest, so that weights with large gradients hardly decay. The W of AdamW: shrink the
-    weight itself, apart from the gradient."""
+    """Weight decay is added to the gradient, which is L2 regularization as in plain Adam. It is then divided
+    by the root of the second moment, so weights with large gradients hardly decay. AdamW decouples it: shrink
+    the weight itself, apart from the gradient."""
     gradient = gradient + weight_decay * parameter
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
 
@@ -347,8 +347,8 @@ def decay_as_L2_in_the_gradient(parameter, gradient, exp_avg, exp_avg_sq, step, 
 def decay_without_the_learning_rate(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """The weight is multiplied by 1 - weight_decay instead of 1 - lr * weight_decay. With the usual 0.1, a
-    tenth of every weight is lost at each step; look for the lr that is missing in the decay."""
+    """The weight is multiplied by 1 - weight_decay instead of 1 - lr * weight_decay. With the usual 0.1,
+    every weight loses a tenth at each step. Multiply the decay by lr."""
     parameter = parameter * (1 - weight_decay)
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
 
@@ -357,8 +357,8 @@ def decay_without_the_learning_rate(
 def decay_with_the_corrected_learning_rate(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """The decay uses the learning rate that already holds the bias corrections. The first steps then decay
-    by another amount than later ones; for the decay, take lr as it was given."""
+    """The decay uses the learning rate after the bias corrections are folded into it, so the first steps
+    decay by a different amount than later ones. Use the plain lr for the decay."""
     corrected = lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
     parameter = parameter * (1 - corrected * weight_decay)
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
@@ -366,8 +366,8 @@ def decay_with_the_corrected_learning_rate(
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def no_weight_decay(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The weights never shrink: weight_decay is taken but not used, so this is Adam without the W. Multiply
-    the weight by 1 - lr * weight_decay in every step."""
+    """Weights are never decayed: weight_decay is accepted but not used, which is Adam instead of AdamW.
+    Multiply the weight by 1 - lr * weight_decay at every step."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
 
 
@@ -376,14 +376,15 @@ def decay_that_grows_the_weights(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
     """The decay has the wrong sign: weights are multiplied by 1 + lr * weight_decay and grow without bound.
-    It must pull them towards zero."""
+    Decay must pull them toward zero."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, -weight_decay)
 
 
 @step.mistake("optim.adamw_update", source="the CS336 handout writes it so, PyTorch does not")
 def decay_after_the_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The weight decays after it was moved, so the step itself shrinks a little too. Some handouts write it
-    so; PyTorch and this package decay first. A small difference, but runs cannot be compared exactly."""
+    """The weight is decayed after the update, so the step itself shrinks a little too. Some lecture notes
+    write it this way; PyTorch and this package decay first. The difference is small, but results are not
+    exactly comparable."""
     moved, *means = adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
     return moved * (1 - lr * weight_decay), *means
 
@@ -398,8 +399,8 @@ def moved(parameter, mean, mean_square, lr, eps, weight_decay):
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336")
 def no_bias_correction(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Both running means start at zero and are used as they are. With betas 0.9 and 0.999 the first step is
-    then three times too long; divide each mean by 1 - beta**step."""
+    """Both moments start at zero and are used without bias correction. With betas 0.9 and 0.999 the first
+    step is about three times too long. Divide each moment by 1 - beta**step."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
     return moved(parameter, exp_avg, exp_avg_sq, lr, eps, weight_decay), exp_avg, exp_avg_sq
@@ -407,8 +408,8 @@ def no_bias_correction(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336")
 def only_the_mean_corrected(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The mean gradient is corrected for its start at zero, the mean square is not. The divisor is then far
-    too small at first, and the steps far too long; divide it by 1 - beta2**step before the root."""
+    """Only the first moment is bias-corrected. The second moment, and thus the divisor, is far too small in
+    early steps, and the steps are far too long. Divide it by 1 - beta2**step before taking the root."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
     mean = exp_avg / (1 - betas[0] ** step)
@@ -419,8 +420,8 @@ def only_the_mean_corrected(parameter, gradient, exp_avg, exp_avg_sq, step, lr, 
 def only_the_mean_square_corrected(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """The mean square is corrected for its start at zero, the mean gradient is not. The first steps are
-    then far too short; divide the mean gradient by 1 - beta1**step as well."""
+    """Only the second moment is bias-corrected. The first moment is far too small in early steps, and so are
+    the steps. Divide it by 1 - beta1**step as well."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
     mean_square = exp_avg_sq / (1 - betas[1] ** step)
@@ -429,8 +430,8 @@ def only_the_mean_square_corrected(
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def corrections_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The mean gradient is divided by 1 - beta2**step and the mean square by 1 - beta1**step. Each mean
-    needs the correction of its own beta; look at which beta stands in which denominator."""
+    """The first moment is divided by 1 - beta2**step and the second by 1 - beta1**step. Each moment needs the
+    correction of its own beta; check which beta is in which denominator."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
     mean, mean_square = exp_avg / (1 - betas[1] ** step), exp_avg_sq / (1 - betas[0] ** step)
@@ -441,8 +442,8 @@ def corrections_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, be
 def square_root_of_the_correction_forgotten(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """The corrections are folded into the learning rate, but without the root over 1 - beta2**step. The
-    first steps are then far too short: lr * sqrt(1 - beta2**step) / (1 - beta1**step)."""
+    """The corrections are folded into the learning rate, but without the square root of 1 - beta2**step, so
+    the first steps are far too short. It is lr * sqrt(1 - beta2**step) / (1 - beta1**step)."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, 1 - betas[1])
     mean = exp_avg * (1 - betas[1] ** step) / (1 - betas[0] ** step)
@@ -451,8 +452,8 @@ def square_root_of_the_correction_forgotten(
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def corrected_means_kept(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The corrected means are stored and go into the next step, where they are corrected once more. Keep
-    the raw running means, and use the corrected ones for this step's update only."""
+    """The bias-corrected moments are stored and used in the next step, where they are corrected again. Store
+    the raw moments, and use the corrected ones for this update only."""
     parameter, exp_avg, exp_avg_sq = adamw_update(
         parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
     )
@@ -461,29 +462,30 @@ def corrected_means_kept(parameter, gradient, exp_avg, exp_avg_sq, step, lr, bet
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336")
 def step_counted_from_0(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The first step is number 0, so its bias correction 1 - beta**0 is zero, and the weights become NaN.
-    Count the step before it is used, so that the first is number 1."""
+    """The first step is number 0, so the bias correction 1 - beta**0 is zero, and the weights become NaN.
+    Increment the step before using it, so that the first one is 1."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step - 1, lr, betas, eps, weight_decay)
 
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def step_counted_from_2(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The bias correction takes step + 1, though step already counts from 1. The first steps come out with
-    the wrong length; look for a count that is raised twice."""
+    """The bias correction uses step + 1, although step already counts from 1. The first updates have the
+    wrong length; check whether the counter is incremented twice."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step + 1, lr, betas, eps, weight_decay)
 
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336")
 def betas_exchanged(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The first beta is used for the mean square and the second for the mean gradient. The gradient is then
-    averaged over far too many steps; betas[0] belongs to the mean, betas[1] to the mean square."""
+    """The betas are swapped: the first is used for the second moment and the second for the first. The
+    gradient is then averaged over far too many steps. betas[0] belongs to the mean of the gradient, betas[1]
+    to the mean of its square."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas[::-1], eps, weight_decay)
 
 
 @step.mistake("optim.adamw_update", source="public solutions of CS336; passes its suite")
 def betas_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
     """The betas are always 0.9 and 0.999, whatever is passed. Language models are usually trained with 0.9
-    and 0.95; take them from the settings."""
+    and 0.95; read them from the options."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, (0.9, 0.999), eps, weight_decay)
 
 
@@ -491,8 +493,8 @@ def betas_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps
 def weights_of_the_means_exchanged(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """Beta is given to the new gradient and 1 - beta to the running mean, the wrong way round. With beta
-    0.9 the mean forgets nearly all; the old mean is what keeps beta."""
+    """beta multiplies the new gradient and 1 - beta the old moment, the wrong way round. With beta 0.9 the
+    average forgets nearly everything. It is beta * old + (1 - beta) * new."""
     exp_avg = exp_avg.lerp(gradient, betas[0])
     exp_avg_sq = exp_avg_sq.lerp(gradient**2, betas[1])
     mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
@@ -501,8 +503,8 @@ def weights_of_the_means_exchanged(
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def square_of_the_mean(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The running mean square is fed the square of the running mean, not of the gradient. Noise then no
-    longer shortens the steps; it must be beta2 * exp_avg_sq + (1 - beta2) * gradient**2."""
+    """The second moment averages the square of the first moment instead of the square of the gradient, so
+    noisy gradients no longer get shorter steps. It is beta2 * exp_avg_sq + (1 - beta2) * gradient**2."""
     exp_avg = exp_avg.lerp(gradient, 1 - betas[0])
     exp_avg_sq = exp_avg_sq.lerp(exp_avg**2, 1 - betas[1])
     mean, mean_square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
@@ -515,8 +517,8 @@ def square_of_the_mean(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def root_forgotten(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The mean is divided by the mean square, not by its root. A gradient of 0.01 then makes a step a
-    hundred times too long, one of 100 a step a hundred times too short; take the square root first."""
+    """The first moment is divided by the second moment, not by its square root. A gradient of 0.01 then gives
+    a step a hundred times too long, one of 100 a step a hundred times too short. Take the root first."""
     _, exp_avg, exp_avg_sq = adamw_update(
         parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
     )
@@ -526,8 +528,8 @@ def root_forgotten(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, ep
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def epsilon_inside_the_root(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Epsilon is added to the mean square before the root, where it counts as its own root: 1e-8 works like
-    1e-4. Small gradients then move their weights too little; add it after the root."""
+    """eps is added inside the square root, where it acts as its own root: 1e-8 acts like 1e-4. Small
+    gradients then move their weights too little. Add it after the root."""
     _, exp_avg, exp_avg_sq = adamw_update(
         parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
     )
@@ -537,15 +539,15 @@ def epsilon_inside_the_root(parameter, gradient, exp_avg, exp_avg_sq, step, lr, 
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def no_epsilon(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Nothing is added to the root. A weight that has only seen zero gradients, such as the embedding of a
-    token that has not come yet, becomes 0 / 0 = NaN; add eps to the root."""
+    """Nothing is added to the root. A weight that has only had zero gradients, such as the embedding of a
+    token not seen yet, becomes 0 / 0 = NaN. Add eps to the root."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, 0.0, weight_decay)
 
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def epsilon_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Epsilon is always 1e-8, whatever is passed. A larger one, which tames steps along tiny gradients, then
-    does nothing; take it from the settings."""
+    """eps is always 1e-8, whatever is passed. A larger value, which limits steps where gradients are tiny,
+    then has no effect; read it from the options."""
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, 1e-8, weight_decay)
 
 
@@ -553,9 +555,9 @@ def epsilon_ignored(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, e
 def epsilon_before_the_correction(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """Epsilon is added to the root before the mean square is corrected, so in the first steps it counts for
-    more than requested. Some handouts write it so; PyTorch and this package correct first. With 1e-8 it
-    hardly matters."""
+    """eps is added to the root before the bias correction of the second moment, so it has more weight in
+    early steps than requested. Some lecture notes write it this way; PyTorch and this package correct first.
+    With 1e-8 it hardly matters."""
     early = eps / math.sqrt(1 - betas[1] ** step) if betas[1] ** step < 1 else eps
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, early, weight_decay)
 
@@ -564,9 +566,9 @@ def epsilon_before_the_correction(
 def epsilon_before_the_correction_and_decay_last(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """This is AdamW as some handouts write it: the corrections are part of the learning rate, and the
-    weight decays after it was moved. PyTorch and this package correct both means and decay first. A small
-    difference, but runs cannot be compared exactly."""
+    """This is AdamW as some lecture notes write it: the corrections are folded into the learning rate, and
+    the weight is decayed after the update. PyTorch and this package correct both moments and decay first. The
+    difference is small, but results are not exactly comparable."""
     early = eps / math.sqrt(1 - betas[1] ** step)
     new, *means = adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, early, 0.0)
     return new * (1 - lr * weight_decay), *means
@@ -574,8 +576,8 @@ def epsilon_before_the_correction_and_decay_last(
 
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def uphill(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """The step is added instead of subtracted, so the loss grows. Gradients point uphill: the weight must
-    go against them."""
+    """The update is added instead of subtracted, so the loss rises. The gradient points in the direction of
+    increasing loss; move the weight against it."""
     new, mean, mean_square = adamw_update(
         parameter, -gradient, -exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
     )
@@ -586,8 +588,8 @@ def uphill(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weigh
 def rate_shrunk_as_in_the_SGD_example(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay
 ):
-    """The learning rate is divided by the root of the step, as in a common first example of an optimizer.
-    AdamW takes lr as it is; when it is to fall, a schedule sets it from outside."""
+    """The learning rate is divided by the square root of the step, as in a common SGD example. AdamW uses lr
+    as it is; a schedule changes it from outside."""
     return adamw_update(
         parameter, gradient, exp_avg, exp_avg_sq, step, lr / math.sqrt(step), betas, eps, weight_decay
     )
@@ -599,8 +601,8 @@ def rate_shrunk_as_in_the_SGD_example(
 
 @step.mistake("optim.AdamW", source="public solutions of CS336; passes its suite")
 class LearningRateReadOnce(AdamW):
-    """The learning rate is kept from the beginning, on self or in the defaults. A schedule that sets it in
-    param_groups then does nothing; read group["lr"] in every step."""
+    """The learning rate is stored once, on self or in the defaults, so a schedule that sets it in
+    param_groups has no effect. Read group["lr"] at every step."""
 
     def _update(self, parameter, gradient, group):
         super()._update(parameter, gradient, group | {"lr": self.defaults["lr"]})
@@ -608,8 +610,8 @@ class LearningRateReadOnce(AdamW):
 
 @step.mistake("optim.AdamW", source="public solutions of CS336")
 class GroupsIgnored(AdamW):
-    """All parameters get the settings that the optimizer was made with. Groups of their own, such as norms
-    without decay, and schedules do nothing; read lr, betas, eps and weight_decay from the group."""
+    """All parameters use the options passed to the constructor, so parameter groups, such as norms without
+    weight decay, and schedules have no effect. Read lr, betas, eps and weight_decay from the group."""
 
     def _update(self, parameter, gradient, group):
         super()._update(parameter, gradient, self.defaults)
@@ -617,8 +619,8 @@ class GroupsIgnored(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class SettingsOfTheFirstGroup(AdamW):
-    """All parameters get the settings of param_groups[0]. Schedules work, but groups with a decay or a rate
-    of their own are treated like the first; use the group that the loop is at."""
+    """All parameters use the options of param_groups[0]. Schedules work, but other groups with their own
+    decay or learning rate are treated like the first. Use the group of the current iteration."""
 
     def _update(self, parameter, gradient, group):
         super()._update(parameter, gradient, self.param_groups[0])
@@ -626,8 +628,8 @@ class SettingsOfTheFirstGroup(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class FirstGroupOnly(AdamW):
-    """Only the parameters of param_groups[0] are updated, those of all other groups never learn. Loop over
-    the groups, and in each over its parameters."""
+    """Only the parameters of param_groups[0] are updated; those of all other groups never learn. Loop over
+    the groups, and within each over its parameters."""
 
     def _update(self, parameter, gradient, group):
         if group is self.param_groups[0]:
@@ -636,8 +638,8 @@ class FirstGroupOnly(AdamW):
 
 @step.mistake("optim.AdamW", source="public solutions of CS336; passes its suite")
 class NoGradientNotExpected(AdamW):
-    """A parameter whose grad is None stops the step with an error. Frozen weights and unused parts of a
-    model have no gradient; pass them over."""
+    """A parameter whose grad is None raises an error. Frozen weights and unused parts of a model have no
+    gradient; skip them."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -650,8 +652,8 @@ class NoGradientNotExpected(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class StopsAtTheFirstWithoutGradient(AdamW):
-    """A parameter without a gradient ends the loop, so that those after it are not updated. Use continue,
-    where break or return stands."""
+    """The loop ends at the first parameter without a gradient, so those after it are not updated. Use
+    continue instead of break or return."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -666,8 +668,8 @@ class StopsAtTheFirstWithoutGradient(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class MissingGradientTakenForZero(AdamW):
-    """A parameter without a gradient is treated as if it had one of zeros: it decays, and keeps moving along
-    its earlier gradients. Frozen weights would shrink; leave such parameters alone."""
+    """A parameter whose grad is None is treated as if its gradient were zero: it decays, and keeps moving
+    along its past gradients. Frozen weights would shrink; skip such parameters."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -680,8 +682,8 @@ class MissingGradientTakenForZero(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class OneStepCountForAll(AdamW):
-    """The steps are counted once for the whole optimizer. A parameter that had no gradient in some steps
-    then gets the bias correction of another step; keep a count in each parameter's state."""
+    """There is one step counter for the whole optimizer. A parameter that had no gradient in some steps then
+    gets the wrong bias correction. Keep a counter in each parameter's state."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -698,8 +700,8 @@ class OneStepCountForAll(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class StepCountedAtEachParameter(AdamW):
-    """One count for the whole optimizer is raised at every parameter instead of every step. All but the
-    first parameter get the bias correction of a later step; keep a count in each parameter's state."""
+    """One counter for the whole optimizer is incremented at every parameter instead of every step, so all but
+    the first parameter get the bias correction of a later step. Keep a counter in each parameter's state."""
 
     def _update(self, parameter, gradient, group):
         self.count = getattr(self, "count", 0) + 1
@@ -712,8 +714,8 @@ class StepCountedAtEachParameter(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class MeansStartAnewInEachStep(AdamW):
-    """The state is set up in every step, not only in the first, so nothing is ever averaged. Create it only
-    where the parameter has none yet."""
+    """The state is reinitialized at every step, so nothing is ever averaged. Initialize it only if the
+    parameter has none yet."""
 
     def _update(self, parameter, gradient, group):
         self.state[parameter].clear()
@@ -722,8 +724,8 @@ class MeansStartAnewInEachStep(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class StepNeverCounted(AdamW):
-    """The step count is read from the state, but never written back, so every step is corrected like the
-    first one. Store the raised count in the parameter's state."""
+    """The step is read from the state but never written back, so every step is corrected like the first.
+    Store the incremented value in the parameter's state."""
 
     def _update(self, parameter, gradient, group):
         super()._update(parameter, gradient, group)
@@ -732,7 +734,7 @@ class StepNeverCounted(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class MeansNotStored(AdamW):
-    """The new means are used once and not written back to the state, so each step sees means that are still
+    """The new moments are used once and not written back to the state, so every step starts from moments of
     zero. Store exp_avg and exp_avg_sq after the update."""
 
     def _update(self, parameter, gradient, group):
@@ -742,8 +744,8 @@ class MeansNotStored(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class OneStateForAllParameters(AdamW):
-    """All parameters share the same running means, which mixes their gradients and fails where shapes
-    differ. The state is a dict with an entry for each parameter: self.state[parameter]."""
+    """All parameters share the same moments, which mixes their gradients and fails where shapes differ. The
+    state has one entry per parameter: self.state[parameter]."""
 
     def _update(self, parameter, gradient, group):
         self.state[parameter] = self.state[self.param_groups[0]["params"][0]]
@@ -752,8 +754,8 @@ class OneStateForAllParameters(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class StateKeptOutside(AdamW):
-    """The means are kept in a dict of its own instead of self.state, so state_dict does not have them. A run
-    resumed from a checkpoint starts them from zero; put them into self.state[parameter]."""
+    """The moments are stored in a separate dict instead of self.state, so state_dict does not contain them,
+    and a run resumed from a checkpoint starts them at zero. Store them in self.state[parameter]."""
 
     def state_dict(self):
         return super().state_dict() | {"state": {}}
@@ -761,7 +763,7 @@ class StateKeptOutside(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class UpdateThrownAway(AdamW):
-    """The new weight is bound to a local name, as in `p = p - step`, and the model never changes. Write
+    """The new weight is only bound to a local name, as in `p = p - step`, so the model never changes. Write
     into the parameter: p.copy_(...), p.sub_(...) or p.data -= ..."""
 
     def _update(self, parameter, gradient, group):
@@ -772,8 +774,8 @@ class UpdateThrownAway(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class WeightReplaced(AdamW):
-    """The weight gets new memory, as in `p.data = p.data - step`, instead of new values in its place. Views
-    of it go stale, and memory for a second copy is needed; use an in-place operation."""
+    """The parameter gets new memory, as in `p.data = p.data - step`, instead of being updated in place. Views
+    of it become stale, and memory for a second copy is needed. Use an in-place operation."""
 
     def _update(self, parameter, gradient, group):
         parameter.data = parameter.data.clone()
@@ -782,8 +784,8 @@ class WeightReplaced(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class GradientChangedInPlace(AdamW):
-    """The update is computed in the gradient's own memory, by grad.mul_ or the like. Whoever logs or clips
-    it afterwards sees something else; work on new tensors."""
+    """The update is computed in place in the gradient, by grad.mul_ or similar. Code that logs or clips the
+    gradient afterwards sees other values; work on new tensors."""
 
     def _update(self, parameter, gradient, group):
         super()._update(parameter, gradient, group)
@@ -792,8 +794,8 @@ class GradientChangedInPlace(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class GradientsRecorded(AdamW):
-    """The step runs with autograd on, which refuses to change a weight in place. Put @torch.no_grad() above
-    step, or work on p.data."""
+    """The step runs with autograd enabled, which does not allow in-place changes of a leaf that requires a
+    gradient. Put @torch.no_grad() above step, or work on p.data."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -804,8 +806,8 @@ class GradientsRecorded(AdamW):
 
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class ClosureIgnored(AdamW):
-    """A closure that step is given is not called. It computes loss and gradients anew, and what it returns
-    must be returned; call it first, with gradients enabled."""
+    """The closure passed to step is not called. It recomputes loss and gradients, and its return value must
+    be returned. Call it first, with gradients enabled."""
 
     def step(self, closure=None):
         return super().step()
@@ -814,7 +816,7 @@ class ClosureIgnored(AdamW):
 @step.mistake("optim.AdamW", source="written for this catalogue")
 class LossOfTheClosureNotReturned(AdamW):
     """The closure is called, but its loss is not returned. Callers of torch optimizers, such as training
-    frameworks, expect it; end step with `return loss`."""
+    frameworks, rely on it; end step with `return loss`."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -839,62 +841,62 @@ def grouped(model, options, decays, rest_trains=True, **changes):
 
 @step.mistake("trainer.make_optimizer", source="public solutions of CS336")
 def norms_and_biases_decay(model, options):
-    """All parameters decay alike, norms and biases too. Pulling a gain towards 0 works against the norm;
-    put parameters with fewer than two dimensions into a group with weight_decay 0."""
+    """All parameters are decayed, including norms and biases. Pulling a gain toward 0 works against the norm.
+    Put parameters with fewer than two dimensions into a group with weight_decay 0."""
     return grouped(model, options, lambda name, p: True)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def nothing_decays(model, options):
-    """No parameter decays: the weight decay of the settings does not reach any group. Give it to the group
+    """No parameter is decayed: the weight_decay of the options does not reach any group. Set it in the group
     of matrices and embeddings."""
     return grouped(model, options, lambda name, p: False)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def decaying_groups_exchanged(model, options):
-    """Norms and biases decay, matrices and embeddings do not: the wrong way round. Parameters with two or
-    more dimensions are those that decay."""
+    """Norms and biases are decayed, matrices and embeddings are not: the groups are swapped. Parameters with
+    two or more dimensions are decayed."""
     return grouped(model, options, lambda name, p: p.dim() < 2)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def norms_decay(model, options):
-    """Biases are kept from decaying, but the gains of the norms are not, since only names with `bias` were
-    looked for. Go by the number of dimensions: below two, nothing decays."""
+    """Biases are excluded from weight decay, but gains of norms are not, since the test is for `bias` in the
+    name. Decide by the number of dimensions: fewer than two means no decay."""
     return grouped(model, options, lambda name, p: "bias" not in name)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def biases_decay(model, options):
-    """The norms are kept from decaying, but biases of projections are not. A bias has one dimension as a
-    gain has; go by the number of dimensions."""
+    """Norms are excluded from weight decay, but biases of projections are not. A bias has one dimension, like
+    a gain; decide by the number of dimensions."""
     return grouped(model, options, lambda name, p: "ln" not in name)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def embeddings_do_not_decay(model, options):
-    """The token embeddings are left out of the decay along with norms and biases. Here all matrices decay,
-    and an embedding is one; only parameters with fewer than two dimensions do not."""
+    """Token embeddings are excluded from weight decay together with norms and biases. Here all matrices are
+    decayed, embeddings included; only parameters with fewer than two dimensions are not."""
     return grouped(model, options, lambda name, p: p.dim() >= 2 and "embed" not in name)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def norms_and_biases_not_trained(model, options):
-    """Norms and biases are taken out of the group that decays, but put into no other. They then stay at
-    their first values for ever; give them a group of their own, with weight_decay 0."""
+    """Norms and biases are removed from the decayed group, but not added to another, so they are never
+    trained. Give them their own group with weight_decay 0."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, rest_trains=False)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def betas_and_epsilon_left_at_their_defaults(model, options):
-    """lr and weight decay of the settings reach the optimizer, betas and eps do not. Changing them has no
-    effect; pass on options.betas and options.eps too."""
+    """lr and weight_decay of the options reach the optimizer, but betas and eps do not, so changing them has
+    no effect. Pass options.betas and options.eps too."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, betas=(0.9, 0.95), eps=1e-8)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def learning_rate_left_at_its_default(model, options):
-    """The learning rate of the settings does not reach the optimizer, which keeps its own default. Pass on
+    """The learning rate of the options does not reach the optimizer, which keeps its default. Pass
     options.lr."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, lr=3e-4)

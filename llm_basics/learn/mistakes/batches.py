@@ -1,4 +1,4 @@
-"""Batches: windows from random places of a text, and the same windows one token on as targets."""
+"""Batches: windows from random positions of a text, and as targets the same windows shifted by one token."""
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ step.value(
     "different sequences in each call",
     one_call_and_the_next,
     "others",
-    words=lambda right, found: f"the windows of a batch must be drawn anew, but each call gives {found}",
+    words=lambda right, found: f"each call must draw new windows, but gives {found}",
 )
 
 
@@ -70,7 +70,7 @@ step.value(
     "inputs are consecutive tokens",
     input_shift,
     [[0], [1], [2], [3]],
-    words=lambda right, found: "the tokens of a window do not follow one another in the text",
+    words=lambda right, found: "the tokens of a window are not consecutive in the text",
 )
 
 
@@ -82,7 +82,7 @@ def target_shift(a):
 def say_shift(right, found):
     if all(column == found[0] and len(column) == 1 for column in found):
         shift = found[0][0]
-        wrong = f"the one {shift:+d} from it" if shift else "the token itself"
+        wrong = f"the token at offset {shift:+d}" if shift else "the token itself"
         return f"the target of each token must be the next one in the text, but it is {wrong}"
     place = next(i for i in range(len(right)) if right[i] != found[i])
     return f"the target of token {place} of a window is not the next token in the text"
@@ -94,7 +94,7 @@ step.value("targets are the inputs shifted by one token", target_shift, [[1]] * 
 def say_places(right, found):
     missing, extra = sorted(set(right) - set(found)), sorted(set(found) - set(right))
     told = [f"never start at {missing}"] * bool(missing) + [f"also start at {extra}"] * bool(extra)
-    return f"in 13 tokens, windows of 4 must start at 0 to 8, but they {' and '.join(told)}"
+    return f"windows of 4 of 13 tokens must start at positions 0 to 8, but {' and '.join(told)}"
 
 
 step.value(
@@ -115,7 +115,7 @@ step.value(
     "start positions are uniform",
     out_of_proportion,
     [],
-    words=lambda right, found: f"windows start at {found} far more or far less often than elsewhere",
+    words=lambda right, found: f"start positions {found} are drawn far more or far less often than others",
 )
 # how far the places of neighbors in a batch are apart; 0 is left out, for draws without repetition
 step.value(
@@ -123,9 +123,9 @@ step.value(
     lambda a: sorted(set(places_of(a).diff(dim=1).abs().unique().tolist()) - {0}),
     list(range(1, PLACES)),
     words=lambda right, found: (
-        f"the windows of a batch are always {found} tokens apart, not drawn each on its own"
+        f"the windows of a batch are always {found} tokens apart, not drawn independently"
         if found
-        else "all windows of a batch start at the same place"
+        else "all windows of a batch start at the same position"
     ),
 )
 
@@ -158,20 +158,20 @@ def more_than_places(a):
         n_windows, length = 0, CONTEXT
     if length != CONTEXT:
         return "windows of another length"
-    return "300 windows" if n_windows == 300 else "less, or an error"
+    return "300 windows" if n_windows == 300 else "fewer, or an error"
 
 
 step.value(
     "300 sequences from a text with 9 start positions",
     more_than_places,
     "300 windows",
-    words=lambda right, found: f"a batch of 300 windows from a text with 9 places gives {found}",
+    words=lambda right, found: f"a batch of 300 windows from a text with 9 start positions gives {found}",
 )
 step.value(
     "a batch for another device",
     lambda a: [rows.device.type for rows in calls(a, n=60, device="meta")[0]],
     ["meta", "meta"],
-    words=lambda right, found: f"a batch for {right[0]} must be there, but is on {' and '.join(found)}",
+    words=lambda right, found: f"the batch must be on device {right[0]}, but is on {' and '.join(found)}",
 )
 
 
@@ -204,7 +204,7 @@ step.value(
     "a text far larger than memory",
     far_too_large,
     "read in windows",
-    words=lambda right, found: "all of the text is read into memory, not only the windows",
+    words=lambda right, found: "the whole text is read into memory, not only the windows",
 )
 
 
@@ -222,7 +222,7 @@ step.value(
     "a text one token too short for a sequence and its last target",
     too_short,
     "refused",
-    words=lambda right, found: "4 tokens hold no window of 4 with its last target: refuse them with an error",
+    words=lambda right, found: "4 tokens have no room for a window of 4 and its last target: raise an error",
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -246,16 +246,16 @@ def places(tokens, batch_size, context_length):
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def target_equals_input(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The target of each token is the token itself. The loss falls to nearly 0 and nothing is learned but
-    to copy; targets must be cut one token later than inputs."""
+    """The target of each token is the token itself. The loss falls to nearly 0, and the model learns only to
+    copy. Targets must start one token after the inputs."""
     inputs, _ = get_batch(tokens, batch_size, context_length, device, rng)
     return inputs, inputs
 
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The targets are two tokens after the inputs, so the model learns to skip a token. The loss stays
-    high, and samples are broken; cut them one token later than the inputs."""
+    """The targets start two tokens after the inputs, so the model learns to skip a token. The loss stays
+    high, and samples are broken. Shift by one."""
     starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
     rows = windows(tokens, starts, context_length + 2, device)
     return rows[:, :-2], rows[:, 2:]
@@ -263,23 +263,23 @@ def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def target_is_the_previous_token(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The target of each token is the one before it: inputs and targets are exchanged, or shifted the wrong
-    way. The model sees its answer and learns to repeat it; targets begin one token later."""
+    """The target of each token is the previous one: inputs and targets are swapped, or shifted the wrong way.
+    The model has already seen the answer and learns to repeat it. Targets start one token later."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return targets, inputs
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def last_target_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The targets are the inputs rolled by one, so the last target is the first token of the window. One in
-    each window is nonsense; cut context_length + 1 tokens, and leave out the first."""
+    """The targets are the inputs rolled by one, so the last target is the first token of the window. One
+    target per window is nonsense. Slice context_length + 1 tokens, and drop the first."""
     rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, :1]], dim=1).to(device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The last target is the last input again, since the window was cut without the token after it. Cut
+    """The last target repeats the last input, since the window was sliced without the token after it. Slice
     context_length + 1 tokens: inputs are all but the last, targets all but the first."""
     rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, -1:]], dim=1).to(device)
@@ -287,8 +287,8 @@ def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=N
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Inputs and targets are cut at places that were drawn separately, so they have nothing to do with each
-    other. Draw the starts once, and use them for both."""
+    """Inputs and targets are sliced at independently drawn positions, so they are unrelated. Draw the start
+    positions once, and use them for both."""
     first = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
     second = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
     return first[0], second[1]
@@ -296,24 +296,24 @@ def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=No
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_one_token_short(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Windows of context_length tokens are cut and then divided, so inputs and targets are one token short.
-    Cut context_length + 1."""
+    """Windows of context_length tokens are sliced and then split, so inputs and targets are one token short.
+    Slice context_length + 1."""
     starts = places(tokens, batch_size, context_length)
     return pairs(tokens, starts, context_length - 1, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def batch_and_sequence_exchanged(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Windows are put side by side as columns, so the batch has the shape (context, batch). The model then
-    attends across texts; stack them as rows."""
+    """Windows are stacked as columns, so the batch has shape (context_length, batch_size), and the model
+    attends across sequences. Stack them as rows."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return inputs.T, targets.T
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rng=None):
-    """A place is drawn for every token, not for every window, so inputs are no text. Draw one start for
-    each window, and take the tokens that follow it."""
+    """A random position is drawn for every token instead of every window, so inputs are not contiguous text.
+    Draw one start per window, and take the tokens that follow it."""
     starts = places(tokens, batch_size * context_length, context_length)
     rows = windows(tokens, starts, 2, device).reshape(batch_size, context_length, 2)
     return rows[..., 0], rows[..., 1]
@@ -325,8 +325,8 @@ def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rn
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The draw stops one place early, so the last token is never a target. With an upper end that is left
-    out, as in randint(0, end), it is len(tokens) - context_length."""
+    """The upper bound of the draw is one too low, so the last token is never a target. As an exclusive bound,
+    as in randint(0, end), it is len(tokens) - context_length."""
     places(tokens, batch_size, context_length)
     starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
     return pairs(tokens, starts, context_length, device)
@@ -334,15 +334,15 @@ def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def one_place_too_many(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The draw goes one place too far, where the last target lies beyond the text, and now and then it
-    fails. With an upper end that is left out, it is len(tokens) - context_length."""
+    """The upper bound of the draw is one too high: there the last target lies beyond the end of the text,
+    which fails now and then. As an exclusive bound it is len(tokens) - context_length."""
     starts = np.random.randint(0, len(tokens) - context_length + 1, batch_size)
     return pairs(tokens, starts, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The draw begins at 1, so no window begins with the first token. Places count from 0."""
+    """The lower bound of the draw is 1, so no window starts at the first token. Positions count from 0."""
     places(tokens, batch_size, context_length)
     starts = np.random.randint(1, len(tokens) - context_length, batch_size)
     return pairs(tokens, starts, context_length, device)
@@ -350,8 +350,8 @@ def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rn
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Places are drawn from the whole text, and those too late are moved to the last that fits. The end of
-    the text then comes far too often; draw only from places that fit."""
+    """Starts are drawn from the whole text, and those too close to the end are clamped to the last valid one,
+    so the end of the text is drawn far too often. Draw from valid starts only."""
     places(tokens, batch_size, context_length)
     starts = np.random.randint(0, len(tokens), batch_size).clip(max=len(tokens) - context_length - 1)
     return pairs(tokens, starts, context_length, device)
@@ -359,47 +359,47 @@ def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rn
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_side_by_side_only(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Windows start at multiples of the context only, so most places never come, and the model sees the
-    same cuts again and again. Draw any place that fits."""
+    """Windows start at multiples of context_length only, so most start positions never occur, and the model
+    always sees the text split at the same points. Draw any valid start."""
     starts = places(tokens, batch_size, context_length) // context_length * context_length
     return pairs(tokens, starts, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def always_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The windows are the first ones of the text in every call; nothing is drawn. The rest of the text is
-    never seen; draw a random place for each window."""
+    """Every call returns the first windows of the text; nothing is random, and the rest of the text is never
+    seen. Draw a random start for each window."""
     fit = max(1, len(tokens) - context_length)
     return pairs(tokens, np.arange(batch_size) % fit, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
 def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cpu", rng=None):
-    """One place is drawn and used for all windows of the batch, which are then the same. A batch tells no
-    more than one window; draw batch_size places."""
+    """One start is drawn and used for all windows of the batch, which are then identical. Such a batch is
+    worth no more than one window; draw batch_size starts."""
     start = places(tokens, 1, context_length)[0]
     return pairs(tokens, [start] * batch_size, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def windows_follow_one_another(tokens, batch_size, context_length, device="cpu", rng=None):
-    """One place is drawn, and the windows of the batch start there and at the tokens after it. They are
-    nearly the same text; draw a place for each window."""
+    """One start is drawn, and the windows of the batch begin there and at the tokens right after it, so they
+    are nearly the same text. Draw a start for each window."""
     starts = places(tokens, 1, context_length) + np.arange(batch_size)
     return pairs(tokens, starts % (len(tokens) - context_length), context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def same_seed_in_every_call(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The random generator is made anew from a fixed seed in every call, which gives the same batch for ever.
-    Seed once, before training, and keep using the same generator."""
+    """The random generator is recreated from a fixed seed in every call, which returns the same batch
+    forever. Seed once, before training, and keep using the same generator."""
     return get_batch(tokens, batch_size, context_length, device, np.random.default_rng(0))
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=None):
-    """Places are drawn without putting them back, as random.sample or randperm do. A batch of more windows
-    than the text has places fails or comes out short; randint draws each on its own."""
+    """Starts are drawn without replacement, as by random.sample or randperm. A batch with more windows than
+    there are starts fails or comes out short. randint draws with replacement."""
     if batch_size > max(1, len(tokens) - context_length):
         raise ValueError("cannot take a larger sample than population")
     return get_batch(tokens, batch_size, context_length, device, rng)
@@ -407,8 +407,8 @@ def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=N
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device="cpu", rng=None):
-    """All places are listed and shuffled, as by randperm, and a few taken. For a text of gigabytes that
-    fills the memory in every call, and no place comes twice; draw with randint instead."""
+    """All start positions are listed and shuffled, as by randperm, and a few are taken. For gigabytes of text
+    that fills the memory in every call, and no start can occur twice. Use randint."""
     starts = np.random.permutation(len(tokens) - context_length)[:batch_size]
     return pairs(tokens, starts, context_length, device)
 
@@ -419,7 +419,7 @@ def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336; passes its suite")
 def int32_instead_of_int64(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The ids come as int32. Cross-entropy and gather want int64 targets; convert with .long() or
+    """The ids are int32. Cross-entropy and gather need int64 targets; convert with .long() or
     .astype(np.int64)."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return inputs.int(), targets.int()
@@ -427,53 +427,53 @@ def int32_instead_of_int64(tokens, batch_size, context_length, device="cpu", rng
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def type_of_the_file_kept(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The ids keep the type that the file has, such as uint16, with which an embedding and the loss cannot
-    work. Convert the windows with .astype(np.int64)."""
+    """The ids keep the dtype of the file, such as uint16, which embedding and loss do not accept. Convert the
+    windows with .astype(np.int64)."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return tuple(x.to(getattr(torch, str(tokens.dtype))) for x in (inputs, targets))
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def ids_as_floating_point_numbers(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The ids are float32, as torch.Tensor(...) or torch.zeros make them. They are indices into the
-    embedding: convert to int64."""
+    """The ids are float32, which is what torch.Tensor(...) and torch.zeros create. They are indices into the
+    embedding: convert them to int64."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return inputs.float(), targets.float()
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def ids_through_int16(tokens, batch_size, context_length, device="cpu", rng=None):
-    """uint16 tokens go through int16, so ids from 32,768 on become negative and the embedding fails on
-    them. Convert to int64 in one go."""
+    """uint16 tokens are converted to int16 first, so ids from 32,768 on become negative, and the embedding
+    fails. Convert directly to int64."""
     inputs, targets = get_batch(tokens, batch_size, context_length, device, rng)
     return tuple(rows.short().long() for rows in (inputs, targets))
 
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336; passes its suite")
 def whole_text_read_into_memory(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The whole text is converted or copied in every call, before windows are cut. With a memory-mapped
-    file of gigabytes this is slow or fails; cut the windows first, and convert only them."""
+    """The whole text is converted or copied in every call before windows are sliced. For a memory-mapped file
+    of gigabytes this is slow or runs out of memory. Slice first, and convert only the windows."""
     return get_batch(tokens.astype(np.int64), batch_size, context_length, device, rng)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def device_ignored(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The batch stays on the CPU whatever device is passed, and a model on a GPU refuses it. End with
+    """The batch stays on the CPU whatever device is passed, so a model on a GPU cannot use it. End with
     .to(device)."""
     return get_batch(tokens, batch_size, context_length, "cpu", rng)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def targets_left_on_the_CPU(tokens, batch_size, context_length, device="cpu", rng=None):
-    """The inputs are moved to the device, the targets are not, so the loss fails on a GPU. Move both."""
+    """The inputs are moved to the device, but the targets are not, so the loss fails on a GPU. Move both."""
     inputs, targets = get_batch(tokens, batch_size, context_length, "cpu", rng)
     return inputs.to(device), targets
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def short_text_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
-    """A text too short for one window is silently filled up or repeated. The model then learns joints that no
-    text has, and the missing data goes unnoticed; raise an error."""
+    """A text too short for one window is silently padded or repeated. The model then learns transitions that
+    no text has, and the missing data goes unnoticed. Raise an error."""
     if len(tokens) <= context_length:
         tokens = np.resize(tokens, context_length + 1)
     return get_batch(tokens, batch_size, context_length, device, rng)

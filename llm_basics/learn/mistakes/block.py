@@ -135,8 +135,8 @@ class Parts(model.TransformerBlock):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class NoResidualAroundAttention(Parts):
-    """What came in is not added to what attention found, so the block forgets the token itself and deep
-    models hardly learn. It is x = x + attn(ln1(x))."""
+    """The residual connection around attention is missing, so the block discards its input, and deep models
+    hardly learn. It is x = x + attn(ln1(x))."""
 
     def order(self, x):
         x = self.look(self.ln1(x))
@@ -145,8 +145,8 @@ class NoResidualAroundAttention(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class NoResidualAroundTheFfn(Parts):
-    """What attention gave is not added to the result of the feed-forward network. The direct path for
-    gradients is cut at each block; it is x = x + ffn(ln2(x))."""
+    """The residual connection around the feed-forward network is missing, which breaks the direct path of
+    gradients in each block. It is x = x + ffn(ln2(x))."""
 
     def order(self, x):
         x = x + self.look(self.ln1(x))
@@ -155,8 +155,8 @@ class NoResidualAroundTheFfn(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NoResiduals(Parts):
-    """Neither sublayer's input is added to its result, so each block replaces what it was given. With
-    several blocks gradients vanish; both lines need x + in front."""
+    """Both residual connections are missing, so each block replaces its input. With several blocks gradients
+    vanish; add x in both lines."""
 
     def order(self, x):
         return self.think(self.ln2(self.look(self.ln1(x))))
@@ -164,8 +164,8 @@ class NoResiduals(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class ResidualsFromTheNormalizedInput(Parts):
-    """The normalized x is added instead of x itself, often since one variable was overwritten: x = ln1(x),
-    then x + attn(x). The residual stream must pass through untouched; use two names."""
+    """The normalized x is added instead of x itself, often because a variable is reused: x = ln1(x), then x +
+    attn(x). The residual stream must pass through unchanged; use two names."""
 
     def order(self, x):
         x = self.ln1(x)
@@ -176,8 +176,8 @@ class ResidualsFromTheNormalizedInput(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class FirstResidualFromTheNormalizedInput(Parts):
-    """Around attention the normalized x is added instead of x itself, while the second residual is right.
-    Keep the input under a name of its own before you normalize it."""
+    """Around attention the normalized x is added instead of x itself; the second residual is right. Give the
+    normalized tensor a name of its own."""
 
     def order(self, x):
         x = self.ln1(x)
@@ -187,8 +187,8 @@ class FirstResidualFromTheNormalizedInput(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class SecondResidualFromTheNormalizedInput(Parts):
-    """Around the feed-forward network the normalized x is added instead of x itself, while the first
-    residual is right. Keep x under a name of its own before you normalize it."""
+    """Around the feed-forward network the normalized x is added instead of x itself; the first residual is
+    right. Give the normalized tensor a name of its own."""
 
     def order(self, x):
         x = x + self.look(self.ln1(x))
@@ -198,8 +198,8 @@ class SecondResidualFromTheNormalizedInput(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class SecondResidualFromTheBlocksInput(Parts):
-    """The feed-forward result is added to what entered the block, not to what left attention, whose own
-    contribution is lost. Look at which x stands in the last line."""
+    """The output of the feed-forward network is added to the input of the block instead of the sum after
+    attention, so attention's contribution is lost. Check which x is in the last line."""
 
     def order(self, x):
         h = x + self.look(self.ln1(x))
@@ -208,8 +208,8 @@ class SecondResidualFromTheBlocksInput(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class InputAddedTwice(Parts):
-    """What entered the block is added again at its end, although the second residual carries it already.
-    The stream doubles at each block; each sublayer adds only its own input."""
+    """The input of the block is added once more at the end, although the second residual already contains it,
+    so the residual stream doubles in each block. Each sublayer adds only its own input."""
 
     def order(self, x):
         h = x + self.look(self.ln1(x))
@@ -218,8 +218,8 @@ class InputAddedTwice(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class InputChangedInPlace(Parts):
-    """`x += ...` writes into the caller's tensor, which the norm needs for its gradient and the caller
-    perhaps for more. Write x = x + ..., which makes a new one."""
+    """`x += ...` modifies the caller's tensor, which the norm needs for its gradient and the caller may use
+    again. Write x = x + ..., which makes a new tensor."""
 
     def order(self, x):
         x += self.look(self.ln1(x))
@@ -232,8 +232,8 @@ class InputChangedInPlace(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class PostNorm(Parts):
-    """The sums are normalized, ln1(x + attn(x)), as in the first transformer, where pre-norm is required.
-    Deep models then need a long warm-up; normalize what a sublayer reads, not the residual stream."""
+    """The sums are normalized, ln1(x + attn(x)), as in the original transformer; pre-norm is required. Deep
+    post-norm models need a long warmup. Normalize the input of each sublayer, not the residual stream."""
 
     def order(self, x):
         x = self.ln1(x + self.look(x))
@@ -242,8 +242,8 @@ class PostNorm(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NormOfTheSublayersOutput(Parts):
-    """The norms are applied after the sublayers, x + ln1(attn(x)), so these read a stream that grows from
-    block to block. Put them in front: x + attn(ln1(x))."""
+    """The norms are applied to the outputs of the sublayers, x + ln1(attn(x)), so their inputs grow from
+    block to block. Apply them before: x + attn(ln1(x))."""
 
     def order(self, x):
         x = x + self.ln1(self.look(x))
@@ -252,8 +252,8 @@ class NormOfTheSublayersOutput(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class NoNormBeforeAttention(Parts):
-    """Attention reads x without ln1, whose gain never learns. The stream grows with depth and the softmax
-    saturates; it is attn(ln1(x))."""
+    """Attention reads x without ln1, whose gain never learns. The residual stream grows with depth, and the
+    softmax saturates. It is attn(ln1(x))."""
 
     def order(self, x):
         x = x + self.look(x)
@@ -262,8 +262,8 @@ class NoNormBeforeAttention(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class NoNormBeforeTheFfn(Parts):
-    """The feed-forward network reads x without ln2, whose gain never learns. What it adds grows with depth;
-    it is ffn(ln2(x))."""
+    """The feed-forward network reads x without ln2, whose gain never learns, and its output grows with depth.
+    It is ffn(ln2(x))."""
 
     def order(self, x):
         x = x + self.look(self.ln1(x))
@@ -272,8 +272,8 @@ class NoNormBeforeTheFfn(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NoNorms(Parts):
-    """Neither sublayer's input is normalized, so a deep model soon diverges. Each reads its own normalized
-    copy: attn(ln1(x)) and ffn(ln2(x))."""
+    """Neither sublayer's input is normalized, so a deep model soon diverges. Each sublayer reads the
+    normalized x: attn(ln1(x)) and ffn(ln2(x))."""
 
     def order(self, x):
         x = x + self.look(x)
@@ -282,8 +282,8 @@ class NoNorms(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class FirstNormUsedTwice(Parts):
-    """Both sublayers are normalized with ln1, so ln2 is never used and never learns. New gains are all 1,
-    which hides it at the start; the second line needs ln2."""
+    """Both sublayers use ln1, so ln2 is never used and never learns. Gains are all 1 at initialization, which
+    hides it at first. The second line needs ln2."""
 
     def order(self, x):
         x = x + self.look(self.ln1(x))
@@ -292,8 +292,8 @@ class FirstNormUsedTwice(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class NormsExchanged(Parts):
-    """ln2 stands before attention and ln1 before the feed-forward network. A new model learns all the same,
-    but pretrained weights do not fit."""
+    """ln2 is applied before attention and ln1 before the feed-forward network. A new model learns just as
+    well, but pretrained weights do not fit."""
 
     def order(self, x):
         x = x + self.look(self.ln2(x))
@@ -302,8 +302,8 @@ class NormsExchanged(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class AnotherEpsilon(Parts):
-    """The norms have another epsilon than 1e-5, perhaps a default of their own. Only inputs near zero show
-    it, yet weights that were trained with one do not fit the other; pass the config's on."""
+    """The norms use another eps than 1e-5, perhaps the default of another library. Only inputs near zero show
+    it, but weights trained with one eps do not fit another. Pass config.norm_eps."""
 
     def order(self, x):
         self.ln1.eps = self.ln2.eps = 1e-8
@@ -315,8 +315,8 @@ class AnotherEpsilon(Parts):
 
 @step.mistake("model.TransformerBlock", source="public solutions of CS336")
 class Parallel(Parts):
-    """Both sublayers read what entered the block, and both results are added. The feed-forward network must
-    read what attention has already added: two lines, one after the other."""
+    """Both sublayers read the input of the block, and both outputs are added to it. The feed-forward network
+    must read the sum after attention: two lines, one after the other."""
 
     def order(self, x):
         return x + self.look(self.ln1(x)) + self.think(self.ln2(x))
@@ -324,8 +324,8 @@ class Parallel(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class FfnBeforeAttention(Parts):
-    """The feed-forward network comes first and attention second, each with its own norm. It learns nearly as
-    well, so no curve shows it, but pretrained weights do not fit."""
+    """The feed-forward network comes before attention, each with its own norm. A model learns nearly as well
+    this way, so no loss curve shows it, but pretrained weights do not fit."""
 
     def order(self, x):
         x = x + self.think(self.ln2(x))
@@ -334,8 +334,8 @@ class FfnBeforeAttention(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class AttentionSkipped(Parts):
-    """Attention is computed but not used, or not called at all, so tokens never hear of each other and the
-    model only counts pairs. Add its result to x."""
+    """Attention is not called, or its output is not used, so no information moves between tokens, and the
+    model can only learn bigrams. Add its output to x."""
 
     def order(self, x):
         return x + self.think(self.ln2(x))
@@ -343,8 +343,8 @@ class AttentionSkipped(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class FfnSkipped(Parts):
-    """The block ends after attention. Two thirds of its weights do nothing, and the model can move
-    information but hardly work on it; return x + ffn(ln2(x))."""
+    """The block ends after attention, so the feed-forward network, two thirds of its weights, does nothing:
+    information moves between tokens but is hardly processed. Return x + ffn(ln2(x))."""
 
     def order(self, x):
         return x + self.look(self.ln1(x))
@@ -352,8 +352,8 @@ class FfnSkipped(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class AttentionDetached(Parts):
-    """The output is right, but no gradient passes through attention, so its four projections keep their
-    initial weights. The loss falls all the same; look for detach, .data or no_grad."""
+    """The output is correct, but no gradient passes through attention, so its four projections keep their
+    initial weights, while the loss still falls. Look for detach, .data or no_grad."""
 
     def order(self, x):
         x = x + self.look(self.ln1(x)).detach()
@@ -362,8 +362,8 @@ class AttentionDetached(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class ResidualDetached(Parts):
-    """The output is right, but the residual is detached, so gradients reach earlier blocks only through the
-    sublayers and fade with depth. Add x itself."""
+    """The output is correct, but the residual is detached, so gradients reach earlier blocks through the
+    sublayers only and vanish with depth. Add x itself."""
 
     def order(self, x):
         x = x.detach() + self.look(self.ln1(x))
@@ -372,8 +372,8 @@ class ResidualDetached(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class RopeNotHandedOn(Parts):
-    """The block is given RoPE but does not hand it to its attention, which then knows no positions. Pass it
-    when the attention is made."""
+    """The block gets a rope but does not pass it to its attention, which then has no positions. Pass it to
+    the constructor of the attention."""
 
     def order(self, x):
         self.attn.rope = None
@@ -382,8 +382,8 @@ class RopeNotHandedOn(Parts):
 
 @step.mistake("model.TransformerBlock", source="written for this catalogue")
 class ResidualsAveraged(Parts):
-    """Each sum is divided by 2, or by sqrt(2), to keep its size. What the embedding said then fades with
-    each block; the norms take care of the size."""
+    """Each sum is divided by 2, or by sqrt(2), to keep its scale, so the contribution of the embedding decays
+    with depth. The norms take care of the scale."""
 
     def order(self, x):
         x = (x + self.look(self.ln1(x))) / 2

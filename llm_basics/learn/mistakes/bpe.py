@@ -1,4 +1,4 @@
-"""Learning byte-pair merges: cut the text, count the pieces, merge the most frequent pair, count again."""
+"""BPE training: split the text, count the pre-tokens, merge the most frequent pair, count again."""
 
 import functools
 import re
@@ -146,15 +146,11 @@ def merge_words(rows):
                 return f"the merges must be a list of pairs of bytes, got a {type(found).__name__}"
             i = next((i for i, (x, y) in enumerate(zip(right, found, strict=False)) if x != y), len(right))
             if len(found) < len(right) and right[: len(found)] == list(found):
-                return f"learning from {short(text)}, it stops after {len(found)} merges of {len(right)}"
+                return f"training on {short(text)}, it stops after {len(found)} merges of {len(right)}"
             if i < len(right):
-                return (
-                    f"learning from {short(text)}, merge {i} must be {show(right[i])}, got {show(found[i])}"
-                )
+                return f"training on {short(text)}, merge {i} must be {show(right[i])}, got {show(found[i])}"
             if i < len(found):
-                return (
-                    f"learning from {short(text)}, it must stop after {i} merges, but adds {show(found[i])}"
-                )
+                return f"training on {short(text)}, it must stop after {i} merges, but adds {show(found[i])}"
         return "the merges must be pairs of bytes"
 
     return words
@@ -180,8 +176,8 @@ def pieces_of(about, *rows):
             for i, (x, y) in enumerate(zip_longest(right, found)):
                 if x != y:
                     wanted, got = (f"{z!r}" if z is not None else "none" for z in (x, y))
-                    return f"piece {i} of {short(text)} must be {wanted}, got {got}"
-        return "the pieces must be texts"
+                    return f"pre-token {i} of {short(text)} must be {wanted}, got {got}"
+        return "pre-tokens must be strings"
 
     step.value(
         about,
@@ -198,7 +194,7 @@ pieces_of(
     "words with their space, numbers and punctuation are separate", ("The cat, 12 mice: a1 b_c x-10 =", [])
 )
 pieces_of("contractions are split off, in lower case only", ("I'm we've they'll it's DON'T o'clock", []))
-pieces_of("the last blank of a run belongs to the next word", ("  a  b\n\nc \n d\t\te \r\n\r\nf   ", []))
+pieces_of("the last space of a run belongs to the next word", ("  a  b\n\nc \n d\t\te \r\n\r\nf   ", []))
 pieces_of("letters and digits of all scripts", ("na\u00efve \u6f22\u5b57 \u0663x\u00b2 \u2167 \u00c5", []))
 pieces_of(
     "special tokens are removed, and text on their two sides is not joined",
@@ -220,7 +216,7 @@ merges_of("words are weighted by frequency", (lines(abc=1, abd=1, abe=1, abf=1, 
 merges_of("pairs count at every position of a word", (lines(abab=3, cabcab=2, zz=8), 3))
 merges_of("pairs that occur once are merged too", (lines(ab=3, cd=1), 2))
 merges_of("training ends when no pair is left", (lines(ab=3, abc=2), 50), ("", 5), ("a", 5, [END]))
-merges_of("runs such as aaa hold two pairs", (lines(aaa=3, xy=5), 3))
+merges_of("runs such as aaa contain two pairs", (lines(aaa=3, xy=5), 3))
 merges_of("runs such as aaaa merge from the left", *((f"{run}\n{run}\n", 9) for run in ("aaa", "aaaa")))
 merges_of("only whole tokens merge, not their ends", (lines(xb=20, xbc=2, bc=9), 3))
 merges_of(
@@ -298,7 +294,7 @@ def vocabulary(adapters):
 
 
 def vocabulary_words(expected, actual):
-    for what, tokens in (("lacks", actual["lacking"]), ("must not hold", actual["foreign"])):
+    for what, tokens in (("lacks", actual["lacking"]), ("must not contain", actual["foreign"])):
         if tokens:
             return f"the vocabulary {what} {tokens[0]!r}" + f" and {len(tokens) - 1} more" * (len(tokens) > 1)
     if actual["size"] != expected["size"]:
@@ -322,30 +318,30 @@ SPLIT = bpe.SPLIT_PATTERN
 
 @step.mistake("bpe.pretokenize", source=PUBLIC)
 def split_on_white_space(text, special_tokens=(), pattern=SPLIT):
-    """The text is cut with split(), which throws all white space away, so no token ever has its leading
-    space and no text can be given back. Use GPT-2's pattern with finditer: it keeps every character."""
+    """The text is split with split(), which discards all white space, so no token has a leading space, and
+    text cannot be reconstructed. Use GPT-2's pattern with finditer, which keeps every character."""
     for segment in segments(text, special_tokens):
         yield from segment.split()
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def whole_text_as_one_piece(text, special_tokens=(), pattern=SPLIT):
-    """Only special tokens cut the text, not the split pattern. Merges then join the end of a word with the
-    space and the start of the next; apply the pattern to each segment."""
+    """The text is split at special tokens only, not by the pre-tokenization pattern, so merges join the end
+    of a word, the space and the start of the next word. Apply the pattern to each segment."""
     return [segment for segment in segments(text, special_tokens) if segment]
 
 
 @step.mistake("bpe.pretokenize", source=PASSES)
 def specials_not_split_off(text, special_tokens=(), pattern=SPLIT):
-    """Special tokens are left in the text and learned from like words. Cut the text at them first, and run
-    the split pattern on what stands between."""
+    """Special tokens are left in the text, and merges are learned from them like from words. Split the text
+    at them first, and apply the pattern to what is between them."""
     return pattern.findall(text)
 
 
 @step.mistake("bpe.pretokenize", source=PASSES)
 def specials_not_escaped(text, special_tokens=(), pattern=SPLIT):
-    """Special tokens are put into a regular expression as they are, where the | of <|endoftext|> means "or"
-    and a dot fits anything. Put each through regex.escape before you join them."""
+    """Special tokens are put into a regular expression unescaped, where the | of <|endoftext|> means "or" and
+    a dot matches anything. Apply regex.escape to each before joining them."""
     if not special_tokens:
         return pattern.findall(text)
     ordered = sorted(special_tokens, key=len, reverse=True)
@@ -354,8 +350,8 @@ def specials_not_escaped(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def specials_not_sorted_by_length(text, special_tokens=(), pattern=SPLIT):
-    """Of two special tokens that share a prefix, the one listed first is found, and the rest of the longer
-    one is left as text. Sort them by length, longest first, before you join them with |."""
+    """Of two special tokens that share a prefix, the one listed first matches, and the rest of the longer one
+    is left as text. Sort them by length, longest first, before joining them with |."""
     if not special_tokens:
         return pattern.findall(text)
     found = regex.split("|".join(map(regex.escape, special_tokens)), text)
@@ -364,8 +360,8 @@ def specials_not_sorted_by_length(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=PASSES)
 def specials_removed_so_that_neighbors_join(text, special_tokens=(), pattern=SPLIT):
-    """Special tokens are deleted before the text is cut, so the last word of one document joins the first
-    word of the next. Split the text at them, and cut each part by itself."""
+    """Special tokens are deleted before pre-tokenization, so the last word of one document joins the first
+    word of the next. Split the text at them, and pre-tokenize each part separately."""
     for special in sorted(special_tokens, key=len, reverse=True):
         text = text.replace(special, "")
     return pattern.findall(text)
@@ -373,8 +369,8 @@ def specials_removed_so_that_neighbors_join(text, special_tokens=(), pattern=SPL
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def specials_replaced_by_a_space(text, special_tokens=(), pattern=SPLIT):
-    """A space is put where each special token stood, and it is learned as if it were in the text. Split the
-    text there, and cut each part by itself."""
+    """Each special token is replaced by a space, which is then counted as if it were in the text. Split the
+    text there, and pre-tokenize each part separately."""
     for special in sorted(special_tokens, key=len, reverse=True):
         text = text.replace(special, " ")
     return pattern.findall(text)
@@ -382,8 +378,8 @@ def specials_replaced_by_a_space(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def specials_kept_as_pieces(text, special_tokens=(), pattern=SPLIT):
-    """Special tokens are cut out, but given back as pieces too, so merges are learned inside them. In
-    training they only separate: skip what the capturing group of split returns."""
+    """The text is split at special tokens, but they are also counted as pre-tokens, so merges are learned
+    inside them. In training they only separate: drop what the capturing group of split returns."""
     found = regex.split(f"({bpe.special_pattern(special_tokens).pattern})", text)
     for part in found:
         yield from [part] if part in special_tokens else pattern.findall(part or "")
@@ -391,16 +387,16 @@ def specials_kept_as_pieces(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def only_the_first_special_split_off(text, special_tokens=(), pattern=SPLIT):
-    """The text is cut at special_tokens[0] alone; the others are learned from like words. Make one pattern
-    of all special tokens, and split with that."""
+    """The text is split at special_tokens[0] only; merges are learned from the others like from words. Build
+    one pattern of all special tokens, and split with that."""
     found = text.split(special_tokens[0]) if special_tokens else [text]
     return [p for segment in found for p in pattern.findall(segment)]
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def empty_pattern_without_specials(text, special_tokens=(), pattern=SPLIT):
-    """Without special tokens the pattern to split at is empty, and re.split cuts at every character: only the
-    bytes of one character ever merge. Do not split if there is nothing to split at."""
+    """Without special tokens the split pattern is empty, and re.split splits at every character, so only
+    bytes of one character are ever merged. Skip the split if there are no special tokens."""
     ordered = sorted(special_tokens, key=len, reverse=True)
     found = re.split("|".join(map(re.escape, ordered)), text)
     return [p for segment in found for p in pattern.findall(segment)]
@@ -408,15 +404,15 @@ def empty_pattern_without_specials(text, special_tokens=(), pattern=SPLIT):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def documents_stripped(text, special_tokens=(), pattern=SPLIT):
-    """White space at the ends of each document is stripped off, though it is text like any other. The counts
-    then differ from everybody's; pass each segment on as it is."""
+    """White space at the start and end of each document is stripped, although it is part of the text, so the
+    counts differ from those of other tokenizers. Use each segment as it is."""
     return [p for segment in segments(text, special_tokens) for p in pattern.findall(segment.strip())]
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def text_in_lower_case(text, special_tokens=(), pattern=SPLIT):
-    """The text is put into lower case before it is counted, so capitals get no tokens and are later spelled
-    in bytes. A byte-level tokenizer changes nothing in the text."""
+    """The text is lowercased before counting, so capital letters get no tokens and are later encoded as
+    single bytes. A byte-level tokenizer never changes the text."""
     return [p for segment in segments(text, special_tokens) for p in pattern.findall(segment.lower())]
 
 
@@ -426,51 +422,51 @@ def cut_by(wrong, text, special_tokens):
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def no_lookahead_at_white_space(text, special_tokens=(), pattern=SPLIT):
-    r"""The part \s+(?!\S) of the pattern is missing, so of several blanks the last one does not go to the
-    word after it. That word then lacks its leading space and gets other tokens."""
+    r"""The part \s+(?!\S) of the pattern is missing, so of several spaces the last one does not go to the
+    following word. That word lacks its leading space and gets different tokens."""
     return cut_by(GPT2.replace(r"\s+(?!\S)|", ""), text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def spaces_apart_from_words(text, special_tokens=(), pattern=SPLIT):
-    """Spaces are pieces of their own and never belong to the word after them, so each word costs one token
-    more. In GPT-2's pattern, words, numbers and signs begin with an optional space."""
+    """Spaces are pre-tokens of their own instead of the start of the following word, which costs one more
+    token per word. In GPT-2's pattern words, numbers and punctuation start with an optional space."""
     return cut_by(GPT2.replace(" ?", ""), text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def no_contractions(text, special_tokens=(), pattern=SPLIT):
     """The contractions 's 't 're 've 'm 'll 'd at the start of the pattern are missing, so the apostrophe and
-    the letters after it become two pieces that can never merge."""
+    the letters after it become two pre-tokens that can never merge."""
     return cut_by(GPT2.split("'d|")[1], text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def contractions_in_capitals_too(text, special_tokens=(), pattern=SPLIT):
-    """Contractions are found in capitals too, as in DON'T. GPT-2's pattern has them in small letters only,
-    and another pattern gives other tokens; leave IGNORECASE out."""
+    """Contractions also match in capitals, as in DON'T. GPT-2's pattern matches lowercase contractions only,
+    and another pattern gives other tokens. Do not use IGNORECASE."""
     return cut_by("(?i)" + GPT2, text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def letters_of_ascii_only(text, special_tokens=(), pattern=SPLIT):
-    r"""Letters are [A-Za-z] and digits [0-9], often because the module re knows no \p{L}, so words with an
-    accent fall apart and other scripts count as signs. Import regex in the place of re."""
+    r"""Letters are [A-Za-z] and digits [0-9], often because the module re has no \p{L}. Words with accents
+    then fall apart, and other scripts count as punctuation. Use the regex module instead of re."""
     ascii_only = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
     return cut_by(ascii_only, text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def words_by_backslash_w(text, special_tokens=(), pattern=SPLIT):
-    r"""Words are \w+, which takes letters, digits and the underscore together, so a1 and b_c stay whole.
-    GPT-2 keeps letters, numbers and signs apart: \p{L} and \p{N} of the module regex."""
+    r"""Words are \w+, which matches letters, digits and the underscore, so a1 and b_c stay whole. GPT-2
+    separates letters, numbers and punctuation: \p{L} and \p{N} of the regex module."""
     return cut_by(r"'s|'t|'re|'ve|'m|'ll|'d| ?\w+| ?[^\s\w]+|\s+(?!\S)|\s+", text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
 def white_space_left_out(text, special_tokens=(), pattern=SPLIT):
-    """The pattern has no part for white space, so blank lines and indents are skipped without a word.
-    Every character must be in some piece; joined, the pieces of a text must give it back."""
+    """The pattern has no alternative for white space, so blank lines and indentation are silently skipped.
+    Every character must be part of a pre-token; joined, they must give the text back."""
     return cut_by(GPT2.removesuffix(r"|\s+(?!\S)|\s+"), text, special_tokens)
 
 
@@ -484,15 +480,15 @@ def count(text, special_tokens):
 
 @step.mistake("bpe.count_pretokens", source=OWN)
 def line_ends_translated(input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent):
-    r"""The file is opened as text, where Python turns \r\n into \n, so carriage returns are never learned.
-    Read bytes and decode them, or open with newline=""."""
+    r"""The file is opened in text mode, where Python turns \r\n into \n, so carriage returns are never
+    learned. Read bytes and decode them, or open with newline=""."""
     return count(Path(input_path).read_text(encoding="utf-8"), special_tokens)
 
 
 @step.mistake("bpe.count_pretokens", source=OWN)
 def file_cut_line_by_line(input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent):
-    """The file is counted line by line, which cuts white space that spans lines, such as blank lines or the
-    indent below one. Cut large files at special tokens only, where nothing can merge across."""
+    """The file is counted line by line, which splits white space that spans lines, such as blank lines or
+    indentation. Split large files at special tokens only, where no merge can cross."""
     total = Counter()
     for line in Path(input_path).read_bytes().splitlines(keepends=True):
         total += count(line.decode(), special_tokens)
@@ -501,8 +497,8 @@ def file_cut_line_by_line(input_path, special_tokens, n_workers=None, pattern=SP
 
 @step.mistake("bpe.count_pretokens", source=OWN)
 def file_cut_anywhere(input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent):
-    """The file is cut into equal parts for several workers, through the middle of words and characters. Move
-    each border to the next special token before you count."""
+    """The file is split into equal chunks for several workers, in the middle of words and characters. Move
+    each boundary to the next special token before counting."""
     data, total = Path(input_path).read_bytes(), Counter()
     size = len(data) // 4 + 1
     for begin in range(0, len(data), size):
@@ -512,8 +508,8 @@ def file_cut_anywhere(input_path, special_tokens, n_workers=None, pattern=SPLIT,
 
 @step.mistake("bpe.count_pretokens", source=OWN)
 def last_document_forgotten(input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent):
-    """What follows the last special token is never counted, and a file without any is not counted at all. The
-    last border must be the end of the file."""
+    """Text after the last special token is never counted, and a file without special tokens is not counted at
+    all. The last boundary must be the end of the file."""
     *documents, _ = segments(Path(input_path).read_bytes().decode(), special_tokens)
     return sum((count(document, special_tokens) for document in documents), Counter())
 
@@ -522,8 +518,8 @@ def last_document_forgotten(input_path, special_tokens, n_workers=None, pattern=
 def counts_of_documents_overwritten(
     input_path, special_tokens, n_workers=None, pattern=SPLIT, progress=bpe.silent
 ):
-    """The counts of the documents are joined with update() of a plain dict, which replaces the earlier count
-    of a word instead of adding to it. Join them in a Counter, whose update() adds."""
+    """The counts of the documents are combined with dict.update(), which replaces the earlier count of a word
+    instead of adding to it. Use a Counter, whose update() adds."""
     total = {}
     for document in segments(Path(input_path).read_bytes().decode(), special_tokens):
         total.update(count(document, special_tokens))
@@ -538,14 +534,14 @@ MERGES = "bpe.learn_merges"
 
 @step.mistake(MERGES, source=PUBLIC)
 def ties_to_the_first_seen(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Of equally frequent pairs, max() takes the one counted first, so the result hangs on the order of the
-    text. Put the pair into the key: max(counts, key=lambda pair: (counts[pair], pair))."""
+    """Of equally frequent pairs, max() takes the one counted first, so the result depends on the order of the
+    text. Add the pair to the key: max(counts, key=lambda pair: (counts[pair], pair))."""
     return learn_all(pretokens, vocab_size, special_tokens, choose=lambda counts: max(counts, key=counts.get))
 
 
 @step.mistake(MERGES, source=OWN)
 def ties_to_the_last_seen(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Of equally frequent pairs the one counted last is taken, as >= in a loop does. The greater pair of byte
+    """Of equally frequent pairs the one counted last is taken, as by >= in a loop. The greatest pair of byte
     strings must win: compare (count, pair), not the count alone."""
 
     def choose(counts):
@@ -556,8 +552,8 @@ def ties_to_the_last_seen(pretokens, vocab_size, special_tokens, ties="greatest"
 
 @step.mistake(MERGES, source=PUBLIC)
 def ties_to_the_smallest(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Of equally frequent pairs the lexicographically smallest is taken, as a heap of (-count, pair) does.
-    The greatest must win, so the order of the pair has to be reversed too."""
+    """Of equally frequent pairs the lexicographically smallest is taken, as by a heap of (-count, pair). The
+    greatest must win, so the order of the pairs has to be reversed too."""
 
     def choose(counts):
         return min(counts, key=lambda pair: (-counts[pair], pair))
@@ -578,8 +574,8 @@ def ties_by_the_joined_bytes(pretokens, vocab_size, special_tokens, ties="greate
 
 @step.mistake(MERGES, source=PUBLIC)
 def ties_to_the_longest(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Of equally frequent pairs the longest is taken before the bytes are compared. Length decides nothing;
-    compare (count, pair) alone."""
+    """Of equally frequent pairs the longest is preferred before the bytes are compared. Length does not
+    matter; compare (count, pair) alone."""
 
     def choose(counts):
         return max(counts, key=lambda pair: (counts[pair], len(pair[0] + pair[1]), pair))
@@ -589,8 +585,8 @@ def ties_to_the_longest(pretokens, vocab_size, special_tokens, ties="greatest", 
 
 @step.mistake(MERGES, source=OWN)
 def ties_to_the_shortest(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Of equally frequent pairs the shortest is taken before the bytes are compared. Length decides nothing;
-    compare (count, pair) alone."""
+    """Of equally frequent pairs the shortest is preferred before the bytes are compared. Length does not
+    matter; compare (count, pair) alone."""
 
     def choose(counts):
         return max(counts, key=lambda pair: (counts[pair], -len(pair[0] + pair[1]), pair))
@@ -600,8 +596,8 @@ def ties_to_the_shortest(pretokens, vocab_size, special_tokens, ties="greatest",
 
 @step.mistake(MERGES, source=OWN)
 def ties_by_ids(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Equally frequent pairs are compared by their ids, where every merged token is above every byte. Look
-    the bytes of both sides up in the vocabulary and compare those."""
+    """Equally frequent pairs are compared by their ids, where every merged token is greater than every byte.
+    Look up the bytes of both sides in the vocabulary, and compare those."""
     ids = {bytes([b]): b for b in range(256)}
 
     def choose(counts):
@@ -616,8 +612,8 @@ def ties_by_ids(pretokens, vocab_size, special_tokens, ties="greatest", progress
 def ties_by_the_printed_characters(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """Equally frequent pairs are compared as GPT-2 prints them, where the space is \u0120, above all letters.
-    Compare the bytes themselves: the space is 32, below them."""
+    """Equally frequent pairs are compared in GPT-2's printable form, in which the space is U+0120, greater
+    than every letter. Compare the bytes themselves: the space is 32, less than any letter."""
     printed = {bytes([b]): chr(b) if 33 <= b < 127 or b > 173 else chr(256 + b) for b in range(256)}
 
     def spell(token):
@@ -631,15 +627,15 @@ def ties_by_the_printed_characters(
 
 @step.mistake(MERGES, source=PUBLIC)
 def frequencies_ignored(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Each different word counts once, however often it occurs, so rare words weigh as much as frequent ones.
+    """Each distinct word counts once, however often it occurs, so rare words count as much as frequent ones.
     Add the word's frequency to the count of each of its pairs."""
     return learn_all(dict.fromkeys(pretokens, 1), vocab_size, special_tokens)
 
 
 @step.mistake(MERGES, source=OWN)
 def pair_counted_once_a_word(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """A pair that stands twice in a word counts once, as with a set of its pairs. Go through all neighbors of
-    the word and add its frequency each time."""
+    """A pair that occurs twice in a word counts once, as if the word's pairs were a set. Iterate over all
+    adjacent pairs of the word, and add its frequency each time."""
 
     def once(words):
         counts = Counter()
@@ -653,8 +649,8 @@ def pair_counted_once_a_word(pretokens, vocab_size, special_tokens, ties="greate
 
 @step.mistake(MERGES, source=OWN)
 def runs_counted_without_overlap(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """In aaa the pair (a, a) counts once, because its occurrences overlap. Every two neighbors count, so
-    there are two; only merging must not use a token twice."""
+    """In aaa the pair (a, a) counts once, because its occurrences overlap. All adjacent pairs count, so it is
+    2; only merging must not use a token twice."""
 
     def apart(words):
         counts = Counter()
@@ -676,8 +672,8 @@ def runs_counted_without_overlap(pretokens, vocab_size, special_tokens, ties="gr
 def only_the_first_occurrence_merged(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """In a word that holds the pair twice, only the first one is merged; the same pair is then learned again.
-    Continue after the merged token until the end of the word."""
+    """In a word that contains the pair twice, only the first occurrence is merged, and the same pair is
+    learned again later. Continue after the merged token until the end of the word."""
 
     def first(word, pair):
         for i, found in enumerate(pairwise(word)):
@@ -690,8 +686,8 @@ def only_the_first_occurrence_merged(
 
 @step.mistake(MERGES, source=PUBLIC)
 def runs_merged_from_the_right(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """In aaa the last two are merged instead of the first two. Go through the word from left to right, and
-    two places on after a merge; the encoder will do the same."""
+    """In aaa the last two tokens are merged instead of the first two. Scan the word from left to right, and
+    advance by two after a merge; the encoder does the same."""
 
     def from_the_right(word, pair):
         word, i = list(word), len(word) - 2
@@ -707,8 +703,8 @@ def runs_merged_from_the_right(pretokens, vocab_size, special_tokens, ties="grea
 
 @step.mistake(MERGES, source=OWN)
 def ends_of_tokens_merged(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Pairs are merged by replacing text in words whose tokens are joined by a separator, so (b, c) is also
-    found at the end of the token xb. Compare whole tokens in a list."""
+    """Pairs are merged by replacing text in words whose tokens are joined by a separator, so (b, c) also
+    matches at the end of the token xb. Compare whole tokens in a list."""
 
     def replace(word, pair):
         return tuple(b"\0".join(word).replace(b"\0".join(pair), b"".join(pair)).split(b"\0"))
@@ -736,8 +732,8 @@ def update_counts(pretokens, n_merges, lower, raise_):
 
 @step.mistake(MERGES, source=PUBLIC)
 def old_neighbors_not_lowered(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """When (b, c) is merged in abc, no (a, b) is left there, but its count stays as it was, and pairs that
-    are no longer there get merged. Lower the counts of the pairs on both sides."""
+    """When (b, c) is merged in abc, (a, b) is no longer there, but its count is not decremented, so pairs
+    that no longer exist get merged. Decrement the counts of the pairs on both sides."""
 
     def made(new, pair):
         return [p for p in pairwise(new) if pair[0] + pair[1] in p]
@@ -748,8 +744,8 @@ def old_neighbors_not_lowered(pretokens, vocab_size, special_tokens, ties="great
 
 @step.mistake(MERGES, source=OWN)
 def right_neighbor_not_lowered(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """When (a, b) is merged in abc, the count of (b, c) stays as it was; only the pair on the left is
-    lowered. A merge takes the pairs on both of its sides apart."""
+    """When (a, b) is merged in abc, the count of (b, c) is not decremented; only that of the pair on the left
+    is. A merge removes the pairs on both of its sides."""
 
     def without_the_right(old, pair):
         found = list(pairwise(old))
@@ -780,8 +776,8 @@ def new_pairs_not_counted(pretokens, vocab_size, special_tokens, ties="greatest"
 def pairs_counted_only_at_the_start(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """The pairs of bytes are counted once and merged in the order of those counts. Every merge changes which
-    pairs there are: count again after it, or renew the counts it touches."""
+    """Byte pairs are counted once and merged in the order of those counts. Every merge changes the pairs:
+    recount after it, or update the counts that it affects."""
     counts = count_pairs({as_bytes(word): frequency for word, frequency in pretokens.items()})
     ordered = sorted(counts, key=lambda pair: (counts[pair], pair), reverse=True)
     return finish(special_tokens, ordered[: vocab_size - 256 - len(special_tokens)])
@@ -789,8 +785,8 @@ def pairs_counted_only_at_the_start(
 
 @step.mistake(MERGES, source=OWN)
 def characters_for_bytes(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Words begin as characters instead of bytes, so an accented letter is one token from the start, though
-    the vocabulary lacks it. Encode each word in UTF-8 before you take it apart."""
+    """Words start as characters instead of bytes, so an accented letter is one token from the start, although
+    the vocabulary does not contain it. Encode each word as UTF-8 before splitting it."""
 
     def characters(word):
         return tuple(c.encode() for c in word.decode())
@@ -804,43 +800,43 @@ def characters_for_bytes(pretokens, vocab_size, special_tokens, ties="greatest",
 
 @step.mistake(MERGES, source=PUBLIC)
 def specials_counted_twice(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The special tokens are taken off vocab_size twice, so as many merges are missing as there are special
-    tokens. The number of merges is vocab_size - 256 - len(special_tokens)."""
+    """The number of special tokens is subtracted from vocab_size twice, so that many merges are missing. The
+    number of merges is vocab_size - 256 - len(special_tokens)."""
     return finish(special_tokens, learn(pretokens, vocab_size - 256 - 2 * len(special_tokens)))
 
 
 @step.mistake(MERGES, source=OWN)
 def specials_not_counted(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """There are vocab_size - 256 merges, and the special tokens come on top, so the vocabulary is larger than
-    requested and the last ids have no row in the embedding. They count too."""
+    """There are vocab_size - 256 merges, and the special tokens are added on top, so the vocabulary is larger
+    than requested, and the embedding has no row for the last ids. Special tokens count in vocab_size."""
     return finish(special_tokens, learn(pretokens, vocab_size - 256))
 
 
 @step.mistake(MERGES, source=OWN)
 def one_merge_short(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The loop ends one merge before the vocabulary is full. Go on while len(vocab) < vocab_size, counting
-    the bytes and the special tokens as well."""
+    """The loop ends one merge before the vocabulary is full. Continue while len(vocab) < vocab_size, where
+    vocab includes the bytes and the special tokens."""
     return learn_all(pretokens, vocab_size - 1, special_tokens)
 
 
 @step.mistake(MERGES, source=OWN)
 def one_merge_too_many(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The loop ends one merge after the vocabulary is full, as <= instead of < does. The last id is then
-    outside of the embedding, which has vocab_size rows."""
+    """The loop ends one merge after the vocabulary is full, as with <= instead of <. The last id is then
+    outside the embedding, which has vocab_size rows."""
     return learn_all(pretokens, vocab_size + 1, special_tokens)
 
 
 @step.mistake(MERGES, source=OWN)
 def as_many_merges_as_vocab_size(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """There are vocab_size merges, and the bytes and special tokens come on top. vocab_size is the number of
-    all tokens; subtract 256 and the special tokens."""
+    """There are vocab_size merges, and the bytes and special tokens come on top. vocab_size is the total
+    number of tokens; subtract 256 and the special tokens."""
     return finish(special_tokens, learn(pretokens, vocab_size))
 
 
 @step.mistake(MERGES, source=PASSES)
 def no_stop_when_no_pair_is_left(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """When every word is one token there is no pair left, and max() of nothing fails. Leave the loop when the
-    counts are empty; the vocabulary is then smaller than requested."""
+    """Once every word is a single token there are no pairs, and max() of an empty sequence raises an error.
+    Stop when the counts are empty; the vocabulary is then smaller than requested."""
     n_merges = vocab_size - 256 - len(special_tokens)
     merges = learn(pretokens, n_merges)
     if len(merges) < n_merges:
@@ -850,7 +846,7 @@ def no_stop_when_no_pair_is_left(pretokens, vocab_size, special_tokens, ties="gr
 
 @step.mistake(MERGES, source=PASSES)
 def pairs_that_are_gone_merged(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """Pairs whose count fell to 0 stay in the Counter, and when nothing else is left they are merged though
+    """Pairs whose count fell to 0 stay in the Counter, and once nothing else is left they are merged although
     they occur nowhere. Stop when the highest count is 0, or delete such pairs."""
     known = {}
 
@@ -871,8 +867,8 @@ def pairs_that_are_gone_merged(pretokens, vocab_size, special_tokens, ties="grea
 def stops_at_pairs_that_occur_once(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """Learning ends when the best pair occurs only once, so the vocabulary of a small text stays smaller than
-    requested. As long as there is a pair and room for it, it is merged."""
+    """Training stops when the most frequent pair occurs only once, so the vocabulary of a small text is
+    smaller than requested. Merge as long as there is a pair and the vocabulary is not full."""
 
     def twice(words):
         counts = count_pairs(words)
@@ -883,8 +879,8 @@ def stops_at_pairs_that_occur_once(
 
 @step.mistake(MERGES, source=OWN)
 def vocabulary_without_specials(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The special tokens take up room in vocab_size, but get no entry in the vocabulary, so they cannot be
-    encoded later. Add the bytes of each special token under an id of its own."""
+    """The special tokens count in vocab_size, but get no entry in the vocabulary, so they cannot be encoded
+    later. Add the bytes of each special token with an id of its own."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     return dict(enumerate(list(vocab.values())[len(special_tokens) :])), merges
 
@@ -893,8 +889,8 @@ def vocabulary_without_specials(pretokens, vocab_size, special_tokens, ties="gre
 def vocabulary_of_seen_bytes_only(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """The vocabulary begins with the bytes that the text happens to hold. A later text with any other byte
-    cannot be encoded; begin with all 256."""
+    """The vocabulary starts with the bytes that occur in the training text. A later text with any other byte
+    cannot be encoded; start with all 256."""
     seen = sorted({byte for word in pretokens for byte in word})
     merges = learn(pretokens, vocab_size - 256 - len(special_tokens))
     tokens = [s.encode() for s in special_tokens] + [bytes([b]) for b in seen] + [a + b for a, b in merges]
@@ -903,16 +899,16 @@ def vocabulary_of_seen_bytes_only(
 
 @step.mistake(MERGES, source=OWN)
 def vocabulary_from_bytes_to_ids(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The vocabulary is returned the wrong way round, from bytes to ids. It must map each id to its bytes,
-    which is what decoding looks up."""
+    """The vocabulary is inverted: it maps bytes to ids. It must map each id to its bytes, which is what
+    decoding looks up."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     return {token: id for id, token in vocab.items()}, merges
 
 
 @step.mistake(MERGES, source=OWN)
 def merges_of_ids(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The merges are pairs of ids. They must be pairs of bytes, in the order of learning, so that they mean
-    the same with any numbering; look both sides up in the vocabulary."""
+    """The merges are pairs of ids. They must be pairs of byte strings, in the order of learning, so that they
+    do not depend on the numbering. Look up both sides in the vocabulary."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     ids = {token: id for id, token in reversed(vocab.items())}
     return vocab, [(ids[left], ids[right]) for left, right in merges]
@@ -920,8 +916,8 @@ def merges_of_ids(pretokens, vocab_size, special_tokens, ties="greatest", progre
 
 @step.mistake(MERGES, source=OWN)
 def merges_sorted(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
-    """The merges are returned sorted. Their order is the order of learning, and the encoder applies them in
-    it; return the list as it grew."""
+    """The merges are returned sorted. Their order must be the order of learning, in which the encoder applies
+    them. Return the list as it was built."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     return vocab, sorted(merges)
 
@@ -940,7 +936,7 @@ def only_the_first_document_learned(
     ties="greatest",
     progress=bpe.silent,
 ):
-    """Only the first document is learned from: what follows the first special token is never counted. Count
-    the pieces of all segments."""
+    """Merges are learned from the first document only: text after the first special token is never counted.
+    Count the pre-tokens of all segments."""
     text = Path(input_path).read_bytes().decode()
     return bpe.learn_merges(count(segments(text, special_tokens)[0], []), vocab_size, special_tokens)

@@ -104,7 +104,7 @@ def settings_back(a):
 
 
 step.value(
-    "the optimizer's settings: learning rate, betas and decay",
+    "the optimizer's options: learning rate, betas and weight decay",
     settings_back,
     {"lr": 0.007, "betas": (0.8, 0.9), "weight_decay": 0.1},
 )
@@ -217,7 +217,7 @@ for about, saved, loaded in (
         about,
         lambda a, saved=saved, loaded=loaded: refused(a, saved, loaded),
         "refused",
-        words=lambda right, found, about=about: f"{about} must be refused with an error, but was taken",
+        words=lambda right, found, about=about: f"{about} must raise an error, but is accepted",
     )
 
 # --------------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ def model_with(state):
 
 @step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
 def optimizer_state_missing(model, optimizer, step, out, **state):
-    """The optimizer's settings are saved, its running means are not. After loading it starts from zero, and
-    the loss jumps; save all of optimizer.state_dict()."""
+    """The optimizer's options are saved, but its moments are not. After loading they start at zero, and the
+    loss jumps. Save all of optimizer.state_dict()."""
     settings = optimizer.state_dict() | {"state": {}}
     bare = copy.copy(optimizer)
     bare.state_dict = lambda: settings
@@ -243,67 +243,67 @@ def optimizer_state_missing(model, optimizer, step, out, **state):
 
 @step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
 def iteration_off_by_one(model, optimizer, step, out, **state):
-    """The iteration comes back one higher than it was saved. Schedule and data then skip a step at every
-    restart; save and return the number as it was given."""
+    """The iteration is returned one higher than it was saved, so schedule and data skip a step at every
+    restart. Save and return the number unchanged."""
     save_checkpoint(model, optimizer, step + 1, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def iteration_forgotten(model, optimizer, step, out, **state):
-    """The iteration is not saved, and loading gives 0. The run starts its warm-up and its data anew; put
-    the iteration into the file."""
+    """The iteration is not saved, and loading returns 0, so a resumed run restarts its warmup and its data.
+    Save the iteration in the file."""
     save_checkpoint(model, optimizer, 0, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def weights_saved_in_half_precision(model, optimizer, step, out, **state):
-    """The weights are saved in half precision. The file is smaller, but what comes back is rounded, and
-    training does not resume where it was; save them as they are."""
+    """The weights are saved in half precision. The file is smaller, but the loaded weights are rounded, and
+    training does not continue exactly where it stopped. Save them in their own dtype."""
     rounded = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     save_checkpoint(model_with(rounded), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def model_left_in_half_precision(model, optimizer, step, out, **state):
-    """model.half() is called before saving, which changes the model itself, not a copy. Training continues
-    with rounded weights, or fails; save the state_dict as it is."""
+    """model.half() is called before saving, which converts the model itself, not a copy. Training continues
+    with rounded weights, or fails. Save the state_dict as it is."""
     save_checkpoint(model.half(), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def model_left_in_evaluation_mode(model, optimizer, step, out, **state):
-    """model.eval() is called for saving, and train() is not called again. Training continues without dropout.
-    Saving needs no mode: leave it alone."""
+    """model.eval() is called for saving, and train() is not called afterwards, so training continues without
+    dropout. Saving does not depend on the mode; do not change it."""
     save_checkpoint(model.eval(), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def buffers_forgotten(model, optimizer, step, out, **state):
-    """Only model.parameters() are saved. Buffers, such as running statistics, are part of the model but no
-    parameters; save model.state_dict()."""
+    """Only model.parameters() are saved. Buffers, such as running statistics, are part of the model's state
+    but are not parameters. Save model.state_dict()."""
     save_checkpoint(model_with(dict(model.named_parameters())), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="public solutions of CS336")
 def names_of_the_compiled_model(model, optimizer, step, out, **state):
-    """The weights are saved from what torch.compile returns, under names that begin with _orig_mod. No
-    plain model can load them; save the state of the model that was compiled."""
+    """The weights are saved from the model that torch.compile returns, whose names begin with _orig_mod, so
+    an uncompiled model cannot load them. Save the state of the original model."""
     prefixed = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     save_checkpoint(model_with(prefixed), optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def paths_model_with(model, optimizer, step, out, **state):
-    """The target is always opened as a path, so an open file or io.BytesIO fails. Open only what is a path,
-    and write to the rest; torch.save takes both."""
+    """The target is always opened as a path, so an open file or io.BytesIO fails. Open it only if it is a
+    path; torch.save accepts both."""
     with open(out, "wb") as file:
         save_checkpoint(model, optimizer, step, file, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def open_files_model_with(model, optimizer, step, out, **state):
-    """The target is always written to, so a path fails. Open it first where it is a str or a Path;
-    torch.save takes both."""
+    """The target is always treated as an open file, so a path fails. Open it first if it is a str or a Path;
+    torch.save accepts both."""
     content = io.BytesIO()
     save_checkpoint(model, optimizer, step, content, **state)
     out.write(content.getvalue())
@@ -311,15 +311,15 @@ def open_files_model_with(model, optimizer, step, out, **state):
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def earlier_file_kept(model, optimizer, step, out, **state):
-    """Where the file is there already, nothing is written, and a later checkpoint under the same name is
-    lost. Replace the old file."""
+    """If the file already exists, nothing is written, and a later checkpoint of the same name is lost.
+    Overwrite the existing file."""
     if isinstance(out, io.BytesIO) or not Path(out).exists():
         save_checkpoint(model, optimizer, step, out, **state)
 
 
 @step.mistake("checkpoint.save_checkpoint", source="written for this catalogue")
 def weights_through_numpy(model, optimizer, step, out, **state):
-    """The weights are turned into NumPy arrays, which have no bfloat16: a model in half precision cannot be
+    """The weights are converted to NumPy arrays, which do not support bfloat16, so a bfloat16 model cannot be
     saved. Save the tensors themselves."""
     arrays = {name: torch.from_numpy(t.detach().numpy()) for name, t in model.state_dict().items()}
     save_checkpoint(model_with(arrays), optimizer, step, out, **state)
@@ -347,8 +347,8 @@ def load_optimizer(content, names, optimizer):
 
 @step.mistake("checkpoint.load_checkpoint", source="public solutions of CS336; passes its suite")
 def missing_weights_accepted(src, model, optimizer=None, restore_rng=False):
-    """Weights are loaded with strict=False, which passes over names that do not fit. A misnamed weight then
-    stays random without an error; leave strict as it is."""
+    """Weights are loaded with strict=False, which ignores names that do not match. A misnamed weight keeps
+    its random initial value without an error; leave strict=True."""
     weights, about, content = weights_in(src)
     load_optimizer(content, weights, optimizer)
     model.load_state_dict(weights, strict=False)
@@ -357,8 +357,8 @@ def missing_weights_accepted(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def other_shapes_passed_over(src, model, optimizer=None, restore_rng=False):
-    """Weights whose name or shape differs are left out, and only the rest is loaded. Part of the model then
-    stays random without a word; raise an error."""
+    """Weights with another name or shape are skipped, and only the rest is loaded. Part of the model keeps
+    its random initial values without any message; raise an error."""
     weights, about, content = weights_in(src)
     load_optimizer(content, weights, optimizer)
     own = model.state_dict()
@@ -369,15 +369,15 @@ def other_shapes_passed_over(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="public solutions of CS336")
 def optimizer_not_restored(src, model, optimizer=None, restore_rng=False):
-    """The optimizer is not loaded at all, neither its running means nor its learning rate. The loss jumps
-    after a restart; call optimizer.load_state_dict."""
+    """The optimizer is not restored at all, neither its moments nor its learning rate, so the loss jumps
+    after a restart. Call optimizer.load_state_dict."""
     return load_checkpoint(src, model)
 
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def settings_of_the_optimizer_not_restored(src, model, optimizer=None, restore_rng=False):
-    """The running means come back, but learning rate, betas and decay stay those of the new optimizer. Load
-    its whole state_dict, with param_groups."""
+    """The moments are restored, but learning rate, betas and weight decay stay those of the new optimizer.
+    Load its whole state_dict, param_groups included."""
     before = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     about = load_checkpoint(src, model, optimizer)
     for group, settings in zip(optimizer.param_groups, before, strict=True):
@@ -387,8 +387,8 @@ def settings_of_the_optimizer_not_restored(src, model, optimizer=None, restore_r
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def step_count_of_the_optimizer_lost(src, model, optimizer=None, restore_rng=False):
-    """The running means come back, but the optimizer counts its steps from 0 again, so its bias correction
-    makes the next steps too long. The count is in optimizer.state_dict() too."""
+    """The moments are restored, but the optimizer's step counter restarts at 0, so bias correction makes the
+    next steps too long. The counter is in optimizer.state_dict() too."""
     about = load_checkpoint(src, model, optimizer)
     for state in optimizer.state.values():
         state["step"] = torch.zeros(())
@@ -397,8 +397,8 @@ def step_count_of_the_optimizer_lost(src, model, optimizer=None, restore_rng=Fal
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def model_not_restored(src, model, optimizer=None, restore_rng=False):
-    """The weights are read, but never put into the model. Call model.load_state_dict; assigning to a dict
-    that state_dict() returned does nothing."""
+    """The weights are read but never loaded into the model. Call model.load_state_dict; assigning to the dict
+    that state_dict() returned has no effect."""
     weights, about, content = weights_in(src)
     load_optimizer(content, weights, optimizer)
     return about
@@ -406,8 +406,8 @@ def model_not_restored(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def parameters_replaced(src, model, optimizer=None, restore_rng=False):
-    """The model gets new parameters, as by load_state_dict(..., assign=True), but the optimizer still has
-    the old ones. Training then changes nothing; copy into the parameters that are there."""
+    """The model gets new parameters, as with load_state_dict(..., assign=True), while the optimizer still
+    refers to the old ones, so training changes nothing. Copy the values into the existing parameters."""
     about = load_checkpoint(src, model, optimizer)
     model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
     return about
@@ -415,8 +415,8 @@ def parameters_replaced(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def running_means_exchanged(src, model, optimizer=None, restore_rng=False):
-    """The optimizer's mean and mean square come back in each other's place, so the next steps go astray.
-    Load its state_dict as a whole instead of one tensor after the other."""
+    """The first and second moment are swapped when loading, so the next steps are wrong. Load the optimizer's
+    state_dict as a whole instead of tensor by tensor."""
     about = load_checkpoint(src, model, optimizer)
     for state in optimizer.state.values():
         state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"].abs()
@@ -425,8 +425,8 @@ def running_means_exchanged(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def model_frozen_after_loading(src, model, optimizer=None, restore_rng=False):
-    """The loaded parameters have requires_grad off, as inference code leaves them, so that training cannot
-    go on. Load into the parameters as they are."""
+    """The loaded parameters have requires_grad=False, as in inference code, so training cannot continue. Load
+    the values into the existing parameters."""
     about = load_checkpoint(src, model, optimizer)
     model.requires_grad_(False)
     return about

@@ -1,4 +1,4 @@
-"""Clipping: all gradients shortened by one factor, so that together they are at most so long."""
+"""Gradient clipping: all gradients scaled by one factor, so that their global norm is at most max_norm."""
 
 import torch
 from torch import nn
@@ -101,18 +101,18 @@ def left_as_they_were(a):
     held = [w.grad.detach() for w in weights]
     a.run_gradient_clipping(weights, 2.0)
     return {
-        "gradients are changed where they are, not replaced": all(
+        "gradients are modified in place, not replaced": all(
             torch.equal(w.grad, h) for w, h in zip(weights, held, strict=True)
         ),
-        "weights are left as they were": all((w == 0.7).all().item() for w in weights),
+        "weights are not modified": all((w == 0.7).all().item() for w in weights),
     }
 
 
 step.value(
     "in-place updates",
     left_as_they_were,
-    {"gradients are changed where they are, not replaced": True, "weights are left as they were": True},
-    words=lambda right, found: "; ".join(f"not so: {fact}" for fact in right if not found[fact]),
+    {"gradients are modified in place, not replaced": True, "weights are not modified": True},
+    words=lambda right, found: "; ".join(f"must hold: {fact}" for fact in right if not found[fact]),
 )
 
 # the square of 300 is more than float16 can hold
@@ -146,32 +146,32 @@ def scale_all(gradients, norm, max_norm):
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def each_gradient_by_itself(parameters, max_norm, error_if_nonfinite=False):
-    """Each gradient is clipped by its own norm, which changes the direction of the step. Take one norm over
-    the gradients of all parameters, and scale all by the same factor."""
+    """Each gradient is clipped by its own norm, which changes the direction of the step. Compute one norm
+    over the gradients of all parameters, and scale all of them by the same factor."""
     for gradient in gradients_of(parameters):
         scale_all([gradient], gradient.float().norm(), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def values_clamped(parameters, max_norm, error_if_nonfinite=False):
-    """Each number is clamped to -max_norm..max_norm. That is clipping by value: it changes the direction and
-    does not bound the length; scale all gradients by max_norm / norm."""
+    """Every element is clamped to -max_norm..max_norm. That is clipping by value: it changes the direction
+    and does not bound the norm. Scale all gradients by max_norm / norm."""
     for gradient in gradients_of(parameters):
         gradient.clamp_(-max_norm, max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def norms_added_up(parameters, max_norm, error_if_nonfinite=False):
-    """The norms of the gradients are added up, which is more than their norm together, so all are shortened
-    too much. Add up the squares, and take one root."""
+    """The norms of the gradients are summed, which exceeds the global norm, so gradients are clipped too
+    much. Sum the squares, and take one root."""
     gradients = gradients_of(parameters)
     return scale_all(gradients, torch.as_tensor(sum(g.float().norm() for g in gradients)), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def norm_without_the_root(parameters, max_norm, error_if_nonfinite=False):
-    """The sum of squares is compared and divided by, without its root. Long gradients are then shortened
-    far too much; take the square root of the total."""
+    """The sum of squares is used as the norm, without its square root. Large gradients are then scaled down
+    far too much; take the root of the total."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     return scale_all(gradients, norm**2, max_norm)
@@ -179,16 +179,16 @@ def norm_without_the_root(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def sum_of_absolute_values(parameters, max_norm, error_if_nonfinite=False):
-    """The length is taken as the sum of absolute values, the L1 norm, which is larger than the L2 norm that
-    is meant. Square the numbers, add them up, and take the root."""
+    """The norm is the sum of absolute values (L1), which is larger than the L2 norm that is required. Sum the
+    squares, and take the root."""
     gradients = gradients_of(parameters)
     return scale_all(gradients, torch.as_tensor(sum(g.float().abs().sum() for g in gradients)), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def root_mean_square(parameters, max_norm, error_if_nonfinite=False):
-    """The squares are averaged instead of added up, so the limit grows with the size of the model and
-    hardly ever acts. Use the sum of squares."""
+    """The squares are averaged instead of summed, so the threshold effectively grows with the size of the
+    model and hardly ever applies. Use the sum of squares."""
     gradients = gradients_of(parameters)
     count = max(1, sum(g.numel() for g in gradients))
     return scale_all(gradients, norm_of([g.float() for g in gradients]) / count**0.5, max_norm)
@@ -196,24 +196,24 @@ def root_mean_square(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def longest_gradient_only(parameters, max_norm, error_if_nonfinite=False):
-    """The length of the longest gradient is taken for the length of all together, so the others are not
-    counted. Add up the squares of all norms, and take the root."""
+    """The largest norm of a single gradient is used as the global norm, so the others do not count. Sum the
+    squares of all norms, and take the root."""
     gradients = gradients_of(parameters)
     return scale_all(gradients, torch.as_tensor(max([0, *(g.float().norm() for g in gradients)])), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def last_gradient_only(parameters, max_norm, error_if_nonfinite=False):
-    """The norm is overwritten for each parameter instead of added to, so only the last one counts. Look for
-    an = in the loop where += belongs."""
+    """The total is overwritten for each parameter instead of accumulated, so only the last one counts. Look
+    for = in the loop where += is meant."""
     gradients = gradients_of(parameters)
     return scale_all(gradients, norm_of([g.float() for g in gradients[-1:]]), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def scaled_before_all_are_counted(parameters, max_norm, error_if_nonfinite=False):
-    """Each gradient is scaled in the same loop that adds up the norm, by what was seen so far. Each then
-    gets a factor of its own; finish the norm first, and scale in a second loop."""
+    """Each gradient is scaled in the same loop that accumulates the norm, using only the part seen so far, so
+    each gets a different factor. Finish the norm first, and scale in a second loop."""
     total = torch.tensor(0.0)
     for gradient in gradients_of(parameters):
         total = (total**2 + gradient.float().square().sum()).sqrt()
@@ -223,8 +223,8 @@ def scaled_before_all_are_counted(parameters, max_norm, error_if_nonfinite=False
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336; passes its suite")
 def always_scaled(parameters, max_norm, error_if_nonfinite=False):
-    """All gradients are brought to max_norm, short ones too. Near a minimum, where they should fade, steps
-    stay long; scale only where the norm is above the limit."""
+    """All gradients are scaled to max_norm, including smaller ones. Near a minimum, where gradients should
+    shrink, steps stay long. Scale only if the norm exceeds max_norm."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     for gradient in gradients:
@@ -234,8 +234,8 @@ def always_scaled(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def only_short_ones_scaled(parameters, max_norm, error_if_nonfinite=False):
-    """The comparison is the wrong way round: gradients below the limit are made longer, those above it
-    stay. It must scale where the norm is greater than max_norm."""
+    """The comparison is the wrong way round: gradients below max_norm are scaled up, those above it stay.
+    Scale only if the norm exceeds max_norm."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     for gradient in gradients:
@@ -245,7 +245,7 @@ def only_short_ones_scaled(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def factor_upside_down(parameters, max_norm, error_if_nonfinite=False):
-    """Gradients above the limit are multiplied by norm / max_norm, so that they get longer still. The
+    """Gradients above the threshold are multiplied by norm / max_norm, which makes them even larger. The
     factor is max_norm / norm, which is below 1."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
@@ -256,8 +256,8 @@ def factor_upside_down(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def shortened_to_length_1(parameters, max_norm, error_if_nonfinite=False):
-    """Gradients above the limit are divided by their norm, so they end up 1 long whatever the limit. Multiply
-    by max_norm as well."""
+    """Gradients above the threshold are divided by their norm, so their norm becomes 1 whatever max_norm is.
+    Multiply by max_norm as well."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     return scale_all(gradients, norm, 1.0) if norm > max_norm else norm
@@ -265,8 +265,8 @@ def shortened_to_length_1(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def gradients_replaced(parameters, max_norm, error_if_nonfinite=False):
-    """Each parameter gets a new gradient tensor instead of new values in the one that it has. Whoever holds
-    the old ones, such as a fused optimizer, sees them unclipped; use mul_."""
+    """Each parameter gets a new gradient tensor instead of new values in the existing one. Code that holds a
+    reference to the old one, such as a fused optimizer, sees it unclipped; use mul_."""
     parameters = list(parameters)
     for parameter in parameters:
         parameter.grad = None if parameter.grad is None else parameter.grad.clone()
@@ -275,23 +275,23 @@ def gradients_replaced(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def result_thrown_away(parameters, max_norm, error_if_nonfinite=False):
-    """The scaled gradients are bound to a local name, as in `g = g * scale`, and the parameters keep the
-    old ones. Change them in place: g.mul_(scale)."""
+    """The scaled gradients are only bound to a local name, as in `g = g * scale`, and the parameters keep the
+    old ones. Modify them in place: g.mul_(scale)."""
     return norm_of(gradients_of(parameters))
 
 
 @step.mistake("optim.clip_grad_norm_", source="public solutions of CS336")
 def missing_gradient_not_expected(parameters, max_norm, error_if_nonfinite=False):
-    """A parameter whose grad is None stops it with an error. Frozen weights and unused parts of a model
-    have no gradient; pass them over."""
+    """A parameter whose grad is None raises an error. Frozen weights and unused parts of a model have no
+    gradient; skip them."""
     gradients = [p.grad for p in parameters]
     return scale_all(gradients, norm_of([g.float() for g in gradients]), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def stops_at_the_first_without_gradient(parameters, max_norm, error_if_nonfinite=False):
-    """A parameter without a gradient ends the loop, so that those after it are neither counted nor clipped.
-    Use continue, where break or return stands."""
+    """The loop ends at the first parameter without a gradient, so those after it are neither counted nor
+    clipped. Use continue instead of break or return."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -302,8 +302,8 @@ def stops_at_the_first_without_gradient(parameters, max_norm, error_if_nonfinite
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def no_gradient_at_all_not_expected(parameters, max_norm, error_if_nonfinite=False):
-    """With no gradient anywhere there is nothing to stack, and it fails. Return a norm of 0 before that, so
-    that a frozen model can go through the same loop."""
+    """If no parameter has a gradient, there is nothing to stack, which raises an error. Return a norm of 0 in
+    that case, so that a frozen model can use the same loop."""
     gradients = gradients_of(parameters)
     norm = torch.stack([g.float().norm() for g in gradients]).norm()
     return scale_all(gradients, norm, max_norm)
@@ -311,32 +311,32 @@ def no_gradient_at_all_not_expected(parameters, max_norm, error_if_nonfinite=Fal
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def generator_used_up(parameters, max_norm, error_if_nonfinite=False):
-    """It loops over the parameters twice, but model.parameters() is a generator, which is empty the second
-    time: nothing is scaled. Make a list of them first."""
+    """The function iterates over the parameters twice, but model.parameters() is a generator, which is
+    exhausted the second time, so nothing is scaled. Make a list first."""
     norm = norm_of([g.float() for g in gradients_of(parameters)])
     return scale_all(gradients_of(parameters), norm, max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def weights_clipped(parameters, max_norm, error_if_nonfinite=False):
-    """The weights themselves are measured and scaled, not their gradients. The model shrinks at every step,
-    and long gradients go through; use p.grad, not p."""
+    """The norm and the scaling are applied to the weights instead of their gradients. The model shrinks at
+    every step, and large gradients pass unchanged. Use p.grad, not p."""
     weights = [p.data for p in parameters]
     return scale_all(weights, norm_of([w.float() for w in weights]), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def norm_of_the_weights(parameters, max_norm, error_if_nonfinite=False):
-    """The gradients are scaled by the norm of the weights, so the limit has nothing to do with how long
-    they are. Measure p.grad, not p."""
+    """The gradients are scaled by the norm of the weights, so clipping does not depend on their own norm.
+    Compute the norm of p.grad, not of p."""
     parameters = list(parameters)
     return scale_all(gradients_of(parameters), norm_of([p.detach().float() for p in parameters]), max_norm)
 
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def zero_norm_divided_by(parameters, max_norm, error_if_nonfinite=False):
-    """The gradients are divided by their norm even when it is zero: 0 / 0 = NaN, and so becomes the model.
-    Add 1e-6 to the norm, or scale only where it is above the limit."""
+    """The gradients are divided by their norm even if it is zero: 0 / 0 = NaN, which then reaches the
+    weights. Add 1e-6 to the norm, or scale only above the threshold."""
     gradients = gradients_of(parameters)
     norm = norm_of([g.float() for g in gradients])
     for gradient in gradients:
@@ -346,8 +346,8 @@ def zero_norm_divided_by(parameters, max_norm, error_if_nonfinite=False):
 
 @step.mistake("optim.clip_grad_norm_", source="written for this catalogue")
 def squares_in_half_precision(parameters, max_norm, error_if_nonfinite=False):
-    """The squares are added up in the gradients' own precision. In float16 the square of 256 is already
-    infinite, and all gradients become 0; convert to float32 for the norm."""
+    """The squares are summed in the dtype of the gradients. In float16 the square of 256 already overflows,
+    and all gradients become 0. Convert to float32 for the norm."""
     gradients = gradients_of(parameters)
     total = sum((g * g).sum() for g in gradients)
     return scale_all(gradients, torch.as_tensor(total).sqrt(), max_norm)

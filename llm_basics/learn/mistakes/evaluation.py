@@ -206,16 +206,16 @@ def results(sums, **wrong):
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 @torch.no_grad()
 def dropout_left_on(model, batches, token_bytes):
-    """The model is evaluated in training mode, so that dropout disturbs it. The loss is too high and
-    different each time; call model.eval() first."""
+    """The model is evaluated in training mode, with dropout active, so the loss is too high and differs each
+    time. Call model.eval() first."""
     return results(total(add_up(model, batches, token_bytes)))
 
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 @torch.no_grad()
 def model_left_in_evaluation_mode(model, batches, token_bytes):
-    """The model is switched to evaluation mode and never back. All training after the first evaluation then
-    runs without dropout; restore the mode at the end."""
+    """The model is switched to eval mode and never back, so all training after the first evaluation runs
+    without dropout. Restore the mode at the end."""
     model.eval()
     return results(total(add_up(model, batches, token_bytes)))
 
@@ -223,8 +223,8 @@ def model_left_in_evaluation_mode(model, batches, token_bytes):
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 @torch.no_grad()
 def always_in_training_mode_afterwards(model, batches, token_bytes):
-    """The model is put into training mode at the end, whatever it was in before. A model that was only to be
-    measured then has dropout on; restore the mode that you found."""
+    """The model is in training mode afterwards, whatever its mode was before. A model that is only evaluated
+    then has dropout active. Restore the earlier mode."""
     model.eval()
     found = results(total(add_up(model, batches, token_bytes)))
     model.train()
@@ -233,8 +233,8 @@ def always_in_training_mode_afterwards(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def gradients_recorded(model, batches, token_bytes):
-    """The forward passes are recorded for a backward that never comes. That costs as much memory as
-    training; evaluate under torch.no_grad()."""
+    """The forward passes are recorded for a backward pass that never comes, which uses as much memory as
+    training. Evaluate under torch.no_grad()."""
     was_training = model.training
     model.eval()
     found = results(total(add_up(model, batches, token_bytes)))
@@ -244,16 +244,16 @@ def gradients_recorded(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def gradients_cleared(model, batches, token_bytes):
-    """Evaluation clears the gradients of the model. Between two micro-batches of a training step that loses
-    what was added up; evaluation must change nothing."""
+    """Evaluation clears the model's gradients. Between two micro-batches of a training step that loses what
+    was accumulated. Evaluation must change nothing."""
     model.zero_grad()
     return results(sums(model, batches, token_bytes))
 
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def trained_on_the_validation_data(model, batches, token_bytes):
-    """Evaluation also calls backward, so that the gradients of held-out text remain and join the next update.
-    What is learned from is no longer held out; no backward here."""
+    """Evaluation also calls backward, so gradients of held-out text are left in the model and join the next
+    update. Held-out data must not be trained on; do not call backward."""
 
     def backward_too(logits, inputs, targets):
         loss = F.cross_entropy(F.to_float32(logits), targets, reduction="sum")
@@ -273,8 +273,8 @@ def trained_on_the_validation_data(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def mean_of_batch_means(model, batches, token_bytes):
-    """The means of the batches are averaged as if all were of one size. Tokens of a short last batch count
-    more; add up the losses and divide by the number of tokens."""
+    """The means of the batches are averaged as if all had the same size, so tokens of a short last batch
+    weigh more. Sum the losses, and divide by the total number of tokens."""
     parts = by_batch(model, batches, token_bytes)
     loss = mean(part["loss"] / part["tokens"] for part in parts)
     return results(total(parts), val_loss=loss, perplexity=math.exp(min(loss, 700.0)))
@@ -282,8 +282,8 @@ def mean_of_batch_means(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def everything_averaged_over_batches(model, batches, token_bytes):
-    """Loss, bits per byte and accuracy are computed for each batch and averaged. Batches of different size
-    then count alike; add up over all tokens and divide once."""
+    """Loss, bits per byte and accuracy are computed per batch and averaged, so batches of different sizes get
+    equal weight. Sum over all tokens, and divide once."""
     parts = [results(part) for part in by_batch(model, batches, token_bytes)]
     found = {name: mean(part[name] for part in parts) for name in parts[0]}
     return found | {"perplexity": math.exp(min(found["val_loss"], 700.0))}
@@ -291,37 +291,37 @@ def everything_averaged_over_batches(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def only_the_first_batch(model, batches, token_bytes):
-    """The function returns, or breaks, inside of the loop: only the first batch is measured. The result is
-    far noisier than the number of batches promises."""
+    """The function returns or breaks inside the loop, so only the first batch is evaluated. The result is far
+    noisier than the number of batches suggests."""
     return results(by_batch(model, batches, token_bytes)[0])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def only_the_last_batch(model, batches, token_bytes):
-    """Each batch overwrites the sums of the one before, so only the last is measured. Add to them with +=,
-    and set them to 0 before the loop."""
+    """Each batch overwrites the sums of the one before, so only the last batch counts. Accumulate with +=,
+    from zeros set before the loop."""
     return results(by_batch(model, batches, token_bytes)[-1])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def loss_not_divided(model, batches, token_bytes):
-    """The loss is the sum over all tokens, so it grows with the text and perplexity explodes. Divide by the
-    number of targets."""
+    """The loss is the sum over all tokens, so it grows with the amount of text, and perplexity explodes.
+    Divide by the number of targets."""
     found = sums(model, batches, token_bytes)
     return results(found, val_loss=found["loss"], perplexity=math.exp(min(found["loss"], 700.0)))
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def divided_by_rows(model, batches, token_bytes):
-    """The sum of the losses is divided by the number of sequences, not of tokens. Loss and accuracy come out
-    larger by the length of a row; count targets.numel()."""
+    """The sum of the losses is divided by the number of sequences instead of tokens, so loss and accuracy are
+    too large by the sequence length. Count targets.numel()."""
     return results(sums(model, batches, token_bytes, tokens=lambda logits, inputs, targets: len(targets)))
 
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def softmax_before_the_loss(model, batches, token_bytes):
-    """cross_entropy is given probabilities and takes the softmax of them again, so the loss stays above ln V
-    - 1 however good the model is. Give it the logits."""
+    """cross_entropy gets probabilities and applies softmax to them again, so the loss stays above ln V - 1
+    however good the model is. Pass it the logits."""
 
     def loss(logits, inputs, targets):
         return summed(F.softmax(F.to_float32(logits)), targets)
@@ -331,8 +331,8 @@ def softmax_before_the_loss(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def loss_against_the_inputs(model, batches, token_bytes):
-    """The model is judged by the token that it was given, not by the one that follows. Compare the logits
-    with the targets."""
+    """The predictions are compared with the input tokens instead of the tokens that follow. Compare the
+    logits with the targets."""
     return results(
         sums(model, batches, token_bytes, loss=lambda logits, inputs, targets: summed(logits, inputs))
     )
@@ -340,8 +340,8 @@ def loss_against_the_inputs(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="public solutions of CS336")
 def targets_shifted_twice(model, batches, token_bytes):
-    """logits[:, :-1] are compared with targets[:, 1:], though the targets are one token ahead already. That
-    measures the prediction of the token after the next."""
+    """logits[:, :-1] are compared with targets[:, 1:], although targets are already shifted by one. That
+    evaluates the prediction of the token after the next."""
 
     batches = [(inputs[:, :-1], targets[:, 1:]) for inputs, targets in batches]
     return results(sums(model, batches, token_bytes))
@@ -349,7 +349,7 @@ def targets_shifted_twice(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def loss_in_half_precision(model, batches, token_bytes):
-    """The loss of a half-precision model is computed and added up in half precision, which keeps fewer than
+    """The loss of a half-precision model is computed and summed in half precision, which keeps fewer than
     three digits. Convert the logits to float32 first."""
 
     def loss(logits, inputs, targets):
@@ -364,16 +364,16 @@ def loss_in_half_precision(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def perplexity_to_base_two(model, batches, token_bytes):
-    """Perplexity is taken as 2 to the power of a loss that is in nats. It comes out too small; the
-    exponential must have the base of the logarithm: math.exp."""
+    """Perplexity is computed as 2 to the power of a loss in nats, which is too small. The base must be that
+    of the logarithm: math.exp."""
     found = sums(model, batches, token_bytes)
     return results(found, perplexity=2.0 ** min(found["loss"] / found["tokens"], 1020.0))
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def mean_of_perplexities(model, batches, token_bytes):
-    """The perplexities of the batches are averaged. One hard batch then decides, and the number no longer
-    belongs to the loss; take the exponential of the mean loss."""
+    """The perplexities of the batches are averaged, so one hard batch dominates, and the result no longer
+    matches the loss. Take the exponential of the mean loss."""
     parts = by_batch(model, batches, token_bytes)
     perplexity = mean(results(part)["perplexity"] for part in parts)
     return results(total(parts), perplexity=perplexity)
@@ -381,8 +381,8 @@ def mean_of_perplexities(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def perplexity_overflows(model, batches, token_bytes):
-    """math.exp of a loss above 709 raises OverflowError. A run that has gone wrong then ends in a crash of
-    its evaluation, which hides why; limit the exponent."""
+    """math.exp of a loss above 709 raises OverflowError, so a diverged run crashes in evaluation, which hides
+    the cause. Cap the exponent."""
     found = sums(model, batches, token_bytes)
     return results(found, perplexity=math.exp(found["loss"] / found["tokens"]))
 
@@ -393,31 +393,32 @@ def perplexity_overflows(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def bits_per_token(model, batches, token_bytes):
-    """The bits are divided by the number of tokens, not of bytes. Models with different tokenizers then
-    cannot be compared; add up token_bytes of the targets."""
+    """The bits are divided by the number of tokens instead of bytes, so models with different tokenizers
+    cannot be compared. Sum token_bytes over the targets."""
     found = sums(model, batches, token_bytes)
     return results(found, bits_per_byte=found["loss"] / math.log(2) / found["tokens"])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def nats_per_byte(model, batches, token_bytes):
-    """The loss is divided by the bytes but stays in nats. A bit is ln 2 nats; divide by math.log(2)."""
+    """The loss is divided by the number of bytes but stays in nats. One bit is ln 2 nats; divide by
+    math.log(2)."""
     found = sums(model, batches, token_bytes)
     return results(found, bits_per_byte=found["loss"] / found["n_bytes"])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def bits_multiplied_by_ln_two(model, batches, token_bytes):
-    """Nats are turned into bits by multiplying with ln 2. A bit is smaller than a nat, so there must be more
-    of them; divide by math.log(2)."""
+    """Nats are converted to bits by multiplying by ln 2. A bit is smaller than a nat, so the number of bits
+    must be larger; divide by math.log(2)."""
     found = sums(model, batches, token_bytes)
     return results(found, bits_per_byte=found["loss"] * math.log(2) / found["n_bytes"])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def bytes_of_the_inputs(model, batches, token_bytes):
-    """The bytes are counted on the inputs, but the loss is about the targets. The first token is counted and
-    the last is not; use token_bytes[targets]."""
+    """The bytes are counted for the inputs, but the loss is that of the targets, so the first token counts
+    and the last does not. Use token_bytes[targets]."""
 
     def n_bytes(logits, inputs, targets):
         return token_bytes[inputs].sum().item()
@@ -427,8 +428,8 @@ def bytes_of_the_inputs(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def mean_bytes_of_the_vocabulary(model, batches, token_bytes):
-    """The loss per token is divided by the mean length of the vocabulary's entries. Text uses some tokens
-    far more often than others; count the bytes of the targets that occur."""
+    """The loss per token is divided by the mean length of the vocabulary's entries, but some tokens occur far
+    more often than others. Count the bytes of the actual targets."""
     found = sums(model, batches, token_bytes)
     nats = found["loss"] / found["tokens"]
     return results(found, bits_per_byte=nats / math.log(2) / token_bytes.mean().item())
@@ -436,15 +437,15 @@ def mean_bytes_of_the_vocabulary(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def tokens_without_bytes_counted_as_one(model, batches, token_bytes):
-    """Special tokens, which stand for no text, are counted as one byte each. Bits per byte then come out too
-    low; a length of 0 is meant as it is."""
+    """Special tokens, which stand for no text, are counted as one byte each, so bits per byte are too low. A
+    length of 0 is intended."""
     return results(sums(model, batches, token_bytes.clamp(min=1)))
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def loss_of_tokens_without_bytes_left_out(model, batches, token_bytes):
-    """The loss at special tokens is left out of bits per byte because they have no bytes. The model still
-    has to predict where a text ends; count their loss."""
+    """The loss at special tokens is excluded from bits per byte because they have no bytes. Predicting where
+    a text ends is part of the model's task; include their loss."""
 
     def loss_of_text(logits, inputs, targets):
         return summed(logits, targets.masked_fill(token_bytes[targets] == 0, -100))
@@ -459,7 +460,7 @@ def loss_of_tokens_without_bytes_left_out(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def accuracy_against_the_inputs(model, batches, token_bytes):
-    """The likeliest token is compared with the one that was given, not with the one that follows. Compare
+    """The most likely token is compared with the input token instead of the next one. Compare
     logits.argmax(-1) with the targets."""
 
     def hits(logits, inputs, targets):
@@ -470,24 +471,24 @@ def accuracy_against_the_inputs(model, batches, token_bytes):
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def accuracy_averaged_over_batches(model, batches, token_bytes):
-    """The accuracies of the batches are averaged as if all were of one size. Count the hits and divide once,
-    by the number of all targets."""
+    """The accuracies of the batches are averaged as if all had the same size. Count correct predictions, and
+    divide once by the total number of targets."""
     parts = by_batch(model, batches, token_bytes)
     return results(total(parts), accuracy=mean(part["hits"] / part["tokens"] for part in parts))
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def accuracy_in_percent(model, batches, token_bytes):
-    """Accuracy is given in percent, where a fraction from 0 to 1 is required. A caller that formats it as a
-    percentage prints 100 times too much; leave the factor out."""
+    """Accuracy is returned in percent instead of as a fraction from 0 to 1. A caller that formats it as a
+    percentage prints 100 times too much; remove the factor."""
     found = sums(model, batches, token_bytes)
     return results(found, accuracy=100 * found["hits"] / found["tokens"])
 
 
 @step.mistake("evaluate.evaluate", source="written for this catalogue")
 def accuracy_of_the_last_position(model, batches, token_bytes):
-    """Only the last position of each row is looked at for the accuracy. That is a small and not typical
-    sample, the one with most context; compare at all positions."""
+    """Accuracy is computed at the last position of each sequence only, a small sample that is not
+    representative, since it has the most context. Compare at all positions."""
 
     def last(logits, inputs, targets):
         return (logits[:, -1].argmax(-1) == targets[:, -1]).sum().item()

@@ -64,35 +64,35 @@ step.compare(
 
 @step.mistake("functional.gelu", source="public solutions of CS336")
 def tanh_where_exact_is_asked(x, approximate="none"):
-    """The tanh approximation is used always. It is off by up to 5e-4, which is enough to make pretrained
-    weights give other results. Without approximate="tanh", take torch.erf."""
+    """The tanh approximation is always used. It differs by up to 5e-4, enough to change the results of
+    pretrained models. Without approximate="tanh", use torch.erf."""
     return tF.gelu(x, approximate="tanh")
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def exact_where_tanh_is_asked(x, approximate="none"):
-    """The argument is ignored, and erf used always. GPT-2 was trained with the tanh form and differs by up to
-    5e-4; look at approximate."""
+    """The argument is ignored, and erf is always used. GPT-2 was trained with the tanh form, which differs by
+    up to 5e-4. Check approximate."""
     return tF.gelu(x)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def quick_gelu_instead(x, approximate="none"):
-    """x * sigmoid(1.702 x) is the quick form of GELU, off by up to 0.02. Exactly it is x * Phi(x) with erf,
-    and approximately the form with tanh and the cube of x."""
+    """x * sigmoid(1.702 x) is QuickGELU, which is off by up to 0.02. The exact form is x * Phi(x) with erf,
+    and the approximation uses tanh and the cube of x."""
     return x * torch.sigmoid(1.702 * x)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def silu_instead(x, approximate="none"):
-    """This is SiLU, x * sigmoid(x). It has a similar shape, but GELU takes the normal distribution: x *
+    """This is SiLU, x * sigmoid(x). It has a similar shape, but GELU uses the normal distribution: x *
     Phi(x)."""
     return tF.silu(x)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def relu_instead(x, approximate="none"):
-    """This is ReLU, which cuts off at 0. GELU is smooth and dips below 0 on the left: x * Phi(x)."""
+    """This is ReLU, which is zero below 0. GELU is smooth and dips below 0 for negative x: x * Phi(x)."""
     return torch.relu(x)
 
 
@@ -115,14 +115,14 @@ def by_tanh(phi):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def erf_without_the_root_of_2(x, approximate="none"):
-    """erf(x) belongs to a normal distribution of variance 1/2. For that of variance 1, x must be divided by
-    sqrt(2) inside: 0.5 * (1 + erf(x / sqrt(2)))."""
+    """erf(x) belongs to a normal distribution of variance 1/2. For variance 1, x must be divided by sqrt(2):
+    0.5 * (1 + erf(x / sqrt(2)))."""
     return by(lambda x: 0.5 * (1 + torch.erf(x)))(x, approximate)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def erf_divided_by_the_root_of_pi(x, approximate="none"):
-    """x is divided by sqrt(pi) inside of erf. The constants of the two forms were mixed: erf takes x /
+    """The argument of erf is x / sqrt(pi). The constants of the two forms are mixed up: erf takes x /
     sqrt(2), tanh takes sqrt(2 / pi) times its polynomial."""
     return by(lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(math.pi))))(x, approximate)
 
@@ -150,22 +150,21 @@ def probability_alone(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def density_for_distribution(x, approximate="none"):
-    """Phi was taken for the bell curve, the density of the normal distribution. It is its integral from the
-    left, 0.5 * (1 + erf(x / sqrt(2))), which rises from 0 to 1."""
+    """Phi is computed as the density of the normal distribution, the bell curve. It must be the cumulative
+    distribution, 0.5 * (1 + erf(x / sqrt(2))), which rises from 0 to 1."""
     return by(lambda x: torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi))(x, approximate)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def no_root_of_2_over_pi(x, approximate="none"):
-    """The tanh form has 2 / pi where the square root of it belongs: tanh(sqrt(2 / pi) * (x + 0.044715
-    x^3))."""
+    """The tanh form has 2 / pi instead of its square root. It is tanh(sqrt(2 / pi) * (x + 0.044715 x^3))."""
     return by_tanh(lambda x: 0.5 * (1 + torch.tanh(2 / math.pi * (x + 0.044715 * x**3))))(x, approximate)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def cube_outside_the_parenthesis(x, approximate="none"):
-    """In the tanh form, sqrt(2 / pi) multiplies x alone and not the cube. It belongs before the whole
-    parenthesis: tanh(sqrt(2 / pi) * (x + 0.044715 x^3))."""
+    """In the tanh form, sqrt(2 / pi) multiplies x but not the cube. It multiplies the whole sum: tanh(sqrt(2
+    / pi) * (x + 0.044715 x^3))."""
     return by_tanh(lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3)))(
         x, approximate
     )
@@ -173,8 +172,8 @@ def cube_outside_the_parenthesis(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def square_for_cube(x, approximate="none"):
-    """The tanh form has 0.044715 x^2 where x^3 belongs. With the square, positive and negative numbers are no
-    longer treated alike."""
+    """The tanh form has x^2 instead of x^3. With the square, the argument is no longer odd, and positive and
+    negative numbers are treated differently."""
     return by_tanh(lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**2))))(
         x, approximate
     )
@@ -182,8 +181,8 @@ def square_for_cube(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def coefficient_ten_times_too_large(x, approximate="none"):
-    """The tanh form has 0.44715 where 0.044715 belongs: a zero was lost. Compare with tanh(sqrt(2 / pi) * (x
-    + 0.044715 x^3))."""
+    """The tanh form has 0.44715 instead of 0.044715: a zero is missing. Compare with tanh(sqrt(2 / pi) * (x +
+    0.044715 x^3))."""
     return by_tanh(lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.44715 * x**3))))(
         x, approximate
     )
@@ -191,15 +190,15 @@ def coefficient_ten_times_too_large(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def cube_forgotten(x, approximate="none"):
-    """The tanh form lacks the cube of x, without which it is off by up to 0.03: tanh(sqrt(2 / pi) * (x +
-    0.044715 x^3))."""
+    """The tanh form lacks the cubic term, without which it is off by up to 0.03. It is tanh(sqrt(2 / pi) * (x
+    + 0.044715 x^3))."""
     return by_tanh(lambda x: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * x)))(x, approximate)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def tanh_by_exponentials(x, approximate="none"):
-    """tanh was written as (e^u - e^-u) / (e^u + e^-u), which is inf / inf, NaN, as soon as e^u overflows. Use
-    torch.tanh, which knows both ends."""
+    """tanh is computed as (e^u - e^-u) / (e^u + e^-u), which is inf / inf = NaN as soon as e^u overflows. Use
+    torch.tanh, which is stable on both sides."""
 
     def phi(x):
         u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
@@ -210,7 +209,7 @@ def tanh_by_exponentials(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def computed_in_half_precision(x, approximate="none"):
-    """In bfloat16, 1 + erf loses nearly all digits where erf is near -1, and the left tail becomes steps or
+    """In bfloat16, 1 + erf loses nearly all digits where erf is near -1, so the left tail becomes steps or
     zeros. Convert to float32 first, and back at the end."""
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -219,15 +218,15 @@ def computed_in_half_precision(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def result_left_in_float32(x, approximate="none"):
-    """The result is float32 whatever came in. A model in half precision then fails at the next layer, or
-    quietly runs at twice the size. Convert back to x.dtype at the end."""
+    """The result is float32 whatever the dtype of the input. A half-precision model then fails at the next
+    layer, or uses twice the memory. Convert back to x.dtype at the end."""
     return tF.gelu(x.float(), approximate=approximate)
 
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def probability_detached(x, approximate="none"):
-    """The output is right, but Phi(x) is a constant to autograd: .detach(), .data or no_grad cut it off. The
-    gradient then lacks the term x * Phi'(x)."""
+    """The output is correct, but Phi(x) is detached by .detach(), .data or no_grad, so the gradient lacks the
+    term x * Phi'(x)."""
     with torch.no_grad():
         phi = torch.where(x == 0, 0.5, tF.gelu(F.to_float32(x), approximate=approximate) / x)
     return (x * phi).to(x.dtype)
@@ -235,6 +234,6 @@ def probability_detached(x, approximate="none"):
 
 @step.mistake("functional.gelu", source="written for this catalogue")
 def input_changed_in_place(x, approximate="none"):
-    """The result is written over the input (mul_ or *=). Whoever uses x again, such as a residual connection,
-    gets the wrong numbers. Make a new tensor."""
+    """The result overwrites the input (mul_ or *=). Code that uses x again, such as a residual connection,
+    gets wrong values. Make a new tensor."""
     return x.copy_(tF.gelu(x, approximate=approximate))

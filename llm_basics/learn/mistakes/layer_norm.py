@@ -88,82 +88,82 @@ def divisor(x, eps):
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def variance_divided_by_one_less(x, weight, bias=None, eps=1e-5):
-    """x.var() and x.std() divide by d_model - 1 if nothing else is said. LayerNorm divides by d_model: pass
-    correction=0 (or unbiased=False)."""
+    """x.var() and x.std() divide by d_model - 1 by default. LayerNorm divides by d_model: pass correction=0
+    (or unbiased=False)."""
     root = torch.sqrt(F.to_float32(x).var(-1, keepdim=True) + eps)
     return (centered(x) / root * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="The Annotated Transformer (Harvard NLP, 2018)")
 def standard_deviation_plus_epsilon(x, weight, bias=None, eps=1e-5):
-    """It divides by x.std() + eps. That is wrong twice: x.std() divides by d_model - 1, and epsilon belongs
-    to the variance, inside the root."""
+    """The divisor is x.std() + eps, which is wrong twice: x.std() divides by d_model - 1, and eps belongs
+    inside the root, added to the variance."""
     return (centered(x) / (F.to_float32(x).std(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def epsilon_outside_the_root(x, weight, bias=None, eps=1e-5):
-    """Epsilon is added to the root instead of to the variance inside it. Rows that hardly vary then come
-    out different; look at where your sqrt closes its parenthesis."""
+    """eps is added to the root instead of to the variance inside it, which changes the result for rows with
+    little variance. Check where the sqrt closes its parenthesis."""
     return (centered(x) / (divisor(x, 0.0) + eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def no_epsilon(x, weight, bias=None, eps=1e-5):
-    """Epsilon is not used, so a row of equal numbers is 0/0 = NaN and rows that hardly vary are blown up.
-    Add eps to the variance, inside the root."""
+    """eps is not used, so a constant row gives 0/0 = NaN, and rows with little variance are blown up. Add eps
+    to the variance, inside the root."""
     return (centered(x) / divisor(x, 0.0) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def epsilon_fixed(x, weight, bias=None, eps=1e-5):
-    """A fixed epsilon of 1e-5 is used, whatever is passed. Models differ in it; use the argument, and check
-    that the layer keeps it as self.eps."""
+    """eps is fixed at 1e-5, whatever is passed. Models differ in it; use the argument, and check that the
+    layer stores it as self.eps."""
     return (centered(x) / divisor(x, 1e-5) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def root_forgotten(x, weight, bias=None, eps=1e-5):
-    """It divides by the variance, not by its root. Twice as large an input must give the same output, here
-    it gives half of it; take the sqrt, or use rsqrt."""
+    """The divisor is the variance instead of its root. An input twice as large must give the same output, but
+    gives half of it. Take the sqrt, or use rsqrt."""
     return (centered(x) / divisor(x, eps).square() * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def sum_instead_of_mean(x, weight, bias=None, eps=1e-5):
-    """The squared deviations are summed and not divided by d_model, so the output is sqrt(d_model) times
-    too small. The variance is their mean."""
+    """The squared deviations are summed without dividing by d_model, so the output is too small by a factor
+    of sqrt(d_model). The variance is their mean."""
     root = torch.sqrt(centered(x).square().sum(-1, keepdim=True) + eps)
     return (centered(x) / root * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_not_subtracted(x, weight, bias=None, eps=1e-5):
-    """The variance is right, but the mean stays in the result. Subtract it from x before dividing, as the
-    variance does for itself."""
+    """The variance is right, but the mean is not subtracted from the result. Subtract it from x before
+    dividing, as in the variance."""
     return (F.to_float32(x) / divisor(x, eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def no_mean_at_all(x, weight, bias=None, eps=1e-5):
-    """This is RMSNorm with a bias: the mean is not subtracted, neither from x nor in the variance.
-    LayerNorm does both."""
+    """This is RMSNorm with a bias: the mean is not subtracted, neither from x nor in the variance. LayerNorm
+    does both."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_missing_in_the_variance(x, weight, bias=None, eps=1e-5):
-    """The mean is subtracted from x, but the variance is the mean of x squared. Take the squares of what is
-    left after the mean is subtracted."""
+    """The mean is subtracted from x, but the variance is computed as the mean of x squared. Square the
+    deviations from the mean instead."""
     root = torch.sqrt(F.to_float32(x).square().mean(-1, keepdim=True) + eps)
     return (centered(x) / root * weight + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def mean_over_the_sequence_too(x, weight, bias=None, eps=1e-5):
-    """Mean and variance are taken over all positions of a text, so that each position depends on the later
-    ones. Take them over the last axis only, with keepdim."""
+    """Mean and variance are taken over all positions of a sequence, so each position depends on later ones.
+    Take them over the last axis only, with keepdim."""
     wide = F.to_float32(x)
     rest = wide - wide.mean((-2, -1), keepdim=True)
     root = torch.sqrt(rest.square().mean((-2, -1), keepdim=True) + eps)
@@ -172,8 +172,8 @@ def mean_over_the_sequence_too(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_over_the_batch(x, weight, bias=None, eps=1e-5):
-    """Mean and variance are taken over the first axis, which is batch normalization. LayerNorm treats each
-    vector by itself: use the last axis."""
+    """Mean and variance are taken over the first axis, which is batch normalization. LayerNorm normalizes
+    each vector separately: use the last axis."""
     wide = F.to_float32(x)
     rest = wide - wide.mean(0)
     return (rest / torch.sqrt(rest.square().mean(0) + eps) * weight + bias).to(x.dtype)
@@ -181,43 +181,43 @@ def mean_over_the_batch(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def gain_forgotten(x, weight, bias=None, eps=1e-5):
-    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is only
-    seen after training, or with pretrained weights."""
+    """The result is not multiplied by the learned weight. Weights are 1 at initialization, so this only shows
+    after training, or with pretrained weights."""
     return (centered(x) / divisor(x, eps) + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def one_added_to_the_gain(x, weight, bias=None, eps=1e-5):
-    """It multiplies with 1 + weight, which fits weights that start at 0. Here they start at 1 and are
-    multiplied as they are."""
+    """The result is multiplied by 1 + weight, which is for weights that start at 0. Here they start at 1;
+    multiply by the weight itself."""
     return (centered(x) / divisor(x, eps) * (1 + weight) + bias).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def bias_forgotten(x, weight, bias=None, eps=1e-5):
-    """The learned bias is not added. It is 0 in a new layer, so this is only seen after training, or with
+    """The learned bias is not added. It is 0 at initialization, so this only shows after training, or with
     pretrained weights."""
     return (centered(x) / divisor(x, eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def bias_added_before_the_gain(x, weight, bias=None, eps=1e-5):
-    """The bias is added first and then multiplied with the weight too. Scale first, then shift:
-    normalized * weight + bias."""
+    """The bias is added before the multiplication by the weight, and thus scaled too. Scale first, then
+    shift: normalized * weight + bias."""
     return ((centered(x) / divisor(x, eps) + bias) * weight).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def gain_and_bias_exchanged(x, weight, bias=None, eps=1e-5):
-    """The bias is multiplied and the weight is added. Look at the order in which you hand the two over or
-    assign them in the layer."""
+    """Weight and bias are swapped: the bias multiplies and the weight is added. Check the order in which the
+    layer passes or assigns them."""
     return (centered(x) / divisor(x, eps) * bias + weight).to(x.dtype)
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336")
 def input_changed_in_place(x, weight, bias=None, eps=1e-5):
-    """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
-    for -=, /= or a method with a trailing underscore, and make a new tensor instead."""
+    """The caller's tensor is modified in place, and with it the residual stream that is added later. Look for
+    -=, /= or a method with a trailing underscore, and make a new tensor."""
     root = divisor(x, eps)
     x -= F.to_float32(x).mean(-1, keepdim=True).to(x.dtype)
     return (F.to_float32(x) / root * weight + bias).to(x.dtype)
@@ -225,23 +225,23 @@ def input_changed_in_place(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336; passes its suite")
 def no_float32_for_the_squares(x, weight, bias=None, eps=1e-5):
-    """The squares are taken in the input's own precision. In float16 the square of 256 is already inf, and
-    the whole row loses its values; convert x to float32 first."""
+    """The squares are computed in the dtype of the input. In float16 the square of 256 overflows to inf, and
+    the whole row is lost. Convert x to float32 first."""
     rest = x - x.mean(-1, keepdim=True)
     return rest * torch.rsqrt(rest.square().mean(-1, keepdim=True) + eps) * weight + bias
 
 
 @step.mistake("functional.layer_norm", source="public solutions of CS336; passes its suite")
 def result_left_in_float32(x, weight, bias=None, eps=1e-5):
-    """Mean and variance are rightly taken in float32, but the result stays there. The rest of a
-    half-precision model then runs in float32 or fails; convert back to x.dtype at the end."""
+    """Mean and variance are computed in float32, which is right, but the result stays in it. A half-precision
+    model then continues in float32 or fails. Convert back to x.dtype at the end."""
     return centered(x) / divisor(x, eps) * weight + bias
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_square_minus_squared_mean(x, weight, bias=None, eps=1e-5):
-    """The variance is made as mean(x^2) - mean(x)^2, a difference of two large, nearly equal numbers, of
-    which float32 keeps few digits or none. Subtract the mean from x first, then square."""
+    """The variance is computed as mean(x^2) - mean(x)^2, a difference of two large, nearly equal numbers that
+    cancels most digits of float32. Subtract the mean from x first, then square."""
     wide = F.to_float32(x)
     variance = wide.square().mean(-1, keepdim=True) - wide.mean(-1, keepdim=True).square()
     return (centered(x) * torch.rsqrt(variance + eps) * weight + bias).to(x.dtype)
@@ -249,8 +249,8 @@ def mean_square_minus_squared_mean(x, weight, bias=None, eps=1e-5):
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
-    """The output is right, but mean and variance are treated as constants in the gradient. Both depend on
-    x; look for .detach(), .item() or torch.no_grad() around them."""
+    """The output is correct, but mean and variance are constants in the gradient. Both depend on x; look for
+    .detach(), .item() or torch.no_grad() around them."""
     wide = F.to_float32(x)
     root = divisor(x, eps).detach()
     return ((wide - wide.mean(-1, keepdim=True).detach()) / root * weight + bias).to(x.dtype)

@@ -80,11 +80,11 @@ def differ_in_spread(expected, actual, asked="as configured", unit=" times that"
     if std == 0:
         return "the weights must be random, but all are the same"
     if mean:
-        return f"the weights must be spread around 0, but are {mean} standard deviations off"
+        return f"the mean of the weights must be 0, but is {mean} standard deviations"
     if not math.isclose(std, KEPT, rel_tol=0.05):
         return f"the standard deviation of the weights must be {asked}, but is {std:.2g}{unit}"
-    end = "without an end" if largest >= 3.5 else f"up to {largest:.1f}"
-    return f"the weights must be normal up to 3.0 standard deviations, but are spread {end}"
+    end = "not truncated" if largest >= 3.5 else f"truncated at {largest:.1f}"
+    return f"the weights must be normal, truncated at 3.0 standard deviations, but are {end}"
 
 
 step.value(
@@ -110,69 +110,69 @@ step.value(
 
 @step.mistake("functional.linear", source="public solutions of CS336")
 def weight_not_transposed(x, weight, bias=None):
-    """The weight is used as it is, but it has one row per output feature: (d_out, d_in). Square sizes hide
-    it, and the result is then that of another layer. Use x @ weight.T, or einsum with both axes named."""
+    """The weight is used without a transpose, but it has one row per output feature: (d_out, d_in). A square
+    weight raises no error and gives a wrong result. Use x @ weight.T, or an einsum with named axes."""
     y = x @ weight
     return y if bias is None else y + bias
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
 def result_transposed(x, weight, bias=None):
-    """The product is taken as weight @ x and left standing on its side: output features come before the rows.
-    Features must stay on the last axis; compute x @ weight.T instead."""
+    """The product is weight @ x, whose result is transposed: output features are the first axis instead of
+    the last. Compute x @ weight.T instead."""
     y = weight @ (x.mT if x.ndim > 1 else x)
     return y if bias is None else y + bias.unsqueeze(-1)
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
 def leading_dimensions_lost(x, weight, bias=None):
-    """The input is flattened to rows, and the result is never given its batch and position axes back. `@`
-    takes any number of leading axes by itself, so there is no need to reshape."""
+    """The input is flattened to rows, and the result is not reshaped back. `@` accepts any number of leading
+    axes, so there is no need to reshape."""
     return tF.linear(x.reshape(-1, x.shape[-1]), weight, bias)
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
 def rows_added_up(x, weight, bias=None):
-    """The rows are summed too: an einsum whose output leaves out an axis sums over that axis. All axes of the
-    input but the last must be in the output; write it with `...` on both sides of the arrow."""
+    """The rows are summed: an einsum sums over every axis that is missing in its output. All axes of the
+    input except the last must be in the output; use `...` on both sides of the arrow."""
     return tF.linear(x.sum(-2, keepdim=True).expand_as(x) if x.ndim > 1 else x, weight, bias)
 
 
 @step.mistake("functional.linear", source="public solutions of CS336")
 def computed_in_float16(x, weight, bias=None):
-    """The product is computed in float16 and converted back. Three digits are left, and numbers past 65,504
-    become infinite. Compute in the dtype that you were given."""
+    """The product is computed in float16 and converted back, which keeps three digits and overflows above
+    65,504. Compute in the dtype of the input."""
     y = (x.half() @ weight.half().T).to(x.dtype)
     return y if bias is None else y + bias
 
 
 @step.mistake("functional.linear", source="public solutions of CS336")
 def computed_in_bfloat16(x, weight, bias=None):
-    """The product is computed in bfloat16 and converted back, which leaves two to three digits. Compute in
-    the dtype that you were given; autocast is there for who wants speed."""
+    """The product is computed in bfloat16 and converted back, which keeps two to three digits. Compute in the
+    dtype of the input; lower precision is up to autocast."""
     y = (x.bfloat16() @ weight.bfloat16().T).to(x.dtype)
     return y if bias is None else y + bias
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
 def result_always_float32(x, weight, bias=None):
-    """The result is float32 whatever came in. A model in half precision then fails at the next layer, or
-    quietly runs at twice the size. Leave the dtype as it is."""
+    """The result is float32 whatever the dtype of the input. A half-precision model then fails at the next
+    layer, or uses twice the memory. Keep the dtype of the input."""
     y = x.float() @ weight.float().T
     return y if bias is None else y + bias
 
 
 @step.mistake("functional.linear", source="public solutions of CS336; passes its suite")
 def weight_detached(x, weight, bias=None):
-    """The output is right, but no gradient reaches the weight: .data, .detach() or a copy cut it off. The
-    layer never learns, and nothing fails. Use the parameter itself in the product."""
+    """The output is correct, but no gradient reaches the weight, because .data, .detach() or a copy broke the
+    graph. The layer never learns, without an error. Use the parameter itself in the product."""
     return tF.linear(x, weight.detach(), bias)
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
 def input_detached(x, weight, bias=None):
-    """The output is right, but no gradient passes through to the input, so all layers before this one never
-    learn. Look for .data, .detach(), or a new tensor made from x."""
+    """The output is correct, but no gradient reaches the input, so earlier layers never learn. Look for
+    .data, .detach(), or a new tensor made from x."""
     return tF.linear(x.detach(), weight, bias)
 
 
@@ -192,8 +192,8 @@ def weight_is_no_parameter(layer):
 
 def weight_does_not_learn(layer):
     class WeightDoesNotLearn(layer):
-        """The weight is a buffer, or a parameter with requires_grad=False. It is saved and moved, but never
-        gets a gradient, so it stays random. Make it an nn.Parameter as it comes."""
+        """The weight is a buffer, or a parameter with requires_grad=False. It is saved and moved to devices,
+        but gets no gradient, so it stays random. Make it an nn.Parameter with default options."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -208,8 +208,8 @@ for made in (weight_is_no_parameter, weight_does_not_learn):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class BiasByDefault(layers.Linear):
-    """The layer has a bias by default. The projections of a Llama have none, and pretrained checkpoints do
-    not load. A bias must be off unless bias=True."""
+    """The layer has a bias by default. Llama's projections have none, and pretrained checkpoints do not load.
+    A bias must be off unless bias=True."""
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, True, device, dtype)
@@ -217,8 +217,8 @@ class BiasByDefault(layers.Linear):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsWithStdOne(layers.Linear):
-    """The weights start with standard deviation 1. Each layer then makes its input about sqrt(d_in) times
-    larger, and the first loss is huge. The deviation must be sqrt(2 / (d_in + d_out))."""
+    """The weights are initialized with std 1. Each layer then scales its input up by about sqrt(d_in), and
+    the first loss is huge. The std must be sqrt(2 / (d_in + d_out))."""
 
     std = staticmethod(lambda d_in, d_out: 1.0)
 
@@ -229,40 +229,40 @@ class StartsWithStdOne(layers.Linear):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsWithTheVariance(StartsWithStdOne):
-    """2 / (d_in + d_out) is the variance, but was passed as the standard deviation. All signals start far too
-    small and training creeps; take its square root."""
+    """The variance 2 / (d_in + d_out) is passed as the standard deviation. Activations start far too small,
+    and training is slow. Take the square root."""
 
     std = staticmethod(lambda d_in, d_out: 2 / (d_in + d_out))
 
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsWithInputsOnly(StartsWithStdOne):
-    """The weights start with deviation 1 / sqrt(d_in), which looks at the inputs alone. Here the gradient
-    that flows back counts as well: sqrt(2 / (d_in + d_out))."""
+    """The weights are initialized with std 1 / sqrt(d_in), which considers the forward pass only. Here the
+    backward pass counts as well: sqrt(2 / (d_in + d_out))."""
 
     std = staticmethod(lambda d_in, d_out: d_in**-0.5)
 
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsAsForRelu(StartsWithStdOne):
-    """The weights start with deviation sqrt(2 / d_in), which is made for layers followed by a ReLU. Here it
-    must be sqrt(2 / (d_in + d_out)); look at the denominator."""
+    """The weights are initialized with std sqrt(2 / d_in), which is meant for layers followed by a ReLU. Here
+    it must be sqrt(2 / (d_in + d_out)); check the denominator."""
 
     std = staticmethod(lambda d_in, d_out: math.sqrt(2 / d_in))
 
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsWithAFixedStd(StartsWithStdOne):
-    """The weights start with deviation 0.02 whatever the size, as GPT-2 has it for its own widths. Narrow
-    layers then start far too small. The deviation must be sqrt(2 / (d_in + d_out))."""
+    """The weights are initialized with std 0.02 whatever the size, as in GPT-2, whose layers are wide. Narrow
+    layers then start far too small. The std must be sqrt(2 / (d_in + d_out))."""
 
     std = staticmethod(lambda d_in, d_out: 0.02)
 
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsAtZero(StartsWithStdOne):
-    """The weights start at zero: the output is zero, no gradient goes back through it, and all features of a
-    layer stay alike. Draw them at random."""
+    """The weights are initialized to zero: the output is zero, no gradient reaches earlier layers, and all
+    features of the layer stay identical. Draw them at random."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -271,8 +271,8 @@ class StartsAtZero(StartsWithStdOne):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class StartsUniform(layers.Linear):
-    """The weights are drawn evenly from -1/sqrt(d_in) to 1/sqrt(d_in), the default of nn.Linear. It must be a
-    normal distribution, cut off at three standard deviations: nn.init.trunc_normal_."""
+    """The weights are initialized uniformly between -1/sqrt(d_in) and 1/sqrt(d_in), the default of nn.Linear.
+    They must be normal, truncated at three standard deviations: nn.init.trunc_normal_."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -281,8 +281,8 @@ class StartsUniform(layers.Linear):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class NoCutOff(layers.Linear):
-    """The normal distribution of the first weights is not cut off at three standard deviations. Mind that the
-    a and b of trunc_normal_ are plain numbers: a=-3 with a small std cuts nothing; it must be -3 * std."""
+    """The initial normal distribution is not truncated at three standard deviations. The arguments a and b of
+    trunc_normal_ are absolute: a=-3 with a small std truncates nothing; use -3 * std."""
 
     def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -291,8 +291,8 @@ class NoCutOff(layers.Linear):
 
 @step.mistake("layers.Linear", source="written for this catalogue")
 class CutOffAtTwo(layers.Linear):
-    """The normal distribution of the first weights is cut off at two standard deviations instead of three, so
-    they are spread less than they should be. Look at a and b of trunc_normal_."""
+    """The initial normal distribution is truncated at two standard deviations instead of three, which makes
+    the std too small. Check a and b of trunc_normal_."""
 
     def __init__(self, in_features, out_features, bias=False, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)

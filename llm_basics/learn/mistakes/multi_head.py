@@ -1,4 +1,4 @@
-"""Multi-head self-attention: split into heads, let each look back through the text, merge and project."""
+"""Multi-head self-attention: split into heads, attend causally in each, merge and project."""
 
 import math
 
@@ -49,11 +49,11 @@ def weights(d_model=D_MODEL, d_kv=None):
 def who_sees_whom(expected, actual):
     """The first place in which two tables of [who sees, what is seen] differ, as a sentence."""
     if actual.shape != expected.shape:
-        return f"expected results for {len(expected)} positions, got them for {len(actual)}"
+        return f"expected results for {len(expected)} positions, got {len(actual)}"
     who, whom = (expected != actual).nonzero()[0].tolist()
     if expected[who, whom]:
         return f"position {who} does not see {'itself' if who == whom else f'position {whom}'}"
-    return f"position {who} still sees position {whom}, which lies in its future"
+    return f"position {who} sees position {whom}, which is in its future"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,8 +229,9 @@ class InParts(layers.MultiHeadSelfAttention):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class NoCausalMask(InParts):
-    """Every position sees the whole text, what it shall predict included. The loss falls to nearly 0 while
-    samples are nonsense, as no future is there to be copied; hide all later keys with a lower triangle."""
+    """Every position sees the whole sequence, including the token that it must predict. The loss falls to
+    nearly 0, while samples are nonsense, since in generation there is no future to copy. Mask later keys with
+    a lower triangle."""
 
     def mask(self, queries, keys, start):
         return torch.ones(queries, keys, dtype=torch.bool)
@@ -238,9 +239,9 @@ class NoCausalMask(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class MaskOneTooFar(InParts):
-    """Each position also sees the next one, which is the very token that it shall predict: the loss falls
-    to nearly 0, samples are nonsense. The triangle of True must end on the diagonal: tril(0), or triu(1)
-    hidden."""
+    """Each position also sees the next one, the very token that it must predict: the loss falls to nearly 0,
+    and samples are nonsense. The visible triangle ends on the diagonal: tril(0), or triu(1) for what is
+    masked."""
 
     def mask(self, queries, keys, start):
         return torch.ones(queries, keys, dtype=torch.bool).tril(start + 1)
@@ -248,8 +249,8 @@ class MaskOneTooFar(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class MaskOneTooShort(InParts):
-    """A position does not see itself, and the first one sees nothing at all: its softmax over nothing but
-    -inf is 0/0, NaN. Hide what lies above the diagonal, not the diagonal: triu(diagonal=1)."""
+    """A position does not see itself, and the first one sees nothing: the softmax of a row of -inf is 0/0 =
+    NaN. Mask what is above the diagonal, not the diagonal: triu(diagonal=1)."""
 
     def mask(self, queries, keys, start):
         return torch.ones(queries, keys, dtype=torch.bool).tril(start - 1)
@@ -257,8 +258,8 @@ class MaskOneTooShort(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class MaskOneTooShortWithoutNan(MaskOneTooShort):
-    """A position does not see itself, and the first one, which then sees nothing, receives zeros. No error
-    and no NaN shows it; the triangle of what may be seen must include the diagonal."""
+    """A position does not see itself, and the first one, which sees nothing, gets zeros. There is no error
+    and no NaN. The visible triangle must include the diagonal."""
 
     def probabilities(self, scores, mask):
         return super().probabilities(scores, mask).nan_to_num(0.0)
@@ -266,8 +267,8 @@ class MaskOneTooShortWithoutNan(MaskOneTooShort):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class MaskUpsideDown(InParts):
-    """Each position sees itself and its future instead of its past: triu where tril was meant, or True
-    taken for hidden by one side and for visible by the other. Print the mask of a text of 3 tokens."""
+    """Each position sees itself and later positions instead of earlier ones: triu is used instead of tril, or
+    True means masked in one place and visible in another. Print the mask for 3 tokens."""
 
     def mask(self, queries, keys, start):
         return torch.ones(queries, keys, dtype=torch.bool).triu(start)
@@ -275,8 +276,8 @@ class MaskUpsideDown(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class OnlyItselfIsSeen(InParts):
-    """Each position attends to itself alone, so no information moves along the text and the model is no
-    better than counting pairs. The mask must be a full lower triangle, not the diagonal."""
+    """Each position attends to itself only, so no information moves between positions, and the model can only
+    learn bigrams. The mask must be a full lower triangle, not the diagonal."""
 
     def mask(self, queries, keys, start):
         return torch.eye(queries, keys, dtype=torch.bool)
@@ -284,8 +285,8 @@ class OnlyItselfIsSeen(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class OnlyOnePositionBack(InParts):
-    """Each position sees itself and the one before, nothing further back: a band where a triangle was
-    meant. Text stays plausible over short distances only; leave out the second limit of the mask."""
+    """Each position sees itself and the previous one only: the mask is a band instead of a triangle. Text is
+    plausible over short distances only; remove the second bound of the mask."""
 
     def mask(self, queries, keys, start):
         return torch.ones(queries, keys, dtype=torch.bool).tril(start).triu(start - 1)
@@ -293,8 +294,8 @@ class OnlyOnePositionBack(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class MaskedAfterTheSoftmax(InParts):
-    """The future is zeroed after the softmax, so it still counts in the denominator: rows do not sum to 1
-    and the future leaks through. Put -inf into the scores before the softmax."""
+    """Later positions are zeroed after the softmax, so they still count in the denominator: rows do not sum
+    to 1, and the future leaks through it. Fill the scores with -inf before the softmax."""
 
     def probabilities(self, scores, mask):
         return tF.softmax(scores, dim=-1) * mask
@@ -302,8 +303,8 @@ class MaskedAfterTheSoftmax(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class MaskedWithZero(InParts):
-    """The scores of the future are set to 0, which is an ordinary score, e^0 = 1 in the softmax. The future
-    is still seen; set them to -inf."""
+    """The scores of later positions are set to 0, which is an ordinary score with e^0 = 1 in the softmax, so
+    the future is still visible. Set them to -inf."""
 
     def probabilities(self, scores, mask):
         return tF.softmax(scores.masked_fill(~mask, 0.0), dim=-1)
@@ -314,9 +315,9 @@ class MaskedWithZero(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class HeadsSplitByView(InParts):
-    """The projections are viewed as (heads, seq, d_head) at once, which cuts the text into pieces instead
-    of the features. The shape is right, the content is not; view as (seq, heads, d_head), then transpose
-    the two."""
+    """The projections are viewed directly as (heads, seq, d_head), which splits the sequence instead of the
+    features. The shape is right, the content is not. View as (seq, heads, d_head), then transpose heads and
+    seq."""
 
     def split(self, x):
         return x.reshape(*x.shape[:-2], x.shape[-1] // self.d_head, x.shape[-2], self.d_head)
@@ -324,7 +325,7 @@ class HeadsSplitByView(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class HeadsMergedWithoutTranspose(InParts):
-    """The heads' results are reshaped from (heads, seq, d_head) right to (seq, d_model), which mixes
+    """The outputs of the heads are reshaped from (heads, seq, d_head) directly to (seq, d_model), which mixes
     positions. Transpose heads and seq back before the reshape."""
 
     def merge(self, mixed):
@@ -333,9 +334,9 @@ class HeadsMergedWithoutTranspose(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class HeadsSplitAndMergedByView(HeadsSplitByView):
-    """Heads are split and merged by a view without any transpose. Nothing fails, yet each head attends
-    within its own piece of the text; the axis of the heads must be moved before that of the positions, and
-    back."""
+    """Heads are split and merged by a view without a transpose. There is no error, but each head attends
+    within its own part of the sequence. Transpose heads and seq after the split, and back before the
+    merge."""
 
     def merge(self, mixed):
         return mixed.reshape(*mixed.shape[:-3], mixed.shape[-2], -1)
@@ -343,8 +344,8 @@ class HeadsSplitAndMergedByView(HeadsSplitByView):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class HeadsAttendToEachOther(InParts):
-    """The axis of the heads was not moved before that of the positions, so the heads of one token attend to
-    each other and tokens never do. The last two axes of q, k and v must be (positions, d_head)."""
+    """The heads axis was not moved before the sequence axis, so the heads of one token attend to each other,
+    and tokens never do. The last two axes of q, k and v must be (seq, d_head)."""
 
     def attend(self, q, k, v, mask):
         q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
@@ -353,8 +354,8 @@ class HeadsAttendToEachOther(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class HeadsInterleaved(InParts):
-    """A head takes every n_heads-th feature instead of a run of d_head neighbors. A model can learn that way,
-    but pretrained weights do not fit; the feature axis is (heads, d_head), heads first."""
+    """A head takes every n_heads-th feature instead of d_head adjacent ones. A model can learn this way, but
+    pretrained weights do not fit. The feature axis is (heads d_head), heads first."""
 
     def split(self, x):
         return rearrange(x, "... seq (d heads) -> ... heads seq d", d=self.d_head)
@@ -365,8 +366,8 @@ class HeadsInterleaved(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class OneLargeHead(InParts):
-    """All features form one head, so there is one set of attention weights where n_heads are required. Check
-    that the scores have shape (batch, heads, queries, keys)."""
+    """All features form a single head, so there is one attention distribution instead of n_heads. Check that
+    the scores have shape (batch, heads, queries, keys)."""
 
     def attend(self, q, k, v, mask):
         scores = self.merge(q) @ self.merge(k).mT / math.sqrt(self.d_head * self.n_heads)
@@ -375,8 +376,8 @@ class OneLargeHead(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class SoftmaxOverTheHeads(InParts):
-    """The softmax runs over the axis of the heads, so that heads compete for each key instead of keys for
-    each query. The weights of one query must sum to 1 over the keys: dim=-1."""
+    """The softmax is taken over the heads axis, so heads compete with each other instead of keys. The weights
+    of one query must sum to 1 over the keys: dim=-1."""
 
     def probabilities(self, scores, mask):
         return tF.softmax(scores, dim=-3).masked_fill(~mask, 0.0)
@@ -384,8 +385,8 @@ class SoftmaxOverTheHeads(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class OnlyOneBatchAxis(InParts):
-    """`batch, seq, d_model = x.shape` fails on inputs with more axes or with none before the sequence. Take
-    the last two and keep the rest as they are: x.shape[:-2], or ... in einops."""
+    """`batch, seq, d_model = x.shape` fails for inputs with more leading axes, or with none. Use the last two
+    axes and keep all others: x.shape[:-2], or ... in einops."""
 
     def forward(self, x, token_positions=None, cache=None):
         _batch, _seq, _d_model = x.shape
@@ -397,8 +398,8 @@ class OnlyOneBatchAxis(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class ScaleOfTheModel(InParts):
-    """The scores are divided by sqrt(d_model) instead of sqrt(d_head): too flat by sqrt(n_heads), so
-    attention stays blurred. Take the size of one head."""
+    """The scores are divided by sqrt(d_model) instead of sqrt(d_head): too small by a factor of
+    sqrt(n_heads), so attention is too flat. Use the width of one head."""
 
     def scores(self, q, k):
         return q @ k.mT / math.sqrt(self.n_heads * self.d_head)
@@ -406,8 +407,8 @@ class ScaleOfTheModel(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class NoScale(InParts):
-    """The scores are not divided by sqrt(d_head). They grow with the size of the heads, the softmax
-    saturates and little gradient passes; it still learns, so no loss curve shows it."""
+    """The scores are not divided by sqrt(d_head). They grow with the width of the head, the softmax
+    saturates, and gradients are small. The model still learns, so no loss curve shows it."""
 
     def scores(self, q, k):
         return q @ k.mT
@@ -415,8 +416,8 @@ class NoScale(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ScaledTwice(InParts):
-    """Queries are divided by sqrt(d_head) before they are given to an attention that divides by it as well.
-    Attention becomes too flat; leave the scale to one of the two."""
+    """Queries are divided by sqrt(d_head) before an attention function that divides by it as well, so
+    attention is too flat. Scale in one of the two places only."""
 
     def scores(self, q, k):
         return (q / math.sqrt(self.d_head)) @ k.mT / math.sqrt(self.d_head)
@@ -424,8 +425,8 @@ class ScaledTwice(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ScaleByTheNumberOfHeads(InParts):
-    """The scores are divided by sqrt(n_heads), as n_heads was taken from the axis where d_head was meant.
-    Look at the order of axes of q where you read its size."""
+    """The scores are divided by sqrt(n_heads): the size was read from the heads axis instead of d_head. Check
+    the order of the axes of q where its size is read."""
 
     def scores(self, q, k):
         return q @ k.mT / math.sqrt(self.n_heads)
@@ -436,8 +437,8 @@ class ScaleByTheNumberOfHeads(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class NoOutputProjection(InParts):
-    """The merged heads are returned without the output projection, so what heads have found cannot be mixed
-    and its weights never learn. Apply output_proj at the end."""
+    """The merged heads are returned without the output projection, so the results of the heads are not mixed,
+    and output_proj never learns. Apply it at the end."""
 
     def finish(self, mixed, x):
         return self.merge(mixed)
@@ -445,8 +446,8 @@ class NoOutputProjection(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class OutputProjectionUntransposed(InParts):
-    """The output weight is used as `x @ W` where `x @ W.T` was meant; it is square, so nothing fails.
-    Weights are stored as (d_out, d_in)."""
+    """The output weight is used as `x @ W` instead of `x @ W.T`; it is square, so there is no error. Weights
+    are stored as (d_out, d_in)."""
 
     def finish(self, mixed, x):
         return tF.linear(self.merge(mixed), self.output_proj.weight.mT, self.output_proj.bias)
@@ -454,8 +455,9 @@ class OutputProjectionUntransposed(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class KeysAndValuesExchanged(InParts):
-    """Keys come from the value projection and values from the key projection. A new model learns all the
-    same, but pretrained weights do not fit; compare the order of arguments with that of the parameters."""
+    """Keys come from the value projection and values from the key projection. A new model learns just as
+    well, but pretrained weights do not fit. Compare the order of the arguments with that of the
+    parameters."""
 
     def project(self, x):
         q, k, v = super().project(x)
@@ -464,8 +466,9 @@ class KeysAndValuesExchanged(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class QueriesAndKeysExchanged(InParts):
-    """Queries come from the key projection and keys from the query projection. A new model learns all the
-    same, but pretrained weights do not fit, and grouped heads fail; look at where q and k are unpacked."""
+    """Queries come from the key projection and keys from the query projection. A new model learns just as
+    well, but pretrained weights do not fit, and grouped-query attention fails. Check where q and k are
+    unpacked."""
 
     def project(self, x):
         return self.split(self.k_proj(x)), self.split(self.q_proj(x)), self.split(self.v_proj(x))
@@ -473,8 +476,8 @@ class QueriesAndKeysExchanged(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class KeysFromTheQueryProjection(InParts):
-    """The keys are projected with the query's weights, a line that was copied and not changed. The key's
-    weights are never used and never learn."""
+    """The keys are computed with the query projection, perhaps a copied line. k_proj is never used and never
+    learns."""
 
     def project(self, x):
         return self.split(self.q_proj(x)), self.split(self.q_proj(x)), self.split(self.v_proj(x))
@@ -482,8 +485,8 @@ class KeysFromTheQueryProjection(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ValuesFromTheKeyProjection(InParts):
-    """The values are projected with the key's weights, a line that was copied and not changed. The value's
-    weights are never used and never learn."""
+    """The values are computed with the key projection, perhaps a copied line. v_proj is never used and never
+    learns."""
 
     def project(self, x):
         return self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.k_proj(x))
@@ -491,8 +494,8 @@ class ValuesFromTheKeyProjection(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ValuesAreTheInput(InParts):
-    """The input itself is mixed, not its value projection, whose weights then never learn. Attention needs
-    three projections of x: one each for queries, keys and values."""
+    """The input itself is used as values instead of its value projection, so v_proj never learns. Attention
+    needs three projections of x: queries, keys and values."""
 
     def project(self, x):
         values = x[..., : self.n_kv_heads * self.d_head]
@@ -501,8 +504,8 @@ class ValuesAreTheInput(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ResidualInside(InParts):
-    """The input is added to the result inside of attention. The block adds it as well, so that it counts
-    twice; leave the residual to the block."""
+    """The input is added to the result inside attention. The block adds it as well, so it counts twice; leave
+    the residual connection to the block."""
 
     def finish(self, mixed, x):
         return x + super().finish(mixed, x)
@@ -513,8 +516,8 @@ class ResidualInside(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336; passes its suite")
 class ProbabilitiesDetached(InParts):
-    """The output is right, but no gradient passes through the attention weights, so q_proj and k_proj never
-    learn where to look. The loss still falls; look for detach, .data, no_grad or a numpy copy."""
+    """The output is correct, but no gradient passes through the attention weights, so q_proj and k_proj never
+    learn, while the loss still falls. Look for detach, .data, no_grad or a numpy copy."""
 
     def probabilities(self, scores, mask):
         return super().probabilities(scores, mask).detach()
@@ -522,8 +525,8 @@ class ProbabilitiesDetached(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class KeysAndValuesDetached(InParts):
-    """Keys and values are detached, as for a cache, in training too: the output is right, but k_proj and
-    v_proj never learn. Detach only what a cache keeps while generating."""
+    """Keys and values are detached, as for a cache, in training too: the output is correct, but k_proj and
+    v_proj never learn. Detach only in generation."""
 
     def project(self, x):
         q, k, v = super().project(x)
@@ -535,8 +538,8 @@ class KeysAndValuesDetached(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class RopeForgotten(InParts):
-    """RoPE is passed but never applied. Attention then knows no order beyond what the mask gives away; rotate
-    queries and keys before their dot products."""
+    """RoPE is passed but never applied, so attention has no positions except those implied by the mask.
+    Rotate queries and keys before their dot product."""
 
     def rotate(self, q, k, v, positions):
         return q, k, v
@@ -544,8 +547,8 @@ class RopeForgotten(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeOnValuesToo(InParts):
-    """Values are rotated as well as queries and keys. Only dot products cancel a rotation; values are passed
-    on with theirs, which no layer takes back."""
+    """Values are rotated as well as queries and keys. A rotation cancels only in the dot product of two
+    rotated vectors; rotated values stay rotated."""
 
     def rotate(self, q, k, v, positions):
         return self.rope(q, positions), self.rope(k, positions), self.rope(v, positions)
@@ -553,8 +556,8 @@ class RopeOnValuesToo(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeOnQueriesOnly(InParts):
-    """Queries are rotated, keys are not. The scores then depend on where a query stands, not on how far it is
-    from the key; rotate both by their positions."""
+    """Queries are rotated, keys are not, so the scores depend on the absolute position of the query instead
+    of the distance. Rotate both by their positions."""
 
     def rotate(self, q, k, v, positions):
         return self.rope(q, positions), k, v
@@ -562,8 +565,8 @@ class RopeOnQueriesOnly(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class RopeBeforeTheSplit(InParts):
-    """RoPE runs over all d_model features at once, so each head receives other frequencies, and the last head
-    hardly rotates. Split into heads first; each head has all frequencies, from 1 down."""
+    """RoPE is applied to all d_model features at once, so each head gets different frequencies, and the last
+    head hardly rotates. Split into heads first; each head uses all frequencies, from 1 radian down."""
 
     def rotate(self, q, k, v, positions):
         positions = positions.squeeze(-2)
@@ -577,8 +580,8 @@ class RopeBeforeTheSplit(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336; passes its suite")
 class GivenPositionsIgnored(InParts):
-    """The positions passed are not used; it is always 0, 1, 2, ... Texts with gaps, padding or a cache are
-    then rotated by wrong angles. Look them up in the tables of cosine and sine."""
+    """token_positions is ignored, and positions are always 0, 1, 2, ... With gaps, padding or a cache the
+    angles are wrong. Index the tables of cosine and sine with the given positions."""
 
     def positions(self, x, given, start):
         return super().positions(x, None, start)
@@ -586,8 +589,8 @@ class GivenPositionsIgnored(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class PositionsFromOne(InParts):
-    """Positions count from 1. RoPE sees only distances, so nothing shows until a text fills the context:
-    its last position is not in the tables. Count from 0."""
+    """Positions count from 1. RoPE depends on distances only, so nothing shows until a sequence fills the
+    context, whose last position is then beyond the tables. Count from 0."""
 
     def positions(self, x, given, start):
         return super().positions(x, given, start) + (given is None)
@@ -595,7 +598,7 @@ class PositionsFromOne(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class PositionsOfTheFirstText(InParts):
-    """All texts of the batch are rotated by the positions of the first. Those that start elsewhere come out
+    """All sequences of the batch use the positions of the first one. Those that start elsewhere come out
     wrong; keep the batch axis of token_positions."""
 
     def positions(self, x, given, start):
@@ -604,8 +607,9 @@ class PositionsOfTheFirstText(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class PositionsWithoutHeadAxis(InParts):
-    """Positions of shape (batch, seq) meet queries of shape (batch, heads, seq, d_head): the batch axis is
-    broadcast against the heads. It fails, or is silently wrong if both are alike; unsqueeze at dim -2."""
+    """Positions of shape (batch, seq) are combined with queries of shape (batch, heads, seq, d_head): batch
+    broadcasts against heads. It fails, or is silently wrong if both have the same size. Unsqueeze at dim
+    -2."""
 
     def positions(self, x, given, start):
         return super().positions(x, given, start).squeeze(-2)
@@ -616,8 +620,8 @@ class PositionsWithoutHeadAxis(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class SharedHeadsTiled(InParts):
-    """Key and value heads are repeated as 0 1 0 1 instead of 0 0 1 1, so that queries meet heads of another
-    group. Use repeat_interleave, not repeat, along the heads."""
+    """Key and value heads are repeated as 0 1 0 1 instead of 0 0 1 1, so queries use the heads of another
+    group. Use repeat_interleave instead of repeat along the heads axis."""
 
     def share(self, x):
         return repeat(x, "... heads seq d -> ... (group heads) seq d", group=self.n_heads // x.shape[-3])
@@ -625,8 +629,8 @@ class SharedHeadsTiled(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class FirstSharedHeadForAll(InParts):
-    """All query heads use the first key and value head; the others are computed and never seen. Repeat each
-    head for its own group of queries."""
+    """All query heads use the first key and value head; the others are computed and not used. Repeat each
+    head for its group of query heads."""
 
     def share(self, x):
         return super().share(x) if x.shape[-3] == self.n_heads else super().share(x[..., :1, :, :])
@@ -634,8 +638,8 @@ class FirstSharedHeadForAll(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class ValuesSharedInAnotherOrder(InParts):
-    """Keys are repeated as 0 0 1 1 and values as 0 1 0 1, so a query mixes values of a head whose keys it
-    never met. Repeat both with the same repeat_interleave."""
+    """Keys are repeated as 0 0 1 1 but values as 0 1 0 1, so a query mixes values of another head than that
+    of its keys. Use the same repeat_interleave for both."""
 
     def attend(self, q, k, v, mask):
         groups = self.n_heads // self.n_kv_heads
@@ -647,8 +651,8 @@ class ValuesSharedInAnotherOrder(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class CachedPositionsRestart(InParts):
-    """The positions of each chunk start at 0 again, although the cache holds earlier tokens. All but the
-    first chunk are rotated by wrong angles; continue from cache.length."""
+    """The positions of each chunk start at 0 again, although the cache holds earlier tokens, so all chunks
+    but the first are rotated by wrong angles. Continue from cache.length."""
 
     def positions(self, x, given, start):
         return super().positions(x, given, 0)
@@ -656,8 +660,8 @@ class CachedPositionsRestart(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class CachedMaskWithoutOffset(InParts):
-    """The mask counts the queries from 0 although they follow the cached tokens, so a new token sees only
-    the first ones of the text. Shift the triangle by the number of cached tokens."""
+    """The mask counts queries from 0, although they follow the cached tokens, so a new token sees only the
+    first tokens of the sequence. Shift the triangle by the number of cached tokens."""
 
     def mask(self, queries, keys, start):
         return super().mask(queries, keys, 0)
@@ -665,8 +669,8 @@ class CachedMaskWithoutOffset(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class NoMaskWithACache(InParts):
-    """With a cache there is no mask at all. That is right for one new token at a time, but in a longer
-    chunk each token sees the later ones; mask inside of the chunk."""
+    """With a cache there is no mask at all. That is right for a single new token, but in a longer chunk each
+    token sees the later ones. Mask within the chunk."""
 
     def mask(self, queries, keys, start):
         return super().mask(queries, keys, start) if not start else super().mask(queries, keys, keys)
@@ -674,8 +678,8 @@ class NoMaskWithACache(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class CachedMaskOneTooShort(InParts):
-    """Behind cached tokens the mask is one too short, so a new token does not see itself. The offset is the
-    number of cached tokens before this chunk was added."""
+    """With cached tokens the mask is one too short, so a new token does not see itself. The offset is the
+    number of cached tokens before this chunk was appended."""
 
     def mask(self, queries, keys, start):
         return super().mask(queries, keys, max(start - 1, 0))
@@ -683,8 +687,8 @@ class CachedMaskOneTooShort(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class CacheIgnored(InParts):
-    """The cache is accepted, but neither filled nor read: each chunk sees itself alone. Append the new keys
-    and values, and attend to all that it returns."""
+    """The cache is accepted but neither filled nor read, so each chunk sees only itself. Append the new keys
+    and values, and attend to all that append returns."""
 
     def forward(self, x, token_positions=None, cache=None):
         return super().forward(x, token_positions)
@@ -692,8 +696,8 @@ class CacheIgnored(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
 class CachedQueriesStartAtZero(InParts):
-    """The keys of a chunk are rotated by their places in the whole text, its queries from 0 again. Distances
-    are wrong after the first chunk; both continue from cache.length."""
+    """The keys of a chunk are rotated by their positions in the whole sequence, but its queries from 0 again,
+    so distances are wrong after the first chunk. Both continue from cache.length."""
 
     def positions(self, x, given, start):
         self.start = start

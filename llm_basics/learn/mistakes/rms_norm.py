@@ -62,85 +62,85 @@ def normalized(x, eps):
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def epsilon_outside_the_root(x, weight, eps=1e-5):
-    """Epsilon is added to the root instead of to the mean square inside it. Rows near zero then come out
-    different from what everybody's weights expect; look at where your sqrt closes its parenthesis."""
+    """eps is added to the root instead of to the mean square inside it. Rows near zero then differ from what
+    pretrained weights expect; check where the sqrt closes its parenthesis."""
     wide = F.to_float32(x)
     return (wide / (wide.square().mean(-1, keepdim=True).sqrt() + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def no_epsilon(x, weight, eps=1e-5):
-    """Epsilon is not used, so a row of zeros is 0/0 = NaN and tiny rows are blown up. Add eps to the mean
+    """eps is not used, so a row of zeros gives 0/0 = NaN, and tiny rows are blown up. Add eps to the mean
     square, inside the root."""
     return (normalized(x, 0.0) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def epsilon_fixed(x, weight, eps=1e-5):
-    """A fixed epsilon of 1e-5 is used, whatever is passed. Models differ in it, 1e-5 or 1e-6; use the
-    argument, and check that the layer keeps it as self.eps."""
+    """eps is fixed at 1e-5, whatever is passed. Models use 1e-5 or 1e-6; use the argument, and check that the
+    layer stores it as self.eps."""
     return (normalized(x, 1e-5) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def larger_of_root_and_epsilon(x, weight, eps=1e-5):
-    """The root is only kept from falling below epsilon, as torch's normalize does it. RMSNorm adds epsilon
-    to the mean square, which shrinks small rows as well."""
+    """eps is used as a lower bound of the root, as in torch's normalize. RMSNorm adds eps to the mean square,
+    which also scales small rows down."""
     wide = F.to_float32(x)
     return (wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def root_forgotten(x, weight, eps=1e-5):
-    """It divides by the mean square, not by its root. Twice as large an input must give the same output,
-    here it gives half of it; take the sqrt, or use rsqrt."""
+    """The divisor is the mean square instead of its root. An input twice as large must give the same output,
+    but gives half of it. Take the sqrt, or use rsqrt."""
     wide = F.to_float32(x)
     return (wide / (wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def sum_instead_of_mean(x, weight, eps=1e-5):
-    """The squares are summed, as in a vector's length, so the output is sqrt(d_model) times too small. The
-    root mean square divides the sum by d_model."""
+    """The squares are summed, as in a vector's norm, so the output is too small by a factor of sqrt(d_model).
+    The mean square divides the sum by d_model."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def absolute_values_instead_of_squares(x, weight, eps=1e-5):
-    """It divides by the mean of absolute values. The root mean square takes squares, then the mean, then
-    the root, in that order."""
+    """The divisor is the mean of absolute values. The root mean square is the root of the mean of the
+    squares."""
     wide = F.to_float32(x)
     return (wide / (wide.abs().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def mean_over_the_sequence_too(x, weight, eps=1e-5):
-    """One mean is taken over all positions of a text, so that each position depends on the later ones.
-    Take the mean over the last axis only, with keepdim."""
+    """One mean is taken over all positions of a sequence, so each position depends on later ones. Take the
+    mean over the last axis only, with keepdim."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def one_mean_for_all(x, weight, eps=1e-5):
-    """The mean has no axis, so one number is made of the whole batch, and texts influence each other. Take
-    it over the last axis: mean(-1, keepdim=True)."""
+    """The mean is taken over all axes, which gives one number for the whole batch, so sequences influence
+    each other. Take it over the last axis: mean(-1, keepdim=True)."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean() + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def mean_over_the_batch(x, weight, eps=1e-5):
-    """The mean is taken over the first axis, which is what batch normalization does. Each vector is
-    normalized by itself: mean(-1, keepdim=True)."""
+    """The mean is taken over the first axis, as in batch normalization. Each vector is normalized separately:
+    mean(-1, keepdim=True)."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.square().mean(0, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def mean_subtracted(x, weight, eps=1e-5):
-    """The mean is subtracted first, which makes it LayerNorm. RMSNorm leaves the mean where it is and only
+    """The mean is subtracted first, which makes it LayerNorm. RMSNorm does not subtract the mean and only
     divides by the root mean square."""
     wide = F.to_float32(x)
     return (normalized(wide - wide.mean(-1, keepdim=True), eps) * weight).to(x.dtype)
@@ -148,59 +148,59 @@ def mean_subtracted(x, weight, eps=1e-5):
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def divided_by_the_standard_deviation(x, weight, eps=1e-5):
-    """It divides by the standard deviation, in which the mean is subtracted. The root mean square is taken
-    of x as it is: use x.square().mean(), not x.var() or x.std()."""
+    """The divisor is the standard deviation, in which the mean is subtracted. The root mean square is that of
+    x itself: use x.square().mean(), not x.var() or x.std()."""
     wide = F.to_float32(x)
     return (wide * torch.rsqrt(wide.var(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def gain_forgotten(x, weight, eps=1e-5):
-    """The result is not multiplied with the learned weight. All weights are 1 in a new layer, so this is only
-    seen after training, or with pretrained weights."""
+    """The result is not multiplied by the learned weight. Weights are 1 at initialization, so this only shows
+    after training, or with pretrained weights."""
     return normalized(x, eps).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def one_added_to_the_gain(x, weight, eps=1e-5):
-    """It multiplies with 1 + weight, as Gemma does, whose weights start at 0. Here they start at 1 and are
-    multiplied as they are."""
+    """The result is multiplied by 1 + weight, as in Gemma, whose weights start at 0. Here they start at 1;
+    multiply by the weight itself."""
     return (normalized(x, eps) * (1 + weight)).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def gain_before_the_mean(x, weight, eps=1e-5):
-    """The gain is multiplied in before the root mean square is taken, which divides most of it out again.
-    Normalize first, then multiply with the weight."""
+    """x is multiplied by the gain before the root mean square is taken, which normalizes most of it away.
+    Normalize first, then multiply by the weight."""
     return normalized(F.to_float32(x) * weight, eps).to(x.dtype)
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336")
 def input_changed_in_place(x, weight, eps=1e-5):
-    """The caller's tensor is changed in place, and with it the residual stream that is added later. Look
-    for *=, /= or a method with a trailing underscore, and make a new tensor instead."""
+    """The caller's tensor is modified in place, and with it the residual stream that is added later. Look for
+    *=, /= or a method with a trailing underscore, and make a new tensor."""
     x *= torch.rsqrt(F.to_float32(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
     return x * weight
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336; passes its suite")
 def no_float32_for_the_squares(x, weight, eps=1e-5):
-    """The squares are taken in the input's own precision. In float16 the square of 256 is already inf, and
-    the whole row becomes 0; convert x to float32 before squaring."""
+    """The squares are computed in the dtype of the input. In float16 the square of 256 overflows to inf, and
+    the whole row becomes 0. Convert x to float32 before squaring."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 @step.mistake("functional.rms_norm", source="public solutions of CS336; passes its suite")
 def result_left_in_float32(x, weight, eps=1e-5):
-    """The mean is rightly taken in float32, but the result stays there. The rest of a half-precision model
-    then runs in float32 or fails; convert back to x.dtype at the end."""
+    """The mean is computed in float32, which is right, but the result stays in it. A half-precision model
+    then continues in float32 or fails. Convert back to x.dtype at the end."""
     return normalized(x, eps) * F.to_float32(weight)
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def root_detached(x, weight, eps=1e-5):
-    """The output is right, but the root mean square is treated as a constant in the gradient. It depends on
-    x; look for .detach(), .item() or torch.no_grad() around it."""
+    """The output is correct, but the root mean square is a constant in the gradient. It depends on x; look
+    for .detach(), .item() or torch.no_grad() around it."""
     wide = F.to_float32(x)
     root = torch.sqrt(wide.square().mean(-1, keepdim=True) + eps).detach()
     return (wide / root * weight).to(x.dtype)
@@ -208,6 +208,6 @@ def root_detached(x, weight, eps=1e-5):
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
 def gain_read_through_data(x, weight, eps=1e-5):
-    """The output is right, but the gain is read as .data or a copy, so that it gets no gradient and stays
-    at 1. Use the parameter itself."""
+    """The output is correct, but the gain is read as .data or a copy, so it gets no gradient and stays at 1.
+    Use the parameter itself."""
     return (normalized(x, eps) * weight.data).to(x.dtype)

@@ -32,13 +32,13 @@ def angle_difference(x):
         index = (*lead, position, pair)
         where = f"at position {position}, features {2 * pair} and {2 * pair + 1}"
         if not math.isclose(before[index].norm(), found[index].norm(), rel_tol=1e-2):
-            return f"{where}: their length changed, so they were not rotated as a pair"
+            return f"{where}: their norm changed, so they were not rotated as a pair"
         start, target, end = (
             math.atan2(pairs[index][1], pairs[index][0]) for pairs in (before, right, found)
         )
         return (
             f"{where} must be rotated by {math.remainder(target - start, math.tau):.3f} radians, "
-            f"but were by {math.remainder(end - start, math.tau):.3f}"
+            f"but are rotated by {math.remainder(end - start, math.tau):.3f}"
         )
 
     return words
@@ -84,13 +84,13 @@ compare(
 
 
 # --------------------------------------------------------------------------------------------------
-# Turning
+# Rotation
 
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
 def halves_rotated_instead_of_pairs(x, cos, sin):
-    """Feature i is paired with feature i + d/2, as in Hugging Face's Llama, whose weights are reordered for
-    that. Here neighbors (2i, 2i+1) are a pair: use x[..., 0::2] and x[..., 1::2]."""
+    """Feature i is paired with feature i + d/2, as in Hugging Face's Llama, whose weights are permuted for
+    it. Here adjacent features (2i, 2i+1) form a pair: use x[..., 0::2] and x[..., 1::2]."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -98,15 +98,15 @@ def halves_rotated_instead_of_pairs(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
 def result_concatenated(x, cos, sin):
-    """The pairs are rotated correctly, but all even features then stand before all odd ones. Put them back
-    alternately: torch.stack(..., dim=-1) and flatten the last two axes."""
+    """The pairs are rotated correctly, but in the result all even features come before all odd ones.
+    Interleave them again: torch.stack(..., dim=-1), then flatten the last two axes."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def halves_read_and_pairs_written(x, cos, sin):
-    """The two features of a pair are read from the two halves of x, but written next to each other. Read
+    """The two features of a pair are read from the two halves of x, but written to adjacent features. Read
     them as they are written: x[..., 0::2] and x[..., 1::2]."""
     (first, second), cos, sin = x.chunk(2, dim=-1), cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
@@ -114,38 +114,38 @@ def halves_read_and_pairs_written(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="public solutions of CS336")
 def rotated_the_other_way(x, cos, sin):
-    """The sign of the angle is wrong. Queries and keys still fit each other, but pretrained weights do not:
-    it is (even cos - odd sin, even sin + odd cos)."""
+    """The sign of the angle is wrong. Queries and keys still match each other, but pretrained weights do not
+    fit. It is (even cos - odd sin, even sin + odd cos)."""
     return rotated(x, cos, -sin)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def sine_and_cosine_exchanged(x, cos, sin):
-    """Sine stands where cosine belongs. Position 0 has the angle 0 and must come out as it is, which is the
-    quickest check; look at the order in which you return and use the two tables."""
+    """Sine and cosine are swapped. A quick check: position 0 has angle 0 and must be unchanged. Check the
+    order in which the two tables are returned and used."""
     return rotated(x, sin, cos)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def two_minus_signs(x, cos, sin):
-    """Both lines of the rotation have a minus, which is no rotation: dot products then do not depend on the
-    distance alone. The second line is even sin + odd cos."""
+    """Both lines of the rotation have a minus, which is not a rotation: dot products then depend on more than
+    the distance. The second line is even sin + odd cos."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([even * cos - odd * sin, even * sin - odd * cos], dim=-1).flatten(-2)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def two_plus_signs(x, cos, sin):
-    """Both lines of the rotation have a plus, which is no rotation: lengths change. The first line is
-    even cos - odd sin."""
+    """Both lines of the rotation have a plus, which is not a rotation: norms change. The first line is even
+    cos - odd sin."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([even * cos + odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def angles_tiled(x, cos, sin):
-    """The angles are laid out as (a, b, c, a, b, c) on features that are paired as neighbors. Both features
-    of a pair need the same angle: (a, a, b, b, c, c), by repeat_interleave."""
+    """The angles are laid out as (a, b, c, a, b, c), but pairs are adjacent features. Both features of a pair
+    need the same angle: (a, a, b, b, c, c), by repeat_interleave."""
     cos, sin = (torch.cat([table, table], dim=-1).to(x.dtype) for table in (cos, sin))
     quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
     return x * cos + quarter_turn * sin
@@ -153,8 +153,8 @@ def angles_tiled(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def odd_feature_from_the_rotated_even_one(x, cos, sin):
-    """The even feature is overwritten before the odd one is made from it. Both lines need the features as
-    they were before the rotation."""
+    """The even feature is overwritten before the odd one is computed from it. Both lines need the features
+    from before the rotation."""
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     even = even * cos - odd * sin
     return torch.stack([even, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -172,15 +172,15 @@ def input_changed_in_place(x, cos, sin):
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def result_left_in_float32(x, cos, sin):
-    """The tables are float32, so half-precision queries come out as float32, and attention with values in
-    half precision fails. Convert to x.dtype."""
+    """The tables are float32, so half-precision queries become float32, and attention with half-precision
+    values fails. Convert to x.dtype."""
     return rotated(x.float(), cos, sin)
 
 
 @step.mistake("functional.apply_rope", source="written for this catalogue")
 def rotated_along_the_heads(x, cos, sin):
-    """The position is taken from the axis before the sequence, which is that of the heads or the batch. The
-    sequence is the second to last axis: split the heads and transpose first."""
+    """Positions are counted along the axis before the sequence, which is heads or batch. The sequence is the
+    second to last axis: split into heads and transpose first."""
     return rotated(x, cos[..., : x.shape[-3], :].unsqueeze(-2), sin[..., : x.shape[-3], :].unsqueeze(-2))
 
 
@@ -200,15 +200,15 @@ def tables(positions, speeds, device):
 
 @step.mistake("functional.rope_tables", source="public solutions of CS336; passes its suite")
 def theta_fixed_at_10000(d_head, context_length, theta=10000.0, device=None):
-    """The angles are made with 10,000, whatever theta is. Llama 3 has 500,000; use the argument, and check
-    that each layer passes it on."""
+    """theta is fixed at 10,000, whatever is passed. Llama 3 uses 500,000; use the argument, and check that
+    each layer passes it on."""
     return tables(torch.arange(context_length), 10000.0 ** -(torch.arange(0, d_head, 2) / d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="public solutions of CS336")
 def positions_from_1(d_head, context_length, theta=10000.0, device=None):
-    """The first token has position 1. Its angle must be 0, so that it is not rotated at all: count from 0
-    with torch.arange(n)."""
+    """The first token has position 1. Its position must be 0, where the angle is 0 and nothing is rotated:
+    count with torch.arange(n)."""
     positions = torch.arange(1, context_length + 1)
     return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
 
@@ -230,39 +230,39 @@ def exponent_twice_as_large(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def no_minus_in_the_exponent(d_head, context_length, theta=10000.0, device=None):
-    """The pairs rotate faster and faster instead of slower and slower. Each position is multiplied with
-    theta^(-2i / d), or divided by theta^(2i / d)."""
+    """Frequencies grow with the pair instead of falling. The angle is the position times theta^(-2i / d), or
+    divided by theta^(2i / d)."""
     speeds = theta ** (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
     return tables(torch.arange(context_length).double(), speeds, device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def all_pairs_equally_fast(d_head, context_length, theta=10000.0, device=None):
-    """All pairs rotate by the same angle, as if every exponent were 0. It comes from a whole-number division
-    (//) or from an i that never changes; pair i rotates per position by theta^(-2i / d)."""
+    """All pairs rotate by the same angle, as if every exponent were 0, perhaps because of an integer division
+    (//) or an i that never changes. Pair i rotates by theta^(-2i / d) per position."""
     return tables(torch.arange(context_length), theta ** -(torch.arange(0.0, d_head, 2) // d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def speeds_reversed(d_head, context_length, theta=10000.0, device=None):
-    """The last pair rotates fastest and the first slowest. Pair 0 rotates by one radian a position, since
-    theta^0 is 1."""
+    """The last pair has the highest frequency and the first the lowest. Pair 0 rotates by one radian per
+    position, since theta^0 is 1."""
     speeds = theta ** -(torch.arange(0, d_head, 2) / d_head)
     return tables(torch.arange(context_length), speeds.flip(0), device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def whole_turns_instead_of_radians(d_head, context_length, theta=10000.0, device=None):
-    """The angles are multiplied with 2 pi, as for a frequency in revolutions. RoPE's angles are radians
-    already: position * theta^(-2i / d)."""
+    """The angles are multiplied by 2 pi, as for a frequency in revolutions. RoPE's angles are already in
+    radians: position * theta^(-2i / d)."""
     speeds = math.tau * theta ** -(torch.arange(0, d_head, 2) / d_head)
     return tables(torch.arange(context_length), speeds, device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")
 def positions_in_bfloat16(d_head, context_length, theta=10000.0, device=None):
-    """The positions are counted in bfloat16, which has no whole numbers between 256 and 258: far tokens
-    share a position. Make the angles in float32 or float64, in a half-precision model too."""
+    """The positions are bfloat16, which cannot represent 257: distant tokens share a position. Compute the
+    angles in float32 or float64, in a half-precision model too."""
     positions = torch.arange(context_length).bfloat16().float()
     return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
 
@@ -273,8 +273,8 @@ def positions_in_bfloat16(d_head, context_length, theta=10000.0, device=None):
 
 @step.mistake("layers.RotaryEmbedding", source="public solutions of CS336; passes its suite")
 class PositionsIgnored(layers.RotaryEmbedding):
-    """The positions passed are not used, always 0 to n - 1. Text that continues a cache is then rotated by
-    wrong angles; pick the rows of the tables by token_positions."""
+    """token_positions is ignored, and positions are always 0 to n - 1. Tokens that follow a cache are then
+    rotated by wrong angles; select the rows of the tables by token_positions."""
 
     def forward(self, x, token_positions):
         return F.apply_rope(x, self.cos[: x.shape[-2]], self.sin[: x.shape[-2]])
@@ -282,8 +282,8 @@ class PositionsIgnored(layers.RotaryEmbedding):
 
 @step.mistake("layers.RotaryEmbedding", source="written for this catalogue")
 class PositionsCountedFromTheFirst(layers.RotaryEmbedding):
-    """The rows of the tables are taken as a range from the first position on. Positions may have gaps and
-    any order; pick a row for each one: cos[token_positions]."""
+    """The rows of the tables are a range that starts at the first position. Positions may have gaps and any
+    order; select a row for each: cos[token_positions]."""
 
     def forward(self, x, token_positions):
         positions = token_positions[..., :1] + torch.arange(x.shape[-2])
@@ -292,8 +292,8 @@ class PositionsCountedFromTheFirst(layers.RotaryEmbedding):
 
 @step.mistake("layers.RotaryEmbedding", source="written for this catalogue")
 class PositionsOfTheFirstText(layers.RotaryEmbedding):
-    """All texts of a batch are rotated by the positions of the first one. Positions can have a batch axis, as
-    when texts are packed or padded; index the tables with all of them."""
+    """All sequences of a batch use the positions of the first one. Positions can have a batch axis, as for
+    packed or padded sequences; index the tables with all of them."""
 
     def forward(self, x, token_positions):
         return super().forward(x, token_positions.reshape(-1, x.shape[-2])[0])

@@ -344,32 +344,32 @@ PROBABILITIES = "generate.next_token_probabilities"
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def temperature_after_the_softmax(logits, temperature=1.0, top_k=None, top_p=None):
-    """The probabilities, not the logits, are divided by the temperature, and once they sum to 1 again
-    it has done nothing. Divide the logits, then take the softmax."""
+    """The probabilities instead of the logits are divided by the temperature, which cancels when they are
+    renormalized. Divide the logits, then apply the softmax."""
     check_settings(temperature, top_k, top_p)
     return right(logits, 1.0 if temperature > 0 else 0.0, top_k, top_p)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def softmax_of_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """The softmax is taken twice: the temperature divides probabilities, which then go through softmax
-    again. All tokens come out almost equally likely; the second softmax must go."""
+    """Softmax is applied twice: the temperature divides probabilities, which then go through softmax again.
+    All tokens become almost equally likely; remove the second softmax."""
     check_settings(temperature, top_k, top_p)
     return right(F.softmax(logits.float()), temperature, top_k, top_p)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def temperature_multiplied(logits, temperature=1.0, top_k=None, top_p=None):
-    """The logits are multiplied by the temperature. A low one then makes the text wilder and a high one
-    tamer; divide."""
+    """The logits are multiplied by the temperature, so a low one makes the text more random and a high one
+    less. Divide by it."""
     check_settings(temperature, top_k, top_p)
     return right(logits, 1 / temperature if temperature > 0 else 0.0, top_k, top_p)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def division_by_a_temperature_of_zero(logits, temperature=1.0, top_k=None, top_p=None):
-    """At temperature 0 the logits are divided by 0, which gives nan. In the limit only the likeliest
-    token is left; treat 0 as a case of its own."""
+    """At temperature 0 the logits are divided by 0, which gives NaN. In the limit all probability goes to the
+    most likely token; handle 0 separately."""
     check_settings(temperature, top_k, top_p)
     if temperature == 0:
         return F.softmax(logits.float() / temperature)
@@ -378,15 +378,15 @@ def division_by_a_temperature_of_zero(logits, temperature=1.0, top_k=None, top_p
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def temperature_of_zero_taken_for_one(logits, temperature=1.0, top_k=None, top_p=None):
-    """`temperature or 1.0` makes 1 of a temperature of 0, so that what should be the likeliest token
-    alone is drawn at random. Compare with None, or with 0."""
+    """`temperature or 1.0` turns a temperature of 0 into 1, so tokens are sampled instead of decoded
+    greedily. Compare with None, or with 0."""
     return right(logits, temperature or 1.0, top_k, top_p)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def exponential_overflows(logits, temperature=1.0, top_k=None, top_p=None):
-    """The exponentials are taken without subtracting the maximum. Large logits or a low temperature
-    give inf, and inf/inf is nan; subtract the maximum of the row first."""
+    """exp is computed without subtracting the maximum. Large logits or a low temperature give inf, and
+    inf/inf is NaN. Subtract the maximum of the row first."""
     if temperature == 0:
         return right(logits, temperature, top_k, top_p)
     exponentials = (logits.float() / temperature).exp()
@@ -399,8 +399,8 @@ def exponential_overflows(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_k_keeps_ties(logits, temperature=1.0, top_k=None, top_p=None):
-    """All tokens are kept that are as likely as the k-th, so ties make more than k of them. Choose by
-    the indices that topk gives, not by comparing with a threshold."""
+    """All tokens as likely as the k-th are kept, so with ties more than k remain. Select by the indices that
+    topk returns, not by comparing with a threshold."""
 
     def of(p, k):
         return normal(p.masked_fill(p < p.topk(k).values[..., -1:], 0.0))
@@ -410,16 +410,16 @@ def top_k_keeps_ties(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_k_discarded(logits, temperature=1.0, top_k=None, top_p=None):
-    """masked_fill returns a new tensor, which is discarded here, so top-k does nothing. Assign the result, or
-    use masked_fill_ on a copy."""
+    """masked_fill returns a new tensor, which is discarded, so top-k has no effect. Assign the result, or use
+    masked_fill_ on a copy."""
     check_settings(temperature, top_k, top_p)
     return right(logits, temperature, None, top_p)
 
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_k_not_renormalized(logits, temperature=1.0, top_k=None, top_p=None):
-    """The tokens outside of the top k are set to 0, but the others are not made to sum to 1 again.
-    Divide by the sum of what is left."""
+    """The tokens outside the top k are set to 0, but the others are not renormalized. Divide by the sum of
+    what is kept."""
     probabilities = right(logits, temperature, top_k, top_p)
     if top_k is None or top_p is not None or temperature == 0:
         return probabilities
@@ -428,8 +428,8 @@ def top_k_not_renormalized(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_masked_with_zero(logits, temperature=1.0, top_k=None, top_p=None):
-    """The logits outside of the top k are set to 0, which is a score like any other: exp(0) is 1. Set
-    them to -inf, so that the softmax gives them 0."""
+    """The logits outside the top k are set to 0, which is an ordinary logit: exp(0) is 1. Set them to -inf,
+    so that the softmax gives them probability 0."""
     if top_k is None or temperature == 0:
         return right(logits, temperature, top_k, top_p)
     kept = right(logits, temperature, top_k) > 0
@@ -438,8 +438,7 @@ def top_k_masked_with_zero(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_loses_the_last(logits, temperature=1.0, top_k=None, top_p=None):
-    """The k-th token itself is cut off, since <= stands where < belongs. Only k - 1 tokens are left,
-    and with a k of 1 none at all."""
+    """The k-th token itself is removed, by <= instead of <. Only k - 1 tokens remain, and none for k = 1."""
 
     def of(p, k):
         return normal(p.masked_fill(p <= p.topk(k).values[..., -1:], 0.0))
@@ -449,16 +448,16 @@ def top_k_loses_the_last(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_keeps_one_too_many(logits, temperature=1.0, top_k=None, top_p=None):
-    """k + 1 tokens are kept: sorted[k] is the first that must go, not the last that stays. The
-    threshold is sorted[k - 1]."""
+    """k + 1 tokens are kept: sorted[k] is the first to remove, not the last to keep. The threshold is
+    sorted[k - 1]."""
     check_settings(temperature, top_k, top_p)
     return right(logits, temperature, top_k and top_k + 1, top_p)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_of_the_whole_batch(logits, temperature=1.0, top_k=None, top_p=None):
-    """The threshold of one row is used for all rows of the batch. Rows with other logits keep too many
-    tokens or too few; keep the last axis, with keepdim, for a threshold a row."""
+    """The threshold of one row is used for all rows of the batch, which keeps too many or too few tokens in
+    the others. Compute a threshold per row, with keepdim."""
 
     def of(p, k):
         rows = p.flatten(0, -2)
@@ -471,8 +470,8 @@ def top_k_of_the_whole_batch(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_above_the_vocabulary_fails(logits, temperature=1.0, top_k=None, top_p=None):
-    """topk fails where k is larger than the vocabulary, which happens with small models. Keep min(k,
-    size), so all tokens."""
+    """topk fails if k exceeds the vocabulary size, which happens with small models. Use min(k, vocab_size),
+    which keeps all tokens."""
     if top_k is not None:
         logits.topk(top_k)
     return right(logits, temperature, top_k, top_p)
@@ -480,7 +479,7 @@ def top_k_above_the_vocabulary_fails(logits, temperature=1.0, top_k=None, top_p=
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_k_keeps_the_unlikeliest(logits, temperature=1.0, top_k=None, top_p=None):
-    """The tokens are sorted upwards, so the first k are the least likely ones. Sort with
+    """The tokens are sorted in ascending order, so the first k are the least likely. Sort with
     descending=True."""
 
     def of(p, k):
@@ -492,8 +491,8 @@ def top_k_keeps_the_unlikeliest(logits, temperature=1.0, top_k=None, top_p=None)
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def probabilities_left_sorted(logits, temperature=1.0, top_k=None, top_p=None):
-    """The probabilities come back in sorted order, so the likeliest is always token 0. Scatter them
-    back to the ids that sort or topk gave along with them."""
+    """The probabilities are returned in sorted order, so the most likely is always token 0. Scatter them back
+    by the ids that sort or topk returned."""
     probabilities = right(logits, temperature, top_k, top_p)
     if top_k is None and top_p is None:
         return probabilities
@@ -506,8 +505,8 @@ def probabilities_left_sorted(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_p_drops_the_token_that_crosses(logits, temperature=1.0, top_k=None, top_p=None):
-    """Kept are the tokens whose sum is below p, without the one that crosses it. Where the first is
-    above p alone, none is left and all is nan; look at the sum before each token."""
+    """Only tokens whose cumulative sum stays below p are kept, without the one that crosses the threshold. If
+    the first alone exceeds p, none is left and everything is NaN. Test the sum before each token."""
 
     def of(p, limit):
         return normal(p.masked_fill(p.cumsum(-1) > limit + 1e-6, 0.0))
@@ -517,8 +516,8 @@ def top_p_drops_the_token_that_crosses(logits, temperature=1.0, top_k=None, top_
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_p_one_too_few(logits, temperature=1.0, top_k=None, top_p=None):
-    """The token that crosses p is dropped, except where it is the first. What is left has less than p
-    together; the set must reach p."""
+    """The token that crosses p is removed, except if it is the first, so the kept tokens sum to less than p.
+    They must reach p."""
 
     def of(p, limit):
         keep = p.cumsum(-1) <= limit + 1e-6
@@ -530,8 +529,8 @@ def top_p_one_too_few(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_one_too_many(logits, temperature=1.0, top_k=None, top_p=None):
-    """One token more is kept than is needed to reach p: the mask was shifted by one place although it
-    already kept the one that crosses. Shift only a mask of cumsum > p."""
+    """One more token is kept than is needed to reach p: the mask is shifted by one although it already keeps
+    the token that crosses. Shift only a mask of cumsum > p."""
 
     def of(p, limit):
         out = (p.cumsum(-1) - p >= limit).roll(1, -1)
@@ -543,8 +542,8 @@ def top_p_one_too_many(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="public solutions of CS336")
 def top_p_not_renormalized(logits, temperature=1.0, top_k=None, top_p=None):
-    """The tokens outside of the nucleus are set to 0, but the others are not made to sum to 1 again.
-    Divide by the sum of what is left."""
+    """The tokens outside the nucleus are set to 0, but the others are not renormalized. Divide by the sum of
+    what is kept."""
 
     def of(p, limit):
         return p.masked_fill(p.cumsum(-1) - p >= limit, 0.0)
@@ -554,24 +553,24 @@ def top_p_not_renormalized(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_discarded(logits, temperature=1.0, top_k=None, top_p=None):
-    """The mask of the nucleus is computed, but what masked_fill returns is not kept, so top-p does
-    nothing. Assign the result."""
+    """The mask of the nucleus is computed, but the result of masked_fill is discarded, so top-p has no
+    effect. Assign the result."""
     check_settings(temperature, top_k, top_p)
     return right(logits, temperature, top_k)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_without_sorting(logits, temperature=1.0, top_k=None, top_p=None):
-    """The probabilities are added up in the order of the vocabulary, so the nucleus consists of low
-    ids, not of likely tokens. Sort downwards before cumsum."""
+    """The cumulative sum follows the order of the vocabulary, so the nucleus consists of low ids instead of
+    likely tokens. Sort in descending order before cumsum."""
     check_settings(temperature, top_k, top_p)
     return nucleus(right(logits, temperature, top_k), top_p if temperature > 0 else None)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_mask_in_sorted_order(logits, temperature=1.0, top_k=None, top_p=None):
-    """The mask belongs to the sorted tokens but is applied to the unsorted ones, so it removes whatever
-    stands in those places. Scatter it back with the ids of the sort."""
+    """The mask is in sorted order but is applied to the unsorted tokens, so it removes the wrong ones.
+    Scatter it back by the ids of the sort."""
     check_settings(temperature, top_k, top_p)
     probabilities = right(logits, temperature, top_k)
     if top_p is None or temperature == 0:
@@ -582,8 +581,8 @@ def top_p_mask_in_sorted_order(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_sorted_upwards(logits, temperature=1.0, top_k=None, top_p=None):
-    """The probabilities are added up from the smallest, so the nucleus is the tail of the distribution
-    and the likely tokens are cut off. Sort with descending=True."""
+    """The cumulative sum starts from the least likely token, so the nucleus is the tail of the distribution,
+    and likely tokens are removed. Sort with descending=True."""
 
     def of(p, limit):
         return nucleus(p.flip(-1), limit).flip(-1)
@@ -593,8 +592,8 @@ def top_p_sorted_upwards(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_as_a_least_probability(logits, temperature=1.0, top_k=None, top_p=None):
-    """Each token is compared with p by itself. Top-p is about the sum of the likeliest; a limit for
-    single tokens is another method, min-p. Use cumsum."""
+    """Each token's probability is compared with p. Top-p is a bound on the cumulative sum of the most likely
+    tokens; a bound per token is similar to min-p. Use cumsum."""
 
     def of(p, limit):
         return normal(p.masked_fill(p < limit * p[..., :1], 0.0))
@@ -604,8 +603,8 @@ def top_p_as_a_least_probability(logits, temperature=1.0, top_k=None, top_p=None
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_before_the_temperature(logits, temperature=1.0, top_k=None, top_p=None):
-    """The nucleus is chosen from the probabilities at temperature 1, and the temperature is applied to
-    what is left. Apply it first, as all three settings are meant in this order."""
+    """The nucleus is selected at temperature 1, and the temperature is applied to what is left. The order is
+    temperature, top-k, top-p."""
     if temperature in (0, 1.0) or top_p is None:
         return right(logits, temperature, top_k, top_p)
     kept = right(logits, 1.0, top_k, top_p) > 0
@@ -614,14 +613,14 @@ def top_p_before_the_temperature(logits, temperature=1.0, top_k=None, top_p=None
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_before_top_k(logits, temperature=1.0, top_k=None, top_p=None):
-    """The nucleus is chosen before top-k, from probabilities that still count the tokens which top-k
-    removes. Cut to k first, let the rest sum to 1, then choose the nucleus."""
+    """The nucleus is selected before top-k, from probabilities that still include the tokens that top-k
+    removes. Apply top-k, renormalize, then select the nucleus."""
     return right(right(logits, temperature, None, top_p).log(), 1.0 if temperature > 0 else 0.0, top_k)
 
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def top_p_not_used_with_top_k(logits, temperature=1.0, top_k=None, top_p=None):
-    """An elif lets top-p work only where top-k is not given. Both may be set: use two separate ifs."""
+    """Because of an elif, top-p has an effect only without top-k. Both may be set: use two separate ifs."""
     check_settings(temperature, top_k, top_p)
     return right(logits, temperature, top_k, top_p if top_k is None else None)
 
@@ -632,8 +631,8 @@ def top_p_not_used_with_top_k(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def logits_changed_in_place(logits, temperature=1.0, top_k=None, top_p=None):
-    """The caller's logits are divided by the temperature in place. Whoever uses them again has other
-    ones; make a new tensor: logits / temperature."""
+    """The caller's logits are divided by the temperature in place, so later uses see modified values. Make a
+    new tensor: logits / temperature."""
     check_settings(temperature, top_k, top_p)
     if temperature > 0:
         logits /= temperature
@@ -642,8 +641,8 @@ def logits_changed_in_place(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def sums_in_half_precision(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities of half-precision logits are added up in half precision. A running sum near 1 then
-    no longer moves, and top-p cuts in the wrong place; convert the logits to float32 first."""
+    """Probabilities of half-precision logits are summed in half precision, where a cumulative sum near 1
+    stops growing, so top-p cuts at the wrong token. Convert the logits to float32 first."""
     check_settings(temperature, top_k, top_p)
     if logits.dtype == torch.float32:
         return right(logits, temperature, top_k, top_p)
@@ -654,8 +653,8 @@ def sums_in_half_precision(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def softmax_over_the_batch(logits, temperature=1.0, top_k=None, top_p=None):
-    """The softmax runs over the first axis instead of the last, so the probabilities of a token sum to
-    1 over the batch. Use dim=-1."""
+    """The softmax is taken over the first axis instead of the last, so probabilities sum to 1 over the batch
+    instead of the vocabulary. Use dim=-1."""
     check_settings(temperature, top_k, top_p)
     if temperature == 0 or logits.dim() == 1:
         return right(logits, temperature, top_k, top_p)
@@ -664,8 +663,8 @@ def softmax_over_the_batch(logits, temperature=1.0, top_k=None, top_p=None):
 
 @step.mistake(PROBABILITIES, source="written for this catalogue")
 def settings_not_checked(logits, temperature=1.0, top_k=None, top_p=None):
-    """A negative temperature, a k of 0 or a p above 1 are accepted and give nonsense without a word.
-    Raise a ValueError that says what was given."""
+    """A negative temperature, a top_k of 0 or a top_p above 1 is accepted and silently gives nonsense. Raise
+    a ValueError that names the value."""
     if temperature < 0 or top_k == 0 or top_p == 0:
         return tempered(logits, abs(temperature))
     return right(logits, temperature, top_k, None if top_p is not None and top_p > 1 else top_p)
@@ -703,8 +702,8 @@ def read_with_cache(model, caches, tokens, new, positions=None):
 def only_the_last_token_read(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """Each step shows the model the newest token alone, with no cache of the ones before. It then
-    writes as if every text had just begun; give it the whole text, or keep keys and values."""
+    """Each step passes only the newest token to the model, without a cache of the earlier ones, so every
+    token is predicted as if the text had just begun. Pass the whole sequence, or use a key-value cache."""
     settings = (temperature, top_k, top_p)
     return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-1:])[-1])
 
@@ -713,8 +712,8 @@ def only_the_last_token_read(
 def new_tokens_not_appended(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The sampled tokens are yielded but never fed to the model, which continues the bare prompt each time.
-    Append each one before the next step."""
+    """The sampled tokens are yielded but never appended to the model's input, so every step continues the
+    bare prompt. Append each token before the next step."""
     context, n = model.config.context_length, len(prompt)
     settings = (temperature, top_k, top_p)
     return tell(
@@ -726,8 +725,8 @@ def new_tokens_not_appended(
 def logits_of_the_first_position(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The next token is drawn from the logits of the first position. What follows the text is said by
-    the last one: logits[..., -1, :]."""
+    """The next token is sampled from the logits of the first position. The last position predicts what
+    follows the sequence: logits[..., -1, :]."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
     return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-context:])[0])
 
@@ -736,8 +735,8 @@ def logits_of_the_first_position(
 def text_not_cut_at_the_context(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The whole text is given to the model even where it is longer than the context, and the model
-    refuses. Give it the last context_length tokens."""
+    """The whole sequence is passed to the model even if it is longer than the context, which raises an error.
+    Pass the last context_length tokens."""
     settings = (temperature, top_k, top_p)
     return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t)[-1])
 
@@ -746,8 +745,8 @@ def text_not_cut_at_the_context(
 def text_cut_at_the_wrong_end(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """A text longer than the context is cut to its first tokens, so the newest ones are never seen and
-    the same token comes again and again. Keep the last: tokens[-context_length:]."""
+    """A sequence longer than the context is truncated to its first tokens, so new tokens are never seen, and
+    every step predicts the same. Keep the last ones: tokens[-context_length:]."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
     return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[:context])[-1])
 
@@ -756,8 +755,8 @@ def text_cut_at_the_wrong_end(
 def context_one_token_too_short(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The text is cut to one token less than the model can see. It writes a little worse than it could;
-    the last context_length tokens fit."""
+    """The sequence is truncated to one token less than the context, so predictions are slightly worse than
+    they could be. The last context_length tokens fit."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
     return tell(
         model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[1 - context :])[-1]
@@ -768,7 +767,7 @@ def context_one_token_too_short(
 def ends_with_the_context(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The text ends when the context is full, though more tokens were requested. Continue with the last
+    """Generation stops when the context is full, although more tokens were requested. Continue with the last
     context_length tokens."""
     n = max(0, min(max_new_tokens, model.config.context_length - len(prompt)))
     return tell(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
@@ -778,7 +777,7 @@ def ends_with_the_context(
 def one_token_too_many(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """One token more than max_new_tokens is yielded: the count is checked after sampling. Use
+    """One token more than max_new_tokens is yielded, since the count is checked after sampling. Use
     range(max_new_tokens)."""
     return tell(model, prompt, max_new_tokens + 1, (temperature, top_k, top_p), stop_id, generator)
 
@@ -787,8 +786,8 @@ def one_token_too_many(
 def prompt_counted_as_new(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """max_new_tokens is taken for the length of the whole text, so a long prompt leaves little or
-    nothing to write. Count only the tokens that are drawn."""
+    """max_new_tokens is used as the total length, so a long prompt leaves few or no new tokens. Count sampled
+    tokens only."""
     n = max(0, max_new_tokens - len(prompt))
     return tell(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
 
@@ -797,8 +796,8 @@ def prompt_counted_as_new(
 def prompt_given_out_too(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The prompt stands before the new tokens in the output, so a caller that appends the output has it
-    twice. Yield only what was drawn."""
+    """The prompt is yielded before the new tokens, so a caller that appends the output has it twice. Yield
+    only sampled tokens."""
     yield from prompt.tolist()
     yield from tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
 
@@ -807,8 +806,8 @@ def prompt_given_out_too(
 def positions_restart_at_zero(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """With keys and values cached, each new token is given position 0, as if it stood at the beginning.
-    Rotary angles are then wrong; positions continue at the cache's length."""
+    """With a key-value cache, each new token gets position 0, as if it were the first, so RoPE uses wrong
+    angles. Positions continue from the cache's length."""
     caches = model.make_kv_caches(1)
 
     def read(tokens):
@@ -822,8 +821,8 @@ def positions_restart_at_zero(
 def cache_not_cut_at_the_context(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """Once the cache is full, its oldest entry is dropped but the others keep the positions that they
-    had and what they knew of it. Read the last context_length tokens anew."""
+    """Once the cache is full, its oldest entry is dropped, but the others keep their old positions, and their
+    keys and values still depend on the dropped token. Recompute the last context_length tokens."""
     caches, context = model.make_kv_caches(1), model.config.context_length
 
     def read(tokens):
@@ -841,8 +840,8 @@ def cache_not_cut_at_the_context(
 def text_read_into_the_cache_again(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The whole text goes to the model in each step along with a cache that holds it already.
-    Everything is then there several times; give it only the tokens that are new."""
+    """Every step passes the whole sequence to the model together with a cache that already contains it, so
+    tokens are in the cache several times. Pass only the new tokens."""
     caches = model.make_kv_caches(1)
 
     def read(tokens):
@@ -855,8 +854,8 @@ def text_read_into_the_cache_again(
 def prompt_not_in_the_cache(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The prompt is read without the cache, and only what follows goes into it. From the second new
-    token on the prompt is forgotten; fill the cache with the prompt first."""
+    """The prompt is processed without the cache, which gets the following tokens only, so from the second new
+    token on the prompt is forgotten. Fill the cache with the prompt first."""
     caches, n = model.make_kv_caches(1), len(prompt)
 
     def read(tokens):
@@ -871,8 +870,8 @@ def prompt_not_in_the_cache(
 def last_token_of_the_prompt_read_twice(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The whole prompt goes into the cache, and its last token then once more as the first to continue
-    from. It stands there twice; fill the cache up to the last token, or use the logits you have."""
+    """The whole prompt is added to the cache, and then its last token again as the first input, so it is
+    there twice. Fill the cache without the last token, or use the logits of the prompt."""
     caches, n, context = model.make_kv_caches(1), len(prompt), model.config.context_length
 
     def read(tokens):
@@ -889,8 +888,8 @@ def last_token_of_the_prompt_read_twice(
 def always_the_likeliest(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The next token is always the likeliest, whatever the temperature. Texts then repeat themselves
-    and all samples are the same; draw with torch.multinomial."""
+    """The next token is always the most likely one, whatever the temperature, so texts repeat themselves and
+    all samples are identical. Sample with torch.multinomial."""
     settings = (temperature, top_k, top_p)
     return tell(
         model, prompt, max_new_tokens, settings, stop_id, generator, choose=lambda p: p.argmax().item()
@@ -901,8 +900,8 @@ def always_the_likeliest(
 def all_tokens_drawn_alike(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The token is drawn evenly from those that are possible, without regard to how likely each is.
-    Pass the probabilities to torch.multinomial."""
+    """The token is drawn uniformly from those that are possible, regardless of their probabilities. Pass the
+    probabilities to torch.multinomial."""
     return tell(
         model,
         prompt,
@@ -918,8 +917,8 @@ def all_tokens_drawn_alike(
 def softmax_of_the_probabilities_drawn_from(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The probabilities go through a second softmax before the draw, which makes all tokens almost
-    equally likely, the excluded ones too. Draw from what next_token_probabilities gives."""
+    """The probabilities go through a second softmax before sampling, which makes all tokens almost equally
+    likely, removed ones included. Sample from the result of next_token_probabilities."""
     return tell(
         model,
         prompt,
@@ -935,8 +934,8 @@ def softmax_of_the_probabilities_drawn_from(
 def temperature_not_passed_on(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """generate takes a temperature but does not give it to next_token_probabilities. A setting that
-    does nothing misleads; pass it on."""
+    """generate does not pass its temperature to next_token_probabilities, so the argument has no effect. Pass
+    it on."""
     return tell(model, prompt, max_new_tokens, (1.0, top_k, top_p), stop_id, generator)
 
 
@@ -944,8 +943,8 @@ def temperature_not_passed_on(
 def top_k_not_passed_on(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """generate takes a top_k but does not give it to next_token_probabilities. A setting that does
-    nothing misleads; pass it on."""
+    """generate does not pass its top_k to next_token_probabilities, so the argument has no effect. Pass it
+    on."""
     return tell(model, prompt, max_new_tokens, (temperature, None, top_p), stop_id, generator)
 
 
@@ -953,8 +952,8 @@ def top_k_not_passed_on(
 def top_p_not_passed_on(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """generate takes a top_p but does not give it to next_token_probabilities. A setting that does
-    nothing misleads; pass it on."""
+    """generate does not pass its top_p to next_token_probabilities, so the argument has no effect. Pass it
+    on."""
     return tell(model, prompt, max_new_tokens, (temperature, top_k, None), stop_id, generator)
 
 
@@ -962,8 +961,8 @@ def top_p_not_passed_on(
 def generator_ignored(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The draw does not use the generator that is given, so a seed does not decide the text and no run can
-    repeat it. Pass generator=generator to torch.multinomial."""
+    """Sampling does not use the given generator, so the seed does not determine the text, and results cannot
+    be reproduced. Pass generator=generator to torch.multinomial."""
     return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, None)
 
 
@@ -971,8 +970,8 @@ def generator_ignored(
 def generator_seeded_for_each_token(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The generator is set back to its seed before each draw, so every token gets the same random
-    number. Seed once, before the text."""
+    """The generator is reseeded before each token, so every token uses the same random number. Seed once,
+    before generation."""
 
     def choose(p):
         if generator is not None:
@@ -987,8 +986,8 @@ def generator_seeded_for_each_token(
 def generator_seeded_for_each_text(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """The generator is set back to its seed at the start of each text, so that several samples from it
-    are all the same. Leave its state to the caller."""
+    """The generator is reseeded at the start of each text, so all samples drawn with it are identical. Leave
+    its state to the caller."""
     if generator is not None:
         generator.manual_seed(generator.initial_seed())
     return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
@@ -998,7 +997,7 @@ def generator_seeded_for_each_text(
 def seed_fixed(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_id=None, generator=None
 ):
-    """A seed is set inside of generate, so every call writes the same text whatever generator is given.
-    Leave seeds to the caller."""
+    """A seed is set inside generate, so every call returns the same text, whatever generator is given. Leave
+    seeding to the caller."""
     fixed = torch.Generator().manual_seed(0)
     return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, fixed)

@@ -1,4 +1,4 @@
-"""The learning rate: a line up to the peak, half a cosine down to the floor, then flat."""
+"""The learning rate: linear warmup to the peak, half a cosine down to the minimum, then constant."""
 
 import math
 
@@ -45,11 +45,11 @@ check(
     [3.0, 1.75 + 1.25 * ROOT, 2.375, 1.75, 1.125, 1.75 - 1.25 * ROOT, 0.5],
 )
 check("after the end, at step 10", [10, 11, 13, 16, 22, 1000], SETTINGS, [0.5] * 6)
-check("a floor of 0", [4, 7, 9, 10, 12], (3.0, 0.0, 4, 10), [3.0, 1.5, 1.5 - 1.5 * ROOT, 0.0, 0.0])
+check("a minimum of 0", [4, 7, 9, 10, 12], (3.0, 0.0, 4, 10), [3.0, 1.5, 1.5 - 1.5 * ROOT, 0.0, 0.0])
 check("no warmup", [0, 1, 3, 6, 7], (3.0, 0.5, 0, 6), [3.0, 1.75 + 1.25 * ROOT, 1.75, 0.5, 0.5])
 check("warmup only", [0, 5, 9, 11], (3.0, 0.5, 10, 10), [0.0, 1.5, 2.7, 0.5])
 step.value(
-    "a schedule that ends with its warmup has the peak or the floor there",
+    "a schedule that ends with its warmup has the peak or the minimum there",
     lambda a: float(a.run_get_lr_cosine_schedule(10, 3.0, 0.5, 10, 10)) in (3.0, 0.5),
     True,
     beyond=True,
@@ -61,8 +61,8 @@ step.value(
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def warm_up_one_step_ahead(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The warm-up counts from step + 1, so that step 0 does not have rate 0 and the peak comes a step
-    early. Here the line starts at 0: max_lr * step / warmup_steps."""
+    """Warmup counts from step + 1, so step 0 has a rate above 0, and the peak comes one step early. Warmup
+    starts at 0 here: max_lr * step / warmup_steps."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -70,8 +70,8 @@ def warm_up_one_step_ahead(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def warm_up_from_the_floor(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The warm-up rises from min_lr instead of from 0. The floor is for the end of training; the first
-    steps, with a fresh optimizer, start from nothing."""
+    """Warmup rises from min_lr instead of 0. min_lr is for the end of training; the first steps, before
+    AdamW's moments are reliable, start from 0."""
     if step < warmup_steps:
         return min_lr + (max_lr - min_lr) * step / warmup_steps
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -79,7 +79,7 @@ def warm_up_from_the_floor(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def warm_up_to_the_floor_only(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The warm-up leads to min_lr and then jumps to the peak. It must end where the cosine begins: multiply
+    """Warmup rises to min_lr only, and then jumps to the peak. It must end where the cosine begins: multiply
     max_lr by step / warmup_steps."""
     if step < warmup_steps:
         return min_lr * step / warmup_steps
@@ -88,8 +88,8 @@ def warm_up_to_the_floor_only(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def warm_up_over_the_whole_length(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The warm-up divides by total_steps instead of warmup_steps. The rate rises too slowly and jumps to
-    the peak where the cosine begins."""
+    """Warmup divides by total_steps instead of warmup_steps, so the rate rises too slowly and jumps to the
+    peak where the cosine begins."""
     if step < warmup_steps:
         return max_lr * step / total_steps
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -97,15 +97,15 @@ def warm_up_over_the_whole_length(step, max_lr, min_lr, warmup_steps, total_step
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def no_warm_up(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate is at the peak until the cosine begins: there is no warm-up. The first steps, with
-    unreliable running means, are then the longest; rise from 0 in a line."""
+    """There is no warmup: the rate is at the peak until the cosine begins, so the first steps, whose moment
+    estimates are unreliable, are the longest. Rise linearly from 0."""
     return cosine_schedule(max(step, warmup_steps), max_lr, min_lr, warmup_steps, total_steps)
 
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def warm_up_along_a_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate rises along a cosine too, not in a line. It meets both ends, but is too low at first and too
-    high later; use max_lr * step / warmup_steps."""
+    """Warmup follows a cosine instead of a line. Both ends are right, but the rate is too low in the first
+    half and too high in the second. Use max_lr * step / warmup_steps."""
     if step < warmup_steps:
         return max_lr * 0.5 * (1 - math.cos(math.pi * step / warmup_steps))
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -113,8 +113,8 @@ def warm_up_along_a_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def division_by_no_warm_up(step, max_lr, min_lr, warmup_steps, total_steps):
-    """step / warmup_steps is computed in any case, which fails when there is no warm-up. Divide only where
-    step is below warmup_steps."""
+    """step / warmup_steps is always computed, which fails if warmup_steps is 0. Divide only if step is below
+    warmup_steps."""
     warmed = min(1.0, step / warmup_steps)
     return warmed * max_lr if warmed < 1 else cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
 
@@ -136,8 +136,8 @@ def with_cosine(step, max_lr, min_lr, warmup_steps, total_steps, fall):
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def cosine_over_the_whole_length(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine counts from step 0, as if there were no warm-up, so the rate drops suddenly where the
-    warm-up ends. Progress is (step - warmup_steps) / (total_steps - warmup_steps)."""
+    """The cosine counts from step 0, as if there were no warmup, so the rate drops suddenly where warmup
+    ends. Progress is (step - warmup_steps) / (total_steps - warmup_steps)."""
     if warmup_steps <= step <= total_steps:
         return cosine(step / total_steps, max_lr, min_lr)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -145,8 +145,8 @@ def cosine_over_the_whole_length(step, max_lr, min_lr, warmup_steps, total_steps
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def progress_divided_by_the_whole_length(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The steps after the warm-up are divided by all steps, so the cosine does not reach the floor and
-    drops there at the end. Divide by total_steps - warmup_steps."""
+    """The steps since warmup are divided by total_steps, so the cosine does not reach min_lr, and the rate
+    drops to it at the end. Divide by total_steps - warmup_steps."""
     return with_cosine(
         step,
         max_lr,
@@ -159,14 +159,14 @@ def progress_divided_by_the_whole_length(step, max_lr, min_lr, warmup_steps, tot
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def total_counted_without_warm_up(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine takes total_steps beyond the warm-up, so the run stops before the floor is reached.
-    total_steps includes the warm-up; the cosine has total_steps - warmup_steps."""
+    """The cosine covers total_steps after warmup, so the run ends before min_lr is reached. total_steps
+    includes warmup; the cosine has total_steps - warmup_steps."""
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, warmup_steps + total_steps)
 
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def rises_again_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """Nothing stops the cosine at total_steps, so the rate rises again when training continues. Return min_lr
+    """The cosine does not stop at total_steps, so the rate rises again if training continues. Return min_lr
     from total_steps on."""
     if step <= total_steps:
         return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -175,8 +175,8 @@ def rises_again_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def starts_over_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """After total_steps the schedule begins anew, with another warm-up and peak. Here the rate stays at
-    min_lr; look for a remainder (%) of the step."""
+    """After total_steps the schedule restarts with another warmup and peak. Here the rate stays at min_lr;
+    look for a remainder (%) of the step."""
     if step <= total_steps:
         return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
     return cosine_schedule(step % total_steps, max_lr, min_lr, warmup_steps, total_steps)
@@ -184,28 +184,28 @@ def starts_over_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def zero_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate is 0 after total_steps. Further training learns nothing more; it must stay at min_lr."""
+    """The rate is 0 after total_steps, so further training has no effect. It must stay at min_lr."""
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps) if step <= total_steps else 0.0
 
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def peak_after_the_end(step, max_lr, min_lr, warmup_steps, total_steps):
-    """After total_steps the rate is back at the peak, which undoes what the slow end has settled. It must
-    stay at min_lr."""
+    """After total_steps the rate is back at the peak, which undoes the effect of the decay. It must stay at
+    min_lr."""
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps) if step <= total_steps else max_lr
 
 
 @step.mistake("optim.cosine_schedule", source="public solutions of CS336")
 def floor_ignored(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine goes down to 0 instead of min_lr. The last part of training then learns next to nothing;
-    scale the cosine by max_lr - min_lr and add min_lr."""
+    """The cosine decays to 0 instead of min_lr, so the last part of training has almost no effect. Scale the
+    cosine by max_lr - min_lr, and add min_lr."""
     return cosine_schedule(step, max_lr, 0.0, warmup_steps, total_steps)
 
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def floor_reached_at_the_end_only(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine goes from the peak to 0, and the rate jumps up to min_lr when it is over. Scale it by
-    max_lr - min_lr, and add min_lr."""
+    """The cosine decays from the peak to 0, and the rate jumps up to min_lr at total_steps. Scale the cosine
+    by max_lr - min_lr, and add min_lr."""
     return with_cosine(
         step, max_lr, min_lr, warmup_steps, total_steps, lambda i, n: cosine(i / n, max_lr, 0.0)
     )
@@ -213,8 +213,8 @@ def floor_reached_at_the_end_only(step, max_lr, min_lr, warmup_steps, total_step
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def floor_added_on_top(step, max_lr, min_lr, warmup_steps, total_steps):
-    """min_lr is added to a cosine of full height, so the rate begins above max_lr. The height of the cosine
-    is max_lr - min_lr."""
+    """min_lr is added to a cosine of amplitude max_lr, so the rate starts above max_lr. The amplitude is
+    max_lr - min_lr."""
     if warmup_steps <= step < total_steps:
         return min_lr + cosine_schedule(step, max_lr, 0.0, warmup_steps, total_steps)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -222,8 +222,8 @@ def floor_added_on_top(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def floor_as_a_lower_bound(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine goes down to 0 and is cut off at min_lr by a max. The rate is too low before, and flat too
-    early; let the cosine itself end at min_lr."""
+    """The cosine decays to 0 and is bounded from below by min_lr with max(), so the rate is too low before it
+    and flat too early. The cosine itself must end at min_lr."""
     return with_cosine(
         step,
         max_lr,
@@ -236,8 +236,8 @@ def floor_as_a_lower_bound(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def straight_line_down(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate falls in a straight line. It meets both ends, but is too low at first and too high later;
-    take 0.5 * (1 + cos(pi * progress))."""
+    """The rate decays linearly. Both ends are right, but it is too low in the first half and too high in the
+    second. Use 0.5 * (1 + cos(pi * progress))."""
     return with_cosine(
         step, max_lr, min_lr, warmup_steps, total_steps, lambda i, n: max_lr + (min_lr - max_lr) * i / n
     )
@@ -245,8 +245,8 @@ def straight_line_down(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def quarter_of_a_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The angle goes to pi / 2 only, a quarter of a cosine: the rate falls fastest at the very end. Half a
-    cosine goes to pi, with 0.5 * (1 + cos)."""
+    """The angle ends at pi / 2, a quarter of a period, so the rate falls fastest at the very end. The decay
+    is half a period, to pi, with 0.5 * (1 + cos)."""
     return with_cosine(
         step,
         max_lr,
@@ -259,8 +259,8 @@ def quarter_of_a_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def whole_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The angle goes to 2 pi, a whole cosine: the rate is down in the middle and back at the peak in the
-    end. Half a cosine goes to pi."""
+    """The angle ends at 2 pi, a whole period, so the rate is lowest in the middle and back at the peak at the
+    end. The decay is half a period, to pi."""
     return with_cosine(
         step, max_lr, min_lr, warmup_steps, total_steps, lambda i, n: cosine(2 * i / n, max_lr, min_lr)
     )
@@ -268,8 +268,8 @@ def whole_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def pi_forgotten(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The progress goes into the cosine without pi, so the angle ends at 1 instead of pi, and the rate
-    drops to the floor only at the last step."""
+    """The factor pi is missing in the cosine, so the angle ends at 1 instead of pi, and the rate drops to
+    min_lr only at the last step."""
     return with_cosine(
         step, max_lr, min_lr, warmup_steps, total_steps, lambda i, n: cosine(i / n / math.pi, max_lr, min_lr)
     )
@@ -277,8 +277,8 @@ def pi_forgotten(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def half_forgotten(step, max_lr, min_lr, warmup_steps, total_steps):
-    """1 + cos goes from 2 to 0, and without the 0.5 the rate begins at twice its height above the floor.
-    Multiply by 0.5."""
+    """The factor 0.5 is missing: 1 + cos goes from 2 to 0, so the rate starts at twice its height above
+    min_lr."""
     if warmup_steps <= step < total_steps:
         return cosine_schedule(step, 2 * max_lr - min_lr, min_lr, warmup_steps, total_steps)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -286,8 +286,8 @@ def half_forgotten(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def cosine_without_the_one(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The cosine is used without adding 1, so it goes from 1 to -1, and the rate falls below the floor.
-    Take 0.5 * (1 + cos(pi * progress))."""
+    """The cosine is used without adding 1, so it goes from 1 to -1, and the rate falls below min_lr. Use 0.5
+    * (1 + cos(pi * progress))."""
     return with_cosine(
         step,
         max_lr,
@@ -300,8 +300,8 @@ def cosine_without_the_one(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def cosine_upward(step, max_lr, min_lr, warmup_steps, total_steps):
-    """The rate falls to the floor after the warm-up and then rises to the peak: 1 - cos where 1 + cos
-    belongs, or peak and floor exchanged."""
+    """After warmup the rate drops to min_lr and then rises to the peak: it is 1 - cos instead of 1 + cos, or
+    peak and minimum are swapped."""
     if warmup_steps <= step < total_steps:
         return cosine_schedule(step, min_lr, max_lr, warmup_steps, total_steps)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
@@ -309,8 +309,8 @@ def cosine_upward(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def whole_number_division(step, max_lr, min_lr, warmup_steps, total_steps):
-    """Progress is divided with //, which gives 0 until the end. The rate stays at the peak and then drops
-    to the floor; divide with /."""
+    """Progress is computed with //, which is 0 until the end, so the rate stays at the peak and then drops to
+    min_lr. Divide with /."""
     return with_cosine(
         step, max_lr, min_lr, warmup_steps, total_steps, lambda i, n: cosine(i // n, max_lr, min_lr)
     )
@@ -318,8 +318,8 @@ def whole_number_division(step, max_lr, min_lr, warmup_steps, total_steps):
 
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def division_by_no_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
-    """When the warm-up takes all steps, total_steps - warmup_steps is 0, and the step at the end fails.
-    Return min_lr from total_steps on, before dividing."""
+    """If warmup covers all steps, total_steps - warmup_steps is 0, and the division fails at the end. Return
+    min_lr from total_steps on, before dividing."""
     if step == total_steps:
         return cosine((step - warmup_steps) / (total_steps - warmup_steps), max_lr, min_lr)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)

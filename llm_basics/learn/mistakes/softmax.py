@@ -55,7 +55,7 @@ step.compare(
     axes="batch position entry",
 )
 step.compare(
-    "rows that lie far apart",
+    "rows that are far apart",
     lambda a, x: a.run_softmax(x, -1),
     lambda x: x.softmax(-1),
     {"x": draw(3, 5) + torch.tensor([[0.0], [-1000.0], [30.0]])},
@@ -94,7 +94,7 @@ step.value(
     "sum of the probabilities of four equal scores",
     lambda a: total(a.run_softmax(torch.zeros(3, 4, dtype=torch.float64), -1)),
     "exactly 1",
-    words=lambda expected, actual: f"the probabilities of a row must add up to exactly 1, but give {actual}",
+    words=lambda expected, actual: f"the probabilities of a row must sum to exactly 1, but sum to {actual}",
 )
 
 step.compare(
@@ -121,7 +121,7 @@ step.compare(
     axes="batch position entry",
 )
 step.compare(
-    "log-softmax of rows that lie far apart",
+    "log-softmax of rows that are far apart",
     lambda a, x: a.run_log_softmax(x, -1),
     lambda x: x.log_softmax(-1),
     {"x": draw(3, 5) + torch.tensor([[0.0], [-1000.0], [30.0]])},
@@ -171,24 +171,24 @@ step.compare(
 
 @step.mistake("functional.softmax", source="public solutions of CS336")
 def maximum_not_subtracted(x, dim=-1):
-    """exp is taken of the scores as they are. It overflows above 88, and inf / inf is NaN. Subtract the
-    maximum of each row first; the quotient stays the same."""
+    """exp is computed from the raw scores. It overflows above 88, and inf / inf is NaN. Subtract the maximum
+    of each row first; the quotient stays the same."""
     e = F.to_float32(x).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
 def one_maximum_for_the_whole_tensor(x, dim=-1):
-    """One maximum is taken over everything. A row that lies far below it becomes exp(-1000) = 0 everywhere,
-    and then 0 / 0. Each row needs its own: amax(dim, keepdim=True)."""
+    """A single maximum is subtracted from all rows. In a row far below it, all exponentials are exp(-1000) =
+    0, and the result is 0 / 0. Use each row's own: amax(dim, keepdim=True)."""
     e = (F.to_float32(x) - x.max()).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def maximum_of_the_last_axis(x, dim=-1):
-    """The maximum is taken along the last axis whatever dim is. What is subtracted is then not the same for
-    all that is added up, which changes the result. Give amax the same dim as sum."""
+    """The maximum is taken along the last axis whatever dim is, so different numbers are subtracted within
+    one sum, which changes the result. Use the same dim for amax and sum."""
     e = (F.to_float32(x) - x.amax(-1, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -201,38 +201,38 @@ def dim_ignored(x, dim=-1):
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def always_along_the_second_axis(x, dim=-1):
-    """The softmax goes along axis 1 whatever dim is. That is the last axis of a matrix, but with one more
-    leading dimension it is another. Use dim in the maximum and in the sum."""
+    """The softmax is always taken along axis 1, whatever dim is. That is the last axis of a matrix, but not
+    of tensors with more axes. Use dim in the maximum and in the sum."""
     return x.softmax(1 if x.ndim > 1 else 0)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def normalized_over_everything(x, dim=-1):
-    """All numbers of the tensor together sum to 1, instead of each row: the sum has no dim. Use sum(dim,
-    keepdim=True)."""
+    """All numbers of the tensor together sum to 1 instead of each row: the sum is taken without dim. Use
+    sum(dim, keepdim=True)."""
     return x.flatten().softmax(0).reshape(x.shape)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def sum_without_keepdim(x, dim=-1):
-    """The sum loses its axis, so the sums line up with columns instead of rows: square inputs come out
-    wrong, others fail. Keep the axis: sum(dim, keepdim=True)."""
+    """The sum loses its axis, so it broadcasts along the wrong one: square inputs give wrong results, others
+    fail. Keep the axis: sum(dim, keepdim=True)."""
     e = (F.to_float32(x) - x.amax(dim, keepdim=True)).exp()
     return (e / e.sum(dim)).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def neither_with_keepdim(x, dim=-1):
-    """Maximum and sum lose their axis, so they line up with columns instead of rows: square inputs come out
-    wrong, others fail. Both need keepdim=True."""
+    """Maximum and sum lose their axis, so they broadcast along the wrong one: square inputs give wrong
+    results, others fail. Both need keepdim=True."""
     e = (F.to_float32(x) - x.amax(dim)).exp()
     return (e / e.sum(dim)).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
 def input_changed_in_place(x, dim=-1):
-    """The maximum is subtracted from the caller's own tensor (-=, sub_). Whoever uses these scores again
-    gets others than they made. Write x = x - ..., which makes a new tensor."""
+    """The maximum is subtracted in place from the caller's tensor (-=, sub_), so later uses of the scores see
+    modified values. Write x = x - ..., which makes a new tensor."""
     x -= x.max(dim, keepdim=True).values
     e = F.to_float32(x).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
@@ -240,8 +240,8 @@ def input_changed_in_place(x, dim=-1):
 
 @step.mistake("functional.softmax", source="public solutions of CS336; passes its suite")
 def small_constant_in_the_denominator(x, dim=-1):
-    """A constant such as 1e-8 is added to the sum, so the rows add up to less than 1. It protects from
-    nothing: with the maximum subtracted, the sum is at least 1. Leave it out."""
+    """A small constant is added to the sum, so the rows sum to less than 1. It is not needed: once the
+    maximum is subtracted, the sum is at least 1. Remove it."""
     wide = F.to_float32(x)
     e = (wide - wide.amax(dim, keepdim=True)).exp()
     return (e / (e.sum(dim, keepdim=True) + 1e-8)).to(x.dtype)
@@ -249,8 +249,8 @@ def small_constant_in_the_denominator(x, dim=-1):
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def mean_subtracted(x, dim=-1):
-    """The mean is subtracted instead of the maximum. The largest score then still overflows in exp when it
-    lies far above the others. Use amax(dim, keepdim=True)."""
+    """The mean is subtracted instead of the maximum, so exp still overflows if the largest score is far above
+    the others. Use amax(dim, keepdim=True)."""
     wide = F.to_float32(x)
     e = (wide - wide.mean(dim, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
@@ -258,8 +258,8 @@ def mean_subtracted(x, dim=-1):
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def minimum_subtracted(x, dim=-1):
-    """The minimum is subtracted instead of the maximum, so all exponents are positive, and overflow if the
-    scores lie far apart. Use amax, so that all are at most 0."""
+    """The minimum is subtracted instead of the maximum, so all exponents are positive, and exp overflows if
+    the scores are far apart. Use amax, so that all exponents are at most 0."""
     wide = F.to_float32(x)
     e = (wide - wide.amin(dim, keepdim=True)).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
@@ -267,51 +267,51 @@ def minimum_subtracted(x, dim=-1):
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def scores_clamped(x, dim=-1):
-    """Scores are cut to what exp can take, which makes all large ones equal. Subtract the maximum of the
-    row instead, which changes nothing in the quotient."""
+    """Scores are clamped to the range of exp, which makes all large ones equal. Subtract the maximum of the
+    row instead, which does not change the quotient."""
     e = F.to_float32(x).clamp(-80, 80).exp()
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def divided_by_the_largest(x, dim=-1):
-    """The exponentials are divided by the largest of them instead of by their sum. The likeliest entry is
-    then always 1, and the rows add up to more. Divide by the sum."""
+    """The exponentials are divided by the largest of them instead of their sum, so the largest is always 1,
+    and the rows sum to more than 1. Divide by the sum."""
     wide = F.to_float32(x)
     return (wide - wide.amax(dim, keepdim=True)).exp().to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def powers_of_2(x, dim=-1):
-    """2^x stands where e^x should, so the distribution is flatter than it must be. Use torch.exp."""
+    """2^x is used instead of e^x, so the distribution is too flat. Use torch.exp."""
     return (F.to_float32(x) * math.log(2)).softmax(dim).to(x.dtype)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def scores_divided_by_their_sum(x, dim=-1):
-    """The scores are divided by their sum without exp. That is no distribution: negative scores give
-    negative shares, and a sum near 0 explodes. Take exp first."""
+    """The scores are divided by their sum without exp. Negative scores then give negative results, and a sum
+    near 0 explodes. Apply exp first."""
     return x / x.sum(dim, keepdim=True)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def logarithm_returned(x, dim=-1):
-    """This is log-softmax: negative numbers, not probabilities. Softmax is its exp; divide by the sum of
-    the exponentials instead of subtracting its logarithm."""
+    """This is log-softmax: negative numbers, not probabilities. Softmax is its exp; divide by the sum of the
+    exponentials instead of subtracting its logarithm."""
     return x.log_softmax(dim)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def result_detached(x, dim=-1):
-    """The output is right, but no gradient passes through: .data, .detach(), no_grad or a new tensor cut it
-    off. Queries and keys of attention then never learn."""
+    """The output is correct, but it has no gradient: .data, .detach(), no_grad or a new tensor broke the
+    graph, so attention's queries and keys never learn."""
     return x.detach().softmax(dim)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def denominator_detached(x, dim=-1):
-    """The output is right, but the sum is a constant to autograd. The gradient then lacks the half that
-    pushes the other entries down. Only the maximum may be detached, as it cancels."""
+    """The output is correct, but the sum is detached, so the gradient lacks the part that lowers the other
+    entries. Only the maximum may be detached, since it cancels."""
     wide = F.to_float32(x)
     e = (wide - wide.amax(dim, keepdim=True).detach()).exp()
     return (e / e.sum(dim, keepdim=True).detach()).to(x.dtype)
@@ -319,53 +319,53 @@ def denominator_detached(x, dim=-1):
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def summed_in_half_precision(x, dim=-1):
-    """Half-precision scores are added up in half precision: float16 ends at 65,504, and bfloat16 has 8
-    bits. Convert to float32 first, and back at the end."""
+    """Half-precision scores are summed in half precision: float16 ends at 65,504, and bfloat16 has 8
+    significant bits. Convert to float32 first, and back at the end."""
     e = (x - x.amax(dim, keepdim=True)).exp()
     return e / e.sum(dim, keepdim=True)
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
 def result_left_in_float32(x, dim=-1):
-    """The sum is rightly taken in float32, but the result stays there. The product with values in half
-    precision then fails; convert back to x.dtype at the end."""
+    """The sum is computed in float32, which is right, but the result stays in it, and the product with
+    half-precision values fails. Convert back to x.dtype at the end."""
     return F.to_float32(x).softmax(dim)
 
 
 @step.mistake("functional.log_softmax", source="public solutions of CS336")
 def logarithm_of_the_softmax(x, dim=-1):
-    """log is taken of the finished softmax. A small probability is rounded to 0 first, and its logarithm is
-    -inf. Stay with logarithms: x - max - log(sum(exp(x - max)))."""
+    """The log is taken of the finished softmax. A small probability underflows to 0 first, and its logarithm
+    is -inf. Compute it directly: x - max - log(sum(exp(x - max)))."""
     return F.to_float32(x).softmax(dim).log().to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="public solutions of CS336")
 def logarithm_of_the_softmax_plus_a_constant(x, dim=-1):
-    """log(p + 1e-8) hides the -inf of a rounded-off zero, but nothing can then be below -18.4, and no
-    gradient comes from what is most wrong. Stay with logarithms, with no constant."""
+    """log(p + 1e-8) avoids the -inf of an underflow, but no result can be below -18.4, and the smallest
+    probabilities get no gradient. Compute the logarithm directly, without a constant."""
     return (F.to_float32(x).softmax(dim) + 1e-8).log().to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def log_of_the_sum_without_a_maximum(x, dim=-1):
-    """x - log(sum(exp(x))) is right on paper, but exp overflows above 88, and far below it the sum is 0.
-    Subtract the maximum of each row first."""
+    """x - log(sum(exp(x))) is right on paper, but exp overflows above 88, and for very negative scores the
+    sum is 0. Subtract the maximum of each row first."""
     wide = F.to_float32(x)
     return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def one_maximum_for_all_logarithms(x, dim=-1):
-    """One maximum is taken over everything. In a row that lies far below it all exponentials are 0, and the
-    logarithm of their sum is -inf. Each row needs its own: amax(dim, keepdim=True)."""
+    """A single maximum is subtracted from all rows. In a row far below it all exponentials underflow to 0,
+    and the logarithm of their sum is -inf. Use each row's own: amax(dim, keepdim=True)."""
     wide = F.to_float32(x) - x.max()
     return (wide - wide.exp().sum(dim, keepdim=True).log()).to(x.dtype)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def maximum_lost_on_the_way(x, dim=-1):
-    """The maximum was subtracted inside exp, but not from x itself, so the result is too large by the
-    maximum. Subtract it once, and use that in both places."""
+    """The maximum is subtracted inside exp, but not from x itself, so the result is too large by the maximum.
+    Subtract it once, and use the shifted scores in both places."""
     wide = F.to_float32(x)
     shifted = wide - wide.amax(dim, keepdim=True)
     return (wide - shifted.exp().sum(dim, keepdim=True).log()).to(x.dtype)
@@ -373,35 +373,34 @@ def maximum_lost_on_the_way(x, dim=-1):
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def dim_ignored_by_log_softmax(x, dim=-1):
-    """The log-softmax always goes along the last axis. It must go along dim, in the maximum and in the
-    sum."""
+    """The log-softmax is always taken along the last axis. It must be taken along dim, in the maximum and in
+    the sum."""
     return x.log_softmax(-1)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def sign_of_the_logarithm(x, dim=-1):
-    """The sign is wrong: this is the surprise, -log p, which is what a loss needs. A logarithm of
-    probabilities is never above 0."""
+    """The sign is wrong: this is -log p, which is the loss. A log-probability is never above 0."""
     return -x.log_softmax(dim)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def logarithm_to_base_2(x, dim=-1):
-    """The logarithm is to base 2 (bits), but must be natural (nats): its exp has to give softmax again. Use
+    """The logarithm is to base 2 (bits) instead of natural (nats): its exp must be the softmax. Use
     torch.log."""
     return x.log_softmax(dim) / math.log(2)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def scores_changed_in_place(x, dim=-1):
-    """The maximum is subtracted from the caller's own tensor (-=, sub_). Whoever uses these scores again
-    gets others than they made. Write x = x - ..., which makes a new tensor."""
+    """The maximum is subtracted in place from the caller's tensor (-=, sub_), so later uses of the scores see
+    modified values. Write x = x - ..., which makes a new tensor."""
     x -= x.max(dim, keepdim=True).values
     return x.log_softmax(dim)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
 def log_softmax_left_in_float32(x, dim=-1):
-    """The sum is rightly taken in float32, but the result stays there. It must have the dtype of the input;
-    convert back to x.dtype at the end."""
+    """The sum is computed in float32, which is right, but the result stays in it. It must have the dtype of
+    the input; convert back to x.dtype at the end."""
     return F.to_float32(x).log_softmax(dim)

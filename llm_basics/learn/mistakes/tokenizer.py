@@ -102,7 +102,7 @@ def difference(text, vocab, expected, actual):
     def named(id):
         if id is None:
             return "nothing"
-        return f"{id}, which is {vocab.get(id, 'in no vocabulary')!r}" if isinstance(id, int) else repr(id)
+        return f"{id}, which is {vocab.get(id, 'not in vocabulary')!r}" if isinstance(id, int) else repr(id)
 
     if not isinstance(actual, list | tuple):
         return f"the ids must be a list, got a {type(actual).__name__}"
@@ -110,7 +110,7 @@ def difference(text, vocab, expected, actual):
         if wanted != got:
             x, y = (named(id) for id in (wanted, got))
             return f"token {i} of {text!r} must be {x}; got {y}"
-    return "the ids must be whole numbers"
+    return "the ids must be integers"
 
 
 def encodes(about, *rows):
@@ -123,7 +123,7 @@ def encodes(about, *rows):
         for (vocab, _, _, text), wanted, got in zip(rows, expected, actual, strict=True):
             if wanted != got:
                 return difference(text, vocab, wanted, got)
-        return "the ids must be whole numbers"
+        return "the ids must be integers"
 
     step.value(about, ours, [right_ids(*row) for row in rows], words=words)
 
@@ -169,7 +169,7 @@ encodes(
     "text of any script, unchanged",
     (VOCAB, WORDS, [], "The \u00e9 e\u0301 \u6f22 \ufb01 \U0001f643\x00"),
 )
-encodes("an empty text, and blanks alone", (VOCAB, WORDS, [], ""), (VOCAB, WORDS, [], "   "))
+encodes("an empty text, and spaces alone", (VOCAB, WORDS, [], ""), (VOCAB, WORDS, [], "   "))
 
 TEXTS = [
     " the ship's  here\n",
@@ -280,7 +280,7 @@ streams(
 )
 streams("a stream split within a special token", [f"the{END[:3]}", f"{END[3:]} ship", END, "s"], beyond=True)
 streams(
-    "a stream with a special token that holds a space",
+    "a stream with a special token that contains a space",
     ["the <|a", " b|> ship <|a ", "b|>"],
     SPACED,
     beyond=True,
@@ -293,7 +293,7 @@ class Endless:
     def __iter__(self):
         for _ in range(200):
             yield "the ship\n" * 1000
-        raise MemoryError("encode_iterable read 2 million characters before it gave an id")
+        raise MemoryError("encode_iterable read 2 million characters before it yielded an id")
 
 
 step.value(
@@ -315,7 +315,7 @@ step.value(
     handed_in,
     [True, True, True],
     words=lambda expected, actual: (
-        "it changes the caller's "
+        "it modifies the caller's "
         + " and ".join(
             n for n, ok in zip(("vocabulary", "merges", "special tokens"), actual, strict=True) if not ok
         )
@@ -361,8 +361,8 @@ PIECE = "tokenizer.Tokenizer"
 
 @step.mistake(PIECE, source=PUBLIC)
 class GreedyLongestMatch(Tokenizer):
-    """The longest token that fits is taken again and again from the left. BPE gives other ids: apply the
-    merges in the order in which they were learned."""
+    """The longest matching token is taken repeatedly from the left. BPE gives other ids: apply the merges in
+    the order in which they were learned."""
 
     def merge_steps(self, piece):
         known, parts = {left + right for left, right in self.merges}, []
@@ -375,8 +375,8 @@ class GreedyLongestMatch(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class LeftmostPairFirst(Tokenizer):
-    """The first pair from the left that can merge is merged. The one that was learned first must go first,
-    wherever it stands: take the pair with the lowest rank."""
+    """The leftmost pair that can merge is merged first. The pair that was learned first must come first, at
+    any position: take the pair with the lowest rank."""
 
     def merge_steps(self, piece):
         parts = [bytes([byte]) for byte in piece]
@@ -396,8 +396,8 @@ def merge_best(piece, rank, choose=min):
 
 @step.mistake(PIECE, source=OWN)
 class LatestMergeFirst(Tokenizer):
-    """The pair that was learned last is merged first. Training made its merges in order, and later ones build
-    on earlier ones: take the lowest rank, with min instead of max."""
+    """The pair that was learned last is merged first. Later merges build on earlier ones: take the lowest
+    rank, min instead of max."""
 
     def merge_steps(self, piece):
         ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -406,8 +406,8 @@ class LatestMergeFirst(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class RanksFromIds(Tokenizer):
-    """The pair whose token has the lowest id is merged first. The order of the list of merges decides; ids
-    can be numbered in any way."""
+    """The pair whose token has the lowest id is merged first. The order of the merge list decides; ids can be
+    numbered in any way."""
 
     def merge_steps(self, piece):
         ids = {token: id for id, token in self.vocab.items()}
@@ -417,8 +417,8 @@ class RanksFromIds(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class AnythingInTheVocabularyMerges(Tokenizer):
-    """Two tokens merge if their joined bytes are in the vocabulary, though this pair was never learned: abc
-    may have been made of ab and c, not of a and bc. Look the pair up in the merges."""
+    """Two tokens are merged if their joined bytes are in the vocabulary, although this pair was never
+    learned: abc may have been made from ab and c, not from a and bc. Look up the pair in the merges."""
 
     def merge_steps(self, piece):
         ranks = {left + right: rank for rank, (left, right) in enumerate(self.merges)}
@@ -427,8 +427,8 @@ class AnythingInTheVocabularyMerges(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class OnlyOneRound(Tokenizer):
-    """The bytes are gone through once, and what was merged is not merged again, so no token gets longer than
-    two bytes. Repeat until no pair of the piece is in the merges."""
+    """The bytes are scanned once, and merged tokens are not merged again, so no token gets longer than two
+    bytes. Repeat until no pair of the pre-token is in the merges."""
 
     def merge_steps(self, piece):
         parts = [bytes([byte]) for byte in piece]
@@ -440,8 +440,8 @@ class OnlyOneRound(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class OnlyTheFirstOccurrenceMerged(Tokenizer):
-    """Each merge is applied to the first place where its pair stands, and not to the others in the piece. Go
-    on until the pair is gone, then take the next merge."""
+    """Each merge is applied to the first occurrence of its pair only. Merge all occurrences in the pre-token
+    before the next merge."""
 
     def merge_steps(self, piece):
         parts = [bytes([byte]) for byte in piece]
@@ -454,8 +454,8 @@ class OnlyTheFirstOccurrenceMerged(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class RunsMergedFromTheRight(Tokenizer):
-    """In aaa the last two are merged instead of the first two. Training went from left to right, and encoding
-    must do the same, or other tokens come out."""
+    """In aaa the last two tokens are merged instead of the first two. Training scans from left to right, and
+    encoding must do the same to give the same tokens."""
 
     def merge_steps(self, piece):
         parts = [bytes([byte]) for byte in piece]
@@ -471,7 +471,7 @@ class RunsMergedFromTheRight(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class MergesWithoutTheLast(Tokenizer):
-    """The last merge is never applied, as happens when a loop over the merges ends one early or a rank is
+    """The last merge is never applied, perhaps because a loop over the merges ends one early, or a rank is
     compared with < to the highest one. Its token is then never used."""
 
     def merge_steps(self, piece):
@@ -481,8 +481,8 @@ class MergesWithoutTheLast(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class FirstMergeNeverApplied(Tokenizer):
-    """The first merge is never applied: its rank is 0, and `if ranks.get(pair)` takes 0 for nothing. Ask with
-    `is not None` or `in`."""
+    """The first merge is never applied: its rank is 0, which is false in `if ranks.get(pair)`. Compare with
+    `is not None`, or use `in`."""
 
     def merge_steps(self, piece):
         ranks = {pair: rank for rank, pair in enumerate(self.merges) if rank}
@@ -491,8 +491,8 @@ class FirstMergeNeverApplied(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class IdsCountedFromTheBytes(Tokenizer):
-    """The id of a byte is taken to be its value, and that of a merge 256 and its rank, without a look at the
-    vocabulary. With special tokens in front, every id is off; look the bytes up."""
+    """The id of a byte is assumed to be its value, and that of a merge 256 plus its rank, without the
+    vocabulary. If special tokens come first, every id is wrong; look up the bytes."""
 
     def encode_bytes(self, content):
         ids = {bytes([b]): b for b in range(256)}
@@ -506,8 +506,8 @@ class IdsCountedFromTheBytes(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class NoPretokenization(Tokenizer):
-    """The merges are applied to the whole text instead of to each piece, so tokens cross from one word to the
-    next, which training never saw. Cut with the split pattern first."""
+    """The merges are applied to the whole text instead of each pre-token, so tokens cross word boundaries,
+    which never happens in training. Split with the pre-tokenization pattern first."""
 
     def encode_bytes(self, content):
         *_, parts = self.merge_steps(content)
@@ -516,8 +516,8 @@ class NoPretokenization(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SplitOnWhiteSpace(Tokenizer):
-    """The text is cut with split(), and its white space is gone: decoding gives the words without spaces. Use
-    the split pattern, whose pieces hold every character."""
+    """The text is split with split(), which discards white space, so decoding gives words without spaces. Use
+    the pre-tokenization pattern, which keeps every character."""
 
     def encode_bytes(self, content):
         return [
@@ -529,8 +529,8 @@ class SplitOnWhiteSpace(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpacePutInFront(Tokenizer):
-    """A space is put in front of the text, so that the first word looks like the others. GPT-2's tokenizer
-    does not, and decoding gives a text with one space too many."""
+    """A space is added before the text, so that the first word is encoded like the others. GPT-2's tokenizer
+    does not add one, and decoding gives a text with one space too many."""
 
     def encode(self, text):
         return super().encode(" " + text)
@@ -538,8 +538,8 @@ class SpacePutInFront(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class TextStripped(Tokenizer):
-    """White space at both ends of the text is stripped off before encoding. Every character must come back
-    from decoding; pass the text on as it is."""
+    """White space at both ends of the text is stripped before encoding. Every character must be restored by
+    decoding; encode the text as it is."""
 
     def encode(self, text):
         return super().encode(text.strip())
@@ -547,8 +547,8 @@ class TextStripped(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class TextNormalized(Tokenizer):
-    """The text is put into a normal form of Unicode first, which turns ligatures and combined accents into
-    other characters. A byte-level tokenizer changes nothing: any text must come back."""
+    """The text is converted to a Unicode normal form first, which replaces ligatures and combining accents by
+    other characters. A byte-level tokenizer never changes the text."""
 
     def encode(self, text):
         return super().encode(unicodedata.normalize("NFKC", text))
@@ -556,8 +556,8 @@ class TextNormalized(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class TextInLowerCase(Tokenizer):
-    """The text is put into lower case first, and decoding cannot bring the capitals back. A byte-level
-    tokenizer changes nothing in the text."""
+    """The text is lowercased first, and decoding cannot restore the capitals. A byte-level tokenizer never
+    changes the text."""
 
     def encode(self, text):
         return super().encode(text.lower())
@@ -565,8 +565,8 @@ class TextInLowerCase(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class CharactersForBytes(Tokenizer):
-    """Each character becomes the byte with its number, ord(c), which is right for ASCII alone. Encode the
-    text in UTF-8 and go through its bytes."""
+    """Each character is converted to a byte with ord(c), which is right for ASCII only. Encode the text as
+    UTF-8, and iterate over its bytes."""
 
     def encode_ordinary(self, text):
         return self.encode_bytes(text.encode("latin-1"))
@@ -597,8 +597,8 @@ def escaped(specials):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsAsText(Tokenizer):
-    """Special tokens are encoded like words, so the end of a document is several tokens and never the one
-    that the model knows. Split the text at them first, and append their ids."""
+    """Special tokens are encoded like ordinary text, so the end of a document becomes several tokens instead
+    of the one that the model knows. Split the text at special tokens first, and append their ids."""
 
     def encode(self, text):
         return self.encode_ordinary(text)
@@ -607,7 +607,7 @@ class SpecialsAsText(Tokenizer):
 @step.mistake(PIECE, source=OWN)
 class SpecialsDropped(Tokenizer):
     """The text is split at special tokens, but their ids are never appended. Split with a capturing group, or
-    use finditer, so that you see them."""
+    use finditer, which returns them too."""
 
     def encode(self, text):
         return encode_between(self, escaped(longest_first(self)), text, keep=False)
@@ -615,8 +615,8 @@ class SpecialsDropped(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class SpecialsNotSortedByLength(Tokenizer):
-    """Of two special tokens that share a prefix, the one listed first is found, even inside the longer one.
-    Sort them by length, longest first, before you join them with |."""
+    """Of two special tokens that share a prefix, the one listed first matches, even inside the longer one.
+    Sort them by length, longest first, before joining them with |."""
 
     def encode(self, text):
         return encode_between(self, escaped(self.special_tokens), text)
@@ -624,8 +624,8 @@ class SpecialsNotSortedByLength(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class SpecialsNotEscaped(Tokenizer):
-    """Special tokens are put into a regular expression as they are, where the | of <|endoftext|> means "or"
-    and a dot fits anything. Put each through regex.escape."""
+    """Special tokens are put into a regular expression unescaped, where the | of <|endoftext|> means "or" and
+    a dot matches anything. Apply regex.escape to each."""
 
     def encode(self, text):
         return encode_between(self, "|".join(longest_first(self)), text)
@@ -633,8 +633,8 @@ class SpecialsNotEscaped(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class NeighborsOfSpecialsStripped(Tokenizer):
-    """The text on both sides of a special token is stripped of white space. It is text like any other, and
-    decoding must give it back."""
+    """White space around a special token is stripped. It is part of the text, and decoding must restore
+    it."""
 
     def encode(self, text):
         if not self.special_tokens:
@@ -644,8 +644,8 @@ class NeighborsOfSpecialsStripped(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsFoundOnlyOnce(Tokenizer):
-    """Only the first occurrence of each special token is found; the text after it is encoded as words, as
-    with partition or split(special, 1). Find all of them."""
+    """Only the first occurrence of each special token is found, and later ones are encoded as ordinary text,
+    as with partition or split(special, 1). Find all of them."""
 
     def encode(self, text):
         ids = []
@@ -658,7 +658,7 @@ class SpecialsFoundOnlyOnce(Tokenizer):
 @step.mistake(PIECE, source=OWN)
 class EndAddedToEveryText(Tokenizer):
     """The first special token is appended to every text. Encoding must not add tokens, or decoding does not
-    give the text back; put it between documents yourself."""
+    restore the text; the caller adds them between documents."""
 
     def encode(self, text):
         return super().encode(text) + [self._special_ids[special] for special in self.special_tokens[:1]]
@@ -666,8 +666,8 @@ class EndAddedToEveryText(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsNeverAdded(Tokenizer):
-    """A special token that the vocabulary lacks gets no id, and encoding it fails. Give each of them the next
-    free id when the tokenizer is made."""
+    """A special token that is not in the vocabulary gets no id, so encoding it fails. Assign the next free id
+    to each of them in the constructor."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
         super().__init__(vocab, merges, special_tokens, pattern)
@@ -676,7 +676,7 @@ class SpecialsNeverAdded(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsAddedAgain(Tokenizer):
-    """Every special token gets a new id, also one that the vocabulary has already, so it is not the id that
+    """Every special token gets a new id, even if it is already in the vocabulary, so it is not the id that
     the model was trained with. Add only those that are missing."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
@@ -693,8 +693,8 @@ class SpecialsAddedAgain(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class DecodedTokenByToken(Tokenizer):
-    """Each token is decoded by itself, and a character whose bytes lie in two tokens comes out as two U+FFFD.
-    Join the bytes of all tokens first, then decode once."""
+    """Each token is decoded separately, so a character whose bytes are split between two tokens becomes two
+    U+FFFD. Join the bytes of all tokens first, then decode once."""
 
     def decode(self, ids):
         return "".join(self.decode_bytes([id]).decode("utf-8", errors="replace") for id in ids)
@@ -702,8 +702,8 @@ class DecodedTokenByToken(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class BrokenCharactersLeftOut(Tokenizer):
-    """Bytes that are not UTF-8 are left out without a word, with errors="ignore". A model can produce them:
-    errors="replace" shows each as U+FFFD."""
+    """Bytes that are not valid UTF-8 are silently dropped by errors="ignore". A model can generate them:
+    errors="replace" shows them as U+FFFD."""
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="ignore")
@@ -711,8 +711,8 @@ class BrokenCharactersLeftOut(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class BrokenCharactersFail(Tokenizer):
-    """Decoding fails when the bytes are not UTF-8. A model can produce them, and any sequence of ids must be
-    decoded: use errors="replace"."""
+    """Decoding raises an error if the bytes are not valid UTF-8. A model can generate them, and any sequence
+    of ids must be decodable: use errors="replace"."""
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8")
@@ -720,8 +720,8 @@ class BrokenCharactersFail(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class DecodedByteByByte(Tokenizer):
-    """Each byte becomes the character with its number, which is right for ASCII alone. The bytes of all
-    tokens together are UTF-8, and are decoded as such."""
+    """Each byte is converted to the character with its number, which is right for ASCII only. The bytes of
+    all tokens together are UTF-8; decode them as such."""
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode("latin-1")
@@ -729,8 +729,8 @@ class DecodedByteByByte(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpacesPutBetweenTokens(Tokenizer):
-    """Tokens are joined with a space between them when decoding. The spaces of the text are in the tokens
-    already; join the bytes with nothing between."""
+    """Decoding joins tokens with a space. The spaces of the text are part of the tokens; join the bytes
+    without a separator."""
 
     def decode(self, ids):
         return b" ".join(self.vocab[id] for id in ids).decode("utf-8", errors="replace")
@@ -738,8 +738,8 @@ class SpacesPutBetweenTokens(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class DecodedTextStripped(Tokenizer):
-    """White space at both ends of the decoded text is stripped off, so a text does not come back as it was,
-    and texts decoded in parts lose their spaces. Return it as it is."""
+    """White space at both ends of the decoded text is stripped, so the text is not restored, and texts
+    decoded in parts lose their spaces. Return it as it is."""
 
     def decode(self, ids):
         return super().decode(ids).strip()
@@ -747,8 +747,8 @@ class DecodedTextStripped(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsLeftOutWhenDecoding(Tokenizer):
-    """Special tokens are skipped in decoding, so the text does not come back as it was. Leave it to the
-    caller to drop their ids before."""
+    """Decoding skips special tokens, so the text is not restored. A caller that does not want them removes
+    their ids first."""
 
     def decode(self, ids):
         return super().decode([id for id in ids if id not in self._special_ids.values()])
@@ -760,8 +760,8 @@ class SpecialsLeftOutWhenDecoding(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class StreamEncodedPartByPart(Tokenizer):
-    """Each text of the stream is encoded by itself, but a token may begin in one and end in the next: blank
-    lines, long words, special tokens. Keep the end back until a sure border is seen."""
+    """Each text of the stream is encoded separately, but a token may begin in one and end in the next: blank
+    lines, long words, special tokens. Buffer the end until a certain boundary is found."""
 
     def encode_iterable(self, texts):
         for text in texts:
@@ -770,8 +770,8 @@ class StreamEncodedPartByPart(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class StreamOfStrippedLines(Tokenizer):
-    r"""The line end of each text in the stream is stripped off, so its token is missing. A file gives its
-    lines with their \n, and it is text like any other."""
+    r"""The line end of each text in the stream is stripped, so its token is missing. Iterating over a file
+    yields lines with their \n, which is part of the text."""
 
     def encode_iterable(self, texts):
         return super().encode_iterable(text.rstrip("\n") for text in texts)
@@ -779,8 +779,8 @@ class StreamOfStrippedLines(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class StreamWithLineEndsAdded(Tokenizer):
-    r"""The texts of the stream are joined with \n, which none of them held. They follow each other directly;
-    a file gives its lines with their line ends."""
+    r"""The texts of the stream are joined with an additional \n. They follow each other directly; iterating
+    over a file yields lines with their line ends."""
 
     def encode_iterable(self, texts):
         return super().encode_iterable("\n" * (i > 0) + text for i, text in enumerate(texts))
@@ -788,8 +788,8 @@ class StreamWithLineEndsAdded(Tokenizer):
 
 @step.mistake(PIECE, source=PASSES)
 class StreamReadAtOnce(Tokenizer):
-    """The whole stream is joined to one text before it is encoded, so memory grows with the file. Encode what
-    is sure to be complete, give its ids away, and read on."""
+    """The whole stream is joined into one text before encoding, so memory grows with the file. Encode what is
+    certainly complete, yield its ids, and read on."""
 
     def encode_iterable(self, texts):
         return iter(self.encode("".join(texts)))
@@ -808,8 +808,8 @@ def stream_by(model, texts, find_cut):
 
 @step.mistake(PIECE, source=OWN)
 class StreamCutBehindSpaces(Tokenizer):
-    """The stream is cut after its last white space, which separates the next word from its leading space. Cut
-    in front of the space: there a token ends whatever follows."""
+    """The stream is split after its last white space, which separates the next word from its leading space.
+    Split before the space: a token ends there whatever follows."""
 
     def encode_iterable(self, texts):
         return stream_by(self, texts, lambda text: max(map(text.rfind, " \t\n")) + 1)
@@ -817,8 +817,8 @@ class StreamCutBehindSpaces(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsCutInTheStream(Tokenizer):
-    """The stream is cut in front of a space, which is right between words, but a special token with a space
-    in it falls apart. Keep back what may be the beginning of one."""
+    """The stream is split before a space, which is right between words, but breaks a special token that
+    contains a space. Buffer what may be the beginning of one."""
 
     def encode_iterable(self, texts):
         border = regex.compile(r"(?r)(?<=\S)(?=\s)")
@@ -827,8 +827,8 @@ class SpecialsCutInTheStream(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class EndOfStreamForgotten(Tokenizer):
-    """What is kept back at the end of the stream is never encoded, so the last word is missing. After the
-    loop, encode the rest."""
+    """The buffer left at the end of the stream is never encoded, so the last word is missing. Encode the rest
+    after the loop."""
 
     def encode_iterable(self, texts):
         waiting = ""
@@ -839,8 +839,8 @@ class EndOfStreamForgotten(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class StreamEndsAtAnEmptyText(Tokenizer):
-    """An empty text in the stream is taken for its end, as with read(), and the rest is never encoded. The
-    stream ends when iterating over it does."""
+    """An empty text in the stream is treated as its end, as with read(), and the rest is never encoded. The
+    stream ends when the iterator does."""
 
     def encode_iterable(self, texts):
         return super().encode_iterable(iter(functools.partial(next, iter(texts), ""), ""))
@@ -848,8 +848,8 @@ class StreamEndsAtAnEmptyText(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class StreamOfLists(Tokenizer):
-    """The stream gives a list of ids for each text instead of one id after the other. Use `yield from`, or
-    yield each id in a loop."""
+    """A list of ids is yielded for each text instead of one id at a time. Use `yield from`, or yield each id
+    in a loop."""
 
     def encode_iterable(self, texts):
         for text in texts:
@@ -862,8 +862,8 @@ class StreamOfLists(Tokenizer):
 
 @step.mistake(PIECE, source=PUBLIC)
 class CacheOfAllTokenizers(Tokenizer):
-    """The cache of pieces belongs to the class, so a second tokenizer gets the ids of the first. Make it in
-    __init__, for each tokenizer its own."""
+    """The cache of pre-tokens is a class attribute, so a second tokenizer returns the ids of the first.
+    Create it in __init__, one per tokenizer."""
 
     cache = {}
 
@@ -876,8 +876,8 @@ class CacheOfAllTokenizers(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class CachedListGivenAway(Tokenizer):
-    """A list from the cache is returned itself, and when the caller appends to it, the same text gets other
-    ids the next time. Return a new list, or keep tuples."""
+    """A list from the cache is returned itself, and if the caller appends to it, the same text gets other ids
+    the next time. Return a new list, or cache tuples."""
 
     def encode(self, text):
         self.cache = getattr(self, "cache", {})
@@ -886,8 +886,8 @@ class CachedListGivenAway(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class VocabularyOfTheCallerChanged(Tokenizer):
-    """New special tokens are written into the caller's dict, so its other tokenizers get them too. Work on a
-    copy: dict(vocab)."""
+    """New special tokens are written into the caller's dict, so other tokenizers that share it get them too.
+    Work on a copy: dict(vocab)."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
         super().__init__(vocab, merges, special_tokens, pattern)
@@ -896,7 +896,7 @@ class VocabularyOfTheCallerChanged(Tokenizer):
 
 @step.mistake(PIECE, source=OWN)
 class SpecialsOfTheCallerSorted(Tokenizer):
-    """The caller's list of special tokens is sorted in place, so a caller that numbers them by position gets
+    """The caller's list of special tokens is sorted in place, so code that numbers them by position gets
     other numbers. Use sorted(), which makes a new list."""
 
     def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):

@@ -141,7 +141,7 @@ step.value(
     right_rates(0.05, 0.02, 2, 5),
 )
 
-check("a gradient longer than max_grad_norm", sgd, [[batch(3, 5, 1)], [batch(3, 5, 2)]], max_grad_norm=0.2)
+check("a gradient norm above max_grad_norm", sgd, [[batch(3, 5, 1)], [batch(3, 5, 2)]], max_grad_norm=0.2)
 
 
 def lengths(a):
@@ -274,7 +274,7 @@ class Forbidding(Tiny):
 
 AS_BEFORE = {"raised": "FloatingPointError", "weights changed": []}
 step.value(
-    "a loss that is nan: FloatingPointError, nothing changed", lambda a: refused(a, Broken()), AS_BEFORE
+    "a loss that is NaN: FloatingPointError, nothing changed", lambda a: refused(a, Broken()), AS_BEFORE
 )
 step.value(
     "a finite loss, but a gradient that is not: FloatingPointError", lambda a: refused(a, Steep()), AS_BEFORE
@@ -319,7 +319,9 @@ def right_in_bfloat16():
     return {"multiplied in": "torch.bfloat16", "weights in": "torch.float32", "train_loss": loss.item()}
 
 
-step.value('dtype="bfloat16": products in it, weights and loss not', in_bfloat16, right_in_bfloat16())
+step.value(
+    'dtype="bfloat16": used for matrix products, not for weights and loss', in_bfloat16, right_in_bfloat16()
+)
 
 UNEQUAL = [[batch(3, 5, seed), batch(1, 4, seed + 10), batch(2, 6, seed + 20)] for seed in (1, 2, 3, 4)]
 check("four steps of AdamW, all together", adamw, UNEQUAL, lr=0.05, min_lr=0.01, steps=5, max_grad_norm=0.3)
@@ -459,8 +461,8 @@ def with_lr(lr, model, optimizer, batches, options, accept):
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def gradients_never_cleared(model, optimizer, batches, step, options, accept=None):
-    """zero_grad is never called, so each step's gradient is added to those of all steps before. The gradient
-    norm grows from step to step; clear before the first backward of a step."""
+    """zero_grad is never called, so each step adds its gradient to those of all earlier steps, and the
+    gradient norm keeps growing. Call it before the first backward of a step."""
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
     set_lr(optimizer, lr)
     return finish(model, optimizer, gather(model, batches, options), lr, options, accept)
@@ -468,8 +470,8 @@ def gradients_never_cleared(model, optimizer, batches, step, options, accept=Non
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def gradients_cleared_after_backward(model, optimizer, batches, step, options, accept=None):
-    """zero_grad stands between backward and optimizer.step, so the optimizer finds no gradient and nothing
-    is learned. Call it before the first backward, or after the update."""
+    """zero_grad is called between backward and optimizer.step, so the optimizer sees no gradients, and
+    nothing is learned. Call it before the first backward, or after the update."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     optimizer.zero_grad()
@@ -478,8 +480,8 @@ def gradients_cleared_after_backward(model, optimizer, batches, step, options, a
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def gradients_cleared_for_each_micro_batch(model, optimizer, batches, step, options, accept=None):
-    """zero_grad stands inside of the loop over micro-batches, so only the last one's gradient is left at the
-    update, while the loss is that of all. Clear once a step, before the loop."""
+    """zero_grad is called inside the loop over micro-batches, so only the gradient of the last one is left at
+    the update, while the loss is that of all. Call it once per step, before the loop."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         optimizer.zero_grad()
@@ -491,8 +493,8 @@ def gradients_cleared_for_each_micro_batch(model, optimizer, batches, step, opti
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_last_micro_batch_counted(model, optimizer, batches, step, options, accept=None):
-    """backward is called after the loop over micro-batches, where only the last loss is still at hand. The
-    work on all others is thrown away; call backward inside of the loop."""
+    """backward is called after the loop over micro-batches, on the last loss only, so the work on the others
+    is wasted. Call backward inside the loop."""
     lr = begin(optimizer, step, options)
     for batch in batches:
         loss = mean_loss(model, batch, options)
@@ -502,8 +504,7 @@ def only_the_last_micro_batch_counted(model, optimizer, batches, step, options, 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_first_micro_batch_counted(model, optimizer, batches, step, options, accept=None):
-    """Only batches[0] is read. The step then sees a part of the data that it was given; its gradient must
-    come from all batches."""
+    """Only batches[0] is used, a part of the data of the step. The gradient must come from all batches."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches[:1], options)
     return finish(model, optimizer, loss, lr, options, accept)
@@ -511,8 +512,8 @@ def only_the_first_micro_batch_counted(model, optimizer, batches, step, options,
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def accumulation_not_divided(model, optimizer, batches, step, options, accept=None):
-    """The gradients of the micro-batches are added up but not divided, though the loss is. With four of them
-    the gradient norm is four times too large; weigh each loss before its backward."""
+    """The gradients of the micro-batches are accumulated without dividing, although the loss is divided, so
+    the gradient norm is too large by the number of micro-batches. Weight each loss before its backward."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options)
@@ -523,8 +524,8 @@ def accumulation_not_divided(model, optimizer, batches, step, options, accept=No
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def neither_loss_nor_gradient_divided(model, optimizer, batches, step, options, accept=None):
-    """The mean losses of the micro-batches are added up and never divided. Loss and gradient then grow with
-    the number of micro-batches; weigh each by its share of the targets."""
+    """The mean losses of the micro-batches are summed and never divided, so loss and gradient grow with the
+    number of micro-batches. Weight each by its share of the targets."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch in batches:
         loss = mean_loss(model, batch, options)
@@ -535,8 +536,8 @@ def neither_loss_nor_gradient_divided(model, optimizer, batches, step, options, 
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def mean_over_unequal_micro_batches(model, optimizer, batches, step, options, accept=None):
-    """Each micro-batch is divided by their number, as if all had the same size. Where they differ, a token
-    in a small one counts more; weigh by the share of the targets."""
+    """Each micro-batch is divided by their number, as if all had the same size, so tokens in a small one
+    weigh more. Weight by the share of the targets."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch in batches:
         loss = mean_loss(model, batch, options) / len(batches)
@@ -547,8 +548,8 @@ def mean_over_unequal_micro_batches(model, optimizer, batches, step, options, ac
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def micro_batches_weighed_by_rows(model, optimizer, batches, step, options, accept=None):
-    """Each micro-batch counts by its number of rows, not of targets. Where sequences differ in length,
-    tokens of short ones count more; use targets.numel()."""
+    """Each micro-batch is weighted by its number of rows instead of targets, so tokens of short sequences
+    weigh more. Use targets.numel()."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     rows = sum(len(targets) for _, targets in batches)
     for batch in batches:
@@ -560,8 +561,8 @@ def micro_batches_weighed_by_rows(model, optimizer, batches, step, options, acce
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def update_after_each_micro_batch(model, optimizer, batches, step, options, accept=None):
-    """optimizer.step stands inside of the loop over micro-batches. They are there to make one gradient for
-    one update; update once, after the loop."""
+    """optimizer.step is called inside the loop over micro-batches, whose gradients belong to a single update.
+    Update once, after the loop."""
     lr, total, norm = begin(optimizer, step, options), torch.zeros(()), torch.zeros(())
     for batch, share in shares(batches):
         optimizer.zero_grad()
@@ -574,8 +575,8 @@ def update_after_each_micro_batch(model, optimizer, batches, step, options, acce
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def all_graphs_kept_until_one_backward(model, optimizer, batches, step, options, accept=None):
-    """The losses are added up first and backward is called once. The result is right, but the activations of
-    all micro-batches are in memory together, which accumulation is there to avoid; call backward for
+    """The losses are summed first, and backward is called once. The result is right, but the activations of
+    all micro-batches are in memory at the same time, which accumulation is meant to avoid. Call backward for
     each."""
     lr = begin(optimizer, step, options)
     loss = sum(mean_loss(model, batch, options) * share for batch, share in shares(batches))
@@ -585,8 +586,8 @@ def all_graphs_kept_until_one_backward(model, optimizer, batches, step, options,
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_kept_with_its_graph(model, optimizer, batches, step, options, accept=None):
-    """The loss that is added up for the report still carries its graph, so that memory grows with every
-    micro-batch, and with every step if losses are collected. Add loss.detach() or loss.item()."""
+    """The reported loss is accumulated with its graph attached, so memory grows with every micro-batch, and
+    with every step if losses are collected. Add loss.detach() or loss.item()."""
     lr, total = begin(optimizer, step, options), 0
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options) * share
@@ -601,8 +602,8 @@ def loss_kept_with_its_graph(model, optimizer, batches, step, options, accept=No
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, options, accept=None):
-    """The step learns from all micro-batches but reports the loss of the last alone. The curve then is
-    noisier than it need be; add up the losses as the gradients."""
+    """The step learns from all micro-batches, but reports the loss of the last one only, which makes the
+    curve noisier. Accumulate the losses like the gradients."""
     lr = begin(optimizer, step, options)
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options)
@@ -612,8 +613,8 @@ def loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, optio
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def scaled_loss_of_the_last_micro_batch_reported(model, optimizer, batches, step, options, accept=None):
-    """What is reported is the last micro-batch's loss after it was scaled down for accumulation. It looks
-    far too good; add up the scaled losses of all of them."""
+    """The reported loss is that of the last micro-batch after it was scaled down for accumulation, which is
+    far too low. Sum the scaled losses of all micro-batches."""
     lr = begin(optimizer, step, options)
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options) * share
@@ -623,8 +624,8 @@ def scaled_loss_of_the_last_micro_batch_reported(model, optimizer, batches, step
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def mean_of_mean_losses_reported(model, optimizer, batches, step, options, accept=None):
-    """The gradient weighs micro-batches by their targets, but the reported loss is the plain mean of their
-    means. The two then measure different things; weight both alike."""
+    """The gradient weights micro-batches by their targets, but the reported loss is the plain mean of their
+    means, so the two do not match. Weight both the same way."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options)
@@ -635,8 +636,8 @@ def mean_of_mean_losses_reported(model, optimizer, batches, step, options, accep
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_after_the_update_reported(model, optimizer, batches, step, options, accept=None):
-    """The loss is computed again with the new weights, on the batch they were just fitted to. It looks
-    better than the truth and costs a second pass; report the loss that was differentiated."""
+    """The loss is computed again after the update, on the batch that was just trained on. It looks too good
+    and costs a second pass. Report the loss that was differentiated."""
     lr = begin(optimizer, step, options)
     result = finish(model, optimizer, gather(model, batches, options), lr, options, accept)
     with torch.no_grad():
@@ -646,8 +647,8 @@ def loss_after_the_update_reported(model, optimizer, batches, step, options, acc
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def norm_after_clipping_reported(model, optimizer, batches, step, options, accept=None):
-    """The gradient norm is measured after clipping, so it never exceeds the limit and tells of no spike.
-    Report what clip_grad_norm_ returns: the norm before."""
+    """The gradient norm is measured after clipping, so it never exceeds max_grad_norm and hides spikes.
+    Report what clip_grad_norm_ returns: the norm before clipping."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     clip(model, options)
@@ -662,8 +663,8 @@ def norm_after_clipping_reported(model, optimizer, batches, step, options, accep
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_never_set(model, optimizer, batches, step, options, accept=None):
-    """The learning rate is computed and reported, but never reaches the optimizer, which keeps the one it
-    was made with. Write it into every group of optimizer.param_groups."""
+    """The learning rate is computed and reported, but never set in the optimizer, which keeps its initial
+    one. Set it in every group of optimizer.param_groups."""
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
     optimizer.zero_grad()
     return finish(model, optimizer, gather(model, batches, options), lr, options, accept)
@@ -671,8 +672,8 @@ def learning_rate_never_set(model, optimizer, batches, step, options, accept=Non
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_set_for_the_first_group_only(model, optimizer, batches, step, options, accept=None):
-    """Only param_groups[0] gets the learning rate of the step. The other groups, such as norms and biases
-    without decay, keep their first one; loop over all groups."""
+    """The learning rate of the step is set in param_groups[0] only. Other groups, such as norms and biases
+    without decay, keep their initial one. Loop over all groups."""
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
@@ -681,8 +682,8 @@ def learning_rate_set_for_the_first_group_only(model, optimizer, batches, step, 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_set_after_the_update(model, optimizer, batches, step, options, accept=None):
-    """The learning rate is written into the optimizer after its step, so each update uses the one before,
-    and the first whatever it was made with. Set it before optimizer.step."""
+    """The learning rate is set after optimizer.step, so each update uses the previous one, and the first
+    update the initial one. Set it before optimizer.step."""
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, options.steps)
     optimizer.zero_grad()
     result = finish(model, optimizer, gather(model, batches, options), lr, options, accept)
@@ -692,24 +693,24 @@ def learning_rate_set_after_the_update(model, optimizer, batches, step, options,
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_previous_step(model, optimizer, batches, step, options, accept=None):
-    """The schedule gets step - 1, as if steps counted from 0. The first update then has learning rate 0 and
-    is lost, and the end of the cosine is missed by one."""
+    """The schedule is called with step - 1, as if steps counted from 0. The first update then has learning
+    rate 0 and is wasted, and the end of the cosine is missed by one."""
     lr = optim.cosine_schedule(step - 1, options.lr, options.final_lr, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def learning_rate_of_the_next_step(model, optimizer, batches, step, options, accept=None):
-    """The schedule gets step + 1, though steps already count from 1. Warm-up and decay then come one step
-    early; pass the step as it is."""
+    """The schedule is called with step + 1, although steps already count from 1, so warmup and decay come one
+    step early. Pass step itself."""
     lr = optim.cosine_schedule(step + 1, options.lr, options.final_lr, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def schedule_stepped_per_micro_batch(model, optimizer, batches, step, options, accept=None):
-    """The schedule advances with each micro-batch, so warm-up and decay are over too early, by as many times
-    as there are micro-batches. It must count updates."""
+    """The schedule advances with each micro-batch, so warmup and decay are faster by the number of
+    micro-batches. It must count updates."""
     at = step * len(batches)
     lr = optim.cosine_schedule(at, options.lr, options.final_lr, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
@@ -717,31 +718,31 @@ def schedule_stepped_per_micro_batch(model, optimizer, batches, step, options, a
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def no_schedule(model, optimizer, batches, step, options, accept=None):
-    """Every step uses the peak learning rate. Without warm-up the first updates are too long, without decay
-    the last ones; call cosine_schedule for the rate of the step."""
+    """Every step uses the peak learning rate. Without warmup the first updates are too large, and without
+    decay the last ones. Call cosine_schedule for the rate of the step."""
     return with_lr(options.lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def decay_to_zero_where_no_floor_is_given(model, optimizer, batches, step, options, accept=None):
-    """A min_lr of None is taken for 0, so that the last steps hardly learn. None stands for a tenth of the
-    peak: options.final_lr knows."""
+    """A min_lr of None is treated as 0, so the last steps have almost no effect. None means a tenth of the
+    peak: use options.final_lr."""
     lr = optim.cosine_schedule(step, options.lr, options.min_lr or 0.0, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def floor_always_a_tenth(model, optimizer, batches, step, options, accept=None):
-    """The learning rate falls to a tenth of the peak even where min_lr says otherwise. A setting that does
-    nothing misleads; take options.final_lr."""
+    """The learning rate decays to a tenth of the peak even if min_lr is set, so the option has no effect. Use
+    options.final_lr."""
     lr = optim.cosine_schedule(step, options.lr, options.lr / 10, options.warmup_steps, options.steps)
     return with_lr(lr, model, optimizer, batches, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def warm_up_added_to_the_length(model, optimizer, batches, step, options, accept=None):
-    """The schedule gets a total that is longer by the warm-up, so the cosine has not reached its floor when
-    the run ends. options.steps counts all steps, the warm-up included."""
+    """The warmup is added to the total passed to the schedule, so the cosine has not reached its minimum when
+    the run ends. options.steps counts all steps, warmup included."""
     total = options.steps + options.warmup_steps
     lr = optim.cosine_schedule(step, options.lr, options.final_lr, options.warmup_steps, total)
     return with_lr(lr, model, optimizer, batches, options, accept)
@@ -753,8 +754,8 @@ def warm_up_added_to_the_length(model, optimizer, batches, step, options, accept
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def no_clipping(model, optimizer, batches, step, options, accept=None):
-    """The norm of the gradient is measured, but the gradient is never shortened. One bad batch can then
-    throw the weights far off; clip to options.max_grad_norm before the update."""
+    """The gradient norm is measured, but gradients are never clipped, so one bad batch can throw the weights
+    far off. Clip to options.max_grad_norm before the update."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -764,7 +765,7 @@ def no_clipping(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_after_the_update(model, optimizer, batches, step, options, accept=None):
-    """The gradient is clipped after optimizer.step, when it was used already in full length. The order is
+    """Gradients are clipped after optimizer.step, which has already used them unclipped. The order is
     backward, clip, step."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
@@ -775,8 +776,8 @@ def clipping_after_the_update(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def clipping_after_each_micro_batch(model, optimizer, batches, step, options, accept=None):
-    """The gradient so far is clipped after each backward, not once at the end. Micro-batches that come early
-    are shortened again and again; clip what all have added up to."""
+    """The accumulated gradient is clipped after each backward instead of once at the end, so early
+    micro-batches are scaled down repeatedly. Clip the sum of all."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options) * share
@@ -789,8 +790,8 @@ def clipping_after_each_micro_batch(model, optimizer, batches, step, options, ac
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_before_unscaling(model, optimizer, batches, step, options, accept=None):
-    """The sum of the micro-batches' gradients is clipped and only then divided by their number. The gradient
-    ends up shorter than the limit allows; divide first, then clip."""
+    """The summed gradient of the micro-batches is clipped before it is divided by their number, so it ends up
+    smaller than max_grad_norm allows. Divide first, then clip."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch, share in shares(batches):
         loss = mean_loss(model, batch, options) * share * len(batches)
@@ -805,8 +806,8 @@ def clipping_before_unscaling(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def clipping_per_parameter(model, optimizer, batches, step, options, accept=None):
-    """Each parameter's gradient is clipped by itself, which changes the direction of the whole gradient. Give
-    clip_grad_norm_ all parameters in one call."""
+    """Each parameter's gradient is clipped separately, which changes the direction of the gradient. Pass all
+    parameters to clip_grad_norm_ in one call."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     norms = [nn.utils.clip_grad_norm_([p], options.max_grad_norm) for p in model.parameters()]
@@ -817,8 +818,8 @@ def clipping_per_parameter(model, optimizer, batches, step, options, accept=None
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def limit_of_the_norm_ignored(model, optimizer, batches, step, options, accept=None):
-    """The gradient is always clipped to norm 1, whatever max_grad_norm says. A setting that does nothing
-    misleads; pass options.max_grad_norm on."""
+    """The gradient is always clipped to the same norm, whatever max_grad_norm is, so the option has no
+    effect. Pass options.max_grad_norm."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -828,8 +829,8 @@ def limit_of_the_norm_ignored(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def values_clamped(model, optimizer, batches, step, options, accept=None):
-    """Single values of the gradient are cut off at max_grad_norm, which is a limit for the length of the
-    whole. Use clip_grad_norm_, not clip_grad_value_."""
+    """Elements of the gradient are clamped to max_grad_norm, which is a limit for the global norm. Use
+    clip_grad_norm_, not clip_grad_value_."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -844,8 +845,8 @@ def values_clamped(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def softmax_before_the_loss(model, optimizer, batches, step, options, accept=None):
-    """cross_entropy is given probabilities and takes the softmax of them again. The loss then cannot fall
-    below ln V - 1, and gradients are tiny; give it the logits."""
+    """cross_entropy gets probabilities and applies softmax to them again, so the loss cannot fall below about
+    ln V - 1, and gradients are tiny. Pass it the logits."""
 
     def loss_of(model, batch, options):
         probabilities = F.softmax(F.to_float32(model(batch[0])))
@@ -856,8 +857,8 @@ def softmax_before_the_loss(model, optimizer, batches, step, options, accept=Non
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def inputs_as_targets(model, optimizer, batches, step, options, accept=None):
-    """The targets are the inputs themselves. The loss falls to nearly 0, and the samples are one token
-    repeated; compare with the targets, which are one token ahead."""
+    """The inputs are used as targets. The loss falls to nearly 0, and samples repeat one token. Use the
+    targets, which are shifted by one token."""
 
     def loss_of(model, batch, options):
         return mean_loss(model, (batch[0], batch[0]), options)
@@ -867,8 +868,8 @@ def inputs_as_targets(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def targets_shifted_twice(model, optimizer, batches, step, options, accept=None):
-    """logits[:, :-1] are compared with targets[:, 1:], though the targets are shifted already. The model
-    learns to predict the token after the next; use both in full length."""
+    """logits[:, :-1] are compared with targets[:, 1:], although targets are already shifted, so the model
+    learns to predict the token after the next. Use both in full."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -880,8 +881,8 @@ def targets_shifted_twice(model, optimizer, batches, step, options, accept=None)
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_last_position_counted(model, optimizer, batches, step, options, accept=None):
-    """Only the logits at the last position are compared with a target. A text of n tokens gives n examples
-    at the price of one; use all positions."""
+    """Only the logits of the last position are compared with a target. A sequence of n tokens contains n
+    training examples at the cost of one; use all positions."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -893,8 +894,8 @@ def only_the_last_position_counted(model, optimizer, batches, step, options, acc
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def logits_viewed_instead_of_transposed(model, optimizer, batches, step, options, accept=None):
-    """To bring the vocabulary to axis 1 the logits are reshaped, which mixes the scores of different
-    positions. Flatten the leading axes, or transpose(1, 2)."""
+    """To move the vocabulary to axis 1, the logits are reshaped, which mixes different positions. Flatten the
+    leading axes, or use transpose(1, 2)."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -907,8 +908,8 @@ def logits_viewed_instead_of_transposed(model, optimizer, batches, step, options
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_summed(model, optimizer, batches, step, options, accept=None):
-    """The losses of the targets are added up, not averaged. The gradient then grows with the batch size and
-    is clipped at every step; use the mean."""
+    """The losses of the targets are summed instead of averaged, so the gradient grows with the batch size and
+    is clipped at every step. Use the mean."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for batch in batches:
         loss = mean_loss(model, batch, options) * batch[1].numel()
@@ -919,8 +920,8 @@ def loss_summed(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
-    """options.z_loss is not passed on to cross_entropy, so nothing keeps the logits from drifting where it
-    was configured. Pass z_loss=options.z_loss."""
+    """options.z_loss is not passed to cross_entropy, so the logits can drift although the option is set. Pass
+    z_loss=options.z_loss."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -931,8 +932,8 @@ def z_loss_ignored(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_not_shared_out(model, optimizer, batches, step, options, accept=None):
-    """Each micro-batch adds its z-loss in full, though the cross-entropy is scaled by its share. With many
-    micro-batches the z-loss is too strong; scale the sum of both."""
+    """Each micro-batch adds its full z-loss, although its cross-entropy is scaled by its share, so with many
+    micro-batches the z-loss is too strong. Scale the sum of both."""
     lr, total = begin(optimizer, step, options), torch.zeros(())
     for (inputs, targets), share in shares(batches):
         with device.precision(inputs.device, options.dtype):
@@ -946,8 +947,8 @@ def z_loss_not_shared_out(model, optimizer, batches, step, options, accept=None)
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def z_loss_not_squared(model, optimizer, batches, step, options, accept=None):
-    """The z-loss adds log Z instead of its square, which pulls the logits down without end rather than
-    towards log Z = 0. Square it."""
+    """The z-loss adds log Z instead of its square, which pushes the logits down without bound instead of
+    pulling log Z toward 0. Square it."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -963,16 +964,16 @@ def z_loss_not_squared(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="public solutions of CS336")
 def model_left_in_evaluation_mode(model, optimizer, batches, step, options, accept=None):
-    """The model is switched to evaluation mode and trained in it, so that dropout does nothing. Call
-    model.train() after each evaluation; a training step needs no eval()."""
+    """The model is switched to eval mode for training, so dropout has no effect. Call model.train() after
+    each evaluation; a training step does not need eval()."""
     model.eval()
     return with_loss(mean_loss, model, optimizer, batches, step, options, accept)
 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def dtype_ignored(model, optimizer, batches, step, options, accept=None):
-    """options.dtype is not looked at, and all is computed in float32. On a GPU that takes several times as
-    long; run the forward pass inside of device.precision."""
+    """options.dtype is ignored, and everything is computed in float32, which is several times slower on a
+    GPU. Run the forward pass under device.precision."""
 
     def loss_of(model, batch, options):
         return F.cross_entropy(F.to_float32(model(batch[0])), batch[1], z_loss=options.z_loss)
@@ -982,8 +983,8 @@ def dtype_ignored(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def loss_in_bfloat16(model, optimizer, batches, step, options, accept=None):
-    """The loss is computed from logits in bfloat16 and keeps fewer than three digits. Small progress cannot
-    be seen; widen the logits to float32 before cross_entropy."""
+    """The loss is computed from bfloat16 logits and has fewer than three digits, which hides small progress.
+    Convert the logits to float32 before cross_entropy."""
 
     def loss_of(model, batch, options):
         with device.precision(batch[0].device, options.dtype):
@@ -994,8 +995,8 @@ def loss_in_bfloat16(model, optimizer, batches, step, options, accept=None):
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def weights_made_bfloat16(model, optimizer, batches, step, options, accept=None):
-    """The model itself is converted to bfloat16. Updates smaller than the 256th part of a weight are then
-    rounded away, and learning stalls; keep float32 weights and use autocast."""
+    """The model itself is converted to bfloat16. Updates smaller than about 1/256 of a weight are then
+    rounded away, and learning stalls. Keep float32 weights, and use autocast."""
     if options.dtype == "bfloat16":
         model.to(torch.bfloat16)
     return with_loss(mean_loss, model, optimizer, batches, step, options, accept)
@@ -1007,8 +1008,8 @@ def weights_made_bfloat16(model, optimizer, batches, step, options, accept=None)
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_gradient_applied(model, optimizer, batches, step, options, accept=None):
-    """Nobody looks whether loss and gradient are finite. A single nan then gets into all weights, and the
-    run is lost from there on; check before the update."""
+    """Loss and gradient are not checked. A single NaN then reaches all weights, and the run is lost. Check
+    before the update."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     return conclude(optimizer, loss, clip(model, options), lr, accept)
@@ -1016,8 +1017,8 @@ def nonfinite_gradient_applied(model, optimizer, batches, step, options, accept=
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_step_skipped_in_silence(model, optimizer, batches, step, options, accept=None):
-    """Where loss or gradient is not finite, the step is left out without a word. Whoever runs it sees no
-    reason why nothing is learned; raise FloatingPointError."""
+    """If loss or gradient is not finite, the step is silently skipped, so the user does not see why nothing
+    is learned. Raise FloatingPointError."""
     lr = begin(optimizer, step, options)
     loss, norm = gather(model, batches, options), clip(model, options)
     if not (loss.isfinite() and norm.isfinite()):
@@ -1027,7 +1028,7 @@ def nonfinite_step_skipped_in_silence(model, optimizer, batches, step, options, 
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_found_after_the_update(model, optimizer, batches, step, options, accept=None):
-    """Loss and gradient are checked, but after optimizer.step, when the weights are spoiled already. Check
+    """Loss and gradient are checked only after optimizer.step, when the weights are already NaN. Check
     between clipping and the update."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
@@ -1038,8 +1039,8 @@ def nonfinite_found_after_the_update(model, optimizer, batches, step, options, a
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_loss_checked(model, optimizer, batches, step, options, accept=None):
-    """Only the loss is checked for nan and infinity. A gradient can be infinite where the loss is not, such
-    as that of a root at 0; check the gradient norm too."""
+    """Only the loss is checked for NaN and infinity. The gradient can be infinite even if the loss is finite,
+    such as that of a square root at 0. Check the gradient norm too."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     refuse_nonfinite(loss)
@@ -1048,8 +1049,8 @@ def only_the_loss_checked(model, optimizer, batches, step, options, accept=None)
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def only_the_gradient_checked(model, optimizer, batches, step, options, accept=None):
-    """Only the gradient norm is checked. A loss can be infinite while the gradient is finite, where a token
-    has probability 0 because it was masked; check the loss too."""
+    """Only the gradient norm is checked. The loss can be infinite even if the gradient is finite, such as for
+    a target whose probability is 0 because it is masked. Check the loss too."""
     lr = begin(optimizer, step, options)
     loss, norm = gather(model, batches, options), clip(model, options)
     refuse_nonfinite(norm)
@@ -1058,8 +1059,8 @@ def only_the_gradient_checked(model, optimizer, batches, step, options, accept=N
 
 @step.mistake("trainer.train_step", source="written for this catalogue")
 def nonfinite_gradient_set_to_zero(model, optimizer, batches, step, options, accept=None):
-    """nan_to_num makes finite numbers of whatever the gradient was, and the update uses them. The cause stays
-    hidden while weights move by chance; stop instead."""
+    """nan_to_num replaces a non-finite gradient by finite numbers, and the update uses them. The cause stays
+    hidden, and weights move arbitrarily. Raise FloatingPointError instead."""
     lr = begin(optimizer, step, options)
     loss = gather(model, batches, options)
     for p in model.parameters():
@@ -1081,30 +1082,30 @@ def grouped(decaying, others, options, **settings):
 
 @step.mistake("trainer.make_optimizer", source="public solutions of CS336")
 def decay_of_norms_and_biases_too(model, options):
-    """Weight decay pulls everything towards 0, also the gains of the norms, which belong at 1, and the
-    biases. Put vectors into a group with weight_decay=0."""
+    """All parameters are decayed, including gains of norms, which belong near 1, and biases. Put them into a
+    group with weight_decay=0."""
     return grouped(list(model.parameters()), [], options)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def no_weight_decay(model, options):
-    """options.weight_decay is used for no parameter. Weights then grow without a limit; give matrices and
-    embeddings a group that decays."""
+    """options.weight_decay is not applied to any parameter, so weights can grow without bound. Put matrices
+    and embeddings into a group with weight decay."""
     return grouped([], list(model.parameters()), options)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def decay_of_the_wrong_group(model, options):
-    """The two groups are exchanged: norms and biases decay, matrices do not. Parameters with at least two
-    axes are those that decay."""
+    """The two groups are swapped: norms and biases are decayed, matrices are not. Parameters with at least
+    two axes are decayed."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     return grouped([p for p in model.parameters() if p.dim() < 2], matrices, options)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def only_biases_without_decay(model, options):
-    """Parameters are chosen by the word bias in their name, so the gains of the norms decay towards 0,
-    though they belong at 1. Choose by the number of axes."""
+    """Parameters without decay are selected by `bias` in their name, so gains of norms are decayed toward 0,
+    although they belong near 1. Select by the number of axes."""
     named = list(model.named_parameters())
     biases = [p for name, p in named if "bias" in name]
     return grouped([p for name, p in named if "bias" not in name], biases, options)
@@ -1112,8 +1113,8 @@ def only_biases_without_decay(model, options):
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def embeddings_without_decay(model, options):
-    """The embedding tables are left out of weight decay along with norms and biases. That is a choice that
-    some make, but not the one required here: all parameters of two axes decay."""
+    """Embeddings are excluded from weight decay together with norms and biases. Some models do that, but here
+    all parameters with two axes are decayed."""
     named = list(model.named_parameters())
     kept = [p for name, p in named if p.dim() < 2 or "embedding" in name]
     return grouped([p for name, p in named if p.dim() >= 2 and "embedding" not in name], kept, options)
@@ -1121,22 +1122,20 @@ def embeddings_without_decay(model, options):
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def vectors_not_trained(model, options):
-    """The parameters that should not decay are given to no group at all. Norms and biases then stay as they
-    began; put them into a group of their own."""
+    """Parameters without decay are in no group, so norms and biases keep their initial values. Put them into
+    a group of their own."""
     return grouped([p for p in model.parameters() if p.dim() >= 2], [], options)
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def betas_of_the_config_ignored(model, options):
-    """The optimizer is made with its own betas, not with those of the config. A setting that does nothing
-    misleads; pass options.betas on."""
+    """The optimizer does not get the betas of the config, so the option has no effect. Pass options.betas."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return grouped([p for p in model.parameters() if p.dim() >= 2], vectors, options, betas=(0.9, 0.95))
 
 
 @step.mistake("trainer.make_optimizer", source="written for this catalogue")
 def epsilon_of_the_config_ignored(model, options):
-    """The optimizer is made with its own epsilon, not with that of the config. A setting that does nothing
-    misleads; pass options.eps on."""
+    """The optimizer does not get the eps of the config, so the option has no effect. Pass options.eps."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return grouped([p for p in model.parameters() if p.dim() >= 2], vectors, options, eps=1e-8)

@@ -90,7 +90,7 @@ def seen(a):
 
 SIGHT_WEIGHTS = weights()
 step.value(
-    "whose logits depend on which token: its own and all earlier ones",
+    "which logits depend on which token: its own and all earlier ones",
     seen,
     torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril(),
     axes="position token",
@@ -313,8 +313,8 @@ class Parts(model.TransformerLM):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class FinalNormMissing(Parts):
-    """The residual stream goes to the output projection without ln_final, whose gain never learns. The
-    stream grows with depth, and the logits with it; normalize it first."""
+    """The residual stream goes to the output projection without ln_final, whose gain never learns. The stream
+    grows with depth, and the logits with it. Normalize it first."""
 
     def head(self, x):
         return self.lm_head(x)
@@ -322,8 +322,8 @@ class FinalNormMissing(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class FinalNormIsABlocksNorm(Parts):
-    """The stream is normalized with a norm of the last block instead of ln_final, which never learns. New
-    gains are all 1, which hides it at the start."""
+    """The final norm is a norm of the last block instead of ln_final, which never learns. Gains are all 1 at
+    initialization, which hides it at first."""
 
     def head(self, x):
         return self.lm_head(self.layers[-1].ln2(x))
@@ -331,8 +331,8 @@ class FinalNormIsABlocksNorm(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class FinalNormTwice(Parts):
-    """ln_final is applied twice, perhaps once after the blocks and once before the output projection. New
-    gains are all 1, which hides it at the start."""
+    """ln_final is applied twice, perhaps once after the blocks and once before the output projection. Gains
+    are all 1 at initialization, which hides it at first."""
 
     def head(self, x):
         return super().head(self.ln_final(x))
@@ -340,8 +340,8 @@ class FinalNormTwice(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class SoftmaxInside(Parts):
-    """The model returns probabilities, and the loss takes a softmax of them again. It then cannot fall
-    below about ln V - 1, and its gradient is tiny; return logits."""
+    """The model returns probabilities, and the loss applies softmax to them again, so it cannot fall below
+    about ln V - 1, and its gradient is tiny. Return logits."""
 
     def head(self, x):
         return super().head(x).softmax(-1)
@@ -349,8 +349,9 @@ class SoftmaxInside(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LogProbabilities(Parts):
-    """The model returns log-probabilities. The loss is the same, as a softmax undoes them, so no curve shows
-    it, but every reader of logits (pretrained weights, z-loss, tests) is misled."""
+    """The model returns log-probabilities. The loss is the same, since softmax recovers the probabilities, so
+    no loss curve shows it, but everything that needs logits (pretrained weights, z-loss, tests) gets wrong
+    values."""
 
     def head(self, x):
         return super().head(x).log_softmax(-1)
@@ -358,8 +359,8 @@ class LogProbabilities(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LogitsScaled(Parts):
-    """The logits are divided by sqrt(d_model), which belongs to attention's scores. The model must outgrow
-    it, and pretrained weights do not fit."""
+    """The logits are divided by sqrt(d_model), which belongs to attention scores. The model must learn to
+    compensate for it, and pretrained weights do not fit."""
 
     def head(self, x):
         return super().head(x) / math.sqrt(self.config.d_model)
@@ -367,8 +368,8 @@ class LogitsScaled(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class LastLogitsOnly(Parts):
-    """Only the last position's logits are returned, which is all that generating needs. Training learns
-    from every position at once; return them all."""
+    """Only the logits of the last position are returned, which is enough for generation. Training learns from
+    all positions at once; return them all."""
 
     def head(self, x):
         return super().head(x[:, -1:])
@@ -376,8 +377,8 @@ class LastLogitsOnly(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LastLogitsDropped(Parts):
-    """The last position's logits are cut off, as for targets that are shifted inside. Here the batch brings
-    its targets already shifted, and generating needs just the last."""
+    """The logits of the last position are dropped, as for targets that are shifted inside the loss. Here
+    targets are already shifted in the batch, and generation needs exactly the last position."""
 
     def head(self, x):
         return super().head(x)[:, :-1]
@@ -385,8 +386,8 @@ class LastLogitsDropped(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class VocabularyInTheMiddle(Parts):
-    """The logits are (batch, vocab, seq), as torch's cross_entropy wants them. All else reads (batch, seq,
-    vocab); flatten or transpose where the loss is taken."""
+    """The logits have shape (batch, vocab, seq), which torch's cross_entropy expects. Everything else here
+    expects (batch, seq, vocab); flatten or transpose where the loss is computed."""
 
     def head(self, x):
         return super().head(x).mT
@@ -394,8 +395,8 @@ class VocabularyInTheMiddle(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EmbeddingAsHead(Parts):
-    """The logits are dot products with the token embeddings, and lm_head never learns, although tied
-    embeddings were not configured. Use lm_head."""
+    """The logits are dot products with the token embeddings, and lm_head never learns, although
+    tie_embeddings is off. Use lm_head."""
 
     def head(self, x):
         return tF.linear(self.ln_final(x), self.token_embeddings.weight)
@@ -403,8 +404,8 @@ class EmbeddingAsHead(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LastStateDetached(Parts):
-    """The logits are right, but no gradient passes below the output projection: blocks and embeddings keep
-    their initial weights while the loss falls a little. Look for detach, .data or no_grad."""
+    """The logits are correct, but no gradient passes below the output projection: blocks and embeddings keep
+    their initial weights, while the loss still falls a little. Look for detach, .data or no_grad."""
 
     def head(self, x):
         return self.lm_head(self.ln_final(x).detach())
@@ -415,8 +416,8 @@ class LastStateDetached(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LastBlockSkipped(Parts):
-    """The loop ends one block too early, so the last one's weights never learn. Loop over the blocks
-    themselves, not over a range of numbers."""
+    """The loop ends one block early, so the weights of the last block never learn. Iterate over the blocks
+    themselves instead of a range of indices."""
 
     def through_blocks(self, x, positions, caches):
         for i, one in enumerate(self.layers[:-1]):
@@ -426,8 +427,8 @@ class LastBlockSkipped(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class FirstBlockSkipped(Parts):
-    """The loop starts at the second block, so the first one's weights never learn. Count from 0, or loop
-    over the blocks themselves."""
+    """The loop starts at the second block, so the weights of the first block never learn. Count from 0, or
+    iterate over the blocks themselves."""
 
     def through_blocks(self, x, positions, caches):
         for i, one in enumerate(self.layers[1:]):
@@ -437,7 +438,7 @@ class FirstBlockSkipped(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class BlocksReversed(Parts):
-    """The blocks run from the last to the first. A new model learns all the same, so no curve shows it, but
+    """The blocks run from last to first. A new model learns just as well, so no loss curve shows it, but
     pretrained weights do not fit."""
 
     def through_blocks(self, x, positions, caches):
@@ -448,8 +449,8 @@ class BlocksReversed(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class FirstBlockUsedThroughout(Parts):
-    """The first block is run n_layers times, and the others never. It learns nearly as well, so only their
-    missing gradients show it; use the variable of the loop."""
+    """The first block runs n_layers times, and the others never do. The model learns nearly as well, so only
+    their missing gradients show it. Use the loop variable."""
 
     def through_blocks(self, x, positions, caches):
         for i in range(len(self.layers)):
@@ -459,8 +460,8 @@ class FirstBlockUsedThroughout(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class OneBlockMade(Parts):
-    """`[block] * n_layers` is one block in n places: all layers share their weights, and the model has far
-    fewer than configured. Make a new one for each place."""
+    """`[block] * n_layers` is the same block n times: all layers share their weights, and the model has far
+    fewer parameters than configured. Create a new block for each layer."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -469,8 +470,8 @@ class OneBlockMade(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class BlocksInAPlainList(Parts):
-    """The blocks are in a Python list, which torch does not look into: parameters() lacks them, so they are
-    never trained, saved or moved to a device. Use nn.ModuleList."""
+    """The blocks are in a Python list, in which torch does not register modules: parameters() lacks them, so
+    they are never trained, saved or moved to a device. Use nn.ModuleList."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -481,8 +482,8 @@ class BlocksInAPlainList(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EveryBlockReadsTheEmbedding(Parts):
-    """Each block is given the embeddings instead of the result of the block before, so only the last one
-    counts. Assign the loop's result to the variable that it reads."""
+    """Each block gets the embeddings instead of the output of the previous block, so only the last block
+    counts. Assign the output of each block to the variable that the next one reads."""
 
     def through_blocks(self, x, positions, caches):
         for i, one in enumerate(self.layers):
@@ -495,8 +496,8 @@ class EveryBlockReadsTheEmbedding(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class EmbeddingScaled(Parts):
-    """The embeddings are multiplied by sqrt(d_model), as in the first transformer, which this config does not
-    set. What the blocks add then hardly counts beside them, and pretrained weights do not fit."""
+    """The embeddings are multiplied by sqrt(d_model), as in the original transformer, which this config does
+    not ask for. The outputs of the blocks are then small beside them, and pretrained weights do not fit."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions) * math.sqrt(self.config.d_model)
@@ -504,8 +505,8 @@ class EmbeddingScaled(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EmbeddingNormalized(Parts):
-    """The embeddings are normalized before the first block, which normalizes its input itself. It changes how
-    much they count in the residual stream, and pretrained weights do not fit."""
+    """The embeddings are normalized before the first block, which normalizes its input itself. That changes
+    their scale in the residual stream, and pretrained weights do not fit."""
 
     def embed(self, tokens, positions):
         return tF.rms_norm(super().embed(tokens, positions), (self.config.d_model,))
@@ -513,7 +514,7 @@ class EmbeddingNormalized(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class EmbeddingDetached(Parts):
-    """The logits are right, but no gradient reaches the embeddings, which keep their initial values. The
+    """The logits are correct, but no gradient reaches the embeddings, which keep their initial values. The
     loss falls nearly as well; look for detach, .data or no_grad."""
 
     def embed(self, tokens, positions):
@@ -522,8 +523,8 @@ class EmbeddingDetached(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class TokenZeroIsPadding(Parts):
-    """Token 0 never learns, as with padding_idx=0 of nn.Embedding. It is a token like all others here;
-    leave padding_idx away."""
+    """Token 0 never learns, as with padding_idx=0 of nn.Embedding. Here it is an ordinary token; leave
+    padding_idx out."""
 
     def embed(self, tokens, positions):
         x = super().embed(tokens, positions)
@@ -535,8 +536,8 @@ class TokenZeroIsPadding(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336; passes its suite")
 class ThetaIgnored(Parts):
-    """RoPE has the usual base of 10,000 whatever the config says. Pass rope_theta on; models with long
-    contexts have larger ones."""
+    """RoPE uses the default theta, whatever the config says. Pass rope_theta on; models with long contexts
+    use larger values."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, rope_theta=10000.0), device, dtype)
@@ -544,8 +545,8 @@ class ThetaIgnored(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class NoRope(Parts):
-    """The blocks are made without RoPE, so the model knows no order beyond what the causal mask gives away.
-    The loss falls, only less; hand the rotary tables to each block."""
+    """The blocks are created without RoPE, so the model has no positions except those implied by the causal
+    mask. The loss falls, but less. Pass the rotary embedding to each block."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -555,8 +556,8 @@ class NoRope(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class PositionsNotHandedOn(Parts):
-    """The blocks do not get the positions, so attention counts from 0 by itself. Right for whole texts, wrong
-    for positions that are given; pass them to each block."""
+    """token_positions is not passed to the blocks, so attention counts from 0. That is right for whole
+    sequences, and wrong if positions are given. Pass them to each block."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, None, caches)
@@ -564,8 +565,8 @@ class PositionsNotHandedOn(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LearnedPositionsNotAdded(Parts):
-    """The table of learned positions is made and never added to the embeddings. The model knows no order
-    beyond what the causal mask gives away; add position_embeddings(positions)."""
+    """The learned position embeddings are created but never added to the token embeddings, so the model has
+    no positions except those implied by the causal mask. Add position_embeddings(positions)."""
 
     def embed(self, tokens, positions):
         return self.token_embeddings(tokens)
@@ -573,8 +574,8 @@ class LearnedPositionsNotAdded(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LearnedPositionsReversed(Parts):
-    """Learned positions count from the end of the text, so that a token's place changes with each one that
-    follows, and gives the future away. Count from the start: arange(seq)."""
+    """Learned positions count from the end of the sequence, so a token's position changes with each token
+    that follows, which leaks the future. Count from the start: arange(seq)."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions.flip(-1))
@@ -582,8 +583,8 @@ class LearnedPositionsReversed(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LearnedPositionsFromOne(Parts):
-    """Learned positions count from 1, so that the first row is never trained and a text that fills the
-    context indexes a missing row. Count from 0."""
+    """Learned positions count from 1, so the first row is never trained, and a sequence that fills the
+    context needs a row that does not exist. Count from 0."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions + 1)
@@ -591,8 +592,8 @@ class LearnedPositionsFromOne(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class PositionsNotCutToTheInput(Parts):
-    """All context_length learned positions are added, whatever the length of the text: it fails, or
-    broadcasts, unless the text fills the context. Cut the table to the input."""
+    """All context_length position embeddings are added, whatever the length of the sequence, which fails or
+    broadcasts unless it fills the context. Slice the table to the length of the input."""
 
     def forward(self, tokens, token_positions=None, caches=None):
         if self.position_embeddings is None or tokens.shape[-1] == self.config.context_length:
@@ -605,8 +606,8 @@ class PositionsNotCutToTheInput(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class TiedWhenNotAsked(Parts):
-    """Embedding and output projection are one matrix although the config says tie_embeddings=False. The model
-    has fewer weights than configured, and pretrained weights do not fit."""
+    """Embedding and output projection share one matrix, although tie_embeddings is False. The model has fewer
+    parameters than configured, and pretrained weights do not fit."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, tie_embeddings=True), device, dtype)
@@ -614,8 +615,8 @@ class TiedWhenNotAsked(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class NotTiedWhenAsked(Parts):
-    """The config says tie_embeddings=True, yet embedding and output projection are two matrices; perhaps
-    the values were copied. Both must be the same nn.Parameter."""
+    """tie_embeddings is True, but embedding and output projection are two matrices; perhaps the values were
+    copied. Both must be the same nn.Parameter."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, tie_embeddings=False), device, dtype)
@@ -623,8 +624,8 @@ class NotTiedWhenAsked(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class TiedWithStd1(Parts):
-    """The tied matrix starts as an embedding, with std 1, so logits are as wide as sqrt(d_model) and the
-    first loss is far above ln V. Start it as an output projection."""
+    """The tied matrix is initialized as an embedding, with std 1, so logits have a std of about
+    sqrt(d_model), and the first loss is far above ln V. Initialize it as an output projection."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -634,8 +635,8 @@ class TiedWithStd1(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class AllMatricesOfStd1(Parts):
-    """Every matrix starts with std 1, as torch.randn gives it. Logits are then far too wide, the first loss
-    is far above ln V, and the softmax is saturated; use sqrt(2 / (d_in + d_out))."""
+    """Every matrix is initialized with std 1, as by torch.randn. Logits are then far too large, the first
+    loss is far above ln V, and the softmax is saturated. Use std sqrt(2 / (d_in + d_out))."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -646,8 +647,8 @@ class AllMatricesOfStd1(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class AllMatricesOfStd002(Parts):
-    """Every matrix starts with std 0.02, GPT-2's choice for its size, where the config requires a std that
-    goes by the matrix. Small models then start very slowly."""
+    """Every matrix is initialized with std 0.02, as in GPT-2, but the config asks for a std that depends on
+    the matrix's shape. Small models then learn very slowly at first."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -658,8 +659,8 @@ class AllMatricesOfStd002(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class TorchsDefaultStart(Parts):
-    """The matrices start as nn.Linear's do, uniform of std 1 / sqrt(3 d_in), which for square ones is 0.58 of
-    what is required. Use a normal distribution of std sqrt(2 / (d_in + d_out))."""
+    """The matrices are initialized like nn.Linear, uniformly with std 1 / sqrt(3 d_in), which for square
+    matrices is 0.58 of what is required. Use a normal distribution with std sqrt(2 / (d_in + d_out))."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -670,8 +671,8 @@ class TorchsDefaultStart(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class GainsFromZero(Parts):
-    """The gains of the norms start at 0, so that every sublayer and all logits are 0. Gradients are 0 too,
-    or nearly all, and it hardly learns; start them at 1."""
+    """The gains of the norms are initialized to 0, so all sublayers and logits are 0. Nearly all gradients
+    are 0 too, and the model hardly learns. Initialize them to 1."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
@@ -685,8 +686,8 @@ class GainsFromZero(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class CachesNotHandedOn(Parts):
-    """The caches are not given to the blocks, so each chunk is a text of its own. With one new token at a
-    time the model forgets everything; pass one cache to each block."""
+    """The caches are not passed to the blocks, so each chunk is treated as a separate sequence, and in
+    generation the model forgets all earlier tokens. Pass one cache to each block."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, positions, None)
@@ -694,8 +695,8 @@ class CachesNotHandedOn(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class OneCacheForAllBlocks(Parts):
-    """All blocks write to the same cache, so each sees the keys of the others as if they were text. It
-    overflows, or samples are nonsense; one cache a block."""
+    """All blocks write to the same cache, so each sees the keys of the others as if they were earlier tokens.
+    It overflows, or samples are nonsense. Use one cache per block."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, positions, caches and [caches[0]] * len(self.layers))
@@ -703,8 +704,8 @@ class OneCacheForAllBlocks(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class CachedPositionsRestart(Parts):
-    """With caches the positions of each chunk start at 0 again, so that new tokens are rotated as if they
-    were the first. Continue from the length of the cache."""
+    """With caches the positions of each chunk start at 0 again, so new tokens are rotated as if they came
+    first. Continue from the length of the cache."""
 
     def through_blocks(self, x, positions, caches):
         return super().through_blocks(x, positions - (caches[0].length if caches else 0), caches)
@@ -712,8 +713,8 @@ class CachedPositionsRestart(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class DropoutInEvaluation(Parts):
-    """Dropout acts in evaluation too: losses are too high, samples worse, and two passes differ. F.dropout
-    must get training=self.training, or stand in a module."""
+    """Dropout is active in evaluation: losses are too high, samples worse, and two passes differ. Pass
+    training=self.training to F.dropout, or use a dropout module."""
 
     def embed(self, tokens, positions):
         return tF.dropout(super().embed(tokens, positions), self.config.dropout, training=True)
@@ -721,8 +722,8 @@ class DropoutInEvaluation(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class DropoutNever(Parts):
-    """The config sets dropout, but none acts in training: the value is not passed on. Small data sets are
-    then memorized sooner."""
+    """The dropout of the config has no effect in training, since it is not passed on. A model then memorizes
+    a small data set sooner."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, dropout=0.0), device, dtype)
@@ -730,8 +731,8 @@ class DropoutNever(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class LongTextsCut(Parts):
-    """A text longer than the context is silently cut, so there are fewer logits than tokens without an error.
-    Raise an error; generation truncates the text beforehand."""
+    """A sequence longer than the context is silently truncated, so there are fewer logits than tokens. Raise
+    an error; generation truncates the sequence beforehand."""
 
     def forward(self, tokens, token_positions=None, caches=None):
         return super().forward(tokens[..., -self.config.context_length :], token_positions, caches)
