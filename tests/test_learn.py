@@ -337,8 +337,13 @@ def test_from_an_empty_folder_to_a_passed_step(mine, capsys):
     for number in (1, 2, 3, 3):
         assert learn.main(["hint", "silu"]) == 0
         assert f"silu, hint {number} of 3" in capsys.readouterr().out
+    assert (
+        learn.main([]) == 0 and "next: uv run python -m llm_basics.learn hint silu" in capsys.readouterr().out
+    )
     mine(RIGHT)
-    assert learn.main([]) == 0 and "changed since the last check" in capsys.readouterr().out
+    assert learn.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "changed since the last check" in shown and "learn check silu --mine mine.py" in shown
     assert learn.main(["check"]) == 0
     assert learn.main([]) == 0
     assert "[x]  5 silu" in capsys.readouterr().out
@@ -612,6 +617,19 @@ def test_foreign_adapters_are_graded_and_missing_ones_skipped(tmp_path):
     assert report["softmax"]["mistake"] == "dim ignored" or report["softmax"]["mistake"]
     assert report["softmax"]["missing"] == ["run_log_softmax"]
     assert "run_rope: not in the adapters file" in graded.stdout
+
+
+def test_a_race_needs_no_second_stage(tmp_path, monkeypatch):
+    commands = []
+
+    def fail(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(race.subprocess, "run", fail)
+    assert race.run_both("mine.py", "text.txt", 2, tmp_path) == 1
+    options = parse.train_options(commands[0][3:])
+    assert not options.model.qk_norm and options.train.steps == 2 and options.mine == "mine.py"
 
 
 def test_both_curves_are_plotted(tmp_path):

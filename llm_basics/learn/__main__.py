@@ -173,7 +173,8 @@ def advice(known: progress.Progress) -> str:
     if name is None:
         return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"
     if name in known.begun():
-        return f"{PROGRAM} hint {name} --mine {known.file}"
+        verb = "hint" if known.is_current(name) else "check"
+        return f"{PROGRAM} {verb} {name} --mine {known.file}"
     return f"{PROGRAM} show {name}"
 
 

@@ -44,9 +44,8 @@ class Adapters:
 
 def _is_later(adapter: str) -> bool:
     """Whether an adapter needs the second stage of a step, and the piece in use is of the first."""
-    if adapter != "run_grouped_query_attention":
-        return False
-    return "n_kv_heads" not in user_code.parameters(swap.current("layers.MultiHeadSelfAttention"))
+    own = swap.current("layers.MultiHeadSelfAttention")
+    return adapter == "run_grouped_query_attention" and "n_kv_heads" not in user_code.parameters(own)
 
 
 def own_path() -> Path:
