@@ -4,13 +4,15 @@ uv run python -m llm_basics.chat runs/NAME
 uv run python -m llm_basics.chat runs/NAME --message "Name a color."
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.ChatConfig())
 
     from llm_basics.inference import chat_session
 
-    sys.exit(chat_session.main(options))
+    signals.run(chat_session.main, options)

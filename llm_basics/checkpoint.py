@@ -5,11 +5,15 @@ uv run python -m llm_basics.checkpoint list runs/NAME
 uv run python -m llm_basics.checkpoint prune runs/NAME --keep 1
 """
 
-from llm_basics.cli import parse, subcommands
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import parse, subcommands
+
     options = parse.command_options(subcommands.CHECKPOINT)
 
     from llm_basics.cli import checkpoint_commands
 
-    checkpoint_commands.main(options)
+    signals.run(checkpoint_commands.main, options)

@@ -3,13 +3,15 @@
 uv run python -m llm_basics.evaluate runs/NAME --choices questions.jsonl --out report.json
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.EvaluateConfig())
 
     from llm_basics.evaluation import compare_models
 
-    sys.exit(compare_models.main(options))
+    signals.run(compare_models.main, options)

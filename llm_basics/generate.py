@@ -5,13 +5,15 @@ uv run python -m llm_basics.generate runs/NAME --prompts prompts.txt --out texts
 uv run python -m llm_basics.generate runs/NAME --prompt "def " --show_probs
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.GenerateConfig())
 
     from llm_basics.inference import samples
 
-    sys.exit(samples.main(options))
+    signals.run(samples.main, options)

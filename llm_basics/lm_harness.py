@@ -5,11 +5,14 @@ uv run --extra eval python -m llm_basics.lm_harness runs/NAME --tasks mine --inc
 """
 
 import importlib.util
-import sys
 
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.HarnessConfig())
     with parse.exit_on_error():
         if importlib.util.find_spec("lm_eval") is None:
@@ -17,4 +20,4 @@ if __name__ == "__main__":
 
     from llm_basics.evaluation import lm_harness
 
-    sys.exit(lm_harness.main(options))
+    signals.run(lm_harness.main, options)

@@ -4,13 +4,15 @@ uv run python -m llm_basics.prepare book.txt --out data/book
 uv run python -m llm_basics.prepare tinystories --max_tokens 10000000 --out data/stories
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.PrepareConfig())
 
     from llm_basics.data import prepare
 
-    sys.exit(prepare.main(options))
+    signals.run(prepare.main, options)

@@ -4,11 +4,13 @@ uv run python -m llm_basics.probe                               all tasks, with 
 uv run python -m llm_basics.probe reverse --mine mine.py        one task, with your pieces
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.ProbeConfig())
 
     from llm_basics.learn import probe_tasks  # without torch: an unknown task is refused at once
@@ -18,4 +20,4 @@ if __name__ == "__main__":
 
     from llm_basics.learn import probe
 
-    sys.exit(probe.main(options))
+    signals.run(probe.main, options)

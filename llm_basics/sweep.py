@@ -4,13 +4,15 @@ uv run python -m llm_basics.sweep lr --jobs 2
 uv run python -m llm_basics.sweep mine.yaml --out runs/mine
 """
 
-import sys
-
-from llm_basics.cli import commands, parse
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import commands, parse
+
     options = parse.command_options(commands.SweepConfig())
 
     from llm_basics.analysis import sweep
 
-    sys.exit(sweep.main(options))
+    signals.run(sweep.main, options)

@@ -6,11 +6,15 @@ uv run python -m llm_basics.tokenizer inspect "It's a tokenizer." --tokenizer my
 uv run python -m llm_basics.tokenizer compare my_tokenizer gpt2 --data book.txt
 """
 
-from llm_basics.cli import parse, subcommands
+from llm_basics.runs import signals
 
 if __name__ == "__main__":
+    signals.end_at_once()
+
+    from llm_basics.cli import parse, subcommands
+
     options = parse.command_options(subcommands.TOKENIZER)
 
     from llm_basics.data import tokenizer_commands
 
-    tokenizer_commands.main(options)
+    signals.run(tokenizer_commands.main, options)

@@ -27,7 +27,7 @@ from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import bpe, config, files, tokenizer
 from llm_basics.data import documents, shard_builder, shards, sources, tokenizer_formats
-from llm_basics.runs import console
+from llm_basics.runs import console, signals
 
 # increased when the same text would give other token files
 VERSION = 2
@@ -316,9 +316,9 @@ def main(options: commands.PrepareConfig) -> int:
     with parse.exit_on_error():
         try:
             meta = build(options, console.print_line)
-        except KeyboardInterrupt:
-            console.print_line("interrupted; run the same command to resume")
-            return 130
+        except signals.Stopped as stop:
+            console.print_line(f"stopped by {stop.name}; run the same command to resume")
+            return stop.status
         n_documents, tokens, n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
         console.print_line(
             f"documents   {n_documents['train']:,} for training, {n_documents['val']:,} held out, "

@@ -17,6 +17,7 @@ from llm_basics.cli import commands, parse
 from llm_basics.core import files, generate, model, tokenizer
 from llm_basics.data import chat_template
 from llm_basics.inference import detokenizer, engine
+from llm_basics.runs import signals
 
 # exit status if a line of a pipe failed
 FAILED = 1
@@ -33,24 +34,22 @@ Start a message with a space to send a leading / as text."""
 
 def main(options: commands.ChatConfig) -> int:
     """Reply to --message, or to standard input line by line. Returns the exit status."""
-    try:
-        with parse.exit_on_error():
-            lm, chosen = engine.open_run(options)
-            if not chat_template.is_chat(chosen):
-                raise ValueError(
-                    "chat needs a model fine-tuned on conversations, got one whose tokenizer has no <|user|> "
-                    f"({options.run_dir}); fine-tune it first: uv run python -m llm_basics.sft --help"
-                )
-            session = ChatSession(lm, chosen, options)
-            if options.message is None:
-                is_terminal = sys.stdin.isatty()
-                return FAILED if converse(session, is_terminal) and not is_terminal else 0
-            else:
-                session.reply(options.message, _write)
-                print()
-    except KeyboardInterrupt:
-        print()
-        return 130
+    with parse.exit_on_error():
+        lm, chosen = engine.open_run(options)
+        if not chat_template.is_chat(chosen):
+            raise ValueError(
+                "chat needs a model fine-tuned on conversations, got one whose tokenizer has no <|user|> "
+                f"({options.run_dir}); fine-tune it first: uv run python -m llm_basics.sft --help"
+            )
+        session = ChatSession(lm, chosen, options)
+        if options.message is not None:
+            session.reply(options.message, _write)
+            print()
+        elif sys.stdin.isatty():
+            with signals.interactive():
+                converse(session, is_terminal=True)
+        elif converse(session, is_terminal=False):
+            return FAILED
     return 0
 
 

@@ -31,19 +31,15 @@ PROMPT_STYLE = "bold"
 
 def main(options: commands.GenerateConfig) -> int:
     """Generate text. Returns the exit status."""
-    try:
-        with parse.exit_on_error():
-            prompts = [{"prompt": options.prompt}]
-            if options.prompts is not None:
-                prompts = read_prompts(Path(options.prompts))
-            lm, chosen = engine.open_run(options)
-            if options.out is None:
-                write_to_terminal(lm, chosen, [entry["prompt"] for entry in prompts], options)
-            else:
-                write_to_file(lm, chosen, prompts, options, Path(options.out))
-    except KeyboardInterrupt:
-        print()
-        return 130
+    with parse.exit_on_error():
+        prompts = [{"prompt": options.prompt}]
+        if options.prompts is not None:
+            prompts = read_prompts(Path(options.prompts))
+        lm, chosen = engine.open_run(options)
+        if options.out is None:
+            write_to_terminal(lm, chosen, [entry["prompt"] for entry in prompts], options)
+        else:
+            write_to_file(lm, chosen, prompts, options, Path(options.out))
     return 0
 
 

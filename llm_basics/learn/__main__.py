@@ -6,6 +6,11 @@ uv run python -m llm_basics.learn start rms_norm --into mine.py
 uv run python -m llm_basics.learn check --mine mine.py        check your pieces and name mistakes
 """
 
+from llm_basics.runs import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -332,4 +337,4 @@ def more(options: Dojo | Mistakes | Read | Race) -> int:
 if __name__ == "__main__":
     # messages may quote any character of a user's file
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(main(sys.argv[1:]))
+    signals.run(main, sys.argv[1:])

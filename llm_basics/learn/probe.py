@@ -286,20 +286,16 @@ def main(options: commands.ProbeConfig) -> int:
             swap.use(options.mine)
     print(f"pieces    {swap.describe()}")
     passed = 0
-    try:
-        for name in names:
-            task = probe_tasks.TASKS[name](options.seed)
-            example = probe_tasks.hold_out(task, options.seed)[0].tolist()
-            print(f"\n{name}: {task.about}\n{task.show(example)}")
-            outcome = learn(task, options.seed, options.steps)
-            passed += outcome.passed
-            print(f"{'passed' if outcome.passed else 'failed'}: {outcome.verdict}")
-            with parse.exit_on_error():
-                draw(outcome, out / f"{name}.png")
-            print(f"figure    {out / name}.png")
-    except KeyboardInterrupt:
-        print()
-        return 130
+    for name in names:
+        task = probe_tasks.TASKS[name](options.seed)
+        example = probe_tasks.hold_out(task, options.seed)[0].tolist()
+        print(f"\n{name}: {task.about}\n{task.show(example)}")
+        outcome = learn(task, options.seed, options.steps)
+        passed += outcome.passed
+        print(f"{'passed' if outcome.passed else 'failed'}: {outcome.verdict}")
+        with parse.exit_on_error():
+            draw(outcome, out / f"{name}.png")
+        print(f"figure    {out / name}.png")
     if len(names) > 1:
         print(f"\n{passed} of {len(names)} tasks passed")
     return 0 if passed == len(names) else 1

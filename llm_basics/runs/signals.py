@@ -1,7 +1,9 @@
-"""Graceful shutdown on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (a scheduler's early warning) and SIGHUP.
+"""How programs end on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (a scheduler's early warning) and SIGHUP.
 
-A signal only sets a flag, which `poll` raises as `Stopped` at safe points. A stopped run saves a checkpoint
-and exits with 128 plus the signal number. A second Ctrl-C ends the process immediately.
+Every command calls `end_at_once` before its imports and hands its program to `run`: a signal then ends it in
+one line, with 128 plus the signal number as exit status. Training must not lose its weights, so inside
+`listening` a signal only sets a flag, which `poll` raises as `Stopped` at safe points. A second Ctrl-C ends
+the process immediately.
 
     with listening():
         for batch in polled(batches):
@@ -9,11 +11,13 @@ and exits with 128 plus the signal number. A second Ctrl-C ends the process imme
 """
 
 import contextlib
+import enum
 import os
 import signal
+import sys
 import types
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -21,7 +25,7 @@ SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"
 
 
 class Stopped(BaseException):
-    """Raised by `poll` after a signal. A BaseException, so that error handlers do not swallow it."""
+    """Raised after a signal. A BaseException, so that error handlers do not swallow it."""
 
     def __init__(self, number: int) -> None:
         self.name = signal.Signals(number).name
@@ -29,34 +33,78 @@ class Stopped(BaseException):
         super().__init__(self.name)
 
 
+class Response(enum.Enum):
+    """What a signal does."""
+
+    EXIT = enum.auto()
+    """End the process: nothing has to be cleaned up."""
+    RAISE = enum.auto()
+    """Raise `Stopped` immediately."""
+    FLAG = enum.auto()
+    """Set the flag for `poll`."""
+    NONE = enum.auto()
+    """Nothing: `Stopped` was raised, and cleaning up must not be interrupted."""
+
+
 class _State:
-    """The first signal received, and whether a signal raises immediately."""
+    """The first signal received, and the response to the next one."""
 
     number: int | None = None
-    anywhere = False
+    response = Response.FLAG
 
 
-def install() -> dict[int, Any]:
-    """Install the handlers and return the previous ones; outside the main thread Python allows none."""
-    before = {}
-    with contextlib.suppress(ValueError):
-        for number in SIGNALS:
-            # nohup ignores SIGHUP; keep it ignored
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, _receive)
-    return before
+# --------------------------------------------------------------------------------------------------
+# Commands
+
+
+def end_at_once() -> None:
+    """Let a signal end this process in one line until `run`: importing torch takes seconds."""
+    _install()
+    _State.response = Response.EXIT
+
+
+def run(main: Callable[[T], int | None], options: T) -> NoReturn:
+    """Exit with the status of `main(options)`, or after a signal, in one line, with 128 plus its number."""
+    status = None
+    with _handling(), _responding(Response.RAISE):
+        try:
+            poll()
+            status = main(options)
+            _State.response = Response.NONE
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):  # raised by a library
+                _State.number = signal.SIGINT
+            # after a signal, any other error is its consequence
+            if _State.number is None:
+                raise
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        if _State.number is not None and status != 128 + _State.number:
+            _print_stopped(_State.number)
+            status = 128 + _State.number
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def interactive() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt inside the block, as often as it is pressed."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Signals set the flag inside the block; the previous handlers are restored after it."""
-    before = install()
-    try:
+    """Signals set the flag inside the block; the previous handlers and response are restored after it."""
+    with _handling(), _responding(Response.FLAG):
         yield
-    finally:
-        _State.number = None
-        for number, handler in before.items():
-            signal.signal(number, signal.default_int_handler if handler is _receive else handler)
 
 
 def poll() -> None:
@@ -75,12 +123,45 @@ def polled(items: Iterable[T]) -> Iterator[T]:
 @contextlib.contextmanager
 def anywhere() -> Iterator[None]:
     """Signals raise `Stopped` immediately inside the block, for long work without partial results."""
-    _State.anywhere = True
-    try:
+    with _responding(Response.RAISE):
         poll()
         yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Handlers
+
+
+def _install() -> dict[int, Any]:
+    """Install the handlers and return the previous ones; outside the main thread Python allows none."""
+    before = {}
+    with contextlib.suppress(ValueError):
+        for number in SIGNALS:
+            # nohup ignores SIGHUP; keep it ignored
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _receive)
+    return before
+
+
+@contextlib.contextmanager
+def _handling() -> Iterator[None]:
+    """Install the handlers for the block, at whose end signals are forgotten."""
+    before = _install()
+    try:
+        yield
     finally:
-        _State.anywhere = False
+        _State.number = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _responding(response: Response) -> Iterator[None]:
+    before, _State.response = _State.response, response
+    try:
+        yield
+    finally:
+        _State.response = before
 
 
 def _receive(number: int, frame: types.FrameType | None) -> None:
@@ -88,9 +169,21 @@ def _receive(number: int, frame: types.FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     _State.number = _State.number or number
-    if _State.anywhere:
-        _State.anywhere = False
+    if _State.response is Response.EXIT:
+        _print_stopped(number)
+        os._exit(128 + number)
+    if _State.response is Response.RAISE:
+        _State.response = Response.NONE
         raise Stopped(number)
-    # no print: the signal may have interrupted one
+    if _State.response is Response.FLAG:
+        _write("stopping after the next save; press Ctrl-C again to exit immediately")
+
+
+def _print_stopped(number: int) -> None:
+    _write(f"stopped by {signal.Signals(number).name}")
+
+
+def _write(line: str) -> None:
+    """Write a line to standard error, after the ^C of a terminal; no print, which a signal may interrupt."""
     with contextlib.suppress(OSError):
-        os.write(2, b"\nstopping after the next save; press Ctrl-C again to exit immediately\n")
+        os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())
