@@ -1,10 +1,13 @@
 """Every command ends on a signal in one line. Alone: uv run pytest tests/test_signals.py"""
 
 import ast
+import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import llm_basics
 from llm_basics import __main__ as table
 from llm_basics.analysis import compare, figures
 from llm_basics.cli import checkpoint_commands, commands, parse, subcommands
-from llm_basics.core import bpe, files, tokenizer, trainer
+from llm_basics.core import bpe, files, tokenizer, trainer, workers
 from llm_basics.data import prepare, tokenizer_commands, tokenizer_formats
 from llm_basics.evaluation import compare_models, log_likelihood
 from llm_basics.inference import chat_session, engine, samples
@@ -218,6 +221,20 @@ def test_cleaning_up_is_not_interrupted(tmp_path, capfd):
 
     assert ended(capfd, main, None) == (143, "", "stopped by SIGTERM\n")
     assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_signal_ends_worker_processes(capfd):
+    """Ctrl-C does not reach them; each would print a traceback."""
+    blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+
+    def main(_):
+        with workers.mapped(blocked, [[]], 1) as masks:
+            assert signal.SIGINT in next(masks)
+        with workers.mapped(time.sleep, [600], 1):
+            send(signal.SIGTERM)
+
+    assert ended(capfd, main, None) == (143, "", "stopped by SIGTERM\n")
+    assert signal.SIGINT not in blocked([]) and not multiprocessing.active_children()
 
 
 def test_ctrl_c_can_be_pressed_often_in_a_conversation(capfd):

@@ -11,16 +11,16 @@ bytes, and merges make longer tokens (Sennrich et al., arXiv 1508.07909; on byte
 
 import contextlib
 import heapq
-import multiprocessing
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import regex
+
+from llm_basics.core import workers
 
 T = TypeVar("T", int, bytes)
 
@@ -95,13 +95,12 @@ def count_pretokens(
     boundaries = chunk_boundaries(input_path, special_tokens, max(n_workers, size // 2**28 + 1))
     chunks = [(input_path, start, end, special_tokens, pattern) for start, end in pairwise(boundaries)]
     total: Counter[bytes] = Counter()
-    with contextlib.ExitStack() as stack:
-        counted: Iterable[Counter[bytes]] = map(_count_chunk, chunks)
-        if n_workers > 1 and len(chunks) > 1:
-            # fork would copy the locks of torch's threads in whatever state they are in
-            spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(n_workers, mp_context=spawn))
-            counted = pool.map(_count_chunk, chunks)
+    in_parallel = n_workers > 1 and len(chunks) > 1
+    with (
+        workers.mapped(_count_chunk, chunks, n_workers)
+        if in_parallel
+        else contextlib.nullcontext(map(_count_chunk, chunks))
+    ) as counted:
         for counter, end in zip(counted, boundaries[1:], strict=False):
             total.update(counter)
             progress("counting", end, size)
