@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_basics.cli import checkpoint_commands, parse, subcommands
 from llm_basics.core import config, model, optim, trainer
-from llm_basics.runs import checkpoint, run_dir
+from llm_basics.runs import checkpoint, locks, run_dir
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -332,7 +332,7 @@ def test_the_program_verifies_lists_and_prunes(folder, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[1] == "6" and out[0].endswith("latest")
     assert "1.5000" in out[4] and out[4].endswith("best") and "MB" in out[4]
-    with run_dir.locked(folder), pytest.raises(SystemExit, match="2"):
+    with locks.locked(folder), pytest.raises(SystemExit, match="2"):
         run(["prune", str(folder)])
     assert "locked by pid" in capsys.readouterr().err
     run(["prune", str(folder), "--keep", "1"])

@@ -60,6 +60,61 @@ def test_prints_results_best_first_differing_options_and_samples(runs, capsys):
     )
 
 
+def names(output):
+    """The names of the runs in the tables of results, table by table."""
+    tables = re.split(r"^ +run .*val loss.*$", output, flags=re.M)[1:]
+    return [re.findall(r"^ +(\w+) +[\d.]+ +[\d.]+ ", table, flags=re.M) for table in tables]
+
+
+def test_runs_on_other_held_out_text_are_not_ranked(tmp_path, monkeypatch, capsys):
+    """Also if it was changed under the same name."""
+    monkeypatch.chdir(tmp_path)
+    for name, loss, text in (("a", 3.0, "old"), ("b", 1.0, "new"), ("c", 2.0, "old")):
+        recorded.record(run_dir.RUNS / name, [loss], held_out=(text, "bpe"), data="book.txt")
+    assert compare.main(options_of("a", "b", "c", "--out", "report.html")) == 0
+    output = capsys.readouterr().out
+    assert names(output) == [["c", "a"], ["b"]]
+    assert "held-out text of book.txt: 2 runs\n" in output and "of book.txt: 1 run\n" in output
+    assert "2 held-out texts: results of different tables are not comparable\n" in output
+    assert output.endswith("report.html\nreport.png\nreport-2.png\n")
+    assert "are not comparable" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_with_other_tokenizers_are_ranked_by_bits_per_byte(tmp_path, monkeypatch, capsys, drawn):
+    monkeypatch.chdir(tmp_path)
+    for name, loss, bits, tokenizer in (("a", 3.0, 2.0, "x"), ("b", 1.0, 2.4, "y"), ("c", 2.0, 2.2, "y")):
+        held_out = ("text", tokenizer)
+        recorded.record(run_dir.RUNS / name, [loss], held_out=held_out, bits_per_byte=bits)
+    assert compare.main(options_of("a", "b", "c", "--out", "report.html")) == 0
+    output = capsys.readouterr().out
+    assert names(output) == [["a", "c", "b"]]
+    assert "3 runs, ranked by bits per byte: losses per token of different tokenizers are not" in output
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["bits per byte"]
+    assert compare.main(options_of("b", "c")) == 0
+    output = capsys.readouterr().out
+    assert names(output) == [["b", "c"]] and "ranked" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "tables"),
+    [
+        ({}, [["new", "old"]]),
+        ({"data": "other.txt"}, [["old"], ["new"]]),
+        ({"max_tokens": 7}, [["old"], ["new"]]),
+        # of equal bits per byte
+        ({"tokenizer": "bytes"}, [["old", "new"]]),
+        ({"model__vocab_size": 300}, [["old", "new"]]),
+    ],
+)
+def test_runs_that_recorded_no_hashes_are_grouped_by_their_options(tmp_path, capsys, options, tables):
+    old = recorded.record(tmp_path / "old", [3.0], held_out=None)
+    new = recorded.record(tmp_path / "new", [1.0], held_out=("text", "bpe"), **options)
+    assert compare.main(options_of(str(old), str(new))) == 0
+    output = capsys.readouterr().out
+    assert names(output) == tables
+    assert ("by bits per byte" in output) == ({"tokenizer", "model__vocab_size"} >= options.keys() > set())
+
+
 def test_a_single_run_is_reported(runs, capsys):
     assert compare.main(options_of("one")) == 0
     output = capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_a_search_proposes_the_same_rate_each_time_and_keeps_no_weights(options,
     for name in ("one", "two"):
         assert job.main(dataclasses.replace(options, run_dir=str(tmp_path / name))) == 0
         said.append(capsys.readouterr().out)
-    files = {"config.json", "lock", "log.txt", "lr_finder.jsonl", "lr_finder.png", "tokenizer"}
+    files = {"config.json", "log.txt", "lr_finder.jsonl", "lr_finder.png", "tokenizer"}
     assert {path.name for path in (tmp_path / "one").iterdir()} == files
     proposals = [float(text.split("--train.lr ")[1]) for text in said]
     assert proposals[0] == proposals[1] and 1e-3 < proposals[0] < 0.1

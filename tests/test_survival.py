@@ -22,7 +22,7 @@ import trials
 
 from llm_basics.cli import parse
 from llm_basics.core import config, optim, trainer
-from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.runs import checkpoint, locks, run_dir, signals
 from llm_basics.training import job, monitor, state
 
 TESTS = Path(__file__).parent
@@ -605,7 +605,7 @@ def test_a_spike_is_logged_and_skipped_on_request(options, monkeypatch, capsys, 
 
 def test_a_run_is_locked_until_its_process_ends(tmp_path):
     (tmp_path / run_dir.CHECKPOINTS).mkdir()
-    code = f"import time; from llm_basics.runs import run_dir; h = run_dir.locked({str(tmp_path)!r}); "
+    code = f"import time; from llm_basics.runs import locks; h = locks.locked({str(tmp_path)!r}); "
     code += "h.__enter__(); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
@@ -613,5 +613,28 @@ def test_a_run_is_locked_until_its_process_ends(tmp_path):
         run_dir.RunDir(tmp_path)
     holder.kill()
     holder.wait()
-    run_dir.RunDir(tmp_path).close()
-    run_dir.RunDir(tmp_path).close()
+    assert (tmp_path / "lock").exists()
+    for _ in range(2):
+        run_dir.RunDir(tmp_path).close()
+        assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_is_removed_while_another_process_opens_it_locks_both_out(tmp_path, monkeypatch):
+    """A lock on a file that is no longer there would let a third process in."""
+    flock, first = locks.fcntl.flock, locks.locked(tmp_path)
+    first.__enter__()
+
+    def late(*arguments):
+        if first is not None:
+            end()
+        flock(*arguments)
+
+    def end():
+        nonlocal first
+        ending, first = first, None
+        ending.__exit__(None, None, None)
+
+    monkeypatch.setattr(locks.fcntl, "flock", late)
+    with locks.locked(tmp_path), pytest.raises(ValueError, match="is locked by"):
+        locks.locked(tmp_path).__enter__()
+    assert not (tmp_path / "lock").exists()

@@ -17,7 +17,7 @@ import pytest
 
 from llm_basics.analysis import sweep, sweep_figures
 from llm_basics.cli import commands, parse
-from llm_basics.runs import run_dir
+from llm_basics.runs import locks, run_dir
 from llm_basics.training import job
 
 TRAINER = Path(__file__).parent / "fixtures" / "trainer.py"
@@ -171,7 +171,7 @@ def test_a_second_run_waits_until_the_first_has_its_text(here, monkeypatch):
 
 def test_two_sweeps_do_not_write_one_folder(here, capsys):
     Path("runs/mine").mkdir(parents=True)
-    with run_dir.locked("runs/mine"), pytest.raises(SystemExit) as stop:
+    with locks.locked("runs/mine"), pytest.raises(SystemExit) as stop:
         run_sweep(GRID)
     assert stop.value.code == 2 and "runs/mine is locked by pid" in capsys.readouterr().err
 

@@ -16,11 +16,11 @@ from torch.nn import functional as tF
 
 from llm_basics import swap
 from llm_basics.cli import commands, parse
-from llm_basics.core import config, device, model, presets, trainer
+from llm_basics.core import config, device, model, presets, tokenizer, trainer
 from llm_basics.data import prepare, shards
 from llm_basics.inference import engine, samples
 from llm_basics.runs import checkpoint, run_dir
-from llm_basics.training import job, loop, state
+from llm_basics.training import job, loop, setup, state
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
 SETTINGS = config.TrainConfig(
@@ -271,7 +271,6 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
         "config.json",
-        "lock",
         "log.txt",
         "loss.png",
         "metrics.jsonl",
@@ -290,6 +289,35 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert "unigram entropy" in said and f"python -m llm_basics.generate {folder}" in said
     restored, tokenizer = engine.load_run(folder)
     assert restored.config == SHAPE and tokenizer.vocab_size == 257
+
+
+def test_a_run_records_what_its_losses_are_measured_on(options):
+    """The hash of the held-out text is the same for all tokenizers."""
+
+    def recorded(**changes):
+        training = setup.of_text(dataclasses.replace(options, **changes))
+        return training.measured_on["text"], training.measured_on["tokenizer"]
+
+    text, bytes_only = recorded()
+    same, bpe = recorded(tokenizer="bpe", model=dataclasses.replace(SHAPE, vocab_size=270))
+    assert same == text and bpe != bytes_only
+    assert recorded(val_fraction=0.2)[0] != text
+    assert job.main(options) == 0
+    assert run_dir.read_held_out(options.run_dir) == {"text": text, "tokenizer": bytes_only}
+    assert run_dir.HELD_OUT not in run_dir.read_config(options.run_dir)
+
+
+def test_long_text_is_recorded_by_its_beginning(monkeypatch):
+    """Whatever the tokenizer, whose tokens may end within a character."""
+    monkeypatch.setattr(state, "DIGEST_CHARACTERS", 10)
+    merged = tokenizer.Tokenizer({b: bytes([b]) for b in range(256)} | {256: b"th"}, [(b"t", b"h")])
+    text = "th\u00e9 \U0001f600\U0001f600 th\u00e9" * 9
+    hashes = {
+        state.digest(each, np.array(each.encode(text)), n_bytes)
+        for each in (tokenizer.Tokenizer.byte_level(), merged)
+        for n_bytes in (5, 6)
+    }
+    assert len(hashes) == 2
 
 
 def test_the_program_writes_the_same_with_and_without_twins(options, capsys):

@@ -10,6 +10,7 @@ import io
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ SAMPLE_LETTERS = 600
 
 # options that name a run and change no result
 UNCOMPARED = ("config", "run_dir", "resume")
+
+# options that decide the held-out text and the tokenizer of a run that did not record them
+DATA_OPTIONS = ("data", "val_fraction", "max_tokens")
+TOKENIZER_OPTIONS = ("tokenizer", "model.vocab_size")
 
 # keys of Record.summary and the titles of their columns
 COLUMNS = {
@@ -69,20 +74,59 @@ def format_number(name: str, value: int | float | None) -> str:
     return f"{value:.1f}" if value >= 100 or name == "seconds" else f"{value:.3f}"
 
 
-def results(runs: Sequence[run_data.Record]) -> tuple[list[str], list[list[str]]]:
-    """Titles and a row for each run, lowest validation loss first."""
-    summaries = [(record, record.summary()) for record in runs]
-    summaries.sort(key=lambda pair: pair[1].get("val_loss", math.inf) if _has_loss(pair[1]) else math.inf)
+@dataclass(frozen=True)
+class Group:
+    """Runs whose results can be compared: on the same held-out text."""
+
+    text: str
+    """The option `data`."""
+    runs: list[run_data.Record]
+    by: str
+    """The metric that ranks them: the loss, or bits per byte if their tokenizers differ."""
+
+    @property
+    def title(self) -> str:
+        """The heading of the table."""
+        n_runs = f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
+        line = f"held-out text of {self.text}: {n_runs}"
+        if self.by == "bits_per_byte":
+            line += ", ranked by bits per byte: losses per token of different tokenizers are not comparable"
+        return line
+
+
+def groups(runs: Sequence[run_data.Record]) -> list[Group]:
+    """The runs by their held-out text: its recorded hash, or the options of the data where one has none."""
+    recorded = all(record.held_out for record in runs)
+    found: dict[Any, list[tuple[run_data.Record, Any]]] = {}
+    for record in runs:
+        known, options = record.held_out or {}, record.options
+        text = known["text"] if recorded else repr([options.get(name) for name in DATA_OPTIONS])
+        tokenizer = known["tokenizer"] if recorded else repr([options.get(n) for n in TOKENIZER_OPTIONS])
+        found.setdefault(text, []).append((record, tokenizer))
+    return [
+        Group(
+            str(pairs[0][0].options.get("data")),
+            [record for record, _ in pairs],
+            "val_loss" if len({tokenizer for _, tokenizer in pairs}) == 1 else "bits_per_byte",
+        )
+        for pairs in found.values()
+    ]
+
+
+def results(group: Group) -> tuple[list[str], list[list[str]]]:
+    """Titles and a row for each run, the best first."""
+
+    def rank(pair: tuple[run_data.Record, dict[str, int | float]]) -> float:
+        value = pair[1].get(group.by, math.nan)
+        return value if math.isfinite(value) else math.inf
+
+    summaries = sorted(((record, record.summary()) for record in group.runs), key=rank)
     shown = [name for name in COLUMNS if any(name in summary for _, summary in summaries)]
     rows = [
         [record.name, *(format_number(name, summary.get(name)) for name in shown)]
         for record, summary in summaries
     ]
     return ["run", *(COLUMNS[name] for name in shown)], rows
-
-
-def _has_loss(summary: dict[str, int | float]) -> bool:
-    return math.isfinite(summary.get("val_loss", math.nan))
 
 
 def options_that_differ(runs: Sequence[run_data.Record]) -> tuple[list[str], list[list[str]]]:
@@ -103,7 +147,13 @@ def _shown(value: Any) -> str:
 
 def print_report(runs: Sequence[run_data.Record], screen: console.Console) -> None:
     """Print results, options that differ and last samples."""
-    print_table(screen, *results(runs))
+    found = groups(runs)
+    for group in found:
+        if len(found) > 1 or group.by != "val_loss":
+            screen.print(plain_text(group.title))
+        print_table(screen, *results(group))
+    if len(found) > 1:
+        screen.print(f"{len(found)} held-out texts: results of different tables are not comparable")
     titles, rows = options_that_differ(runs)
     if len(titles) > 1 and rows:
         screen.print("options that differ")
@@ -168,9 +218,14 @@ def write_page(path: Path, title: str, screen: console.Console, pictures: Sequen
 
 
 def write_report(runs: Sequence[run_data.Record], path: Path, x: str) -> list[Path]:
-    """Write the comparison as the page `path`, and its curves as a picture beside it. Returns both paths."""
-    ys = [y for y in ("train_loss", "val_loss") if any(len(record.curve(y)[0]) for record in runs)]
-    pictures = [figures.draw(runs, path.with_suffix(".png"), x, ys)] if ys else []
+    """Write the comparison as the page `path`, and a picture per group beside it. Returns all paths."""
+    pictures = []
+    for number, group in enumerate(groups(runs), start=1):
+        losses = ("train_loss", "val_loss") if group.by == "val_loss" else (group.by,)
+        ys = [y for y in losses if any(len(record.curve(y)[0]) for record in group.runs)]
+        if ys:
+            picture = path.with_name(f"{path.stem}{f'-{number}' if number > 1 else ''}.png")
+            pictures.append(figures.draw(group.runs, picture, x, ys))
     screen = recording_screen()
     print_report(runs, screen)
     names = ", ".join(record.name for record in runs[:3]) + (", ..." if len(runs) > 3 else "")

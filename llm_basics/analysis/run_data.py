@@ -25,6 +25,8 @@ class Record:
     metrics: list[dict[str, Any]]
     """The lines of metrics.jsonl, each step once."""
     samples: list[dict[str, Any]]
+    held_out: dict[str, str] | None = None
+    """Hashes of the held-out `text` and of the `tokenizer`; None: not recorded."""
 
     def curve(self, y: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """Positions on the axis `x` (step, tokens or time) and values of `y`; NaN for a value not finite."""
@@ -123,7 +125,13 @@ def read(name: str) -> Record:
     """A run by its folder, by its name under runs/, or `newest`."""
     folder = find(name)
     options = presets.flat(run_dir.read_config(folder))
-    return Record(folder.resolve().name, options, run_dir.read_metrics(folder), run_dir.read_samples(folder))
+    return Record(
+        folder.resolve().name,
+        options,
+        run_dir.read_metrics(folder),
+        run_dir.read_samples(folder),
+        run_dir.read_held_out(folder),
+    )
 
 
 def find(name: str) -> Path:

@@ -28,7 +28,7 @@ from llm_basics.analysis import compare, figures, run_data, sweep_figures, sweep
 from llm_basics.cli import commands, parse
 from llm_basics.core import bpe, config, files, presets
 from llm_basics.data import sources
-from llm_basics.runs import console, run_dir, signals
+from llm_basics.runs import console, locks, run_dir, signals
 
 TRAIN = (sys.executable, "-m", "llm_basics.train")
 
@@ -292,7 +292,7 @@ def main(options: commands.SweepConfig) -> int:
         out = Path(options.out or run_dir.RUNS / sweep.name)
         check_sources(find_trial_runs(sweep, out), options.sweep)
         files.create_folder(out)
-        with signals.listening(), run_dir.locked(out):
+        with signals.listening(), locks.locked(out):
             trial_runs = find_trial_runs(sweep, out)
             try:
                 statuses = train_all(trial_runs, options.jobs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics.cli import parse, subcommands
-from llm_basics.runs import checkpoint
+from llm_basics.runs import checkpoint, locks
 from llm_basics.runs import run_dir as run_dirs
 
 
@@ -27,7 +27,7 @@ def main(options: Any) -> None:
             case subcommands.CheckpointList():
                 show(folder)
             case subcommands.CheckpointPrune():
-                with run_dirs.locked(options.run_dir):
+                with locks.locked(options.run_dir):
                     for path in checkpoint.prune(folder, options.keep):
                         print(f"deleted {path}")
 

@@ -6,7 +6,7 @@
     log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt
     checkpoints/        step_00000500.safetensors
-    lock                held by the writing process
+    lock                held by the writing process, and removed when it ends
     loss.png
     lr_finder.jsonl     learning-rate finder: its measurements, instead of metrics, samples and
     lr_finder.png       checkpoints
@@ -28,12 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics.core import files
-from llm_basics.runs import loggers
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: run directories are not locked
-    fcntl = None  # type: ignore[assignment]
+from llm_basics.runs import locks, loggers
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
@@ -41,8 +36,9 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
-# key in config.json, beside the options: the origin of each user piece
+# keys in config.json, beside the options: the origin of each user piece, and what losses are measured on
 ORIGINS = "origins"
+HELD_OUT = "held_out"
 
 
 class RunDir:
@@ -63,7 +59,7 @@ class RunDir:
         self.checkpoints = self.folder / CHECKPOINTS
         files.create_folder(self.checkpoints)
         self._lock = contextlib.ExitStack()
-        self._lock.enter_context(locked(self.folder))
+        self._lock.enter_context(locks.locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
         # files whose last line may be torn: the next line starts with a newline
         self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
@@ -139,26 +135,6 @@ class RunDir:
                 logger.message(f"warning: {error}")
 
 
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Lock a run directory; raises ValueError if another process holds it. Released when the process ends."""
-    with files.writing(Path(folder) / "lock"):
-        # unbuffered: nothing is left to write where it is closed on a full disk
-        file = open(Path(folder) / "lock", "a+b", buffering=0)  # noqa: SIM115
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                owner = file.read().decode().strip()
-                raise ValueError(f"{folder} is locked by pid {owner}, which is writing to it") from None
-        with files.writing(Path(folder) / "lock"):
-            file.truncate(0)
-            file.write(b"%d\n" % os.getpid())
-        yield
-
-
 # --------------------------------------------------------------------------------------------------
 # Reading runs
 
@@ -211,11 +187,28 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of the run in `folder`."""
+    options = _read_config(folder)
+    for name in (ORIGINS, HELD_OUT):
+        options.pop(name, None)
+    return options
+
+
+def read_held_out(folder: str | os.PathLike[str]) -> dict[str, str] | None:
+    """What the losses of a run are measured on: hashes of its held-out `text` and `tokenizer`.
+
+    None for a run that did not record them.
+    """
+    found = _read_config(folder).get(HELD_OUT)
+    return found if isinstance(found, dict) and found.keys() >= {"text", "tokenizer"} else None
+
+
+def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"a run directory must hold config.json, got {folder}")
     options = files.read_json(path)
-    options.pop(ORIGINS, None)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold an object of options, got {type(options).__name__}")
     return options
 
 

@@ -79,7 +79,8 @@ def start(
         if options.resume is not None:
             resume_latest(training, output)
         output.loggers.append(loggers.ConsoleLogger(options.train.steps, training.step))
-        output.write_config({**dataclasses.asdict(training.options), run_dir.ORIGINS: swap.user_pieces()})
+        about = {run_dir.ORIGINS: swap.user_pieces(), run_dir.HELD_OUT: training.measured_on}
+        output.write_config(dataclasses.asdict(training.options) | about)
         if options.mine is not None:
             files.write(output.folder / "mine.py", Path(options.mine).read_bytes())
         if options.resume is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import nn
 from llm_basics import swap, user_code
 from llm_basics.core import config, dataloader, device, evaluate, presets, trainer
 from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents, prepare, shards
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, signals
@@ -30,6 +32,9 @@ NO_EFFECT_ON_WEIGHTS = {
 
 # size of the random state and the metadata in a checkpoint
 METADATA_BYTES = 32_000
+
+# characters of the held-out text that its hash depends on
+DIGEST_CHARACTERS = 2**18
 
 # metadata keys of older checkpoints -> keys now
 RENAMED = {"looked": "evaluated", "windows": "sequences"}
@@ -76,6 +81,10 @@ class TrainingState:
         for shard in (*prepared.train, prepared.val):
             shards.check_ids(shard)
         self.batches, self.held_out = self.read(prepared)
+        self.measured_on = {
+            "text": digest(self.tokenizer, self.held_out, prepared.val.n_bytes),
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
         self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
         # our code draws from torch alone; user code may draw from the others
         random.seed(train.seed)
@@ -254,6 +263,13 @@ class TrainingState:
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
         return settings + _differences(device.describe(self.device), metadata["environment"])
+
+
+def digest(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, n_bytes: int) -> str:
+    """A hash of a text of `n_bytes`, whatever its tokenizer; of a long text, the beginning is hashed."""
+    # a token has at least a byte, a character at most four: all tokenizers reach this many characters
+    text = tokenizer.decode(tokens[: 4 * DIGEST_CHARACTERS].tolist())[:DIGEST_CHARACTERS]
+    return hashlib.sha256(f"{n_bytes} {text}".encode("utf-8", "replace")).hexdigest()
 
 
 def opening_line(text: str) -> str:
