@@ -53,7 +53,8 @@ def test_prints_results_best_first_differing_options_and_samples(runs, capsys):
     assert rows[0][1:] == "2.5000 2.5000 20 9.000 2.500 25.0% 246,464 20 20,480 20.5 1,000".split()
     assert rows[2][1:3] == ["not", "finite"]
     assert rows[3:] == [["one", "adamw", "0.0003"], ["two", "adamw", "0.5"], ["lost", "muon", "0.0003"]]
-    assert "def f(x):" in output and "    return 1" in output and "old" not in output
+    # the prompt is set apart from what was generated
+    assert re.search(r"prompt 'def ': .*\n.* f\(x\): .*\n.*    return 1", output) and "old" not in output
     # literal text, without control characters
     assert (
         "<img src=x" in output and "[red]&amp;" in output and "\x1b" not in output and "\u202e" not in output
@@ -154,7 +155,7 @@ def test_the_page_is_self_contained_and_has_no_scripts(runs, tmp_path, capsys):
     # in the heading, as the name of a run in three tables, and in a sample
     assert '<img src=x onerror="alert(1)"> [red]&amp; \ufffd' in shown and shown.count("<img src=x") == 6
     assert "\u202e" not in text and "\x1b" not in text
-    assert "2.5000" in shown and "def f(x):" in shown and "    return 1" in shown
+    assert "2.5000" in shown and "prompt 'def ':" in shown and "    return 1" in shown
 
 
 def test_a_page_of_runs_without_curves_or_samples(tmp_path):

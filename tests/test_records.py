@@ -95,7 +95,7 @@ def test_a_run_that_measured_nothing_and_one_with_a_torn_line(tmp_path):
         with open(folder / name, "a") as file:
             file.write('{"step": 99, "tr')
     record = run_data.read(str(folder))
-    assert record.last_step == 20 and record.last_sample() == "ab"
+    assert record.last_step == 20 and record.last_sample() == "prompt 'a':\nb"
 
 
 def test_a_config_of_another_program_costs_numbers_and_no_more(tmp_path):

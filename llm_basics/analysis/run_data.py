@@ -99,12 +99,11 @@ class Record:
         return found
 
     def last_sample(self) -> str:
-        """The last sample, prompt included; "" without samples."""
-        return (
-            "".join(str(self.samples[-1].get(part, "")) for part in ("prompt", "text"))
-            if self.samples
-            else ""
-        )
+        """The last sample, as in the log: its prompt, quoted, in the heading; "" without samples."""
+        if not self.samples:
+            return ""
+        last = self.samples[-1]
+        return f"prompt {last.get('prompt', '')!r}:\n{last.get('text', '')}"
 
 
 # --------------------------------------------------------------------------------------------------
