@@ -612,7 +612,7 @@ def test_gpt2_has_50257_tokens(data):
     assert model.vocab_size == len(model.vocab) == 50257
     assert len(model.merges) == 50000
     assert model.special_tokens == [END_OF_TEXT]
-    assert model.special_id(END_OF_TEXT) == 50256
+    assert model.special_id(END_OF_TEXT) == model.end_of_text_id == 50256
 
 
 @each_sample
@@ -674,3 +674,9 @@ def test_merges_that_look_like_the_first_line_and_a_byte_order_mark_are_read(tmp
             "\ufeff" + (tmp_path / name).read_text(encoding="utf-8"), encoding="utf-8"
         )
     assert tokenizer.Tokenizer.load(tmp_path).merges == merges
+
+
+def test_the_end_of_text_has_an_id():
+    assert tokenizer.Tokenizer.byte_level(["<|user|>", END_OF_TEXT]).end_of_text_id == 257
+    with pytest.raises(ValueError, match=r"must have the special token <\|endoftext\|>.*got <\|user\|>$"):
+        _ = tokenizer.Tokenizer.byte_level(["<|user|>"]).end_of_text_id

@@ -88,6 +88,16 @@ class Tokenizer:
         """The id of a special token. Raises KeyError for any other text."""
         return self._special_ids[special]
 
+    @property
+    def end_of_text_id(self) -> int:
+        """The id of END_OF_TEXT, which ends every document. Raises ValueError without this special token."""
+        if END_OF_TEXT not in self._special_ids:
+            raise ValueError(
+                f"the tokenizer must have the special token {END_OF_TEXT}, which ends documents, got "
+                f"{', '.join(self.special_tokens) or 'none'}"
+            )
+        return self._special_ids[END_OF_TEXT]
+
     # -- encoding ---------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:

@@ -263,7 +263,7 @@ class Packer:
         self, pieces: Iterable[Piece], reader: Reader, state: State
     ) -> Iterator[tuple[Piece, list[int], int]]:
         """Each piece, its ids with the end-of-text token, and its size in bytes; reports progress."""
-        end = self.tokenizer.special_id(documents.DOCUMENT_SEPARATOR)
+        end = self.tokenizer.end_of_text_id
         done = reported = 0
         n_tokens, first_fraction = state.n_tokens, None
         for piece in pieces:

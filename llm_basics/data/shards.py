@@ -176,7 +176,7 @@ def encode_to_file(
 
     Documents end with END_OF_TEXT, which is appended to the last one if missing.
     """
-    end, last = chosen.special_id(tokenizers.END_OF_TEXT), -1
+    end, last = chosen.end_of_text_id, -1
     size = Path(input_path).stat().st_size
     with ShardWriter(folder, prefix, chosen.vocab_size, chosen.fingerprint(), shard_tokens) as writer:
         for ids, offset, n_bytes in chosen.encode_file(input_path, n_threads):

@@ -110,7 +110,7 @@ def find_text(
     """The name and tokens of the text to evaluate on: --data, or the held-out split of the run."""
     if (source := options.data) is not None:
         documents = sources.find(source, on_bad_utf8=options.on_bad_utf8).documents()
-        end = tokenizer.special_id(tokenizers.END_OF_TEXT)
+        end = tokenizer.end_of_text_id
         ids = [[*tokenizer.encode_ordinary(document.text), end] for document in documents]
         if not ids:
             raise ValueError(f"--data must hold text, got an empty source ({source})")

@@ -20,7 +20,6 @@ from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import device as devices
 from llm_basics.core import files
-from llm_basics.core import tokenizer as tokenizers
 from llm_basics.evaluation import log_likelihood
 from llm_basics.inference import engine
 from llm_basics.runs import run_dir as run_dirs
@@ -47,7 +46,7 @@ class HarnessModel(harness.TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The id of END_OF_TEXT, which precedes each document."""
-        return self.own_tokenizer.special_id(tokenizers.END_OF_TEXT)
+        return self.own_tokenizer.end_of_text_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Encode a text; special tokens in it are ordinary text."""

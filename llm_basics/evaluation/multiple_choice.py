@@ -116,7 +116,7 @@ def encode(
         texts.append(tokenizer.encode_ordinary(prompt + ("" if has_space else delimiter) + choice))
     columns = zip(tokenizer.encode_ordinary(prompt.rstrip()), *texts, strict=False)
     common = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
-    before = common or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    before = common or [tokenizer.end_of_text_id]
     return [(before, text[len(common) :]) for text in texts]
 
 

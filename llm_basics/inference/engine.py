@@ -90,7 +90,7 @@ def prompt_tokens(
     model: models.TransformerLM, tokenizer: tokenizers.Tokenizer, prompt: str
 ) -> Int[Tensor, " seq"]:
     """Encode `prompt`, on the device of the model; an empty prompt starts a new document."""
-    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.special_id(tokenizers.END_OF_TEXT)]
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.end_of_text_id]
     return torch.tensor(ids, device=model.lm_head.weight.device)
 
 
@@ -114,7 +114,7 @@ def complete(
         temperature,
         top_k,
         top_p,
-        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        stop_id=tokenizer.end_of_text_id,
         generator=torch.Generator().manual_seed(seed),
         adjust=adjust,
     )
@@ -148,7 +148,7 @@ def complete_batch(
         temperature,
         top_k,
         top_p,
-        stop_id=tokenizer.special_id(tokenizers.END_OF_TEXT),
+        stop_id=tokenizer.end_of_text_id,
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         adjust=adjust,
         ends_with=ends_with,

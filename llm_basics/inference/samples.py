@@ -175,7 +175,7 @@ def show_probabilities(
         options.temperature,
         options.top_k,
         options.top_p,
-        stop_id=chosen.special_id(tokenizer.END_OF_TEXT),
+        stop_id=chosen.end_of_text_id,
         generator=torch.Generator().manual_seed(seed),
         adjust=record,
     )

@@ -51,7 +51,7 @@ def export(
             f"model and tokenizer must have the same vocabulary size, got {shape.vocab_size} and "
             f"{tokenizer.vocab_size}"
         )
-    end = tokenizer.special_id(tokenizers.END_OF_TEXT)
+    end = tokenizer.end_of_text_id
     ids = {"bos_token_id": end, "eos_token_id": end}
     ends = [end, tokenizer.special_id(chat_template.END)] if chat_template.is_chat(tokenizer) else end
     tensors = hf_weights.to_hf(layout, shape, model.state_dict())
