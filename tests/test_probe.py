@@ -13,11 +13,12 @@ import torch
 
 from llm_basics import swap
 from llm_basics.cli import commands
+from llm_basics.core import config, model, trainer
 from llm_basics.core import functional as F
-from llm_basics.core import model
 from llm_basics.learn import probe, probe_tasks
 
 ANSWERED = [name for name in probe_tasks.TASKS if name != "markov"]
+ZERO = torch.zeros(())
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -320,9 +321,51 @@ def test_a_few_steps_fail_and_are_plotted(small, tmp_path, capsys):
     assert f"figure    {figure}" in out and figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("steps", "ends_at"), [(None, 120), (90, 24)])
+def test_training_ends_once_answers_stay_right(monkeypatch, steps, ends_at):
+    """At a multiple of the interval of measurements, 1/20 of the steps: wrong, right, wrong, right, ..."""
+    exact = iter([0.9, 1.0, 0.9, *(1.0,) * 9])
+    measured = []
+
+    def measure(model, task, held_out, step, train_loss):
+        # the last one is repeated with all sequences
+        measured.append(len(held_out))
+        return probe.Measurement(step, 0.0, 0.0, 1.0, exact=next(exact))
+
+    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(trainer, "train_step", lambda *_: trainer.StepResult(ZERO, ZERO, 0.1))
+    task = dataclasses.replace(probe_tasks.copy(0), train=config.TrainConfig(steps=400))
+    outcome = probe.learn(task, 0, steps, log=lambda line: None)
+    assert outcome.label == "passed" and len(outcome.train_losses) == ends_at
+    assert measured[-1] == 500 and set(measured[:-1]) == {100}
+
+
+def test_a_pass_on_some_sequences_alone_does_not_end_training(monkeypatch):
+    def measure(model, task, held_out, step, train_loss):
+        return probe.Measurement(step, 0.0, 0.0, 1.0, exact=1.0 if len(held_out) == 100 else 0.9)
+
+    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(trainer, "train_step", lambda *_: trainer.StepResult(ZERO, ZERO, 0.1))
+    task = dataclasses.replace(probe_tasks.copy(0), train=config.TrainConfig(steps=40))
+    outcome = probe.learn(task, 0, log=lambda line: None)
+    assert outcome.label == "failed" and len(outcome.train_losses) == 40
+
+
+def test_a_slow_machine_has_fewer_steps_and_no_failure(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "N_MEASUREMENTS", 100)
+    monkeypatch.setattr(probe, "MOST_SECONDS", 0.0)
+    status, out = run(tmp_path, capsys, task="copy")
+    assert status == 1 and "step     3 of 3 " in out
+    assert (
+        "undecided: " in out and "(only 3 of 300 steps); a minute is over, train on with --steps 300" in out
+    )
+
+
 def test_all_runs_every_task(small, tmp_path, capsys):
     status, out = run(tmp_path, capsys, steps=1)
     assert status == 1 and out.endswith("0 of 6 tasks passed\n")
+    first = "tasks     reverse, invert, copy, addition, induction, markov: at most a minute each"
+    assert f"\n{first}; for one, name it\nfigures   {tmp_path}/out/\n" in out
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(probe_tasks.TASKS)
 
 

@@ -307,7 +307,7 @@ class ProbeConfig:
     mine: str | None = None
     """Python file with your pieces, used instead of the reference's."""
     steps: int | None = None
-    """Number of optimizer steps. None: the task's default."""
+    """Maximum number of optimizer steps. None: the task's default, or what a minute allows."""
     seed: int = 0
     """Random seed of initial weights, training sequences and held-out sequences."""
     out: str = "probes"

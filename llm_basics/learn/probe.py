@@ -1,4 +1,4 @@
-"""Train a small model on a task with known answers and judge the result, in under a minute per task."""
+"""Train a small model on a task with known answers and judge the result, in a minute per task at most."""
 
 import dataclasses
 import math
@@ -23,7 +23,10 @@ from llm_basics.learn import probe_tasks
 from llm_basics.runs import run_dir
 
 # measurements during training, and their number of held-out sequences; the last one uses all
-N_MEASUREMENTS, N_SEQUENCES = 10, 100
+N_MEASUREMENTS, N_SEQUENCES = 20, 100
+
+# training ends after this many passed measurements in a row, and after about this many seconds
+N_PASSED, MOST_SECONDS = 3, 60.0
 
 # largest gap to the entropy rate, in nats
 LOSS_TOLERANCE = 0.03
@@ -193,33 +196,54 @@ class Outcome:
     measured: list[Measurement] = field(default_factory=list)
     passed: bool = False
     verdict: str = ""
+    out_of_time: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the verdict explains."""
+        return "passed" if self.passed else "undecided" if self.out_of_time else "failed"
 
 
 def learn(
     task: probe_tasks.Task, seed: int, steps: int | None = None, log: Callable[[str], None] = print
 ) -> Outcome:
-    """Train a new model on a task, for `steps` if given, and judge it."""
-    n_steps = steps or task.train.steps
+    """Train a new model on a task and judge it.
+
+    Training ends early once the answers are right. On a slow machine it has fewer steps, with a schedule of
+    that length, unless `steps` is given.
+    """
+    planned = steps or task.train.steps
     options = dataclasses.replace(
-        task.train, steps=n_steps, warmup_steps=min(task.train.warmup_steps, n_steps // 10)
+        task.train, steps=planned, warmup_steps=min(task.train.warmup_steps, planned // 10)
     )
     outcome, clock = Outcome(task), run_dir.Stopwatch()
     held_out = probe_tasks.hold_out(task, seed)
     sequences = probe_tasks.fresh(task, held_out, seed)
     torch.manual_seed(seed)
+    step = n_passed = 0
     try:
         model = models.TransformerLM(task.model)
         optimizer = trainer.make_optimizer(model, options)
-        for step in range(1, n_steps + 1):
+        while step < options.steps and n_passed < N_PASSED:
+            step += 1
             # one batch per step, so that the loss is the mean over its answers
             batch = collate(task, next(sequences))
             result = trainer.train_step(model, optimizer, [batch], step, options)
             trainer.check_finite(step, result.lr, result.train_loss, result.grad_norm)
             outcome.train_losses.append(result.train_loss.item())
-            if step % max(1, n_steps // N_MEASUREMENTS) == 0 or step == n_steps:
-                measured = held_out if step == n_steps else held_out[:N_SEQUENCES]
-                outcome.measured.append(measure(model, task, measured, step, outcome.train_losses[-1]))
-                log(f"{_progress(outcome.measured[-1], n_steps)}   {clock.total():.0f} s")
+            if step % max(1, planned // N_MEASUREMENTS) and step < options.steps:
+                continue
+            if steps is None:
+                left = (MOST_SECONDS - clock.total()) * step / clock.total()
+                options = dataclasses.replace(options, steps=min(planned, step + max(0, int(left))))
+            measured = held_out if step == options.steps else held_out[:N_SEQUENCES]
+            now = measure(model, task, measured, step, outcome.train_losses[-1])
+            n_passed = n_passed + 1 if judge(task, now)[0] else 0
+            if n_passed == N_PASSED and step < options.steps:
+                now = measure(model, task, held_out, step, outcome.train_losses[-1])
+                n_passed *= judge(task, now)[0]
+            outcome.measured.append(now)
+            log(f"{_progress(now, options.steps)}   {clock.total():.0f} s")
     except FloatingPointError as error:
         outcome.verdict = str(error)
         return outcome
@@ -234,6 +258,9 @@ def learn(
         )
         return outcome
     outcome.passed, outcome.verdict = judge(task, outcome.measured[-1])
+    outcome.out_of_time = step < planned and not outcome.passed
+    if outcome.out_of_time:
+        outcome.verdict += f"; a minute is over, train on with --steps {planned}"
     return outcome
 
 
@@ -268,7 +295,7 @@ def draw(outcome: Outcome, path: Path) -> None:
         best = task.source.best_accuracy()
         right.axhline(best, color="gray", ls="-", lw=1, label=f"best possible: {best:.3f}")
     right.axhline(task.chance, color="gray", ls=":", lw=1, label=f"guessing: {task.chance:.3f}")
-    right.set(xlabel="step", ylabel="fraction of held-out", title="passed" if outcome.passed else "failed")
+    right.set(xlabel="step", ylabel="fraction of held-out", title=outcome.label)
     right.set_ylim(-0.03, 1.03)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -285,6 +312,8 @@ def main(options: commands.ProbeConfig) -> int:
         if options.mine is not None:
             swap.use(options.mine)
     print(f"pieces    {swap.describe()}")
+    if len(names) > 1:
+        print(f"tasks     {', '.join(names)}: at most a minute each; for one, name it\nfigures   {out}/")
     passed = 0
     for name in names:
         task = probe_tasks.TASKS[name](options.seed)
@@ -292,7 +321,7 @@ def main(options: commands.ProbeConfig) -> int:
         print(f"\n{name}: {task.about}\n{task.show(example)}")
         outcome = learn(task, options.seed, options.steps)
         passed += outcome.passed
-        print(f"{'passed' if outcome.passed else 'failed'}: {outcome.verdict}")
+        print(f"{outcome.label}: {outcome.verdict}")
         with parse.exit_on_error():
             draw(outcome, out / f"{name}.png")
         print(f"figure    {out / name}.png")
