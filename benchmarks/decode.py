@@ -35,12 +35,12 @@ from typing import Any
 import torch
 
 from llm_basics import swap
-from llm_basics.core import device, generate
+from llm_basics.core import generate
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.inference import engine
 from llm_basics.interop import hf_export
-from llm_basics.runs import run_dir
+from llm_basics.runs import process, run_dir
 
 # the models to train: their options and steps
 TRAINED = {
@@ -145,7 +145,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name.startswith("ours"):
         # as `llm-basics` does
         swap.use("fast", lambda line: None)
-        device.tune_allocator()
+        process.tune_allocator()
     model, tokenizer = engine.load_run(options.run[0], options.device)
     model.eval()
     if name == "read":

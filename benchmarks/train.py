@@ -34,6 +34,7 @@ from llm_basics import swap
 from llm_basics.cli import parse
 from llm_basics.core import config, dataloader, device, trainer
 from llm_basics.core import model as models
+from llm_basics.runs import process
 from llm_basics.training import diagnostics, monitor
 
 CPU = config.ModelConfig(vocab_size=256, context_length=64, d_model=128, n_layers=4, n_heads=4)
@@ -218,7 +219,7 @@ def measure(
 ) -> Iterator[dict[str, float]]:
     """The results of one contender's process: its startup, then block by block."""
     if has_our_settings:
-        device.tune_allocator()
+        process.tune_allocator()
     if threads:
         torch.set_num_threads(threads)
     if name == PEAK:

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from llm_basics.core import device
+from llm_basics.runs import process
 
 # the only key of a result if the process ran out of memory
 FAILED = "failed"
@@ -72,7 +72,7 @@ def _serve(
                 results = results or measure(*arguments)
                 connection.send(next(results))
             except (RuntimeError, MemoryError) as error:
-                if not device.is_out_of_memory(error):
+                if not process.is_out_of_memory(error):
                     raise
                 connection.send({FAILED: 1.0})
                 return

@@ -223,11 +223,11 @@ def short_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.node.get_closest_marker("whole_run") or "llm_basics.training.setup" not in sys.modules:
         return
     from llm_basics.analysis import figures
-    from llm_basics.core import device
+    from llm_basics.runs import process
     from llm_basics.training import memory, setup
 
     # a collection goes through the objects of all tests: half the time of a short run
-    monkeypatch.setattr(device, "gc_frozen", contextlib.nullcontext)
+    monkeypatch.setattr(process, "gc_frozen", contextlib.nullcontext)
     monkeypatch.setattr(setup, "estimate", lambda options: memory.Estimate(1, 1, 1, 9))
     monkeypatch.setattr(figures, "plot_loss", lambda folder, unigram_entropy=None: Path(folder) / "loss.png")
 

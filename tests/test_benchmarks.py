@@ -13,9 +13,9 @@ import pytest
 
 from llm_basics import swap
 from llm_basics.cli import parse
-from llm_basics.core import device
 from llm_basics.fast import generate as fast_generate
 from llm_basics.inference import engine
+from llm_basics.runs import process
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -82,7 +82,7 @@ def test_encoding_is_left_out_without_gpt2(monkeypatch, capsys, tmp_path):
 def decode(monkeypatch):
     """`benchmarks/decode.py` as a module; pieces that it replaces are restored afterwards."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(device, "tune_allocator", lambda: None)
+    monkeypatch.setattr(process, "tune_allocator", lambda: None)
     monkeypatch.setattr(fast_generate, "DRAFTS", fast_generate.DRAFTS)
     return importlib.import_module("decode")
 

@@ -1,25 +1,11 @@
-"""Devices: selection, precision, determinism, random state and memory allocation."""
+"""Devices: selection, precision, determinism and random state."""
 
 import contextlib
-import ctypes
-import gc
 import os
 import platform
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-# parameters of glibc's mallopt: size from which memory is mapped, and free memory kept at the top of the heap
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-
-# Linux's MADV_HUGEPAGE, the size of a large page, and the bytes to be backed by large pages
-MADV_HUGEPAGE, PAGE_BYTES, RESERVED_BYTES = 14, 1 << 21, (1 << 30) - (1 << 21)
-
-# most floating-point operations of a step for which launching kernels dominates, so that CUDA graphs help: at
-# 1.2 * 10^12 a step took an H200 8 to 11 ms with graphs, 17 to 20 ms without
-MAX_GRAPH_FLOPS = 2e12
 
 # devices that run asynchronously, whose results are read a step later
 ASYNCHRONOUS = {"cuda"}
@@ -57,20 +43,6 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def compile_mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
-    """Resolve `train.compile` for `device` and steps of `n_flops`: off, on or graphs.
-
-    Raises ValueError for graphs on a device without them.
-    """
-    if how == "graphs" and device.type != "cuda":
-        raise ValueError(f"train.compile graphs needs CUDA, got the device {device}; try on or auto")
-    if how != "auto":
-        return how
-    if device.type != "cuda":
-        return "off"
-    return "graphs" if can_be_graph and n_flops <= MAX_GRAPH_FLOPS else "on"
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """The hardware and versions that bitwise results depend on."""
     name = (
@@ -94,44 +66,6 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def tune_allocator() -> None:
-    """Make glibc keep freed memory instead of returning it to the system, and use large pages.
-
-    Each step allocates and frees the same megabytes, and memory from the system must be mapped and zeroed
-    again: without that, GELU and its gradient took half the time (768 x 512 numbers, 2 cores).
-
-    A TLB has entries for a few thousand pages: with 4 KB each it misses most of a small model, with 2 MB it
-    covers all of it. Decoding that reads 49 MB per token became 8% quicker.
-    """
-    if sys.platform.startswith("linux"):
-        # other C libraries lack mallopt
-        with contextlib.suppress(AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
-            libc.malloc.restype = ctypes.c_void_p
-            # untouched memory costs nothing; once freed, it is allocated first
-            if reserved := libc.malloc(ctypes.c_size_t(RESERVED_BYTES)):
-                first = -(-reserved // PAGE_BYTES) * PAGE_BYTES
-                length = (reserved + RESERVED_BYTES - first) // PAGE_BYTES * PAGE_BYTES
-                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
-                libc.free(ctypes.c_void_p(reserved))
-
-
-@contextlib.contextmanager
-def gc_frozen() -> Iterator[None]:
-    """Exclude existing objects (model, optimizer, modules) from garbage collection within the block.
-
-    A full collection traverses every object of the program, and may run between any two steps.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def random_state(device: torch.device) -> list[torch.Tensor]:
     """The state of the random number generators: of the CPU, and of `device` if it is a GPU."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
@@ -142,8 +76,3 @@ def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of insufficient memory; on a CPU torch raises a plain RuntimeError for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

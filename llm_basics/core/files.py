@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,22 +52,6 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises ValueError if it is invalid."""
     return parse_json(read_text(path), path)
-
-
-def json_lines(
-    name: object, lines: Iterable[bytes], on_bad_utf8: str | None = None
-) -> Iterator[tuple[str, Any]]:
-    """The location and value of each non-empty line of JSON.
-
-    >>> list(json_lines("a.jsonl", [b"[1]\\n", b"\\n", b"2\\n"]))
-    [('a.jsonl:1', [1]), ('a.jsonl:3', 2)]
-    """
-    offset = 0
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            text = decode(line, name, on_bad_utf8, number, offset)
-            yield f"{name}:{number}", parse_json(text.rstrip(), name, number)
-        offset += len(line)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from typing import Any
 
 from llm_basics.core import files
 from llm_basics.core import tokenizer as tokenizers
+from llm_basics.data import jsonl
 
 SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END = "<|end|>"
@@ -101,7 +102,7 @@ def read_conversations(path: str | os.PathLike[str], on_bad_utf8: str | None = N
         array = files.parse_json(files.decode(content, path, on_bad_utf8), path)
         records = ((f"{path}, record {number}", record) for number, record in enumerate(array, start=1))
     else:
-        records = files.json_lines(path, io.BytesIO(content), on_bad_utf8)
+        records = jsonl.read(path, io.BytesIO(content), on_bad_utf8)
     conversations = []
     for position, record in records:
         try:

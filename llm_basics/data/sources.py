@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_basics.core import files
 from llm_basics.data import documents as corpus
+from llm_basics.data import jsonl
 
 HUB = "hub:"
 
@@ -194,7 +194,7 @@ def json_lines(
     name: str, lines: Iterable[bytes], text_field: str = "text", on_bad_utf8: str = "error"
 ) -> Iterator[corpus.Document]:
     """The documents of JSON lines, one object each; blank lines and blank texts are skipped."""
-    return _documents(files.json_lines(name, lines, on_bad_utf8), text_field)
+    return _documents(jsonl.read(name, lines, on_bad_utf8), text_field)
 
 
 def parquet_rows(name: str, content: Any, text_field: str = "text") -> Iterator[corpus.Document]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics.core import files
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
+from llm_basics.data import jsonl
 from llm_basics.evaluation import log_likelihood
 
 
@@ -61,7 +61,7 @@ class Results:
 def read(path: str | os.PathLike[str]) -> list[Question]:
     """Read the questions of a file. Raises ValueError with the line number if one is invalid."""
     questions = []
-    for source, fields in files.json_lines(path, io.BytesIO(Path(path).read_bytes())):
+    for source, fields in jsonl.read(path, io.BytesIO(Path(path).read_bytes())):
         try:
             questions.append(_question(fields, source))
         except ValueError as error:

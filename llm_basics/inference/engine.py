@@ -16,7 +16,7 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import tokenizer_formats
 from llm_basics.inference import detokenizer
-from llm_basics.runs import checkpoint, run_dir
+from llm_basics.runs import checkpoint, process, run_dir
 
 # --------------------------------------------------------------------------------------------------
 # Token ids
@@ -175,6 +175,6 @@ def open_run(
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """Enable the pieces of --mine and --fast, then load the model and tokenizer of `options`."""
     swap.use_for_command(options.mine, options.fast)
-    devices.tune_allocator()
+    process.tune_allocator()
     folder = run_dir.resolve(options.run_dir)
     return load_run(folder, devices.choose(options.device), options.checkpoint)

@@ -17,6 +17,7 @@ from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import files, generate, model, tokenizer, vocabulary
 from llm_basics.core import functional as F
+from llm_basics.data import jsonl
 from llm_basics.inference import detokenizer, engine
 
 # texts of one batch: their key-value caches must fit into memory
@@ -53,7 +54,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         found = [{"prompt": line.removesuffix("\r")} for line in lines.split("\n") if line.strip()]
     else:
         found = []
-        for source, record in files.json_lines(path, io.BytesIO(content)):
+        for source, record in jsonl.read(path, io.BytesIO(content)):
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise ValueError(f'{source} must be an object with a string "prompt", got {record!r:.60}')
             found.append(record)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from llm_basics import swap
 from llm_basics.analysis import figures
 from llm_basics.cli import parse
-from llm_basics.core import config, device, evaluate, files
+from llm_basics.core import config, evaluate, files
 from llm_basics.data import chat_template
-from llm_basics.runs import console, run_dir, signals
+from llm_basics.runs import console, process, run_dir, signals
 from llm_basics.training import loop, lr_finder, memory, setup, state
 
 # time for loggers to finish after a request to stop
@@ -56,7 +56,7 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
     setup.print_summary(training, output)
     if training.options.find_lr:
         return 0 if lr_finder.search(training, output) is not None else NO_RATE
-    with device.gc_frozen():
+    with process.gc_frozen():
         loop.fit(training, output)
     conclude(training, output, training.step - first_step, clock.total())
     return 0 if training.is_saved else parse.NOT_SAVED
@@ -70,7 +70,7 @@ def main(
     """Run `work` on the training state that `make` returns. Returns the exit status."""
     clock = run_dir.Stopwatch()
     # before the model is allocated, whose weights profit too
-    device.tune_allocator()
+    process.tune_allocator()
     with signals.listening(), swap.restored():
         try:
             # a run goes on without its output
@@ -93,7 +93,7 @@ def main(
             print(f"error: {parse.message(error)}; earlier checkpoints are unchanged", file=sys.stderr)
             return parse.NOT_SAVED
         except (RuntimeError, MemoryError) as error:
-            if not device.is_out_of_memory(error):
+            if not process.is_out_of_memory(error):
                 raise
             needs = setup.estimate(training.options)
             advice = memory.describe(needs, training.options) if needs else setup.NOT_ESTIMATED

