@@ -226,6 +226,15 @@ def test_a_file_keeps_its_permissions_and_its_link(tmp_path):
     assert (tmp_path / "mine.py").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_file_without_permission_to_write_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(SystemExit, match="3"), parse.exit_on_error():
+        files.write(tmp_path / "mine.py", "new")
+    assert capsys.readouterr().err.endswith("mine.py could not be written (Permission denied)\n")
+    assert tree(tmp_path) == {"mine.py": b"old"}
+
+
 def test_devices_and_pipes_are_written_directly(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

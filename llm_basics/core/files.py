@@ -131,6 +131,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         return
     target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     partial = temporary(target)
+    with writing(path):
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     try:
         with open_output(partial) as file:
             yield file
