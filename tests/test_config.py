@@ -8,7 +8,9 @@ import dataclasses
 import inspect
 import io
 import json
+import typing
 
+import numpy as np
 import pytest
 
 from llm_basics.cli import commands, parse
@@ -115,6 +117,41 @@ def test_every_option_is_documented(cls):
         if field.name in vars(cls).get("__annotations__", ()) and not dataclasses.is_dataclass(field.type):
             line = body.split(f"    {field.name}: ")[1].split("\n")[1]
             assert line.startswith('    """') and len(line) > 20, field.name
+
+
+@pytest.mark.parametrize("cls", ALL_OPTIONS)
+def test_numbers_are_finite_and_counts_are_not_absurd(cls):
+    wrong = {float: [float("nan"), float("inf"), "1"], int: [2**41, 1.5, True]}
+    for name, hint in typing.get_type_hints(cls).items():
+        kinds = {hint, *typing.get_args(hint)}
+        for value in wrong.get(next(iter(kinds & wrong.keys()), None), []):
+            options = cls(**required_of(cls))
+            object.__setattr__(options, name, value)
+            with pytest.raises(ValueError, match=name):
+                config.check_values(options)
+
+
+def required_of(cls):
+    """A value for each field without a default."""
+    fields_ = [f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    return {field.name: "x" for field in fields_}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "bogus"}, r"model.norm must be Literal\['rms', 'layer', 'none'\], got 'bogus'"),
+        ({"n_layers": 2.5}, "model.n_layers must be int, got 2.5"),
+        ({"vocab_size": True}, "model.vocab_size must be int, got True"),
+        ({"n_kv_heads": "2"}, r"model.n_kv_heads must be int \| None, got '2'"),
+    ],
+)
+def test_values_of_another_type_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        config.ModelConfig(**options)
+    with pytest.raises(ValueError, match="train.betas must be tuple"):
+        config.TrainConfig(betas=(0.9, 0.95, 0.99))
+    assert config.ModelConfig(vocab_size=np.int64(300)).vocab_size == 300
 
 
 def test_adamw_defaults():

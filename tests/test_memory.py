@@ -15,7 +15,7 @@ import torch
 from torch import profiler
 
 from llm_basics.core import config, model, trainer
-from llm_basics.training import memory
+from llm_basics.training import job, memory, setup
 
 SMALL = {"vocab_size": 300, "context_length": 32, "d_model": 64, "n_layers": 2, "n_heads": 4}
 GPT2 = {"norm": "layer", "position": "learned", "ffn": "gelu_tanh", "bias": True, "tie_embeddings": True}
@@ -213,3 +213,20 @@ def test_the_tightest_control_group_counts(tmp_path):
     (old / "memory.limit_in_bytes").write_text("900\n")
     (old / "memory.usage_in_bytes").write_text("600\n")
     assert memory._left_in_groups(tmp_path, "4:cpu,memory:/c\n3:cpuset:/\n") == [300]
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "said"),
+    [
+        ({"d_model": 1_000_000, "n_heads": 5}, {}, "lower --model.d_model or --model.n_layers"),
+        ({"n_layers": 1_000_000}, {}, "lower --model.d_model or --model.n_layers"),
+        (SMALL, {"batch_size": 1_000_000_000}, "lower --train.batch_size"),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(
+    shape, settings, said, monkeypatch, capsys
+):
+    monkeypatch.setattr(setup, "begin", lambda *_: pytest.fail("began"))
+    assert job.main(options_of(shape, settings)) == job.NO_MEMORY
+    error = capsys.readouterr().err
+    assert "training needs at least" in error and error.count("\n") == 1 and error.endswith(f"{said}\n")

@@ -17,8 +17,8 @@ from typing import Any
 from rich import box, console, table, text
 
 from llm_basics.analysis import figures, run_data
-from llm_basics.cli import commands, parse
-from llm_basics.core import files, presets
+from llm_basics.cli import commands, nested, parse
+from llm_basics.core import files
 
 # characters per line, where there is no terminal, and of a sample beside others
 PIPE_WIDTH = 200
@@ -131,7 +131,7 @@ def results(group: Group) -> tuple[list[str], list[list[str]]]:
 
 def options_that_differ(runs: Sequence[run_data.Record]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of the options that differ, with the longer side of the table as rows."""
-    found = presets.differences(*(record.options for record in runs))
+    found = nested.differences(*(record.options for record in runs))
     found = {name: values for name, values in found.items() if name not in UNCOMPARED}
     by_option = [[name, *map(_shown, values)] for name, values in found.items()]
     names = [record.name for record in runs]

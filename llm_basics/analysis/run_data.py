@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_basics.cli import nested
 from llm_basics.core import config, presets
 from llm_basics.runs import run_dir
 
@@ -123,7 +124,7 @@ def read_all(names: Sequence[str]) -> list[Record]:
 def read(name: str) -> Record:
     """A run by its folder, by its name under runs/, or `newest`."""
     folder = find(name)
-    options = presets.flat(run_dir.read_config(folder))
+    options = nested.flat(run_dir.read_config(folder))
     return Record(
         folder.resolve().name,
         options,

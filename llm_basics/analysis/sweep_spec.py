@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_basics.cli import nested
 from llm_basics.core import config, files, presets
 
 SWEEPS = presets.PRESETS / "sweeps"
@@ -186,7 +187,7 @@ def set_options(base: config.Config, changed: dict[str, Any], origin: str) -> co
     >>> set_options(config.Config(), {"train.lr": "1e-3"}, "here").train.lr
     0.001
     """
-    return presets.update(base, presets.nest(changed), origin)
+    return presets.update(base, nested.nest(changed), origin)
 
 
 def get_option(options: config.Config, name: str) -> Any:
@@ -201,10 +202,10 @@ def changed_options(options: config.Config) -> dict[str, Any]:
     {'data': 'a.txt', 'train.lr': 0.5}
     """
     defaults = config.Config(config=options.config)
-    changed = presets.differences(dataclasses.asdict(defaults), dataclasses.asdict(options))
+    changed = nested.differences(dataclasses.asdict(defaults), dataclasses.asdict(options))
     return {name: value for name, (_, value) in changed.items()}
 
 
 def write_options(options: config.Config, path: Path) -> None:
     """Write a file for --config."""
-    files.write(path, presets.dump(presets.nest(changed_options(options))))
+    files.write(path, nested.dump(nested.nest(changed_options(options))))

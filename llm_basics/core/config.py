@@ -1,8 +1,44 @@
 """Every option of a run: its name, default and meaning."""
 
 import math
+import numbers
+import types
+import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+# what no count of a run reaches
+MAX_COUNT = 2**40
+
+
+def check_values(options: Any, prefix: str = "") -> None:
+    """Raise ValueError for a value that is not of its annotation, not finite or absurdly large.
+
+    >>> check_values(ModelConfig(), "model.")
+    """
+    for name, hint in typing.get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not _is_a(value, hint):
+            expected = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
+            raise ValueError(f"{prefix}{name} must be {expected}, got {value!r}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{name} must be finite, got {value}")
+            if isinstance(number, int) and abs(number) > MAX_COUNT:
+                raise ValueError(f"{prefix}{name} must be at most 2^40, got {value}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return any(_is_a(value, argument) for argument in arguments)
+    if kind is Literal:
+        return value in arguments
+    if kind is tuple and ... not in arguments:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_a, value, arguments))
+    if isinstance(value, bool) or hint not in (int, float):
+        return isinstance(value, kind or hint) and (hint is bool or not isinstance(value, bool))
+    return isinstance(value, numbers.Integral if hint is int else numbers.Real)
 
 
 @dataclass(frozen=True)
@@ -51,6 +87,7 @@ class ModelConfig:
     """Pad the rows of embeddings and output projection to a multiple of this, such as 64 on GPUs."""
 
     def __post_init__(self) -> None:
+        check_values(self, "model.")
         counts = "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff vocab_multiple"
         for name in counts.split():
             value = getattr(self, name)
@@ -205,6 +242,7 @@ class TrainConfig:
     """On a failure to write a checkpoint or a log: stop, or warn and continue."""
 
     def __post_init__(self) -> None:
+        check_values(self, "train.")
         for name in "steps batch_size grad_accumulation_steps log_every eval_every eval_batches".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -212,8 +250,6 @@ class TrainConfig:
         for name in (*nonnegative, "sample_every", "sample_tokens", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
-        if not math.isfinite(self.lr):
-            raise ValueError(f"train.lr must be finite, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be at least 0 and below 1, got {self.betas}")
         if not 0 <= self.momentum < 1:
@@ -278,6 +314,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_values(self)
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
         if self.train.stride is not None and not 1 <= self.train.stride <= self.model.context_length:

@@ -256,8 +256,10 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, log: Callable[[str], None]
     with documents.joined(texts) as path:
         log(f"learning a vocabulary of {vocab_size:,} tokens from {path.stat().st_size:,} bytes")
         with console.progress_bar() as progress:
-            learned = bpe.train_bpe(path, vocab_size, specials, progress=progress)
-    return tokenizer.Tokenizer(*learned, specials)
+            vocab, merges = bpe.train_bpe(path, vocab_size, specials, progress=progress)
+    if len(vocab) < vocab_size:
+        log(f"the text gives {len(vocab):,} tokens: no pair of them is left to merge")
+    return tokenizer.Tokenizer(vocab, merges, specials)
 
 
 def with_separator(found: tokenizer.Tokenizer) -> tokenizer.Tokenizer:

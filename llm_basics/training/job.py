@@ -79,6 +79,9 @@ def main(
         except signals.Stopped as stop:
             console.print_line(f"stopped by {stop.name} before the first step")
             return stop.status
+        except memory.NotEnoughMemory as error:
+            print(f"error: {error}", file=sys.stderr)
+            return NO_MEMORY
         try:
             return work(training, output, clock)
         except signals.Stopped as stop:

@@ -4,6 +4,7 @@ The real model is trained for two steps on fake tensors, which have shapes but n
 when each storage would be allocated and freed.
 """
 
+import dataclasses
 import re
 import sys
 import weakref
@@ -147,6 +148,28 @@ def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss:
     ValueError if the device cannot be used.
     """
     return trial(options, make_optimizer, batch_loss).peak()
+
+
+class NotEnoughMemory(Exception):
+    """A run that cannot fit is refused."""
+
+
+def check_least(options: config.Config) -> None:
+    """Raise NotEnoughMemory where the weights alone, or one tensor per block, take more than there is.
+
+    A lower bound that takes no time; a run above it is estimated.
+    """
+    model, free = options.model, available(device.choose(options.train.device))
+    # the weights, their gradients and AdamW's two running means; whatever the vocabulary turns out to be
+    weights = 16 * dataclasses.replace(model, vocab_size=1).n_parameters
+    inputs = 4 * model.n_layers * options.train.batch_size * model.context_length * model.d_model
+    if free is not None and weights + inputs > free:
+        raise NotEnoughMemory(
+            f"training needs at least {(weights + inputs) / 1e9:,.1f} GB of memory ({weights / 1e9:,.1f} for "
+            f"weights, gradients and optimizer, {inputs / 1e9:,.1f} for the inputs of blocks), "
+            f"{free / 1e9:,.1f} are free; lower "
+            + ("--model.d_model or --model.n_layers" if weights > inputs else "--train.batch_size")
+        )
 
 
 def describe(estimate: Estimate, options: config.Config) -> str:

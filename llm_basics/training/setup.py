@@ -64,7 +64,7 @@ def start(
         swap.use(str(options.mine))
     if options.fast != "off":
         swap.use("fast")
-    device.choose(options.train.device)  # fails now, not after minutes of data preparation
+    memory.check_least(options)  # fails now, not after minutes of data preparation
     training = begin(options, make)
     folder = options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llm_basics import swap, user_code
+from llm_basics.cli import nested
 from llm_basics.core import config, dataloader, device, evaluate, presets, trainer
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
@@ -252,7 +253,7 @@ class TrainingState:
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
         self.saved = self.step, self.val_loss
         self.spikes.load(metadata["spikes"])
-        settings = _differences(presets.flat(now), presets.flat(then))
+        settings = _differences(nested.flat(now), nested.flat(then))
         settings = [line for line in settings if line.split(" ")[0] not in NO_EFFECT_ON_WEIGHTS]
         if self.is_compiled and not self.options.deterministic and torch.get_num_threads() > 1:
             settings.append(

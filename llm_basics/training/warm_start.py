@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_basics.cli import nested
 from llm_basics.core import config, presets
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
@@ -24,7 +25,7 @@ GPT2_MERGES = 50_000
 def check(options: config.Config, folder: str) -> None:
     """Raise ValueError unless the run in `folder` has the model and the tokenizer of `options`."""
     saved = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
-    found = presets.differences(dataclasses.asdict(saved.model), dataclasses.asdict(options.model))
+    found = nested.differences(dataclasses.asdict(saved.model), dataclasses.asdict(options.model))
     differences = [
         f"model.{name} is {value} there, got {got}"
         for name, (value, got) in found.items()
