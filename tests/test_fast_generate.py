@@ -60,7 +60,16 @@ def make(context_length=64, **options):
 
 # covered by others in all but a combination
 SLOW = ["tied", "rms after", "layer norm without bias", "gelu", "two groups", "odd sizes", "one head, wide"]
-SLOW += ["large eps, layer", "theta", "padded vocabulary"]
+SLOW += [
+    "large eps, layer",
+    "theta",
+    "padded vocabulary",
+    "large eps",
+    "one group",
+    "no positions",
+    "qk norm",
+]
+SLOW += ["first transformer"]
 
 
 @pytest.fixture(

@@ -381,8 +381,9 @@ def survived(encode: Callable[[], list[int]]) -> list[int] | None:
 @each_pattern
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_texts_get_the_ids_of_tiktoken_and_come_back(make, tiktoken_of, pattern, name):
-    text = HOSTILE[name](100_000)
-    assert 90_000 < len(text.encode("utf-8")) < 110_000
+    n_bytes = 100_000 if trials.is_full else 25_000
+    text = HOSTILE[name](n_bytes)
+    assert 0.8 * n_bytes < len(text.encode("utf-8")) < 1.2 * n_bytes
     model, theirs = make("fast", pattern), tiktoken_of(pattern)
     ids, ordinary = model.encode(text), model.encode_ordinary(text)
     assert model.decode(ids) == model.decode(ordinary) == text

@@ -175,7 +175,7 @@ def test_user_code_does_not_swallow_a_signal(tmp_path, monkeypatch, capfd):
         "        pass\n    return x\n"
     )
     status, _, error = ended(capfd, learn.main, ["check", "silu"])
-    assert (status, error) == (143, "stopped by SIGTERM\n")
+    assert (status, error) == (143, "checking mine.py: silu\nstopped by SIGTERM\n")
 
 
 def test_a_program_ends_with_its_status_without_a_signal(capfd):

@@ -139,7 +139,7 @@ def count(quick: int, full: int) -> Any:
 # Killed
 
 
-@count(6, 300)
+@count(4, 300)
 def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
     trainers, undisturbed, tmp_path, n_trials
 ):
@@ -170,22 +170,13 @@ def test_a_killed_run_loses_no_checkpoint_and_ends_as_if_it_had_not_been(
 # --------------------------------------------------------------------------------------------------
 # Stopped
 
-PHASES = [
-    "startup",
-    "data",
-    "step",
-    "backward",
-    "evaluation",
-    "evaluation batch",
-    "sampling",
-    "save",
-    "flush",
-]
-PHASES += ["prune", "conclusion"]
+# the first six by default
+PHASES = ["startup", "step", "evaluation batch", "sampling", "flush", "conclusion"]
+PHASES += ["data", "backward", "evaluation", "save", "prune"]
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
-@count(len(PHASES), 4 * len(PHASES))
+@count(6, 4 * len(PHASES))
 def test_a_signal_in_any_phase_saves_and_is_logged(trainers, undisturbed, tmp_path, n_trials):
     chance, expected = random.Random(n_trials), learned(undisturbed)
     for trial in range(n_trials):

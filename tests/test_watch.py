@@ -35,7 +35,7 @@ def spikes(detector, losses):
     return {i for i, loss in enumerate(losses.tolist()) if detector.z_score(loss) > detector.threshold}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize(
     "noise, correlation, degrees, heights",
     [
