@@ -299,6 +299,18 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class SteerConfig:
+    """Change options of a run while it trains."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Run directory; newest: the most recently written under runs/."""
+    changes: tyro.conf.Positional[tuple[str, ...]]
+    """Options, as in train.lr=1e-3 train.eval_every=50, and actions: evaluate, sample, save, stop."""
+    wait_seconds: float = 60.0
+    """Time to wait for the run's answer, which comes after its current step or evaluation."""
+
+
+@dataclass(frozen=True)
 class ProbeConfig:
     """Test whether a stack of pieces can learn: small tasks with known answers."""
 

@@ -21,7 +21,7 @@ from typing import Any, TypeGuard, TypeVar
 import tyro
 
 from llm_basics.core import config, files, presets
-from llm_basics.runs import run_dir
+from llm_basics.runs import run_dir, steering
 
 T = TypeVar("T")
 
@@ -77,14 +77,19 @@ def train_options(
 ) -> config.Config:
     """The options of a training run. On an error, prints one line and exits with 2."""
     with exit_on_error():
-        resumed = _value_of("--resume", arguments)
+        resumed, replayed = _value_of("--resume", arguments), _value_of("--replay", arguments)
         for other in ("--config", "--run_dir", "--init_from"):
             if resumed is not None and _value_of(other, arguments) is not None:
                 raise ValueError(
                     f"--resume cannot be combined with {other}; a resumed run keeps its options, "
                     "run directory and weights"
                 )
-        if resumed is None:
+        for other in ("--config", "--resume", "--init_from"):
+            if replayed is not None and _value_of(other, arguments) is not None:
+                raise ValueError(f"--replay cannot be combined with {other}; it repeats a run from its start")
+        if replayed is not None:
+            base = _options_to_replay(replayed)
+        elif resumed is None:
             base = _defaults_of_new_run(arguments, preset)
         else:
             folder = run_dir.resolve("newest" if resumed == "auto" else resumed)
@@ -93,7 +98,7 @@ def train_options(
             )
         options = parse(base, arguments, prog, description)
         if resumed is None:
-            return dataclasses.replace(options, init_from=base.init_from)
+            return dataclasses.replace(options, init_from=base.init_from, replay=base.replay)
         return dataclasses.replace(options, resume=str(folder))
 
 
@@ -114,6 +119,15 @@ def _defaults_of_new_run(arguments: Sequence[str], preset: str) -> config.Config
         if explicit is None:
             options.pop("model", None)
     return presets.update(base, options, origin=explicit or preset)
+
+
+def _options_to_replay(name: str) -> config.Config:
+    """The options with which a run started, for a new run directory."""
+    folder = run_dir.resolve(name)
+    options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    options = steering.original(options, folder)
+    mine = str(folder / "mine.py") if (folder / "mine.py").exists() else options.mine
+    return dataclasses.replace(options, resume=None, run_dir=None, replay=str(folder), mine=mine)
 
 
 def program_options(options: Any, arguments: Sequence[str], prog: str, description: str | None = None) -> Any:

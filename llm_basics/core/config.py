@@ -300,6 +300,8 @@ class Config:
     """Run directory. None: a new folder in runs/ named by date, time and config."""
     resume: str | None = None
     """Resume the run in this folder, or the newest in runs/ (auto)."""
+    replay: str | None = None
+    """Repeat the run in this folder to the last bit, with all changes made while it trained."""
     init_from: str | None = None
     """Warm start from the weights of a run or imported model, with its model options and tokenizer."""
     packing: Literal["on", "off"] = "off"

@@ -206,6 +206,15 @@ def _optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
+def weights_sha256(source: nn.Module | Path) -> str:
+    """The SHA-256 of the weights of a model, or of those in a checkpoint."""
+    if isinstance(source, nn.Module):
+        tensors, _ = _untie({f"model.{name}": tensor for name, tensor in source.state_dict().items()})
+        return _digest(_separate(tensors), "")
+    tensors, _ = read_checkpoint(source)
+    return _digest({name: tensor for name, tensor in tensors.items() if name.startswith("model.")}, "")
+
+
 def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], problem: str) -> None:
     """Raise ValueError, listing the differences, unless names and shapes of tensors match."""
     differences = [f"{name} is missing" for name in expected.keys() - found.keys()]

@@ -34,6 +34,21 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
                 path.unlink()
 
 
+def is_locked(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process holds the lock of a run directory."""
+    try:
+        with open(Path(folder) / "lock", "rb") as file:
+            if fcntl is None:
+                return True
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except OSError:
+        return False
+
+
 def _open_locked(path: Path) -> io.FileIO:
     while True:
         with files.writing(path):

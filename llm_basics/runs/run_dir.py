@@ -3,6 +3,9 @@
     config.json         every option, resolved
     metrics.jsonl       one flat object per line, append-only; `attempt` counts starts and resumes
     samples.jsonl       generated texts
+    events.jsonl        what happened after which step: resumed, checkpoint, spike, skipped, steered, refused,
+                        stopped, replayed
+    commands.jsonl      requests to a run that trains (`runs.inbox`)
     log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt
     checkpoints/        step_00000500.safetensors
@@ -28,12 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics.core import files
-from llm_basics.runs import locks, loggers
+from llm_basics.runs import inbox, locks, loggers
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+EVENTS = "events.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
 # keys in config.json, beside the options: the origin of each user piece, and what losses are measured on
@@ -61,17 +65,27 @@ class RunDir:
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locks.locked(self.folder))
         self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
+        # commands from now on; older ones were for earlier attempts
+        self.inbox = inbox.Inbox(self.folder)
+        self.config: dict[str, Any] = {}
         # files whose last line may be torn: the next line starts with a newline
-        self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, "log.txt"}
+        self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, EVENTS, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
-        """Write the resolved options to config.json."""
+        """Write the resolved options to config.json; what it held besides is kept."""
+        self.config |= options
         with self._tolerating(self.folder / "config.json"):
-            files.write(self.folder / "config.json", json.dumps(options, indent=2) + "\n")
+            files.write(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int, **values: Any) -> None:
         """Record a resume from `step`, which invalidates later metrics of earlier attempts."""
         self._append(METRICS, json.dumps({"step": step, "attempt": self.attempt, "resumed": True}))
+        self.event(step, "resumed", **values)
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """Record what happened after `step` updates."""
+        entry = {"step": step, "attempt": self.attempt, "event": event, **values}
+        self._append(EVENTS, json.dumps(as_json(entry), ensure_ascii=False, allow_nan=False))
 
     def metrics(self, step: int, **values: float) -> None:
         """Record metrics after `step` updates; non-finite values become null, listed in `nonfinite`."""
@@ -234,6 +248,11 @@ def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The samples of a run, in order."""
     return list(_lines(Path(folder) / SAMPLES))
+
+
+def read_events(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The events of a run, in the order of recording."""
+    return list(_lines(Path(folder) / EVENTS))
 
 
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

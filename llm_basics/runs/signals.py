@@ -107,6 +107,11 @@ def listening() -> Iterator[None]:
         yield
 
 
+def request_stop() -> None:
+    """Set the flag for `poll` as SIGTERM does."""
+    _State.number = _State.number or signal.SIGTERM
+
+
 def poll() -> None:
     """Raise `Stopped` if a signal is pending."""
     if _State.number is not None:

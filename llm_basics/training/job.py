@@ -15,7 +15,7 @@ from llm_basics.training import loop, lr_finder, memory, setup, state
 CLOSE_SECONDS = 2.0
 
 # exit statuses besides 0, those of signals and those of `parse.exit_on_error`
-NOT_FINITE, NO_MEMORY, NO_RATE = 1, 4, 5
+NOT_FINITE, NOT_SAME, NO_MEMORY, NO_RATE = 1, 1, 4, 5
 
 
 def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, seconds: float) -> None:
@@ -59,6 +59,8 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
     with process.gc_frozen():
         loop.fit(training, output)
     conclude(training, output, training.step - first_step, clock.total())
+    if training.is_same_as_replayed is False:
+        return NOT_SAME
     return 0 if training.is_saved else parse.NOT_SAVED
 
 

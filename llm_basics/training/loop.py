@@ -10,6 +10,7 @@ from llm_basics.core import files, trainer
 from llm_basics.runs import checkpoint, run_dir, signals
 from llm_basics.training import monitor as monitors
 from llm_basics.training import state as training_state
+from llm_basics.training import steering
 
 
 def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
@@ -18,13 +19,13 @@ def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
     Raises signals.Stopped after saving, when a signal requests it; FloatingPointError and files.WriteError
     unless the options skip or warn.
     """
-    options, monitor = state.options.train, monitors.Monitor(state, output)
+    monitor, commands = monitors.Monitor(state, output), steering.Steering(state, output)
     state.model.train()
     with saved_on_exit(state, output, monitor):  # at the end, on a signal, on an error
-        between_steps(state, output, monitor)  # what was due when the run stopped
-        while state.step < options.steps:
+        between_steps(state, output, monitor, commands)  # what was due when the run stopped
+        while state.step < state.options.train.steps:
             signals.poll()
-            step, batches = state.step + 1, state.next_batches()
+            step, batches, options = state.step + 1, state.next_batches(), state.options.train
             try:
                 result = trainer.train_step(
                     state.model, state.optimizer, batches, step, options, monitor.accept
@@ -33,27 +34,31 @@ def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
                 result = monitor.skip(step, batches, error)  # raises again unless on_nonfinite is "skip"
             state.advance()
             monitor.record(step, batches, result)  # on a GPU this reads the metrics of the previous step
-            between_steps(state, output, monitor)
+            between_steps(state, output, monitor, commands)
 
 
 def between_steps(
-    state: training_state.TrainingState, output: run_dir.RunDir, monitor: monitors.Monitor
+    state: training_state.TrainingState,
+    output: run_dir.RunDir,
+    monitor: monitors.Monitor,
+    commands: steering.Steering,
 ) -> None:
-    """Evaluate, sample and save where due after a step; after the last step `job.conclude` does."""
+    """Evaluate, sample and save where due or requested; after the last step `job.conclude` does."""
+    requested = commands.between_steps()  # may change the options
     options, step, is_lowest = state.options.train, state.step, False
-    if state.evaluated:
+    is_pending = not state.evaluated and step != options.steps
+    if state.evaluated and not requested:
         return
-    is_last = step == options.steps
-    if _due(step, options.eval_every) and not is_last:
+    if "evaluate" in requested or (is_pending and _due(step, options.eval_every)):
         with monitor.paused():
             metrics = state.evaluate(options.eval_batches)
             output.metrics(step, **metrics)
             is_lowest = is_best(state, output, metrics["val_loss"])
-    if _due(step, options.sample_every) and not is_last:
+    if "sample" in requested or (is_pending and _due(step, options.sample_every)):
         with monitor.paused():
             output.sample(step, *state.sample())
     state.evaluated = True
-    if is_lowest or (_due(step, options.checkpoint_every) and not is_last):
+    if is_lowest or "save" in requested or (is_pending and _due(step, options.checkpoint_every)):
         with monitor.paused():
             save(state, output)
 
@@ -70,8 +75,9 @@ def saved_on_exit(
             monitor.flush()
             raise
         monitor.flush()
-    except signals.Stopped:
+    except signals.Stopped as stop:
         save(state, output)
+        output.event(state.step, "stopped", signal=stop.name)
         raise
     except (FloatingPointError, OSError):
         with contextlib.suppress(FloatingPointError, OSError):
@@ -103,6 +109,7 @@ def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
             raise
         output.log(f"warning: {error}; training continues")
         return
+    output.event(state.step, "checkpoint", val_loss=state.val_loss)
     try:
         if options.keep_checkpoints:
             checkpoint.prune(output.checkpoints, options.keep_checkpoints)

@@ -80,7 +80,7 @@ class Monitor:
         first non-finite value, unless `on_nonfinite` is "skip" and skipping helps.
         """
         device.set_random_state(self.random_state, self.state.device)
-        self._warn(self.random_state, batches, error)
+        self._warn(step, self.random_state, batches, error)
         nan = torch.full((), math.nan)
         return trainer.StepResult(nan, nan, self.state.optimizer.param_groups[0]["lr"], updated=False)
 
@@ -93,7 +93,7 @@ class Monitor:
                 trainer.check_finite(step, result.lr, loss, norm)
             except FloatingPointError as error:
                 # the device left the weights unchanged, but the next step may be running
-                self._warn(pending.random_state, pending.batches, error)
+                self._warn(step, pending.random_state, pending.batches, error)
                 result, loss, norm = dataclasses.replace(result, updated=False), math.nan, math.nan
             if result.updated and self.accept is None:
                 self._is_spike(step, loss)
@@ -138,6 +138,7 @@ class Monitor:
         if score <= spikes.threshold:
             return False
         skipped = "; the step is skipped" if self.accept is not None else ""
+        self.output.event(step, "spike", loss=loss, z_score=score, skipped=bool(skipped))
         self.output.log(
             f"step {step}: loss spike, {loss:.4g} is {score:.0f} deviations above the recent median{skipped}"
         )
@@ -146,7 +147,11 @@ class Monitor:
     # -- steps that are not finite ----------------------------------------------------------------
 
     def _warn(
-        self, random_state: list[Tensor], batches: Sequence[dataloader.Batch], error: FloatingPointError
+        self,
+        step: int,
+        random_state: list[Tensor],
+        batches: Sequence[dataloader.Batch],
+        error: FloatingPointError,
     ) -> None:
         """Warn of a skipped step; raise FloatingPointError if training must stop."""
         model, options = self.state.model, self.state.options.train
@@ -159,6 +164,7 @@ class Monitor:
             raise FloatingPointError(
                 f"{reason}; skipping does not help, {self.n_skipped} consecutive steps failed"
             )
+        self.output.event(step, "skipped", reason=reason)
         self.output.log(f"warning: {reason}; the step is skipped")
 
     def _origin(self, random_state: list[Tensor], batches: Sequence[dataloader.Batch]) -> str:

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from llm_basics import swap
-from llm_basics.core import config, device, files, trainer
+from llm_basics.cli import nested
+from llm_basics.core import config, device, files, presets, trainer
 from llm_basics.data import prepare
-from llm_basics.runs import checkpoint, console, loggers, run_dir
+from llm_basics.runs import checkpoint, console, loggers, run_dir, steering
 from llm_basics.training import memory, warm_start
 from llm_basics.training import state as training_state
 
@@ -78,7 +80,10 @@ def start(
             swap.prepare_model(training.model, ours.train.batch_size, ours.model.context_length)
         if options.resume is not None:
             resume_latest(training, output)
-        output.loggers.append(loggers.ConsoleLogger(options.train.steps, training.step))
+        elif options.replay is not None:
+            start_replay(training, output, options.replay)
+        last = steering.at_step(training.options, steering.read_changes(output.folder), math.inf)
+        output.loggers.append(loggers.ConsoleLogger(last.train.steps, training.step))
         about = {run_dir.ORIGINS: swap.user_pieces(), run_dir.HELD_OUT: training.measured_on}
         output.write_config(dataclasses.asdict(training.options) | about)
         if options.mine is not None:
@@ -119,10 +124,16 @@ def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir
     """Resume from the newest valid checkpoint of this run, and print what differs from then."""
     unused = {}
     found = None
+    origin = str(output.folder / "config.json")
+    before = presets.update(config.Config(), run_dir.read_config(output.folder), origin)
+    # given on the command line: they replace what was recorded
+    given = nested.differences(dataclasses.asdict(before), dataclasses.asdict(training.options))
+    changes = [change for change in steering.read_changes(output.folder) if change.name not in given]
+    changes = [change for change in changes if change.name in steering.REPLAYABLE]
     for path in checkpoint.files(output.checkpoints):
         try:
             if found is None:
-                differences = training.resume(path)
+                differences = training.resume(path, changes)
                 found = path
             else:
                 checkpoint.verify(path)
@@ -137,10 +148,18 @@ def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir
     # an invalid checkpoint must not count as the newest or the best
     for path in unused:
         quarantine(path)
-    output.resumed(training.step)
+    output.resumed(training.step, changed=training.changed, differences=differences)
     promise = "results may differ in the last bits" if differences else "bit for bit as if never stopped"
     lines = [*unused.values(), *(f"different: {difference}" for difference in differences)]
     console.print_line("\n".join([*lines, f"resuming from {found}, {promise}"]))
+
+
+def start_replay(training: training_state.TrainingState, output: run_dir.RunDir, source: str) -> None:
+    """Record the changes of the run in `source`, which `steering.Steering` then repeats."""
+    if run_dir.read_held_out(source) not in (None, training.measured_on):
+        raise ValueError(f"--replay needs the text and tokenizer of {source}, but they have changed")
+    for change in steering.read_changes(source):
+        output.event(change.step, "recorded", changed={change.name: [change.was, change.value]})
 
 
 def quarantine(path: Path) -> None:

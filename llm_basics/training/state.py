@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents, prepare, shards
 from llm_basics.inference import engine
-from llm_basics.runs import checkpoint, signals
+from llm_basics.runs import checkpoint, signals, steering
 from llm_basics.training import diagnostics
 
 # options that do not affect the weights
 NO_EFFECT_ON_WEIGHTS = {
-    *("config", "run_dir", "resume", "init_from", "find_lr", "wandb", "data_dir"),
+    *("config", "run_dir", "resume", "replay", "init_from", "find_lr", "wandb", "data_dir"),
     *(f"train.{name}" for name in ("log_every", "eval_every", "eval_batches", "checkpoint_every")),
     *(f"train.{name}" for name in ("sample_every", "sample_tokens", "sample_prompt")),
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
 }
+
+# options besides those of train whose change on a resume is recorded
+RECORDED = {"fast", "deterministic"}
 
 # most floating-point operations of a step for which launching kernels dominates, so that CUDA graphs help: at
 # 1.2 * 10^12 a step took an H200 8 to 11 ms with graphs, 17 to 20 ms without
@@ -121,6 +124,10 @@ class TrainingState:
         # step and validation loss of the last checkpoint
         self.saved: tuple[int, float | None] | None = None
         self.spikes = diagnostics.SpikeDetector()
+        # old and new values of options that changed on the resume
+        self.changed: dict[str, list[Any]] = {}
+        # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
+        self.is_same_as_replayed: bool | None = None
 
     def read(self, prepared: prepare.Prepared) -> tuple[dataloader.BatchSource, np.ndarray]:
         """The training batches, and the held-out tokens."""
@@ -225,8 +232,10 @@ class TrainingState:
             total += (1 + n_means) * sum(p.numel() * p.element_size() for p in group["params"])
         return total
 
-    def resume(self, path: Path) -> list[str]:
+    def resume(self, path: Path, changes: Sequence[steering.Change] = ()) -> list[str]:
         """Resume from a checkpoint. Returns the differences that may change the last bit of the result.
+
+        Options that `changes` has get their value at the checkpoint's step.
 
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
@@ -237,6 +246,8 @@ class TrainingState:
             )
         # an option newer than the checkpoint has its default
         saved = presets.update(config.Config(), metadata["config"], origin=str(path))
+        saved = steering.at_step(saved, changes, metadata["step"])
+        self.options = steering.at_step(self.options, changes, metadata["step"])
         now, then = dataclasses.asdict(self.options), dataclasses.asdict(saved)
         differences = _differences(now["model"], then["model"])
         if differences:
@@ -253,6 +264,8 @@ class TrainingState:
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
         self.saved = self.step, self.val_loss
         self.spikes.load(metadata["spikes"])
+        found = nested.differences(then, now)
+        self.changed = {k: list(found[k]) for k in found if k.startswith("train.") or k in RECORDED}
         settings = _differences(nested.flat(now), nested.flat(then))
         settings = [line for line in settings if line.split(" ")[0] not in NO_EFFECT_ON_WEIGHTS]
         if self.is_compiled and not self.options.deterministic and torch.get_num_threads() > 1:
