@@ -126,7 +126,7 @@ def main(options: Options) -> None:
     shape, train = options.model, options.train
     print(
         f"{options.shape}: batch {train.batch_size}, context {shape.context_length}, {options.arithmetic}; "
-        f"{options.rounds} rounds of {options.steps} steps\n{device.describe(device.choose(options.device))}"
+        f"{options.rounds} rounds of {options.steps} steps\n{process.describe(device.choose(options.device))}"
     )
     with tempfile.TemporaryDirectory() as folder:
         peers.write_weights(options.model, Path(folder))

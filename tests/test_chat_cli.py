@@ -96,7 +96,7 @@ def test_help_names_every_command(pipe):
     [
         ("/rest", "unknown command /rest; /help lists the commands\n"),
         ("/temperature hot", "temperature must be a number, got 'hot'\n"),
-        ("/temperature -1", "temperature must be at least 0 and finite, got -1.0\n"),
+        ("/temperature -1", "temperature must be at least 0, got -1.0\n"),
         ("/temperature nan", "temperature must be at least 0 and finite, got nan\n"),
         ("/save", "/save needs a file name, as in /save chat.jsonl\n"),
         (
@@ -330,7 +330,7 @@ def test_a_model_that_was_not_fine_tuned(untrained_run, capsys):
     ("wrong", "message"),
     [
         (["--max_new_tokens=0"], "max_new_tokens must be at least 1, got 0"),
-        (["--min_p=2"], "min_p must be from 0 to 1, got 2.0"),
+        (["--min_p=2"], "min_p must be at least 0 and at most 1, got 2.0"),
         (["--mesage=x"], "the closest is --message"),
         (["nowhere", "--fast=off"], "a run directory must hold config.json, got nowhere"),
     ],
@@ -349,4 +349,4 @@ def test_the_module_is_a_program(folder):
     assert done.returncode == 0 and b"Ctrl-D" in done.stderr, done.stderr
     assert done.stdout.endswith(b"\n")
     wrong = subprocess.run([*command, "--min_p=2"], capture_output=True, text=True, timeout=100)
-    assert (wrong.returncode, wrong.stderr) == (2, "error: min_p must be from 0 to 1, got 2.0\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: min_p must be at least 0 and at most 1, got 2.0\n")

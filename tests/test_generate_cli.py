@@ -214,8 +214,8 @@ def test_errors_in_a_file_of_prompts(tmp_path, capsys, name, content, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--min_p=1.5"], "min_p must be from 0 to 1, got 1.5"),
-        (["--min_p=nan"], "min_p must be from 0 to 1, got nan"),
+        (["--min_p=1.5"], "min_p must be at least 0 and at most 1, got 1.5"),
+        (["--min_p=nan"], "min_p must be at least 0 and at most 1, got nan"),
         (["--repetition_penalty=0"], "repetition_penalty must be above 0, got 0.0"),
         (["--temperature=inf"], "temperature must be at least 0 and finite, got inf"),
         (["--stop="], "stop must be a string of at least one character, got an empty one"),

@@ -447,9 +447,9 @@ def test_twins_train_the_same_by_muon(shape):
     [
         ({"momentum": 1.0}, "train.momentum must be at least 0 and below 1, got 1.0"),
         ({"momentum": -0.1}, "train.momentum must be at least 0 and below 1, got -0.1"),
-        ({"momentum": math.nan}, "train.momentum must be finite, got nan"),
-        ({"decay_fraction": 1.1}, "train.decay_fraction must be from 0 to 1, got 1.1"),
-        ({"decay_fraction": -0.1}, "train.decay_fraction must be from 0 to 1, got -0.1"),
+        ({"momentum": math.nan}, "train.momentum must be at least 0 and below 1, got nan"),
+        ({"decay_fraction": 1.1}, "train.decay_fraction must be at least 0 and at most 1, got 1.1"),
+        ({"decay_fraction": -0.1}, "train.decay_fraction must be at least 0 and at most 1, got -0.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong, said):

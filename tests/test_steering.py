@@ -207,7 +207,7 @@ def test_a_replay_needs_the_same_text(options, tmp_path, capsys):
 
 WRONG = [
     ('{"set": {"train.lr": -1}}', "train.lr must be at least 0"),
-    ('{"set": {"train.lr": NaN}}', "train.lr must be finite"),
+    ('{"set": {"train.lr": NaN}}', "train.lr must be at least 0 and finite"),
     ('{"set": {"train.lr": "much"}}', "train.lr must be float"),
     ('{"set": {"train.lr": {"a": 1}}}', "train.lr must be float"),
     ('{"set": {"train.min_lr": 1}}', "train.min_lr must be from 0 to lr"),
@@ -294,7 +294,9 @@ def test_the_command_prints_the_answer_of_the_run(tmp_path, monkeypatch, capsys)
         if command["set"].get("train.lr") == "1e-3":
             output.event(4, "steered", id=command["id"], changed={"train.lr": [1e-2, 1e-3]}, do=command["do"])
         elif command["set"]:
-            output.event(4, "refused", id=command["id"], reason="train.lr must be finite, got inf")
+            output.event(
+                4, "refused", id=command["id"], reason="train.lr must be at least 0 and finite, got inf"
+            )
         else:
             output.close()
 
@@ -306,7 +308,10 @@ def test_the_command_prints_the_answer_of_the_run(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         steer(tmp_path, "train.lr=.inf")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: train.lr must be finite, got inf; nothing was changed\n"
+    assert (
+        capsys.readouterr().err
+        == "error: train.lr must be at least 0 and finite, got inf; nothing was changed\n"
+    )
     steer(tmp_path, "save", wait_seconds=0.0)
     assert "has not answered within 0 s" in capsys.readouterr().out
     output.inbox.lines()

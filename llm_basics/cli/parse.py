@@ -174,7 +174,6 @@ def _parse(kind: Any, arguments: Sequence[str], prog: str, description: str | No
         raise ValueError(
             presets.unknown_option(unknown[0].split("=")[0], _flags(type(parsed)), "command line")
         )
-    config.check_values(parsed)
     return parsed
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llm_basics.cli import commands
+from llm_basics.core import config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class TokenizerTrain(TextOptions):
 
     out: str
     """Output folder for vocab.json, merges.txt and special_tokens.json."""
-    vocab_size: int = 10_000
+    vocab_size: config.VocabSize = 10_000
     """Number of tokens: 256 bytes, the special tokens, and one per merge."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Strings that are one token each; the text is split at them."""
@@ -43,7 +44,7 @@ class TokenizerEncode(TextOptions):
 
 
 @dataclass(frozen=True)
-class TokenizerInspect:
+class TokenizerInspect(config.Options):
     """Show the tokens of a text and the merges that formed them."""
 
     text: tyro.conf.Positional[str]
@@ -63,7 +64,7 @@ class TokenizerCompare(TextOptions):
 
 
 @dataclass(frozen=True)
-class CheckpointVerify:
+class CheckpointVerify(config.Options):
     """Verify the SHA-256 of every checkpoint; exits with 1 if one is damaged."""
 
     run_dir: tyro.conf.Positional[str]
@@ -71,7 +72,7 @@ class CheckpointVerify:
 
 
 @dataclass(frozen=True)
-class CheckpointList:
+class CheckpointList(config.Options):
     """List step, validation loss, size and time of every checkpoint."""
 
     run_dir: tyro.conf.Positional[str]
@@ -79,12 +80,12 @@ class CheckpointList:
 
 
 @dataclass(frozen=True)
-class CheckpointPrune:
+class CheckpointPrune(config.Options):
     """Delete all checkpoints but the newest and the best; the run must not be training."""
 
     run_dir: tyro.conf.Positional[str]
     """Run directory."""
-    keep: int = 1
+    keep: config.Count = 1
     """Number of newest checkpoints to keep."""
 
 

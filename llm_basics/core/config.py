@@ -1,73 +1,120 @@
-"""Every option of a run: its name, default and meaning."""
+"""Every option of a run: its name, type with limits, default and meaning."""
 
+import functools
 import math
-import numbers
-import types
-import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-# what no count of a run reaches
-MAX_COUNT = 2**40
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
-def check_values(options: Any, prefix: str = "") -> None:
-    """Raise ValueError for a value that is not of its annotation, not finite or absurdly large.
+class Range(NamedTuple):
+    """Limits of a number: at least `ge`, above `gt`, at most `le`, below `lt`; over `most` it has no use."""
 
-    >>> check_values(ModelConfig(), "model.")
+    ge: int | float = -math.inf
+    gt: int | float = -math.inf
+    le: int | float = math.inf
+    lt: int | float = math.inf
+    most: int | float = math.inf
+
+    def fault(self, value: int | float) -> str:
+        """What `value` must be and is not; "" if it is within the limits."""
+        if self.ge <= value <= self.le and self.gt < value < self.lt:
+            return f"at most {self.most:,}" if value > self.most else ""
+        low = f"at least {self.ge:,}" if self.ge > -math.inf else f"above {self.gt:,}"
+        high = f"at most {self.le:,}" if self.le < math.inf else f"below {self.lt:,}"
+        limits = [limit for limit in (low, high) if "inf" not in limit]
+        return " and ".join(limits if abs(value) < math.inf or len(limits) == 2 else [*limits, "finite"])
+
+
+MOST = 10**15  # no text has as many tokens
+LIMITS = {int: Range(ge=0, most=MOST), float: Range()}  # of types without limits of their own
+
+Count = Annotated[int, Range(ge=1, most=MOST)]
+VocabSize = Annotated[int, Range(ge=1, most=2**31 - 1)]
+Length = Annotated[int, Range(ge=0, most=10**6)]
+Seed = Annotated[int, Range(ge=0, most=2**32 - 1)]
+Positive = Annotated[float, Range(gt=0)]
+NonNegative = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+PositiveFraction = Annotated[float, Range(gt=0, le=1)]
+ProperFraction = Annotated[float, Range(gt=0, lt=1)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
+
+
+def fault(value: Any, hint: Any) -> str:
+    """What an option of the declared type `hint` must be, if `value` is not; "" if it is.
+
+    >>> fault(0, Count | None), fault(2.5, int), fault(math.nan, NonNegative), fault(2, Decay)
+    ('at least 1', 'int', 'at least 0 and finite', 'at least 0 and below 1')
     """
-    for name, hint in typing.get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if not _is_a(value, hint):
-            expected = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
-            raise ValueError(f"{prefix}{name} must be {expected}, got {value!r}")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{prefix}{name} must be finite, got {value}")
-            if isinstance(number, int) and abs(number) > MAX_COUNT:
-                raise ValueError(f"{prefix}{name} must be at most 2^40, got {value}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        return any(_is_a(value, argument) for argument in arguments)
+    limits = None
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+        limits = next((note for note in notes if isinstance(note, Range)), None)
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return "" if value is None else fault(value, arguments[0])
     if kind is Literal:
-        return value in arguments
-    if kind is tuple and ... not in arguments:
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_a, value, arguments))
-    if isinstance(value, bool) or hint not in (int, float):
-        return isinstance(value, kind or hint) and (hint is bool or not isinstance(value, bool))
-    return isinstance(value, numbers.Integral if hint is int else numbers.Real)
+        return "" if value in arguments else " or ".join(arguments)
+    if kind is tuple:
+        hints = arguments[:1] * len(value) if ... in arguments and isinstance(value, tuple) else arguments
+        if not isinstance(value, tuple) or len(value) != len(hints):
+            return f"{len(hints)} values"
+        return next(filter(None, map(fault, value, hints)), "")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number if hint is float else isinstance(value, hint) and (is_number or hint is not int)):
+        return hint.__name__
+    limits = limits or LIMITS.get(hint)
+    return limits.fault(value) if limits else ""
+
+
+@functools.cache
+def declared(cls: type) -> dict[str, Any]:
+    """The declared type of each field of a dataclass."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {each.name: hints[each.name] for each in fields(cls)}
+
+
+class Options:
+    """Base of the dataclasses of options: every value must be of its declared type, within its limits."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in declared(type(self)).items():  # type: ignore[arg-type]
+            if wrong := fault(value := getattr(self, name), hint):
+                raise ValueError(f"{self.prefix}{name} must be {wrong}, got {value!r}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """The shape of a transformer. The defaults are Llama's choices; configs/gpt2-small.yaml has GPT-2's."""
 
-    vocab_size: int = 2048
+    prefix: ClassVar[str] = "model."
+
+    vocab_size: VocabSize = 2048
     """Vocabulary size of a tokenizer trained with `--tokenizer bpe`. Other tokenizers have a fixed size."""
-    context_length: int = 256
+    context_length: Count = 256
     """Maximum sequence length in tokens."""
-    d_model: int = 256
+    d_model: Count = 256
     """Width of the residual stream."""
-    n_layers: int = 4
+    n_layers: Count = 4
     """Number of transformer blocks."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Number of attention heads per block, each of d_model / n_heads features."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Count | None = None
     """Number of key and value heads per block, shared by groups of query heads. None: n_heads."""
-    d_ff: int | None = None
+    d_ff: Count | None = None
     """Width of the feed-forward network. None: 4 d_model, or 8/3 d_model rounded up to 64s for swiglu."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """Normalization: rms (Llama), layer (GPT-2), or none."""
-    norm_eps: float = 1e-5
+    norm_eps: PositiveFraction = 1e-5
     """Added to the variance in normalization, for numerical stability."""
     norm_placement: Literal["pre", "post"] = "pre"
     """Normalize the input of each sublayer (pre), or its sum with the residual (post)."""
     position: Literal["rope", "learned", "none"] = "rope"
     """Position encoding: rotary embeddings (Llama), learned embeddings (GPT-2), or none."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     """Base of the rotary wavelengths (RoPE)."""
     ffn: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "silu"] = "swiglu"
     """Feed-forward network: gated (swiglu), or plain with this activation. GPT-2 uses gelu_tanh."""
@@ -77,22 +124,17 @@ class ModelConfig:
     """Share the token embeddings with the output projection."""
     bias: bool = False
     """Add a bias to linear layers and LayerNorm. Not available with swiglu."""
-    dropout: float = 0.0
+    dropout: Decay = 0.0
     """Dropout probability in training."""
     init: Literal["truncated", "gpt2"] = "truncated"
     """Initial weights: normal of variance 2 / (d_in + d_out), truncated at 3 std, or GPT-2's (std 0.02)."""
     zero_init: bool = False
     """Zero the projections back to the residual stream, so that each block starts as the identity."""
-    vocab_multiple: int = 1
+    vocab_multiple: Count = 1
     """Pad the rows of embeddings and output projection to a multiple of this, such as 64 on GPUs."""
 
     def __post_init__(self) -> None:
-        check_values(self, "model.")
-        counts = "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff vocab_multiple"
-        for name in counts.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        super().__post_init__()
         if self.d_model % self.n_heads:
             near = self.d_model // self.n_heads * self.n_heads
             raise ValueError(
@@ -109,11 +151,6 @@ class ModelConfig:
                 f"d_model / n_heads must be even with position rope, got {self.d_head} "
                 f"from d_model {self.d_model} and n_heads {self.n_heads}"
             )
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.ffn == "swiglu" and self.bias:
             raise ValueError(
                 "model.bias must be off with ffn swiglu, got True; use ffn gelu, gelu_tanh, relu2 or silu"
@@ -173,43 +210,45 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Options of training: steps, optimizer, schedule, evaluation, checkpoints."""
 
-    steps: int = 1000
+    prefix: ClassVar[str] = "train."
+
+    steps: Count = 1000
     """Number of optimizer steps."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Number of sequences per forward pass."""
-    grad_accumulation_steps: int = 1
+    grad_accumulation_steps: Count = 1
     """Number of forward passes whose gradients are averaged into one optimizer step."""
-    stride: int | None = None
+    stride: Count | None = None
     """Distance in tokens of the starts of two training sequences, which overlap if it is below
     model.context_length. None: model.context_length. Not used by sft."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon applies Muon to the matrices of the blocks and AdamW to all other weights."""
-    lr: float = 3e-4
+    lr: NonNegative = 3e-4
     """Peak learning rate, reached after warm-up."""
-    min_lr: float | None = None
+    min_lr: NonNegative | None = None
     """Final learning rate. None: lr / 10."""
     warmup_steps: int = 100
     """Number of steps of linear warm-up from 0 to lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Schedule of lr after warm-up: cosine decay, or constant with a linear decay at the end (wsd)."""
-    decay_fraction: float = 0.2
+    decay_fraction: Fraction = 0.2
     """Share of the steps in which wsd decays."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Momentum of Muon."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices and embeddings. Norms and biases are not decayed."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's running means of the gradient and its square."""
-    eps: float = 1e-8
+    eps: Fraction = 1e-8
     """Added to AdamW's denominator, for numerical stability."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Clip the global gradient norm to this value."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of the squared log-normalizer in the loss, which keeps logits from drifting. 0: off."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of initial weights, data order, dropout and samples."""
     device: str = "auto"
     """Device: cuda, mps or cpu. auto: the first available of these."""
@@ -218,15 +257,15 @@ class TrainConfig:
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """Compile the model with torch.compile; graphs also captures steps as CUDA graphs, for small models.
     auto: on CUDA, graphs for small models and on for others; elsewhere off."""
-    log_every: int = 10
+    log_every: Count = 10
     """Number of steps between log lines of the training loss."""
-    eval_every: int = 250
+    eval_every: Count = 250
     """Number of steps between evaluations on the held-out split."""
-    eval_batches: int = 20
+    eval_batches: Count = 20
     """Number of batches per evaluation. The final evaluation uses ten times as many."""
     sample_every: int = 500
     """Number of steps between samples of generated text. 0: only at the end."""
-    sample_tokens: int = 200
+    sample_tokens: Length = 200
     """Number of tokens per sample."""
     sample_prompt: str | None = None
     """Prompt of samples. None: a line of the held-out split, preferably one that ends with a colon."""
@@ -242,29 +281,14 @@ class TrainConfig:
     """On a failure to write a checkpoint or a log: stop, or warn and continue."""
 
     def __post_init__(self) -> None:
-        check_values(self, "train.")
-        for name in "steps batch_size grad_accumulation_steps log_every eval_every eval_batches".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        nonnegative = ("warmup_steps", "lr", "weight_decay", "eps", "z_loss", "seed")
-        for name in (*nonnegative, "sample_every", "sample_tokens", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas must be at least 0 and below 1, got {self.betas}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"train.momentum must be at least 0 and below 1, got {self.momentum}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"train.decay_fraction must be from 0 to 1, got {self.decay_fraction}")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        super().__post_init__()
         if self.compile == "graphs" and self.grad_accumulation_steps > 1:
             raise ValueError(
                 "train.grad_accumulation_steps must be 1 with train.compile graphs, since a graph overwrites "
                 f"the gradients, got {self.grad_accumulation_steps}; try train.compile on"
             )
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"train.min_lr must be from 0 to lr ({self.lr}), got {self.min_lr}")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr must be at most lr ({self.lr}), got {self.min_lr}")
 
     @property
     def final_lr(self) -> float:
@@ -273,7 +297,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
@@ -282,13 +306,13 @@ class Config:
     data: str = "stdlib"
     """Training text: a text, .jsonl or .parquet file, a folder, a quoted glob, stdlib (Python's standard
     library), a data set such as tinystories, or a folder made by llm_basics.prepare."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Maximum number of tokens to prepare. None: all."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """On invalid UTF-8: stop with the position, or replace the bytes by U+FFFD."""
     fast: Literal["on", "off"] = field(default="on", metadata={"retired": {"triton": "on"}})
     """Use fast kernels in place of reference functions where this machine supports them."""
-    val_fraction: float = 0.1
+    val_fraction: ProperFraction = 0.1
     """Share of the documents held out for validation. A single document is split at its end."""
     tokenizer: str = "bpe"
     """Tokenizer: bpe (trained on the data), bytes, gpt2, a saved folder or a tokenizer.json."""
@@ -316,15 +340,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_values(self)
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
-        if self.train.stride is not None and not 1 <= self.train.stride <= self.model.context_length:
-            raise ValueError(
-                f"train.stride must be from 1 to model.context_length {self.model.context_length}, got "
-                f"{self.train.stride}"
-            )
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        super().__post_init__()
+        stride, most = self.train.stride, self.model.context_length
+        if stride is not None and stride > most:
+            raise ValueError(f"train.stride must be at most model.context_length {most}, got {stride}")
         if self.find_lr and self.resume is not None:
             raise ValueError(f"find_lr must be used without resume, got resume {self.resume}")

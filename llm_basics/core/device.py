@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import platform
-from typing import Any
 
 import torch
 
@@ -41,22 +39,6 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.float32
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """The hardware and versions that bitwise results depend on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    return {
-        "device": f"{device.type} ({name})",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
 
 
 def make_deterministic() -> None:

@@ -76,7 +76,7 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
     >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
     2
     """
-    hints = typing.get_type_hints(type(base))
+    hints = config.declared(type(base))  # type: ignore[arg-type]
     fields = {field.name: field for field in _fields(base)}
     values: dict[str, Any] = {}
     for name, value in options.items():
@@ -100,7 +100,9 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
                 raise ValueError(f"{full_name} must be a mapping of options, got {value!r} ({origin})")
             values[name] = update(getattr(base, name), value, origin, f"{full_name}.")
         else:
-            values[name] = _check(value, hints[name], full_name, origin)
+            values[name] = _converted(value, hints[name])
+            if wrong := config.fault(values[name], hints[name]):
+                raise ValueError(f"{full_name} must be {wrong}, got {value!r} ({origin})")
     return dataclasses.replace(base, **values)  # type: ignore[type-var]
 
 
@@ -108,27 +110,19 @@ def _fields(hint: Any) -> tuple[Any, ...]:
     return dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
 
 
-def _check(value: Any, hint: Any, name: str, origin: str) -> Any:
-    """Convert `value` to type `hint`, or raise ValueError. YAML reads 1e-3 as text, 1 as an integer."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for choice in choices:
-        if typing.get_origin(choice) is Literal:
-            # YAML reads on and off as true and false
-            value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-            if value in typing.get_args(choice):
-                return value
-        elif typing.get_origin(choice) is tuple:
-            if isinstance(value, list | tuple) and len(value) == len(typing.get_args(choice)):
-                return tuple(
-                    _check(v, h, name, origin) for v, h in zip(value, typing.get_args(choice), strict=True)
-                )
-        elif choice is float and not isinstance(value, bool):
-            with contextlib.suppress(TypeError, ValueError):
-                return float(value)
-        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
-            return value
-    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ValueError(f"{name} must be {expected}, got {value!r} ({origin})")
+def _converted(value: Any, hint: Any) -> Any:
+    """A value of a YAML file as type `hint`, as far as it can be: YAML reads 1e-3 as text, on as true."""
+    while typing.get_origin(hint) in (typing.Annotated, typing.Union, types.UnionType):
+        hint = typing.get_args(hint)[0]
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal and isinstance(value, bool):
+        return "on" if value else "off"
+    if kind is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(map(_converted, value, arguments))
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return value
 
 
 def unknown_option(name: str, known: Sequence[str], origin: str) -> str:

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,7 @@ def _prepare_local(options: config.Config, source: sources.Source, log: Callable
     # a folder per process: several runs may prepare the same text at once
     work = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}-{os.getpid()}")
     # duplicates are kept, and BPE trains on the whole training split
-    settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=sys.maxsize)
+    settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=config.MOST)
     try:
         files.create_folder(work / shard_builder.PROGRESS)
         with shard_builder.Journal(None, {}) as journal:

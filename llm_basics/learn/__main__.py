@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from llm_basics.cli import parse
+from llm_basics.core import config
 from llm_basics.learn import lessons, progress
 from llm_basics.runs import console
 
@@ -89,7 +90,7 @@ class Next(_CurrentStep):
 
 
 @dataclass(frozen=True)
-class Predict(_CurrentStep):
+class Predict(_CurrentStep, config.Options):
     """Predict a result before running the code of a step."""
 
     answer: int | None = None
@@ -97,10 +98,10 @@ class Predict(_CurrentStep):
 
 
 @dataclass(frozen=True)
-class Dojo:
+class Dojo(config.Options):
     """Find one hidden mistake in a training run from losses, gradients and probes."""
 
-    seed: int = 0
+    seed: config.Seed = 0
     """Random seed that selects the mistake."""
     answer: int | None = None
     """Number of your answer. None: print the run and the options."""
@@ -123,12 +124,12 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Race(_File):
+class Race(_File, config.Options):
     """Train the default model with your pieces and with the reference, and plot both curves."""
 
     data: str = "stdlib"
     """Training text: a file, a folder or a glob; stdlib is the source of Python's standard library."""
-    steps: int = 800
+    steps: config.Count = 800
     """Number of optimizer steps; all other options are those of the default run, without qk_norm."""
     out: str = "race"
     """Folder for both run directories and the figure."""

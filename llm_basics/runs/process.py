@@ -1,10 +1,12 @@
-"""Settings of a process that trains or generates: memory allocation and garbage collection."""
+"""A process that trains or generates: what it runs on, memory allocation and garbage collection."""
 
 import contextlib
 import ctypes
 import gc
+import platform
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,6 +15,22 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 # Linux's MADV_HUGEPAGE, the size of a large page, and the bytes to be backed by large pages
 MADV_HUGEPAGE, PAGE_BYTES, RESERVED_BYTES = 14, 1 << 21, (1 << 30) - (1 << 21)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The hardware and versions that bitwise results depend on."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return {
+        "device": f"{device.type} ({name})",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
 
 
 def tune_allocator() -> None:

@@ -20,7 +20,7 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents, prepare, shards
 from llm_basics.inference import engine
-from llm_basics.runs import checkpoint, signals, steering
+from llm_basics.runs import checkpoint, process, signals, steering
 from llm_basics.training import diagnostics
 
 # options that do not affect the weights
@@ -209,7 +209,7 @@ class TrainingState:
             data=self.prepared_in,
             tokenizer=self.tokenizer.fingerprint(),
             origins=swap.origins(),
-            environment=device.describe(self.device),
+            environment=process.describe(self.device),
             sequences=self.sequences,
             tokens=self.sequences * self.options.model.context_length,
             evaluated=self.evaluated,
@@ -280,7 +280,7 @@ class TrainingState:
             for piece, origin in now_used.items()
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
-        return settings + _differences(device.describe(self.device), metadata["environment"])
+        return settings + _differences(process.describe(self.device), metadata["environment"])
 
 
 def compile_mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
