@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
     from llm_basics.cli import commands, parse
 
-    options = parse.command_options(commands.SteerConfig("newest", ()))
+    options = parse.command_options(commands.SteerConfig("newest"))
 
     from llm_basics.cli import steer
 

@@ -117,6 +117,11 @@ def assert_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, others[name]), name
 
 
+def events(folder: Path, kind: str) -> list[int]:
+    """The steps of the events of a kind."""
+    return [event["step"] for event in run_dir.read_events(folder) if event["event"] == kind]
+
+
 def assert_same(one: Path, other: Path) -> None:
     assert told(one) == told(other)
     names = [path.name for path in run_dir.checkpoints(one)]
@@ -159,6 +164,7 @@ def test_steps_that_are_not_finite_are_skipped(options, tmp_path, monkeypatch, c
         step in bad for step in range(1, STEPS + 1)
     ]
     assert said.count("; the step is skipped") == len(bad)
+    assert events(tmp_path / "run", "skipped") == bad
     losses = {line["step"]: line["train_loss"] for line in told(tmp_path / "run") if "train_loss" in line}
     assert [step for step, loss in losses.items() if loss is None] == bad
     assert list(losses) == sorted(losses)
@@ -236,6 +242,7 @@ def test_a_spike_is_told_by_the_number_of_its_step(options, tmp_path, monkeypatc
     monkeypatch.setattr(job.setup, "print_summary", lambda *a: print_summary(*a) or calls.clear())
     assert job.main(given) == 0
     assert "step 43: loss spike" in capsys.readouterr().out
+    assert events(tmp_path / "run", "spike") == [43]
 
 
 def batch() -> list[tuple[Tensor, Tensor]]:

@@ -271,6 +271,7 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
         "config.json",
+        "events.jsonl",
         "log.txt",
         "loss.png",
         "metrics.jsonl",

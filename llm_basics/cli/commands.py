@@ -271,7 +271,7 @@ class SteerConfig(config.Options):
 
     run_dir: tyro.conf.Positional[str]
     """Run directory; newest: the most recently written under runs/."""
-    changes: tyro.conf.Positional[tuple[str, ...]]
+    changes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Options, as in train.lr=1e-3 train.eval_every=50, and actions: evaluate, sample, save, stop."""
     wait_seconds: config.NonNegative = 60.0
     """Time to wait for the run's answer, which comes after its current step or evaluation."""
