@@ -210,7 +210,7 @@ WRONG = [
     ('{"set": {"train.lr": NaN}}', "train.lr must be at least 0 and finite"),
     ('{"set": {"train.lr": "much"}}', "train.lr must be float"),
     ('{"set": {"train.lr": {"a": 1}}}', "train.lr must be float"),
-    ('{"set": {"train.min_lr": 1}}', "train.min_lr must be from 0 to lr"),
+    ('{"set": {"train.min_lr": 1}}', "train.min_lr must be at most lr"),
     ('{"set": {"train.eval_every": 0}}', "train.eval_every must be at least 1"),
     ('{"set": {"train.batch_size": 8}}', "train.batch_size cannot be changed while a run trains"),
     ('{"do": ["jump"]}', "an action must be one of"),
