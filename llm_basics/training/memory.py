@@ -42,6 +42,9 @@ class Estimate:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
+# share of the free memory above which it is short
+SHORT = 0.8
+
 OptimizerMaker = Callable[[models.TransformerLM, config.TrainConfig], torch.optim.Optimizer]
 LossOfBatch = Callable[[models.TransformerLM, Tensor, Tensor, float], Tensor]
 
@@ -172,8 +175,10 @@ def check_least(options: config.Config) -> None:
         )
 
 
-def describe(estimate: Estimate, options: config.Config) -> str:
-    """The estimate by kind, and the options that reduce it, one per line, the most effective first.
+def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -> str:
+    """The estimate by kind; if more than SHORT of `free` bytes, the options that reduce it as well.
+
+    One option per line, the most effective first.
 
     >>> print(describe(Estimate(10**9, 0, 2 * 10**9, 10**8), config.Config()))
     memory    3.1 GB of tensors at the peak: 1.0 parameters, 2.0 optimizer, 0.1 activations
@@ -191,7 +196,9 @@ def describe(estimate: Estimate, options: config.Config) -> str:
     if estimate.parameters + estimate.gradients + estimate.optimizer > estimate.activations:
         flags.insert(0, flags.pop())
     total = f"{estimate.total / unit:.1f} {name}"
-    lines = [f"memory    {total} of tensors at the peak: {shown}", "to reduce it, lower", *flags]
+    lines = [f"memory    {total} of tensors at the peak: {shown}"]
+    if free is not None and estimate.total > SHORT * free:
+        lines += ["to reduce it, lower", *flags]
     return f"\n{' ' * 10}".join(lines)
 
 

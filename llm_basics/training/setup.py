@@ -176,7 +176,7 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
     """
     options, model = training.options, training.model
     n_tokens = sum(len(tokens) for tokens in training.batches.shards)
-    needs = estimate(options)
+    needs, available = estimate(options), memory.available(training.device)
     output.log(
         f"data      {options.data}: {n_tokens:,} training tokens, {len(training.held_out):,} held out, "
         f"vocabulary of {training.tokenizer.vocab_size:,}\n"
@@ -184,10 +184,9 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
         + (f"weights   from {options.init_from}\n" if options.init_from else "")
         + f"pieces    {swap.describe()}\n"
-        f"{memory.describe(needs, options) if needs else NOT_ESTIMATED}\n"
+        f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
-    available = memory.available(training.device)
     more = needs.total - needs.parameters if needs else 0
     if available is not None and more > available:
         output.log(f"warning: {more:,} bytes of memory are needed beside the weights, {available:,} are free")
