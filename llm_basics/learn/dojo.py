@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llm_basics import swap
-from llm_basics.core import config, model, trainer
-from llm_basics.learn import judge, log_checks
+from llm_basics.core import config, dataloader, model, trainer
+from llm_basics.learn import judge, log_checks, probe_tasks
 
 PROGRAM = "uv run python -m llm_basics.learn"
 MODEL_CONFIG = config.ModelConfig(vocab_size=16, context_length=32, d_model=32, n_layers=2, n_heads=2)
@@ -58,16 +57,9 @@ class Evidence:
 def source() -> tuple[np.ndarray, float]:
     """A text of a Markov source of order 1 with 16 states, and its entropy rate in nats."""
     rng = np.random.default_rng(0)
-    transition = rng.dirichlet(np.full(MODEL_CONFIG.vocab_size, 0.4), size=MODEL_CONFIG.vocab_size)
-    # powers of the transition matrix converge to the stationary distribution
-    stationary = np.linalg.matrix_power(transition, 1000)[0]
-    logarithms = np.log(transition, where=transition > 0, out=np.zeros_like(transition))
-    rate = -(stationary[:, None] * transition * logarithms).sum()
-    text = [0]
-    cumulative = transition.cumsum(1)
-    for draw in rng.random(60_000):
-        text.append(min(int(np.searchsorted(cumulative[text[-1]], draw)), MODEL_CONFIG.vocab_size - 1))
-    return np.array(text), float(rate)
+    transitions = rng.dirichlet(np.full(MODEL_CONFIG.vocab_size, 0.4), size=MODEL_CONFIG.vocab_size)
+    markov = probe_tasks.Source(transitions)
+    return markov.draw(1, 60_000, rng)[0], markov.entropy_rate()
 
 
 def train() -> Evidence:
@@ -79,8 +71,10 @@ def train() -> Evidence:
     lm = model.TransformerLM(MODEL_CONFIG)
     optimizer = trainer.make_optimizer(lm, TRAIN_CONFIG)
     losses, norms, lrs = [], [], []
+    sizes = TRAIN_CONFIG.batch_size, MODEL_CONFIG.context_length
     for step in range(1, STEPS + 1):
-        batches = [_batch(text, rng) for _ in range(TRAIN_CONFIG.grad_accumulation_steps)]
+        n_batches = range(TRAIN_CONFIG.grad_accumulation_steps)
+        batches = [dataloader.get_batch(text, *sizes, rng=rng) for _ in n_batches]
         result = trainer.train_step(lm, optimizer, batches, step, TRAIN_CONFIG)
         losses.append(float(result.train_loss))
         norms.append(float(result.grad_norm))
@@ -91,12 +85,6 @@ def train() -> Evidence:
     }
     future, past = _visible_context(lm)
     return Evidence(losses, norms, gradients, future, past, lrs)
-
-
-def _batch(text: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    starts = rng.integers(0, len(text) - MODEL_CONFIG.context_length - 1, size=TRAIN_CONFIG.batch_size)
-    sequences = torch.from_numpy(np.stack([text[s : s + MODEL_CONFIG.context_length + 1] for s in starts]))
-    return sequences[:, :-1], sequences[:, 1:]
 
 
 @torch.no_grad()

@@ -282,12 +282,7 @@ def markov(seed: int) -> Task:
 
 
 TASKS: dict[str, Callable[[int], Task]] = {
-    "reverse": reverse,
-    "invert": invert,
-    "copy": copy,
-    "addition": addition,
-    "induction": induction,
-    "markov": markov,
+    task.__name__: task for task in (reverse, invert, copy, addition, induction, markov)
 }
 
 
