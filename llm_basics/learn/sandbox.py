@@ -21,41 +21,68 @@ class TimedOut(BaseException):
     """Raised in a block that exceeds its time limit."""
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimedOut in the block after `seconds`, repeatedly until the block ends.
+def slowdown() -> float:
+    """Wall time of a busy loop over its CPU time: 1 on a quiet machine, 2 beside a program on its core."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    while time.thread_time() - cpu < 0.05:
+        pass
+    return max(1.0, (time.perf_counter() - wall) / 0.05)
 
-    Signals, where the platform has them, also interrupt a sleep or a wait; elsewhere the exception is raised
-    at the next line of Python. If the block still runs after a grace period, the process exits.
-    """
-    over = threading.Event()
-    thread, is_main = threading.get_ident(), threading.current_thread() is threading.main_thread()
-    by_signal = is_main and hasattr(signal, "setitimer")
 
-    def raise_it(*_: Any) -> None:
+# of the blocks with a limit in the main thread, the innermost last: whether it is exceeded
+_EXPIRED: list[threading.Event] = []
+
+
+def _on_alarm(*_: Any) -> None:
+    if _EXPIRED and _EXPIRED[-1].is_set():
         raise TimedOut
 
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimedOut in the block after `seconds` of CPU time, repeatedly until the block ends.
+
+    A block may wait for `seconds` besides on a quiet machine, and longer by the `slowdown` of a busy one.
+    Signals, where the platform has them, also interrupt a sleep; elsewhere the exception is raised at the
+    next line of Python. If the block still runs after a grace period, the process exits.
+    """
+    over, expired, thread = threading.Event(), threading.Event(), threading.get_ident()
+    by_signal = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
+
     def watch() -> None:
-        waited = over.wait(seconds)
-        while not waited and not by_signal and not (waited := over.wait(0.2)):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimedOut))
-        if not waited and not over.wait(GRACE_SECONDS):
-            print(f"error: code exceeded {seconds:.0f} s and cannot be stopped", file=sys.stderr, flush=True)
-            os._exit(1)
+        # of waiting, what passed while this thread ran: a stopped process does not wait
+        waited, factor, before = 0.0, 0.0, time.process_time()
+        while (cpu := time.process_time() - before) < seconds and not over.wait(0.05):
+            waited += 0.05
+            if waited >= max(factor, 1.0) * (seconds + cpu):
+                if factor:
+                    break
+                factor = slowdown()
+        if over.is_set():
+            return
+        expired.set()
+        for _ in range(round(GRACE_SECONDS / 0.2)):
+            if by_signal:
+                signal.pthread_kill(thread, signal.SIGALRM)
+            else:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimedOut))
+            if over.wait(0.2):
+                return
+        print(f"error: code exceeded {seconds:.0f} s and cannot be stopped", file=sys.stderr, flush=True)
+        os._exit(1)
 
     if by_signal:
-        started, handler = time.monotonic(), signal.signal(signal.SIGALRM, raise_it)
-        left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+        # it stays: a late signal would end the process if the default handler were back
+        signal.signal(signal.SIGALRM, _on_alarm)
+        _EXPIRED.append(expired)
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        over.set()
-        if by_signal:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
-            if left:  # the timer of an enclosing block
-                signal.setitimer(signal.ITIMER_REAL, max(left - time.monotonic() + started, 0.01), 0.2)
+        try:
+            over.set()
+        finally:
+            _EXPIRED[:] = [each for each in _EXPIRED if each is not expired]
 
 
 @contextlib.contextmanager
