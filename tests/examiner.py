@@ -8,14 +8,14 @@ import grading
 import pytest
 
 from llm_basics import swap
-from llm_basics.learn import judge, messages, probes, sandbox, sockets
+from llm_basics.learn import judge, lessons, messages, probes, sandbox, sockets
 
-# for one test of user code
+# for one test of user code, and for loading it
 LIMIT_SECONDS = 60.0
 
 
 class Examiner:
-    """The implementation under test, its verdicts and test outcomes."""
+    """The implementation under test, and its verdicts."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.path = Path(config.getoption("--adapters")).resolve()
@@ -26,7 +26,6 @@ class Examiner:
         if self.is_foreign and self.mine is not None:
             raise pytest.UsageError("--mine cannot be combined with --adapters; it uses the adapters here")
         self.verdicts: dict[str, judge.Verdict] = {}
-        self.outcomes: dict[str, dict[str, int]] = {}
         self._adapters: sockets.Adapters | None = None
         # adapters by fixture, for those of wider scope than a function
         self.used_by: dict[str, set[str]] = {}
@@ -38,24 +37,37 @@ class Examiner:
         """The adapters, loaded on first use."""
         if self._adapters is None:
             try:
-                module = grading.load_adapters(self.path)
+                with sandbox.time_limit(LIMIT_SECONDS), sandbox.unchanged_state():
+                    self._adapters = (
+                        grading.load_adapters(self.path)
+                        if self.is_foreign
+                        else sockets.Adapters(sockets.run_file(self.path))
+                    )
+            except sandbox.TimedOut:
+                pytest.exit(f"{self.path} must load within {LIMIT_SECONDS:.0f} s", 2)
             except Exception as error:
                 pytest.exit(f"cannot load {self.path}: {type(error).__name__}: {messages.reason(error)}", 2)
-            self._adapters = sockets.Adapters(
-                module, lambda name: pytest.skip(f"{name} is not in {self.path}")
-            )
         return self._adapters
 
     def judged(self, name: str) -> judge.Verdict:
         """The verdict on a step; skips the test if the user's file has no piece of it."""
-        step = judge.load(name)
         own = {piece.split(".")[1] for piece in swap.user_pieces()}
-        if self.mine is not None and not own & set(judge.pieces_of(name)):
+        if self.mine is not None and not own & self._pieces_of(name):
             pytest.skip(f"{name}: not in {self.mine}")
         if name not in self.verdicts:
-            bare = sockets.Adapters(self.adapters._module)
-            self.verdicts[name] = judge.judge(step, bare)
+            self.verdicts[name] = self._judge(name)
         return self.verdicts[name]
+
+    def _pieces_of(self, name: str) -> set[str]:
+        if name in lessons.ORDER:
+            return set(lessons.load(name).pieces)
+        return {mistake.piece.split(".")[1] for mistake in judge.load(name).mistakes}
+
+    def _judge(self, name: str) -> judge.Verdict:
+        if self.is_foreign:
+            assert isinstance(self.adapters, grading.Adapters)
+            return grading.grade(judge.load(name), self.adapters)
+        return judge.judge(judge.load(name), sockets.own())
 
     def next_step(self, name: str) -> str:
         """The command to run next for a step that does not pass."""
@@ -75,33 +87,29 @@ class Examiner:
         return result
 
     def run(self, item: pytest.Item) -> Iterator[None]:
-        """Run a test, user code with a time limit."""
-        if not self.is_grading:
+        """Run a test, user code with a time limit; the probes of a step have their own."""
+        if self.mine is None or item.name.startswith("test_step["):
             return (yield)
-        if self.is_foreign and item.get_closest_marker("beyond"):
-            pytest.skip("beyond the public assignment")
         try:
             with sandbox.time_limit(LIMIT_SECONDS):
                 return (yield)
+        except sockets.MissingAdapter as name:
+            pytest.skip(f"{name} needs the second stage of a piece")
         except sandbox.TimedOut:
             pytest.fail(f"not finished after {LIMIT_SECONDS:.0f} s", pytrace=False)
 
     def examine(self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
-        """Count an outcome, and replace the traceback of a failure by the verdict on its step."""
-        if not self.is_grading:
+        """Replace the traceback of a failure by the verdict on its step."""
+        if self.mine is None:
             return
         used = sorted(self._adapters.used) if self._adapters is not None else []
         for fixture in getattr(item, "fixturenames", ()):
             used += sorted(self.used_by.get(fixture, ()))
         if call.when == "teardown" and self._adapters is not None:
             self._adapters.used.clear()
-        steps = list(dict.fromkeys(step for name in used if (step := grading.step_of(name))))
-        if call.when == "call" or report.outcome != "passed":
-            for step in steps:
-                counts = self.outcomes.setdefault(step, {"passed": 0, "failed": 0, "skipped": 0})
-                counts[report.outcome] += 1
         if call.excinfo is None or report.outcome != "failed" or item.name.startswith("test_step["):
             return
+        steps = list(dict.fromkeys(step for name in used if (step := grading.step_of(name))))
         report.longrepr = "\n".join(self._explain(call, steps)[: messages.MAX_LINES])
 
     def _explain(self, call: pytest.CallInfo[None], steps: list[str]) -> list[str]:
@@ -116,9 +124,9 @@ class Examiner:
                 verdict = self.judged(step)
             except pytest.skip.Exception:
                 continue
-            if verdict.status == "failed" and step in self.explained:
+            if verdict.failures and step in self.explained:
                 return [*lines[:1], f"{step}: see above, or test_step[{step}]"]
-            if verdict.status == "failed":
+            if verdict.failures:
                 self.explained.add(step)
                 return [*lines[:1], *messages.message(verdict, self.next_step(step)).splitlines()]
         return lines
@@ -127,22 +135,26 @@ class Examiner:
         """Write the report of `--report`, if given."""
         if self.report is None:
             return
-        notes = grading.ready_made_uses(self.path) if self.is_foreign else {}
+        ready_made = grading.ready_made_uses(self.path) if self.is_foreign else {}
         project = self.path.parent.parent if self.path.parent.name == "tests" else self.path
-        verdicts = {step: self.verdicts[step] for step in judge.STEPS if step in self.verdicts}
+        # without steps of which the file has nothing that the public assignment asks for
+        verdicts = {
+            step: self.verdicts[step]
+            for step in judge.STEPS
+            if step in self.verdicts
+            and (self.verdicts[step].status != "missing" or self.verdicts[step].missing)
+        }
         name = self.mine or project.name
-        grading.write(Path(self.report), name, verdicts, self.outcomes, self._ratios(), notes)
+        grading.write(Path(self.report), name, verdicts, self._ratios(), ready_made)
 
     def _ratios(self) -> dict[str, float]:
-        """Time of each passed step relative to the reference: the fastest of three alternating rounds."""
+        """Time of each passed step relative to the reference: of two rounds each, the faster."""
         ratios = {}
         for name, verdict in self.verdicts.items():
             if verdict.status != "passed":
                 continue
-            step, bare, fastest = judge.load(name), sockets.Adapters(self.adapters._module), [1e9, 1e9]
-            for _ in range(3):
-                fastest[0] = min(fastest[0], judge.judge(step, bare).seconds)
-                with swap.reference_only():
-                    fastest[1] = min(fastest[1], judge.judge(step, sockets.own()).seconds)
-            ratios[name] = fastest[0] / fastest[1]
+            seconds = min(verdict.seconds, self._judge(name).seconds)
+            with swap.reference_only():
+                own = min(judge.judge(judge.load(name), sockets.own()).seconds for _ in range(2))
+            ratios[name] = seconds / own
         return ratios

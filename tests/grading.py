@@ -1,17 +1,40 @@
-"""The report on an implementation: JSON for programs, a Markdown page for readers."""
+"""Grading of foreign adapters: verdicts on the contract alone, and the report on them.
+
+Only a probe that stands on a sentence of the public assignment (`learn/contract.yaml`) can fail a foreign
+file. The others are judged too, and are advice, with the reason why they are asked.
+"""
 
 import ast
+import atexit
+import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import re
+import shutil
 import sys
+import tempfile
+import time
+import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from llm_basics.learn import judge, mistakes, sockets
+import yaml
+
+from llm_basics.learn import judge, mistakes, probes, sockets
+
+# what the public assignment promises, and its adapters
+CONTRACT: dict[str, str] = yaml.safe_load(
+    (Path(judge.__file__).parent / "contract.yaml").read_text(encoding="utf-8")
+)
+PUBLIC = set(re.findall(r"\b(?:run|get)_\w+", " ".join(CONTRACT.values())))
+NOT_PUBLIC = "the public assignment does not have this function"
+
+# of the probes after one that timed out
+LATER_SECONDS = 2.0
 
 # ready-made versions in torch and the tokenizer libraries of what is to be implemented
 READY_MADE = set(
@@ -36,28 +59,186 @@ def step_of(adapter: str) -> str | None:
     return next((step for step in judge.STEPS if adapter in adapters_of(step)), None)
 
 
-def load_adapters(path: Path) -> ModuleType:
-    """Load an adapters file with its folder, and the package it tests, on the import path."""
-    for folder in (str(path.parent), str(path.parent.parent), str(path.parent.parent / "src")):
-        if folder not in sys.path and Path(folder).is_dir():
-            sys.path.insert(0, folder)
-    _provide_version(path.parent.parent)
-    return sockets.run_file(path)
+# --------------------------------------------------------------------------------------------------
+# Loading
 
 
-def _provide_version(project: Path) -> None:
-    """Let `importlib.metadata.version` return "0" for the project under test, which is not installed."""
-    installed_version = importlib.metadata.version
+class Adapters(sockets.Adapters):
+    """A foreign adapters file."""
 
-    def version(name: str) -> str:
+    is_foreign = True
+
+    @functools.cached_property
+    def functions(self) -> dict[str, ast.FunctionDef]:
+        """The functions of the file."""
+        tree = ast.parse(Path(self._module.__file__ or "").read_text(encoding="utf-8"))
+        return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def drops_gradients(self, name: str) -> bool:
+        """Whether a function, or one of the file that it calls, computes without gradients."""
+        if name not in self.functions:
+            return False
+        parts = list(ast.walk(self.functions[name]))
+        called = {part.id for part in parts if isinstance(part, ast.Name)} & self.functions.keys()
+        returned = [ast.unparse(part) for part in parts if isinstance(part, ast.Return)]
+        is_detached = any(re.search(r"\.detach\(\)(\.\w+\(\))*$", each) for each in returned)
+        return is_detached or any(_runs_under_no_grad(self.functions[each]) for each in {name, *called})
+
+
+def _runs_under_no_grad(function: ast.FunctionDef) -> bool:
+    """Whether a function returns what it computes under no_grad; it may copy weights there."""
+    returned = [part for part in ast.walk(function) if isinstance(part, ast.Return)]
+    names = {part.id for each in returned for part in ast.walk(each) if isinstance(part, ast.Name)}
+    for block in ast.walk(function):
+        if isinstance(block, ast.With) and any(map(_disables_gradients, block.items)):
+            inside = [part for statement in block.body for part in ast.walk(statement)]
+            stored = {p.id for p in inside if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)}
+            if stored & names or any(isinstance(part, ast.Return) for part in inside):
+                return True
+    return any(map(_disables_gradients, function.decorator_list))
+
+
+def _disables_gradients(node: ast.AST) -> bool:
+    return any(word in ast.unparse(node) for word in ("no_grad", "inference_mode", "set_grad_enabled"))
+
+
+def load_adapters(path: Path) -> Adapters:
+    """Load an adapters file with its folder, and the package it tests, on the import path.
+
+    The module is named as pytest names it in its project, so that worker processes find its functions.
+    """
+    project = path.parent.parent
+    folders = [folder for folder in (path.parent, project, project / "src") if folder.is_dir()]
+    folders = [*map(str, folders), *_installed(project)]
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
+    # for processes that the package starts
+    inherited = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [inherited])])
+    return Adapters(sockets.run_file(path, f"{path.parent.name}.{path.stem}"))
+
+
+def _installed(project: Path) -> list[str]:
+    """A folder with metadata for packages of a project that is not installed; they may read their version."""
+    try:
+        about = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError):
+        about = {}
+    parents = [folder for folder in (project, project / "src") if folder.is_dir()]
+    names = {each.parent.name for folder in parents for each in folder.glob("*/*.py")} - {"tests"}
+    found = []
+    for name in {*names, about.get("name", "")} - {""}:
         try:
-            return installed_version(name)
+            importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if (project / name.replace("-", "_")).is_dir():
-                return "0"
-            raise
+            found.append(name)
+    if not found:
+        return []
+    folder = tempfile.mkdtemp(prefix="versions-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in found:
+        version = about.get("version", "0")
+        info = Path(folder) / f"{re.sub(r'[-.]', '_', name)}-{version}.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return [folder]
 
-    importlib.metadata.version = version
+
+# --------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+@dataclass(frozen=True)
+class Finding(judge.Finding):
+    """A probe that a foreign file does not pass."""
+
+    ground: str = ""
+    """The sentence of the contract that it stands on; of advice, the reason why it is asked."""
+
+
+@dataclass(frozen=True)
+class Grade(judge.Verdict):
+    """Result of a foreign file for a step; the status may also be missing, or advice: nothing is promised."""
+
+    advice: tuple[Finding, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Functions of the public assignment that the file lacks."""
+    notes: tuple[str, ...] = ()
+
+
+def grade(step: probes.Step, adapters: Adapters) -> Grade:
+    """Run all probes of a step on a foreign file."""
+    started, seconds = time.perf_counter(), probes.LIMIT_SECONDS
+    seen: dict[int, probes.Observation] = {}
+    lacking, stubs, notes = set(), set(), set()
+    for i, probe in enumerate(step.probes):
+        adapters.used.clear()
+        try:
+            observed = probes.observe(probe, adapters, seconds)
+        except NotImplementedError:
+            stubs |= adapters.used
+            continue
+        except sockets.MissingAdapter as name:
+            lacking.add(str(name))
+            continue
+        lost = {facet for facet, value in observed.items() if value is None and facet.startswith("gradient")}
+        blamed = [name for name in adapters.used if adapters.drops_gradients(name)] if lost else []
+        notes |= {f"{name} computes without gradients, so they are not checked" for name in blamed}
+        seen[i] = {k: v for k, v in observed.items() if k not in lost or not blamed}
+        if probes.timed_out(observed):
+            seconds = min(seconds, LATER_SECONDS)
+    missing = tuple(sorted((lacking | stubs) & PUBLIC))
+    if not seen:
+        return Grade(step.name, "not started" if stubs else "missing", missing=missing)
+    return dataclasses.replace(
+        conclude(step, seen),
+        missing=missing,
+        notes=tuple(sorted(notes)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Grade:
+    """The verdict on observations of a foreign file."""
+    # of a result, the dtype is not promised
+    promised = {
+        i: {facet: value for facet, value in seen[i].items() if facet != "dtype"}
+        for i in seen
+        if step.probes[i].contract
+    }
+    wrong, advised = (
+        [i for i in each if judge.differing(step.probes[i], each[i], judge.expected(step.name, i))]
+        for each in (promised, seen)
+    )
+    mistake, sure = judge.find_mistake(step, seen, advised) if advised else (None, False)
+    if wrong and not sure:
+        mistake, sure = judge.find_mistake(step, promised, wrong)
+    failures = tuple(_finding(step, i, promised[i]) for i in wrong)
+    return Grade(
+        step.name,
+        judge.status_of(failures) if promised else "advice",
+        failures,
+        len(promised) - len(wrong),
+        len(promised),
+        mistake if wrong or sure else None,
+        sure,
+        advice=tuple(_finding(step, i, seen[i], is_advice=True) for i in advised if i not in wrong),
+    )
+
+
+def _finding(step: probes.Step, i: int, seen: probes.Observation, is_advice: bool = False) -> Finding:
+    probe = step.probes[i]
+    facets = judge.differing(probe, judge.expected(step.name, i), seen)
+    key = probe.contract
+    if all(facet.startswith("gradient") for facet in facets):
+        key = key and "gradients"
+    elif facets in (["changed"], ["dtype"]):
+        key = key and {"changed": "in place", "dtype": "dtype"}[facets[0]]
+    ground = CONTRACT[key] if key else probe.beyond or NOT_PUBLIC
+    return Finding(**vars(judge.finding(step, i, seen)), ground=ground)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ready-made parts
 
 
 def ready_made_uses(path: Path) -> dict[str, list[str]]:
@@ -172,31 +353,43 @@ def _mentions(node: ast.AST) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
+# The report
 
 
 def write(
     path: Path,
     implementation: str,
-    verdicts: dict[str, Any],
-    outcomes: dict[str, dict[str, int]],
+    verdicts: dict[str, judge.Verdict],
     ratios: dict[str, float],
-    notes: dict[str, list[str]],
+    ready_made: dict[str, list[str]],
 ) -> None:
-    """Write `path` (JSON), and the same as a Markdown page beside it."""
+    """Write `path` (JSON; README describes its fields), and the same as a Markdown page beside it."""
     steps = {}
     for name, verdict in verdicts.items():
+        found = {"failures": verdict.failures, "advice": getattr(verdict, "advice", ())}
         steps[name] = {
             "status": verdict.status,
-            "checked": verdict.probe,
-            "difference": list(verdict.difference),
+            "passed": verdict.n_passed,
+            "probes": verdict.n_probes,
+            **{
+                key: [
+                    {
+                        "probe": finding.probe,
+                        "difference": list(finding.difference),
+                        "timed_out": finding.timed_out,
+                        "ground": getattr(finding, "ground", ""),
+                    }
+                    for finding in findings
+                ]
+                for key, findings in found.items()
+            },
             "mistake": verdict.mistake and verdict.mistake.name,
-            "says": verdict.mistake and verdict.mistake.explanation,
+            "explanation": verdict.mistake and verdict.mistake.explanation,
             "sure": verdict.sure,
-            "advice": list(verdict.advice),
-            "missing": list(verdict.missing),
-            "tests": outcomes.get(name, {}),
-            "time_relative_to_ours": ratios.get(name),
-            "notes": notes.get(name, []),
+            "missing": list(getattr(verdict, "missing", ())),
+            "notes": list(getattr(verdict, "notes", ())),
+            "ready_made": ready_made.get(name, []),
+            "time_relative_to_reference": ratios.get(name),
         }
     report = {"implementation": implementation, "steps": steps}
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -204,27 +397,31 @@ def write(
 
 
 def _page(implementation: str, steps: dict[str, dict[str, Any]]) -> str:
-    checked = [step for step in steps.values() if step["status"] != "missing"]
-    n_passed = sum(step["status"] == "passed" for step in checked)
-    lines = [f"# {Path(implementation).name}: {n_passed} of {len(checked)} steps passed", ""]
-    lines += ["| step | result | mistake | other tests passed | time / reference | ready-made parts |"]
-    lines += ["|---|---|---|---|---|---|"]
+    graded = [step for step in steps.values() if step["status"] not in ("missing", "advice")]
+    n_passed = sum(step["status"] == "passed" for step in graded)
+    lines = [f"# {Path(implementation).name}: {n_passed} of {len(graded)} steps passed", ""]
+    lines += ["| step | result | probes passed | mistake | advice | time / reference | ready-made parts |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name, step in steps.items():
-        tests, ratio = step["tests"], step["time_relative_to_ours"]
-        n_run = sum(tests.values()) - tests.get("skipped", 0)
-        counted = f"{tests.get('passed', 0)} of {n_run}" if n_run else ""
-        time = f"{ratio:.1f}" if ratio is not None else ""
-        mistake = step["mistake"] or ""
-        if mistake and not step["sure"]:
-            mistake += " (uncertain)"
-        cells = [name, step["status"], mistake, counted, time, str(len(step["notes"]) or "")]
-        lines.append(f"| {' | '.join(cells)} |")
+        ratio = step["time_relative_to_reference"]
+        mistake = step["mistake"] if step["mistake"] and step["failures"] else ""
+        mistake += " (uncertain)" if mistake and not step["sure"] else ""
+        cells = [name, step["status"], f"{step['passed']} of {step['probes']}", mistake]
+        cells += [str(len(step["advice"]) or ""), f"{ratio:.1f}" if ratio is not None else ""]
+        lines.append(f"| {' | '.join([*cells, str(len(step['ready_made']) or '')])} |")
     for name, step in steps.items():
-        details = [f"- {step['checked']}: {line}" for line in step["difference"]]
-        details += [f"- {step['says']}"] if step["says"] else []
-        details += [f"- optional, beyond the assignment: {about}" for about in step["advice"]]
+        details: list[str] = []
+        for key, title in (("failures", "contract"), ("advice", "advice, beyond the contract")):
+            for finding in step[key]:
+                details += [f"- **{finding['probe']}**", "", "  ```text"]
+                details += [f"  {line}" for line in finding["difference"]]
+                details += ["  ```", "", f"  {title}: {finding['ground']}" if finding["ground"] else ""]
+        if step["mistake"]:
+            title = "mistake" if step["failures"] else "what explains the advice"
+            details += [f"- {title}: **{step['mistake']}**. {step['explanation']}"]
         details += [f"- not checked, missing: {', '.join(step['missing'])}"] if step["missing"] else []
-        details += [f"- note: {note}" for note in step["notes"]]
+        details += [f"- {note}" for note in step["notes"]]
+        details += [f"- ready-made: {use}" for use in step["ready_made"]]
         if details:
             lines += ["", f"## {name}", "", *details]
     return "\n".join(lines) + "\n"

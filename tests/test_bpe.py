@@ -94,7 +94,6 @@ def pairs(*spaced: str) -> Merges:
 @example("aaaa aaa aa a aaaaaaa", [], 9)
 @example("\r\n\r\n\r\na\r\n\r\n\r\na\r\n", [], 9)
 @example("ab<|a|><|b|>ab<|a|>ab<|b|>ab", ["<|a|>", "<|a|><|b|>"], 9)
-@pytest.mark.beyond
 def test_merges_equal_those_of_recounting_everything(learn, text, special_tokens, n_merges):
     assert learn(text, n_merges, special_tokens) == slow.train(text, n_merges, special_tokens)
 
@@ -173,7 +172,6 @@ def test_a_text_without_pairs_gives_the_bytes_and_the_special_tokens(train, text
 # Property: where merges may happen
 
 
-@pytest.mark.beyond
 def test_no_token_crosses_a_pretoken(learn):
     text = "it's a dog, it's a dog's dog; don't they'll 12 ab12 12ab  a\n\n\nb \r\n\r\n x_y_z __a__\t\tb " * 9
     words = set(regex.findall(slow.GPT2_PATTERN, text))
@@ -183,7 +181,6 @@ def test_no_token_crosses_a_pretoken(learn):
         assert any((left + right).decode("utf-8") in word for word in words), left + right
 
 
-@pytest.mark.beyond
 def test_line_ends_and_byte_order_marks_are_bytes_like_others(learn):
     assert (b"\r", b"\n") in learn("a\r\n\r\n\r\n" * 9, 9)
     assert learn("\ufeffab", 9) == [(b"\xef", b"\xbb"), (b"\xef\xbb", b"\xbf"), (b"a", b"b")]
@@ -325,7 +322,6 @@ def test_a_merge_touches_only_the_words_that_hold_the_pair(monkeypatch):
 # Snapshot
 
 
-@pytest.mark.beyond
 def test_the_corpus_gives_the_frozen_merges_and_vocabulary(adapters):
     vocab, merges = adapters.run_train_bpe(FIXTURES / "corpus.txt", 256 + 1 + slow.N_MERGES, [END_OF_TEXT])
     frozen = (FIXTURES / "corpus_merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]

@@ -76,7 +76,6 @@ def test_settings_of_the_optimizer_come_back(adapters):
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-@pytest.mark.beyond
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(adapters, change, tmp_path):
     network, optimizer = make(optim.AdamW)
     train(network, optimizer, 2, seed=1)

@@ -142,7 +142,6 @@ def test_cross_entropy_reductions_and_z_loss(assert_matches, randn, reduction):
 
 @each_piece
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
-@pytest.mark.beyond
 def test_dtype_in_is_dtype_out(adapters, randn, piece, dtype):
     exact = randn(5, 6).to(dtype)
     output = piece(adapters, exact)
@@ -154,7 +153,6 @@ def test_dtype_in_is_dtype_out(adapters, randn, piece, dtype):
 
 
 @each_piece
-@pytest.mark.beyond
 def test_device_is_followed(adapters, piece):
     assert piece(adapters, torch.empty(2, 5, 6, device="meta")).device.type == "meta"
 
@@ -182,7 +180,6 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("size, piece, reference", REDUCTIONS.values(), ids=REDUCTIONS.keys())
-@pytest.mark.beyond
 def test_half_precision_is_rounded_only_at_the_end(adapters, randn, size, piece, reference, dtype):
     x = (size * (3 + randn(40, 50))).to(dtype)
     # one rounding is half an eps; float16 is spaced by 6e-8 near zero
@@ -191,7 +188,6 @@ def test_half_precision_is_rounded_only_at_the_end(adapters, randn, size, piece,
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.beyond
 def test_cross_entropy_of_half_precision(adapters, dtype):
     logits = torch.zeros(2, 70_000, dtype=dtype)  # float16 ends at 65,504
     logits[1, :2] = torch.tensor([800, 796])  # bfloat16 is spaced by 4 here
@@ -206,7 +202,6 @@ def test_cross_entropy_of_half_precision(adapters, dtype):
 
 
 @pytest.mark.parametrize("token_id", [3, -1])
-@pytest.mark.beyond
 def test_embedding_refuses_ids_outside_the_vocabulary(adapters, token_id):
     with pytest.raises(IndexError):
         adapters.run_embedding(3, 2, torch.zeros(3, 2), torch.tensor([token_id]))
@@ -283,7 +278,6 @@ def test_attention_ignores_the_order_of_keys(adapters, randn):
     torch.testing.assert_close(shuffled, adapters.run_scaled_dot_product_attention(q, k, v, mask))
 
 
-@pytest.mark.beyond
 def test_attention_to_a_masked_key_is_zero_however_well_it_matches(adapters, randn):
     q, k, v = torch.full((4, 6), 1e3), torch.full((5, 6), -1e3), randn(5, 7)
     k[2] *= -1

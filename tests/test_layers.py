@@ -117,7 +117,6 @@ def test_attention_sees_itself_and_the_past_and_never_the_future(attend, randn):
     assert (jacobian.triu(1) == 0).all()
 
 
-@pytest.mark.beyond
 def test_attention_teaches_queries_and_keys(attend, randn):
     weights = {name: weight.requires_grad_() for name, weight in attention_weights(randn).items()}
     attend(randn(2, SEQ, D_MODEL), **weights).square().sum().backward()
@@ -132,7 +131,6 @@ def test_attention_keeps_the_dtype(attend, randn, dtype):
     assert attend(randn(2, SEQ, D_MODEL).to(dtype), **weights).dtype == dtype
 
 
-@pytest.mark.beyond
 def test_attention_follows_the_device(attend, randn):
     weights = {name: weight.to("meta") for name, weight in attention_weights(randn).items()}
     assert attend(torch.empty(2, SEQ, D_MODEL, device="meta"), **weights).device.type == "meta"

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import grading
 import jaxtyping
 import pytest
 import torch
@@ -31,7 +30,6 @@ from llm_basics.learn import (
     probes,
     progress,
     race,
-    sockets,
     stubs,
 )
 from llm_basics.runs import console
@@ -221,10 +219,11 @@ def test_messages(mine):
     """A message has the probe, the first wrong element, the mistake and the next command."""
     known = probes.Mistake("one too far", "functional.f", None, "It is one too far. " * 15, "seen")
     long = ("first " * 60, "b", "c", "d")
+    one, short = judge.Finding("a mask", long), judge.Finding("a mask", ("b",))
     verdicts = [
-        judge.Verdict("attention", "failed", "a mask", long, known, True),
-        judge.Verdict("attention", "failed", "a mask", ("b",), known, False),
-        judge.Verdict("attention", "failed", "a mask", ("b",)),
+        judge.Verdict("attention", "failed", (one, short), 3, 5, known, True),
+        judge.Verdict("attention", "failed", (short,), 4, 5, known, False),
+        judge.Verdict("attention", "timed out", (short,), 4, 5),
         judge.Verdict("attention", "not started"),
     ]
     texts = [results(mine(WRONG_SOFTMAX))["softmax"].text, results(mine(WRONG))["silu"].text]
@@ -299,7 +298,7 @@ def test_custom_backward_passes_are_compared_with_finite_differences(mine):
 def test_an_infinite_loop_times_out(mine, monkeypatch):
     monkeypatch.setattr(probes, "LIMIT_SECONDS", 0.2)
     found = results(mine("def silu(x):\n    while True:\n        pass\n"))["silu"]
-    assert "it raised TimeoutError: not finished after 0 s" in found.text
+    assert found.status == "timed out" and "stopped: not finished after 0 s of CPU time" in found.text
 
 
 def test_calling_the_reference_raises(mine):
@@ -612,10 +611,10 @@ def test_foreign_adapters_are_graded_and_missing_ones_skipped(tmp_path):
     steps = [str(REPOSITORY / "tests" / "test_steps.py"), "-k", "silu or softmax or rope"]
     graded = run("-m", "pytest", *steps, *options, f"--adapters={folder / 'adapters.py'}", cwd=tmp_path)
     report = json.loads((tmp_path / "r.json").read_text())["steps"]
-    assert report["silu"]["status"] == "passed" and report["silu"]["time_relative_to_ours"] > 0
-    assert report["silu"]["notes"] == ["tests/adapters.py:5 uses torch.nn.functional.silu"]
-    assert report["softmax"]["mistake"] == "dim ignored" or report["softmax"]["mistake"]
-    assert report["softmax"]["missing"] == ["run_log_softmax"]
+    assert report["silu"]["status"] == "passed" and report["silu"]["time_relative_to_reference"] > 0
+    assert report["silu"]["ready_made"] == ["tests/adapters.py:5 uses torch.nn.functional.silu"]
+    assert report["softmax"]["mistake"] == "dim ignored" and report["softmax"]["missing"] == []
+    assert "softmax: along the middle of three axes (8 of 10 probes passed)" in graded.stdout
     assert "run_rope: not in the adapters file" in graded.stdout
 
 
@@ -658,7 +657,7 @@ def test_waiting_times_out(mine, monkeypatch, waiting):
     monkeypatch.setattr("builtins.input", lambda: time.sleep(60))
     source = f"import time, threading\ndef silu(x):\n    {waiting}\n"
     started = time.monotonic()
-    assert "TimeoutError: not finished" in results(mine(source))["silu"].text
+    assert "stopped: not finished after" in results(mine(source))["silu"].text
     assert time.monotonic() - started < 20
 
 
@@ -692,30 +691,3 @@ def test_two_mistakes_are_not_named_as_a_third(mine):
         "    return batch[:, :-1], batch[:, 1:]\n"
     )
     assert "TARGETS SHIFTED" not in results(mine(source))["batches"].text
-
-
-def test_an_empty_adapters_file_passes_no_step(tmp_path):
-    (tmp_path / "adapters.py").write_text("")
-    bare = sockets.Adapters(grading.load_adapters(tmp_path / "adapters.py"))
-    verdicts = [judge.judge(judge.load(name), bare) for name in judge.STEPS]
-    assert {verdict.status for verdict in verdicts} == {"missing"}
-
-
-def test_ready_made_parts_are_found_through_imports_only(tmp_path):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "scratch").mkdir()
-    (tmp_path / "pkg").mkdir()
-    (tmp_path / "scratch" / "compare.py").write_text(
-        "import torch\ndef silu(x):\n    return torch.softmax(x, 0)\n"
-    )
-    (tmp_path / "pkg" / "ops.py").write_text(
-        "import torch\n"
-        "def mine(x, d):\n    return x.softmax(d)\n"
-        "def silu(x):\n    return x * torch.sigmoid(x)\n"
-    )
-    adapters = tmp_path / "tests" / "adapters.py"
-    adapters.write_text(
-        "def run_softmax(x, dim):\n    from pkg.ops import mine as my\n    return my(x, dim)\n"
-        "def run_silu(x):\n    from pkg.ops import silu\n    return silu(x)\n"
-    )
-    assert grading.ready_made_uses(adapters) == {"softmax": ["pkg/ops.py:3 uses the tensor method softmax"]}

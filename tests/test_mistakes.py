@@ -36,7 +36,7 @@ def test_the_long_probes_exist():
 @each_step
 def test_the_reference_passes(name):
     verdict = judge.judge(judge.load(name), sockets.own())
-    assert verdict.status == "passed" and not verdict.missing, verdict
+    assert verdict.status == "passed" and verdict.n_passed == verdict.n_probes, verdict
 
 
 @pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
@@ -59,8 +59,8 @@ def test_a_mistake_is_caught_and_named(name, mistake: probes.Mistake):
 def test_mistakes_are_distinct_unless_declared_the_same(name):
     step = judge.load(name)
     for one, other in itertools.combinations(step.mistakes, 2):
-        same = all(
-            judge.alike(probe, *(judge.observation_of(name, m.name, i) for m in (one, other)))
+        same = not any(
+            judge.differing(probe, *(judge.observation_of(name, m.name, i) for m in (one, other)))
             for i, probe in enumerate(step.probes)
         )
         declared = (one.same_as or one.name) == (other.same_as or other.name)

@@ -236,7 +236,6 @@ def test_lm_matches_transformers(settings, make, our_names):
 # Property: what the model sees
 
 
-@pytest.mark.beyond
 def test_logits_see_tokens_up_to_their_own_and_never_later_ones(run_lm, randn):
     weights, tokens = weights_of_lm(randn), torch.arange(3, 3 + SEQ)  # each token stands for its position
 
@@ -261,7 +260,6 @@ def test_sequences_of_a_batch_are_independent(run_lm, randn):
     torch.testing.assert_close(run_lm(tokens, **weights), alone)
 
 
-@pytest.mark.beyond
 def test_lm_keeps_dtype_and_device(run_lm, randn):
     weights = weights_of_lm(randn)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):

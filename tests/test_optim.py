@@ -49,7 +49,6 @@ def assert_trains_like_torch(cls, make, parameters, gradients, change=lambda opt
 OPTIONS = {"lr": 0.03, "betas": (0.7, 0.9), "eps": 1e-2, "weight_decay": 0.3}
 
 
-@pytest.mark.beyond
 def test_adamw_matches_torch(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
     assert_trains_like_torch(
@@ -58,7 +57,6 @@ def test_adamw_matches_torch(adapters, randn):
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 0.0)], ids=str)
-@pytest.mark.beyond
 def test_adamw_matches_torch_without_a_moment(adapters, randn, betas):
     parameters, gradients = parameters_with_gradients(randn, (3, 4))
     options = OPTIONS | {"betas": betas}
@@ -67,7 +65,6 @@ def test_adamw_matches_torch_without_a_moment(adapters, randn, betas):
     )
 
 
-@pytest.mark.beyond
 def test_adamw_takes_parameters_from_a_generator(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
     assert_trains_like_torch(
@@ -75,7 +72,6 @@ def test_adamw_takes_parameters_from_a_generator(adapters, randn):
     )
 
 
-@pytest.mark.beyond
 def test_adamw_reads_the_lr_at_every_step(adapters, randn):
     parameters, gradients = parameters_with_gradients(randn, (3, 4), (5,))
 
@@ -159,7 +155,6 @@ def test_adamw_update_is_pure(randn):
     assert all(map(torch.equal, tensors, before))
 
 
-@pytest.mark.beyond
 def test_adamw_snapshot(adapters, snapshot):
     arrays = snapshot("adamw")
     weight = nn.Parameter(arrays["weight"])

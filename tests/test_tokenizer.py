@@ -272,14 +272,12 @@ def parts(text: str, cuts: list[int]) -> list[str]:
 @example(f"a \n{END_OF_TEXT}{END_OF_TEXT}\n\n| b", [5, 12, 20, 30, 31])
 @example(f"{END_OF_TEXT}  {END_OF_TEXT * 3}", [13, 14, 15, 28, 41])
 @example("x <|a b|> y", [4, 5, 6])
-@pytest.mark.beyond
 def test_a_stream_gets_the_ids_of_the_whole_text_wherever_it_is_cut(with_specials, text, cuts):
     assert list(with_specials.encode_iterable(parts(text, cuts))) == with_specials.encode(text)
 
 
 @many
 @given(texts_with_specials)
-@pytest.mark.beyond
 def test_a_stream_of_single_characters_gets_the_ids_of_the_whole_text(with_specials, text):
     assert list(with_specials.encode_iterable(text)) == with_specials.encode(text)
 
@@ -287,14 +285,12 @@ def test_a_stream_of_single_characters_gets_the_ids_of_the_whole_text(with_speci
 @many
 @given(texts_with_specials)
 @example("a\n\n\n b\r\n\r\n\x1c \u2028\n")
-@pytest.mark.beyond
 def test_a_stream_of_lines_gets_the_ids_of_the_whole_text(with_specials, text):
     assert list(with_specials.encode_iterable(text.splitlines(keepends=True))) == with_specials.encode(text)
 
 
 @each_sample
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
-@pytest.mark.beyond
 def test_samples_in_parts_of_equal_size_get_the_ids_of_the_whole(with_specials, text, size):
     stream = (text[i : i + size] for i in range(0, min(len(text), 1200), size))
     assert list(with_specials.encode_iterable(stream)) == with_specials.encode(

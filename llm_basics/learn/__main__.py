@@ -25,7 +25,7 @@ from llm_basics.runs import console
 
 TITLE = (__doc__ or "").partition("\n")[0]
 PROGRAM = "uv run python -m llm_basics.learn"
-MARKS = {"passed": "[x]", "failed": "[!]", "not started": "[ ]"}
+MARKS = {"passed": "[x]", "failed": "[!]", "timed out": "[!]", "not started": "[ ]"}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Result:
 
     step: str
     status: str
-    """passed, failed or not started."""
+    """passed, failed, timed out or not started."""
     text: str
 
 
@@ -51,7 +51,7 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
             verdict = judge.judge(judge.load(name), sockets.own())
             hint = f"next hint: uv run python -m llm_basics.learn hint {name} --mine {path}"
             missing = [piece for piece in lesson.needed if piece not in own and _is_required(piece, written)]
-            stub = "".join(verdict.difference).split(".")[0] if verdict.status == "not started" else ""
+            stub = verdict.stub.split(".")[0]
             if stub in swap.HOMES and stub not in lesson.pieces:
                 yield Result(name, "not started", f"{name}: depends on {stub}, which is not started")
             elif verdict.status == "passed" and missing:
@@ -166,7 +166,7 @@ def print_mistakes(only: str | None = None) -> int:
         for mistake in step.mistakes:
             with swap.replaced({mistake.piece: mistake.wrong}):
                 verdict = judge.judge(step, sockets.own())
-            caught += verdict.status == "failed"
+            caught += verdict.status != "passed"
             found = verdict.mistake.name if verdict.mistake is not None and verdict.sure else None
             named += found == (mistake.same_as or mistake.name)
         counts = [len(step.mistakes), caught, named]

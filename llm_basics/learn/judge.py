@@ -30,10 +30,11 @@ def load(name: str) -> probes.Step:
 
 
 @functools.cache
-def _expected(probe_of: str, index: int) -> probes.Observation:
+def expected(step: str, index: int) -> probes.Observation:
+    """The right observation of one probe."""
     torch.manual_seed(0)
     with sandbox.unchanged_state():
-        return load(probe_of).probes[index].expected()
+        return load(step).probes[index].expected()
 
 
 @functools.cache
@@ -49,11 +50,21 @@ def observation_of(step: str, mistake: str, index: int) -> probes.Observation:
 # Comparing
 
 
-def alike(probe: probes.Probe, one: probes.Observation, other: probes.Observation) -> bool:
-    """Whether two observations are equal. Any two errors are; facets that only one has are ignored."""
+def differing(probe: probes.Probe, one: probes.Observation, other: probes.Observation) -> list[str]:
+    """The facets in which two observations differ, of those that both have. Any two errors are equal."""
     if "error" in one or "error" in other:
-        return "error" in one and "error" in other
-    return all(messages.same(one[k], other[k], probe.rtol, probe.atol) for k in one.keys() & other.keys())
+        return [] if "error" in one and "error" in other else ["error"]
+    shared = [facet for facet in one if facet in other]
+    return [f for f in shared if not messages.same(one[f], other[f], probe.rtol, probe.atol)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A probe that an implementation does not pass."""
+
+    probe: str
+    difference: tuple[str, ...]
+    timed_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +73,16 @@ class Verdict:
 
     step: str
     status: str
-    """passed, failed, not started, or missing (the adapters file lacks functions of the step)."""
-    probe: str = ""
-    difference: tuple[str, ...] = ()
+    """passed, failed, timed out (and nothing else wrong) or not started."""
+    failures: tuple[Finding, ...] = ()
+    n_passed: int = 0
+    """Of the probes that ran."""
+    n_probes: int = 0
     mistake: probes.Mistake | None = None
     sure: bool = False
     """Whether the mistake matches on every probe, not only on the failing one."""
-    advice: tuple[str, ...] = ()
-    """Probes beyond the public assignment that failed; a foreign implementation passes without them."""
-    missing: tuple[str, ...] = ()
-    """Functions that the adapters file lacks, which were not checked."""
+    stub: str = ""
+    """The message of the stub, if it is not started."""
     seconds: float = 0.0
 
 
@@ -79,45 +90,41 @@ def judge(step: probes.Step, adapters: Any) -> Verdict:
     """Run the probes of a step on an implementation, and find the mistake that it makes."""
     started = time.perf_counter()
     seen: dict[int, probes.Observation] = {}
-    lacking: dict[str, None] = {}
     for i, probe in enumerate(step.probes):
         try:
             seen[i] = probes.observe(probe, adapters)
         except NotImplementedError as stub:
-            return Verdict(step.name, "not started", difference=(str(stub),))
-        except sockets.MissingAdapter as name:
-            lacking[str(name)] = None
-        if i in seen and probes.TIMEOUT in seen[i].get("error", ""):
+            return Verdict(step.name, "not started", stub=str(stub))
+        except sockets.MissingAdapter:
+            continue  # of a second stage that is not begun
+        if probes.timed_out(seen[i]):
             break  # the other probes would time out too
-    if not seen:
-        return Verdict(step.name, "missing", missing=tuple(lacking))
     seconds = time.perf_counter() - started
-    advice: tuple[str, ...] = ()
-    if not adapters.keeps_weights:
-        more = [i for i in seen if step.probes[i].beyond]
-        verdicts = [(step.probes[i].about, conclude(step, {i: seen.pop(i)})) for i in more]
-        advice = tuple(about for about, verdict in verdicts if verdict.status != "passed")
-    verdict = conclude(step, seen)
-    return dataclasses.replace(verdict, advice=advice, missing=tuple(lacking), seconds=seconds)
+    return dataclasses.replace(conclude(step, seen), seconds=seconds)
 
 
 def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Verdict:
     """The verdict on observations, by the number of the probe."""
-    wrong = [i for i in seen if not alike(step.probes[i], seen[i], _expected(step.name, i))]
-    if not wrong:
-        return Verdict(step.name, "passed")
-    first = step.probes[wrong[0]]
-    mistake, sure = _which(step, seen, wrong)
-    lines = tuple(messages.differences(first, _expected(step.name, wrong[0]), seen[wrong[0]]))
-    return Verdict(step.name, "failed", first.about, lines, mistake, sure)
+    wrong = [i for i in seen if differing(step.probes[i], seen[i], expected(step.name, i))]
+    mistake, sure = find_mistake(step, seen, wrong) if wrong else (None, False)
+    found = tuple(finding(step, i, seen[i]) for i in wrong)
+    return Verdict(step.name, status_of(found), found, len(seen) - len(wrong), len(seen), mistake, sure)
 
 
-def _kind(seen: probes.Observation) -> str:
-    """The type of the error, or ""."""
-    return seen.get("error", "").split(":")[0]
+def finding(step: probes.Step, i: int, seen: probes.Observation) -> Finding:
+    """What is wrong in the observation of a probe."""
+    lines = messages.differences(step.probes[i], expected(step.name, i), seen)
+    escaped = tuple(line.replace("\r", "\\r").replace("\n", "\\n") for line in lines)
+    return Finding(step.probes[i].about, escaped, probes.timed_out(seen))
 
 
-def _which(
+def status_of(failures: Sequence[Finding]) -> str:
+    """The status of a step that does not pass these probes."""
+    wrong = "timed out" if all(failure.timed_out for failure in failures) else "failed"
+    return wrong if failures else "passed"
+
+
+def find_mistake(
     step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]
 ) -> tuple[probes.Mistake | None, bool]:
     """The mistake with the same observations, and whether on all probes.
@@ -130,7 +137,8 @@ def _which(
 
         def is_equal(i: int, name: str = mistake.name) -> bool:
             known = observation_of(step.name, name, i)
-            return alike(step.probes[i], seen[i], known) and _kind(seen[i]) == _kind(known)
+            kinds = {str(o.get("error", "")).split(":")[0] for o in (seen[i], known)}
+            return len(kinds) == 1 and not differing(step.probes[i], seen[i], known)
 
         # rules out most mistakes
         if not is_equal(wrong[0]) or not all(is_equal(i) for i in seen if i not in wrong):
@@ -159,10 +167,3 @@ def gradient_error(probe: probes.Probe) -> str:
     except Exception as error:
         return " ".join(str(error).split())[:100]
     return ""
-
-
-def pieces_of(step: str) -> list[str]:
-    """Names of the pieces of a step."""
-    if step in lessons.ORDER:
-        return lessons.load(step).pieces
-    return sorted({mistake.piece.split(".")[1] for mistake in load(step).mistakes})

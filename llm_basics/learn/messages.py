@@ -2,10 +2,12 @@
 
 import itertools
 import math
+import os.path
 import re
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ WIDTH = 100
 # lines of numbers, which are hard to read when wrapped
 LINE = 114
 
-# of a whole message
-MAX_LINES = 12
+# of a whole message, and of the differences in it
+MAX_LINES, MAX_DIFFERENCES = 12, 5
+
+# characters of a value, and of the text of an error
+SHOWN, ERROR = 60, 180
 
 
 def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
@@ -27,11 +32,13 @@ def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
             return False
+        a, b = a.cpu(), b.cpu()
         if not a.is_floating_point():
             return torch.equal(a, b)
         return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True)
-    numbers = [isinstance(x, float | int) and not isinstance(x, bool) for x in (a, b)]
-    if all(numbers) and (isinstance(a, float) or isinstance(b, float)):
+    if all(isinstance(x, Real) and not isinstance(x, bool) for x in (a, b)):
+        if isinstance(a, Integral) and isinstance(b, Integral):
+            return bool(a == b)
         return math.isclose(a, b, rel_tol=rtol, abs_tol=atol) or (math.isnan(a) and math.isnan(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k], rtol, atol) for k in a)
@@ -43,7 +50,8 @@ def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
 def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[str]:
     """How `actual` differs from `expected`, most informative first."""
     if "error" in actual:
-        yield f"it raised {actual['error']}"
+        error = actual["error"]
+        yield error if error.startswith("stopped: ") else f"it raised {error}"
         return
     if "error" in expected:
         yield "it must raise an error here, but returned a result"
@@ -53,7 +61,10 @@ def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) ->
     for facet in wrong:
         right, found = expected[facet], actual[facet]
         if facet in ("output", "result") and probe.words is not None:
-            yield probe.words(right, found)
+            try:
+                yield probe.words(right, found)
+            except Exception:  # foreign code may return anything
+                yield _first_difference(right, found, probe, ())
         elif facet == "changed":
             yield f"it modifies its input {', '.join(found)} in place"
         elif facet == "dtype":
@@ -68,7 +79,7 @@ def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) ->
     elif "output" in wrong and isinstance(actual["output"], Tensor):
         gradients = [k for k in expected if k.startswith("gradient") and k in actual]
         right = [k for k in gradients if k not in wrong]
-        shape, dtype = tuple(actual["output"].shape), actual["dtype"]
+        shape, dtype = tuple(actual["output"].shape), str(actual["output"].dtype).removeprefix("torch.")
         which = f"correct: {', '.join(right)}" if right else "the gradients are wrong too"
         yield f"the output is {dtype} of shape {shape}" + (f"; {which}" if gradients else "")
 
@@ -86,20 +97,21 @@ def reason(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     # in user code, not in a library that it calls
     frame = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])
-    return f"{text or 'no message'} ({Path(frame.filename).name}:{frame.lineno})"
+    text = textwrap.shorten(text, ERROR, placeholder=" ...") or "no message"
+    return f"{text} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def message(verdict: Any, next_step: str) -> str:
     """The message for a step that did not pass, in at most twelve lines, with the mistake if it is known."""
     if verdict.status == "not started":
         return f"{verdict.step}: not started"
-    lines = [f"{verdict.step}: {verdict.probe}"]
-    for line in verdict.difference[:3]:
-        # the end of an error message matters
-        width = 2 * WIDTH if line.startswith("it raised") else LINE
-        lines += textwrap.wrap(
-            textwrap.shorten(line, width), LINE, initial_indent="  ", subsequent_indent="    "
-        )
+    first = verdict.failures[0]
+    lines = [f"{verdict.step}: {first.probe} ({verdict.n_passed} of {verdict.n_probes} probes passed)"]
+    for line in first.difference[:3]:
+        wrapped = textwrap.wrap(line, LINE, initial_indent="  ", subsequent_indent="    ")
+        # whole or not at all
+        if len(lines) == 1 or len(lines) + len(wrapped) <= MAX_DIFFERENCES + 1:
+            lines += wrapped
     mistake = verdict.mistake
     if mistake is None:
         lines.append("  no known mistake gives this result")
@@ -122,7 +134,9 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
         if not len(wrong):
             return f"the dtype must be {right.dtype}, got {found.dtype}"
         first = tuple(wrong[0].tolist())
-        text = f"{_position(first, axes)}expected {_number(right[first])}, got {_number(found[first])}"
+        named = ", ".join(f"{axis} {i}" for axis, i in zip(axes, first, strict=False))
+        text = f"at {named if len(axes) == len(first) else list(first)}: " if first else ""
+        text += f"expected {_number(right[first])}, got {_number(found[first])}"
         if close.numel() > 1:
             text += f"; {len(wrong)} of {close.numel()} wrong"
             off = (right.double() - found.double()).abs().nan_to_num(0, 0, 0) * ~close
@@ -136,24 +150,15 @@ def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -
                 position = f"{axes[0]} {i}" if axes else f"index {i}"
                 if isinstance(x, list | tuple | dict | Tensor) and type(x) is type(y):
                     return f"at {position}: " + _first_difference(x, y, probe, axes[1:])
-                return f"at {position}: expected {_short(x)}, got {_short(y)}"
+                return f"at {position}: {_pair(x, y)}"
     if isinstance(right, dict) and isinstance(found, dict):
         for key in [*right, *(k for k in found if k not in right)]:
             x, y = right.get(key, "nothing"), found.get(key, "nothing")
             if not same(x, y, probe.rtol, probe.atol):
                 if isinstance(x, list | tuple | dict | Tensor) and type(x) is type(y):
                     return f"{key}: " + _first_difference(x, y, probe, axes)
-                return f"{key}: expected {_short(x)}, got {_short(y)}"
-    return f"expected {_short(right)}, got {_short(found)}"
-
-
-def _position(index: tuple[int, ...], axes: Sequence[str]) -> str:
-    """`at batch 0, query 3: ` for named axes, else `at [0, 3]: `."""
-    if not index:
-        return ""
-    if len(axes) != len(index):
-        return f"at {list(index)}: "
-    return "at " + ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True)) + ": "
+                return f"{key}: {_pair(x, y)}"
+    return _pair(right, found)
 
 
 def _number(value: Any) -> str:
@@ -161,6 +166,12 @@ def _number(value: Any) -> str:
     return f"{number:.4g}" if isinstance(number, float) else str(number)
 
 
-def _short(value: Any) -> str:
-    text = _number(value) if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _pair(right: Any, found: Any) -> str:
+    """Both values; long ones from shortly before the first character in which they differ."""
+    texts = [_number(value) if isinstance(value, float) else repr(value) for value in (right, found)]
+    start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 3) if max(map(len, texts)) > SHOWN else 0
+    right, found = (
+        "..." * (start > 0) + text[start : start + SHOWN] + "..." * (start + SHOWN < len(text))
+        for text in texts
+    )
+    return f"expected {right}, got {found}"

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
+
+# what the first gradient imports, before the time limit of a probe starts
+import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch import Tensor
 
 from llm_basics.learn import messages, sandbox
 
-# for one probe; the slowest takes a fraction
+# of CPU time for one probe; the slowest takes a fraction
 LIMIT_SECONDS = 10.0
 
 # how the error of a probe that timed out begins
-TIMEOUT = "TimeoutError: not finished after"
+TIMEOUT = "stopped: not finished after"
 
 # "output", "dtype", "gradient of x", "changed", ... or "error"
 Observation = dict[str, Any]
@@ -38,15 +41,17 @@ class Probe:
     atol: float
     axes: tuple[str, ...] = ()
     words: Callable[[Any, Any], str] | None = None
+    # if tensors are compared: called with the adapters and `tensors`, and with `tensors` alone
     function: Callable[..., Tensor] | None = None
-    """If tensors are compared: called with the adapters and `tensors`."""
     right: Callable[..., Tensor] | None = None
-    """If tensors are compared: the independent implementation, called with `tensors`."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    # whether gradients of `tensors` are compared besides the output
     gradients: bool = False
-    """Whether gradients of `tensors` are compared besides the output."""
-    beyond: bool = False
-    """Beyond the public assignment: required of pieces of this package, only advised for foreign adapters."""
+    contract: str = ""
+    """Key of the sentence of the public assignment (contract.yaml) that it stands on, without which it is
+    advice for foreign adapters."""
+    beyond: str = ""
+    """Why it is asked, if no sentence promises it; not needed for functions that the assignment lacks."""
 
 
 @dataclass(frozen=True)
@@ -82,28 +87,27 @@ class Step:
         atol: float = 1e-5,
         gradients: bool = True,
         words: Callable[[Any, Any], str] | None = None,
-        beyond: bool = False,
+        **ground: Any,
     ) -> None:
         """Check `ours(adapters, **inputs, **weights)` against `right(**inputs, **weights)`.
 
         Compares output, dtype, gradients of all floating-point tensors, and in-place changes of inputs.
         Gradients of `weights` are not compared for foreign adapters, which may copy weights into layers.
-        `axes` names the axes of the output; `words` describes the first difference of the output.
+        `axes` names the axes of the output; `words` describes the first difference of the output; `ground` is
+        `contract` or `beyond`, the sentence or the reason for foreign adapters.
         """
         weights = weights or {}
         tensors = inputs | weights
 
         def observe(adapters: Any) -> Observation:
-            wanted = tensors if getattr(adapters, "keeps_weights", True) else inputs
+            wanted = inputs if adapters.is_foreign else tensors
             return observe_tensors(functools.partial(ours, adapters), tensors, wanted if gradients else {})
 
         def expected() -> Observation:
             return observe_tensors(right, tensors, tensors if gradients else {})
 
-        names = tuple(axes.split())
-        self.probes.append(
-            Probe(about, observe, expected, rtol, atol, names, words, ours, right, tensors, gradients, beyond)
-        )
+        more = tuple(axes.split()), words, ours, right, tensors, gradients
+        self.probes.append(Probe(about, observe, expected, rtol, atol, *more, **ground))
 
     def value(
         self,
@@ -115,21 +119,15 @@ class Step:
         rtol: float = 1e-4,
         atol: float = 1e-5,
         words: Callable[[Any, Any], str] | None = None,
-        beyond: bool = False,
+        **ground: Any,
     ) -> None:
         """Check that `ours(adapters)` equals `right`: tensors, numbers, strings, lists, dicts."""
-        self.probes.append(
-            Probe(
-                about,
-                lambda adapters: {"result": ours(adapters)},
-                lambda: {"result": right},
-                rtol,
-                atol,
-                tuple(axes.split()),
-                words,
-                beyond=beyond,
-            )
-        )
+
+        def observe(adapters: Any) -> Observation:
+            return {"result": ours(adapters)}
+
+        more = tuple(axes.split()), words
+        self.probes.append(Probe(about, observe, lambda: {"result": right}, rtol, atol, *more, **ground))
 
     def mistake(self, piece: str, source: str, same_as: str | None = None) -> Callable[[Any], Any]:
         """Register a wrong version of a piece (`functional.softmax`); its docstring is the explanation."""
@@ -173,7 +171,7 @@ def observe_tensors(
     if not isinstance(output, Tensor):
         raise TypeError(f"the result must be a tensor, got {type(output).__name__}")
     seen: Observation = {
-        "output": output.detach().clone(),
+        "output": output.detach().cpu().clone(),
         "dtype": str(output.dtype).removeprefix("torch."),
         "changed": [
             name for name, tensor in tensors.items() if not messages.same(tensor, arguments[name], 0.0, 0.0)
@@ -184,37 +182,34 @@ def observe_tensors(
         return seen
     if not output.requires_grad:
         return seen | {f"gradient of {name}": None for name in inputs}
-    weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
+    weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     found = torch.autograd.grad(output, list(inputs.values()), weighting, allow_unused=True)
     return seen | {f"gradient of {name}": g for name, g in zip(inputs, found, strict=True)}
 
 
-@functools.cache
-def _load_autograd() -> None:
-    """Compute a gradient, so that torch imports sympy outside of any time limit."""
-    with torch.enable_grad():
-        x = torch.ones(1, requires_grad=True)
-        torch.autograd.grad(x * 1, x, torch.ones(1))
-
-
-def observe(probe: Probe, adapters: Any) -> Observation:
+def observe(probe: Probe, adapters: Any, seconds: float | None = None) -> Observation:
     """The observation of a probe. Errors are part of it, except of missing adapters and of stubs."""
-    _load_autograd()
+    seconds = seconds or LIMIT_SECONDS
     random.seed(0)
     np.random.seed(0)
     # torch.manual_seed also records a traceback for each kind of device: a quarter of the time of a check
     torch.default_generator.manual_seed(0)
     try:
-        with sandbox.time_limit(LIMIT_SECONDS), sandbox.unchanged_state():
+        with sandbox.time_limit(seconds), sandbox.unchanged_state():
             return probe.observe(adapters)
     except NotImplementedError as error:
         if is_stub(error):
             raise
         return {"error": f"NotImplementedError: {' '.join(str(error).split())}"}
     except sandbox.TimedOut:
-        return {"error": f"{TIMEOUT} {LIMIT_SECONDS:.0f} s"}
+        return {"error": f"{TIMEOUT} {seconds:.0f} s of CPU time or of waiting"}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {messages.reason(error)}"}
+
+
+def timed_out(seen: Observation) -> bool:
+    """Whether a probe was stopped at its time limit."""
+    return str(seen.get("error", "")).startswith(TIMEOUT)
 
 
 def is_stub(error: NotImplementedError) -> bool:

@@ -10,7 +10,7 @@ from llm_basics import user_code
 from llm_basics.core import files
 from llm_basics.learn import lessons
 
-STATUSES = {"passed", "failed", "not started"}
+STATUSES = {"passed", "failed", "timed out", "not started"}
 
 
 class Progress:
@@ -20,7 +20,7 @@ class Progress:
         self.file = Path(path)
         self.path = self.file.with_suffix(".progress.json")
         self.steps: dict[str, str] = {}
-        """passed, failed or not started."""
+        """One of STATUSES."""
         self.checked: dict[str, str] = {}
         """Digest of the file for each step at that time."""
         self.hints: dict[str, int] = {}

@@ -6,7 +6,6 @@ The file is in `tests/`, where teachers read and copy it; a wheel has a copy of 
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,23 +20,20 @@ class MissingAdapter(BaseException):
 
 
 class Adapters:
-    """The functions of an adapters file. `missing` is called with the name of one that it lacks."""
+    """The functions of an adapters file."""
 
-    def __init__(self, module: ModuleType, missing: Callable[[str], Any] | None = None) -> None:
+    # foreign adapters may copy weights into layers, and then no gradient reaches them
+    is_foreign = False
+
+    def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self._missing = missing
         self.used: set[str] = set()
-        # foreign adapters may copy weights into layers, and then no gradient reaches them
-        path = Path(getattr(module, "__file__", None) or ".").resolve()
-        self.keeps_weights = path == own_path()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(("run_", "get_")):
             raise AttributeError(name)
         self.used.add(name)
-        if not hasattr(self._module, name) or (self.keeps_weights and _is_later(name)):
-            if self._missing is not None:
-                self._missing(name)
+        if not hasattr(self._module, name) or (not self.is_foreign and _is_later(name)):
             raise MissingAdapter(name)
         return getattr(self._module, name)
 
@@ -63,9 +59,8 @@ def own() -> Adapters:
     return Adapters(run_file(own_path()))
 
 
-def run_file(path: Path) -> ModuleType:
-    """Execute an adapters file and return its module."""
-    name = f"adapters_{abs(hash(path))}"
+def run_file(path: Path, name: str = "own_adapters") -> ModuleType:
+    """Execute an adapters file as a module of this name, and return it."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -42,13 +42,19 @@ def compare(about, inputs, right=None, **options):
 
 def once_and_again(a):
     same = torch.linspace(-1, 1, 24).reshape(2, 4, 3)
+    seen = torch.ones(2, 4, 4, dtype=torch.bool)
     return torch.equal(
-        *(a.run_scaled_dot_product_attention(*(same.clone() for _ in range(3))) for _ in range(2))
+        *(a.run_scaled_dot_product_attention(*(same.clone() for _ in range(3)), seen) for _ in range(2))
     )
 
 
+def unmasked(*axes):
+    """A mask that hides nothing: the public tests always pass one."""
+    return {"mask": torch.ones(*axes, dtype=torch.bool)}
+
+
 # --------------------------------------------------------------------------------------------------
-# Without a mask
+# Nothing masked
 
 QKV = {"q": draw(2, 3, 4, 6), "k": draw(2, 3, 5, 6), "v": draw(2, 3, 5, 7)}
 
@@ -57,12 +63,26 @@ step.value(
     once_and_again,
     True,
     words=lambda expected, actual: "a second call with the same input gives a different output",
+    contract="attention",
 )
-compare("4 queries, 5 keys, values of another width", QKV, axes="batch head query feature", gradients=False)
+compare(
+    "4 queries, 5 keys, values of another width",
+    QKV | unmasked(2, 3, 4, 5),
+    axes="batch head query feature",
+    gradients=False,
+    contract="attention",
+)
 compare(
     "as many queries as keys, with gradients",
-    {"q": draw(3, 5, 6), "k": draw(3, 5, 6), "v": draw(3, 5, 7)},
+    {"q": draw(3, 5, 6), "k": draw(3, 5, 6), "v": draw(3, 5, 7)} | unmasked(3, 5, 5),
     axes="head query feature",
+    contract="attention",
+)
+compare(
+    "no mask",
+    QKV,
+    axes="batch head query feature",
+    beyond="a mask is optional by its default, but the public tests always pass one",
 )
 # scores of up to some hundreds in the first query, small ones in the others
 compare(
@@ -71,11 +91,13 @@ compare(
         "q": draw(2, 4, 6) * torch.tensor([300, 1, 0.1, 1]).reshape(4, 1),
         "k": draw(2, 5, 6),
         "v": draw(2, 5, 7),
-    },
+    }
+    | unmasked(2, 4, 5),
     axes="head query feature",
     gradients=False,
     rtol=1e-3,
     atol=1e-4,
+    contract="attention",
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -88,20 +110,32 @@ MASKS[..., 1] = True
 # values that are the identity make the output the weights themselves
 compare(
     "which keys a mask lets each query see",
-    {"q": draw(4, 6), "k": draw(5, 6), "v": torch.eye(5), "mask": MASK},
-    axes="query key",
+    {"q": draw(1, 4, 6), "k": draw(1, 5, 6), "v": torch.eye(5)[None], "mask": MASK[None]},
+    axes="batch query key",
     gradients=False,
     words=whether_seen,
+    contract="attention",
 )
-compare("one mask for all heads", QKV | {"mask": MASK}, axes="batch head query feature")
-compare("a mask for each head", QKV | {"mask": MASKS}, axes="batch head query feature")
+compare(
+    "one mask for all heads",
+    QKV | {"mask": MASK},
+    axes="batch head query feature",
+    beyond="a causal mask is the same for all heads; the public tests have one for each",
+)
+compare("a mask for each head", QKV | {"mask": MASKS}, axes="batch head query feature", contract="attention")
 compare(
     "a mask, and scores far below zero",
-    {"q": -20 * torch.ones(4, 6), "k": 1 + draw(5, 6).abs(), "v": draw(5, 7), "mask": MASK},
-    axes="query feature",
+    {
+        "q": -20 * torch.ones(1, 4, 6),
+        "k": 1 + draw(1, 5, 6).abs(),
+        "v": draw(1, 5, 7),
+        "mask": MASK[None],
+    },
+    axes="batch query feature",
     gradients=False,
     rtol=1e-3,
     atol=1e-4,
+    contract="attention",
 )
 compare(
     "float16 numbers with a mask",
@@ -111,6 +145,7 @@ compare(
     gradients=False,
     rtol=2e-2,
     atol=2e-2,
+    beyond="the public tests have float32 alone; a mask of -1e9 is no float16",
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +186,7 @@ compare(
     {"q": draw(2, 4, 6), "k": draw(2, 5, 6), "v": draw(2, 5, 7), "mask": UNSEEING},
     zeros_for_the_unseeing,
     axes="head query feature",
-    beyond=True,
+    beyond="a query that sees nothing is 0/0, and its NaN reaches every weight through the gradient",
 )
 
 

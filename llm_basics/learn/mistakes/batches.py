@@ -43,7 +43,12 @@ def shapes(a):
     return {"inputs": list(inputs.shape), "targets": list(targets.shape)}
 
 
-step.value("the shapes of a batch of 8 sequences of 4 tokens", shapes, {"inputs": [8, 4], "targets": [8, 4]})
+step.value(
+    "the shapes of a batch of 8 sequences of 4 tokens",
+    shapes,
+    {"inputs": [8, 4], "targets": [8, 4]},
+    contract="batches",
+)
 
 
 def one_call_and_the_next(a):
@@ -57,6 +62,7 @@ step.value(
     "different sequences in each call",
     one_call_and_the_next,
     "others",
+    contract="batches",
     words=lambda right, found: f"each call must draw new windows, but gives {found}",
 )
 
@@ -70,6 +76,7 @@ step.value(
     "inputs are consecutive tokens",
     input_shift,
     [[0], [1], [2], [3]],
+    contract="batches",
     words=lambda right, found: "the tokens of a window are not consecutive in the text",
 )
 
@@ -88,7 +95,13 @@ def say_shift(right, found):
     return f"the target of token {place} of a window is not the next token in the text"
 
 
-step.value("targets are the inputs shifted by one token", target_shift, [[1]] * 4, words=say_shift)
+step.value(
+    "targets are the inputs shifted by one token",
+    target_shift,
+    [[1]] * 4,
+    words=say_shift,
+    contract="batches",
+)
 
 
 def say_places(right, found):
@@ -102,6 +115,7 @@ step.value(
     lambda a: places_of(a).unique().tolist(),
     list(range(PLACES)),
     words=say_places,
+    contract="batches",
 )
 
 
@@ -115,6 +129,7 @@ step.value(
     "start positions are uniform",
     out_of_proportion,
     [],
+    contract="batches",
     words=lambda right, found: f"start positions {found} are drawn far more or far less often than others",
 )
 # how far the places of neighbors in a batch are apart; 0 is left out, for draws without repetition
@@ -122,6 +137,7 @@ step.value(
     "each sequence of a batch has its own start",
     lambda a: sorted(set(places_of(a).diff(dim=1).abs().unique().tolist()) - {0}),
     list(range(1, PLACES)),
+    contract="batches",
     words=lambda right, found: (
         f"the windows of a batch are always {found} tokens apart, not drawn independently"
         if found
@@ -139,6 +155,7 @@ step.value(
     "uint16 tokens of 60,000 become int64 with the same values",
     types,
     ["torch.int64", "torch.int64", 60_000, 60_000],
+    contract="batches",
     words=lambda right, found: (
         f"inputs and targets must be torch.int64 with token 60000, got {found[0]} and {found[1]} "
         f"with {found[2]} and {found[3]}"
@@ -148,6 +165,7 @@ step.value(
     "a text with room for a single sequence",
     lambda a: [[rows.tolist() for rows in a.run_get_batch(np.arange(5), 1, 4, "cpu")] for _ in range(60)][0],
     [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
+    contract="batches",
 )
 
 
@@ -165,13 +183,34 @@ step.value(
     "300 sequences from a text with 9 start positions",
     more_than_places,
     "300 windows",
+    beyond="sequences drawn without repetition are uniform too, but a short text then has too few",
     words=lambda right, found: f"a batch of 300 windows from a text with 9 start positions gives {found}",
 )
 step.value(
     "a batch for another device",
     lambda a: [rows.device.type for rows in calls(a, n=60, device="meta")[0]],
     ["meta", "meta"],
+    beyond="a device other than the CPU that every machine has; the public test has one that none has",
     words=lambda right, found: f"the batch must be on device {right[0]}, but is on {' and '.join(found)}",
+)
+
+
+def nowhere(a):
+    try:
+        calls(a, n=1, device="cuda:99")
+    except NotImplementedError:
+        raise
+    except Exception:
+        return "refused"
+    return "ignored"
+
+
+step.value(
+    "a device that does not exist",
+    nowhere,
+    "refused",
+    words=lambda right, found: "a batch for cuda:99 must fail where there is none, but the device is ignored",
+    contract="device",
 )
 
 
@@ -204,6 +243,7 @@ step.value(
     "a text far larger than memory",
     far_too_large,
     "read in windows",
+    beyond="a training set of many gigabytes is a memory map; the public test has 100 tokens",
     words=lambda right, found: "the whole text is read into memory, not only the windows",
 )
 
@@ -222,6 +262,7 @@ step.value(
     "a text one token too short for a sequence and its last target",
     too_short,
     "refused",
+    beyond="no sequence fits, which an error shows at once",
     words=lambda right, found: "4 tokens have no room for a window of 4 and its last target: raise an error",
 )
 

@@ -117,12 +117,13 @@ def file_of(text):
     return path
 
 
-def train(adapters, text, n_merges, special_tokens=()):
+# the public tests always pass a special token
+def train(adapters, text, n_merges, special_tokens=(END,)):
     vocab_size = 256 + len(special_tokens) + n_merges
     return adapters.run_train_bpe(file_of(text), vocab_size, list(special_tokens))
 
 
-def right_merges(text, n_merges, special_tokens=()):
+def right_merges(text, n_merges, special_tokens=(END,)):
     return learn(Counter(piece.encode() for piece in pieces(text, special_tokens)), n_merges)
 
 
@@ -134,7 +135,8 @@ def short(text):
     words = Counter(text.splitlines())
     if text.endswith("\n") and "".join(words).isalpha():
         return ", ".join(f"{frequency} {word}" for word, frequency in words.items())
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+    period = (text + text).find(text, 1)
+    return f"{text[:period]!r} * {len(text) // period}" if 0 < period < len(text) else repr(text)
 
 
 def merge_words(rows):
@@ -156,15 +158,21 @@ def merge_words(rows):
     return words
 
 
-def merges_of(about, *rows, beyond=False):
-    """A probe of the merges of some texts; a row is a text, a number of merges, and special tokens."""
+def merges_of(about, *rows, ends=False, **ground):
+    """A probe of the merges of some texts; a row is a text, a number of merges, and special tokens.
+
+    Unless the text `ends` first, they are no more than it has: what to do without a pair is not promised.
+    """
+    ground = ground or {"contract": "train_bpe"}
+    if not ends:
+        rows = [(text, len(right_merges(text, *more)), *more[1:]) for text, *more in rows]
     step.value(
         about,
         lambda a: [train(a, *row)[1] for row in rows],
         [right_merges(*row) for row in rows],
         axes="text merge",
         words=merge_words(rows),
-        beyond=beyond,
+        **ground,
     )
 
 
@@ -215,7 +223,14 @@ pieces_of(
 merges_of("words are weighted by frequency", (lines(abc=1, abd=1, abe=1, abf=1, xy=5), 2))
 merges_of("pairs count at every position of a word", (lines(abab=3, cabcab=2, zz=8), 3))
 merges_of("pairs that occur once are merged too", (lines(ab=3, cd=1), 2))
-merges_of("training ends when no pair is left", (lines(ab=3, abc=2), 50), ("", 5), ("a", 5, [END]))
+merges_of(
+    "training ends when no pair is left",
+    (lines(ab=3, abc=2), 50, []),
+    ("", 5, []),
+    ("a", 5, [END]),
+    ends=True,
+    beyond="a short text has fewer pairs than the vocabulary has room for; the public texts have more",
+)
 merges_of("runs such as aaa contain two pairs", (lines(aaa=3, xy=5), 3))
 merges_of("runs such as aaaa merge from the left", *((f"{run}\n{run}\n", 9) for run in ("aaa", "aaaa")))
 merges_of("only whole tokens merge, not their ends", (lines(xb=20, xbc=2, bc=9), 3))
@@ -229,24 +244,28 @@ merges_of("words are bytes, not characters", (lines(**{"\u00e9": 5, "\u00e8": 3}
 merges_of(
     "ties: the greater pair of byte strings goes first",
     (lines(ab=2, mn=2, zy=2, cd=2), 4),
+    contract="ties",
 )
 merges_of(
     "ties: the left sides are compared first, and length is irrelevant",
     (lines(az=2, ba=2), 2),
     (lines(zx=3, zxa=2, bc=2), 3),
     (lines(ab=3, abc=2, zx=2), 3),
+    contract="ties",
 )
 merges_of(
     "ties of longer tokens: bytes decide, not ids, length or join",
     (lines(bd=9, ab=4, abd=2, abc=2), 4),
     (lines(cd=9, ce=8, acd=2, ace=2), 4),
     (lines(ab=3, aba=2, aca=2), 4),
+    contract="ties",
 )
 merges_of(
     "ties: the space and bytes above 127 compare as unsigned bytes",
     ("x a a zz zz\n", 3),
     ("\u00e9\n\u00e9\nzz\nzz\n", 2),
     ("\u00e9t\u00e9 \u6f22\u5b57\u6f22\n" * 3, 9),
+    contract="ties",
 )
 merges_of(
     "longer and mixed runs merge from the left too, at every position",
@@ -259,23 +278,46 @@ merges_of(
 merges_of(
     "line ends are learned as they are in the file",
     ("a\r\n\r\nb\r\n\r\n\r\n" * 5 + "c\n\n\nd\n", 9),
-    beyond=True,
+    beyond="a file read in text mode loses \\r; the files of the public tests have none",
 )
 merges_of(
     "special tokens are neither learned nor merged across",
     (f"{END}ab{END}cd{END} " * 5, 20, [END]),
     (f"ab {END}\ncd{END}\n\nab" * 4, 20, [END]),
+    (f"ab\n\n\n{END}" * 5, 20, [END]),
+    contract="split",
 )
 merges_of(
-    "special tokens may look like regular expressions, or share a prefix",
+    "text is split at each of several special tokens",
+    ("one<|a|>two<|b|>one" * 4, 20, ["<|a|>", "<|b|>"]),
+    contract="split",
+)
+merges_of(
+    "special tokens may look like regular expressions",
     ("a.cabcabca[x]xxa.c" * 5, 20, ["a.c", "[x]"]),
-    ("<a><b>xy<a>" * 5, 20, ["<a>", "<a><b>"]),
+    contract="split",
+)
+merges_of(
+    "special tokens may share a prefix",
+    ("<a>yzxw<a>" * 5, 20, ["<a>", "<a>yz"]),
+    beyond="the longest wins, as in encoding, where the public tests check it",
+)
+merges_of(
+    "no special tokens",
+    (lines(low=31, lot=13, net=59, new=5), 5, []),
+    beyond="an empty pattern matches everywhere; the public tests always pass a special token",
 )
 merges_of(
     "a file of several documents",
     (END.join(["low low low lower", "new new newest low", "wide wider widest new", "low wide"]), 20, [END]),
+    contract="split",
 )
-merges_of("no room for a merge in the vocabulary", (lines(ab=3), 0), (lines(ab=3), 0, [END, "<|pad|>"]))
+merges_of(
+    "no room for a merge in the vocabulary",
+    (lines(ab=3), 0, []),
+    (lines(ab=3), 0, [END, "<|pad|>"]),
+    beyond="a tokenizer of bytes has no merges; the public vocabularies have room for some",
+)
 
 
 SPECIALS = [END, "<|pad|>", "<|sep|>"]
@@ -306,6 +348,7 @@ step.value(
     "the vocabulary: the special tokens, all 256 bytes, one token per merge",
     vocabulary,
     {"size": 256 + 3 + 7, "ids without gaps from 0": True, "lacking": [], "foreign": []},
+    contract="vocabulary",
     words=vocabulary_words,
 )
 

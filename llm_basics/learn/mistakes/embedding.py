@@ -27,25 +27,43 @@ def compare(about, ids, weight, axes, **more):
 
 
 # a square table lets a lookup along the wrong axis through, which then gives numbers that can be told
-compare("7 ids with 7 features", [[3, 5, 1], [4, 2, 6]], draw(7, 7), "batch position feature")
 compare(
-    "11 ids with 6 features, including the first and the last", [0, 10, 4], draw(11, 6), "position feature"
+    "7 ids with 7 features",
+    [[3, 5, 1], [4, 2, 6]],
+    draw(7, 7),
+    "batch position feature",
+    contract="embedding",
+)
+compare(
+    "11 ids with 6 features, including the first and the last",
+    [[0, 10, 4]],
+    draw(11, 6),
+    "batch position feature",
+    contract="embedding",
 )
 compare(
     "several leading dimensions, and an id more than once",
     [[[3, 0, 3], [10, 9, 0]], [[3, 1, 1], [2, 3, 8]]],
     draw(11, 6),
     "document batch position feature",
+    beyond="a lookup works for ids of any shape; the public test has two axes",
 )
-compare("a single id", 4, draw(11, 6), "feature")
+compare(
+    "a single id",
+    4,
+    draw(11, 6),
+    "feature",
+    beyond="a lookup works for ids of any shape; the public test has two axes",
+)
 # float16 ends at 65,504 and has 11 bits, bfloat16 has 8
 compare(
     "large numbers, and numbers of many digits",
-    [1, 0],
+    [[1, 0]],
     torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]]),
-    "position feature",
+    "batch position feature",
     rtol=1e-6,
     gradients=False,
+    contract="embedding",
 )
 compare(
     "infinity and NaN in a row that no id selects",
@@ -53,6 +71,7 @@ compare(
     torch.tensor([[1.0, 2.0], [math.inf, math.nan], [3.0, 4.0]]),
     "position feature",
     gradients=False,
+    beyond="a product with one-hot vectors reads all rows, so that one bad row spoils every result",
 )
 
 
@@ -77,6 +96,7 @@ step.value(
     lambda a: refusal(lookup_in(a.run_embedding, torch.ones(5, 2)), 5),
     "refused",
     words=not_refused,
+    beyond="an id that the vocabulary lacks is a mistake of the data, which an error shows at once",
 )
 step.value(
     "a negative id",

@@ -26,18 +26,31 @@ def compare(about, x, weight, axes, **more):
 
 
 # a square matrix lets a forgotten transposition through, which then gives numbers that can be told
-compare("5 features in, 5 out", draw(3, 5), draw(5, 5), "row feature")
-compare("6 features in, 4 out", draw(7, 6), draw(4, 6), "row feature")
-compare("several leading dimensions", draw(2, 3, 5, 6), draw(4, 6), "batch head position feature")
-compare("a single vector", draw(6), draw(4, 6), "feature")
+compare("5 features in, 5 out", draw(2, 3, 5), draw(5, 5), "batch row feature", contract="linear")
+compare("6 features in, 4 out", draw(2, 7, 6), draw(4, 6), "batch row feature", contract="linear")
+compare(
+    "several leading dimensions",
+    draw(2, 3, 5, 6),
+    draw(4, 6),
+    "batch head position feature",
+    beyond="a layer is called with as many leading axes as the model needs; the public test has two",
+)
+compare(
+    "a single vector",
+    draw(6),
+    draw(4, 6),
+    "feature",
+    beyond="a vector without leading axes is the smallest input; the public test has two",
+)
 # float16 ends at 65,504 and has 11 bits, bfloat16 has 8
 compare(
     "large numbers, and numbers of many digits",
-    torch.tensor([[70_000.0, 1.0], [1001.25, 3.0]]),
+    torch.tensor([[[70_000.0, 1.0], [1001.25, 3.0]]]),
     torch.eye(2),
-    "row feature",
+    "batch row feature",
     rtol=1e-6,
     gradients=False,
+    contract="linear",
 )
 
 
