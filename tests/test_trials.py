@@ -135,7 +135,7 @@ def test_a_sweep_of_ones_own(tmp_path):
         ("variants: {a: 1}", "variants: a must be a mapping of options, got 1 ({path})"),
         (
             "variants: {a: {model.norm: batch}}",
-            "model.norm must be Literal['rms', 'layer', 'none'], got 'batch'",
+            "model.norm must be rms or layer or none, got 'batch'",
         ),
         ("grid: {train.lr: [1]}\nseeds: 3", "seeds must be a list of distinct integers, got 3 ({path})"),
         ("grid: {train.lr: [1]}\nseeds: [1, 1]", "seeds must be a list of distinct integers, got [1, 1]"),
