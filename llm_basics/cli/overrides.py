@@ -1,0 +1,74 @@
+"""Options of a training run as data: by name as arguments of `train`, and with their documentation."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_basics.cli import nested
+from llm_basics.core import config
+
+
+def to_arguments(options: config.Config, names: Iterable[str]) -> list[str]:
+    """The options `names` as arguments of `train`.
+
+    >>> to_arguments(config.Config(), ["model.qk_norm", "train.betas", "train.lr"])
+    ['--model.no-qk_norm', '--train.betas', '0.9', '0.95', '--train.lr=0.0003']
+    """
+    values = nested.flat(dataclasses.asdict(options))
+    found = []
+    for name in names:
+        outer, _, inner = name.rpartition(".")
+        prefix, value = f"--{outer}." if outer else "--", values[name]
+        if isinstance(value, bool):
+            found.append(f"{prefix}{'' if value else 'no-'}{inner}")
+        elif isinstance(value, tuple):
+            found += [prefix + inner, *map(str, value)]
+        else:
+            found.append(f"{prefix}{inner}={value}")
+    return found
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a training run."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def all_options(others: Sequence[str] = ()) -> list[Option]:
+    """The options of model and train, and `others`, with their documentation."""
+    found = [_option("", config.Config, name) for name in others]
+    for prefix, kind in (("model.", config.ModelConfig), ("train.", config.TrainConfig)):
+        found += [_option(prefix, kind, field.name) for field in dataclasses.fields(kind)]
+    return found
+
+
+def _option(prefix: str, kind: Any, name: str) -> Option:
+    hint = typing.get_type_hints(kind)[name]
+    shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    help = config_docs(kind).get(name, "")
+    return Option(name=prefix + name, type=shown, default=getattr(kind, name), help=help)
+
+
+def config_docs(kind: type) -> dict[str, str]:
+    """The documentation of each field of an options class: the string after it."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    pairs = itertools.pairwise(definition.body)
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+        and isinstance(doc.value.value, str)
+    }
