@@ -1,0 +1,225 @@
+"""Training runs as processes of their own: start, pause, resume, stop. None of them depends on the server."""
+
+import contextlib
+import datetime
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_basics.cli import nested, overrides
+from llm_basics.core import config, files, presets
+from llm_basics.lab import catalog, run_schemas
+from llm_basics.runs import locks, run_dir
+
+TRAIN = [sys.executable, "-m", "llm_basics.train"]
+
+# folder of the output of the processes, beside the runs
+OUTPUT = ".lab"
+OUTPUT_BYTES = 1 << 16
+
+# options besides model.* and train.* that may be overridden: none of them names a file
+OTHER_OPTIONS = ("fast", "deterministic", "val_fraction", "max_tokens", "on_bad_utf8", "tokenizer")
+TOKENIZERS = ("bpe", "bytes", "gpt2")
+
+# pause is a stop after which the run is expected to go on
+PAUSE = getattr(signal, "SIGUSR1", signal.SIGTERM)
+STOPPED = {0, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, PAUSE))}
+
+
+class Jobs:
+    """The processes that train, among them those that were not started here."""
+
+    def __init__(self, runs: catalog.Catalog, data: Sequence[str] = ()) -> None:
+        self.runs = runs
+        # names of training texts -> the value of --data
+        self.data = {"stdlib": "stdlib"} | {Path(each).name: each for each in data}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._names: dict[str, str] = {}
+        self._signaled: dict[str, int] = {}
+        self._paused: set[str] = set()
+        self._lock = threading.Lock()
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def summary(self, id: str) -> run_schemas.RunSummary:
+        """A row of the list of runs."""
+        found = self.runs.summary(id)
+        has_checkpoint, has_metrics = found.pop("has_checkpoint"), found.pop("has_metrics")
+        pid = locks.owner(self.runs.folder(id))
+        state: run_schemas.State
+        if pid is not None:
+            state = "stopping" if self._signaled.get(id) == pid else "training"
+        elif self._status(id) == "running":
+            state = "starting"
+        elif found["steps"] is not None and found["step"] >= found["steps"] and has_checkpoint:
+            state = "finished"
+        elif self._status(id) == "failed" or (has_metrics and not has_checkpoint):
+            state = "failed"
+        elif not has_metrics:
+            state = "untrained"
+        else:
+            state = "paused" if id in self._paused else "stopped"
+        reason = self.output(id)[-1:] if state == "failed" else []
+        if state != "training":
+            found["eta_seconds"] = None
+        return run_schemas.RunSummary(
+            **found,
+            state=state,
+            can_resume=has_checkpoint and has_metrics and state in ("paused", "stopped", "failed"),
+            reason=reason[0] if reason else None,
+        )
+
+    def summaries(self) -> list[run_schemas.RunSummary]:
+        """All runs, newest first; first those that were started and have no run directory yet."""
+        folders = self.runs.folders()
+        found = []
+        for id in folders:
+            with contextlib.suppress(catalog.Missing):
+                found.append(self.summary(id))
+        found.sort(key=lambda run: (run.updated, run.name), reverse=True)
+        with self._lock:
+            new = [id for id in self._processes if id not in folders and self._status(id) != "ended"]
+        return [self._placeholder(id) for id in reversed(new)] + found
+
+    def _placeholder(self, id: str) -> run_schemas.RunSummary:
+        is_running = self._status(id) == "running"
+        return run_schemas.RunSummary(
+            id=id,
+            name=self._names[id],
+            state="starting" if is_running else "failed",
+            can_resume=False,
+            reason=None if is_running else " ".join(self.output(id)[-1:]),
+        )
+
+    def _status(self, id: str) -> str:
+        """Of the process that was started here: running, ended, failed, or none."""
+        process = self._processes.get(id)
+        if process is None:
+            return "none"
+        status = process.poll()
+        return "running" if status is None else "ended" if status in STOPPED else "failed"
+
+    def output(self, id: str, n_lines: int = 200) -> list[str]:
+        """The last lines that the process of a run has printed."""
+        name = self._names.get(id) or self.runs.folders().get(id, Path()).name
+        return last_lines(self.runs.root / OUTPUT / f"{name}.log", n_lines) if name else []
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def start(self, request: run_schemas.Start) -> str:
+        """Start a run; returns its id."""
+        if request.data not in self.data:
+            raise ValueError(f"data must be one of {', '.join(self.data)}, got {request.data!r}")
+        options = resolve(request.preset, request.options)
+        arguments = [f"--config={request.preset}", f"--data={self.data[request.data]}"]
+        arguments += overrides.to_arguments(options, request.options)
+        if request.init_from is not None:
+            arguments.append(f"--init_from={self.runs.folder(request.init_from)}")
+        with self._lock:
+            name = catalog.check_name(request.name) if request.name else self._new_name(request.preset)
+            folder = self.runs.root / name
+            if os.path.lexists(folder) or self._status(catalog.id_of(folder)) == "running":
+                raise catalog.Conflict(f"there is already a run {name}")
+            return self._spawn(folder, [*arguments, f"--run_dir={folder}"])
+
+    def resume(self, id: str) -> None:
+        """Go on with a run from its newest checkpoint, to the last bit as if it had never stopped."""
+        folder = self.runs.folder(id)
+        with self._lock:
+            if locks.owner(folder) is not None or self._status(id) == "running":
+                raise catalog.Conflict("the run is training already")
+            if not run_dir.checkpoints(folder):
+                raise catalog.Conflict("the run has no checkpoint to resume from")
+            self._paused.discard(id)
+            self._spawn(folder, [f"--resume={folder}"])
+
+    def stop(self, id: str, pauses: bool = False) -> None:
+        """Stop a training run, wherever it was started, after a save; a pause is meant to be resumed."""
+        process = self._processes.get(id)
+        pid = locks.owner(self.runs.folder(id)) if id in self.runs.folders() else None
+        if pid is None and process is not None and process.poll() is None:
+            pid = process.pid
+        if pid is None:
+            raise catalog.Conflict("the run is not training")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, PAUSE if pauses else signal.SIGTERM)
+        self._signaled[id] = pid
+        if pauses:
+            self._paused.add(id)
+        else:
+            self._paused.discard(id)
+
+    def forget(self, id: str) -> None:
+        """Forget the process of a run that is deleted or renamed."""
+        if self._status(id) == "running":
+            raise catalog.Conflict("the run must not be training; stop it first")
+        self._processes.pop(id, None)
+        self._paused.discard(id)
+
+    def _new_name(self, preset: str) -> str:
+        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{preset}"
+        names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+        return next(
+            name
+            for name in names
+            if not os.path.lexists(self.runs.root / name)
+            and catalog.id_of(self.runs.root / name) not in self._processes
+        )
+
+    def _spawn(self, folder: Path, arguments: Sequence[str]) -> str:
+        path = self.runs.root / OUTPUT / f"{folder.name}.log"
+        files.create_folder(path.parent)
+        id = catalog.id_of(folder)
+        self._signaled.pop(id, None)
+        with files.open_output(path, "ab") as log:
+            self._processes[id] = subprocess.Popen(
+                [*TRAIN, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C ends the server, not the run
+                start_new_session=True,
+            )
+        self._names[id] = folder.name
+        return id
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+def preset_names() -> list[str]:
+    """The presets that `train` has, the default first."""
+    names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem != "sft"]
+    return sorted(names, key=lambda name: (name != config.Config.config, name))
+
+
+def resolve(preset: str, changes: Mapping[str, Any]) -> config.Config:
+    """The options of a preset with overrides by name. Raises ValueError for those that may not be set."""
+    if preset not in preset_names():
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {preset!r}")
+    for name in changes:
+        if not name.startswith(("model.", "train.")) and name not in OTHER_OPTIONS:
+            raise ValueError(
+                f"an option must be of model, of train or one of {', '.join(OTHER_OPTIONS)}, got {name!r}"
+            )
+    if changes.get("tokenizer", "bpe") not in TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {changes['tokenizer']!r}")
+    return presets.update(presets.load(preset), nested.nest(dict(changes)), "the request")
+
+
+def last_lines(path: Path, n_lines: int) -> list[str]:
+    """The last lines of a text file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - OUTPUT_BYTES))
+            return file.read(OUTPUT_BYTES).decode("utf-8", "replace").splitlines()[-n_lines:]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,241 @@
+"""Routes of runs: list, details, metrics, live stream, checkpoints; start, pause, resume, stop."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from llm_basics.cli import nested, overrides
+from llm_basics.core import config, presets
+from llm_basics.lab import jobs, live, run_schemas, service
+from llm_basics.learn import log_checks
+from llm_basics.runs import checkpoint, run_dir, tail
+
+router = APIRouter(prefix="/api", tags=["runs"])
+
+# seconds between two looks at the files
+POLL_SECONDS = 0.5
+
+# most lines of a file that are read for one answer
+MAX_BYTES = 64 << 20
+
+Lab = Annotated[service.Lab, Depends(service.of)]
+Id = Annotated[str, Path(pattern=run_schemas.ID_PATTERN)]
+Ids = Annotated[list[Annotated[str, Query(pattern=run_schemas.ID_PATTERN)]], Query(max_length=live.MAX_RUNS)]
+Step = Annotated[int, Path(ge=0, lt=10**12)]
+Count = Annotated[int, Query(ge=1, le=5000)]
+
+
+@router.get("/runs")
+def list_runs(lab: Lab) -> list[run_schemas.RunSummary]:
+    """All runs, the newest first."""
+    return lab.jobs.summaries()
+
+
+@router.post("/runs", status_code=201)
+def start_run(request: run_schemas.Start, lab: Lab) -> dict[str, str]:
+    """Start a run in a process of its own; `id` is that of the run, which appears in the list."""
+    return {"id": lab.jobs.start(request)}
+
+
+@router.get("/runs/{id}")
+def get_run(id: Id, lab: Lab) -> run_schemas.RunDetails:
+    """Details of a run."""
+    return run_schemas.RunDetails(**lab.jobs.summary(id).model_dump(), **lab.runs.details(id))
+
+
+@router.patch("/runs/{id}")
+def rename_run(id: Id, request: run_schemas.Rename, lab: Lab) -> dict[str, str]:
+    """Rename a run that is not training; `id` is its new id."""
+    lab.jobs.forget(id)
+    return {"id": lab.runs.rename(id, request.name)}
+
+
+@router.delete("/runs/{id}", status_code=204)
+def delete_run(id: Id, lab: Lab) -> None:
+    """Delete a run that is not training, with all of its files."""
+    lab.jobs.forget(id)
+    lab.runs.delete(id)
+
+
+@router.post("/runs/{id}/pause", status_code=202)
+def pause_run(id: Id, lab: Lab) -> dict[str, str]:
+    """Save and stop; `resume` goes on to the last bit as if it had never stopped."""
+    lab.jobs.stop(id, pauses=True)
+    return {"id": id}
+
+
+@router.post("/runs/{id}/resume", status_code=202)
+def resume_run(id: Id, lab: Lab) -> dict[str, str]:
+    """Go on from the newest checkpoint."""
+    lab.jobs.resume(id)
+    return {"id": id}
+
+
+@router.post("/runs/{id}/stop", status_code=202)
+def stop_run(id: Id, lab: Lab) -> dict[str, str]:
+    """Save and stop."""
+    lab.jobs.stop(id)
+    return {"id": id}
+
+
+@router.get("/diff")
+def diff(run: Ids, lab: Lab) -> list[run_schemas.Difference]:
+    """The options that differ between runs."""
+    return lab.runs.differences(run)
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@router.get("/runs/{id}/metrics")
+def get_metrics(
+    id: Id,
+    lab: Lab,
+    name: Annotated[list[str], Query(max_length=64)] = [],  # noqa: B006
+    first: Annotated[int, Query(ge=0, le=tail.MAX_EXACT)] = 0,
+    last: Annotated[int, Query(ge=0, le=tail.MAX_EXACT)] = tail.MAX_EXACT,
+    buckets: Annotated[int, Query(ge=1, le=4000)] = 500,
+) -> run_schemas.Metrics:
+    """Metrics in buckets; without `name` all of them."""
+    table = lab.runs.table(id)
+    with table.lock:
+        table.update()
+        names = [each for each in (name or table.names) if each in table.names]
+        found = {tail.clean(each): table.buckets(each, first, last, buckets) for each in names}
+        offsets = (table.offset, *live.end_of(lab.runs, id)[1:])
+        return run_schemas.Metrics(
+            series=found,
+            names=[tail.clean(each) for each in table.names],
+            first_step=int(table.steps[0]) if table.n_rows else 0,
+            last_step=int(table.steps[-1]) if table.n_rows else 0,
+            is_complete=table.is_complete,
+            position=live.format_position({id: offsets}),
+        )
+
+
+@router.get("/stream", response_class=EventSourceResponse)
+async def stream(
+    lab: Lab,
+    run: Ids = [],  # noqa: B006
+    position: Annotated[str | None, Query(max_length=4096)] = None,
+    last_event_id: Annotated[str | None, Header(max_length=4096)] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Live events of these runs, deltas only; without `run`, changes of the list of runs."""
+    follower = await run_in_threadpool(live.Follower, lab.jobs, run, last_event_id or position)
+    while True:
+        for event in await run_in_threadpool(lambda: list(follower.poll())):
+            yield ServerSentEvent(raw_data=json.dumps(event.data), event=event.name, id=event.position)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+@router.get("/runs/{id}/samples")
+def get_samples(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: Count = 200) -> Any:
+    """Texts sampled during training (`run_schemas.Records`)."""
+    return _records(lab, id, run_dir.SAMPLES, skip, limit)
+
+
+@router.get("/runs/{id}/events")
+def get_events(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: Count = 200) -> Any:
+    """What happened at which step (`run_schemas.Records`)."""
+    return _records(lab, id, tail.EVENTS, skip, limit)
+
+
+def _records(lab: service.Lab, id: str, file: str, skip: int, limit: int) -> run_schemas.Records:
+    records: list[dict[str, Any]] = []
+    offset, path = 0, lab.runs.folder(id) / file
+    while offset < MAX_BYTES:
+        found, end = tail.read(path, offset)
+        if end <= offset:
+            break
+        records, offset = records + found, end
+    chosen = [tail.clean(record) for record in records[skip : skip + limit]]
+    return run_schemas.Records(records=chosen, n_total=len(records))
+
+
+@router.get("/runs/{id}/log")
+def get_log(id: Id, lab: Lab, lines: Count = 200) -> run_schemas.LogLines:
+    """The end of the log, and of the output of the process."""
+    folder = lab.runs.folders().get(id)
+    log = jobs.last_lines(folder / "log.txt", lines) if folder is not None else []
+    return run_schemas.LogLines(log=log, output=lab.jobs.output(id, lines))
+
+
+@router.get("/runs/{id}/findings")
+def get_findings(id: Id, lab: Lab) -> list[run_schemas.Finding]:
+    """What went wrong, in words: signs of mistakes in the metrics."""
+    shape = lab.runs.shape(id)
+    vocab_size = shape.vocab_size if shape is not None else 0
+    entries = tail.sample(lab.runs.folder(id) / run_dir.METRICS, 5000)
+    known = [entry for entry in entries if type(entry.get("step")) is int]
+    try:
+        found = list(log_checks.findings(run_dir.deduplicate_steps(known), max(vocab_size, 2)))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        found = [("the metrics cannot be read", str(error))]
+    return [run_schemas.Finding(sign=sign, cause=cause) for sign, cause in found]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and presets
+
+
+@router.get("/runs/{id}/checkpoints")
+def list_checkpoints(id: Id, lab: Lab) -> list[run_schemas.Checkpoint]:
+    """The checkpoints of a run, the newest first."""
+    return lab.runs.checkpoints(id)
+
+
+@router.post("/runs/{id}/checkpoints/{step}/verify")
+def verify_checkpoint(id: Id, step: Step, lab: Lab) -> run_schemas.Verified:
+    """Verify the SHA-256 of a checkpoint."""
+    path = lab.runs.checkpoint(id, str(step))
+
+    def verify() -> run_schemas.Verified:
+        try:
+            checkpoint.verify(path)
+            return run_schemas.Verified(step=step, is_valid=True)
+        except ValueError as error:
+            return run_schemas.Verified(step=step, is_valid=False, error=str(error))
+
+    return lab.worker.call(verify)
+
+
+@router.delete("/runs/{id}/checkpoints/{step}", status_code=204)
+def delete_checkpoint(id: Id, step: Step, lab: Lab) -> None:
+    """Delete a checkpoint of a run that is not training, but not the last valid one."""
+    lab.runs.delete_checkpoint(id, step)
+
+
+@router.get("/presets")
+def list_presets(lab: Lab) -> run_schemas.Presets:
+    """Presets, options with their documentation, and training texts."""
+    found = []
+    for name in jobs.preset_names():
+        chosen = nested.flat(presets.read_yaml(name))
+        chosen.pop("config")
+        parameters = presets.load(name).model.n_parameters
+        found.append(run_schemas.Preset(name=name, options=chosen, parameters=parameters))
+    return run_schemas.Presets(
+        presets=found, options=overrides.all_options(jobs.OTHER_OPTIONS), data=list(lab.jobs.data)
+    )
+
+
+@router.post("/estimate")
+def estimate(request: run_schemas.Start) -> run_schemas.Estimate:
+    """Size and cost of what `POST /api/runs` would train."""
+    options: config.Config = jobs.resolve(request.preset, request.options)
+    model, train = options.model, options.train
+    tokens = train.steps * train.batch_size * train.grad_accumulation_steps * model.context_length
+    return run_schemas.Estimate(
+        parameters=model.n_parameters,
+        flops_per_token=model.flops_per_token,
+        tokens=tokens,
+        flops=float(tokens) * model.flops_per_token,
+        memory_bytes=16 * model.n_parameters,
+        kv_cache_bytes=8 * model.n_layers * model.context_length * model.d_kv,
+    )

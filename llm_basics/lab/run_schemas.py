@@ -1,0 +1,184 @@
+"""Runs as pydantic models, what the server reads and answers: the source of /openapi.json."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from llm_basics.analysis import metric_table
+from llm_basics.cli import overrides
+
+ID_PATTERN = r"^[0-9a-f]{12}$"
+RunId = Annotated[str, Field(pattern=ID_PATTERN)]
+
+State = Literal["starting", "training", "stopping", "paused", "stopped", "finished", "failed", "untrained"]
+
+
+class Request(pydantic.BaseModel):
+    """A body; unknown fields and non-finite numbers are errors."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Health(pydantic.BaseModel):
+    """The server answers."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+    n_jobs: int
+    """Requests in the queue of what computes."""
+
+
+class RunSummary(pydantic.BaseModel):
+    """A row in the list of runs."""
+
+    id: str
+    name: str
+    state: State
+    can_resume: bool
+    config: str | None = None
+    """Preset or file of options."""
+    step: int = 0
+    steps: int | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    """None unless the run is training."""
+    updated: float = 0.0
+    """Time of the last metrics, in seconds since 1970."""
+    sparkline: list[float | None] = []
+    """Some of the training losses, oldest first."""
+    reason: str | None = None
+    """Why a run that was started here has failed."""
+
+
+class RunDetails(RunSummary):
+    """All about a run but its metrics."""
+
+    folder: str
+    is_chat: bool
+    options: dict[str, Any]
+    """By their names on the command line: `train.lr`."""
+    origins: dict[str, Any]
+    """Pieces of the user's code that were in use, and their file."""
+    parameters: int | None
+    flops_per_token: int | None
+    tokens_per_step: int | None
+    metrics: list[str]
+    """Names of the metrics recorded so far."""
+
+
+class Checkpoint(pydantic.BaseModel):
+    """A checkpoint of a run."""
+
+    step: int
+    val_loss: float | None
+    n_bytes: int
+    time: float
+    is_latest: bool
+    is_best: bool
+    error: str | None = None
+    """Why it cannot be read."""
+
+
+class Verified(pydantic.BaseModel):
+    """Whether the SHA-256 of a checkpoint matches."""
+
+    step: int
+    is_valid: bool
+    error: str | None = None
+
+
+class Difference(pydantic.BaseModel):
+    """An option that differs between runs: a value for each run, in the order of the request."""
+
+    option: str
+    values: list[Any]
+
+
+class Metrics(pydantic.BaseModel):
+    """Metrics of a run in buckets."""
+
+    series: dict[str, metric_table.Buckets]
+    names: list[str]
+    """All metrics of the run."""
+    first_step: int
+    last_step: int
+    is_complete: bool
+    """False: a long file is still being read; ask again for more."""
+    position: str
+    """Where the live stream goes on: `/api/stream?position=...`."""
+
+
+class Records(pydantic.BaseModel):
+    """Lines of samples.jsonl or events.jsonl, the oldest first, as they are in the file."""
+
+    records: list[dict[str, Any]]
+    n_total: int
+
+
+class LogLines(pydantic.BaseModel):
+    """The last lines of the log, and of the output of a process that was started here."""
+
+    log: list[str]
+    output: list[str]
+
+
+class Finding(pydantic.BaseModel):
+    """A sign of a mistake in the metrics, and its probable cause."""
+
+    sign: str
+    cause: str
+
+
+class Preset(pydantic.BaseModel):
+    """A preset of options."""
+
+    name: str
+    options: dict[str, Any]
+    """What it sets, by the names on the command line."""
+    parameters: int
+
+
+class Presets(pydantic.BaseModel):
+    """What a run can be started from."""
+
+    presets: list[Preset]
+    options: list[overrides.Option]
+    data: list[str]
+    """Names of the training texts that the server was started with."""
+
+
+class Start(Request):
+    """Start a run."""
+
+    preset: Annotated[str, Field(max_length=100)] = "tiny"
+    options: Annotated[dict[str, Any], Field(max_length=100)] = {}
+    """Overrides by name: `train.lr`. Options that name files cannot be set."""
+    data: Annotated[str, Field(max_length=200)] = "stdlib"
+    """One of the names in `Presets.data`."""
+    name: Annotated[str, Field(max_length=100)] | None = None
+    init_from: RunId | None = None
+    """Warm start from the weights of this run."""
+
+
+class Rename(Request):
+    """A new name for a run."""
+
+    name: Annotated[str, Field(max_length=100)]
+
+
+class Estimate(pydantic.BaseModel):
+    """Size and cost of a model."""
+
+    parameters: int
+    flops_per_token: int
+    tokens: int
+    """Tokens that all steps train on."""
+    flops: float
+    memory_bytes: int
+    """Weights, gradients and AdamW's two means; activations come on top."""
+    kv_cache_bytes: int
+    """Keys and values of a full context, in float32."""
