@@ -9,7 +9,7 @@ from llm_basics.lab import catalog, jobs
 from llm_basics.runs import run_dir, tail
 
 # files that are followed, and the name of their events
-FILES = {"metrics": run_dir.METRICS, "samples": run_dir.SAMPLES, "events": tail.EVENTS}
+FILES = {"metrics": run_dir.METRICS, "samples": run_dir.SAMPLES, "events": run_dir.EVENTS}
 
 MAX_RUNS = 16
 

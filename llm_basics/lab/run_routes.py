@@ -143,7 +143,7 @@ def get_samples(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: 
 @router.get("/runs/{id}/events")
 def get_events(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: Count = 200) -> Any:
     """What happened at which step (`run_schemas.Records`)."""
-    return _records(lab, id, tail.EVENTS, skip, limit)
+    return _records(lab, id, run_dir.EVENTS, skip, limit)
 
 
 def _records(lab: service.Lab, id: str, file: str, skip: int, limit: int) -> run_schemas.Records:

@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# file of what happened at which step; a run need not have it
-EVENTS = "events.jsonl"
-
 # most bytes read at once; a longer line is left out
 CHUNK_BYTES = 1 << 20
 
