@@ -264,7 +264,7 @@ def test_the_stream_has_what_was_appended_since_its_position(client, lab, run, t
     # another server goes on where this one was
     other = live.Follower(lab.jobs, [run], first.position)
     assert next(other.poll()).data["records"] == [{"step": 10, "train_loss": 1}]
-    (tmp_path / "one" / tail.EVENTS).write_text('{"step": 3}\n')
+    (tmp_path / "one" / run_dir.EVENTS).write_text('{"step": 3}\n')
     assert [each.name for each in follower.poll()] == ["metrics", "events", "run"]
 
 
