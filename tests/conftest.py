@@ -32,8 +32,9 @@ EXAMINER = pytest.StashKey[Any]()
 LONGEST_FILES = [
     f"test_{name}"
     for name in (
-        "survival sft find_lr mistakes triton sweep fast_generate packing memory fast_tokenizer fast_bpe "
-        "train inherit generate learn fast_learning tokenizer_cli evaluate_cli chat_cli steps vocabulary"
+        "survival sft lr_finder mistakes triton sweep fast_generate shard_builder memory fast_tokenizer "
+        "fast_bpe train warm_start generate learn fast_trainer tokenizer_commands compare_models chat_session "
+        "steps vocabulary"
     ).split()
 ]
 MAX_WORKERS = 4
@@ -43,8 +44,8 @@ MAX_WORKERS = 4
 WHOLE = {
     f"test_{name}"
     for name in (
-        "chat_cli disk evaluate_cli fast_generate fast_learning find_lr followers generate inherit learn "
-        "memory mistakes monitor muon probe sft survival sweep train watch"
+        "chat_session disk compare_models fast_generate fast_trainer lr_finder loggers generate warm_start "
+        "learn memory mistakes monitor muon probe sft survival sweep train diagnostics"
     ).split()
 }
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_evaluate_cli import QUESTIONS, make_run
+from test_compare_models import QUESTIONS, make_run
 
 from llm_basics.cli import commands, parse
 from llm_basics.core import generate, tokenizer

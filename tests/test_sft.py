@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_chat import GOLDEN, messages
+from test_chat_template import GOLDEN, messages
 
 from llm_basics.cli import parse
 from llm_basics.core import config, dataloader, generate, model, tokenizer, trainer

@@ -1,4 +1,4 @@
-"""The run directory and the figure. Alone: uv run pytest tests/test_run.py"""
+"""The run directory and the figure. Alone: uv run pytest tests/test_run_dir.py"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Multiple-choice questions. Alone: `uv run pytest tests/test_choices.py`."""
+"""Multiple-choice questions. Alone: `uv run pytest tests/test_multiple_choice.py`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Figures of runs. Alone: uv run pytest tests/test_plot.py"""
+"""Figures of runs. Alone: uv run pytest tests/test_figures.py"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The terminal, the progress bar, and Weights & Biases. Alone: uv run pytest tests/test_followers.py"""
+"""The terminal, the progress bar, and Weights & Biases. Alone: uv run pytest tests/test_loggers.py"""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Log-likelihood of texts and continuations. Alone: `uv run pytest tests/test_likelihood.py`."""
+"""Log-likelihood of texts and continuations. Alone: `uv run pytest tests/test_log_likelihood.py`."""
 
 import dataclasses
 

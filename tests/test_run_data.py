@@ -1,4 +1,4 @@
-"""Run directories as data. Alone: uv run pytest tests/test_records.py"""
+"""Run directories as data. Alone: uv run pytest tests/test_run_data.py"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Incremental detokenization. Alone: uv run pytest tests/test_streaming.py"""
+"""Incremental detokenization. Alone: uv run pytest tests/test_detokenizer.py"""
 
 import pytest
 from hypothesis import given

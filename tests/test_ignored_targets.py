@@ -1,4 +1,4 @@
-"""Targets that do not count, in a step and in an evaluation. Alone: uv run pytest tests/test_ignored.py"""
+"""Ignored targets, in a step and in an evaluation. Alone: uv run pytest tests/test_ignored_targets.py"""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the model's config can turn on. Alone: uv run pytest tests/test_switches.py"""
+"""What the model's config can turn on. Alone: uv run pytest tests/test_model_options.py"""
 
 import dataclasses
 import io

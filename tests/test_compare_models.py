@@ -1,4 +1,4 @@
-"""The program of evaluate. Alone: `uv run pytest tests/test_evaluate_cli.py`."""
+"""The program of evaluate. Alone: `uv run pytest tests/test_compare_models.py`."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""Finding, reading and splitting documents. Alone: uv run pytest tests/test_corpus.py"""
+"""Finding, reading and splitting documents. Alone: uv run pytest tests/test_documents.py"""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Sweep files. Alone: uv run pytest tests/test_trials.py"""
+"""Sweep files. Alone: uv run pytest tests/test_sweep_spec.py"""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Conversations: rendering, loss masks, reading. Alone: uv run pytest tests/test_chat.py"""
+"""Conversations: rendering, loss masks, reading. Alone: uv run pytest tests/test_chat_template.py"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The search for a learning rate. Alone: uv run pytest tests/test_find_lr.py"""
+"""The search for a learning rate. Alone: uv run pytest tests/test_lr_finder.py"""
 
 import dataclasses
 import json

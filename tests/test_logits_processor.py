@@ -1,4 +1,4 @@
-"""What is done to scores before a token is drawn. Alone: uv run pytest tests/test_adjusting.py"""
+"""What is done to scores before a token is drawn. Alone: uv run pytest tests/test_logits_processor.py"""
 
 import math
 

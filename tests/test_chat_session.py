@@ -1,4 +1,4 @@
-"""The program of chat. Alone: uv run pytest tests/test_chat_cli.py"""
+"""The program of chat. Alone: uv run pytest tests/test_chat_session.py"""
 
 import io
 import re

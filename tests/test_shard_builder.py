@@ -1,4 +1,4 @@
-"""Documents to token files, resumed after any interruption. Alone: uv run pytest tests/test_packing.py"""
+"""Documents to token files, resumed after interruptions. Alone: uv run pytest tests/test_shard_builder.py"""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Spikes, and where values that are not finite begin. Alone: `uv run pytest tests/test_watch.py`."""
+"""Spikes, and where values that are not finite begin. Alone: `uv run pytest tests/test_diagnostics.py`."""
 
 import copy
 import json

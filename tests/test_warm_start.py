@@ -1,4 +1,4 @@
-"""The weights of another run to begin with. Alone: uv run pytest tests/test_inherit.py"""
+"""The weights of another run to begin with. Alone: uv run pytest tests/test_warm_start.py"""
 
 import dataclasses
 import json

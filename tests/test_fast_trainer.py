@@ -1,4 +1,4 @@
-"""The CPU training kernels against autograd. Alone: `uv run pytest tests/test_fast_learning.py`."""
+"""The CPU training kernels against autograd. Alone: `uv run pytest tests/test_fast_trainer.py`."""
 
 import copy
 import gc

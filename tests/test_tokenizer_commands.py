@@ -1,4 +1,4 @@
-"""The tokenizer command. Alone: `uv run pytest tests/test_tokenizer_cli.py`."""
+"""The tokenizer command. Alone: `uv run pytest tests/test_tokenizer_commands.py`."""
 
 import re
 import subprocess

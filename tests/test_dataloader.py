@@ -1,4 +1,4 @@
-"""Batches. Alone: uv run pytest tests/test_data.py"""
+"""Batches. Alone: uv run pytest tests/test_dataloader.py"""
 
 import numpy as np
 import pytest

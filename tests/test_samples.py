@@ -1,4 +1,4 @@
-"""The program of generate. Alone: uv run pytest tests/test_generate_cli.py"""
+"""The program of generate. Alone: uv run pytest tests/test_samples.py"""
 
 import json
 import re
