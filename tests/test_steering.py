@@ -177,6 +177,23 @@ def test_changes_after_the_checkpoint_resumed_from_are_repeated(options, command
     assert max(rates(options.run_dir)[step] for step in (5, 6, 7, 8)) <= 1e-3
 
 
+def test_newer_commands_and_options_replace_recorded_changes(options, commanded, capsys):
+    commanded |= {5: "train.lr=3e-2 train.min_lr=2e-2"}
+    assert job.main(options) == 0
+    for path in run_dir.checkpoints(options.run_dir)[:3]:
+        path.unlink()
+    commanded |= {3: "train.lr=4e-3"}
+    assert train("--resume", options.run_dir) == 0
+    changes = [(change.step, change.name, change.value) for change in steering.read_changes(options.run_dir)]
+    # the lower lr does not allow the recorded min_lr any more
+    assert changes == [(3, "train.lr", 4e-3), (5, "train.min_lr", 2e-2), (5, "train.min_lr", None)]
+    assert "step 5 was refused: train.min_lr must be at most lr (0.004)" in capsys.readouterr().out
+    assert run_dir.read_config(options.run_dir)["train"]["lr"] == 4e-3
+    assert train("--resume", options.run_dir, "--train.steps=9") == 0
+    assert train("--replay", options.run_dir, "--run_dir", f"{options.run_dir}-again") == 0
+    assert weights(f"{options.run_dir}-again", 9) == weights(options.run_dir, 9)
+
+
 def test_a_run_with_changes_built_into_its_data_is_not_replayed(options, commanded, capsys):
     commanded |= {2: "stop"}
     assert job.main(options) == 128 + 15

@@ -166,7 +166,7 @@ def with_values(options: config.Config, values: Mapping[str, Any], origin: str) 
     return presets.update(options, nested, origin)
 
 
-def at_step(options: config.Config, changes: Iterable[Change], step: float) -> config.Config:
+def at_step(options: config.Config, changes: Iterable[Change], step: int) -> config.Config:
     """The options after `step` updates: of each name that changed, its value then."""
     values: dict[str, Any] = {}
     for change in changes:

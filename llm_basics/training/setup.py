@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,8 +81,9 @@ def start(
             resume_latest(training, output)
         elif options.replay is not None:
             start_replay(training, output, options.replay)
-        last = steering.at_step(training.options, steering.read_changes(output.folder), math.inf)
-        output.loggers.append(loggers.ConsoleLogger(last.train.steps, training.step))
+        changes = steering.read_changes(output.folder)
+        steps = [training.options.train.steps, *(c.value for c in changes if c.name == "train.steps")][-1]
+        output.loggers.append(loggers.ConsoleLogger(steps, training.step))
         about = {run_dir.ORIGINS: swap.user_pieces(), run_dir.HELD_OUT: training.measured_on}
         output.write_config(dataclasses.asdict(training.options) | about)
         if options.mine is not None:

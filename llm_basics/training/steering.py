@@ -47,8 +47,9 @@ class Steering:
         self.due = [change for change in self.due if change.step > step]
         try:
             changed = self._set(steering.with_values(self.state.options, values, run_dir.EVENTS))
-        except ValueError as error:  # after other options were given on the resume
-            self.output.event(step, "refused", reason=str(error))
+        except ValueError as error:  # after another option was changed, on the resume or by a command
+            kept = {name: 2 * [steering.value_of(self.state.options, name)] for name in values}
+            self.output.event(step, "refused", reason=str(error), changed=kept)
             self.output.log(f"warning: a recorded change after step {step} was refused: {error}")
             return
         if changed:
