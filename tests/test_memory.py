@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import profiler
 
+from llm_basics.cli import parse
 from llm_basics.core import config, model, trainer
 from llm_basics.training import job, memory, setup
 
@@ -229,6 +230,6 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(
     shape, settings, said, monkeypatch, capsys
 ):
     monkeypatch.setattr(setup, "begin", lambda *_: pytest.fail("began"))
-    assert job.main(options_of(shape, settings)) == job.NO_MEMORY
+    assert job.main(options_of(shape, settings)) == parse.NO_MEMORY
     error = capsys.readouterr().err
     assert "training needs at least" in error and error.count("\n") == 1 and error.endswith(f"{said}\n")

@@ -178,7 +178,7 @@ def test_steps_that_are_not_finite_are_skipped(options, tmp_path, monkeypatch, c
 def test_a_run_ends_at_what_is_not_finite(options, tmp_path, monkeypatch, capsys, way, at, late_by):
     """A late device is one good step further, unless its numbers are waited for."""
     poison(monkeypatch, at)
-    assert job.main(changed(options, tmp_path / "run", checkpoint_every=0)) == job.NOT_FINITE
+    assert job.main(changed(options, tmp_path / "run", checkpoint_every=0)) == parse.NOT_FINITE
     error = capsys.readouterr().err.splitlines()[-1]
     after = at + late_by if way == "late" else at - 1
     assert f"step {at}: loss nan" in error and f"after step {after}" in error
@@ -205,7 +205,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(options, tmp_path, 
 def test_a_run_that_is_stopped_in_a_step_that_fails(options, tmp_path, monkeypatch, way):
     poison(monkeypatch, 4)
     stop_at(monkeypatch, 4)
-    assert job.main(changed(options, tmp_path / "run")) == job.NOT_FINITE
+    assert job.main(changed(options, tmp_path / "run")) == parse.NOT_FINITE
     newest = run_dir.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["step"] == (4 if way == "late" else 3)
 

@@ -471,7 +471,7 @@ def test_what_is_not_finite_is_never_learned_from_and_its_origin_is_named(
         job.setup, "print_summary", lambda *_: applied.clear()
     )  # it runs a step on dummy data
     inject(monkeypatch, kind, value, at)
-    assert job.main(options) == job.NOT_FINITE
+    assert job.main(options) == parse.NOT_FINITE
     error = capsys.readouterr().err
     assert f"step {at}: loss" in error and "lr 0" in error and NAMED[kind] in error, error
     assert len(applied) == at - 1
@@ -511,7 +511,7 @@ def test_steps_left_out_end_a_run_only_if_they_are_many_in_a_row(options, monkey
     monkeypatch.setattr(monitor, "MAX_SKIPPED", 1)
     skipping = dataclasses.replace(options, train=dataclasses.replace(options.train, on_nonfinite="skip"))
     step = trainer.train_step
-    for bad, status in (({2, 4, 6}, 0), ({2, 3}, job.NOT_FINITE)):
+    for bad, status in (({2, 4, 6}, 0), ({2, 3}, parse.NOT_FINITE)):
 
         def sometimes(
             model: Any, optimizer: Any, batches: Any, number: int, *rest: Any, bad: Any = bad
@@ -529,7 +529,7 @@ def test_what_was_learned_is_saved_before_an_error_ends_the_run(options, monkeyp
     seldom = dataclasses.replace(options.train, checkpoint_every=0, eval_every=100)
     with monkeypatch.context() as patch:
         inject(patch, "loss", float("nan"), 6)
-        assert job.main(dataclasses.replace(options, train=seldom)) == job.NOT_FINITE
+        assert job.main(dataclasses.replace(options, train=seldom)) == parse.NOT_FINITE
     assert checkpoint.verify(run_dir.checkpoints(options.run_dir)[0])["step"] == 5
     # and can be gone on with as if nothing had been tried
     whole = str(Path(options.run_dir).with_name("whole"))
@@ -574,7 +574,7 @@ def test_compiled_code_on_several_threads_is_not_promised_to_repeat(options, mon
 def test_a_weight_that_is_not_finite_cannot_be_left_out(options, monkeypatch, capsys):
     inject(monkeypatch, "weight", float("inf"), 4)
     skipping = dataclasses.replace(options.train, on_nonfinite="skip")
-    assert job.main(dataclasses.replace(options, train=skipping)) == job.NOT_FINITE
+    assert job.main(dataclasses.replace(options, train=skipping)) == parse.NOT_FINITE
     assert "skipping does not help" in capsys.readouterr().err
 
 

@@ -69,7 +69,9 @@ class Record:
         known = {field.name for field in dataclasses.fields(config.ModelConfig)}
         parts = {name.removeprefix("model."): value for name, value in self.options.items()}
         parts = {name: value for name, value in parts.items() if name in known}
-        return presets.update(config.ModelConfig(), parts, self.name) if "d_model" in parts else None
+        if "d_model" not in parts:
+            return None
+        return presets.update(config.ModelConfig(), parts, f"{self.name}/config.json", "model.")
 
     @property
     def last_step(self) -> int:
@@ -91,8 +93,8 @@ class Record:
             found["parameters"] = self.shape.n_parameters
         found["steps"] = self.last_step
         last = np.array([self.last_step], dtype=float)
-        # a config of another program, or a run without speeds, lacks these two entries
-        with contextlib.suppress(ValueError):
+        # a config of another program, or a run without speeds or with huge ones, lacks these two entries
+        with contextlib.suppress(ValueError, OverflowError):
             found["tokens"] = round(self.position(last, "tokens")[0])
             found["seconds"] = float(self.position(last, "time")[0])
         if found.get("seconds"):

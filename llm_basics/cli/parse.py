@@ -25,8 +25,11 @@ from llm_basics.runs import run_dir, steering
 
 T = TypeVar("T")
 
-# the exit status of a program whose result could not be saved
-NOT_SAVED = 3
+# exit statuses of a program whose numbers are not finite, whose result could not be saved, or without memory
+NOT_FINITE, NOT_SAVED, NO_MEMORY = 1, 3, 4
+
+# the longest error, which may quote a value of a file
+MESSAGE_LETTERS = 2000
 
 # errors of the disk, and of a path that was given wrongly
 DISK = {*files.FULL, errno.EROFS, errno.EIO}
@@ -194,7 +197,8 @@ def _tyro_errors_as_value_errors() -> Iterator[None]:
 def exit_on_error(flush: bool = True) -> Iterator[None]:
     """Print a ValueError or OSError as one line and exit with status 2, or NOT_SAVED if it is the disk's.
 
-    A closed output pipe exits with 0. With `flush`, output is complete at the end, or an error.
+    Numbers that are not finite exit with NOT_FINITE, too little memory with NO_MEMORY, a closed output pipe
+    with 0. With `flush`, output is complete at the end, or an error.
     """
     try:
         yield
@@ -208,15 +212,29 @@ def exit_on_error(flush: bool = True) -> Iterator[None]:
         if is_of_output(error):
             _discard_output()
         sys.exit(NOT_SAVED if is_of_disk(error) else 2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(NOT_FINITE)
+    except (RuntimeError, MemoryError) as error:
+        from llm_basics.runs import process  # imports torch, as what raised the error did
+
+        if not process.is_out_of_memory(error):
+            raise
+        print("error: out of memory", file=sys.stderr)
+        sys.exit(NO_MEMORY)
 
 
 def message(error: Exception) -> str:
-    """An error in one line, without the number that Python shows of an OSError."""
+    """An error as printable text, without the number that Python shows of an OSError."""
     if is_of_output(error):
         return f"the output could not be written ({error.strerror})"
     if not isinstance(error, OSError) or isinstance(error, files.WriteError) or error.strerror is None:
-        return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        text = str(error)
+    else:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    if len(text) > MESSAGE_LETTERS:
+        text = f"{text[: MESSAGE_LETTERS // 2]} ... {text[-MESSAGE_LETTERS // 2 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def is_of_disk(error: Exception) -> bool:

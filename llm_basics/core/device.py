@@ -1,7 +1,6 @@
-"""Devices: selection, precision, determinism and random state."""
+"""Devices: selection, precision and random state."""
 
 import contextlib
-import os
 
 import torch
 
@@ -39,13 +38,6 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.float32
-
-
-def make_deterministic() -> None:
-    """Allow only deterministic algorithms; others raise RuntimeError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the initialization of CUDA
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

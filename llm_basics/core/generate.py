@@ -115,6 +115,17 @@ def next_token_probabilities(
     return torch.zeros_like(probabilities).scatter(-1, ids, probabilities)
 
 
+def sample(probabilities: Float[Tensor, " vocab"], generator: torch.Generator | None = None) -> int:
+    """Draw an id, on the CPU, where a seed gives the same everywhere. Raises FloatingPointError for NaN."""
+    try:
+        return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+    except RuntimeError:
+        raise FloatingPointError(
+            "the probabilities of the next token must be finite, got nan: the weights of the model are too "
+            "large or not finite"
+        ) from None
+
+
 @torch.no_grad()
 def generate(
     model: models.TransformerLM,
@@ -149,11 +160,10 @@ def generate(
             if adjust is not None:
                 logits = adjust(tokens[0], logits)
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
-            # sampled on the CPU, where a seed gives the same result on every machine
-            token = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-            if token.item() == stop_id:
+            token = sample(probabilities, generator)
+            if token == stop_id:
                 return
-            tokens = torch.cat([tokens, token[None].to(tokens.device)], dim=-1)
-            yield int(token.item())
+            tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=-1)
+            yield token
     finally:
         model.train(was_training)

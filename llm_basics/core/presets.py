@@ -80,7 +80,7 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
     fields = {field.name: field for field in _fields(base)}
     values: dict[str, Any] = {}
     for name, value in options.items():
-        if (full_name := prefix + name) in REMOVED:
+        if (full_name := f"{prefix}{name}") in REMOVED:
             if value != REMOVED[full_name]:
                 raise ValueError(
                     f"{full_name} must be {REMOVED[full_name]}, got {value!r} ({origin}); this version has "
@@ -103,7 +103,10 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
             values[name] = _converted(value, hints[name])
             if wrong := config.fault(values[name], hints[name]):
                 raise ValueError(f"{full_name} must be {wrong}, got {value!r} ({origin})")
-    return dataclasses.replace(base, **values)  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(base, **values)  # type: ignore[type-var]
+    except ValueError as error:
+        raise ValueError(f"{error} ({origin})") from None
 
 
 def _fields(hint: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from typing import Any
 from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import bpe, config, files, tokenizer
-from llm_basics.data import documents, shard_builder, shards, sources, tokenizer_formats
+from llm_basics.data import documents, shard_builder, shards, sources, spool, tokenizer_formats
 from llm_basics.runs import console, signals
 
 # increased when the same text would give other token files
@@ -221,10 +221,10 @@ def _write_shards(
             chosen = tokenizer.Tokenizer.load(work / "tokenizer")
         else:
             if options.tokenizer == "bpe":
-                spool = work / shard_builder.PROGRESS / "ahead.jsonl"
-                sample = shard_builder.spool(pieces, options.sample_bytes, spool)
+                ahead = work / shard_builder.PROGRESS / "ahead.jsonl"
+                sample = spool.write(pieces, options.sample_bytes, ahead)
                 chosen = _train_bpe(sample, options.vocab_size, log)
-                pieces = itertools.chain(shard_builder.read_spool(spool), pieces)
+                pieces = itertools.chain(spool.read(ahead), pieces)
             else:
                 chosen = _gapless(options.tokenizer)
             chosen.save(work / "tokenizer")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_basics.core import bpe, files, tokenizer
+from llm_basics.core import bpe, files, tokenizer, vocabulary
 from llm_basics.data import documents, shards, sources
 
 META = "meta.json"
@@ -199,9 +199,17 @@ def check_settings(given: dict[str, Any], recorded: dict[str, Any], folder: obje
 
 def read_meta(out: Path, settings: dict[str, Any], stamp: dict[str, Any] | None) -> dict[str, Any]:
     """The meta.json of a finished folder. Raises ValueError if settings or source have changed since."""
-    meta = json.loads((out / META).read_text(encoding="utf-8"))
-    check_settings(settings, meta.get("settings", {}), out)
-    recorded = meta.get("stamp")
+    with vocabulary.reading(f"{out / META} must be what prepare wrote; delete {out} to prepare it again"):
+        meta = files.read_json(out / META)
+        recorded = meta.get("stamp")
+        numbers = [meta["duplicates"], *(recorded[name] for name in ("files", "bytes") if recorded)]
+        for name in ("documents", "tokens", "bytes"):
+            numbers += [meta[name]["train"], meta[name]["val"]]
+        if wrong := [number for number in numbers if type(number) is not int or number < 0]:
+            raise ValueError(f"its counts must be whole numbers, got {wrong[0]!r:.60}")
+        if not isinstance(meta["settings"], dict):
+            raise ValueError(f"its settings must be an object, got {meta['settings']!r:.60}")
+    check_settings(settings, meta["settings"], out)
     if recorded is not None and stamp is not None and recorded != stamp:
         raise ValueError(
             f"{settings['source']} must be what it was when {out} was prepared, but names, sizes or times of "
@@ -323,27 +331,3 @@ def publish(work: Path, out: Path) -> dict[str, Any]:
     for folder in (work, out / PROGRESS):
         shutil.rmtree(folder, ignore_errors=True)
     return json.loads((out / META).read_text(encoding="utf-8"))
-
-
-# --------------------------------------------------------------------------------------------------
-# Reading ahead
-
-
-def spool(pieces: Iterator[Piece], n_bytes: int, path: Path) -> Iterator[str]:
-    """The training texts of the next pieces, up to `n_bytes`; the pieces go to a file for `read_spool`."""
-    with files.open_output(path) as file:
-        for piece in pieces:
-            file.write((json.dumps(dataclasses.asdict(piece)) + "\n").encode())
-            if not piece.held_out:
-                yield piece.text
-                n_bytes -= len(piece.text.encode("utf-8"))
-                if n_bytes <= 0:
-                    return
-
-
-def read_spool(path: Path) -> Iterator[Piece]:
-    """The pieces that `spool` wrote."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            fields = json.loads(line)
-            yield Piece(**fields | {"position": SourcePosition(**fields["position"])})

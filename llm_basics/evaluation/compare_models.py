@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,6 @@ from llm_basics.evaluation import log_likelihood, metrics, multiple_choice
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, run_dir
 from llm_basics.runs import console as terminal
-
-# exit status if a score is not finite, as in `train`
-NOT_FINITE = 1
 
 # title, format and meaning of the figures shown
 MEASURES = {
@@ -62,15 +58,10 @@ def main(options: commands.EvaluateConfig) -> int:
             raise ValueError(f"--out must be in an existing folder, got {options.out}")
         questions = multiple_choice.read(options.choices) if options.choices is not None else []
         swap.use_for_command(options.mine, options.fast)
-        try:
-            with terminal.progress_bar() as progress:
-                results = [
-                    evaluate_run(name, options, questions, progress)
-                    for name in options.run_dirs or ("newest",)
-                ]
-        except FloatingPointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return NOT_FINITE
+        with terminal.progress_bar() as progress:
+            results = [
+                evaluate_run(name, options, questions, progress) for name in options.run_dirs or ("newest",)
+            ]
         show(results)
         if options.out is not None:
             files.write(Path(options.out), json.dumps(as_json(results), indent=2, allow_nan=False) + "\n")

@@ -298,7 +298,7 @@ def generate(
             token = vectors.likeliest(_scores(logits)) if temperature == 0 and n_new else -1
             if token == -1:
                 probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p)
-                token = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+                token = core_generate.sample(probabilities, generator)
             if token == stop_id:
                 return
             text.append(token)

@@ -65,7 +65,7 @@ def generate_batch(
             for row, i in enumerate(active):
                 if len(texts[i]) == length:
                     generator = generators[i] if generators is not None else None
-                    token = int(torch.multinomial(probabilities[row], 1, generator=generator))
+                    token = core_generate.sample(probabilities[row], generator)
                     texts[i].append(token)
                     n_new = len(texts[i]) - len(prompts[i])
                     if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
@@ -165,8 +165,15 @@ def load_run(
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """Load the model of a run directory at checkpoint `which` (see `checkpoint.find`), and its tokenizer."""
     options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    path = checkpoint.find(Path(folder) / run_dir.CHECKPOINTS, which)
+    # before a model of any size is allocated; weights have four bytes each
+    if (size := path.stat().st_size) < 4 * options.model.n_parameters:
+        raise ValueError(
+            f"{path} must hold the {options.model.n_parameters:,} weights of the model in "
+            f"{folder}/config.json, got {size:,} bytes"
+        )
     model = models.TransformerLM(options.model, device=device)
-    checkpoint.load_checkpoint(checkpoint.find(Path(folder) / run_dir.CHECKPOINTS, which), model)
+    checkpoint.load_checkpoint(path, model)
     return model, tokenizer_formats.load(Path(folder) / "tokenizer")
 
 

@@ -87,6 +87,10 @@ def _normalize(
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{origin}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if n_bad := int((~tensor.isfinite()).sum()):
+            raise ValueError(
+                f"{origin}: {name} must be finite, but {n_bad:,} of its {tensor.numel():,} weights are not"
+            )
     embeddings, *_ = layout.model_modules
     prefix = embeddings.partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in tensors):

@@ -21,8 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from llm_basics.core import files as file_io
+from llm_basics.core import vocabulary
 
 SCHEMA = 2
+
+# entries of the state, besides those of the program that saves
+KINDS: dict[str, Any] = {"step": int, "tied": dict, "optimizer": dict, "random": dict, "origins": dict}
+KINDS["val_loss"] = int | float | None
 
 PATTERN = "step_*.safetensors"
 
@@ -151,14 +156,26 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header_bytes = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
         described, expected = metadata["llm_basics"], metadata["sha256"]
-        about = json.loads(described)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{name} must be an llm_basics checkpoint; {error}") from None
     if _digest(tensors, described) != expected:
         raise ValueError(f"{name} is damaged: its content does not match its SHA-256")
-    if about["schema"] != SCHEMA:
-        raise ValueError(f"{name} must have schema {SCHEMA}, got {about['schema']}")
-    return tensors, about
+    return tensors, _parse_about(described, name)
+
+
+def _parse_about(described: str, name: object) -> dict[str, Any]:
+    """The state in the metadata of a file. Raises ValueError for one that no program has written."""
+    about = file_io.parse_json(described, name)
+    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+        found = about.get("schema") if isinstance(about, dict) else type(about).__name__
+        raise ValueError(f"{name} must have schema {SCHEMA}, got {found!r:.60}")
+    for key, kinds in KINDS.items():
+        value = about.get(key, {} if key == "origins" else None)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (key == "step" and value < 0):
+            raise ValueError(f"{name} must have a valid {key}, got {value!r:.60}")
+    if not all(isinstance(origin, str) for origin in about.get("origins", {}).values()):
+        raise ValueError(f"{name} must have a text as the origin of each piece")
+    return about
 
 
 def load_checkpoint(
@@ -169,14 +186,17 @@ def load_checkpoint(
     Names and shapes must match the model's. Nothing is changed otherwise.
     """
     tensors, about = read_checkpoint(src)
-    weights = _section(tensors, "model.")
-    weights |= {_strip(name): weights[_strip(owner)] for name, owner in about["tied"].items()}
-    check_shapes(model.state_dict(), weights, "the checkpoint does not fit the model")
-    if optimizer is not None:  # first, since it may raise
-        optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
+    name = src if isinstance(src, str | os.PathLike) else "the checkpoint"
+    with vocabulary.reading(f"{name} must be an llm_basics checkpoint"):
+        weights = _section(tensors, "model.")
+        weights |= {_strip(name): weights[_strip(owner)] for name, owner in about["tied"].items()}
+    check_shapes(model.state_dict(), weights, f"{name} does not fit the model")
+    with vocabulary.reading(f"{name} must have the state of the optimizer and of random numbers"):
+        if optimizer is not None:  # first, since it may raise
+            optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
+        if restore_rng:
+            _restore_random_state(tensors, about["random"])
     model.load_state_dict(weights)
-    if restore_rng:
-        _restore_random_state(tensors, about["random"])
     return about
 
 
@@ -187,9 +207,12 @@ def read_about(path: Path) -> dict[str, Any]:
             size = int.from_bytes(file.read(8), "little")
             if size > path.stat().st_size:
                 raise ValueError("it ends within its header")
-            return json.loads(json.loads(file.read(size))["__metadata__"]["llm_basics"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            described = json.loads(file.read(size))["__metadata__"]["llm_basics"]
+            if not isinstance(described, str):
+                raise ValueError(f"its state must be text, got {type(described).__name__}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must be an llm_basics checkpoint; {error}") from None
+    return _parse_about(described, path)
 
 
 def _optimizer_state(

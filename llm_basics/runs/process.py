@@ -1,8 +1,9 @@
-"""A process that trains or generates: what it runs on, memory allocation and garbage collection."""
+"""A process that trains or generates: what it runs on, determinism, memory and garbage collection."""
 
 import contextlib
 import ctypes
 import gc
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+
+
+def make_deterministic() -> None:
+    """Allow only deterministic algorithms; others raise RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the initialization of CUDA
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def tune_allocator() -> None:

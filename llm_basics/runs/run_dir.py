@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_basics.core import files
-from llm_basics.runs import inbox, locks, loggers
+from llm_basics.runs import inbox, lines, locks, loggers
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
@@ -62,9 +62,10 @@ class RunDir:
         self.tolerant = tolerant
         self.checkpoints = self.folder / CHECKPOINTS
         files.create_folder(self.checkpoints)
+        earlier = lines.read(self.folder / METRICS, lines.check_metrics)
+        self.attempt = 1 + max((entry.get("attempt", 1) for entry in earlier), default=0)
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locks.locked(self.folder))
-        self.attempt = 1 + max((e.get("attempt", 1) for e in _lines(self.folder / METRICS)), default=0)
         # commands from now on; older ones were for earlier attempts
         self.inbox = inbox.Inbox(self.folder)
         self.config: dict[str, Any] = {}
@@ -229,9 +230,10 @@ def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics of a run, one entry per step: that of the last attempt.
 
-    Torn lines, and metrics after a step from which a later attempt resumed, are left out.
+    Torn lines, and metrics after a step from which a later attempt resumed, are left out. Raises ValueError
+    for a line that was edited and is not what a run writes.
     """
-    return deduplicate_steps(_lines(Path(folder) / METRICS))
+    return deduplicate_steps(lines.read(Path(folder) / METRICS, lines.check_metrics))
 
 
 def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -247,28 +249,17 @@ def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
 
 def read_samples(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The samples of a run, in order."""
-    return list(_lines(Path(folder) / SAMPLES))
+    return list(lines.read(Path(folder) / SAMPLES, lines.check_sample))
 
 
 def read_events(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The events of a run, in the order of recording."""
-    return list(_lines(Path(folder) / EVENTS))
+    return list(lines.read(Path(folder) / EVENTS, lines.check_event))
 
 
 def read_tried(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The measurements of the learning-rate finder, step by step."""
-    return list(_lines(Path(folder) / LR_FINDER))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, without torn lines."""
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict) and line.endswith("\n"):
-                        yield entry
+    return list(lines.read(Path(folder) / LR_FINDER, lines.check_metrics))
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

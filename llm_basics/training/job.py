@@ -15,7 +15,7 @@ from llm_basics.training import loop, lr_finder, memory, setup, state
 CLOSE_SECONDS = 2.0
 
 # exit statuses besides 0, those of signals and those of `parse.exit_on_error`
-NOT_FINITE, NOT_SAME, NO_MEMORY, NO_RATE = 1, 1, 4, 5
+NOT_SAME, NO_RATE = 1, 5
 
 
 def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, seconds: float) -> None:
@@ -83,7 +83,7 @@ def main(
             return stop.status
         except memory.NotEnoughMemory as error:
             print(f"error: {error}", file=sys.stderr)
-            return NO_MEMORY
+            return parse.NO_MEMORY
         try:
             return work(training, output, clock)
         except signals.Stopped as stop:
@@ -93,7 +93,7 @@ def main(
             return stop.status
         except FloatingPointError as error:
             print(f"error: {error}; the weights are those after step {training.step}", file=sys.stderr)
-            return NOT_FINITE
+            return parse.NOT_FINITE
         except OSError as error:
             print(f"error: {parse.message(error)}; earlier checkpoints are unchanged", file=sys.stderr)
             return parse.NOT_SAVED
@@ -103,6 +103,6 @@ def main(
             needs = setup.estimate(training.options)
             advice = memory.describe(needs, training.options) if needs else setup.NOT_ESTIMATED
             print(f"error: out of memory\n{advice}", file=sys.stderr)
-            return NO_MEMORY
+            return parse.NO_MEMORY
         finally:
             output.close()

@@ -15,7 +15,7 @@ from torch import nn
 
 from llm_basics import swap, user_code
 from llm_basics.cli import nested
-from llm_basics.core import config, dataloader, device, evaluate, presets, trainer
+from llm_basics.core import config, dataloader, device, evaluate, presets, trainer, vocabulary
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents, prepare, shards
@@ -47,8 +47,10 @@ DIGEST_CHARACTERS = 2**18
 # metadata keys of older checkpoints -> keys now
 RENAMED = {"looked": "evaluated", "windows": "sequences"}
 
-# metadata keys that every checkpoint of a training run has
-REQUIRED_KEYS = {"config", "data", "environment", "sequences", "evaluated", "val_loss", "best_loss", "spikes"}
+# metadata that every checkpoint of a training run has
+REQUIRED: dict[str, Any] = dict.fromkeys(("config", "environment", "spikes"), dict)
+REQUIRED |= {"data": str, "sequences": int, "evaluated": bool}
+REQUIRED |= dict.fromkeys(("val_loss", "best_loss"), int | float | None)
 
 
 def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
@@ -85,7 +87,7 @@ class TrainingState:
         self.tokenizer = prepared.tokenizer
         self.device = device.choose(train.device)
         if options.deterministic:
-            device.make_deterministic()
+            process.make_deterministic()
         for shard in (*prepared.train, prepared.val):
             shards.check_ids(shard)
         self.batches, self.held_out = self.read(prepared)
@@ -240,7 +242,8 @@ class TrainingState:
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
         metadata = {RENAMED.get(name, name): value for name, value in checkpoint.verify(path).items()}
-        if missing := REQUIRED_KEYS - metadata.keys():
+        missing = [key for key, kind in REQUIRED.items() if not isinstance(metadata.get(key, ...), kind)]
+        if missing:
             raise ValueError(
                 f"{path} must be a checkpoint of a training run, but lacks {', '.join(sorted(missing))}"
             )
@@ -263,7 +266,8 @@ class TrainingState:
         self.evaluated = metadata["evaluated"]
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
         self.saved = self.step, self.val_loss
-        self.spikes.load(metadata["spikes"])
+        with vocabulary.reading(f"{path} must have the state of the spike detector"):
+            self.spikes.load(metadata["spikes"])
         found = nested.differences(then, now)
         self.changed = {k: list(found[k]) for k in found if k.startswith("train.") or k in RECORDED}
         settings = _differences(nested.flat(now), nested.flat(then))
