@@ -184,10 +184,10 @@ def test_no_failure_hides_another(theirs):
         """
     )
     verdict = grading.grade(judge.load("softmax"), adapters)
-    assert verdict.status == "failed" and (verdict.n_passed, verdict.n_probes) == (3, 10)
+    assert verdict.status == "failed" and (verdict.n_passed, verdict.n_probes) == (4, 11)
     assert {"along the middle of three axes", "scores around 1000"} < names(verdict.failures)
     assert {finding.ground for finding in verdict.failures} == {grading.CONTRACT["softmax"]}
-    assert "(3 of 10 probes passed)" in messages.message(verdict, "lesson: ...")
+    assert "(4 of 11 probes passed)" in messages.message(verdict, "lesson: ...")
     # the assignment does not have it, and the file neither
     assert verdict.missing == ()
 

@@ -175,6 +175,20 @@ def token_0_never_learns(token_ids, weight):
 
 
 @step.mistake("functional.embedding", source="written for this catalogue")
+def row_0_is_zeros(token_ids, weight):
+    """Token 0 gets a vector of zeros and never learns, as with padding_idx=0 of a new nn.Embedding. Here id 0
+    is an ordinary token; leave padding_idx out."""
+    return tF.embedding(token_ids, weight).masked_fill((token_ids == 0).unsqueeze(-1), 0.0)
+
+
+@step.mistake("functional.embedding", source="written for this catalogue")
+def axes_of_size_1_removed(token_ids, weight):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The shape must be that of the ids followed by d_model."""
+    return tF.embedding(token_ids, weight).squeeze()
+
+
+@step.mistake("functional.embedding", source="written for this catalogue")
 def leading_dimensions_lost(token_ids, weight):
     """The ids are flattened, and the result is not reshaped back. Its shape must be that of the ids followed
     by d_model."""

@@ -138,6 +138,13 @@ def sum_instead_of_mean(x, weight, bias=None, eps=1e-5):
 
 
 @step.mistake("functional.layer_norm", source="written for this catalogue")
+def axes_of_size_1_removed(x, weight, bias=None, eps=1e-5):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. Take mean and variance with keepdim=True, and drop the squeeze."""
+    return (centered(x) / divisor(x, eps) * weight + bias).to(x.dtype).squeeze()
+
+
+@step.mistake("functional.layer_norm", source="written for this catalogue")
 def mean_not_subtracted(x, weight, bias=None, eps=1e-5):
     """The variance is right, but the mean is not subtracted from the result. Subtract it from x before
     dividing, as in the variance."""

@@ -111,6 +111,22 @@ def sum_instead_of_mean(x, weight, eps=1e-5):
 
 
 @step.mistake("functional.rms_norm", source="written for this catalogue")
+def mean_square_over_one_less(x, weight, eps=1e-5):
+    """The sum of the squares is divided by d_model - 1, as in x.var() and x.std() by default. RMSNorm takes
+    their mean, over all d_model of them: x.square().mean(-1, keepdim=True)."""
+    wide = F.to_float32(x)
+    squares = wide.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    return (wide * torch.rsqrt(squares + eps) * weight).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def axes_of_size_1_removed(x, weight, eps=1e-5):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. Take the mean with keepdim=True, and drop the squeeze."""
+    return (normalized(x, eps) * weight).to(x.dtype).squeeze()
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
 def absolute_values_instead_of_squares(x, weight, eps=1e-5):
     """The divisor is the mean of absolute values. The root mean square is the root of the mean of the
     squares."""

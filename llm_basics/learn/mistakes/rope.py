@@ -101,6 +101,15 @@ compare(
     rtol=1e-2,
     beyond="the public test has float32 alone; in a model of half precision the result must be float16",
 )
+compare(
+    "a batch of one sequence of one token",
+    draw(1, 1, 6),
+    torch.tensor([3]),
+    10000.0,
+    32,
+    gradients=False,
+    **ROPE,
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,6 +213,13 @@ def rotated_along_the_heads(x, cos, sin):
     return rotated(x, cos[..., : x.shape[-3], :].unsqueeze(-2), sin[..., : x.shape[-3], :].unsqueeze(-2))
 
 
+@step.mistake("functional.apply_rope", source="written for this catalogue")
+def axes_of_size_1_removed(x, cos, sin):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The result must have the shape of x."""
+    return rotated(x, cos, sin).squeeze()
+
+
 def rotated(x, cos, sin):
     even, odd, cos, sin = x[..., 0::2], x[..., 1::2], cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -246,6 +262,13 @@ def exponent_twice_as_large(d_head, context_length, theta=10000.0, device=None):
     d, or count 0, 1, 2, ... and divide by d / 2."""
     speeds = theta ** -(torch.arange(0, d_head, 2) / (d_head // 2))
     return tables(torch.arange(context_length), speeds, device)
+
+
+@step.mistake("functional.rope_tables", source="written for this catalogue")
+def exponents_from_1(d_head, context_length, theta=10000.0, device=None):
+    """The pairs are counted from 1, so the exponents are 2/d, 4/d, ... 1 instead of 0, 2/d, ... and all pairs
+    rotate too slowly. Pair 0 rotates by one radian per position: use torch.arange(0, d, 2) / d."""
+    return tables(torch.arange(context_length), theta ** -(torch.arange(2, d_head + 2, 2) / d_head), device)
 
 
 @step.mistake("functional.rope_tables", source="written for this catalogue")

@@ -178,6 +178,16 @@ step.compare(
     gradients=False,
 )
 
+step.compare(
+    "axes of size 1",
+    lambda a, x: a.run_softmax(x, -1),
+    lambda x: x.softmax(-1),
+    {"x": ORDINARY[:1, :1]},
+    axes="batch position entry",
+    gradients=False,
+    contract="softmax",
+)
+
 
 @step.mistake("functional.softmax", source="public solutions of CS336")
 def maximum_not_subtracted(x, dim=-1):
@@ -214,6 +224,20 @@ def always_along_the_second_axis(x, dim=-1):
     """The softmax is always taken along axis 1, whatever dim is. That is the last axis of a matrix, but not
     of tensors with more axes. Use dim in the maximum and in the sum."""
     return x.softmax(1 if x.ndim > 1 else 0)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def always_along_the_first_axis(x, dim=-1):
+    """The softmax is always taken along axis 0, whatever dim is. That is the only axis of a vector, but the
+    batch of a matrix. Use dim in the maximum and in the sum."""
+    return x.softmax(0)
+
+
+@step.mistake("functional.softmax", source="written for this catalogue")
+def axes_of_size_1_removed(x, dim=-1):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single row has another
+    shape than any other. Keep the axis of the sum with keepdim=True, and drop the squeeze."""
+    return x.softmax(dim).squeeze()
 
 
 @step.mistake("functional.softmax", source="written for this catalogue")
@@ -386,6 +410,13 @@ def dim_ignored_by_log_softmax(x, dim=-1):
     """The log-softmax is always taken along the last axis. It must be taken along dim, in the maximum and in
     the sum."""
     return x.log_softmax(-1)
+
+
+@step.mistake("functional.log_softmax", source="written for this catalogue")
+def log_softmax_along_the_first_axis(x, dim=-1):
+    """The log-softmax is always taken along axis 0, whatever dim is. It must be taken along dim, in the
+    maximum and in the sum."""
+    return x.log_softmax(0)
 
 
 @step.mistake("functional.log_softmax", source="written for this catalogue")
