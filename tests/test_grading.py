@@ -131,6 +131,7 @@ ADVICE = {
         "line ends are learned as they are in the file",
         "special tokens may share a prefix",
         "no special tokens",
+        "the order of ids: special tokens, bytes, merges as learned",
     },
     "tokenizer": {
         "an empty list of special tokens",

@@ -389,6 +389,13 @@ def no_weight_decay(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, e
     return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.0)
 
 
+@step.mistake("optim.adamw_update", source="public solutions of CS336")
+def decay_fixed(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
+    """weight_decay is fixed at 0.01, torch's default, whatever is passed, so norms and biases decay too.
+    Store it in the defaults, and read it from the parameter group at each step."""
+    return adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, 0.01)
+
+
 @step.mistake("optim.adamw_update", source="written for this catalogue")
 def decay_that_grows_the_weights(
     parameter, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay

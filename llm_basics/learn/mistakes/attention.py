@@ -137,6 +137,17 @@ compare(
     atol=1e-4,
     contract="attention",
 )
+# scores below -1e5: sums of small integers, which are exact in any order
+FAR_BELOW = torch.tensor([-30_000.0, 1, 1, 1]).repeat(1, 4, 1)
+SMALL = torch.tensor([[10.0, 1, 0, -1], [10, 2, 1, 0], [10, 0, -1, 0], [10, 1, 1, 1], [10, -2, 0, 1]])
+compare(
+    "a mask, and scores of -150,000",
+    {"q": FAR_BELOW, "k": SMALL[None], "v": torch.eye(5)[None], "mask": MASK[None]},
+    axes="batch query key",
+    gradients=False,
+    words=whether_seen,
+    contract="attention",
+)
 compare(
     "float16 numbers with a mask",
     {name: tensor.half() for name, tensor in QKV.items()} | {"mask": MASK},
@@ -419,6 +430,22 @@ def masked_with_minus_10(query, key, value, mask=None, is_causal=False, dropout_
     mask = mask_of(query, key, mask, is_causal)
     scores = scores_of(query, key)
     return F.softmax(scores if mask is None else scores.masked_fill(~mask, -10.0)) @ value
+
+
+@step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
+def masked_with_minus_100(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
+    """Masked scores are set to a number that is usually low enough, such as -100 or -10,000. Scores of a
+    trained model can be lower, and then masked keys win. Only -inf is below every score."""
+    mask = mask_of(query, key, mask, is_causal)
+    scores = scores_of(query, key)
+    return F.softmax(scores if mask is None else scores.masked_fill(~mask, -1e4)) @ value
+
+
+@step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
+def axes_of_size_1_removed(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single head has another
+    shape than any other. The result must have the leading axes of the query."""
+    return weigh(scores_of(query, key), value, mask_of(query, key, mask, is_causal)).squeeze()
 
 
 @step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")

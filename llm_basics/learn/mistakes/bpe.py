@@ -205,6 +205,10 @@ pieces_of("contractions are split off, in lower case only", ("I'm we've they'll 
 pieces_of("the last space of a run belongs to the next word", ("  a  b\n\nc \n d\t\te \r\n\r\nf   ", []))
 pieces_of("letters and digits of all scripts", ("na\u00efve \u6f22\u5b57 \u0663x\u00b2 \u2167 \u00c5", []))
 pieces_of(
+    "numbers of any length are whole, and underscores are punctuation",
+    ("12345678 12.5 __init__ a_b1 2\u00b2\u00bd", []),
+)
+pieces_of(
     "special tokens are removed, and text on their two sides is not joined",
     (f"ab{END}cd {END}\n ef{END}{END}  g", [END]),
 )
@@ -274,6 +278,10 @@ merges_of(
 )
 merges_of(
     "words, numbers, punctuation and white space never merge", ("don't a12 b_c,  DON'T\n\n\nx " * 5, 40)
+)
+merges_of(
+    "underscores, long numbers and all contractions",
+    ("__init__ a_b1 12345678 2\u00b2\u00bd we're I've I'm they'll you'd he's don't\n" * 5, 60),
 )
 merges_of(
     "line ends are learned as they are in the file",
@@ -350,6 +358,27 @@ step.value(
     {"size": 256 + 3 + 7, "ids without gaps from 0": True, "lacking": [], "foreign": []},
     contract="vocabulary",
     words=vocabulary_words,
+)
+
+
+def tokens_in_order(adapters):
+    vocab, _ = train(adapters, PROSE, 7, SPECIALS)
+    return [vocab[id] for id in sorted(vocab)]
+
+
+step.value(
+    "the order of ids: special tokens, bytes, merges as learned",
+    tokens_in_order,
+    list(finish(SPECIALS, right_merges(PROSE, 7, SPECIALS))[0].values()),
+    words=lambda expected, actual: next(
+        (
+            f"id {id} must be {right!r}, got {found!r}"
+            for id, (right, found) in enumerate(zip_longest(expected, actual))
+            if right != found
+        ),
+        "the tokens must be bytes",
+    ),
+    beyond="the public test compares ids and tokens as sets; a saved model needs the same ids again",
 )
 
 
@@ -482,6 +511,43 @@ def no_contractions(text, special_tokens=(), pattern=SPLIT):
     """The contractions 's 't 're 've 'm 'll 'd at the start of the pattern are missing, so the apostrophe and
     the letters after it become two pre-tokens that can never merge."""
     return cut_by(GPT2.split("'d|")[1], text, special_tokens)
+
+
+@step.mistake("bpe.pretokenize", source=OWN)
+def two_contractions_only(text, special_tokens=(), pattern=SPLIT):
+    """Of the contractions only 's and 't are in the pattern. GPT-2's has seven: 's 't 're 've 'm 'll 'd; for
+    the others the apostrophe and the letters become two pre-tokens that can never merge."""
+    return cut_by("'s|'t|" + GPT2.split("'d|")[1], text, special_tokens)
+
+
+@step.mistake("bpe.pretokenize", source=PUBLIC)
+def underscores_lost(text, special_tokens=(), pattern=SPLIT):
+    r"""Letters are [^\W\d_] and punctuation is [^\s\w], often because the module re has no \p{L}. The
+    underscore is neither, so findall skips it. Use the regex module with \p{L} and \p{N}, whose pattern
+    leaves nothing out."""
+    wrong = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+(?!\S)|\s+"
+    return [p for segment in segments(text, special_tokens) for p in re.findall(wrong, segment)]
+
+
+@step.mistake("bpe.pretokenize", source=OWN)
+def numbers_of_digits_only(text, special_tokens=(), pattern=SPLIT):
+    r"""Numbers are \d+, which are decimal digits, so superscripts, fractions and Roman numerals count as
+    punctuation. GPT-2's pattern has \p{N}, all numbers of Unicode."""
+    return cut_by(GPT2.replace(r"\p{N}", r"\d"), text, special_tokens)
+
+
+@step.mistake("bpe.pretokenize", source=OWN)
+def digits_in_groups_of_three(text, special_tokens=(), pattern=SPLIT):
+    r"""Numbers are split after three digits, as in GPT-4's pattern (\p{N}{1,3}). GPT-2's keeps all digits of
+    a number together: \p{N}+."""
+    return cut_by(GPT2.replace(r"\p{N}+|", r"\p{N}{1,3}|"), text, special_tokens)
+
+
+@step.mistake("bpe.pretokenize", source=OWN)
+def digits_one_by_one(text, special_tokens=(), pattern=SPLIT):
+    r"""Each digit is a pre-token of its own, as in Llama 2. GPT-2's pattern keeps all digits of a number
+    together: \p{N}+."""
+    return cut_by(GPT2.replace(r"\p{N}+|", r"\p{N}|"), text, special_tokens)
 
 
 @step.mistake("bpe.pretokenize", source=OWN)
@@ -926,6 +992,34 @@ def vocabulary_without_specials(pretokens, vocab_size, special_tokens, ties="gre
     later. Add the bytes of each special token with an id of its own."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     return dict(enumerate(list(vocab.values())[len(special_tokens) :])), merges
+
+
+@step.mistake(MERGES, source=OWN)
+def specials_at_the_end(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
+    """The special tokens get the last ids, after bytes and merges. The tokens are right, but a larger
+    vocabulary of the same text then gives them other ids. Here they come first, then the 256 bytes."""
+    vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
+    tokens = list(vocab.values())
+    return dict(enumerate(tokens[len(special_tokens) :] + tokens[: len(special_tokens)])), merges
+
+
+@step.mistake(MERGES, source=OWN)
+def specials_after_the_bytes(pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent):
+    """The special tokens get the ids from 256 on, between bytes and merges. Here they come first, then the
+    256 bytes, then the merges in the order of learning."""
+    vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
+    tokens, n = list(vocab.values()), len(special_tokens)
+    return dict(enumerate(tokens[n : n + 256] + tokens[:n] + tokens[n + 256 :])), merges
+
+
+@step.mistake(MERGES, source=OWN)
+def ids_in_the_order_of_the_bytes(
+    pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
+):
+    """The ids are given to the sorted tokens, or to those of a set, so they say nothing about the order of
+    learning. Add each token with the next id when it is made."""
+    vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
+    return dict(enumerate(sorted(vocab.values()))), merges
 
 
 @step.mistake(MERGES, source=OWN)

@@ -133,6 +133,21 @@ step.value(
     {"in training mode": True, "weights": AFTER_4},
     beyond="training goes on after a checkpoint; the public test ends there",
 )
+
+
+def mode_after_loading(a):
+    other = network(1)
+    saved_and_loaded(a, *trained(), *other)
+    return "training" if other[0].training else "evaluation"
+
+
+step.value(
+    "the mode of the loaded model",
+    mode_after_loading,
+    "training",
+    beyond="training goes on after loading, with dropout; the public test ends there",
+    words=lambda right, found: f"a model in {right} mode is in {found} mode after loading",
+)
 step.value(
     "an open file instead of a path",
     lambda a: weights_back(a, to=lambda folder: None),
@@ -450,4 +465,13 @@ def model_frozen_after_loading(src, model, optimizer=None, restore_rng=False):
     the values into the existing parameters."""
     about = load_checkpoint(src, model, optimizer)
     model.requires_grad_(False)
+    return about
+
+
+@step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
+def model_in_evaluation_mode_after_loading(src, model, optimizer=None, restore_rng=False):
+    """model.eval() is called in loading, so training that resumes goes on without dropout, without an error.
+    Loading must not change the mode; call eval() where the model is evaluated."""
+    about = load_checkpoint(src, model, optimizer)
+    model.eval()
     return about

@@ -185,6 +185,18 @@ step.compare(
     gradients=False,
 )
 
+step.compare(
+    "a batch of one sequence of one token",
+    lambda a, x, q, k, v, o: a.run_multihead_self_attention(D_MODEL, N_HEADS, q, k, v, o, x),
+    attention,
+    {"x": draw(1, 1, D_MODEL)},
+    weights(),
+    atol=5e-5,
+    axes="batch position feature",
+    gradients=False,
+    contract="multi_head",
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # Mistakes
@@ -412,6 +424,15 @@ class OnlyOneBatchAxis(InParts):
     def forward(self, x, token_positions=None, cache=None):
         _batch, _seq, _d_model = x.shape
         return super().forward(x, token_positions, cache)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class AxesOfSize1Removed(InParts):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. Drop the squeeze, or name its axis."""
+
+    def finish(self, mixed, x):
+        return super().finish(mixed, x).squeeze()
 
 
 # scale
@@ -646,6 +667,16 @@ class SharedHeadsTiled(InParts):
 
     def share(self, x):
         return repeat(x, "... heads seq d -> ... (group heads) seq d", group=self.n_heads // x.shape[-3])
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
+class KvHeadsIgnored(InParts):
+    """n_kv_heads has no effect: keys and values get n_heads heads, whatever is asked. k_proj and v_proj must
+    have n_kv_heads * d_head rows and be split into n_kv_heads heads, each repeated for its group of query
+    heads."""
+
+    def split(self, x):
+        return x.view(*x.shape[:-1], self.n_heads, self.d_head).transpose(-3, -2)
 
 
 @step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")

@@ -215,6 +215,13 @@ def floor_ignored(step, max_lr, min_lr, warmup_steps, total_steps):
     return cosine_schedule(step, max_lr, 0.0, warmup_steps, total_steps)
 
 
+@step.mistake("optim.cosine_schedule", source="public solutions of CS336")
+def floor_fixed_at_a_tenth(step, max_lr, min_lr, warmup_steps, total_steps):
+    """The rate falls to a tenth of the peak, whatever min_lr is. That is the usual choice, but the caller
+    makes it: use the argument."""
+    return cosine_schedule(step, max_lr, max_lr / 10, warmup_steps, total_steps)
+
+
 @step.mistake("optim.cosine_schedule", source="written for this catalogue")
 def floor_reached_at_the_end_only(step, max_lr, min_lr, warmup_steps, total_steps):
     """The cosine decays from the peak to 0, and the rate jumps up to min_lr at total_steps. Scale the cosine

@@ -1,6 +1,7 @@
 """Encoding and decoding: special tokens, then pieces, then the merges in the order of learning; and back."""
 
 import functools
+import re
 import unicodedata
 from itertools import pairwise, zip_longest
 
@@ -95,6 +96,9 @@ WORDS = pairs(
 VOCAB = vocabulary(WORDS, [END])
 # ids up to 255 are the bytes
 BYTES = vocabulary(WORDS)
+# what joins a word and an underscore, a digit and another number
+NOT_WORDS = [(b"a", b"_"), (b"_", b"b"), (b"_", b"_"), (b"t", b"_"), (b"_", b"1")]
+NOT_DIGITS = [(b"x", b"\xc2"), (b"2", b"\xc2"), (b"\xb2", b"\xc2"), (b"\xa7", b"\xd9")]
 
 
 def difference(text, vocab, expected, actual):
@@ -171,6 +175,17 @@ encodes(
     "text of any script, unchanged",
     (VOCAB, WORDS, None, "The \u00e9 e\u0301 \u6f22 \ufb01 \U0001f643\x00"),
 )
+encodes(
+    "underscores are punctuation, and numbers need not be digits",
+    by(NOT_WORDS, "a_b __init__ x_1"),
+    by(NOT_DIGITS, "x\u00b2 2\u00b2\u00bd \u2167\u0663"),
+)
+encodes("digits are one piece, however many", by(pairs("1 2", "3 4", "5 6"), "12345678 1234 x12"))
+encodes(
+    "the contractions 's 't 're 've 'm 'll 'd, in lower case",
+    by(pairs("' s", "' t", "' r", "' v", "' m", "' l", "' d"), "he's don't we're I've I'm they'll you'd"),
+    by(pairs("' S", "' T", "' R", "' V", "' M", "' L", "' D"), "HE'S DON'T WE'RE I'VE I'M THEY'LL YOU'D"),
+)
 encodes("an empty text, and spaces alone", (VOCAB, WORDS, None, ""), (VOCAB, WORDS, None, "   "))
 
 TEXTS = [
@@ -184,6 +199,19 @@ step.value(
         model.decode(model.encode(text)) for model in [a.get_tokenizer(VOCAB, WORDS, None)] for text in TEXTS
     ],
     TEXTS,
+    words=text_words,
+    contract="tokenizer",
+)
+# each token ends within a character or starts in one
+SPLIT_CHARACTERS = [(b"\xe6", b"\xbc"), (b" ", b"\xc3"), (b"\xa9", b"e"), (b"\x9f", b"\x99")]
+step.value(
+    "decoding characters whose bytes are in two tokens",
+    lambda a: [
+        model.decode(model.encode(text))
+        for model in [a.get_tokenizer(*by(SPLIT_CHARACTERS, "")[:3])]
+        for text in ["\u6f22", " \u00e9e", "\U0001f643"]
+    ],
+    ["\u6f22", " \u00e9e", "\U0001f643"],
     words=text_words,
     contract="tokenizer",
 )
@@ -226,6 +254,19 @@ step.value(
 encodes(
     "special tokens that are not passed are text",
     (VOCAB, WORDS, None, f"the{END}thing"),
+    contract="special_tokens",
+)
+LAST = BYTES | {len(BYTES): b"<pad>", len(BYTES) + 1: END.encode()}
+CAPITALS = END.upper()
+encodes(
+    "special tokens at the end of the vocabulary",
+    (LAST, WORDS, [END, "<pad>"], f"the{END}ship<pad>{END}"),
+    contract="special_tokens",
+)
+encodes(
+    "special tokens in another case are text",
+    (VOCAB, WORDS, [END], f"the{CAPITALS}thing{END}"),
+    (vocabulary(WORDS, [CAPITALS]), WORDS, [CAPITALS], f"the{END}thing{CAPITALS}"),
     contract="special_tokens",
 )
 encodes(
@@ -623,8 +664,137 @@ class CharactersForBytes(Tokenizer):
         return self.encode_bytes(text.encode("latin-1"))
 
 
+class CutBy(Tokenizer):
+    """It splits with a `wrong` pattern."""
+
+    def encode_bytes(self, content):
+        return [id for piece in self.wrong.findall(content.decode()) for id in self._cached_merges(piece)]
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class UnderscoresLost(CutBy):
+    r"""Letters are [^\W\d_] and punctuation is [^\s\w], often because the module re has no \p{L}. The
+    underscore is neither, so findall skips it, and code loses every "_". Use the regex module with \p{L} and
+    \p{N}, whose pattern leaves nothing out."""
+
+    wrong = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+(?!\S)|\s+")
+
+
+@step.mistake(PIECE, source=OWN)
+class WordsByBackslashW(CutBy):
+    r"""Words are \w+, which matches letters, digits and the underscore, so a1 and b_c stay whole. GPT-2
+    separates letters, numbers and punctuation: \p{L} and \p{N} of the regex module."""
+
+    wrong = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?\w+| ?[^\s\w]+|\s+(?!\S)|\s+")
+
+
+@step.mistake(PIECE, source=OWN)
+class LettersOfAsciiOnly(CutBy):
+    r"""Letters are [A-Za-z] and digits [0-9], often because the module re has no \p{L}. Words with accents
+    and other scripts then count as punctuation. Use the regex module instead of re."""
+
+    wrong = re.compile(
+        r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+    )
+
+
+@step.mistake(PIECE, source=OWN)
+class NumbersOfDigitsOnly(CutBy):
+    r"""Numbers are \d+, which are decimal digits, so superscripts, fractions and Roman numerals count as
+    punctuation. GPT-2's pattern has \p{N}, all numbers of Unicode."""
+
+    wrong = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\d+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+")
+
+
+@step.mistake(PIECE, source=OWN)
+class DigitsInGroupsOfThree(CutBy):
+    r"""Numbers are split after three digits, as in GPT-4's pattern (\p{N}{1,3}). GPT-2's keeps all digits of
+    a number together, \p{N}+, and the merges were learned with it."""
+
+    wrong = regex.compile(GPT2.pattern.replace(r"\p{N}+|", r"\p{N}{1,3}|"))
+
+
+@step.mistake(PIECE, source=OWN)
+class DigitsOneByOne(CutBy):
+    r"""Each digit is a pre-token of its own, as in Llama 2. GPT-2's pattern keeps all digits of a number
+    together, \p{N}+, and the merges were learned with it."""
+
+    wrong = regex.compile(GPT2.pattern.replace(r"\p{N}+|", r"\p{N}|"))
+
+
+@step.mistake(PIECE, source=OWN)
+class NoContractions(CutBy):
+    """The contractions 's 't 're 've 'm 'll 'd at the start of the pattern are missing, so the apostrophe and
+    the letters after it become two pre-tokens that can never merge."""
+
+    wrong = regex.compile(GPT2.pattern.split("'d|")[1])
+
+
+@step.mistake(PIECE, source=OWN)
+class TwoContractionsOnly(CutBy):
+    """Of the contractions only 's and 't are in the pattern. GPT-2's has seven: 's 't 're 've 'm 'll 'd; for
+    the others the apostrophe and the letters become two pre-tokens that can never merge."""
+
+    wrong = regex.compile("'s|'t|" + GPT2.pattern.split("'d|")[1])
+
+
+@step.mistake(PIECE, source=OWN)
+class ContractionsInCapitalsToo(CutBy):
+    """Contractions also match in capitals, as in DON'T. GPT-2's pattern matches lowercase contractions only,
+    and another pattern gives other tokens. Do not use IGNORECASE."""
+
+    wrong = regex.compile("(?i)" + GPT2.pattern)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpacesApartFromWords(CutBy):
+    """Spaces are pre-tokens of their own instead of the start of the following word, so no token with a
+    leading space is ever used. In GPT-2's pattern words, numbers and punctuation start with an optional
+    space."""
+
+    wrong = regex.compile(GPT2.pattern.replace(" ?", ""))
+
+
+@step.mistake(PIECE, source=OWN)
+class NoLookaheadAtWhiteSpace(CutBy):
+    r"""The part \s+(?!\S) of the pattern is missing, so of several spaces the last one does not go to the
+    following word. That word lacks its leading space and gets different tokens."""
+
+    wrong = regex.compile(GPT2.pattern.replace(r"\s+(?!\S)|", ""))
+
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes with special tokens
+
+
+@step.mistake(PIECE, source=PUBLIC)
+class NoSpecialTokensFail(Tokenizer):
+    """The constructor fails for special_tokens=None, its default: None cannot be iterated or sorted. Use
+    `special_tokens or []`."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, sorted(special_tokens, key=len), pattern)
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialIdsByPosition(Tokenizer):
+    """The id of a special token is its position in the list, as if they came first in every vocabulary. In
+    GPT-2's <|endoftext|> is the last. Look up its bytes in the vocabulary."""
+
+    def __init__(self, vocab, merges, special_tokens=None, pattern=bpe.SPLIT_PATTERN):
+        super().__init__(vocab, merges, special_tokens, pattern)
+        self._special_ids = {special: i for i, special in enumerate(self.special_tokens)}
+
+
+@step.mistake(PIECE, source=OWN)
+class SpecialsInAnyCase(Tokenizer):
+    """Special tokens are also found in another case: the pattern ignores case, or the text is lowercased for
+    the search. Only the exact text is the special token."""
+
+    def encode(self, text):
+        for special in self.special_tokens:
+            text = regex.sub(regex.escape(special), lambda _, s=special: s, text, flags=regex.IGNORECASE)
+        return super().encode(text)
 
 
 def encode_between(model, pattern, text, keep=True, part=lambda text: text):
@@ -749,6 +919,32 @@ class DecodedTokenByToken(Tokenizer):
 
     def decode(self, ids):
         return "".join(self.decode_bytes([id]).decode("utf-8", errors="replace") for id in ids)
+
+
+@step.mistake(PIECE, source=OWN)
+class LongTokensDecodedAlone(Tokenizer):
+    """Single bytes are joined before decoding, but a token of several bytes is decoded by itself, although it
+    may end or start within a character. Join the bytes of all tokens first, then decode once."""
+
+    def decode(self, ids):
+        text, waiting = "", b""
+        for token in [self.vocab[id] for id in ids]:
+            if len(token) == 1:
+                waiting += token
+                continue
+            text += waiting.decode("utf-8", errors="replace") + token.decode("utf-8", errors="replace")
+            waiting = b""
+        return text + waiting.decode("utf-8", errors="replace")
+
+
+@step.mistake(PIECE, source=OWN)
+class IdsDecodedAsBytes(Tokenizer):
+    """An id below 256 is decoded as the byte with this number. Ids can be numbered in any way, and special
+    tokens often come first; look up the bytes of every id in the vocabulary."""
+
+    def decode(self, ids):
+        tokens = [bytes([id]) if id < 256 else self.vocab[id] for id in ids]
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
 
 @step.mistake(PIECE, source=OWN)
