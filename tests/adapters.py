@@ -388,6 +388,12 @@ def run_get_batch(
     return dataloader.get_batch(dataset, batch_size, context_length, device)
 
 
+def run_seeded_batch(
+    dataset: np.ndarray, batch_size: int, context_length: int, seed: int
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    return dataloader.get_batch(dataset, batch_size, context_length, rng=np.random.default_rng(seed))
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 

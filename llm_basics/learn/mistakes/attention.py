@@ -315,6 +315,13 @@ def softmax_over_axis_1(query, key, value, mask=None, is_causal=False, dropout_p
 
 
 @step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
+def softmax_over_axis_0(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
+    """The softmax is taken over axis 0, which is the batch, so the weights of one query do not sum to 1.
+    Count from the end, so that any leading axes work: dim=-1."""
+    return weigh(scores_of(query, key), value, mask_of(query, key, mask, is_causal), dim=0)
+
+
+@step.mistake("functional.scaled_dot_product_attention", source="written for this catalogue")
 def no_softmax(query, key, value, mask=None, is_causal=False, dropout_p=0.0):
     """The raw scores are used as weights. Softmax must turn them into weights that are positive and sum to 1
     for each query."""

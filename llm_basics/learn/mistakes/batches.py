@@ -266,6 +266,23 @@ step.value(
     words=lambda right, found: "4 tokens have no room for a window of 4 and its last target: raise an error",
 )
 
+
+def seeded(a):
+    one, again, other = (a.run_seeded_batch(TOKENS, 8, CONTEXT, seed)[0].tolist() for seed in (1, 1, 2))
+    return {"same": one == again, "other": one != other}
+
+
+step.value(
+    "the generator that is passed determines the batch",
+    seeded,
+    {"same": True, "other": True},
+    words=lambda right, found: (
+        "another generator must give another batch"
+        if found["same"]
+        else "two generators of the same seed must give the same batch"
+    ),
+)
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes: which window, which target
 
@@ -279,10 +296,14 @@ def pairs(tokens, starts, context_length, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def places(tokens, batch_size, context_length):
+def draw_from(rng, low, high, n):
+    return np.random.randint(low, high, n) if rng is None else rng.integers(low, high, n)
+
+
+def places(tokens, batch_size, context_length, rng):
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens hold no window of {context_length} and its last target")
-    return np.random.randint(0, len(tokens) - context_length, batch_size)
+    return draw_from(rng, 0, len(tokens) - context_length, batch_size)
 
 
 @step.mistake("dataloader.get_batch", source="public solutions of CS336")
@@ -297,7 +318,7 @@ def target_equals_input(tokens, batch_size, context_length, device="cpu", rng=No
 def targets_shifted_by_two(tokens, batch_size, context_length, device="cpu", rng=None):
     """The targets start two tokens after the inputs, so the model learns to skip a token. The loss stays
     high, and samples are broken. Shift by one."""
-    starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
+    starts = draw_from(rng, 0, len(tokens) - context_length - 1, batch_size)
     rows = windows(tokens, starts, context_length + 2, device)
     return rows[:, :-2], rows[:, 2:]
 
@@ -314,7 +335,7 @@ def target_is_the_previous_token(tokens, batch_size, context_length, device="cpu
 def last_target_from_the_beginning(tokens, batch_size, context_length, device="cpu", rng=None):
     """The targets are the inputs rolled by one, so the last target is the first token of the window. One
     target per window is nonsense. Slice context_length + 1 tokens, and drop the first."""
-    rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
+    rows = windows(tokens, places(tokens, batch_size, context_length, rng), context_length)
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, :1]], dim=1).to(device)
 
 
@@ -322,7 +343,7 @@ def last_target_from_the_beginning(tokens, batch_size, context_length, device="c
 def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=None):
     """The last target repeats the last input, since the window was sliced without the token after it. Slice
     context_length + 1 tokens: inputs are all but the last, targets all but the first."""
-    rows = windows(tokens, places(tokens, batch_size, context_length), context_length)
+    rows = windows(tokens, places(tokens, batch_size, context_length, rng), context_length)
     return rows.to(device), torch.cat([rows[:, 1:], rows[:, -1:]], dim=1).to(device)
 
 
@@ -330,8 +351,8 @@ def last_target_repeated(tokens, batch_size, context_length, device="cpu", rng=N
 def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=None):
     """Inputs and targets are sliced at independently drawn positions, so they are unrelated. Draw the start
     positions once, and use them for both."""
-    first = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
-    second = pairs(tokens, places(tokens, batch_size, context_length), context_length, device)
+    first = pairs(tokens, places(tokens, batch_size, context_length, rng), context_length, device)
+    second = pairs(tokens, places(tokens, batch_size, context_length, rng), context_length, device)
     return first[0], second[1]
 
 
@@ -339,7 +360,7 @@ def targets_drawn_apart(tokens, batch_size, context_length, device="cpu", rng=No
 def windows_one_token_short(tokens, batch_size, context_length, device="cpu", rng=None):
     """Windows of context_length tokens are sliced and then split, so inputs and targets are one token short.
     Slice context_length + 1."""
-    starts = places(tokens, batch_size, context_length)
+    starts = places(tokens, batch_size, context_length, rng)
     return pairs(tokens, starts, context_length - 1, device)
 
 
@@ -355,7 +376,7 @@ def batch_and_sequence_exchanged(tokens, batch_size, context_length, device="cpu
 def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rng=None):
     """A random position is drawn for every token instead of every window, so inputs are not contiguous text.
     Draw one start per window, and take the tokens that follow it."""
-    starts = places(tokens, batch_size * context_length, context_length)
+    starts = places(tokens, batch_size * context_length, context_length, rng)
     rows = windows(tokens, starts, 2, device).reshape(batch_size, context_length, 2)
     return rows[..., 0], rows[..., 1]
 
@@ -368,8 +389,8 @@ def tokens_drawn_one_by_one(tokens, batch_size, context_length, device="cpu", rn
 def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
     """The upper bound of the draw is one too low, so the last token is never a target. As an exclusive bound,
     as in randint(0, end), it is len(tokens) - context_length."""
-    places(tokens, batch_size, context_length)
-    starts = np.random.randint(0, len(tokens) - context_length - 1, batch_size)
+    places(tokens, batch_size, context_length, rng)
+    starts = draw_from(rng, 0, len(tokens) - context_length - 1, batch_size)
     return pairs(tokens, starts, context_length, device)
 
 
@@ -377,15 +398,15 @@ def last_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng
 def one_place_too_many(tokens, batch_size, context_length, device="cpu", rng=None):
     """The upper bound of the draw is one too high: there the last target lies beyond the end of the text,
     which fails now and then. As an exclusive bound it is len(tokens) - context_length."""
-    starts = np.random.randint(0, len(tokens) - context_length + 1, batch_size)
+    starts = draw_from(rng, 0, len(tokens) - context_length + 1, batch_size)
     return pairs(tokens, starts, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
 def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rng=None):
     """The lower bound of the draw is 1, so no window starts at the first token. Positions count from 0."""
-    places(tokens, batch_size, context_length)
-    starts = np.random.randint(1, len(tokens) - context_length, batch_size)
+    places(tokens, batch_size, context_length, rng)
+    starts = draw_from(rng, 1, len(tokens) - context_length, batch_size)
     return pairs(tokens, starts, context_length, device)
 
 
@@ -393,8 +414,8 @@ def first_place_never_drawn(tokens, batch_size, context_length, device="cpu", rn
 def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rng=None):
     """Starts are drawn from the whole text, and those too close to the end are clamped to the last valid one,
     so the end of the text is drawn far too often. Draw from valid starts only."""
-    places(tokens, batch_size, context_length)
-    starts = np.random.randint(0, len(tokens), batch_size).clip(max=len(tokens) - context_length - 1)
+    places(tokens, batch_size, context_length, rng)
+    starts = draw_from(rng, 0, len(tokens), batch_size).clip(max=len(tokens) - context_length - 1)
     return pairs(tokens, starts, context_length, device)
 
 
@@ -402,7 +423,7 @@ def late_places_pushed_back(tokens, batch_size, context_length, device="cpu", rn
 def windows_side_by_side_only(tokens, batch_size, context_length, device="cpu", rng=None):
     """Windows start at multiples of context_length only, so most start positions never occur, and the model
     always sees the text split at the same points. Draw any valid start."""
-    starts = places(tokens, batch_size, context_length) // context_length * context_length
+    starts = places(tokens, batch_size, context_length, rng) // context_length * context_length
     return pairs(tokens, starts, context_length, device)
 
 
@@ -418,7 +439,7 @@ def always_from_the_beginning(tokens, batch_size, context_length, device="cpu", 
 def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cpu", rng=None):
     """One start is drawn and used for all windows of the batch, which are then identical. Such a batch is
     worth no more than one window; draw batch_size starts."""
-    start = places(tokens, 1, context_length)[0]
+    start = places(tokens, 1, context_length, rng)[0]
     return pairs(tokens, [start] * batch_size, context_length, device)
 
 
@@ -426,7 +447,7 @@ def one_place_for_the_whole_batch(tokens, batch_size, context_length, device="cp
 def windows_follow_one_another(tokens, batch_size, context_length, device="cpu", rng=None):
     """One start is drawn, and the windows of the batch begin there and at the tokens right after it, so they
     are nearly the same text. Draw a start for each window."""
-    starts = places(tokens, 1, context_length) + np.arange(batch_size)
+    starts = places(tokens, 1, context_length, rng) + np.arange(batch_size)
     return pairs(tokens, starts % (len(tokens) - context_length), context_length, device)
 
 
@@ -435,6 +456,13 @@ def same_seed_in_every_call(tokens, batch_size, context_length, device="cpu", rn
     """The random generator is recreated from a fixed seed in every call, which returns the same batch
     forever. Seed once, before training, and keep using the same generator."""
     return get_batch(tokens, batch_size, context_length, device, np.random.default_rng(0))
+
+
+@step.mistake("dataloader.get_batch", source="public solutions of CS336; passes its suite")
+def generator_ignored(tokens, batch_size, context_length, device="cpu", rng=None):
+    """The generator that is passed is ignored, and the starts come from a global or a new one, so a seed does
+    not reproduce the batches. Draw with rng.integers, and make a generator only if rng is None."""
+    return get_batch(tokens, batch_size, context_length, device)
 
 
 @step.mistake("dataloader.get_batch", source="written for this catalogue")
@@ -450,7 +478,7 @@ def no_place_drawn_twice(tokens, batch_size, context_length, device="cpu", rng=N
 def all_places_shuffled_for_one_batch(tokens, batch_size, context_length, device="cpu", rng=None):
     """All start positions are listed and shuffled, as by randperm, and a few are taken. For gigabytes of text
     that fills the memory in every call, and no start can occur twice. Use randint."""
-    starts = np.random.permutation(len(tokens) - context_length)[:batch_size]
+    starts = (rng or np.random).permutation(len(tokens) - context_length)[:batch_size]
     return pairs(tokens, starts, context_length, device)
 
 

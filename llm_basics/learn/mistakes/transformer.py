@@ -126,6 +126,25 @@ step.compare(
     gradients=False,
 )
 
+SILENT = {
+    name: weight * (not name.endswith(("output_proj.weight", "w2.weight")))
+    for name, weight in SIGHT_WEIGHTS.items()
+}
+TINY = 7e-3 * tF.rms_norm(SILENT["token_embeddings.weight"], (D_MODEL,))
+# mean squares of 5e-5, as in the block's probe of its norms
+step.compare(
+    "a stream near zero, where the eps of the final norm matters",
+    run,
+    lm,
+    {"tokens": TOKENS},
+    SILENT | {"token_embeddings.weight": TINY},
+    axes="batch position token",
+    rtol=0.03,
+    atol=0.02,
+    gradients=False,
+    beyond="the eps of the norms is no parameter of the public function; pretrained weights have 1e-5",
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # Probes: a new model
@@ -342,6 +361,41 @@ class FinalNormTwice(Parts):
 
     def head(self, x):
         return super().head(self.ln_final(x))
+
+
+@step.mistake("model.TransformerLM", source="public solutions of CS336")
+class FinalNormOfAnotherEpsilon(Parts):
+    """ln_final has a smaller eps than the norms of the blocks, such as torch's default of 1e-7. It only shows
+    where the stream is near zero, and then differs from pretrained weights. Pass norm_eps to all norms."""
+
+    def head(self, x):
+        return self.lm_head(tF.rms_norm(x, x.shape[-1:], self.ln_final.weight, 1e-8))
+
+
+@step.mistake("model.TransformerLM", source="written for this catalogue")
+class AxesOfSize1Removed(Parts):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The logits must have shape (batch, seq, vocab)."""
+
+    def head(self, x):
+        return super().head(x).squeeze()
+
+
+@step.mistake("model.TransformerLM", source="written for this catalogue")
+class WeightsInHalfPrecision(Parts):
+    """The weights are rounded to bfloat16, which keeps two to three digits, although the model is float32.
+    Keep the dtype that is passed, and leave lower precision to autocast."""
+
+    rounded = False
+
+    def forward(self, tokens, token_positions=None, caches=None):
+        if self.rounded:
+            return super().forward(tokens, token_positions, caches)
+        self.rounded = True
+        weights = {name: p.bfloat16().to(p.dtype) for name, p in self.named_parameters()}
+        logits = functional_call(self, weights, (tokens, token_positions, caches))
+        self.rounded = False
+        return logits
 
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
