@@ -145,6 +145,13 @@ def leading_dimensions_lost(x, weight, bias=None):
 
 
 @step.mistake("functional.linear", source="written for this catalogue")
+def axes_of_size_1_removed(x, weight, bias=None):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The result must have the leading axes of x."""
+    return tF.linear(x, weight, bias).squeeze()
+
+
+@step.mistake("functional.linear", source="written for this catalogue")
 def rows_added_up(x, weight, bias=None):
     """The rows are summed: an einsum sums over every axis that is missing in its output. All axes of the
     input except the last must be in the output; use `...` on both sides of the arrow."""

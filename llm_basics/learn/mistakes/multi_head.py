@@ -198,6 +198,23 @@ step.compare(
 )
 
 
+# the first feature of each head is 1 at every position, and makes all scores -80,000
+LOW = draw(1, SEQ, D_MODEL)
+LOW[..., :: D_MODEL // N_HEADS] = 1
+FIRST_FEATURES = torch.diag((torch.arange(D_MODEL) % (D_MODEL // N_HEADS) == 0).float())
+step.compare(
+    "scores of -80,000",
+    lambda a, x, q, k, v, o: a.run_multihead_self_attention(D_MODEL, N_HEADS, q, k, v, o, x),
+    attention,
+    {"x": LOW},
+    weights() | {"q": -400 * FIRST_FEATURES, "k": 400 * FIRST_FEATURES},
+    atol=1e-4,
+    axes="batch position feature",
+    gradients=False,
+    contract="multi_head",
+)
+
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 
@@ -341,6 +358,15 @@ class MaskedWithZero(InParts):
 
     def probabilities(self, scores, mask):
         return tF.softmax(scores.masked_fill(~mask, 0.0), dim=-1)
+
+
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class MaskedWithMinus100(InParts):
+    """The scores of later positions are set to a number that is usually low enough, such as -100 or -10,000.
+    Scores of a trained model can be lower, and then the future is visible. Only -inf is below every score."""
+
+    def probabilities(self, scores, mask):
+        return tF.softmax(scores.masked_fill(~mask, -1e4), dim=-1)
 
 
 # heads

@@ -161,6 +161,13 @@ def weights_not_transposed(x, w1, w2, w3):
 
 
 @step.mistake("functional.swiglu", source="written for this catalogue")
+def axes_of_size_1_removed(x, w1, w2, w3):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The result must have the shape of x."""
+    return by_hand(x, w1, w2, w3).squeeze()
+
+
+@step.mistake("functional.swiglu", source="written for this catalogue")
 def no_way_back(x, w1, w2, w3):
     """W2 is not applied, so the result has width d_ff and cannot be added to the residual stream. Project it
     back with W2."""
