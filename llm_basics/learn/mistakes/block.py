@@ -117,6 +117,19 @@ step.compare(
     beyond="the eps of the norms is no parameter of the public function; pretrained weights have 1e-5",
 )
 
+step.compare(
+    "a batch of one sequence of one token",
+    run,
+    block,
+    {"x": 1 + draw(1, 1, D_MODEL)},
+    weights(),
+    axes="batch position feature",
+    rtol=1e-3,
+    atol=2e-4,
+    gradients=False,
+    contract="block",
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # Mistakes
@@ -133,6 +146,15 @@ class Parts(model.TransformerBlock):
     def order(self, x):
         x = x + self.look(self.ln1(x))
         return x + self.think(self.ln2(x))
+
+
+@step.mistake("model.TransformerBlock", source="written for this catalogue")
+class AxesOfSize1Removed(Parts):
+    """squeeze() without an axis removes every axis of size 1, so a batch of one or a single token has another
+    shape than any other. The result must have the shape of x."""
+
+    def order(self, x):
+        return super().order(x).squeeze()
 
 
 # residuals

@@ -442,6 +442,15 @@ class SoftmaxOverTheHeads(InParts):
         return tF.softmax(scores, dim=-3).masked_fill(~mask, 0.0)
 
 
+@step.mistake("layers.MultiHeadSelfAttention", source="written for this catalogue")
+class SoftmaxOverTheBatch(InParts):
+    """The softmax is taken over axis 0, the batch, so sequences compete with each other instead of keys. The
+    weights of one query must sum to 1 over the keys: dim=-1."""
+
+    def probabilities(self, scores, mask):
+        return tF.softmax(scores, dim=0).masked_fill(~mask, 0.0)
+
+
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class OnlyOneBatchAxis(InParts):
     """`batch, seq, d_model = x.shape` fails for inputs with more leading axes, or with none. Use the last two
