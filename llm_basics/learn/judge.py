@@ -1,7 +1,7 @@
 """The verdict on a step: passed, or the known mistake that it makes.
 
 A step passes if every probe observes the results of an independent implementation. If not, the mistake of the
-catalogue with exactly the same observations is named.
+catalogue with exactly the same observations is named, or the one that has them with some value of its number.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_basics import swap
-from llm_basics.learn import lessons, messages, mistakes, probes, sandbox, sockets
+from llm_basics.learn import families, lessons, messages, mistakes, probes, sandbox, sockets
 
 # in learning order
 STEPS = [*lessons.ORDER, "checkpoint"]
@@ -132,13 +132,16 @@ def find_mistake(
     If there is none, the one that matches on the first wrong probe and on most others, and passes every probe
     that the implementation passes: it may be one of two mistakes.
     """
+
+    def equals(i: int, known: probes.Observation) -> bool:
+        kinds = {str(o.get("error", "")).split(":")[0] for o in (seen[i], known)}
+        return len(kinds) == 1 and not differing(step.probes[i], seen[i], known)
+
     best, most = None, 0
     for mistake in step.mistakes:
 
         def is_equal(i: int, name: str = mistake.name) -> bool:
-            known = observation_of(step.name, name, i)
-            kinds = {str(o.get("error", "")).split(":")[0] for o in (seen[i], known)}
-            return len(kinds) == 1 and not differing(step.probes[i], seen[i], known)
+            return equals(i, observation_of(step.name, name, i))
 
         # rules out most mistakes
         if not is_equal(wrong[0]) or not all(is_equal(i) for i in seen if i not in wrong):
@@ -149,7 +152,8 @@ def find_mistake(
         # two errors alone are weak evidence
         if any("error" not in seen[i] for i in equal) and len(equal) > most:
             best, most = mistake, len(equal)
-    return best, False
+    fitted = families.find(step, seen, wrong, equals)
+    return (fitted, True) if fitted else (best, False)
 
 
 def gradient_error(probe: probes.Probe) -> str:

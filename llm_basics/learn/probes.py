@@ -4,9 +4,10 @@ An observation holds the output, its dtype, gradients and the inputs modified in
 """
 
 import functools
+import math
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch import Tensor
 
+from llm_basics import swap
 from llm_basics.learn import messages, sandbox
 
 # of CPU time for one probe; the slowest takes a fraction
@@ -66,6 +68,27 @@ class Mistake:
     same_as: str | None = None
 
 
+@dataclass(frozen=True)
+class Family:
+    """A mistake with a number in it: `make(value)` is the wrong version of the piece.
+
+    `values` is the grid of the search, in ascending order of size; `explanation` has `{value}` in it.
+    """
+
+    name: str
+    piece: str
+    make: Callable[[float], Any]
+    values: tuple[float, ...]
+    explanation: str
+    is_whole: bool = False
+    """Whether only the values of the grid are possible."""
+
+    def mistake(self, value: float, is_determined: bool = True) -> Mistake:
+        """The mistake with this value, which is stated only if the probes determine it."""
+        text = self.explanation.format(value=short(value) if is_determined else "a fixed number")
+        return Mistake(self.name, self.piece, self.make(value), text, "found by search")
+
+
 @dataclass
 class Step:
     """The probes and the mistakes of one step."""
@@ -73,6 +96,7 @@ class Step:
     name: str
     probes: list[Probe] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
+    families: list[Family] = field(default_factory=list)
 
     def compare(
         self,
@@ -139,6 +163,43 @@ class Step:
             return wrong
 
         return register
+
+    def family(
+        self, piece: str, values: Iterable[float], is_whole: bool = False
+    ) -> Callable[[Callable[[float], Any]], Callable[[float], Any]]:
+        """Register a function from a number to a wrong version; its docstring is the explanation."""
+
+        def register(make: Callable[[float], Any]) -> Callable[[float], Any]:
+            text = " ".join((make.__doc__ or "").split())
+            self.families.append(Family(_spaced(make.__name__), piece, make, tuple(values), text, is_whole))
+            return make
+
+        return register
+
+    def factor(self, piece: str) -> None:
+        """Register a constant factor on the output of a piece as a mistake."""
+        right = swap.reference(piece)
+
+        @self.family(piece, [sign * x for sign in (-1, 1) for x in powers(1e-3, 1e3)])
+        def factor_on_the_output(value: float) -> Any:
+            """The output is {value} times what it must be, the same for every input. Look for a constant that
+            multiplies or divides it, or for a mean that counts too much or too little."""
+            return lambda *args, **kwargs: right(*args, **kwargs) * value
+
+
+def powers(low: float, high: float, per_decade: int = 3) -> list[float]:
+    """Numbers from `low` to `high`, evenly spaced by factors."""
+    n = round(per_decade * math.log10(high / low))
+    return [low * (high / low) ** (i / n) for i in range(n + 1)]
+
+
+def short(value: float) -> str:
+    """A number as one writes it in code: 0.25, 1e-3, 500000."""
+    text = f"{value:.6g}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.5e}"
+    mantissa, _, exponent = text.partition("e")
+    if not exponent:
+        return text
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _spaced(name: str) -> str:

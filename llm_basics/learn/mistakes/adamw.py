@@ -925,3 +925,25 @@ def learning_rate_left_at_its_default(model, options):
     """The learning rate of the options does not reach the optimizer, which keeps its default. Pass
     options.lr."""
     return grouped(model, options, lambda name, p: p.dim() >= 2, lr=3e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("optim.adamw_update", probes.powers(1e-12, 10))
+def epsilon_fixed_at_a_number(value):
+    """Your epsilon is {value} where 0.1 is passed. A larger value limits steps where gradients are tiny; read
+    it from the options of the group."""
+    return lambda parameter, gradient, mean, square, step, lr, betas, eps, weight_decay: adamw_update(
+        parameter, gradient, mean, square, step, lr, betas, value, weight_decay
+    )
+
+
+@step.family("optim.adamw_update", probes.powers(1e-5, 10))
+def weight_decay_fixed_at_a_number(value):
+    """Your weight decay is {value}, whatever is passed, so norms and biases decay too, and no run is without
+    decay. Read it from the options of the group."""
+    return lambda parameter, gradient, mean, square, step, lr, betas, eps, weight_decay: adamw_update(
+        parameter, gradient, mean, square, step, lr, betas, eps, value
+    )

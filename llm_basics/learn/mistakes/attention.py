@@ -200,6 +200,15 @@ compare(
     beyond="a query that sees nothing is 0/0, and its NaN reaches every weight through the gradient",
 )
 
+# a scale that is right for one width only shows here
+compare(
+    "keys of 16 features instead of 6",
+    {"q": draw(2, 4, 16), "k": draw(2, 5, 16), "v": draw(2, 5, 7)} | unmasked(2, 4, 5),
+    axes="head query feature",
+    gradients=False,
+    contract="attention",
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # Mistakes: the scores
@@ -546,3 +555,60 @@ def unseeing_query_gets_nan(query, key, value, mask=None, is_causal=False, dropo
     mask = mask_of(query, key, mask, is_causal)
     scores = scores_of(query, key)
     return F.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf)) @ value
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("functional.scaled_dot_product_attention", [i / 8 for i in range(-8, 17)])
+def exponent_of_the_scale(value):
+    """The scores are divided by d_k to the power of {value}. The exponent must be 0.5, the square root, which
+    gives scores of the same size for every d_k: query @ key.mT / sqrt(d_k)."""
+
+    def wrong(query, key, value_, mask=None, is_causal=False, dropout_p=0.0):
+        scores = query @ key.mT / query.shape[-1] ** value
+        return weigh(scores, value_, mask_of(query, key, mask, is_causal))
+
+    return wrong
+
+
+@step.family("functional.scaled_dot_product_attention", probes.powers(1e-3, 1e2))
+def scale_fixed_at_a_number(value):
+    """The scores are multiplied by {value}, whatever the width of the keys. Divide them by sqrt(d_k), where
+    d_k is the last axis of the query: query.shape[-1]."""
+
+    def wrong(query, key, value_, mask=None, is_causal=False, dropout_p=0.0):
+        return weigh(query @ key.mT * value, value_, mask_of(query, key, mask, is_causal))
+
+    return wrong
+
+
+def filled(value, is_zero_without_keys):
+    def wrong(query, key, value_, mask=None, is_causal=False, dropout_p=0.0):
+        mask, scores = mask_of(query, key, mask, is_causal), scores_of(query, key)
+        mixed = F.softmax(scores if mask is None else scores.masked_fill(~mask, value)) @ value_
+        empty = None if mask is None or not is_zero_without_keys else ~mask.any(-1, keepdim=True)
+        return mixed if empty is None else mixed.masked_fill(empty, 0.0)
+
+    return wrong
+
+
+MASK_VALUES = [-x for x in probes.powers(1e-2, 1e10)]
+
+
+@step.family("functional.scaled_dot_product_attention", MASK_VALUES)
+def masked_with_a_number(value):
+    """Masked scores are set to {value}. Scores below it lose to masked keys, and a fully masked row gets the
+    mean of all values. Use -inf, and zeros for fully masked rows."""
+    return filled(value, False)
+
+
+@step.family("functional.scaled_dot_product_attention", MASK_VALUES)
+def masked_with_a_number_but_rows_of_zeros(value):
+    """Masked scores are set to {value}. Fully masked rows are zeros, as they must be, but scores below the
+    number lose to masked keys. Use -inf, which is below every score."""
+    return filled(value, True)
+
+
+step.factor("functional.scaled_dot_product_attention")

@@ -492,3 +492,6 @@ def logits_scaled_by_the_root_of_d_model(x, weight, targets, ignore_index=-100, 
     """The logits are divided by sqrt(d_model). That scale belongs to attention scores; the output projection
     is a plain linear layer."""
     return F.cross_entropy(tF.linear(x, weight) / math.sqrt(x.shape[-1]), targets, ignore_index, z_loss)
+
+
+step.factor("functional.cross_entropy")

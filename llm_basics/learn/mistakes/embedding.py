@@ -311,3 +311,6 @@ class CutOffAtTwo(Started):
     three, which makes the std too small. Pass a=-3 and b=3."""
 
     start = staticmethod(nn.init.trunc_normal_)
+
+
+step.factor("functional.embedding")

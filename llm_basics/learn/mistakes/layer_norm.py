@@ -261,3 +261,19 @@ def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
     wide = F.to_float32(x)
     root = divisor(x, eps).detach()
     return ((wide - wide.mean(-1, keepdim=True).detach()) / root * weight + bias).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("functional.layer_norm", probes.powers(1e-12, 10))
+def epsilon_fixed_at_a_number(value):
+    """Your epsilon is {value} where 0.01 is passed. Models differ in it; use the argument, and check that the
+    layer stores it as self.eps."""
+    return lambda x, weight, bias=None, eps=1e-5: (centered(x) / divisor(x, value) * weight + bias).to(
+        x.dtype
+    )
+
+
+step.factor("functional.layer_norm")

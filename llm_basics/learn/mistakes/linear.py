@@ -318,3 +318,6 @@ class CutOffAtTwo(layers.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         std = math.sqrt(2 / (in_features + out_features))
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+
+step.factor("functional.linear")

@@ -231,3 +231,17 @@ def gain_read_through_data(x, weight, eps=1e-5):
     """The output is correct, but the gain is read as .data or a copy, so it gets no gradient and stays at 1.
     Use the parameter itself."""
     return (normalized(x, eps) * weight.data).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("functional.rms_norm", probes.powers(1e-12, 10))
+def epsilon_fixed_at_a_number(value):
+    """Your epsilon is {value} where 0.01 is passed. Models use 1e-5 or 1e-6; use the argument, and check that
+    the layer stores it as self.eps."""
+    return lambda x, weight, eps=1e-5: (normalized(x, value) * weight).to(x.dtype)
+
+
+step.factor("functional.rms_norm")

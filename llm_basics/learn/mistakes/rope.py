@@ -340,3 +340,33 @@ class PositionsOfTheFirstText(layers.RotaryEmbedding):
 
     def forward(self, x, token_positions):
         return super().forward(x, token_positions.reshape(-1, x.shape[-2])[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("functional.rope_tables", probes.powers(10, 1e7, per_decade=6))
+def theta_fixed_at_a_number(value):
+    """theta is fixed at {value}, whatever is passed. Llama 3 uses 500,000; use the argument, and check that
+    each layer passes it on."""
+
+    def wrong(d_head, context_length, theta=10000.0, device=None):
+        return tables(torch.arange(context_length), value ** -(torch.arange(0, d_head, 2) / d_head), device)
+
+    return wrong
+
+
+@step.family("functional.rope_tables", [i for i in range(-16, 65) if i], is_whole=True)
+def positions_offset_by_a_number(value):
+    """Every position is off by {value}: the first token must have position 0, where the angle is 0 and
+    nothing is rotated. Count with torch.arange(n)."""
+
+    def wrong(d_head, context_length, theta=10000.0, device=None):
+        positions = torch.arange(context_length) + value
+        return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
+
+    return wrong
+
+
+step.factor("functional.apply_rope")

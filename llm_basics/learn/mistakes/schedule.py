@@ -343,3 +343,37 @@ def division_by_no_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
     if step == total_steps:
         return cosine((step - warmup_steps) / (total_steps - warmup_steps), max_lr, min_lr)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a number that is found from the observations
+
+
+@step.family("optim.cosine_schedule", [0.0, *probes.powers(1e-6, 10)])
+def floor_fixed_at_a_number(value):
+    """The cosine ends at {value}, whatever min_lr is passed, and the rate stays there. Scale the cosine by
+    max_lr - min_lr, and add min_lr."""
+    return lambda step, max_lr, min_lr, warmup_steps, total_steps: cosine_schedule(
+        step, max_lr, value, warmup_steps, total_steps
+    )
+
+
+@step.family("optim.cosine_schedule", range(1, 101), is_whole=True)
+def warm_up_of_a_fixed_length(value):
+    """Warmup takes {value} steps, whatever warmup_steps is passed. Divide by warmup_steps, and let the cosine
+    begin there."""
+    return lambda step, max_lr, min_lr, warmup_steps, total_steps: cosine_schedule(
+        step, max_lr, min_lr, value, total_steps
+    )
+
+
+@step.family("optim.cosine_schedule", [i for i in range(-20, 21) if i], is_whole=True)
+def steps_offset_by_a_number(value):
+    """The rate at each step is that of {value} steps later. Step 0 is the first, with a rate of 0 if there is
+    warmup; use the step as it is passed."""
+    return lambda step, max_lr, min_lr, warmup_steps, total_steps: cosine_schedule(
+        max(0, step + value), max_lr, min_lr, warmup_steps, total_steps
+    )
+
+
+step.factor("optim.cosine_schedule")

@@ -145,3 +145,6 @@ def result_left_in_float32(x):
     """The result is float32 whatever the dtype of the input. A half-precision model then fails at the next
     layer, or uses twice the memory. Convert back to x.dtype at the end."""
     return tF.silu(x.float())
+
+
+step.factor("functional.silu")

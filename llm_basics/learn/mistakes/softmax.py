@@ -445,3 +445,6 @@ def log_softmax_left_in_float32(x, dim=-1):
     """The sum is computed in float32, which is right, but the result stays in it. It must have the dtype of
     the input; convert back to x.dtype at the end."""
     return F.to_float32(x).log_softmax(dim)
+
+
+step.factor("functional.softmax")

@@ -209,3 +209,6 @@ def gradient_of_closed_gates_is_nan(x, w1, w2, w3):
     is below -88, and one NaN ruins all weights. Use torch.sigmoid."""
     gate = F.linear(x, w1)
     return F.linear(gate / (1 + (-gate).exp()) * F.linear(x, w3), w2)
+
+
+step.factor("functional.swiglu")
