@@ -1,0 +1,127 @@
+// Elements, numbers and words of the page. Text goes in through textContent only.
+
+export function h(tag, props = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "class") element.className = value;
+    else if (name in element && typeof value !== "string") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export function svg(tag, props = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(props)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const TERMS = {
+  loss: "Cross-entropy in nats per token: how surprised the model is by the next token. Lower is better.",
+  "validation loss": "Loss on text that is held out from training.",
+  "learning rate": "Size of the optimizer's steps.",
+  "gradient norm": "Length of the gradient of all weights, before clipping. A jump announces a spike.",
+  "tokens/s": "Tokens trained on per second.",
+  ETA: "Time until the last step at the present speed.",
+  temperature: "Divides the logits: below 1 likely tokens become more likely; 0 takes the likeliest.",
+  "top-k": "Sample from the k likeliest tokens only.",
+  "top-p": "Sample from the fewest tokens whose probabilities sum to p.",
+  "repetition penalty": "Lowers the logits of tokens that have appeared already. 1: off.",
+  seed: "The same seed gives the same text.",
+  layer: "A transformer block: attention, then a feed-forward network.",
+  head: "One of the parallel attentions of a layer.",
+  checkpoint: "The weights of a run after a step.",
+  "logit lens": "What the output projection would predict after each layer (nostalgebraist, 2020).",
+  parameters: "Number of trained weights.",
+};
+
+export const term = (word, key = word) => h("abbr", { title: TERMS[key] ?? "" }, word);
+
+export const clear = (element, ...children) => {
+  element.replaceChildren(...children.flat().filter(Boolean));
+  return element;
+};
+
+export function number(value, digits = 4) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e9) return `${(value / 1e9).toPrecision(3)} B`;
+  if (size >= 1e6) return `${(value / 1e6).toPrecision(3)} M`;
+  if (size >= 1e4) return Math.round(value).toLocaleString("en");
+  if (size < 1e-3) return value.toExponential(1).replace("e-", "e−");
+  return String(Number(value.toPrecision(digits)));
+}
+
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  const s = Math.round(seconds);
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
+}
+
+export function ago(time) {
+  return time ? `${duration(Math.max(0, Date.now() / 1000 - time))} ago` : "";
+}
+
+export function bytes(n) {
+  return n >= 1e9 ? `${(n / 1e9).toFixed(1)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${Math.ceil(n / 1e3)} kB`;
+}
+
+// white space of a token made visible
+export const visible = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
+
+let timer = 0;
+export function message(text, isError = false) {
+  const place = document.getElementById("message");
+  place.textContent = text;
+  place.className = isError ? "shown bad" : "shown";
+  clearTimeout(timer);
+  timer = setTimeout(() => (place.className = ""), isError ? 9000 : 3500);
+}
+
+// run an action; what fails is shown
+export const guarded = (action) => async (...given) => {
+  try {
+    return await action(...given);
+  } catch (error) {
+    if (error.name !== "AbortError") message(error.message, true);
+  }
+};
+
+export function later(action, milliseconds = 150) {
+  let pending = 0;
+  return (...given) => {
+    clearTimeout(pending);
+    pending = setTimeout(() => action(...given), milliseconds);
+  };
+}
+
+// a row of buttons of which one is chosen
+export function segmented(label, options, value, onchange) {
+  const buttons = options.map(([key, text]) =>
+    h("button", { type: "button", "aria-pressed": String(key === value), onclick: () => choose(key) }, text));
+  const choose = (key) => {
+    options.forEach(([each], i) => buttons[i].setAttribute("aria-pressed", String(each === key)));
+    onchange(key);
+  };
+  return h("div", { class: "segmented", role: "group", "aria-label": label }, buttons);
+}
+
+export function field(label, input, hint) {
+  return h("label", { class: "field" }, h("span", {}, label), input, hint ? h("small", {}, hint) : null);
+}
+
+export function empty(title, text) {
+  return h("div", { class: "empty" }, h("h2", {}, title), h("p", {}, text));
+}
+
+export function chip(state) {
+  return h("span", { class: `chip ${state}` }, state);
+}

@@ -1,0 +1,5 @@
+import { clear, empty } from "./dom.js";
+
+export async function show(place) {
+  clear(place, empty("Not there yet", "The API has it already."));
+}

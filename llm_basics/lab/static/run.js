@@ -1,0 +1,185 @@
+// A run, live: curves, progress, samples over the steps, events, and its start, pause, resume and stop.
+
+import { follow, get, post } from "./api.js";
+import { Chart } from "./charts.js";
+import { bytes, chip, clear, duration, empty, guarded, h, message, number, segmented, term } from "./dom.js";
+import { startDialog } from "./runs.js";
+import { Series } from "./series.js";
+
+const NAMES = ["train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"];
+const MOST_POINTS = 4000;
+
+export async function show(place, id) {
+  id ??= (await get("/api/runs"))[0]?.id;
+  if (!id) {
+    clear(place, empty("No runs yet", "Start one on the page Runs."));
+    return null;
+  }
+  const view = new Run(place, id);
+  await view.load();
+  return () => view.close();
+}
+
+class Run {
+  constructor(place, id) {
+    Object.assign(this, { place, id, axis: "step", samples: [], events: [], isAtEnd: true });
+    this.charts = {
+      loss: new Chart({ height: 330, label: "training and validation loss" }),
+      lr: new Chart({ height: 150, label: "learning rate" }),
+      grad_norm: new Chart({ height: 150, label: "gradient norm" }),
+      tokens_per_second: new Chart({ height: 150, label: "tokens per second" }),
+    };
+    this.head = h("div", { class: "heading" });
+    this.tiles = h("div", { class: "tiles" });
+    this.findings = h("div", { class: "findings" });
+    this.sampleBox = h("section", { class: "card samples" });
+    this.eventBox = h("section", { class: "card events" });
+    this.checkpointBox = h("section", { class: "card" });
+    this.redraw = () => this.draw();
+    window.addEventListener("themechange", this.redraw);
+    const small = (key, title) => h("section", { class: "card" }, h("h3", {}, term(title)), this.charts[key].element);
+    clear(place, this.head, this.tiles, this.findings,
+      h("section", { class: "card" },
+        h("div", { class: "bar" }, h("h2", {}, term("Loss", "loss")), h("span", { class: "space" }),
+          segmented("horizontal axis", [["step", "step"], ["tokens", "tokens"], ["time", "time"]], "step",
+            (key) => { this.axis = key; Object.values(this.charts).forEach((c) => (c.zoom = null)); this.draw(); }),
+          segmented("scale", [[false, "linear"], [true, "log"]], false,
+            (key) => { this.charts.loss.isLog = key; this.draw(); })),
+        this.charts.loss.element,
+        h("p", { class: "hint" }, "Drag to zoom in, double-click or Escape to zoom out; arrow keys move the readout.")),
+      h("div", { class: "thirds" }, small("lr", "learning rate"), small("grad_norm", "gradient norm"),
+        small("tokens_per_second", "tokens/s")),
+      h("div", { class: "halves" }, this.sampleBox, h("div", {}, this.eventBox, this.checkpointBox)));
+  }
+
+  close() {
+    this.end?.();
+    this.isClosed = true;
+    window.removeEventListener("themechange", this.redraw);
+  }
+
+  async load() {
+    const base = `/api/runs/${this.id}`;
+    const query = NAMES.map((name) => `name=${name}`).join("&");
+    let metrics;
+    do metrics = await get(`${base}/metrics?${query}&buckets=700`);
+    while (!metrics.is_complete && !this.isClosed);
+    const [details, samples, events, findings] = await Promise.all([
+      get(base), get(`${base}/samples`), get(`${base}/events`), get(`${base}/findings`)]);
+    Object.assign(this, { details, samples: samples.records, events: events.records });
+    this.series = new Series(metrics.series);
+    clear(this.findings, findings.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)));
+    this.draw();
+    this.drawSamples();
+    this.drawEvents();
+    this.drawCheckpoints();
+    this.end?.();
+    if (this.isClosed) return;
+    this.end = follow(`run=${this.id}&position=${encodeURIComponent(metrics.position)}`, {
+      metrics: ({ records }) => this.append(records),
+      samples: ({ records }) => { this.samples.push(...records); this.drawSamples(); },
+      events: ({ records }) => { this.events.push(...records); this.draw(); this.drawEvents(); this.drawCheckpoints(); },
+      run: (run) => { Object.assign(this.details, run); this.draw(); },
+      reset: guarded(() => this.load()),
+      gone: () => message("The run was deleted.", true),
+    });
+  }
+
+  append(records) {
+    this.series.append(records);
+    // long runs: buckets again instead of ever more points
+    if (this.series.size > MOST_POINTS) guarded(() => this.load())();
+    else this.draw();
+  }
+
+  draw() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      if (this.series) this.drawNow();
+    });
+  }
+
+  drawNow() {
+    const { series, details, axis } = this;
+    this.drawHead();
+    const formatX = { step: number, tokens: number, time: duration }[axis];
+    for (const chart of Object.values(this.charts)) chart.formatX = formatX;
+    const over = (name) => series.over(name, axis, details.tokens_per_step);
+    const at = { step: (s) => s, tokens: (s) => s * (details.tokens_per_step || 1), time: (s) => series.secondsAt(s) }[axis];
+    const marks = this.events.filter((e) => typeof e.step === "number").map((e) => ({ x: at(e.step), text: eventText(e),
+      kind: ["spike", "skipped", "refused"].includes(e.event) ? "bad" : "" }));
+    this.charts.loss.set([{ name: "training", color: 0, points: over("train_loss") },
+      { name: "validation", color: 1, points: over("val_loss"), isDashed: true }], marks);
+    for (const name of ["lr", "grad_norm", "tokens_per_second"]) {
+      this.charts[name].set([{ color: 0, points: over(name) }]);
+    }
+  }
+
+  drawHead() {
+    const run = this.details;
+    const act = (action, text, style = "") => h("button", { type: "button", class: style, onclick: guarded(async () => {
+      await post(`/api/runs/${run.id}/${action}`);
+      message({ pause: "Saving, then pausing.", resume: "Resuming.", stop: "Saving, then stopping." }[action]);
+    }) }, text);
+    const key = `${run.name} ${run.state} ${run.can_resume}`;
+    if (this.shown !== key) {
+      this.shown = key;
+      const isRunning = run.state === "training" || run.state === "starting";
+      clear(this.head, h("div", {}, h("h1", {}, run.name), h("p", { class: "muted" }, chip(run.state), ` ${run.config ?? ""}`)),
+        h("span", { class: "space" }),
+        isRunning ? [act("pause", "Pause", "primary"), act("stop", "Stop")] : null,
+        run.can_resume ? act("resume", "Resume", "primary") : null,
+        h("button", { type: "button", onclick: guarded(() => startDialog(this.place)) }, "New run"),
+        h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
+        h("a", { class: "button", href: `#/inside/${run.id}` }, "Look inside"));
+    }
+    const tile = (name, value, extra) => h("div", { class: "tile" }, h("span", {}, name), h("b", {}, value), extra ?? null);
+    clear(this.tiles,
+      tile("step", `${number(run.step)}${run.steps ? ` / ${number(run.steps)}` : ""}`,
+        h("progress", { max: run.steps || 1, value: run.step, "aria-label": "progress" })),
+      tile(term("training loss", "loss"), number(this.series.last("train_loss") ?? run.train_loss)),
+      tile(term("validation loss"), number(this.series.last("val_loss") ?? run.val_loss)),
+      tile(term("tokens/s"), run.tokens_per_second ? number(Math.round(run.tokens_per_second)) : "–"),
+      tile(term("ETA"), duration(run.eta_seconds)), tile(term("parameters"), number(run.parameters)));
+  }
+
+  drawSamples() {
+    const { samples } = this;
+    if (!samples.length) {
+      clear(this.sampleBox, h("h2", {}, "Samples"), h("p", { class: "muted" }, "None yet; the run writes one every train.sample_every steps."));
+      return;
+    }
+    const text = h("pre", { class: "prose" });
+    const label = h("span", { class: "muted" });
+    const choose = (i) => {
+      const { step, prompt, text: said } = samples[i];
+      label.textContent = `step ${number(step)} · ${i + 1} of ${samples.length}`;
+      clear(text, h("b", {}, String(prompt ?? "")), String(said ?? ""));
+    };
+    const slider = h("input", { type: "range", min: "0", max: String(samples.length - 1), "aria-label": "sample by step",
+      oninput: () => { this.isAtEnd = Number(slider.value) === samples.length - 1; this.sample = Number(slider.value); choose(this.sample); } });
+    slider.value = this.isAtEnd ? samples.length - 1 : this.sample;
+    clear(this.sampleBox, h("div", { class: "bar" }, h("h2", {}, "Samples"), h("span", { class: "space" }), label), slider, text);
+    choose(Number(slider.value));
+  }
+
+  drawEvents() {
+    clear(this.eventBox, h("h2", {}, "Events"), this.events.length
+      ? h("ol", {}, this.events.slice(-60).reverse().map((event) =>
+        h("li", {}, h("span", { class: "num" }, number(event.step)), h("span", {}, eventText(event)))))
+      : h("p", { class: "muted" }, "None yet."));
+  }
+
+  drawCheckpoints = guarded(async () => {
+    const found = await get(`/api/runs/${this.id}/checkpoints`);
+    clear(this.checkpointBox, h("h2", {}, term("Checkpoints", "checkpoint")), h("ol", {}, found.map((each) =>
+      h("li", {}, h("span", { class: "num" }, number(each.step)), h("span", {}, [number(each.val_loss), bytes(each.n_bytes),
+        each.is_latest && "latest", each.is_best && "best", each.error].filter(Boolean).join(" · "))))));
+  });
+}
+
+function eventText(event) {
+  const rest = Object.entries(event).filter(([name]) => !["step", "attempt", "event"].includes(name))
+    .map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  return [event.event ?? "event", ...rest].join(" · ").slice(0, 200);
+}
