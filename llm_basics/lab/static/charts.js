@@ -14,7 +14,7 @@ export class Chart {
     this.readout = h("div", { class: "readout" });
     this.legend = h("div", { class: "legend" });
     this.element = h("div", { class: "chart" }, this.legend, h("div", { class: "plot" }, this.canvas, this.readout));
-    new ResizeObserver(() => this.draw()).observe(this.element);
+    new ResizeObserver(() => this.later()).observe(this.element);
     this.listen();
   }
 

@@ -115,7 +115,9 @@ export function segmented(label, options, value, onchange) {
 }
 
 export function field(label, input, hint) {
-  return h("label", { class: "field" }, h("span", {}, label), input, hint ? h("small", {}, hint) : null);
+  const value = input.type === "range" ? h("output", {}, input.value) : "";
+  if (value) input.addEventListener("input", () => (value.textContent = input.value));
+  return h("label", { class: "field" }, h("span", {}, label, value), input, hint ? h("small", {}, hint) : null);
 }
 
 export function empty(title, text) {
