@@ -95,10 +95,16 @@ class Playground {
 
   token(data, index) {
     const text = data.text || (data.token.startsWith("<") ? data.token : "");
-    const element = h("button", { class: "token", type: "button", "aria-label": `${visible(data.token)}, ${percent(data.probability)}` }, text);
-    element.style.backgroundColor = `rgb(var(--tint) / ${(0.55 * (1 - Math.sqrt(data.probability))).toFixed(3)})`;
+    const element = h("span", { class: "token", role: "button", tabindex: "0", "aria-label": `${visible(data.token)}, ${percent(data.probability)}` }, text);
+    element.style.backgroundColor = `rgb(var(--tint) / ${(0.45 * (1 - Math.sqrt(data.probability))).toFixed(3)})`;
     const open = () => this.open(element, data, index);
     element.addEventListener("pointerenter", open);
+    element.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
+      // the focus goes to the popover: its button must not get this key
+      event.preventDefault();
+      element.click();
+    });
     element.addEventListener("click", () => { open(); this.popover.querySelector("button")?.focus(); });
     return element;
   }

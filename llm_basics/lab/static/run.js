@@ -179,7 +179,9 @@ class Run {
 }
 
 function eventText(event) {
-  const rest = Object.entries(event).filter(([name]) => !["step", "attempt", "event"].includes(name))
-    .map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  const said = (value) => (typeof value === "number" ? number(value) : typeof value === "object" ? JSON.stringify(value) : value);
+  const rest = Object.entries(event).filter(([name, value]) =>
+    !["step", "attempt", "event"].includes(name) && !["null", "{}", "[]"].includes(JSON.stringify(value)))
+    .map(([name, value]) => `${name} ${said(value)}`);
   return [event.event ?? "event", ...rest].join(" · ").slice(0, 200);
 }
