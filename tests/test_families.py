@@ -61,6 +61,22 @@ def test_a_number_that_the_probes_do_not_determine_is_not_stated():
     assert verdict.mistake.explanation.startswith("Your epsilon is a fixed number")
 
 
+def test_an_error_of_another_class_is_the_same_mistake():
+    step = judge.load("schedule")
+    made = next(m for m in step.mistakes if m.name == "division by no warm up")
+
+    def wrong(*args, error=ValueError):
+        try:
+            return made.wrong(*args)
+        except ZeroDivisionError:
+            raise error("no warmup") from None
+
+    verdict = verdict_on("schedule", {made.piece: wrong})
+    assert verdict.sure and verdict.mistake is not None and verdict.mistake.name == made.name
+    verdict = verdict_on("schedule", {made.piece: lambda *args: wrong(*args, error=NameError)})
+    assert verdict.status == "failed" and verdict.mistake is None
+
+
 def test_explanations_of_families_have_their_number_once():
     for step in judge.STEPS:
         for family in judge.load(step).families:

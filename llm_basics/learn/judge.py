@@ -22,6 +22,10 @@ from llm_basics.learn import families, lessons, messages, mistakes, probes, sand
 STEPS = [*lessons.ORDER, "checkpoint"]
 
 
+# errors of names and imports, and time limits, whose class is their meaning
+SLIPS = {"NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "stopped"}
+
+
 @functools.cache
 def load(name: str) -> probes.Step:
     """A step of the catalogue. Its wrong classes derive from the reference, whatever is in use."""
@@ -134,8 +138,7 @@ def find_mistake(
     """
 
     def equals(i: int, known: probes.Observation) -> bool:
-        kinds = {str(o.get("error", "")).split(":")[0] for o in (seen[i], known)}
-        return len(kinds) == 1 and not differing(step.probes[i], seen[i], known)
+        return kind(seen[i]) == kind(known) and not differing(step.probes[i], seen[i], known)
 
     best, most = None, 0
     for mistake in step.mistakes:
@@ -152,8 +155,32 @@ def find_mistake(
         # two errors alone are weak evidence
         if any("error" not in seen[i] for i in equal) and len(equal) > most:
             best, most = mistake, len(equal)
-    fitted = families.find(step, seen, wrong, equals)
+    fitted = families.find(step, seen, wrong, equals) or with_another_error(step, seen, wrong)
     return (fitted, True) if fitted else (best, False)
+
+
+def kind(seen: probes.Observation) -> str:
+    """The class of the error in an observation, or ""."""
+    return str(seen.get("error", "")).split(":")[0]
+
+
+def with_another_error(
+    step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]
+) -> probes.Mistake | None:
+    """The only mistake that raises in the same probes, with another class, and agrees elsewhere."""
+    kinds = {kind(seen[i]) for i in wrong} - {""}
+    # without a result to compare, and for slips that any code may have, an error is no evidence
+    if not kinds or kinds & SLIPS or all("error" in seen[i] for i in seen):
+        return None
+    order = [*wrong, *(i for i in seen if i not in wrong)]
+    found = [
+        mistake
+        for mistake in step.mistakes
+        if not any(
+            differing(step.probes[i], seen[i], observation_of(step.name, mistake.name, i)) for i in order
+        )
+    ]
+    return found[0] if len({mistake.same_as or mistake.name for mistake in found}) == 1 else None
 
 
 def gradient_error(probe: probes.Probe) -> str:
