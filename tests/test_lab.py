@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -637,3 +638,34 @@ def test_errors_of_a_job_reach_its_caller_and_a_limit_ends_it(monkeypatch):
     monkeypatch.setattr(worker, "MAX_SECONDS", -1.0)
     with pytest.raises(TimeoutError):
         queue.call(lambda: 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+PAGE_FILES = sorted(path.relative_to(app.STATIC).as_posix() for path in app.STATIC.rglob("*"))
+
+
+@pytest.mark.parametrize("name", PAGE_FILES)
+def test_a_file_of_the_page_has_its_type_and_nothing_inline_or_from_outside(client, name):
+    response = client.get(f"/static/{name}")
+    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+    assert response.status_code == 200
+    assert response.headers["content-type"].partition(";")[0] == kinds[name.rpartition(".")[2]]
+    policy = response.headers["content-security-policy"]
+    assert "script-src 'self';" in policy and "style-src 'self';" in policy and "unsafe" not in policy
+    text = response.text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(
+        r"https?:|[\"'(]//|@import|<style|\sstyle=|<script(?![^>]*\ssrc=)|\son\w+=\"|javascript:", text
+    )
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
+    )
+
+
+def test_modules_import_files_that_are_there_and_the_page_is_small(client):
+    texts = {name: (app.STATIC / name).read_text("utf-8") for name in PAGE_FILES}
+    imported = {name for text in texts.values() for name in re.findall(r"from \"\./([^\"]+)\"", text)}
+    assert imported <= texts.keys() and client.get("/").text == texts["index.html"]
+    assert {name for name in texts if name.endswith(".js")} == imported | {"main.js"}
+    assert sum(text.count("\n") for text in texts.values()) < 3000

@@ -15,6 +15,8 @@ export class Chart {
     this.legend = h("div", { class: "legend" });
     this.element = h("div", { class: "chart" }, this.legend, h("div", { class: "plot" }, this.canvas, this.readout));
     new ResizeObserver(() => this.later()).observe(this.element);
+    const redraw = () => (this.element.isConnected ? this.later() : window.removeEventListener("themechange", redraw));
+    window.addEventListener("themechange", redraw);
     this.listen();
   }
 
@@ -161,7 +163,7 @@ export class Chart {
     }
     c.textAlign = "center";
     c.textBaseline = "top";
-    for (const x of ticks(this.x0, this.x1, this.width / 110)) {
+    for (const x of ticks(this.x0, this.x1, this.width / 90)) {
       const at = this.pixelX(x);
       if (at > PAD.left - 1 && at < this.width - 20) c.fillText(this.formatX(x), at, this.height - PAD.bottom + 8);
     }

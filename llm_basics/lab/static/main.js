@@ -30,7 +30,7 @@ async function go() {
   leave();
   leave = () => {};
   const mine = ++current;
-  const place = h("div", { class: `view ${view}` });
+  const place = h("div", { class: "view" });
   clear(document.getElementById("view"), place);
   try {
     const end = await VIEWS[view][1](place, chosen);
@@ -49,7 +49,6 @@ function theme(next) {
   if (next) localStorage.setItem("theme", next);
   const kept = localStorage.getItem("theme");
   if (kept) root.dataset.theme = kept;
-  window.dispatchEvent(new Event("resize"));
 }
 
 document.getElementById("theme").addEventListener("click", () => {
@@ -60,5 +59,6 @@ document.getElementById("theme").addEventListener("click", () => {
   window.dispatchEvent(new Event("themechange"));
 });
 theme();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => window.dispatchEvent(new Event("themechange")));
 window.addEventListener("hashchange", go);
 go();

@@ -35,8 +35,6 @@ class Run {
     this.sampleBox = h("section", { class: "card samples" });
     this.eventBox = h("section", { class: "card events" });
     this.checkpointBox = h("section", { class: "card" });
-    this.redraw = () => this.draw();
-    window.addEventListener("themechange", this.redraw);
     const small = (key, title) => h("section", { class: "card" }, h("h3", {}, term(title)), this.charts[key].element);
     clear(place, this.head, this.tiles, this.findings,
       h("section", { class: "card" },
@@ -55,7 +53,6 @@ class Run {
   close() {
     this.end?.();
     this.isClosed = true;
-    window.removeEventListener("themechange", this.redraw);
   }
 
   async load() {
