@@ -28,7 +28,7 @@ class Playground {
     this.go = h("button", { type: "button", class: "primary", onclick: () => this.start() }, "Generate");
     this.output = h("div", { class: "tokens", "aria-live": "off" }, h("span", { class: "muted" }, "Ctrl+Enter generates."));
     this.status = h("span", { class: "muted" });
-    this.popover = h("div", { class: "popover", hidden: true });
+    this.popover = h("div", { class: "popover", hidden: true, role: "group", "aria-label": "alternatives" });
     this.popover.addEventListener("pointerleave", () => (this.popover.hidden = true));
     this.onkey = (event) => {
       if (event.key === "Escape") this.popover.hidden = true;

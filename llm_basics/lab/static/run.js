@@ -61,11 +61,10 @@ class Run {
     let metrics;
     do metrics = await get(`${base}/metrics?${query}&buckets=700`);
     while (!metrics.is_complete && !this.isClosed);
-    const [details, samples, events, findings] = await Promise.all([
-      get(base), get(`${base}/samples`), get(`${base}/events`), get(`${base}/findings`)]);
+    const [details, samples, events] = await Promise.all([get(base), get(`${base}/samples`), get(`${base}/events`)]);
     Object.assign(this, { details, samples: samples.records, events: events.records });
     this.series = new Series(metrics.series);
-    clear(this.findings, findings.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)));
+    this.drawFindings();
     this.draw();
     this.drawSamples();
     this.drawEvents();
@@ -75,7 +74,7 @@ class Run {
     this.end = follow(`run=${this.id}&position=${encodeURIComponent(metrics.position)}`, {
       metrics: ({ records }) => this.append(records),
       samples: ({ records }) => { this.samples.push(...records); this.drawSamples(); },
-      events: ({ records }) => { this.events.push(...records); this.draw(); this.drawEvents(); this.drawCheckpoints(); },
+      events: ({ records }) => { this.events.push(...records); this.draw(); this.drawEvents(); this.drawCheckpoints(); this.drawFindings(); },
       run: (run) => { Object.assign(this.details, run); this.draw(); },
       reset: guarded(() => this.load()),
       gone: () => message("The run was deleted.", true),
@@ -166,6 +165,12 @@ class Run {
         h("li", {}, h("span", { class: "num" }, number(event.step)), h("span", {}, eventText(event)))))
       : h("p", { class: "muted" }, "None yet."));
   }
+
+  drawFindings = guarded(async () => {
+    // a run that has not begun has no signs
+    const found = this.series.size ? await get(`/api/runs/${this.id}/findings`) : [];
+    clear(this.findings, found.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)));
+  });
 
   drawCheckpoints = guarded(async () => {
     const found = await get(`/api/runs/${this.id}/checkpoints`);

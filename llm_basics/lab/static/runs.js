@@ -100,7 +100,8 @@ async function compare(place, runs) {
   chart.element, differences);
   await load();
   if (runs.length < 2) return;
-  const found = await get(`/api/diff?${runs.map((run) => `run=${run.id}`).join("&")}`);
+  const all = await get(`/api/diff?${runs.map((run) => `run=${run.id}`).join("&")}`);
+  const found = all.filter(({ option }) => option !== "run_dir" && option !== "resume");
   clear(differences, h("h3", {}, found.length ? "What differs" : "The same options"), h("table", {},
     h("thead", {}, h("tr", {}, h("th", {}, "option"), runs.map((run) => h("th", {}, run.name)))),
     h("tbody", {}, found.map(({ option, values }) =>
