@@ -10,7 +10,7 @@ export async function show(place) {
   const selected = new Set();
   const list = h("div", { class: "rows" });
   const overlay = h("section", { class: "overlay card", hidden: true });
-  const search = h("input", { type: "search", placeholder: "Search by name, preset or state", "aria-label": "Search runs",
+  const search = h("input", { type: "search", placeholder: "Search runs", "aria-label": "Search runs",
     oninput: () => draw() });
   const count = h("span", { class: "muted" });
   clear(place,
@@ -111,13 +111,12 @@ async function compare(place, runs) {
 // --- start a run
 
 export async function startDialog(place) {
-  const { presets, options, data } = await get("/api/presets");
+  const { presets, data } = await get("/api/presets");
   const select = (values) => h("select", {}, values.map((value) => h("option", { value }, value)));
   const preset = select(presets.map((each) => each.name));
   if (presets.some((each) => each.name === "tiny")) preset.value = "tiny";
   const text = select(data);
   const name = h("input", { placeholder: "date, time and preset" });
-  const names = h("datalist", { id: "options" }, options.map((o) => h("option", { value: o.name }, o.help)));
   const overrides = h("textarea", { rows: 4, spellcheck: "false", placeholder: "train.steps=500\ntrain.lr=0.003" });
   const estimate = h("p", { class: "muted" });
   const body = () => ({ preset: preset.value, data: text.value, name: name.value || null, options: parsed(overrides.value) });
@@ -127,7 +126,7 @@ export async function startDialog(place) {
   });
   const dialog = h("dialog", { onclose: () => dialog.remove() }, h("h2", {}, "New run"),
     field("Preset", preset), field("Text", text), field("Name", name),
-    field("Options", overrides, "One NAME=VALUE a line; the names are those of the command line."), names, estimate,
+    field("Options", overrides, "One NAME=VALUE a line; the names are those of the command line."), estimate,
     h("div", { class: "bar" }, h("span", { class: "space" }),
       h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"),
       h("button", { type: "button", class: "primary", onclick: guarded(async () => {
