@@ -44,8 +44,8 @@ MAX_WORKERS = 4
 WHOLE = {
     f"test_{name}"
     for name in (
-        "chat_session disk compare_models fast_generate fast_trainer lr_finder loggers generate warm_start "
-        "learn memory mistakes monitor muon probe sft survival sweep train diagnostics"
+        "chat_session disk compare_models families fast_generate fast_trainer lr_finder loggers generate "
+        "warm_start learn memory mistakes monitor muon probe sft survival sweep train diagnostics"
     ).split()
 }
 
