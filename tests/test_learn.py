@@ -614,7 +614,7 @@ def test_foreign_adapters_are_graded_and_missing_ones_skipped(tmp_path):
     assert report["silu"]["status"] == "passed" and report["silu"]["time_relative_to_reference"] > 0
     assert report["silu"]["ready_made"] == ["tests/adapters.py:5 uses torch.nn.functional.silu"]
     assert report["softmax"]["mistake"] == "dim ignored" and report["softmax"]["missing"] == []
-    assert "softmax: along the middle of three axes (8 of 10 probes passed)" in graded.stdout
+    assert "softmax: along the middle of three axes (9 of 11 probes passed)" in graded.stdout
     assert "run_rope: not in the adapters file" in graded.stdout
 
 

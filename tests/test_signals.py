@@ -53,7 +53,8 @@ WITHOUT_TORCH = ("plot", "compare", "lm_harness", "sweep", "prepare", "tokenizer
 
 @pytest.mark.parametrize("command", table.COMMANDS)
 def test_every_command_handles_signals_before_its_imports(command):
-    file = PACKAGE / command / "__main__.py" if command == "learn" else PACKAGE / f"{command}.py"
+    is_package = command in ("learn", "lab")
+    file = PACKAGE / command / "__main__.py" if is_package else PACKAGE / f"{command}.py"
     _, *statements = ast.parse(file.read_text()).body
     while not isinstance(statements[0], ast.If):
         imported = ast.unparse(statements.pop(0))

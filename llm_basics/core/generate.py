@@ -116,14 +116,12 @@ def next_token_probabilities(
 
 
 def sample(probabilities: Float[Tensor, " vocab"], generator: torch.Generator | None = None) -> int:
-    """Draw an id, on the CPU, where a seed gives the same everywhere. Raises FloatingPointError for NaN."""
+    """Draw a token id, on the CPU, where a seed gives the same result on every machine."""
+    probabilities = probabilities.cpu()
     try:
-        return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+        return int(torch.multinomial(probabilities, 1, generator=generator))
     except RuntimeError:
-        raise FloatingPointError(
-            "the probabilities of the next token must be finite, got nan: the weights of the model are too "
-            "large or not finite"
-        ) from None
+        raise FloatingPointError("probabilities must be finite, got nan (from the model's weights)") from None
 
 
 @torch.no_grad()

@@ -70,10 +70,6 @@ def text_of(pattern: regex.Pattern) -> str:
     return pattern.pattern
 
 
-# what reading a file raises where a value is missing, of another type or too large
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, regex.error)
-
-
 @contextlib.contextmanager
 def reading(must: str) -> Iterator[None]:
     """Raise any error of reading a file as ValueError, with what `must` hold."""
@@ -87,7 +83,7 @@ def reading(must: str) -> Iterator[None]:
         raise ValueError(f"{must}; {error.args[0]} is missing") from None
     except RecursionError:
         raise ValueError(f"{must}; it is nested too deeply") from None
-    except MALFORMED as error:
+    except Exception as error:
         raise ValueError(f"{must}; {textwrap.shorten(str(error), 300)}") from None
 
 
