@@ -43,9 +43,9 @@ runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)
 ARGUMENTS = {
     "checkpoint": ["list", "runs/a"],
     "tokenizer": ["inspect", "text"],
-    "learn": ["check"],
+    "learn": ["dojo"],
 }
-WITHOUT_TORCH = ("plot", "compare", "lm_harness", "sweep", "prepare", "tokenizer")
+WITHOUT_TORCH = ("plot", "compare", "lm_harness", "sweep", "steer", "prepare", "tokenizer")
 
 # --------------------------------------------------------------------------------------------------
 # While a command imports
