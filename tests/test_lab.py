@@ -136,12 +136,6 @@ def test_a_training_run_is_not_changed(client, run, tmp_path):
     assert get(client, f"/api/runs/{run}")["state"] == "stopped"
 
 
-def test_a_lock_that_a_killed_process_left_is_none(tmp_path):
-    for content in (b"%d\n" % os.getpid(), b"999999999\n", b"-1\n", b"x", b""):
-        (tmp_path / "lock").write_bytes(content)
-        assert locks.owner(tmp_path) is None
-
-
 def test_a_link_to_a_run_is_not_deleted(client, run, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "one")
     assert client.delete(f"/api/runs/{catalog.id_of(tmp_path / 'link')}").status_code == 409

@@ -193,7 +193,7 @@ def test_the_strongest_option_is_named_first():
     assert all(len(line) < 80 for text in lines for line in text[1:])
     assert "batch_size" not in memory.describe(weights, options_of(SMALL, {"batch_size": 1}))
     assert "4.1 GB of tensors at the peak: 1.0 parameters, 1.0 gradients" in memory.describe(weights, options)
-    # where memory is not short, or nobody knows, there is no advice
+    # no advice where memory suffices, or where the free memory is unknown
     assert all(memory.describe(weights, options, free).count("\n") == 0 for free in (10**10, None))
 
 

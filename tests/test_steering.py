@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -357,13 +358,20 @@ def test_wrong_words_are_errors(words, error, tmp_path, capsys):
     assert not (tmp_path / inbox.COMMANDS).exists()
 
 
-def test_a_folder_is_locked_while_a_process_writes_to_it(tmp_path):
-    assert not locks.is_locked(tmp_path)
+def test_a_folder_has_an_owner_while_a_process_writes_to_it(tmp_path, monkeypatch):
+    assert locks.owner(tmp_path) is None
     with locks.locked(tmp_path):
-        assert locks.is_locked(tmp_path)
-    assert not locks.is_locked(tmp_path)
-    (tmp_path / "lock").write_text("1\n")  # of a killed process
-    assert not locks.is_locked(tmp_path)
+        assert locks.owner(tmp_path) == os.getpid()
+    assert locks.owner(tmp_path) is None
+    # left by a killed process, whose id another one has
+    for content in (b"1\n", b"%d\n" % os.getpid()):
+        (tmp_path / "lock").write_bytes(content)
+        assert locks.owner(tmp_path) is None
+    # where no process lives, nothing is locked: a run that begins would meet that lock
+    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: pytest.fail("locked"))
+    for content in (b"999999999\n", b"-1\n", b"x", b""):
+        (tmp_path / "lock").write_bytes(content)
+        assert locks.owner(tmp_path) is None
 
 
 # --------------------------------------------------------------------------------------------------

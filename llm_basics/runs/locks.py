@@ -34,19 +34,22 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
                 path.unlink()
 
 
-def is_locked(folder: str | os.PathLike[str]) -> bool:
-    """Whether a process holds the lock of a run directory."""
+def owner(folder: str | os.PathLike[str]) -> int | None:
+    """The id of the process that writes to a run directory; None if there is none."""
     try:
         with open(Path(folder) / "lock", "rb") as file:
+            pid = int(file.read(32) or 0)
             if fcntl is None:
-                return True
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except OSError:
-        return False
+                return pid or None
+            # this lock must not meet that of a run that begins: it is tried only where the process lives
+            if pid < 1 or not _is_alive(pid):
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        return pid
+    except (OSError, ValueError):
+        return None
 
 
 def _open_locked(path: Path) -> io.FileIO:
@@ -68,24 +71,6 @@ def _open_locked(path: Path) -> io.FileIO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
-
-
-def owner(folder: str | os.PathLike[str]) -> int | None:
-    """The id of the process that writes to a run directory; None if there is none."""
-    try:
-        with open(Path(folder) / "lock", "rb") as file:
-            pid = int(file.read(32) or 0)
-            if pid < 1 or not _is_alive(pid):
-                return None
-            if fcntl is None:
-                return pid
-            # only where the process lives, so that this lock cannot meet a run that begins
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-    except BlockingIOError:
-        return pid
-    except (OSError, ValueError):
-        return None
 
 
 def _is_alive(pid: int) -> bool:

@@ -80,7 +80,7 @@ def send(folder: str | os.PathLike[str], values: Mapping[str, Any], actions: Seq
     Raises ValueError if no run does, or if it may not be asked for these.
     """
     check(dict(values), list(actions))
-    if not locks.is_locked(folder):
+    if locks.owner(folder) is None:
         raise ValueError(
             f"a run must be training to be steered, got {folder}; resume it with --resume {folder}, and "
             "give changed options there"
@@ -97,7 +97,7 @@ def answer(folder: str | os.PathLike[str], command_id: str, seconds: float) -> d
     """
     end = time.monotonic() + seconds
     while True:
-        is_training = locks.is_locked(folder)
+        is_training = locks.owner(folder) is not None
         for event in run_dir.read_events(folder):
             if event.get("id") == command_id:
                 return event

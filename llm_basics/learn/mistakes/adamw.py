@@ -273,7 +273,7 @@ step.value(
     "a step that is given a closure",
     loss_of_a_closure,
     {"loss": 4.0, "weight": 1.5},
-    beyond="torch's optimizers take one, with gradients enabled; a training loop does without",
+    beyond="torch.optim.Optimizer.step takes a closure; the training loop passes none",
 )
 
 # --------------------------------------------------------------------------------------------------
