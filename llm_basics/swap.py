@@ -134,6 +134,8 @@ def reference(piece: str) -> Any:
 
 def set_piece(piece: str, replacement: Any) -> None:
     """Replace a piece in its home module."""
+    if current(piece) is replacement:
+        return
     home, name = piece.split(".")
     _REFERENCE.setdefault(piece, reference(piece))
     setattr(_module(home), name, replacement)

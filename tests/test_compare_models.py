@@ -267,9 +267,3 @@ def test_a_missing_harness_is_an_error():
     done = subprocess.run(command, capture_output=True, text=True)
     message = "error: lm_harness needs lm_eval, which is not installed; run uv sync --extra eval\n"
     assert (done.returncode, done.stderr) == (2, message)
-
-
-def test_the_module_is_a_program(trained):
-    command = [sys.executable, "-m", "llm_basics.evaluate", str(trained[0]), "--fast", "off"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "validation loss" in done.stdout and "bits per byte" in done.stdout

@@ -558,9 +558,9 @@ def test_user_code_is_checked_trained_and_sampled(mine, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="this is mine"):
         train("--mine", "mine.py", *TINY, "--run_dir", "first")
     mine(RIGHT)
-    trained = run("-m", "llm_basics.train", "--mine", "mine.py", *TINY, "--run_dir", "run", cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert re.search(r"pieces +silu from mine.py \(\w{12}\); reference code for the rest", trained.stdout)
+    assert train("--mine", "mine.py", *TINY, "--run_dir", "run") == 0
+    trained = capsys.readouterr().out
+    assert re.search(r"pieces +silu from mine.py \(\w{12}\); reference code for the rest", trained)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["origins"]["functional.silu"].startswith("mine.py (")
     assert (tmp_path / "run" / "mine.py").read_text() == Path("mine.py").read_text()

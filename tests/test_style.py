@@ -4,6 +4,7 @@ uv run pytest tests/test_style.py
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -50,10 +51,12 @@ def wing_of(name: str) -> str:
     return first if first in WINGS else ""
 
 
+@functools.cache
 def program(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def own_imports(path: Path) -> list[str]:
     """The modules of this package that a file imports; fails on names imported out of them."""
     imported = []
@@ -92,16 +95,18 @@ def test_every_module_is_in_a_wing_or_a_command():
     assert folders <= set(WINGS)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_wing_imports_only_wings_above_it(path):
-    wing = wing_of(name_of(path))
-    for name in own_imports(path):
-        other = wing_of(name)
-        assert other, f"{path} imports the command {name}; nothing imports commands"
-        if wing:
-            assert WINGS.index(other) <= WINGS.index(wing), f"{path} imports {name}, which is below it"
-        # swap.py loads fast implementations by name
-        assert wing in ("fast", "") or other != "fast", f"{path} imports {name}; only swap.py knows of fast"
+def test_a_wing_imports_only_wings_above_it():
+    for path in SOURCES:
+        wing = wing_of(name_of(path))
+        for name in own_imports(path):
+            other = wing_of(name)
+            assert other, f"{path} imports the command {name}; nothing imports commands"
+            if wing:
+                assert WINGS.index(other) <= WINGS.index(wing), f"{path} imports {name}, which is below it"
+            # swap.py loads fast implementations by name
+            assert wing in ("fast", "") or other != "fast", (
+                f"{path} imports {name}; only swap.py knows of fast"
+            )
 
 
 def test_no_circles():
@@ -119,39 +124,41 @@ def test_no_circles():
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_modules_are_named_in_strings_only_by_the_seam(path):
-    if name_of(path) in ("swap", "__main__"):
-        return
-    tree = program(path)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.List | ast.Tuple):
-            # [sys.executable, "-m", "llm_basics.train", ...]: a command, run in a process of its own
-            texts = [getattr(each, "value", None) for each in node.elts]
-            for before, each in zip(texts, node.elts[1:], strict=False):
-                if before == "-m" and isinstance(each, ast.Constant):
-                    assert str(each.value).removeprefix("llm_basics.") in commands.COMMANDS, (
-                        f"{path}:{each.lineno}"
-                    )
-                    each.value = ""
-    modules = re.compile(rf"llm_basics\.({'|'.join(WINGS)})(\.\w+)*$")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not modules.match(node.value), f"{path}:{node.lineno} names a module in a string"
+def test_modules_are_named_in_strings_only_by_the_seam():
+    for path in SOURCES:
+        if name_of(path) in ("swap", "__main__"):
+            continue
+        nodes, of_commands = list(ast.walk(program(path))), set()
+        for node in nodes:
+            if isinstance(node, ast.List | ast.Tuple):
+                # [sys.executable, "-m", "llm_basics.train", ...]: a command, run in a process of its own
+                texts = [getattr(each, "value", None) for each in node.elts]
+                for before, each in zip(texts, node.elts[1:], strict=False):
+                    if before == "-m" and isinstance(each, ast.Constant):
+                        assert str(each.value).removeprefix("llm_basics.") in commands.COMMANDS, (
+                            f"{path}:{each.lineno}"
+                        )
+                        of_commands.add(each)
+        modules = re.compile(rf"llm_basics\.({'|'.join(WINGS)})(\.\w+)*$")
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in of_commands:
+                assert not modules.match(node.value), f"{path}:{node.lineno} names a module in a string"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=name_of)
-def test_the_word_fast_is_only_an_option_in_core(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for node in ast.walk(program(path)):
-        if isinstance(node, ast.ClassDef):
-            for field, doc in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and dotted(field.target) == "fast":
-                    lines[field.lineno - 1 : doc.end_lineno] = [""] * (
-                        (doc.end_lineno or 0) - field.lineno + 1
-                    )
-    found = [number for number, line in enumerate(lines, start=1) if re.search(r"(?<!['\"])\bfast\b", line)]
-    assert not found, f"{path}:{found[0]} speaks of the fast implementations"
+def test_the_word_fast_is_only_an_option_in_core():
+    for path in sorted((PACKAGE / "core").glob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(program(path)):
+            if isinstance(node, ast.ClassDef):
+                for field, doc in zip(node.body, node.body[1:], strict=False):
+                    if isinstance(field, ast.AnnAssign) and dotted(field.target) == "fast":
+                        lines[field.lineno - 1 : doc.end_lineno] = [""] * (
+                            (doc.end_lineno or 0) - field.lineno + 1
+                        )
+        found = [
+            number for number, line in enumerate(lines, start=1) if re.search(r"(?<!['\"])\bfast\b", line)
+        ]
+        assert not found, f"{path}:{found[0]} speaks of the fast implementations"
 
 
 def test_packages_import_nothing():
@@ -170,17 +177,18 @@ def test_wings_keep_their_caps(wing):
     assert n_lines <= WING_LINES.get(wing, OTHER_WING_LINES)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_and_functions_are_short(path):
-    if CATALOGUE in path.parents:
-        return
-    n_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert n_lines <= (FILE_LINES if wing_of(name_of(path)) else COMMAND_LINES)
-    for node in ast.walk(program(path)):
-        if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            most = FUNCTION_LINES_OF.get(node.name, FUNCTION_LINES)
-            assert length <= most, f"{path}: {node.name} has {length} lines"
+def test_files_and_functions_are_short():
+    for path in SOURCES:
+        if CATALOGUE in path.parents:
+            continue
+        n_lines = len(path.read_text(encoding="utf-8").splitlines())
+        most = FILE_LINES if wing_of(name_of(path)) else COMMAND_LINES
+        assert n_lines <= most, f"{path} has {n_lines} lines"
+        for node in ast.walk(program(path)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                most = FUNCTION_LINES_OF.get(node.name, FUNCTION_LINES)
+                assert length <= most, f"{path}: {node.name} has {length} lines"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,26 +213,26 @@ def test_pieces_are_written_by_hand(name):
             raise AssertionError(f"{line} uses {path or '(...).' + node.attr}")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_public_names_are_documented(path):
-    tree = program(path)
-    assert ast.get_docstring(tree), f"{path} has no docstring"
-    for node in tree.body if CATALOGUE not in path.parents else []:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert node.name == "main" or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+def test_public_names_are_documented():
+    for path in SOURCES:
+        tree = program(path)
+        assert ast.get_docstring(tree), f"{path} has no docstring"
+        for node in tree.body if CATALOGUE not in path.parents else []:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name == "main" or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_source_is_ascii_and_finished(path):
-    source = path.read_text(encoding="utf-8")
-    assert source.isascii()
-    # the stubs of learn are there to be filled in
-    stub = (
-        ""
-        if name_of(path).startswith(("learn.stubs", "learn.judge", "learn.probes", "learn.mistakes"))
-        else "|NotImplementedError"
-    )
-    assert not re.search(rf"\b(TODO|FIXME|XXX{stub})\b|from __future__", source)
+def test_source_is_ascii_and_finished():
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        assert source.isascii(), path
+        # the stubs of learn are there to be filled in
+        stub = (
+            ""
+            if name_of(path).startswith(("learn.stubs", "learn.judge", "learn.probes", "learn.mistakes"))
+            else "|NotImplementedError"
+        )
+        assert not re.search(rf"\b(TODO|FIXME|XXX{stub})\b|from __future__", source), path
 
 
 def test_nothing_unpickles_or_evaluates():

@@ -212,6 +212,7 @@ def test_options_of_a_run_are_written_atomically(here, monkeypatch):
     assert not [*Path("runs/mine").glob("*.yaml*")]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_real_program_is_the_run_itself(here, monkeypatch):
     """Training with the options file of a trial gives bitwise the same losses."""
     monkeypatch.setattr(sweep, "TRAIN", (sys.executable, "-m", "llm_basics.train"))

@@ -1,10 +1,12 @@
 """Training: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -506,25 +508,21 @@ def test_a_run_directory_is_not_overwritten(options, capsys):
     assert f"--run_dir must be new or empty, got {options.run_dir}" in capsys.readouterr().err
 
 
-def test_programs_from_the_command_line(options, tmp_path):
+def test_programs_from_the_command_line(options, tmp_path, monkeypatch, capsys):
     """As a user runs them: train, then generate from the run."""
 
-    def program(name, *arguments):
-        command = [sys.executable, "-m", f"llm_basics.{name}", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-
-    trained = program(
-        "train",
-        f"--data={options.data}",
-        "--tokenizer=bytes",
-        "--train.steps=3",
-        "--model.n_layers=1",
-        "--run_dir=r",
-    )
+    command = [sys.executable, "-m", "llm_basics.train", f"--data={options.data}", "--tokenizer=bytes"]
+    command += ["--train.steps=3", "--model.n_layers=1", "--run_dir=r"]
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert trained.returncode == 0, trained.stderr
     assert "step=3/3 train_loss=" in trained.stdout and "val_loss=" in trained.stdout
-    written = program("generate", "r", "--prompt", "12 times", "--max_new_tokens=9")
-    assert written.returncode == 0 and written.stdout.startswith("12 times"), written.stderr
+    # in this process, which has imported torch
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "argv", ["generate", "r", "--prompt", "12 times", "--max_new_tokens=9"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("llm_basics.generate", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith("12 times")
 
 
 @pytest.mark.slow

@@ -385,7 +385,7 @@ def reader_of(lm: model.TransformerLM) -> Any:
     return reader
 
 
-@pytest.mark.parametrize("n_tokens", [5, pytest.param(24, marks=slow)])
+@pytest.mark.parametrize("n_tokens", [4, pytest.param(24, marks=slow)])
 @pytest.mark.parametrize("name", ["gpt2", "odd sizes", *(pytest.param(n, marks=slow) for n in OTHER_MODELS)])
 def test_scores_of_each_token(name, n_tokens):
     lm = make_model(name)
