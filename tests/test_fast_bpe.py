@@ -204,7 +204,7 @@ def test_every_code_point_alone_is_one_pretoken(pattern):
 
 @both_patterns
 def test_every_code_point_in_context_matches_regex(pattern):
-    for plane in range(17) if trials.is_full else (0, 1, 14, 16):
+    for plane in range(17) if trials.is_full else (0, 1):
         # only planes 0 to 3 and 14 have assigned characters of several classes
         written = "a{0}a 1{0}1 {0} .{0}\n" if plane in (0, 1, 2, 3, 14) else "a{0}1 {0} "
         everything = "".join(map(written.format, code_points(plane)))

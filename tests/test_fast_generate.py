@@ -295,7 +295,7 @@ def test_drawn_text(settings):
 def test_text_of_changed_scores(temperature, adjust):
     lm = make(40)
     adjustment = generate.LogitsProcessor(temperature, **adjust)
-    plain, _ = both(lm, [5, 6, 7], 60, temperature)
+    plain = list(generate.generate(lm, torch.tensor([5, 6, 7]), 60, temperature, generator=seeded()))
     expected, found = both(lm, [5, 6, 7], 60, temperature, adjust=adjustment)
     assert found == expected and len(set(expected)) > 3
     is_changed = "repetition_penalty" in adjust or (adjust and temperature > 0)
