@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -123,6 +124,40 @@ def test_results_are_written_when_all_runs_fail(here, capsys):
     (row,) = [line.split() for line in output.splitlines() if line.startswith("  b ")]
     assert row == ["b", "none", "-", "0", "-", "-"]
     assert not Path("runs/mine/mine.png").exists()
+
+
+def tables(output):
+    """The first two columns of each table."""
+    parts = re.split(r"^ +[\w.]+ .*spread.*$", output, flags=re.M)[1:]
+    return [re.findall(r"^  (\S+) +([\d.]+|none) +[\d.-]+ +\d ", part, flags=re.M) for part in parts]
+
+
+def test_settings_with_other_tokenizers_are_ranked_by_bits_per_byte(here, capsys, drawn):
+    """Here a larger vocabulary has the higher loss per token, and fewer bits per byte."""
+    base = "base: {train: {steps: 3, lr: 1e-3}, tokenizer: bpe}\n"
+    small, large = "{model.vocab_size: 300}", "{model.vocab_size: 3000, train.lr: 1e-2}"
+    assert run_sweep(f"{base}variants: {{small: {small}, large: {large}}}") == 0
+    output = capsys.readouterr().out
+    assert tables(output) == [[("large", "4.0000"), ("small", "12.0000")]]
+    assert "2 runs, ranked by bits per byte: losses per token of different tokenizers are not" in output
+    assert "  bits per byte  " in output and "val loss" not in output
+    assert drawn[0].axes[0].get_title(loc="left") == "Bits per byte relative to: small"
+
+
+def test_settings_with_other_text_are_ranked_apart(here, capsys):
+    """Also in figures; a setting without a finished run is last."""
+    Path("other").touch()
+    other = "{data: other}, d: {data: other, train.lr: 1e-4}, e: {data: fail}"
+    base = "base: {train: {steps: 3, lr: 1e-3}}\n"
+    assert run_sweep(f"{base}variants: {{a: {{train.lr: 1e-2}}, b: {{}}, c: {other}}}") == 1
+    output = capsys.readouterr().out
+    found = [[("b", "2.0000"), ("a", "3.0000")], [("c", "2.0000"), ("d", "3.0000"), ("e", "none")]]
+    assert tables(output) == found
+    assert "held-out text of stdlib: 2 runs\n" in output and "held-out text of other: 2 runs\n" in output
+    assert "2 held-out texts: results of different tables are not comparable\n" in output
+    pictures = ["mine.png", "curves.png", "mine-2.png", "curves-2.png"]
+    assert [line.rpartition("/")[2] for line in output.splitlines() if line.endswith(".png")] == pictures
+    assert Path("runs/mine/report.html").read_text().count("<img") == 4
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

@@ -148,12 +148,7 @@ def _shown(value: Any) -> str:
 def print_report(runs: Sequence[run_data.Record], screen: console.Console) -> None:
     """Print results, options that differ and last samples."""
     found = groups(runs)
-    for group in found:
-        if len(found) > 1 or group.by != "val_loss":
-            screen.print(plain_text(group.title))
-        print_table(screen, *results(group))
-    if len(found) > 1:
-        screen.print(f"{len(found)} held-out texts: results of different tables are not comparable")
+    print_groups(screen, found, [results(group) for group in found])
     titles, rows = options_that_differ(runs)
     if len(titles) > 1 and rows:
         screen.print("options that differ")
@@ -169,6 +164,18 @@ def print_report(runs: Sequence[run_data.Record], screen: console.Console) -> No
             shown.add_column(plain_text(name), overflow="fold", max_width=width)
         shown.add_row(*map(plain_text, texts))
         screen.print(shown)
+
+
+def print_groups(
+    screen: console.Console, found: Sequence[Group], tables: Sequence[tuple[list[str], list[list[str]]]]
+) -> None:
+    """Print a table per group, and what of it cannot be compared."""
+    for group, (titles, rows) in zip(found, tables, strict=True):
+        if len(found) > 1 or group.by != "val_loss":
+            screen.print(plain_text(group.title))
+        print_table(screen, titles, rows)
+    if len(found) > 1:
+        screen.print(f"{len(found)} held-out texts: results of different tables are not comparable")
 
 
 def print_table(screen: console.Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -185,8 +185,8 @@ def _verdict(trial_run: TrialRun, status: int, began: float) -> str:
 # Results
 
 
-def outcomes(trial_runs: Sequence[TrialRun]) -> list[sweep_figures.Outcome]:
-    """The outcome of each setting over its seeds, in the order of the sweep."""
+def outcomes(trial_runs: Sequence[TrialRun], by: str = "val_loss") -> list[sweep_figures.Outcome]:
+    """The outcome of each setting over its seeds, by the metric `by`, in the order of the sweep."""
     groups: dict[str, list[TrialRun]] = {}
     for trial_run in trial_runs:
         groups.setdefault(repr(trial_run.trial.setting), []).append(trial_run)
@@ -201,13 +201,23 @@ def outcomes(trial_runs: Sequence[TrialRun]) -> list[sweep_figures.Outcome]:
         found.append(
             sweep_figures.Outcome(
                 group[0].trial.setting,
-                [summary["val_loss"] for summary in ended],
+                [summary[by] for summary in ended if by in summary],
                 model.n_matmul_params,
                 tokens,
                 float(tokens) * model.flops_per_token,
+                by,
             )
         )
     return found
+
+
+def divide(trial_runs: Sequence[TrialRun], groups: Sequence[compare.Group]) -> list[list[TrialRun]]:
+    """The runs of each group of finished ones; those of settings without a finished run are in the last."""
+    ended = {repr(trial_run.trial.setting) for trial_run in trial_runs if trial_run.is_finished}
+    names = [{record.name for record in group.runs} for group in groups]
+    rest = [trial_run for trial_run in trial_runs if repr(trial_run.trial.setting) not in ended]
+    parts = [[trial_run for trial_run in trial_runs if trial_run.folder.name in each] for each in names]
+    return [*parts[:-1], parts[-1] + rest]
 
 
 def _shape(group: Sequence[TrialRun], options: config.Config) -> config.ModelConfig:
@@ -220,7 +230,7 @@ def _shape(group: Sequence[TrialRun], options: config.Config) -> config.ModelCon
 
 def table(found: Sequence[sweep_figures.Outcome]) -> tuple[list[str], list[list[str]]]:
     """Titles and a row for each setting, lowest loss first; settings without a loss last."""
-    names = list(found[0].setting)
+    names, loss = list(found[0].setting), compare.COLUMNS[found[0].metric]
     rows = [
         [
             *(str(outcome.setting[name]) for name in names),
@@ -232,7 +242,7 @@ def table(found: Sequence[sweep_figures.Outcome]) -> tuple[list[str], list[list[
         ]
         for outcome in sorted(found, key=lambda o: o.mean if o.losses else float("inf"))
     ]
-    return [*names, "val loss", "spread", "runs", "weights", "tokens"], rows
+    return [*names, loss, "spread", "runs", "weights", "tokens"], rows
 
 
 def results(trial_runs: Sequence[TrialRun], statuses: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -263,22 +273,29 @@ def write_results(rows: Sequence[dict[str, Any]], out: Path) -> None:
 def conclude(
     sweep: sweep_spec.Sweep, trial_runs: Sequence[TrialRun], statuses: dict[str, int], out: Path
 ) -> None:
-    """Print a table, and write results, figures and a report."""
-    found = outcomes(trial_runs)
+    """Print a table, and write results, figures and a report; all for each group of comparable runs."""
     write_results(list(results(trial_runs, statuses)), out)
     screens = [compare.new_screen(), compare.recording_screen()]
-    for screen in screens:
-        compare.print_table(screen, *table(found))
     ended = [run_data.read(str(trial_run.folder)) for trial_run in trial_runs if trial_run.is_finished]
     if not ended:
+        compare.print_table(screens[0], *table(outcomes(trial_runs)))
         print(f"no run has finished; see {out}/results.csv")
         return
+    groups = compare.groups(ended)
+    found = [outcomes(part, group.by) for part, group in zip(divide(trial_runs, groups), groups, strict=True)]
+    for screen in screens:
+        compare.print_groups(screen, groups, [table(part) for part in found])
     draw = sweep_figures.draw_scaling if sweep.figure == "scaling" else sweep_figures.draw_options
-    pictures = [draw(found, out / f"{sweep.name}.png"), figures.draw(ended, out / "curves.png", "tokens")]
-    lines = [
-        f"loss over {name}: {law.factor:.4g} * {name} ** {law.exponent:.4f}"
-        for name, law in (sweep_figures.scaling_laws(found) if sweep.figure == "scaling" else {}).items()
-    ]
+    pictures, lines = [], []
+    for number, (part, group) in enumerate(zip(found, groups, strict=True), start=1):
+        suffix = f"-{number}.png" if number > 1 else ".png"
+        curves = ("train_loss", "val_loss") if group.by == "val_loss" else (group.by,)
+        pictures += [draw(part, out / f"{sweep.name}{suffix}")]
+        pictures += [figures.draw(group.runs, out / f"curves{suffix}", "tokens", curves)]
+        lines += [
+            f"{part[0].measure} over {name}: {law.factor:.4g} * {name} ** {law.exponent:.4f}"
+            for name, law in (sweep_figures.scaling_laws(part) if sweep.figure == "scaling" else {}).items()
+        ]
     for screen, line in itertools.product(screens, lines):
         screen.print(line)
     compare.write_page(out / "report.html", f"Sweep {sweep.name}", screens[1], pictures)

@@ -16,6 +16,9 @@ from llm_basics.analysis import figures
 # ratio of the largest to the smallest value from which an axis is logarithmic
 LOG_SCALE_RATIO = 20
 
+# labels of the metrics that rank settings
+MEASURES = {"val_loss": "validation loss (nats per token)", "bits_per_byte": "bits per byte"}
+
 # values that fit on an axis as ticks
 MOST_TICKS = 8
 
@@ -26,12 +29,19 @@ class Outcome:
 
     setting: dict[str, Any]
     losses: list[float]
-    """Final validation losses, one per finished seed."""
+    """Final values of `metric`, one per finished seed."""
     weights: int
     """Weights in matrix products, without embeddings."""
     tokens: int
     flops: float
     """Floating-point operations of the whole training."""
+    metric: str = "val_loss"
+    """The validation loss, or bits per byte if the settings have different tokenizers."""
+
+    @property
+    def measure(self) -> str:
+        """The name of the metric, without its unit."""
+        return MEASURES[self.metric].partition(" (")[0]
 
     @property
     def mean(self) -> float:
@@ -85,8 +95,8 @@ def _draw_lines(outcomes: Sequence[Outcome], name: str, path: Path) -> Path:
     axes.plot([best.setting[name]], [best.mean], "o", mfc="none", mec="black", ms=11, mew=1.4)
     _scale(axes, [o.setting[name] for o in outcomes])
     _cut_off(axes, [o.mean for o in outcomes])
-    axes.set(xlabel=figures.axis_label(name.rpartition(".")[2]), ylabel="validation loss (nats per token)")
-    figures.set_title(axes, f"Lowest validation loss: {best.mean:.3f} at {label(best.setting)}")
+    axes.set(xlabel=figures.axis_label(name.rpartition(".")[2]), ylabel=MEASURES[best.metric])
+    figures.set_title(axes, f"Lowest {best.measure}: {best.mean:.3f} at {label(best.setting)}")
     figures.add_legend(axes, outside=True)
     return figures.save(canvas, path)
 
@@ -110,8 +120,8 @@ def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
     axes.axvline(0, color="black", lw=0.8)
     axes.margins(x=0.2)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference in validation loss (nats per token); points are seeds")
-    figures.set_title(axes, f"Validation loss relative to: {label(first.setting)}")
+    axes.set_xlabel(f"difference in {MEASURES[first.metric]}; points are seeds")
+    figures.set_title(axes, f"{first.measure.capitalize()} relative to: {label(first.setting)}")
     return figures.save(canvas, path)
 
 
@@ -213,7 +223,7 @@ def draw_scaling(outcomes: Sequence[Outcome], path: Path) -> Path:
             formula = f"$L = {law.factor:.3g}\\,{symbol}^{{{law.exponent:.3f}}}$"
             axes.plot(xs, law(xs), color="black", ls=(0, (4, 3)), lw=1.3, zorder=4, label=formula)
         axes.legend(frameon=False, loc="upper right")
-    left.set(xlabel="weights N without embeddings", ylabel="validation loss (nats per token)")
+    left.set(xlabel="weights N without embeddings", ylabel=MEASURES[found[0].metric])
     right.set(xlabel="training compute C (FLOPs)")
     figures.set_title(left, "Model size at fixed tokens")
     figures.set_title(right, "Compute, spent on size or on tokens")
