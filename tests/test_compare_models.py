@@ -27,7 +27,7 @@ def make_run(folder, name="a", seed=0, **about):
     """A run with a random byte-level model, with its training text in `folder`."""
     text = folder / "text"
     if not text.is_dir():
-        text.mkdir()
+        text.mkdir(parents=True)
         for i in range(20):
             (text / f"{i}.txt").write_text(f"Document {i}: the cat sat on the mat.\n" * (i + 1))
     shape = config.ModelConfig(257, context_length=32, d_model=16, n_layers=1, n_heads=2)
@@ -116,6 +116,18 @@ def test_several_runs_are_shown_side_by_side(trained, evaluate_runs, tmp_path):
     assert losses[0] != losses[1]
     line = next(line for line in out.splitlines() if "validation loss" in line)
     assert re.search(rf"{losses[0]}\s+{losses[1]}", line)
+    assert out.count("text: ") == 1 and "(text" not in out and "not comparable" not in out
+
+
+def test_each_value_on_another_text_names_its_text(trained, evaluate_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    other, _, _ = make_run(tmp_path / "other", "b")
+    found, out = evaluate_runs(trained[0], other, trained[0])
+    for number, each in enumerate(found[:2], start=1):
+        assert f"text {number}: {each['text']}\n" in out
+        assert f"Calibration of {each['run']} (text {number}): " in out
+    titles = rf"{trained[0]} \(text 1\) +{other} \(text 2\) +{trained[0]} \(text 1\)"
+    assert len(re.findall(titles, out)) == 2 and "different texts are not comparable" in out
 
 
 def test_questions_alone_and_with_a_text(trained, evaluate_runs, tmp_path):

@@ -142,30 +142,36 @@ def _with_progress(
 def show(results: Sequence[Evaluation]) -> None:
     """Print the figures of all models side by side, then loss by position and calibration."""
     screen = console.Console(highlight=False)
-    rows = _table("", *(result.run for result in results), MEANING)
+    texts = list(dict.fromkeys(result.text for result in results))
+    runs = [result.run for result in results]
+    if len(texts) > 1:
+        runs = [f"{result.run} (text {texts.index(result.text) + 1})" for result in results]
+    rows = _table("", *runs, MEANING)
     reports = [result.report for result in results if result.report is not None]
     answers = [result.answers for result in results if result.answers is not None]
     for kind, of_all in ((MEASURES, reports), (ANSWERS, answers)):
         for name, (title, form, meaning) in kind.items() if of_all else ():
             rows.add_row(title, *(form.format(getattr(each, name)) for each in of_all), meaning)
-    for text in dict.fromkeys(result.text for result in results if result.text is not None):
-        screen.print(f"text: {text}")
+    for number, text in enumerate(texts, start=1):
+        if text is not None:
+            screen.print(f"text {number}: {text}" if len(texts) > 1 else f"text: {text}")
+    if len(texts) > 1:
+        screen.print("Results on different texts are not comparable; --data evaluates all runs on one text.")
     screen.print(rows)
     if reports:
         screen.print("Loss by position in the window: how much more context helps.")
-        screen.print(_by_position(results))
-    for result in results:
+        screen.print(_by_position(reports, runs))
+    for run, result in zip(runs, results, strict=True):
         if result.report is not None:
             screen.print(
-                f"Calibration of {result.run}: accuracy by the probability of the most likely token "
+                f"Calibration of {run}: accuracy by the probability of the most likely token "
                 "(arXiv 1706.04599)."
             )
             screen.print(_calibration(result.report))
 
 
-def _by_position(results: Sequence[Evaluation]) -> table.Table:
-    rows = _table("position", *(result.run for result in results), "tokens")
-    reports = [result.report for result in results if result.report is not None]
+def _by_position(reports: Sequence[metrics.Report], runs: Sequence[str]) -> table.Table:
+    rows = _table("position", *runs, "tokens")
     buckets = {bucket.first: bucket for report in reports for bucket in report.by_position}
     for first, bucket in sorted(buckets.items()):
         column = [next((b for b in report.by_position if b.first == first), None) for report in reports]
