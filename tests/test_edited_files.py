@@ -24,6 +24,7 @@ from llm_basics.inference import chat_session, samples
 from llm_basics.interop import hf_export, hf_import
 from llm_basics.learn import __main__ as learn
 from llm_basics.runs import checkpoint, run_dir
+from llm_basics.runs import lines as run_lines
 from llm_basics.training import job, loop, sft
 
 TINY = (
@@ -292,8 +293,16 @@ def test_a_sample_without_text(folder, capfd):
 
 def test_a_torn_line_is_left_out(folder, capfd):
     with open("run/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "train_l\n{"step": 3')
+        file.write('{"step": 3, "train_l')
     assert run("plot", capfd) == (0, "")
+
+
+def test_a_broken_line_within_a_file_is_a_warning(folder, capfd):
+    lines = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("run/metrics.jsonl").write_text(lines[0] + '{"step: 3}\n' * 2 + "".join(lines[1:]))
+    run_lines._warn.cache_clear()
+    warnings = [f"warning: run/metrics.jsonl:{number} is no JSON and is left out\n" for number in (2, 3)]
+    assert run("compare", capfd) == (0, "".join(warnings))
 
 
 @pytest.mark.parametrize("name", ["generate", "evaluate own", "export"])

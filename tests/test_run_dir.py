@@ -64,13 +64,25 @@ def test_folders_get_new_names(tmp_path, monkeypatch):
     assert len(folders) == 4 and all(folder.is_dir() and "-tiny" in folder.name for folder in folders)
 
 
-def test_a_torn_last_line_loses_at_most_itself(tmp_path):
+def test_a_torn_last_line_loses_at_most_itself(tmp_path, capsys):
     run_dir.RunDir(tmp_path).metrics(1, train_loss=2.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "tr')
     assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1]
     run_dir.RunDir(tmp_path).metrics(3, train_loss=1.0)
     assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1, 3]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_line_elsewhere_is_left_out_with_one_warning(tmp_path, capsys):
+    output = run_dir.RunDir(tmp_path)
+    for step in (1, 2, 3):
+        output.metrics(step, train_loss=2.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 2', "\n{step: 2"))
+    for _ in range(2):
+        assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1, 3]
+    assert capsys.readouterr().err == f"warning: {path}:3 is no JSON and is left out\n"
 
 
 def test_a_log_that_cannot_be_written_is_a_warning_if_tolerant(tmp_path, capsys):

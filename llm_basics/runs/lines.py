@@ -1,10 +1,12 @@
 """The lines of a run's files: JSON objects, as a run writes them.
 
-A line that is no JSON was torn when a process or a machine stopped, and is left out. JSON of another kind was
-edited: an error names its line.
+A line that is no JSON is left out: silently where an attempt ends, since it was torn when a process or a
+machine stopped, elsewhere with a warning. JSON of another kind was edited: an error names its line.
 """
 
+import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,17 @@ def read(path: Path, check: Callable[[dict[str, Any]], None]) -> Iterator[dict[s
     """The objects of a JSON-lines file, without torn lines. `check` raises ValueError for any other."""
     if not path.exists():
         return
+    broken, attempt = 0, 1
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
+                if broken:
+                    _warn(path, broken)
+                broken = number
                 continue
             if not line.endswith("\n"):
                 continue
@@ -28,7 +36,16 @@ def read(path: Path, check: Callable[[dict[str, Any]], None]) -> Iterator[dict[s
                 check(entry)
             except ValueError as error:
                 raise ValueError(f"{path}:{number} {error}; correct or delete the line") from None
+            if broken and entry.get("attempt", 1) == attempt:
+                _warn(path, broken)
+            broken, attempt = 0, entry.get("attempt", 1)
             yield entry
+
+
+@functools.cache
+def _warn(path: Path, number: int) -> None:
+    """Warn of a line that is left out, once in a process."""
+    print(f"warning: {path}:{number} is no JSON and is left out", file=sys.stderr)
 
 
 def check_metrics(entry: dict[str, Any]) -> None:

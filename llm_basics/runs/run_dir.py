@@ -230,8 +230,8 @@ def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics of a run, one entry per step: that of the last attempt.
 
-    Torn lines, and metrics after a step from which a later attempt resumed, are left out. Raises ValueError
-    for a line that was edited and is not what a run writes.
+    Lines that are no JSON, and metrics after a step from which a later attempt resumed, are left out. Raises
+    ValueError for a line that was edited and is not what a run writes.
     """
     return deduplicate_steps(lines.read(Path(folder) / METRICS, lines.check_metrics))
 
