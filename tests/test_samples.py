@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +63,22 @@ def test_the_prompt_is_bold_on_a_terminal_and_plain_in_a_pipe(written, monkeypat
     styled = written("--prompt", "a[b]\n c", "--temperature=0")
     assert styled != plain and re.sub(r"\x1b\[\d*m", "", styled) == plain
     assert re.match(r"\x1b\[1ma\[b\]\x1b\[0m\n\x1b\[1m c\x1b\[0m", styled)
+
+
+def test_a_pipe_gets_prompt_and_text_as_one_and_a_file_has_them_apart(folder, tmp_path, capsys):
+    """Of one prompt byte for byte, with one newline at the end, and nothing on standard error."""
+    command = [sys.executable, "-m", "llm_basics.generate", folder, *PLAIN, "--prompt", "a[b]\n c"]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    text = singly(folder, "a[b]\n c", 0)
+    assert (done.stdout.decode(), done.stderr) == (f"a[b]\n c{text}\n", b"")
+    assert program(folder, *PLAIN, "--prompt", "a[b]\n c", "--out", str(tmp_path / "a.jsonl")) == 0
+    entry = json.loads((tmp_path / "a.jsonl").read_text())
+    assert (entry["prompt"], entry["text"]) == ("a[b]\n c", text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        program("--help")
+    words = re.sub(r"[^\w;,:.]+", " ", capsys.readouterr().out)
+    assert "bold on a terminal, as one text in a pipe; out has them apart." in words
 
 
 def test_text_is_streamed(folder, monkeypatch):

@@ -106,11 +106,12 @@ class GenerateConfig(SamplingOptions, PieceOptions, RunOptions):
     """Generate text with a trained model."""
 
     prompt: str = ""
-    """Text to continue. Empty: start a new document."""
+    """Text to continue, printed before its continuation: bold on a terminal, as one text in a pipe; --out has
+    them apart. Empty: start a new document."""
     prompts: str | None = None
     """File with one prompt per line; .jsonl: the "prompt" field of each line."""
     out: str | None = None
-    """Write completions to this JSONL file, one per line, instead of the terminal."""
+    """Write completions to this JSONL file, one per line with its prompt, instead of the terminal."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Stop before this string; can be given several times."""
     samples: BatchSize = 1
