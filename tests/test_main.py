@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import llm_basics
 from llm_basics import __main__ as table
+from llm_basics.cli import parse
 
 # runs a command and reports on standard error which heavy packages it imported
 REPORT_IMPORTS = """
@@ -55,6 +57,24 @@ def test_all_commands_are_listed_without_heavy_imports(monkeypatch):
     assert all(summary.endswith(".") for summary in rows.values())
 
 
+@pytest.mark.parametrize("command", ["llm_basics", "llm_basics.generate"])
+def test_help_that_cannot_be_written_is_an_error_of_one_line(command):
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, "-m", command, "--help"]
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == parse.NOT_SAVED
+    assert done.stderr == "error: the output could not be written (No space left on device)\n"
+
+
+def test_help_into_a_pipe_that_is_closed_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        run = [sys.executable, "-m", "llm_basics", "--help"]
+        done = subprocess.run(run, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("command", table.COMMANDS)
 def test_help_of_a_command_needs_no_torch(command):
     text, imported = help_of(f"llm_basics.{command}", "--help")
@@ -70,7 +90,8 @@ def test_both_ways_to_start_a_command_have_the_same_options():
 
 
 @pytest.mark.parametrize(
-    ("command", "advice"), [("tran", "did you mean train?"), ("zzz", "llm-basics --help lists all commands")]
+    ("command", "advice"),
+    [("tran", "did you mean train?"), ("zzz", f"it must be one of {', '.join(table.COMMANDS)}")],
 )
 def test_an_unknown_command_is_an_error_with_the_nearest_name(monkeypatch, capsys, command, advice):
     with pytest.raises(SystemExit) as stop:
