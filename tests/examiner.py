@@ -70,7 +70,9 @@ class Examiner:
         return judge.judge(judge.load(name), sockets.own())
 
     def next_step(self, name: str) -> str:
-        """The command to run next for a step that does not pass."""
+        """What to read or run next for a step that does not pass."""
+        if name not in lessons.ORDER:
+            return f"no lesson; reference: {swap.HOMES_OUTSIDE_CORE[name].replace('.', '/')}.py"
         if self.mine is not None:
             return f"next hint: uv run python -m llm_basics.learn hint {name} --mine {self.mine}"
         return f"lesson: uv run python -m llm_basics.learn show {name}"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import examiner
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from llm_basics import swap
-from llm_basics.learn import judge, messages, probes, sandbox, sockets
+from llm_basics.learn import judge, lessons, messages, probes, sandbox, sockets
 
 TESTS = Path(__file__).parent
 FOREIGN = TESTS / "fixtures" / "foreign"
@@ -434,16 +435,29 @@ def test_a_difference_is_shown_whole_or_not_at_all():
     assert max(map(len, text.splitlines())) <= messages.LINE
 
 
+def examiner_of(path, mine=None, report=None):
+    """The examiner of an adapters file, as pytest makes it of its options."""
+    options = {"--adapters": str(path), "--mine": mine, "--report": report}
+    return examiner.Examiner(types.SimpleNamespace(getoption=options.get))
+
+
+@pytest.mark.parametrize("name", judge.STEPS)
+def test_a_failed_step_points_to_what_exists(name):
+    """`checkpoint` has no lesson and no hints."""
+    for mine, path in ((None, FOREIGN / "habits.py"), ("mine.py", TESTS / "adapters.py")):
+        text = examiner_of(path, mine).next_step(name)
+        if name in lessons.ORDER:
+            assert f"llm_basics.learn {'hint' if mine else 'show'} {name}" in text
+        else:
+            assert "learn" not in text and (TESTS.parent / text.split()[-1]).is_file()
+
+
 def test_the_examiner_leaves_out_what_is_not_public(tmp_path, restored_path):
     (tmp_path / "tests").mkdir()
     path = tmp_path / "tests" / "adapters.py"
     path.write_text("def run_silu(in_features):\n    return in_features.sigmoid() * in_features\n")
 
-    class Config:
-        def getoption(self, name):
-            return {"--adapters": str(path), "--mine": None, "--report": str(tmp_path / "r.json")}[name]
-
-    under_test = examiner.Examiner(Config())
+    under_test = examiner_of(path, report=str(tmp_path / "r.json"))
     for name in ("silu", "gelu", "rope", "layer_norm"):
         under_test.judged(name)
     with swap.restored():
