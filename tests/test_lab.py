@@ -16,14 +16,14 @@ import torch
 from llm_basics.analysis import metric_table
 from llm_basics.core import functional as F
 from llm_basics.data import chat_template
-from llm_basics.inference import engine
-from llm_basics.runs import locks, run_dir, tail
+from llm_basics.inference import engine, worker
+from llm_basics.runs import follow, locks, run_dir, tail
 
 pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
 
 from fastapi import testclient
 
-from llm_basics.lab import app, catalog, jobs, live, run_routes, service, worker
+from llm_basics.lab import app, catalog, jobs, live, run_routes, service
 
 TOKEN = "token-of-the-tests"
 BASE = "http://127.0.0.1:8100"
@@ -95,7 +95,7 @@ def test_the_list_has_the_newest_run_first(client, run, untrained_run):
 def test_details_have_options_and_sizes(client, run):
     found = get(client, f"/api/runs/{run}")
     assert found["options"]["train.lr"] == 3e-4 and found["is_chat"]
-    assert found["metrics"] == ["train_loss", "step_seconds"]
+    assert get(client, f"/api/runs/{run}/metrics")["names"] == ["train_loss", "step_seconds"]
     assert found["tokens_per_step"] == 16 * 64 and found["parameters"] > 1000
 
 
@@ -278,7 +278,7 @@ def test_server_sent_events_go_on_after_the_last_event_id(lab, run):
 
 
 def test_a_client_far_behind_is_told_to_begin_again(lab, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "MAX_BEHIND_BYTES", 100)
+    monkeypatch.setattr(follow, "MAX_BEHIND_BYTES", 100)
     first, row = live.Follower(lab.jobs, [run], f"{run}:0:0:0").poll()
     assert (first.name, first.data) == ("reset", {"run": run, "of": "metrics"})
     follower = live.Follower(lab.jobs, [run], first.position)

@@ -5,12 +5,40 @@ import dataclasses
 import inspect
 import itertools
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm_basics.cli import nested
-from llm_basics.core import config
+from llm_basics.core import config, presets
+
+# options besides model.* and train.* that may be overridden by name: none of them names a file
+OTHERS = ("fast", "deterministic", "val_fraction", "max_tokens", "on_bad_utf8", "tokenizer")
+TOKENIZERS = ("bpe", "bytes", "gpt2")
+
+
+def preset_names() -> list[str]:
+    """The presets that `train` has, the default first."""
+    names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem != "sft"]
+    return sorted(names, key=lambda name: (name != config.Config.config, name))
+
+
+def resolve(preset: str, changes: Mapping[str, Any]) -> config.Config:
+    """The options of a preset with overrides by name. Raises ValueError for those that may not be set.
+
+    >>> resolve("tiny", {"train.steps": 5}).train.steps
+    5
+    """
+    if preset not in preset_names():
+        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {preset!r}")
+    for name in changes:
+        if not name.startswith(("model.", "train.")) and name not in OTHERS:
+            raise ValueError(
+                f"an option must be of model, of train or one of {', '.join(OTHERS)}, got {name!r}"
+            )
+    if changes.get("tokenizer", "bpe") not in TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {changes['tokenizer']!r}")
+    return presets.update(presets.load(preset), nested.nest(dict(changes)), "the request")
 
 
 def to_arguments(options: config.Config, names: Iterable[str]) -> list[str]:
@@ -43,7 +71,7 @@ class Option:
     help: str
 
 
-def all_options(others: Sequence[str] = ()) -> list[Option]:
+def all_options(others: Sequence[str] = OTHERS) -> list[Option]:
     """The options of model and train, and `others`, with their documentation."""
     found = [_option("", config.Config, name) for name in others]
     for prefix, kind in (("model.", config.ModelConfig), ("train.", config.TrainConfig)):

@@ -8,16 +8,17 @@ missing, 409 the state does not allow it (training, name taken, last valid check
 wrong field, 503 the queue is full (`Retry-After`), 507 disk. A run is named by its `id` (12 hex digits, made
 from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers are null.
 
-**Runs** (fields: `run_schemas`, `analysis/metric_table.py`)
+**Runs** (fields: `run_schemas`, `analysis/run_summary.py`, `analysis/metric_table.py`)
 
     GET    /api/health                        status, version, n_jobs
     GET    /api/runs                          [RunSummary], newest first: id name state can_resume config step
                                               steps train_loss val_loss best_val_loss tokens_per_second
-                                              eta_seconds updated sparkline reason
+                                              eta_seconds updated sparkline reason has_checkpoint
+                                              has_metrics
            state: starting training stopping paused stopped finished failed untrained
     POST   /api/runs                          {preset options: {"train.lr": 1e-3} data name init_from}: {id}
     GET    /api/runs/ID                       RunDetails: and folder is_chat options origins parameters
-                                              flops_per_token tokens_per_step metrics
+                                              flops_per_token tokens_per_step
     PATCH  /api/runs/ID                       {name}: {id}, which is new
     DELETE /api/runs/ID
     POST   /api/runs/ID/pause|resume|stop     202; the state changes when the process has saved
@@ -74,6 +75,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from llm_basics.core import files
+from llm_basics.inference import worker
 from llm_basics.lab import (
     catalog,
     model_routes,
@@ -82,7 +84,6 @@ from llm_basics.lab import (
     run_schemas,
     security,
     service,
-    worker,
 )
 
 STATIC = Path(__file__).parent / "static"

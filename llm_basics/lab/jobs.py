@@ -8,24 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llm_basics.cli import nested, overrides
-from llm_basics.core import config, files, presets
+from llm_basics.cli import overrides
+from llm_basics.core import files
 from llm_basics.lab import catalog, run_schemas
-from llm_basics.runs import locks, run_dir
+from llm_basics.runs import locks, run_dir, tail
 
 TRAIN = [sys.executable, "-m", "llm_basics.train"]
 
 # folder of the output of the processes, beside the runs
 OUTPUT = ".lab"
-OUTPUT_BYTES = 1 << 16
-
-# options besides model.* and train.* that may be overridden: none of them names a file
-OTHER_OPTIONS = ("fast", "deterministic", "val_fraction", "max_tokens", "on_bad_utf8", "tokenizer")
-TOKENIZERS = ("bpe", "bytes", "gpt2")
 
 # pause is a stop after which the run is expected to go on
 PAUSE = getattr(signal, "SIGUSR1", signal.SIGTERM)
@@ -50,29 +44,25 @@ class Jobs:
     def summary(self, id: str) -> run_schemas.RunSummary:
         """A row of the list of runs."""
         found = self.runs.summary(id)
-        has_checkpoint, has_metrics = found.pop("has_checkpoint"), found.pop("has_metrics")
         pid = locks.owner(self.runs.folder(id))
         state: run_schemas.State
         if pid is not None:
             state = "stopping" if self._signaled.get(id) == pid else "training"
         elif self._status(id) == "running":
             state = "starting"
-        elif found["steps"] is not None and found["step"] >= found["steps"] and has_checkpoint:
+        elif found.steps is not None and found.step >= found.steps and found.has_checkpoint:
             state = "finished"
-        elif self._status(id) == "failed" or (has_metrics and not has_checkpoint):
+        elif self._status(id) == "failed" or (found.has_metrics and not found.has_checkpoint):
             state = "failed"
-        elif not has_metrics:
+        elif not found.has_metrics:
             state = "untrained"
         else:
             state = "paused" if id in self._paused else "stopped"
         reason = self.output(id)[-1:] if state == "failed" else []
-        if state != "training":
-            found["eta_seconds"] = None
+        can_resume = found.has_checkpoint and found.has_metrics and state in ("paused", "stopped", "failed")
+        row = vars(found) | {"eta_seconds": found.eta_seconds if state == "training" else None}
         return run_schemas.RunSummary(
-            **found,
-            state=state,
-            can_resume=has_checkpoint and has_metrics and state in ("paused", "stopped", "failed"),
-            reason=reason[0] if reason else None,
+            **row, id=id, state=state, can_resume=can_resume, reason=reason[0] if reason else None
         )
 
     def summaries(self) -> list[run_schemas.RunSummary]:
@@ -108,7 +98,7 @@ class Jobs:
     def output(self, id: str, n_lines: int = 200) -> list[str]:
         """The last lines that the process of a run has printed."""
         name = self._names.get(id) or self.runs.folders().get(id, Path()).name
-        return last_lines(self.runs.root / OUTPUT / f"{name}.log", n_lines) if name else []
+        return tail.last_lines(self.runs.root / OUTPUT / f"{name}.log", n_lines) if name else []
 
     # -- changes ----------------------------------------------------------------------------------
 
@@ -116,7 +106,7 @@ class Jobs:
         """Start a run; returns its id."""
         if request.data not in self.data:
             raise ValueError(f"data must be one of {', '.join(self.data)}, got {request.data!r}")
-        options = resolve(request.preset, request.options)
+        options = overrides.resolve(request.preset, request.options)
         arguments = [f"--config={request.preset}", f"--data={self.data[request.data]}"]
         arguments += overrides.to_arguments(options, request.options)
         if request.init_from is not None:
@@ -188,38 +178,3 @@ class Jobs:
             )
         self._names[id] = folder.name
         return id
-
-
-# --------------------------------------------------------------------------------------------------
-# Options
-
-
-def preset_names() -> list[str]:
-    """The presets that `train` has, the default first."""
-    names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem != "sft"]
-    return sorted(names, key=lambda name: (name != config.Config.config, name))
-
-
-def resolve(preset: str, changes: Mapping[str, Any]) -> config.Config:
-    """The options of a preset with overrides by name. Raises ValueError for those that may not be set."""
-    if preset not in preset_names():
-        raise ValueError(f"preset must be one of {', '.join(preset_names())}, got {preset!r}")
-    for name in changes:
-        if not name.startswith(("model.", "train.")) and name not in OTHER_OPTIONS:
-            raise ValueError(
-                f"an option must be of model, of train or one of {', '.join(OTHER_OPTIONS)}, got {name!r}"
-            )
-    if changes.get("tokenizer", "bpe") not in TOKENIZERS:
-        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {changes['tokenizer']!r}")
-    return presets.update(presets.load(preset), nested.nest(dict(changes)), "the request")
-
-
-def last_lines(path: Path, n_lines: int) -> list[str]:
-    """The last lines of a text file."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - OUTPUT_BYTES))
-            return file.read(OUTPUT_BYTES).decode("utf-8", "replace").splitlines()[-n_lines:]
-    except (OSError, ValueError):
-        return []

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from pathlib import Path
 
-from llm_basics.analysis import inspection
+from llm_basics.analysis import inspection, run_summary
 from llm_basics.core import device as devices
 from llm_basics.inference import engine
 from llm_basics.lab import catalog
@@ -25,7 +25,7 @@ class Models:
         path = self.runs.checkpoint(id, which)
         key = path, path.stat().st_mtime_ns
         if key not in self._loaded:
-            step = str(catalog.step_of(path))
+            step = str(run_summary.step_of(path))
             lm, chosen = engine.load_run(self.runs.folder(id), devices.choose(self._device), step)
             self._loaded[key] = inspection.LoadedModel(lm.eval().requires_grad_(False), chosen)
         self._loaded.move_to_end(key)

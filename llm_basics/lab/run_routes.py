@@ -3,30 +3,29 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from llm_basics.analysis import run_summary
 from llm_basics.cli import nested, overrides
 from llm_basics.core import config, presets
-from llm_basics.lab import jobs, live, run_schemas, service
+from llm_basics.lab import live, run_schemas, service
 from llm_basics.learn import log_checks
-from llm_basics.runs import checkpoint, run_dir, tail
+from llm_basics.runs import checkpoint, follow, run_dir, tail
 
 router = APIRouter(prefix="/api", tags=["runs"])
 
 # seconds between two looks at the files
 POLL_SECONDS = 0.5
 
-# most lines of a file that are read for one answer
-MAX_BYTES = 64 << 20
-
 Lab = Annotated[service.Lab, Depends(service.of)]
 Id = Annotated[str, Path(pattern=run_schemas.ID_PATTERN)]
 Ids = Annotated[list[Annotated[str, Query(pattern=run_schemas.ID_PATTERN)]], Query(max_length=live.MAX_RUNS)]
 Step = Annotated[int, Path(ge=0, lt=10**12)]
+Skip = Annotated[int, Query(ge=0)]
 Count = Annotated[int, Query(ge=1, le=5000)]
 
 
@@ -45,7 +44,9 @@ def start_run(request: run_schemas.Start, lab: Lab) -> dict[str, str]:
 @router.get("/runs/{id}")
 def get_run(id: Id, lab: Lab) -> run_schemas.RunDetails:
     """Details of a run."""
-    return run_schemas.RunDetails(**lab.jobs.summary(id).model_dump(), **lab.runs.details(id))
+    return run_schemas.RunDetails(
+        **vars(lab.jobs.summary(id)), **vars(run_summary.details(lab.runs.folder(id)))
+    )
 
 
 @router.patch("/runs/{id}")
@@ -84,9 +85,9 @@ def stop_run(id: Id, lab: Lab) -> dict[str, str]:
 
 
 @router.get("/diff")
-def diff(run: Ids, lab: Lab) -> list[run_schemas.Difference]:
+def diff(run: Ids, lab: Lab) -> list[run_summary.Difference]:
     """The options that differ between runs."""
-    return lab.runs.differences(run)
+    return run_summary.differences([lab.runs.folder(id) for id in run])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,14 +109,14 @@ def get_metrics(
         table.update()
         names = [each for each in (name or table.names) if each in table.names]
         found = {tail.clean(each): table.buckets(each, first, last, buckets) for each in names}
-        offsets = (table.offset, *live.end_of(lab.runs, id)[1:])
+        position = (table.offset, *live.end_of(lab.runs, id)[1:])
         return run_schemas.Metrics(
             series=found,
             names=[tail.clean(each) for each in table.names],
             first_step=int(table.steps[0]) if table.n_rows else 0,
             last_step=int(table.steps[-1]) if table.n_rows else 0,
             is_complete=table.is_complete,
-            position=live.format_position({id: offsets}),
+            position=follow.format({id: position}),
         )
 
 
@@ -135,48 +136,31 @@ async def stream(
 
 
 @router.get("/runs/{id}/samples")
-def get_samples(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: Count = 200) -> Any:
-    """Texts sampled during training (`run_schemas.Records`)."""
-    return _records(lab, id, run_dir.SAMPLES, skip, limit)
+def get_samples(id: Id, lab: Lab, skip: Skip = 0, limit: Count = 200) -> run_schemas.Records:
+    """Texts sampled during training."""
+    records, n_total = tail.records(lab.runs.folder(id) / run_dir.SAMPLES, skip, limit)
+    return run_schemas.Records(records=records, n_total=n_total)
 
 
 @router.get("/runs/{id}/events")
-def get_events(id: Id, lab: Lab, skip: Annotated[int, Query(ge=0)] = 0, limit: Count = 200) -> Any:
-    """What happened at which step (`run_schemas.Records`)."""
-    return _records(lab, id, run_dir.EVENTS, skip, limit)
-
-
-def _records(lab: service.Lab, id: str, file: str, skip: int, limit: int) -> run_schemas.Records:
-    records: list[dict[str, Any]] = []
-    offset, path = 0, lab.runs.folder(id) / file
-    while offset < MAX_BYTES:
-        found, end = tail.read(path, offset)
-        if end <= offset:
-            break
-        records, offset = records + found, end
-    chosen = [tail.clean(record) for record in records[skip : skip + limit]]
-    return run_schemas.Records(records=chosen, n_total=len(records))
+def get_events(id: Id, lab: Lab, skip: Skip = 0, limit: Count = 200) -> run_schemas.Records:
+    """What happened at which step."""
+    records, n_total = tail.records(lab.runs.folder(id) / run_dir.EVENTS, skip, limit)
+    return run_schemas.Records(records=records, n_total=n_total)
 
 
 @router.get("/runs/{id}/log")
 def get_log(id: Id, lab: Lab, lines: Count = 200) -> run_schemas.LogLines:
     """The end of the log, and of the output of the process."""
     folder = lab.runs.folders().get(id)
-    log = jobs.last_lines(folder / "log.txt", lines) if folder is not None else []
+    log = tail.last_lines(folder / "log.txt", lines) if folder is not None else []
     return run_schemas.LogLines(log=log, output=lab.jobs.output(id, lines))
 
 
 @router.get("/runs/{id}/findings")
 def get_findings(id: Id, lab: Lab) -> list[run_schemas.Finding]:
     """What went wrong, in words: signs of mistakes in the metrics."""
-    shape = lab.runs.shape(id)
-    vocab_size = shape.vocab_size if shape is not None else 0
-    entries = tail.sample(lab.runs.folder(id) / run_dir.METRICS, 5000)
-    known = [entry for entry in entries if type(entry.get("step")) is int]
-    try:
-        found = list(log_checks.findings(run_dir.deduplicate_steps(known), max(vocab_size, 2)))
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        found = [("the metrics cannot be read", str(error))]
+    found = log_checks.of_run(lab.runs.folder(id))
     return [run_schemas.Finding(sign=sign, cause=cause) for sign, cause in found]
 
 
@@ -185,9 +169,9 @@ def get_findings(id: Id, lab: Lab) -> list[run_schemas.Finding]:
 
 
 @router.get("/runs/{id}/checkpoints")
-def list_checkpoints(id: Id, lab: Lab) -> list[run_schemas.Checkpoint]:
+def list_checkpoints(id: Id, lab: Lab) -> list[run_summary.Checkpoint]:
     """The checkpoints of a run, the newest first."""
-    return lab.runs.checkpoints(id)
+    return run_summary.checkpoints(lab.runs.folder(id))
 
 
 @router.post("/runs/{id}/checkpoints/{step}/verify")
@@ -215,20 +199,18 @@ def delete_checkpoint(id: Id, step: Step, lab: Lab) -> None:
 def list_presets(lab: Lab) -> run_schemas.Presets:
     """Presets, options with their documentation, and training texts."""
     found = []
-    for name in jobs.preset_names():
+    for name in overrides.preset_names():
         chosen = nested.flat(presets.read_yaml(name))
         chosen.pop("config")
         parameters = presets.load(name).model.n_parameters
         found.append(run_schemas.Preset(name=name, options=chosen, parameters=parameters))
-    return run_schemas.Presets(
-        presets=found, options=overrides.all_options(jobs.OTHER_OPTIONS), data=list(lab.jobs.data)
-    )
+    return run_schemas.Presets(presets=found, options=overrides.all_options(), data=list(lab.jobs.data))
 
 
 @router.post("/estimate")
 def estimate(request: run_schemas.Start) -> run_schemas.Estimate:
     """Size and cost of what `POST /api/runs` would train."""
-    options: config.Config = jobs.resolve(request.preset, request.options)
+    options: config.Config = overrides.resolve(request.preset, request.options)
     model, train = options.model, options.train
     tokens = train.steps * train.batch_size * train.grad_accumulation_steps * model.context_length
     return run_schemas.Estimate(

@@ -1,11 +1,12 @@
 """Runs as pydantic models, what the server reads and answers: the source of /openapi.json."""
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from llm_basics.analysis import metric_table
+from llm_basics.analysis import metric_table, run_summary
 from llm_basics.cli import overrides
 
 ID_PATTERN = r"^[0-9a-f]{12}$"
@@ -29,58 +30,20 @@ class Health(pydantic.BaseModel):
     """Requests in the queue of what computes."""
 
 
-class RunSummary(pydantic.BaseModel):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSummary(run_summary.Summary):
     """A row in the list of runs."""
 
     id: str
-    name: str
     state: State
     can_resume: bool
-    config: str | None = None
-    """Preset or file of options."""
-    step: int = 0
-    steps: int | None = None
-    train_loss: float | None = None
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
-    """None unless the run is training."""
-    updated: float = 0.0
-    """Time of the last metrics, in seconds since 1970."""
-    sparkline: list[float | None] = []
-    """Some of the training losses, oldest first."""
     reason: str | None = None
     """Why a run that was started here has failed."""
 
 
-class RunDetails(RunSummary):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunDetails(RunSummary, run_summary.Details):
     """All about a run but its metrics."""
-
-    folder: str
-    is_chat: bool
-    options: dict[str, Any]
-    """By their names on the command line: `train.lr`."""
-    origins: dict[str, Any]
-    """Pieces of the user's code that were in use, and their file."""
-    parameters: int | None
-    flops_per_token: int | None
-    tokens_per_step: int | None
-    metrics: list[str]
-    """Names of the metrics recorded so far."""
-
-
-class Checkpoint(pydantic.BaseModel):
-    """A checkpoint of a run."""
-
-    step: int
-    val_loss: float | None
-    n_bytes: int
-    time: float
-    is_latest: bool
-    is_best: bool
-    error: str | None = None
-    """Why it cannot be read."""
 
 
 class Verified(pydantic.BaseModel):
@@ -89,13 +52,6 @@ class Verified(pydantic.BaseModel):
     step: int
     is_valid: bool
     error: str | None = None
-
-
-class Difference(pydantic.BaseModel):
-    """An option that differs between runs: a value for each run, in the order of the request."""
-
-    option: str
-    values: list[Any]
 
 
 class Metrics(pydantic.BaseModel):

@@ -8,7 +8,8 @@ from typing import TypeVar
 from fastapi import Request
 
 from llm_basics.analysis import inspection
-from llm_basics.lab import catalog, jobs, models, worker
+from llm_basics.inference import worker
+from llm_basics.lab import catalog, jobs, models
 
 T = TypeVar("T")
 

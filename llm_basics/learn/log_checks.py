@@ -7,9 +7,10 @@ loss near that of a uniform guess, a gradient norm well above zero.
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from llm_basics.runs import run_dir
+from llm_basics.runs import run_dir, tail
 
 # the best compressors of text are still above 0.6, small models above 1
 MIN_BITS_PER_BYTE = 0.4
@@ -101,6 +102,16 @@ def _merged(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for entry in metrics:
         steps.setdefault(entry["step"], {}).update(entry)
     return [steps[step] for step in sorted(steps)]
+
+
+def of_run(folder: Path) -> list[Finding]:
+    """The findings of a run that may still be writing: from a sample of its metrics, without torn lines."""
+    known = [entry for entry in tail.sample(folder / run_dir.METRICS, 5000) if type(entry.get("step")) is int]
+    try:
+        vocab_size = run_dir.read_config(folder)["model"]["vocab_size"]
+        return list(findings(run_dir.deduplicate_steps(known), max(vocab_size, 2)))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        return [("the metrics cannot be read", str(error))]
 
 
 def main(folder: str) -> int:

@@ -14,6 +14,10 @@ from typing import Any
 # most bytes read at once; a longer line is left out
 CHUNK_BYTES = 1 << 20
 
+# most bytes of a file whose records are listed, and of the end of a text
+MAX_BYTES = 64 << 20
+TEXT_BYTES = 1 << 16
+
 # whole numbers beyond this are not exact in JSON readers that use doubles
 MAX_EXACT = 2**53
 
@@ -75,6 +79,29 @@ def sample(path: Path, n_lines: int) -> list[dict[str, Any]]:
     except OSError:
         return []
     return parse([line for line in lines if line.endswith(b"\n")])
+
+
+def records(path: Path, skip: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """`limit` objects after the first `skip`, and how many there are in the first MAX_BYTES of a file."""
+    found: list[dict[str, Any]] = []
+    offset = 0
+    while offset < MAX_BYTES:
+        more, end = read(path, offset)
+        if end <= offset:
+            break
+        found, offset = found + more, end
+    return [clean(record) for record in found[skip : skip + limit]], len(found)
+
+
+def last_lines(path: Path, n_lines: int) -> list[str]:
+    """The last lines of a text file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - TEXT_BYTES))
+            return file.read(TEXT_BYTES).decode("utf-8", "replace").splitlines()[-n_lines:]
+    except (OSError, ValueError):
+        return []
 
 
 def clean(value: Any, depth: int = 8) -> Any:
