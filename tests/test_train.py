@@ -1,5 +1,6 @@
 """Training: each step, whole runs, resuming, the program. Alone: uv run pytest tests/test_train.py"""
 
+import collections
 import dataclasses
 import io
 import json
@@ -308,6 +309,17 @@ def test_a_run_records_what_its_losses_are_measured_on(options):
     assert job.main(options) == 0
     assert run_dir.read_held_out(options.run_dir) == {"text": text, "tokenizer": bytes_only}
     assert run_dir.HELD_OUT not in run_dir.read_config(options.run_dir)
+
+
+def test_a_run_records_the_unigram_entropy_of_its_held_out_text(options):
+    held_out = setup.of_text(options).held_out
+    assert job.main(options) == 0
+    counts = collections.Counter(held_out.tolist()).values()
+    entropy = -sum(n / len(held_out) * math.log(n / len(held_out)) for n in counts)
+    recorded = run_dir.read_recorded(options.run_dir)
+    assert recorded[run_dir.BASELINES] == {"unigram entropy": pytest.approx(entropy)}
+    assert recorded[run_dir.TRAINING_TOKENS] > len(held_out)
+    assert not recorded.keys() & run_dir.read_config(options.run_dir).keys()
 
 
 def test_long_text_is_recorded_by_its_beginning(monkeypatch):

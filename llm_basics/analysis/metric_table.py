@@ -22,6 +22,34 @@ READ_SECONDS = 0.7
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line of metrics.jsonl: those of a training step, or of an evaluation."""
+
+    step: int
+    """Number of updates of the weights."""
+    train_loss: float
+    """Cross-entropy of a step's batch in nats per token: -ln of the probability of the token that follows."""
+    val_loss: float
+    """Cross-entropy on held-out text, which is not trained on: it shows what is learned, not memorized."""
+    perplexity: float
+    """exp(val_loss): as uncertain as a choice among this many equally likely tokens."""
+    bits_per_byte: float
+    """Bits to encode a byte of held-out text with the model; comparable across tokenizers."""
+    accuracy: float
+    """Share of held-out tokens that are the model's most likely one."""
+    lr: float
+    """Learning rate: how far a step of the optimizer moves the weights."""
+    grad_norm: float
+    """Length of the gradient of all weights, before clipping. Jumps come with spikes of the loss."""
+    step_seconds: float
+    """Seconds of a step, without evaluation, samples and saving."""
+    tokens_per_second: float
+    """Training tokens per second, without evaluation, samples and saving."""
+    eta_seconds: float
+    """Time to the last step at the current speed (estimated time of arrival)."""
+
+
+@dataclass(frozen=True)
 class Buckets:
     """A metric in ranges of steps: entry i has the steps from `first_step[i]` to `last_step[i]`.
 

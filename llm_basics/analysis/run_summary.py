@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_basics.analysis import normal_loss
 from llm_basics.cli import nested
 from llm_basics.core import config, files, presets
 from llm_basics.runs import checkpoint, run_dir, tail
@@ -53,13 +54,21 @@ class Details:
     origins: dict[str, Any]
     """Pieces of the user's code that were in use, and their file."""
     parameters: int | None
+    """Number of trained weights."""
     flops_per_token: int | None
+    """Floating-point operations of a training step for each of its tokens."""
     tokens_per_step: int | None
+    baselines: dict[str, float]
+    """Losses to compare with, in nats: `unigram entropy`, `entropy rate`."""
+    training_tokens: int | None
+    """Tokens of the training text: an epoch."""
+    normal: normal_loss.Band | None
+    """Where the training loss of most runs with these options lies."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of a run."""
+    """The weights of a run after a step, with all that is needed to resume from it."""
 
     step: int
     val_loss: float | None
@@ -150,15 +159,20 @@ def summarize(folder: Path) -> Summary:
 def details(folder: Path) -> Details:
     """What a summary lacks."""
     model, chosen = shape(folder), options(folder)
-    origins = {name: v for name, v in chosen.items() if name.startswith(f"{run_dir.ORIGINS}.")}
+    recorded = _recorded(folder)
+    n_tokens, origins = recorded.get(run_dir.TRAINING_TOKENS), recorded.get(run_dir.ORIGINS)
+    baselines = found if isinstance(found := recorded.get(run_dir.BASELINES), dict) else {}
     return Details(
         folder=tail.clean(str(folder)),
         is_chat="<|assistant|>" in tail.clean(_specials(folder)),
-        options={k: v for k, v in chosen.items() if k not in origins and not k.startswith(run_dir.HELD_OUT)},
-        origins={k.removeprefix(f"{run_dir.ORIGINS}."): v for k, v in origins.items()},
+        options=chosen,
+        origins=origins if isinstance(origins, dict) else {},
         parameters=None if model is None else model.n_parameters,
         flops_per_token=None if model is None else model.flops_per_token,
         tokens_per_step=_tokens_per_step(model, chosen),
+        baselines={name: loss for name, loss in baselines.items() if isinstance(loss, int | float)},
+        training_tokens=n_tokens if _is_step(n_tokens) else None,
+        normal=normal_loss.of_run(chosen),
     )
 
 
@@ -211,6 +225,12 @@ def _about(path: Path) -> dict[str, Any]:
         return about if isinstance(about, dict) else {"error": f"{path.name} must hold an object"}
     except (ValueError, RecursionError, AttributeError, MemoryError, OverflowError) as error:
         return {"error": str(error)}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, OSError):
+        return tail.clean(run_dir.read_recorded(folder))
+    return {}
 
 
 def _specials(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import typing
@@ -73,21 +74,24 @@ class Option:
 
 def all_options(others: Sequence[str] = OTHERS) -> list[Option]:
     """The options of model and train, and `others`, with their documentation."""
-    found = [_option("", config.Config, name) for name in others]
-    for prefix, kind in (("model.", config.ModelConfig), ("train.", config.TrainConfig)):
-        found += [_option(prefix, kind, field.name) for field in dataclasses.fields(kind)]
+    found = [option for option in _options("", config.Config) if option.name in others]
+    return [*found, *_options("model.", config.ModelConfig), *_options("train.", config.TrainConfig)]
+
+
+@functools.cache
+def _options(prefix: str, kind: Any) -> list[Option]:
+    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    found = []
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        default = getattr(kind, field.name, None)
+        found.append(Option(prefix + field.name, shown, default, docs.get(field.name, "")))
     return found
 
 
-def _option(prefix: str, kind: Any, name: str) -> Option:
-    hint = typing.get_type_hints(kind)[name]
-    shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    help = config_docs(kind).get(name, "")
-    return Option(name=prefix + name, type=shown, default=getattr(kind, name), help=help)
-
-
-def config_docs(kind: type) -> dict[str, str]:
-    """The documentation of each field of an options class: the string after it."""
+def field_docs(kind: type) -> dict[str, str]:
+    """The documentation of each field of a class: the string after it."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     pairs = itertools.pairwise(definition.body)

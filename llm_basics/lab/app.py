@@ -18,10 +18,12 @@ from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers
            state: starting training stopping paused stopped finished failed untrained
     POST   /api/runs                          {preset options: {"train.lr": 1e-3} data name init_from}: {id}
     GET    /api/runs/ID                       RunDetails: and folder is_chat options origins parameters
-                                              flops_per_token tokens_per_step
+                                              flops_per_token tokens_per_step baselines training_tokens normal
     PATCH  /api/runs/ID                       {name}: {id}, which is new
     DELETE /api/runs/ID
     POST   /api/runs/ID/pause|resume|stop     202; the state changes when the process has saved
+    POST   /api/runs/ID/steer                 {options: {"train.lr": 1e-3}, actions: ["sample"]}: 202, {id} of
+                                              the event `steered` or `refused` (with its `reason`)
     GET    /api/runs/ID/metrics               ?name=train_loss&name=val_loss&first=0&last=1000&buckets=500:
                                               {series: {NAME: {first_step last_step min max mean last count
                                               nonfinite seconds}}, names, first_step, last_step, is_complete,
@@ -35,6 +37,7 @@ from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers
     GET    /api/diff                          ?run=ID&run=ID: [{option, values}]
     GET    /api/presets                       {presets: [{name, options, parameters}], options: [{name, type,
                                               default, help}], data}
+    GET    /api/terms                         {TERM: one line}: options, metrics and others
     POST   /api/estimate                      as POST /api/runs: {parameters flops_per_token tokens flops
                                               memory_bytes kv_cache_bytes}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from llm_basics.cli import overrides
 from llm_basics.core import files
 from llm_basics.lab import catalog, run_schemas
-from llm_basics.runs import locks, run_dir, tail
+from llm_basics.runs import locks, run_dir, steering, tail
 
 TRAIN = [sys.executable, "-m", "llm_basics.train"]
 
@@ -144,6 +144,13 @@ class Jobs:
             self._paused.add(id)
         else:
             self._paused.discard(id)
+
+    def steer(self, id: str, request: run_schemas.Steer) -> str:
+        """Request changes and actions from a training run, as `llm-basics steer` does; returns their id."""
+        folder = self.runs.folder(id)
+        if locks.owner(folder) is None:
+            raise catalog.Conflict("the run is not training; resume it to change its options")
+        return steering.send(folder, request.options, request.actions)
 
     def forget(self, id: str) -> None:
         """Forget the process of a run that is deleted or renamed."""

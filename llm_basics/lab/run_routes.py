@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from llm_basics.analysis import run_summary
+from llm_basics.analysis import run_summary, terms
 from llm_basics.cli import nested, overrides
 from llm_basics.core import config, presets
 from llm_basics.lab import live, run_schemas, service
@@ -82,6 +82,12 @@ def stop_run(id: Id, lab: Lab) -> dict[str, str]:
     """Save and stop."""
     lab.jobs.stop(id)
     return {"id": id}
+
+
+@router.post("/runs/{id}/steer", status_code=202)
+def steer_run(id: Id, request: run_schemas.Steer, lab: Lab) -> dict[str, str]:
+    """Request changes from a training run; `id` is that of the event `steered` or `refused` that answers."""
+    return {"id": lab.jobs.steer(id, request)}
 
 
 @router.get("/diff")
@@ -205,6 +211,12 @@ def list_presets(lab: Lab) -> run_schemas.Presets:
         parameters = presets.load(name).model.n_parameters
         found.append(run_schemas.Preset(name=name, options=chosen, parameters=parameters))
     return run_schemas.Presets(presets=found, options=overrides.all_options(), data=list(lab.jobs.data))
+
+
+@router.get("/terms")
+def list_terms() -> dict[str, str]:
+    """Terms of the page in one line each: options, metrics and others."""
+    return terms.known()
 
 
 @router.post("/estimate")

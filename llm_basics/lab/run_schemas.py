@@ -120,6 +120,17 @@ class Start(Request):
     """Warm start from the weights of this run."""
 
 
+class Steer(Request):
+    """Changes of options and actions, for a run while it trains."""
+
+    options: Annotated[
+        dict[str, int | float | Annotated[str, Field(max_length=100)] | None], Field(max_length=20)
+    ] = {}
+    """By name: `train.lr`. Which can be changed: `runs.steering.STEERABLE`."""
+    actions: Annotated[list[Annotated[str, Field(max_length=20)]], Field(max_length=10)] = []
+    """`evaluate`, `sample`, `save`: once, after the step."""
+
+
 class Rename(Request):
     """A new name for a run."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_basics.runs import run_dir, tail
+from llm_basics.runs import locks, run_dir, tail
 
 # the best compressors of text are still above 0.6, small models above 1
 MIN_BITS_PER_BYTE = 0.4
@@ -23,6 +23,9 @@ MIN_STEPS = 50
 
 # models that learn stay above this
 TINY_GRAD_NORM = 0.05
+
+# events that are read of a run
+MAX_EVENTS = 5000
 
 Finding = tuple[str, str]
 
@@ -74,6 +77,35 @@ def findings(
         )
 
 
+def of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """What the events of a run report: a failure, spikes of the loss, steps that were not finite.
+
+    >>> list(of_events([{"step": 7, "event": "failed", "reason": "the loss is nan"}]))
+    [('the run failed after step 7', 'the loss is nan')]
+    """
+    found = {name: [e for e in events if e.get("event") == name] for name in ("failed", "skipped", "spike")}
+    if found["failed"] and events[-1] is found["failed"][-1]:
+        yield f"the run failed after step {events[-1].get('step')}", str(events[-1].get("reason"))
+    if skipped := found["skipped"]:
+        first = skipped[0]
+        yield (
+            f"{_counted(skipped, 'step')} not finite, the first is {first.get('step')}",
+            str(first.get("reason")),
+        )
+    known = [spike for spike in found["spike"] if isinstance(spike.get("loss"), int | float)]
+    if known:
+        worst = max(known, key=lambda spike: spike["loss"])
+        yield (
+            f"{_counted(known, 'loss spike')}, the highest {worst['loss']:.4g}, step {worst.get('step')}",
+            "a batch of unusual text, or steps that are too large; if they come often, lower lr, lengthen "
+            "the warm-up, lower max_grad_norm, or skip such steps (train.on_spike skip)",
+        )
+
+
+def _counted(found: Sequence[Any], what: str) -> str:
+    return f"{len(found)} {what}{'s' if len(found) > 1 else ''}"
+
+
 def _leaks(
     metrics: Sequence[Mapping[str, Any]], last: float, entropy_rate: float | None
 ) -> Iterator[Finding]:
@@ -107,9 +139,14 @@ def _merged(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def of_run(folder: Path) -> list[Finding]:
     """The findings of a run that may still be writing: from a sample of its metrics, without torn lines."""
     known = [entry for entry in tail.sample(folder / run_dir.METRICS, 5000) if type(entry.get("step")) is int]
+    events, _ = tail.records(folder / run_dir.EVENTS, 0, MAX_EVENTS)
+    if not known and locks.owner(folder) is not None:
+        return []  # it is starting
     try:
         vocab_size = run_dir.read_config(folder)["model"]["vocab_size"]
-        return list(findings(run_dir.deduplicate_steps(known), max(vocab_size, 2)))
+        rate = run_dir.read_recorded(folder).get(run_dir.BASELINES, {}).get("entropy rate")
+        signs = findings(run_dir.deduplicate_steps(known), max(vocab_size, 2), rate)
+        return [*of_events(events), *signs]
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         return [("the metrics cannot be read", str(error))]
 
@@ -118,7 +155,7 @@ def main(folder: str) -> int:
     """Print the signs found in a run; exit status 1 if there are any."""
     path = run_dir.resolve(folder)
     vocab_size = run_dir.read_config(path)["model"]["vocab_size"]
-    found = list(findings(run_dir.read_metrics(path), vocab_size))
+    found = [*of_events(run_dir.read_events(path)), *findings(run_dir.read_metrics(path), vocab_size)]
     for seen, cause in found:
         print(f"{path}: {seen}\n  {cause}")
     if not found:

@@ -4,7 +4,7 @@
     metrics.jsonl       one flat object per line, append-only; `attempt` counts starts and resumes
     samples.jsonl       generated texts
     events.jsonl        what happened after which step: resumed, checkpoint, spike, skipped, steered, refused,
-                        stopped, replayed
+                        stopped, failed, replayed
     commands.jsonl      requests to a run that trains (`runs.inbox`)
     log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt
@@ -40,9 +40,13 @@ SAMPLES = "samples.jsonl"
 EVENTS = "events.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 
-# keys in config.json, beside the options: the origin of each user piece, and what losses are measured on
+# keys in config.json, beside the options: the origin of each user piece, what losses are measured on, losses
+# to compare with, in nats, and the number of tokens of the training text
 ORIGINS = "origins"
 HELD_OUT = "held_out"
+BASELINES = "baselines"
+TRAINING_TOKENS = "training_tokens"
+BESIDE_OPTIONS = (ORIGINS, HELD_OUT, BASELINES, TRAINING_TOKENS)
 
 
 class RunDir:
@@ -202,10 +206,12 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of the run in `folder`."""
-    options = _read_config(folder)
-    for name in (ORIGINS, HELD_OUT):
-        options.pop(name, None)
-    return options
+    return {name: value for name, value in _read_config(folder).items() if name not in BESIDE_OPTIONS}
+
+
+def read_recorded(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What config.json has beside the options, by BESIDE_OPTIONS; an old run lacks some."""
+    return {name: value for name, value in _read_config(folder).items() if name in BESIDE_OPTIONS}
 
 
 def read_held_out(folder: str | os.PathLike[str]) -> dict[str, str] | None:
@@ -213,7 +219,7 @@ def read_held_out(folder: str | os.PathLike[str]) -> dict[str, str] | None:
 
     None for a run that did not record them.
     """
-    found = _read_config(folder).get(HELD_OUT)
+    found = read_recorded(folder).get(HELD_OUT)
     return found if isinstance(found, dict) and found.keys() >= {"text", "tokenizer"} else None
 
 

@@ -79,13 +79,15 @@ def saved_on_exit(
         save(state, output)
         output.event(state.step, "stopped", signal=stop.name)
         raise
-    except (FloatingPointError, OSError):
+    except (FloatingPointError, OSError) as error:
         with contextlib.suppress(FloatingPointError, OSError):
             monitor.flush()
         # the cause of the error may be in the weights, or prevent saving
         if all(torch.isfinite(p).all() for p in state.model.parameters()):
             with contextlib.suppress(OSError):
                 save(state, output)
+        with contextlib.suppress(OSError):
+            output.event(state.step, "failed", reason=str(error))
         raise
     save(state, output)
 

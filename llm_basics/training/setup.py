@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm_basics import swap
 from llm_basics.cli import nested
-from llm_basics.core import config, device, files, presets, trainer
+from llm_basics.core import config, device, evaluate, files, presets, trainer
 from llm_basics.data import prepare
 from llm_basics.runs import checkpoint, console, loggers, run_dir, steering
 from llm_basics.training import memory, warm_start
@@ -84,8 +84,13 @@ def start(
         changes = steering.read_changes(output.folder)
         steps = [training.options.train.steps, *(c.value for c in changes if c.name == "train.steps")][-1]
         output.loggers.append(loggers.ConsoleLogger(steps, training.step))
-        about = {run_dir.ORIGINS: swap.user_pieces(), run_dir.HELD_OUT: training.measured_on}
-        output.write_config(dataclasses.asdict(training.options) | about)
+        recorded = {
+            run_dir.ORIGINS: swap.user_pieces(),
+            run_dir.HELD_OUT: training.measured_on,
+            run_dir.BASELINES: {"unigram entropy": evaluate.unigram_entropy(training.held_out)},
+            run_dir.TRAINING_TOKENS: n_training_tokens(training),
+        }
+        output.write_config(dataclasses.asdict(training.options) | recorded)
         if options.mine is not None:
             files.write(output.folder / "mine.py", Path(options.mine).read_bytes())
         if options.resume is None:
@@ -169,13 +174,18 @@ def quarantine(path: Path) -> None:
         path.rename(next(name for name in names if not name.exists()))
 
 
+def n_training_tokens(training: training_state.TrainingState) -> int:
+    """Number of tokens of the training text."""
+    return sum(len(tokens) for tokens in training.batches.shards)
+
+
 def print_summary(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Print data, model and memory of a run, with warnings if memory or disk space is short.
 
     Raises WriteError if there is no space for a single checkpoint.
     """
     options, model = training.options, training.model
-    n_tokens = sum(len(tokens) for tokens in training.batches.shards)
+    n_tokens = n_training_tokens(training)
     needs, available = estimate(options), memory.available(training.device)
     output.log(
         f"data      {options.data}: {n_tokens:,} training tokens, {len(training.held_out):,} held out, "

@@ -9,7 +9,7 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 
 export class Chart {
   constructor({ height = 200, label = "", format = number, formatX = number } = {}) {
-    Object.assign(this, { height, format, formatX, isLog: false, series: [], marks: [], zoom: null, at: null });
+    Object.assign(this, { height, format, formatX, isLog: false, series: [], marks: [], levels: [], band: null, zoom: null, at: null });
     this.canvas = h("canvas", { role: "img", "aria-label": label, tabindex: "0" });
     this.readout = h("div", { class: "readout" });
     this.legend = h("div", { class: "legend" });
@@ -20,12 +20,13 @@ export class Chart {
     this.listen();
   }
 
-  // series: [{name, color (0..5), points: [{x, y, lo, hi}], isDashed}]; marks: [{x, text, kind}]
-  set(series, marks = []) {
-    this.series = series;
-    this.marks = marks;
+  // series: [{name, color (0..5), points: [{x, y, lo, hi}], isDashed}]; marks: [{x, text, kind}];
+  // levels, across the chart: [{name, y}]; band, behind the curves: {name, points: [{x, lo, hi}]}
+  set(series, marks = [], { levels = [], band = null } = {}) {
+    Object.assign(this, { series, marks, levels, band });
     clear(this.legend, series.filter((s) => s.name).map((s) =>
-      h("span", {}, h("i", { class: `swatch c${s.color}${s.isDashed ? " dashed" : ""}` }), s.name)));
+      h("span", {}, h("i", { class: `swatch c${s.color}` }), s.name)),
+    band ? h("span", {}, h("i", { class: "swatch range" }), band.name) : null);
     this.later();
   }
 
@@ -108,6 +109,9 @@ export class Chart {
       }
     }
     if (!(x1 >= x0) || !(y1 >= y0)) return false;
+    for (const { y } of this.zoom ? [] : this.levels) {
+      if (this.isDrawn(y)) [y0, y1] = [Math.min(y0, y), Math.max(y1, y)];
+    }
     if (x1 === x0) x1 = x0 + 1;
     const room = this.isLog ? 0 : (y1 - y0) * 0.06 || Math.abs(y0) * 0.1 || 1;
     if (this.isLog && y1 === y0) [y0, y1] = [y0 / 2, y1 * 2];
@@ -137,8 +141,10 @@ export class Chart {
     c.beginPath();
     c.rect(PAD.left, 0, width - PAD.left - PAD.right, this.height - PAD.bottom);
     c.clip();
+    if (this.band) this.drawBand(c, this.band.points, css("--mark"), 0.28);
     this.drawMarks(c);
     for (const each of this.series) this.drawSeries(c, each);
+    this.drawLevels(c);
     if (this.drag) {
       c.fillStyle = css("--accent-soft");
       c.fillRect(this.drag[0], PAD.top, this.drag[1] - this.drag[0], this.height);
@@ -171,8 +177,9 @@ export class Chart {
 
   drawMarks(c) {
     for (const { x, kind } of this.marks) {
-      c.strokeStyle = css(kind === "bad" ? "--bad" : "--mark");
-      c.setLineDash([2, 3]);
+      c.strokeStyle = css({ bad: "--bad", steered: "--accent" }[kind] ?? "--mark");
+      c.setLineDash(kind === "steered" ? [] : [2, 3]);
+      c.lineWidth = kind === "steered" ? 1.5 : 1;
       c.beginPath();
       c.moveTo(this.pixelX(x), PAD.top);
       c.lineTo(this.pixelX(x), this.height - PAD.bottom);
@@ -181,18 +188,42 @@ export class Chart {
     }
   }
 
+  drawLevels(c) {
+    c.textAlign = "right";
+    c.textBaseline = "bottom";
+    for (const { name, y } of this.levels.filter((level) => this.isDrawn(level.y))) {
+      const at = Math.round(this.pixelY(y)) + 0.5;
+      c.strokeStyle = c.fillStyle = css("--soft");
+      c.setLineDash([6, 4]);
+      c.lineWidth = 1;
+      c.beginPath();
+      c.moveTo(PAD.left, at);
+      c.lineTo(this.width - PAD.right, at);
+      c.stroke();
+      c.setLineDash([]);
+      const text = `${name} ${this.format(y)}`;
+      c.strokeStyle = css("--card");
+      c.lineWidth = 4;
+      c.strokeText(text, this.width - PAD.right - 4, at - 3);
+      c.fillText(text, this.width - PAD.right - 4, at - 3);
+    }
+  }
+
+  drawBand(c, points, color, alpha) {
+    const drawn = points.filter((p) => this.isDrawn(p.lo) && this.isDrawn(p.hi));
+    c.globalAlpha = alpha;
+    c.fillStyle = color;
+    c.beginPath();
+    drawn.forEach((p) => c.lineTo(this.pixelX(p.x), this.pixelY(p.hi)));
+    drawn.reverse().forEach((p) => c.lineTo(this.pixelX(p.x), this.pixelY(p.lo)));
+    c.fill();
+    c.globalAlpha = 1;
+  }
+
   drawSeries(c, { points, color, isDashed }) {
     const stroke = css(`--c${color}`);
-    const banded = points.filter((p) => p.lo !== undefined && this.isDrawn(p.lo) && this.isDrawn(p.hi) && p.hi > p.lo);
-    if (banded.length > 1) {
-      c.globalAlpha = 0.18;
-      c.fillStyle = stroke;
-      c.beginPath();
-      banded.forEach((p) => c.lineTo(this.pixelX(p.x), this.pixelY(p.hi)));
-      banded.reverse().forEach((p) => c.lineTo(this.pixelX(p.x), this.pixelY(p.lo)));
-      c.fill();
-      c.globalAlpha = 1;
-    }
+    const wide = points.filter((p) => p.lo !== undefined && p.hi > p.lo);
+    if (wide.length > 1) this.drawBand(c, wide, stroke, 0.18);
     c.strokeStyle = c.fillStyle = stroke;
     c.lineWidth = isDashed ? 2 : 1.75;
     c.lineJoin = "round";

@@ -20,26 +20,42 @@ export function svg(tag, props = {}, ...children) {
   return element;
 }
 
-const TERMS = {
-  loss: "Cross-entropy in nats per token: how surprised the model is by the next token. Lower is better.",
-  "validation loss": "Loss on text that is held out from training.",
-  "learning rate": "Size of the optimizer's steps.",
-  "gradient norm": "Length of the gradient of all weights, before clipping. A jump announces a spike.",
-  "tokens/s": "Tokens trained on per second.",
-  ETA: "Time until the last step at the present speed.",
-  temperature: "Divides the logits: below 1 likely tokens become more likely; 0 takes the likeliest.",
-  "top-k": "Sample from the k likeliest tokens only.",
-  "top-p": "Sample from the fewest tokens whose probabilities sum to p.",
-  "repetition penalty": "Lowers the logits of tokens that have appeared already. 1: off.",
-  seed: "The same seed gives the same text.",
-  layer: "A transformer block: attention, then a feed-forward network.",
-  head: "One of the parallel attentions of a layer.",
-  checkpoint: "The weights of a run after a step.",
-  "logit lens": "What the output projection would predict after each layer (nostalgebraist, 2020).",
-  parameters: "Number of trained weights.",
+// names on the page -> names of options and metrics, whose documentation explains them
+const KEYS = {
+  loss: "train_loss", "training loss": "train_loss", "validation loss": "val_loss", "learning rate": "lr",
+  "gradient norm": "grad_norm", "tokens/s": "tokens_per_second", ETA: "eta_seconds", "top-k": "top_k", "top-p": "top_p",
+  "repetition penalty": "repetition_penalty", layer: "model.n_layers", head: "model.n_heads",
+  epoch: "training_tokens", "normal range": "normal",
 };
+const lines = {};
 
-export const term = (word, key = word) => h("abbr", { title: TERMS[key] ?? "" }, word);
+export const learnTerms = (found) => Object.assign(lines, found);
+export const lineOf = (key) => lines[KEYS[key] ?? key] ?? "";
+
+// a word that is explained on hover and focus
+export function term(word, key = word) {
+  const line = lineOf(key);
+  return line ? h("span", { class: "term", tabindex: "0", "data-line": line }, word) : h("span", {}, word);
+}
+
+// one box for all explanations, beside the word and inside the window
+export function explainTerms() {
+  const box = document.body.appendChild(h("div", { id: "line", role: "tooltip", hidden: true }));
+  const show = (event) => {
+    const word = event.target.closest?.("[data-line]");
+    box.hidden = !word;
+    if (!word) return;
+    box.textContent = word.dataset.line;
+    word.setAttribute("aria-describedby", "line");
+    const { left, top, bottom } = word.getBoundingClientRect();
+    box.style.left = `${Math.max(8, Math.min(left, innerWidth - box.offsetWidth - 8))}px`;
+    const below = bottom + 8 + box.offsetHeight < innerHeight;
+    box.style.top = `${below ? bottom + 8 : top - 8 - box.offsetHeight}px`;
+  };
+  for (const name of ["pointerover", "focusin"]) document.addEventListener(name, show);
+  for (const name of ["focusout", "scroll"]) document.addEventListener(name, () => (box.hidden = true), true);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") box.hidden = true; });
+}
 
 export const clear = (element, ...children) => {
   element.replaceChildren(...children.flat().filter(Boolean));

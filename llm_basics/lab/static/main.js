@@ -1,6 +1,7 @@
 // The views and the address: #/runs, #/run/ID, #/play/ID, #/tokens/ID, #/inside/ID.
 
-import { clear, h, message } from "./dom.js";
+import { get } from "./api.js";
+import { clear, explainTerms, h, learnTerms, message } from "./dom.js";
 import { show as runs } from "./runs.js";
 import { show as run } from "./run.js";
 import { show as play } from "./play.js";
@@ -60,5 +61,8 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 theme();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => window.dispatchEvent(new Event("themechange")));
+explainTerms();
+// without its explanations the page works too, and says itself what is missing
+await get("/api/terms").then(learnTerms, () => {});
 window.addEventListener("hashchange", go);
 go();

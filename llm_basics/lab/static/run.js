@@ -3,7 +3,9 @@
 import { follow, get, post } from "./api.js";
 import { Chart } from "./charts.js";
 import { bytes, chip, clear, duration, empty, guarded, h, message, number, segmented, term } from "./dom.js";
+import { eventKind, eventText } from "./events.js";
 import { startDialog } from "./runs.js";
+import { Steer } from "./steer.js";
 import { Series } from "./series.js";
 
 const NAMES = ["train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second"];
@@ -15,9 +17,34 @@ export async function show(place, id) {
     clear(place, empty("No runs yet", "Start one on the page Runs."));
     return null;
   }
+  if (await isStarting(id)) return waiting(place, id);
   const view = new Run(place, id);
   await view.load();
   return () => view.close();
+}
+
+// a run that was started a moment ago has a row in the list, but no run directory yet
+async function isStarting(id) {
+  const run = (await get("/api/runs")).find((each) => each.id === id);
+  return Boolean(run && !run.updated);
+}
+
+function waiting(place, id) {
+  const output = h("pre", { class: "log" });
+  const title = h("h2", {}, "The run is starting");
+  clear(place, h("div", { class: "empty" }, title, h("p", {}, "It prepares its data and compiles; this page follows.")), output);
+  const look = guarded(async () => {
+    const run = (await get("/api/runs")).find((each) => each.id === id);
+    const { output: lines } = await get(`/api/runs/${id}/log?lines=40`);
+    output.textContent = lines.join("\n");
+    if (run?.state === "failed") {
+      title.textContent = "The run has failed";
+      clearInterval(timer);
+    } else if (!run || run.updated) window.dispatchEvent(new Event("hashchange"));
+  });
+  const timer = setInterval(look, 1000);
+  look();
+  return () => clearInterval(timer);
 }
 
 class Run {
@@ -32,6 +59,10 @@ class Run {
     this.head = h("div", { class: "heading" });
     this.tiles = h("div", { class: "tiles" });
     this.findings = h("div", { class: "findings" });
+    this.normal = h("p", { class: "normal" });
+    this.steer = new Steer(id);
+    this.optionBox = h("details", { class: "card" });
+    this.logBox = h("details", { class: "card", ontoggle: () => this.drawLog() });
     this.sampleBox = h("section", { class: "card samples" });
     this.eventBox = h("section", { class: "card events" });
     this.checkpointBox = h("section", { class: "card" });
@@ -43,11 +74,13 @@ class Run {
             (key) => { this.axis = key; Object.values(this.charts).forEach((c) => (c.zoom = null)); this.draw(); }),
           segmented("scale", [[false, "linear"], [true, "log"]], false,
             (key) => { this.charts.loss.isLog = key; this.draw(); })),
-        this.charts.loss.element,
+        this.charts.loss.element, this.normal,
         h("p", { class: "hint" }, "Drag to zoom in, double-click or Escape to zoom out; arrow keys move the readout.")),
       h("div", { class: "thirds" }, small("lr", "learning rate"), small("grad_norm", "gradient norm"),
         small("tokens_per_second", "tokens/s")),
-      h("div", { class: "halves" }, this.sampleBox, h("div", {}, this.eventBox, this.checkpointBox)));
+      this.steer.element,
+      h("div", { class: "halves" }, this.sampleBox, h("div", {}, this.eventBox, this.checkpointBox)),
+      this.optionBox, this.logBox);
   }
 
   close() {
@@ -64,18 +97,35 @@ class Run {
     const [details, samples, events] = await Promise.all([get(base), get(`${base}/samples`), get(`${base}/events`)]);
     Object.assign(this, { details, samples: samples.records, events: events.records });
     this.series = new Series(metrics.series);
+    this.steer.settle(this.events);
     this.drawFindings();
     this.draw();
     this.drawSamples();
     this.drawEvents();
     this.drawCheckpoints();
+    this.drawOptions();
+    this.drawLog();
     this.end?.();
     if (this.isClosed) return;
     this.end = follow(`run=${this.id}&position=${encodeURIComponent(metrics.position)}`, {
       metrics: ({ records }) => this.append(records),
       samples: ({ records }) => { this.samples.push(...records); this.drawSamples(); },
-      events: ({ records }) => { this.events.push(...records); this.draw(); this.drawEvents(); this.drawCheckpoints(); this.drawFindings(); },
-      run: (run) => { Object.assign(this.details, run); this.draw(); },
+      events: guarded(async ({ records }) => {
+        this.events.push(...records);
+        this.steer.settle(this.events);
+        this.drawEvents();
+        this.drawCheckpoints();
+        this.drawFindings();
+        if (records.some((event) => event.changed)) this.details = await get(base);
+        this.drawOptions();
+        this.draw();
+      }),
+      run: (run) => {
+        const hasEnded = run.state !== this.details.state;
+        Object.assign(this.details, run);
+        this.draw();
+        if (hasEnded) [this.drawFindings(), this.drawLog()];
+      },
       reset: guarded(() => this.load()),
       gone: () => message("The run was deleted.", true),
     });
@@ -102,10 +152,18 @@ class Run {
     for (const chart of Object.values(this.charts)) chart.formatX = formatX;
     const over = (name) => series.over(name, axis, details.tokens_per_step);
     const at = { step: (s) => s, tokens: (s) => s * (details.tokens_per_step || 1), time: (s) => series.secondsAt(s) }[axis];
-    const marks = this.events.filter((e) => typeof e.step === "number").map((e) => ({ x: at(e.step), text: eventText(e),
-      kind: ["spike", "skipped", "refused"].includes(e.event) ? "bad" : "" }));
+    const marks = this.events.filter((e) => typeof e.step === "number").map((e) =>
+      ({ x: at(e.step), text: eventText(e), kind: eventKind(e) }));
+    const band = details.normal;
     this.charts.loss.set([{ name: "training", color: 0, points: over("train_loss") },
-      { name: "validation", color: 1, points: over("val_loss"), isDashed: true }], marks);
+      { name: "validation", color: 1, points: over("val_loss"), isDashed: true }], marks, {
+      levels: Object.entries(details.baselines ?? {}).map(([name, y]) => ({ name, y })),
+      band: band && { name: `normal range, ${band.seeds.length} seeds`,
+        points: band.steps.map((step, i) => ({ x: at(step), lo: band.low[i], hi: band.high[i] }))
+          .filter((p) => axis !== "time" || p.x <= series.seconds) },
+    });
+    this.drawNormal();
+    this.steer.draw(details.options, details.state === "training");
     for (const name of ["lr", "grad_norm", "tokens_per_second"]) {
       this.charts[name].set([{ color: 0, points: over(name) }]);
     }
@@ -129,10 +187,14 @@ class Run {
         h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
         h("a", { class: "button", href: `#/inside/${run.id}` }, "Look inside"));
     }
+    const perEpoch = run.training_tokens * (run.options["model.context_length"] ?? 1)
+      / (run.options["train.stride"] ?? run.options["model.context_length"] ?? 1);
     const tile = (name, value, extra) => h("div", { class: "tile" }, h("span", {}, name), h("b", {}, value), extra ?? null);
     clear(this.tiles,
       tile("step", `${number(run.step)}${run.steps ? ` / ${number(run.steps)}` : ""}`,
         h("progress", { max: run.steps || 1, value: run.step, "aria-label": "progress" })),
+      perEpoch && run.tokens_per_step ? tile(term("epoch"), ((run.step * run.tokens_per_step) / perEpoch).toFixed(2),
+        h("small", {}, `of ${number(run.training_tokens)} tokens`)) : null,
       tile(term("training loss", "loss"), number(this.series.last("train_loss") ?? run.train_loss)),
       tile(term("validation loss"), number(this.series.last("val_loss") ?? run.val_loss)),
       tile(term("tokens/s"), run.tokens_per_second ? number(Math.round(run.tokens_per_second)) : "–"),
@@ -149,7 +211,8 @@ class Run {
     const label = h("span", { class: "muted" });
     const choose = (i) => {
       const { step, prompt, text: said } = samples[i];
-      label.textContent = `step ${number(step)} · ${i + 1} of ${samples.length}`;
+      const loss = this.series.lossAt(step);
+      label.textContent = `step ${number(step)}${loss === null ? "" : ` · loss ${number(loss, 3)}`} · ${i + 1} of ${samples.length}`;
       clear(text, h("b", {}, String(prompt ?? "")), String(said ?? ""));
     };
     const slider = h("input", { type: "range", min: "0", max: String(samples.length - 1), "aria-label": "sample by step",
@@ -162,14 +225,44 @@ class Run {
   drawEvents() {
     clear(this.eventBox, h("h2", {}, "Events"), this.events.length
       ? h("ol", {}, this.events.slice(-60).reverse().map((event) =>
-        h("li", {}, h("span", { class: "num" }, number(event.step)), h("span", {}, eventText(event)))))
+        h("li", {}, h("span", { class: "num" }, number(event.step)), h("span", { class: eventKind(event) }, eventText(event)))))
       : h("p", { class: "muted" }, "None yet."));
   }
 
   drawFindings = guarded(async () => {
-    // a run that has not begun has no signs
-    const found = this.series.size ? await get(`/api/runs/${this.id}/findings`) : [];
+    const found = await get(`/api/runs/${this.id}/findings`);
     clear(this.findings, found.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)));
+  });
+
+  drawNormal() {
+    const band = this.details.normal;
+    const found = band && this.series.isNormal(band);
+    if (!found) return clear(this.normal);
+    const { loss, step, low, high, place } = found;
+    const verdict = { in: "Your loss is normal", below: "Your loss is lower than normal", above: "Your loss is higher than normal" }[place];
+    return clear(this.normal, h("b", { class: place === "above" ? "bad" : "" }, `${verdict}: `),
+      `${number(loss, 3)} at step ${number(step)}; 95% of the losses of ${band.seeds.length} runs with other seeds lie from `,
+      `${number(low, 3)} to ${number(high, 3)} there (measured to step ${number(band.steps.at(-1))}, Python ${band.python}).`);
+  }
+
+  drawOptions() {
+    const { options, origins } = this.details;
+    const groups = Map.groupBy(Object.entries(options).filter(([, v]) => v !== null), ([name]) =>
+      (name.includes(".") ? name.split(".")[0] : "data and run"));
+    const shown = (v) => (typeof v === "number" ? String(v) : typeof v === "string" ? v : JSON.stringify(v));
+    clear(this.optionBox, h("summary", {}, "Options"), h("div", { class: "thirds options" }, [...groups].map(([name, pairs]) =>
+      h("div", {}, h("h3", {}, name), h("table", {}, h("tbody", {}, pairs.map(([option, v]) =>
+        h("tr", {}, h("th", {}, term(option.split(".").pop(), option)), h("td", {}, shown(v))))))))),
+    Object.entries(origins).map(([piece, file]) => h("p", { class: "muted" }, `${piece} from ${file}`)));
+  }
+
+  drawLog = guarded(async () => {
+    const summary = h("summary", {}, "Log");
+    if (!this.logBox.open) return clear(this.logBox, summary);
+    const { log, output } = await get(`/api/runs/${this.id}/log?lines=60`);
+    const text = h("pre", { class: "log" }, (this.details.state === "failed" && output.length ? output : log).join("\n"));
+    clear(this.logBox, this.logBox.querySelector("summary") ?? summary, text);
+    text.scrollTop = text.scrollHeight;
   });
 
   drawCheckpoints = guarded(async () => {
@@ -178,12 +271,4 @@ class Run {
       h("li", {}, h("span", { class: "num" }, number(each.step)), h("span", {}, [number(each.val_loss), bytes(each.n_bytes),
         each.is_latest && "latest", each.is_best && "best", each.error].filter(Boolean).join(" · "))))));
   });
-}
-
-function eventText(event) {
-  const said = (value) => (typeof value === "number" ? number(value) : typeof value === "object" ? JSON.stringify(value) : value);
-  const rest = Object.entries(event).filter(([name, value]) =>
-    !["step", "attempt", "event"].includes(name) && !["null", "{}", "[]"].includes(JSON.stringify(value)))
-    .map(([name, value]) => `${name} ${said(value)}`);
-  return [event.event ?? "event", ...rest].join(" · ").slice(0, 200);
 }

@@ -51,6 +51,21 @@ export class Series {
     return points;
   }
 
+  lossAt(step) {
+    return (this.points.get("train_loss") ?? []).findLast((p) => p.x <= step)?.y ?? null;
+  }
+
+  // whether the last losses lie within the band, in words; null where there are none
+  isNormal(band) {
+    const known = (this.points.get("train_loss") ?? []).filter((p) => p.y !== null && p.x <= band.steps.at(-1)).slice(-5);
+    if (!known.length) return null;
+    const ys = known.map((p) => p.y).sort((a, b) => a - b);
+    const [loss, { x }] = [ys[ys.length >> 1], known.at(-1)];
+    const at = band.steps.findIndex((step) => step >= x);
+    const [low, high] = [band.low[at], band.high[at]];
+    return { loss, step: x, low, high, place: loss < low ? "below" : loss > high ? "above" : "in" };
+  }
+
   secondsAt(step) {
     const points = this.points.get("train_loss") ?? [];
     return points.find((p) => p.x >= step)?.seconds ?? this.seconds;

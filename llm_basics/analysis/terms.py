@@ -1,0 +1,42 @@
+"""Terms in one line each, from the documentation of options, fields and functions: for hovering in a page."""
+
+import functools
+import inspect
+
+from llm_basics.analysis import inspection, metric_table, run_summary
+from llm_basics.cli import commands, overrides
+from llm_basics.core import evaluate, optim
+from llm_basics.core import functional as F
+
+# terms that are the name of a function or of a class; its first sentence explains it
+NAMED = {
+    "attention": F.scaled_dot_product_attention,
+    "checkpoint": run_summary.Checkpoint,
+    "embedding neighbors": inspection.neighbors,
+    "logit lens": inspection.lens,
+    "norms": inspection.norms,
+    "unigram entropy": evaluate.unigram_entropy,
+    "schedule": optim.cosine_schedule,
+}
+
+
+@functools.cache
+def known() -> dict[str, str]:
+    """Each term and its line: options by their names on the command line, metrics as in metrics.jsonl."""
+    found: dict[str, str] = {}
+    for kind in (commands.GenerateConfig, run_summary.Details, run_summary.Summary, metric_table.Line):
+        for each in reversed(kind.__mro__[:-1]):
+            found |= overrides.field_docs(each)
+    found |= {option.name: option.help for option in overrides.all_options()}
+    return found | {term: first_sentence(inspect.getdoc(piece) or "") for term, piece in NAMED.items()}
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a documentation.
+
+    >>> first_sentence("Softmax along the last axis.\\n\\nSubtracts the maximum first.")
+    'Softmax along the last axis.'
+    """
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    sentence, end, _ = paragraph.partition(". ")
+    return sentence + end.strip()
