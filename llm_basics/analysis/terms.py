@@ -5,7 +5,7 @@ import inspect
 
 from llm_basics.analysis import inspection, metric_table, run_summary
 from llm_basics.cli import commands, overrides
-from llm_basics.core import evaluate, optim
+from llm_basics.core import config, evaluate, optim
 from llm_basics.core import functional as F
 
 # terms that are the name of a function or of a class; its first sentence explains it
@@ -27,6 +27,7 @@ def known() -> dict[str, str]:
     for kind in (commands.GenerateConfig, run_summary.Details, run_summary.Summary, metric_table.Line):
         for each in reversed(kind.__mro__[:-1]):
             found |= overrides.field_docs(each)
+    found |= overrides.field_docs(config.Config)
     found |= {option.name: option.help for option in overrides.all_options()}
     return found | {term: first_sentence(inspect.getdoc(piece) or "") for term, piece in NAMED.items()}
 

@@ -169,7 +169,7 @@ export class Chart {
     }
     c.textAlign = "center";
     c.textBaseline = "top";
-    for (const x of ticks(this.x0, this.x1, this.width / 90)) {
+    for (const x of ticks(this.x0, this.x1, Math.max(3, this.width / 90))) {
       const at = this.pixelX(x);
       if (at > PAD.left - 1 && at < this.width - 20) c.fillText(this.formatX(x), at, this.height - PAD.bottom + 8);
     }

@@ -193,7 +193,7 @@ class Run {
     clear(this.tiles,
       tile("step", `${number(run.step)}${run.steps ? ` / ${number(run.steps)}` : ""}`,
         h("progress", { max: run.steps || 1, value: run.step, "aria-label": "progress" })),
-      perEpoch && run.tokens_per_step ? tile(term("epoch"), ((run.step * run.tokens_per_step) / perEpoch).toFixed(2),
+      perEpoch && run.tokens_per_step ? tile(term("epoch"), number((run.step * run.tokens_per_step) / perEpoch, 2),
         h("small", {}, `of ${number(run.training_tokens)} tokens`)) : null,
       tile(term("training loss", "loss"), number(this.series.last("train_loss") ?? run.train_loss)),
       tile(term("validation loss"), number(this.series.last("val_loss") ?? run.val_loss)),

@@ -5,6 +5,8 @@ import { Chart, COLORS, sparkline } from "./charts.js";
 import { ago, chip, clear, duration, empty, field, guarded, h, message, number, segmented, term } from "./dom.js";
 import { pointsOf } from "./series.js";
 
+const REDRAW_MILLISECONDS = 3000;
+
 export async function show(place) {
   const rows = new Map((await get("/api/runs")).map((run) => [run.id, run]));
   const selected = new Set();
@@ -18,18 +20,24 @@ export async function show(place) {
       h("button", { class: "primary", type: "button", onclick: guarded(() => startDialog(place)) }, "New run")),
     overlay, list);
 
-  const toggle = (id) => {
+  // draws the curves of the selected runs again
+  let redraw = () => {};
+  const chosen = () => [...selected].map((each) => rows.get(each)).filter(Boolean);
+  const toggle = guarded(async (id) => {
     if (!selected.delete(id)) selected.add(id);
     draw();
-    guarded(compare)(overlay, [...selected].map((each) => rows.get(each)).filter(Boolean));
-  };
+    redraw = (await compare(overlay, chosen())) ?? (() => {});
+  });
   const remove = guarded(async (run) => {
     if (!confirm(`Delete the run ${run.name} with its checkpoints? This cannot be undone.`)) return;
     await send("DELETE", `/api/runs/${run.id}`);
-    rows.delete(run.id);
-    selected.delete(run.id);
-    draw();
+    drop(run.id);
   });
+  const drop = (id) => {
+    rows.delete(id);
+    if (selected.has(id)) toggle(id);
+    else draw();
+  };
 
   function draw() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -46,11 +54,23 @@ export async function show(place) {
     if (focused) list.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   }
 
+  // a training run changes all the time: its curve is read anew every few seconds
+  let isDue = false;
+  const redrawLater = () => {
+    if (isDue) return;
+    isDue = true;
+    setTimeout(() => { isDue = false; redraw(); }, REDRAW_MILLISECONDS);
+  };
+
   draw();
   const timer = setInterval(draw, 30000);
   const end = follow("", {
-    run: (run) => { rows.set(run.id, run); draw(); },
-    gone: ({ run }) => { rows.delete(run); selected.delete(run); draw(); },
+    run: (run) => {
+      rows.set(run.id, run);
+      draw();
+      if (selected.has(run.id)) redrawLater();
+    },
+    gone: ({ run }) => drop(run),
   });
   return () => { clearInterval(timer); end(); };
 }
@@ -83,7 +103,7 @@ function row(run, selected, toggle, remove) {
 
 async function compare(place, runs) {
   place.hidden = !runs.length;
-  if (!runs.length) return;
+  if (!runs.length) return null;
   const chart = new Chart({ height: 280, label: "loss of the selected runs" });
   let metric = "train_loss";
   let isLog = false;
@@ -99,13 +119,14 @@ async function compare(place, runs) {
     segmented("scale", [[false, "linear"], [true, "log"]], isLog, (key) => { isLog = key; load(); })),
   chart.element, differences);
   await load();
-  if (runs.length < 2) return;
+  if (runs.length < 2) return load;
   const all = await get(`/api/diff?${runs.map((run) => `run=${run.id}`).join("&")}`);
   const found = all.filter(({ option }) => option !== "run_dir" && option !== "resume");
   clear(differences, h("h3", {}, found.length ? "What differs" : "The same options"), h("table", {},
     h("thead", {}, h("tr", {}, h("th", {}, "option"), runs.map((run) => h("th", {}, run.name)))),
     h("tbody", {}, found.map(({ option, values }) =>
-      h("tr", {}, h("th", {}, option), values.map((value) => h("td", {}, String(value ?? "–"))))))));
+      h("tr", {}, h("th", {}, term(option)), values.map((value) => h("td", {}, String(value ?? "–"))))))));
+  return load;
 }
 
 // --- start a run
