@@ -78,6 +78,16 @@ def test_encoding_is_left_out_without_gpt2(monkeypatch, capsys, tmp_path):
     assert line.startswith("no rows of encoding: ") and "(ConnectionError)" in line
 
 
+def test_the_lab_is_measured():
+    pytest.importorskip("fastapi")
+    printed, rows = said("lab.py", "--points", "3000", "--runs", "2", "--updates", "2")
+    assert [row[0] for row in rows if "lines" in row[0] or "listed" in row[0]] == [
+        "first buckets of 3,000 lines",
+        *("until all lines are read", "2 runs listed, first", "2 runs listed, again"),
+    ]
+    assert re.search(r"update latency over 2 lines: median \d\.\d\d s", printed)
+
+
 @pytest.fixture
 def decode(monkeypatch):
     """`benchmarks/decode.py` as a module; pieces that it replaces are restored afterwards."""

@@ -93,9 +93,8 @@ class Catalog:
 
     # -- one run ----------------------------------------------------------------------------------
 
-    def summary(self, id: str) -> run_summary.Summary:
+    def summary(self, id: str, folder: Path) -> run_summary.Summary:
         """A row of the list, but for what only the jobs know (`state`)."""
-        folder = self.folder(id)
         stamp, known = run_summary.stamp(folder), self._summaries.get(id)
         if known is None or known[0] != stamp:
             known = self._summaries[id] = stamp, run_summary.summarize(folder)

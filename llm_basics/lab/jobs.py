@@ -43,8 +43,11 @@ class Jobs:
 
     def summary(self, id: str) -> run_schemas.RunSummary:
         """A row of the list of runs."""
-        found = self.runs.summary(id)
-        pid = locks.owner(self.runs.folder(id))
+        return self._row(id, self.runs.folder(id))
+
+    def _row(self, id: str, folder: Path) -> run_schemas.RunSummary:
+        found = self.runs.summary(id, folder)
+        pid = locks.owner(folder)
         state: run_schemas.State
         if pid is not None:
             state = "stopping" if self._signaled.get(id) == pid else "training"
@@ -58,7 +61,7 @@ class Jobs:
             state = "untrained"
         else:
             state = "paused" if id in self._paused else "stopped"
-        reason = self.output(id)[-1:] if state == "failed" else []
+        reason = self._output(folder.name)[-1:] if state == "failed" else []
         can_resume = found.has_checkpoint and found.has_metrics and state in ("paused", "stopped", "failed")
         row = vars(found) | {"eta_seconds": found.eta_seconds if state == "training" else None}
         return run_schemas.RunSummary(
@@ -68,10 +71,7 @@ class Jobs:
     def summaries(self) -> list[run_schemas.RunSummary]:
         """All runs, newest first; first those that were started and have no run directory yet."""
         folders = self.runs.folders()
-        found = []
-        for id in folders:
-            with contextlib.suppress(catalog.Missing):
-                found.append(self.summary(id))
+        found = [self._row(id, folder) for id, folder in folders.items()]
         found.sort(key=lambda run: (run.updated, run.name), reverse=True)
         with self._lock:
             new = [id for id in self._processes if id not in folders and self._status(id) != "ended"]
@@ -98,7 +98,10 @@ class Jobs:
     def output(self, id: str, n_lines: int = 200) -> list[str]:
         """The last lines that the process of a run has printed."""
         name = self._names.get(id) or self.runs.folders().get(id, Path()).name
-        return tail.last_lines(self.runs.root / OUTPUT / f"{name}.log", n_lines) if name else []
+        return self._output(name, n_lines) if name else []
+
+    def _output(self, name: str, n_lines: int = 200) -> list[str]:
+        return tail.last_lines(self.runs.root / OUTPUT / f"{name}.log", n_lines)
 
     # -- changes ----------------------------------------------------------------------------------
 

@@ -277,7 +277,7 @@ function nearest(points, x) {
 function ticks(low, high, most) {
   const raw = (high - low) / Math.max(2, Math.floor(most));
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= 0.7 * raw);
   const found = [];
   for (let i = Math.ceil(low / step); i * step <= high && found.length < 50; i++) found.push(i * step);
   return found;

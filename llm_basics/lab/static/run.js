@@ -91,20 +91,25 @@ class Run {
   async load() {
     const base = `/api/runs/${this.id}`;
     const query = NAMES.map((name) => `name=${name}`).join("&");
-    let metrics;
-    do metrics = await get(`${base}/metrics?${query}&buckets=700`);
-    while (!metrics.is_complete && !this.isClosed);
-    const [details, samples, events] = await Promise.all([get(base), get(`${base}/samples`), get(`${base}/events`)]);
+    const read = () => get(`${base}/metrics?${query}&buckets=700`);
+    const [first, details, samples, events] = await Promise.all([read(), get(base), get(`${base}/samples`), get(`${base}/events`)]);
+    let metrics = first;
     Object.assign(this, { details, samples: samples.records, events: events.records });
     this.series = new Series(metrics.series);
     this.steer.settle(this.events);
-    this.drawFindings();
     this.draw();
     this.drawSamples();
     this.drawEvents();
+    this.drawFindings();
     this.drawCheckpoints();
     this.drawOptions();
     this.drawLog();
+    // a long file takes several answers: its curves grow meanwhile
+    while (!metrics.is_complete && !this.isClosed) {
+      metrics = await read();
+      this.series = new Series(metrics.series);
+      this.draw();
+    }
     this.end?.();
     if (this.isClosed) return;
     this.end = follow(`run=${this.id}&position=${encodeURIComponent(metrics.position)}`, {
