@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from llm_basics import swap
+from llm_basics.analysis import run_summary
 from llm_basics.cli import commands
 from llm_basics.core import config, model, trainer
 from llm_basics.core import functional as F
 from llm_basics.learn import probe, probe_tasks
+from llm_basics.runs import run_dir
 
 ANSWERED = [name for name in probe_tasks.TASKS if name != "markov"]
 ZERO = torch.zeros(())
@@ -319,6 +321,23 @@ def test_a_few_steps_fail_and_are_plotted(small, tmp_path, capsys):
     assert "failed: 0 of 50 held-out sequences exact" in out and "(only 3 of" in out
     figure = tmp_path / "out" / "copy.png"
     assert f"figure    {figure}" in out and figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recorded_task_is_a_run_with_its_known_losses(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = commands.ProbeConfig("markov", steps=5, out=str(tmp_path / "figures"), record=True)
+    probe.main(options)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"run       runs/{folder.name}" in capsys.readouterr().out
+    source = probe_tasks.TASKS["markov"](0).source
+    baselines = run_dir.read_recorded(folder)[run_dir.BASELINES]
+    assert baselines["entropy rate"] == pytest.approx(source.entropy_rate())
+    assert baselines["unigram entropy"] == pytest.approx(source.unigram_entropy())
+    metrics = run_dir.read_metrics(folder)
+    assert [m["step"] for m in metrics if "train_loss" in m] == [1, 2, 3, 4, 5]
+    assert [m["step"] for m in metrics if "val_loss" in m][-1] == 5
+    assert run_summary.summarize(folder).steps == 5
+    assert run_summary.details(folder).baselines == pytest.approx(baselines)
 
 
 @pytest.mark.parametrize(("steps", "ends_at"), [(None, 120), (90, 24)])

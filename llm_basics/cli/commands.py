@@ -292,3 +292,5 @@ class ProbeConfig(config.Options):
     """Random seed of initial weights, training sequences and held-out sequences."""
     out: str = "probes"
     """Folder for the figures."""
+    record: bool = False
+    """Also write a run directory under runs/, which the lab shows with the losses that are known."""

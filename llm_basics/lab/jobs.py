@@ -53,7 +53,7 @@ class Jobs:
             state = "stopping" if self._signaled.get(id) == pid else "training"
         elif self._status(id) == "running":
             state = "starting"
-        elif found.steps is not None and found.step >= found.steps and found.has_checkpoint:
+        elif self._status(id) != "failed" and found.steps is not None and found.step >= found.steps:
             state = "finished"
         elif self._status(id) == "failed" or (found.has_metrics and not found.has_checkpoint):
             state = "failed"

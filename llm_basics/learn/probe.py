@@ -303,6 +303,21 @@ def draw(outcome: Outcome, path: Path) -> None:
     figures.save(canvas, path)
 
 
+def record(outcome: Outcome, folder: Path) -> None:
+    """Write the measurements as a run directory, with the known losses of the task as baselines."""
+    task, output = outcome.task, run_dir.RunDir(folder)
+    train = dataclasses.replace(task.train, steps=max(1, len(outcome.train_losses)))
+    shapes = {"model": dataclasses.asdict(task.model), "train": dataclasses.asdict(train)}
+    output.write_config({"config": f"probe {task.name}", **shapes, run_dir.BASELINES: task.losses})
+    held_out = {each.step: each for each in outcome.measured}
+    for step, loss in enumerate(outcome.train_losses, start=1):
+        output.metrics(step, train_loss=loss)
+        if step in held_out:
+            output.metrics(step, val_loss=held_out[step].loss, accuracy=held_out[step].accuracy)
+    output.log(f"{outcome.label}: {outcome.verdict}")
+    output.close()
+
+
 def main(options: commands.ProbeConfig) -> int:
     """Train on the tasks of `options`. Returns the exit status."""
     with parse.exit_on_error():
@@ -324,7 +339,10 @@ def main(options: commands.ProbeConfig) -> int:
         print(f"{outcome.label}: {outcome.verdict}")
         with parse.exit_on_error():
             draw(outcome, out / f"{name}.png")
-        print(f"figure    {out / name}.png")
+            print(f"figure    {out / name}.png")
+            if options.record:
+                record(outcome, folder := run_dir.make_folder(f"probe-{name}"))
+                print(f"run       {folder}")
     if len(names) > 1:
         print(f"\n{passed} of {len(names)} tasks passed")
     return 0 if passed == len(names) else 1

@@ -11,7 +11,7 @@ export class Chart {
   constructor({ height = 200, label = "", format = number, formatX = number } = {}) {
     Object.assign(this, { height, format, formatX, isLog: false, series: [], marks: [], levels: [], band: null, zoom: null, at: null });
     this.canvas = h("canvas", { role: "img", "aria-label": label, tabindex: "0" });
-    this.readout = h("div", { class: "readout" });
+    this.readout = h("div", { class: "readout", hidden: true });
     this.legend = h("div", { class: "legend" });
     this.element = h("div", { class: "chart" }, this.legend, h("div", { class: "plot" }, this.canvas, this.readout));
     new ResizeObserver(() => this.later()).observe(this.element);
@@ -131,6 +131,7 @@ export class Chart {
     c.scale(ratio, ratio);
     c.font = `11px ${css("--mono")}`;
     if (!this.limits()) {
+      this.readout.hidden = true;
       c.fillStyle = css("--faint");
       c.textAlign = "center";
       c.fillText("no values yet", width / 2, this.height / 2);
@@ -189,8 +190,9 @@ export class Chart {
   }
 
   drawLevels(c) {
-    c.textAlign = "right";
-    c.textBaseline = "bottom";
+    c.textBaseline = "middle";
+    c.textAlign = "left";
+    const taken = [];
     for (const { name, y } of this.levels.filter((level) => this.isDrawn(level.y))) {
       const at = Math.round(this.pixelY(y)) + 0.5;
       c.strokeStyle = c.fillStyle = css("--soft");
@@ -202,11 +204,23 @@ export class Chart {
       c.stroke();
       c.setLineDash([]);
       const text = `${name} ${this.format(y)}`;
+      const size = c.measureText(text).width;
+      const corners = [-9, 10].flatMap((dy) => [this.width - PAD.right - size - 4, PAD.left + 4].map((x) => [x, at + dy]));
+      const isFree = ([x, row]) => row > PAD.top && row < this.height - PAD.bottom - 6
+        && !taken.some(([left, right, other]) => x < right && x + size > left && Math.abs(row - other) < 13) && !this.isCurveAt(x, x + size, row);
+      const [x, row] = corners.find(isFree) ?? corners[0];
+      taken.push([x, x + size, row]);
       c.strokeStyle = css("--card");
       c.lineWidth = 4;
-      c.strokeText(text, this.width - PAD.right - 4, at - 3);
-      c.fillText(text, this.width - PAD.right - 4, at - 3);
+      c.strokeText(text, x, row);
+      c.fillText(text, x, row);
     }
+  }
+
+  // whether a curve runs through a row of text
+  isCurveAt(left, right, row) {
+    return this.series.some(({ points }) => points.some((p) => this.isDrawn(p.y) && Math.abs(this.pixelY(p.y) - row) < 11
+      && this.pixelX(p.x) > left - 12 && this.pixelX(p.x) < right + 12));
   }
 
   drawBand(c, points, color, alpha) {

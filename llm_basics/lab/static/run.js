@@ -170,7 +170,9 @@ class Run {
     this.drawNormal();
     this.steer.draw(details.options, details.state === "training");
     for (const name of ["lr", "grad_norm", "tokens_per_second"]) {
-      this.charts[name].set([{ color: 0, points: over(name) }]);
+      const points = over(name);
+      this.charts[name].set([{ color: 0, points }]);
+      this.charts[name].element.parentElement.hidden = !points.length && details.state !== "training";
     }
   }
 
@@ -180,7 +182,7 @@ class Run {
       await post(`/api/runs/${run.id}/${action}`);
       message({ pause: "Saving, then pausing.", resume: "Resuming.", stop: "Saving, then stopping." }[action]);
     }) }, text);
-    const key = `${run.name} ${run.state} ${run.can_resume}`;
+    const key = `${run.name} ${run.state} ${run.can_resume} ${run.has_checkpoint}`;
     if (this.shown !== key) {
       this.shown = key;
       const isRunning = run.state === "training" || run.state === "starting";
@@ -189,8 +191,8 @@ class Run {
         isRunning ? [act("pause", "Pause", "primary"), act("stop", "Stop")] : null,
         run.can_resume ? act("resume", "Resume", "primary") : null,
         h("button", { type: "button", onclick: guarded(() => startDialog(this.place)) }, "New run"),
-        h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
-        h("a", { class: "button", href: `#/inside/${run.id}` }, "Look inside"));
+        run.has_checkpoint ? [h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
+          h("a", { class: "button", href: `#/inside/${run.id}` }, "Look inside")] : null);
     }
     const perEpoch = run.training_tokens * (run.options["model.context_length"] ?? 1)
       / (run.options["train.stride"] ?? run.options["model.context_length"] ?? 1);
@@ -272,8 +274,8 @@ class Run {
 
   drawCheckpoints = guarded(async () => {
     const found = await get(`/api/runs/${this.id}/checkpoints`);
-    clear(this.checkpointBox, h("h2", {}, term("Checkpoints", "checkpoint")), h("ol", {}, found.map((each) =>
+    clear(this.checkpointBox, h("h2", {}, term("Checkpoints", "checkpoint")), found.length ? h("ol", {}, found.map((each) =>
       h("li", {}, h("span", { class: "num" }, number(each.step)), h("span", {}, [number(each.val_loss), bytes(each.n_bytes),
-        each.is_latest && "latest", each.is_best && "best", each.error].filter(Boolean).join(" · "))))));
+        each.is_latest && "latest", each.is_best && "best", each.error].filter(Boolean).join(" · "))))) : h("p", { class: "muted" }, "None yet."));
   });
 }
