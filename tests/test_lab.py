@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -13,11 +12,10 @@ import sys
 import pytest
 import torch
 
-from llm_basics.analysis import metric_table
 from llm_basics.core import functional as F
 from llm_basics.data import chat_template
-from llm_basics.inference import engine, worker
-from llm_basics.runs import follow, locks, run_dir, tail
+from llm_basics.inference import engine
+from llm_basics.runs import follow, locks, run_dir
 
 pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
 
@@ -177,67 +175,10 @@ def test_hostile_names_and_files_do_not_break_the_list(client, untrained_run, tm
 # Metrics
 
 
-def test_a_spike_of_one_step_survives_any_zoom(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_metrics(tmp_path, [{"step": s, "loss": 99.0 if s == 5001 else 1.0} for s in range(10_000)])
-    table = metric_table.Table(path)
-    table.update()
-    for most in (1, 7, 100, 1000, 4000):
-        found = table.buckets("loss", 0, 9_999, most)
-        assert max(found.max) == 99 and min(found.min) == 1 and sum(found.count) == 10_000
-        assert most <= 2 or len(found.count) <= most + 1
-    assert table.buckets("loss", 5000, 5002, 10).last == [1, 99, 1]
-
-
-def test_buckets_are_those_of_a_simple_loop(tmp_path):
-    values = [random.Random(0).choice([s / 3, None, 2.5]) for s in range(500)]
-    write_metrics(tmp_path, [{"step": 3 * s, "loss": v} for s, v in enumerate(values)])
-    table = metric_table.Table(tmp_path / "metrics.jsonl")
-    table.update()
-    found = table.buckets("loss", 30, 900, 40)
-    steps = [3 * s for s in range(500) if 30 <= 3 * s <= 900]
-    width = next(w for w in (1, 2, 4, 8, 16, 32, 64) if 40 * w >= steps[-1] - steps[0] + 1)
-    for i, key in enumerate(sorted({s // width for s in steps})):
-        inside = [s for s in steps if s // width == key]
-        finite = [values[s // 3] for s in inside if values[s // 3] is not None]
-        assert (found.first_step[i], found.last_step[i]) == (inside[0], inside[-1])
-        assert found.count[i] == len(inside) and found.nonfinite[i] == len(inside) - len(finite)
-        assert found.min[i] == min(finite, default=None) and found.max[i] == max(finite, default=None)
-        assert found.mean[i] == (pytest.approx(sum(finite) / len(finite)) if finite else None)
-        assert found.last[i] == values[inside[-1] // 3]
-
-
-def test_a_table_follows_a_file_and_a_resumed_run(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    table = metric_table.Table(path)
-    write_metrics(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 5, "loss": 5.0}, '{"step": 7, "lo'])
-    table.update()
-    assert table.steps.tolist() == [1, 5]
-    with open(path, "a") as file:
-        file.write(
-            '\n{"step": 3, "resumed": true}\n{"step": 4, "loss": null, "nonfinite": ["loss"], "lr": 2}\n'
-        )
-    table.update()
-    assert table.steps.tolist() == [1, 4] and table.column("loss").tolist() == [1.0, math.inf]
-    assert math.isnan(table.column("lr")[0]) and table.column("lr")[1] == 2
-    write_metrics(tmp_path, [{"step": 2}])
-    table.update()
-    assert table.steps.tolist() == [2] and table.is_complete
-
-
 def test_seconds_are_those_of_training(client, run):
     series = get(client, f"/api/runs/{run}/metrics", name="train_loss")["series"]
     assert list(series) == ["train_loss"]
     assert series["train_loss"]["seconds"] == [0.5 * s for s in range(1, 9)]
-
-
-def test_a_long_line_and_what_follows_are_read(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"a": "' + b"x" * 5000 + b'"}\n{"b": 1}\n')
-    found, offset = [], 0
-    while (result := tail.read(path, offset, 1024))[1] > offset:
-        found, offset = found + result[0], result[1]
-    assert found == [{"b": 1}] and offset == path.stat().st_size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -571,21 +512,6 @@ def test_models_are_loaded_once_and_the_oldest_is_dropped(lab, untrained_run):
 # The queue
 
 
-def test_jobs_take_turns():
-    order = []
-
-    def count(name):
-        for i in range(3):
-            order.append(name)
-            yield i
-
-    queue = worker.Worker()
-    gate = queue.stream(iter([0]))
-    streams = [queue.stream(count(name)) for name in "ab"]
-    assert list(gate) == [0] and [list(stream) for stream in streams] == [[0, 1, 2]] * 2
-    assert order.count("a") == order.count("b") == 3 and order != list("aaabbb")
-
-
 def test_a_full_queue_refuses(client, lab, run):
     import threading
 
@@ -603,35 +529,6 @@ def test_a_full_queue_refuses(client, lab, run):
 def _wait(release):
     release.wait(20)
     yield 1
-
-
-def test_a_closed_stream_stops_its_job():
-    steps = []
-
-    def endless():
-        try:
-            while True:
-                steps.append(1)
-                yield 1
-        finally:
-            steps.append("closed")
-
-    queue = worker.Worker()
-    stream = queue.stream(endless())
-    next(stream)
-    stream.close()
-    assert queue.call(lambda: 7) == 7
-    assert queue.call(lambda: 7) == 7
-    assert steps[-1] == "closed"
-
-
-def test_errors_of_a_job_reach_its_caller_and_a_limit_ends_it(monkeypatch):
-    queue = worker.Worker()
-    with pytest.raises(ZeroDivisionError):
-        queue.call(lambda: 1 / 0)
-    monkeypatch.setattr(worker, "MAX_SECONDS", -1.0)
-    with pytest.raises(TimeoutError):
-        queue.call(lambda: 1)
 
 
 # --------------------------------------------------------------------------------------------------
