@@ -1,4 +1,4 @@
-"""Look inside a model: attention weights, logit lens, norms, neighbors of an embedding."""
+"""Look inside a model: attention weights, logit lens, neighbors of an embedding."""
 
 import contextlib
 from collections.abc import Iterator
@@ -64,22 +64,6 @@ class Lens:
     tokens: list[str]
     ids: list[int]
     layers: list[list[LensCell]]
-
-
-@dataclass(frozen=True)
-class LayerNorms:
-    """Root mean squares of a block: of its weights, and of the residual stream after it."""
-
-    layer: int
-    weights: dict[str, float | None]
-    activation: float | None
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Root mean squares by layer; layer -1 has the weights outside of the blocks."""
-
-    layers: list[LayerNorms]
 
 
 @dataclass(frozen=True)
@@ -158,7 +142,7 @@ def show(token: bytes) -> str:
 def attention(loaded: LoadedModel, ids: list[int], layer: int = 0, head: int | None = None) -> Attention:
     """The attention weights of a layer for each head, or one head."""
     lm = loaded.lm
-    _check_length(loaded, ids)
+    check_length(loaded, ids)
     shape = lm.config
     _check_below("layer", layer, shape.n_layers)
     if head is not None:
@@ -202,11 +186,11 @@ def attention(loaded: LoadedModel, ids: list[int], layer: int = 0, head: int | N
 def lens(loaded: LoadedModel, ids: list[int], top: int = 3) -> Lens:
     """What the output projection predicts from the residual stream after each layer (nostalgebraist 2020)."""
     lm = loaded.lm
-    _check_length(loaded, ids)
+    check_length(loaded, ids)
     if (lm.config.n_layers + 1) * len(ids) > MAX_CELLS:
         longest = MAX_CELLS // (lm.config.n_layers + 1)
         raise ValueError(f"the text must have at most {longest} tokens, got {len(ids)}; shorten it")
-    with _residual_streams(lm) as streams:
+    with residual_streams(lm) as streams:
         lm(loaded.tensor(ids)[None])
     layers = []
     for stream in streams:
@@ -222,27 +206,6 @@ def _cell(
         top=loaded.likely(probabilities, top),
         entropy=float(torch.special.entr(probabilities).sum()),
         target_probability=float(probabilities[following[0]]) if following else None,
-    )
-
-
-@torch.no_grad()
-def norms(loaded: LoadedModel, ids: list[int]) -> Norms:
-    """The root mean square of each weight by layer, and of the residual stream after each layer."""
-    lm = loaded.lm
-    _check_length(loaded, ids)
-    with _residual_streams(lm) as streams:
-        lm(loaded.tensor(ids)[None])
-    blocks = {f"layers.{i}.": i for i in range(lm.config.n_layers)}
-    weights: dict[int, dict[str, float | None]] = {i: {} for i in range(-1, lm.config.n_layers)}
-    for name, parameter in lm.named_parameters():
-        prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
-        weights[blocks.get(prefix, -1)][name.removeprefix(prefix)] = _rms(parameter)
-    # streams[0] is the input of the first block
-    return Norms(
-        layers=[
-            LayerNorms(layer=i, weights=weights[i], activation=_rms(streams[i + 1]))
-            for i in range(-1, lm.config.n_layers)
-        ]
     )
 
 
@@ -263,7 +226,7 @@ def neighbors(loaded: LoadedModel, id: int, count: int = 10) -> Neighbors:
 
 
 @contextlib.contextmanager
-def _residual_streams(lm: nn.Module) -> Iterator[list[Tensor]]:
+def residual_streams(lm: nn.Module) -> Iterator[list[Tensor]]:
     """The residual stream before the first block and after each, of a forward pass inside the block."""
     streams: list[Tensor] = []
     blocks: Any = lm.layers
@@ -283,7 +246,8 @@ def _residual_streams(lm: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _check_length(loaded: LoadedModel, ids: list[int]) -> None:
+def check_length(loaded: LoadedModel, ids: list[int]) -> None:
+    """Raise ValueError for a text that does not fit into the context."""
     if len(ids) > loaded.lm.config.context_length:
         raise ValueError(
             f"the text must fit into the context of {loaded.lm.config.context_length} tokens, got {len(ids)}"
@@ -293,7 +257,3 @@ def _check_length(loaded: LoadedModel, ids: list[int]) -> None:
 def _check_below(name: str, value: int, end: int) -> None:
     if value >= end:
         raise ValueError(f"{name} must be from 0 to {end - 1}, got {value}")
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.float().square().mean().sqrt())

@@ -3,7 +3,7 @@
 import functools
 import inspect
 
-from llm_basics.analysis import inspection, metric_table, run_summary
+from llm_basics.analysis import inspection, metric_table, norms, run_summary
 from llm_basics.cli import commands, overrides
 from llm_basics.core import config, evaluate, optim
 from llm_basics.core import functional as F
@@ -14,7 +14,8 @@ NAMED = {
     "checkpoint": run_summary.Checkpoint,
     "embedding neighbors": inspection.neighbors,
     "logit lens": inspection.lens,
-    "norms": inspection.norms,
+    "norms": norms.norms,
+    "gradient flow": norms.gradients,
     "unigram entropy": evaluate.unigram_entropy,
     "schedule": optim.cosine_schedule,
 }

@@ -35,6 +35,8 @@ class LabConfig:
     """Folder of run directories."""
     data: tuple[str, ...] = ()
     """Training texts that a run can be started on, besides stdlib; as --data of train."""
+    mine: str | None = None
+    """Python file with your pieces, whose progress the page Learn shows."""
     device: str = "cpu"
     """Device of the models that are looked at: cuda, mps or cpu. A training run may need the GPU."""
     threads: int = 1
@@ -85,7 +87,7 @@ def main(options: LabConfig) -> int:
         token = options.token or secrets.token_urlsafe(24)
         listener = listen(options.host, options.port)
         port = listener.getsockname()[1]
-        lab = service.make(Path(options.runs), options.data, options.device)
+        lab = service.make(Path(options.runs), options.data, options.device, options.mine)
         guarded = app.create(lab, token, port, (*options.allow_host, *own_name(options.host)))
         address = f"http://{shown(options.host)}:{port}/?token={token}"
         print(

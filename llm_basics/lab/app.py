@@ -48,21 +48,29 @@ metrics again. `position` is that of the metrics, so that nothing is missing bet
 by `Last-Event-ID`. Without `run`: changes of the whole list.
 
 **Models** (fields: `model_schemas`, `generation`, `analysis/inspection.py`, `analysis/tokenization.py`);
-every body has `run` and `checkpoint`
+every body but that of /memory has `run` and `checkpoint`
 
-    POST   /api/generate          prompt | prompt_ids | messages, max_new_tokens temperature top_k top_p min_p
-                                  repetition_penalty seed stop samples alternatives; server-sent events:
+    POST   /api/generate          prompt | prompt_ids | messages, kept_ids max_new_tokens temperature top_k
+                                  top_p min_p repetition_penalty seed stop samples alternatives; events:
                                   `token` {sample index id token text probability alternatives: [{id token
                                   probability}]}, `finished` {sample reason text n_prompt n_new}, `end`,
-                                  `error` {detail}. To go on from an alternative: prompt_ids.
+                                  `error` {detail}. To go on from an alternative: kept_ids.
     POST   /api/tokenize          text: {tokens: [{id token start end is_special}], n_bytes, vocab_size}
     POST   /api/merges            text: {pretokens: [{text, steps, ranks}]}
     POST   /api/merges/learned    first, count: {merges: [{rank left right token id}], n_total}
     POST   /api/attention         text | ids, layer, head: {tokens ids layer n_layers n_heads heads weights}
     POST   /api/lens              text | ids, top: {tokens, ids, layers: [[{top, entropy,
                                   target_probability}]]}
-    POST   /api/norms             text | ids: {layers: [{layer, weights, activation}]}
+    POST   /api/norms             text | ids: {layers: [{layer, weights, attention, ffn, activation}]}
+    POST   /api/gradients         text | ids: {loss, total, layers: [{layer, weights, total, activation}]}
     POST   /api/neighbors         id, count: {token, neighbors: [{id token similarity}]}
+    POST   /api/memory            as POST /api/runs: {parameters gradients optimizer activations total free}
+
+**Learn** (the file of pieces is that of `--mine`)
+
+    GET    /api/learn                 {mine, steps: [{name title status is_current message}], next}
+    GET    /api/learn/lessons/STEP    {name title pieces optional idea formula shapes paper later hints}
+    GET    /api/learn/races           [{yours, reference}], ids of runs
 
 **OpenAI** `GET /v1/models`, `POST /v1/completions`, `POST /v1/chat/completions`, streaming or not; the model
 is the name of a run, `NAME@best` or `NAME@STEP`, the API key is the token.
@@ -81,6 +89,7 @@ from llm_basics.core import files
 from llm_basics.inference import worker
 from llm_basics.lab import (
     catalog,
+    learn_routes,
     model_routes,
     openai_routes,
     run_routes,
@@ -105,7 +114,7 @@ def create(lab: service.Lab, token: str, port: int, hosts: tuple[str, ...] = ())
     """The application with its guard."""
     app = FastAPI(title="llm_basics lab", version=version(), docs_url=None, redoc_url=None)
     app.state.lab = lab
-    for router in (run_routes.router, model_routes.router, openai_routes.router):
+    for router in (run_routes.router, model_routes.router, learn_routes.router, openai_routes.router):
         app.include_router(router)
     for error in STATUS:
         app.add_exception_handler(error, _failed)

@@ -40,7 +40,7 @@ class Finished:
 
 
 def prompt_ids(loaded: inspection.LoadedModel, request: model_schemas.Generate) -> list[int]:
-    """The ids that a request continues."""
+    """The ids of the prompt of a request, without those that are kept of an answer."""
     given = [request.prompt_ids is not None, request.messages is not None, bool(request.prompt)]
     if sum(given) > 1:
         raise ValueError("give one of prompt, prompt_ids and messages, got more than one")
@@ -96,13 +96,16 @@ def _sample(
             so_far = so_far[len(ids) :]
         return logits if adjust is None else adjust(so_far, logits)
 
+    kept = loaded.check(request.kept_ids)
     most = request.max_new_tokens
     if is_chat:
-        most = min(most, lm.config.context_length - len(ids))
+        most = min(most, lm.config.context_length - len(ids) - len(kept))
     stream = detokenizer.Detokenizer(tokenizer, request.stop)
+    for id in kept:
+        stream.read(id)
     new = generate.generate(
         lm,
-        loaded.tensor(ids),
+        loaded.tensor([*ids, *kept]),
         most,
         request.temperature,
         request.top_k,
@@ -120,7 +123,7 @@ def _sample(
             if stream.is_over:
                 break
     reason = "stop" if stream.is_over or n_new < most else "length"
-    yield Finished(number, reason, stream.close(), len(ids), n_new)
+    yield Finished(number, reason, stream.close(), len(ids) + len(kept), n_new)
 
 
 def _token(

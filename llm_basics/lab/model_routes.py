@@ -1,4 +1,4 @@
-"""Routes of models: generate, tokenize, attention, logit lens. All of them compute, in the queue."""
+"""Routes of models: generate, tokenize, look inside, estimate memory. All of them compute, in the queue."""
 
 import dataclasses
 import json
@@ -9,7 +9,11 @@ from fastapi import APIRouter, Depends
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from llm_basics.analysis import inspection, tokenization
-from llm_basics.lab import generation, model_schemas, service
+from llm_basics.analysis import norms as layer_norms
+from llm_basics.cli import overrides
+from llm_basics.core import device, trainer
+from llm_basics.lab import generation, model_schemas, run_schemas, service
+from llm_basics.training import memory as memory_estimate
 
 T = TypeVar("T")
 
@@ -80,15 +84,34 @@ def lens(request: model_schemas.LensRequest, lab: Lab) -> inspection.Lens:
 
 
 @router.post("/norms")
-def norms(request: model_schemas.TextRequest, lab: Lab) -> inspection.Norms:
+def norms(request: model_schemas.TextRequest, lab: Lab) -> layer_norms.Norms:
     """Root mean squares of weights and activations by layer."""
-    return _compute(lab, request, lambda loaded: inspection.norms(loaded, _ids(loaded, request)))
+    return _compute(lab, request, lambda loaded: layer_norms.norms(loaded, _ids(loaded, request)))
+
+
+@router.post("/gradients")
+def gradients(request: model_schemas.TextRequest, lab: Lab) -> layer_norms.Gradients:
+    """Lengths of the gradients of the loss of a text by layer."""
+    return _compute(lab, request, lambda loaded: layer_norms.gradients(loaded, _ids(loaded, request)))
 
 
 @router.post("/neighbors")
 def neighbors(request: model_schemas.NeighborsRequest, lab: Lab) -> inspection.Neighbors:
     """Tokens with similar embeddings."""
     return _compute(lab, request, lambda loaded: inspection.neighbors(loaded, request.id, request.count))
+
+
+@router.post("/memory")
+def memory(request: run_schemas.Start, lab: Lab) -> model_schemas.Memory:
+    """Memory of a training step of what `POST /api/runs` would train; takes seconds for a large model."""
+    options = overrides.resolve(request.preset, request.options)
+
+    def compute() -> model_schemas.Memory:
+        found = memory_estimate.estimate(options, trainer.make_optimizer, trainer.batch_loss)
+        free = memory_estimate.available(device.choose(options.train.device))
+        return model_schemas.Memory(**dataclasses.asdict(found), total=found.total, free=free)
+
+    return lab.worker.call(compute)
 
 
 def _compute(

@@ -1,7 +1,8 @@
-"""Requests to models and their answers as pydantic models: the source of /openapi.json."""
+"""Requests to models, and answers that only the server has: the source of /openapi.json."""
 
 from typing import Annotated, Literal
 
+import pydantic
 from pydantic import Field
 
 from llm_basics.lab import run_schemas
@@ -57,9 +58,11 @@ class Generate(Sampling, ModelRequest):
 
     prompt: Text = ""
     prompt_ids: Ids | None = None
-    """Token ids in place of `prompt`: to go on from an alternative, those so far and the alternative."""
+    """Token ids in place of `prompt`."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=200)] | None = None
     """A conversation in place of `prompt`, for a chat model."""
+    kept_ids: Ids = []
+    """Token ids that the answer begins with: to go on from an alternative, those before it and its own."""
     samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     alternatives: Annotated[int, Field(ge=0, le=20)] = 4
     """Number of likely tokens to report beside each token."""
@@ -90,3 +93,16 @@ class NeighborsRequest(ModelRequest):
 
     id: Annotated[int, Field(ge=0)]
     count: Annotated[int, Field(ge=1, le=100)] = 10
+
+
+class Memory(pydantic.BaseModel):
+    """Bytes of tensors at the peak of a training step, by kind."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Those saved for the backward pass, and temporaries."""
+    total: int
+    free: int | None
+    """Bytes that a run can use at present; null where unknown."""

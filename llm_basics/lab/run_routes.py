@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Header, Path, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from llm_basics.analysis import run_summary, terms
+from llm_basics.analysis import norms, run_summary, terms
 from llm_basics.cli import nested, overrides
-from llm_basics.core import config, presets
+from llm_basics.core import config, model, presets
 from llm_basics.lab import live, run_schemas, service
 from llm_basics.learn import log_checks
 from llm_basics.runs import checkpoint, follow, run_dir, tail
@@ -223,13 +223,14 @@ def list_terms() -> dict[str, str]:
 def estimate(request: run_schemas.Start) -> run_schemas.Estimate:
     """Size and cost of what `POST /api/runs` would train."""
     options: config.Config = overrides.resolve(request.preset, request.options)
-    model, train = options.model, options.train
-    tokens = train.steps * train.batch_size * train.grad_accumulation_steps * model.context_length
+    shape, train = options.model, options.train
+    tokens = train.steps * train.batch_size * train.grad_accumulation_steps * shape.context_length
     return run_schemas.Estimate(
-        parameters=model.n_parameters,
-        flops_per_token=model.flops_per_token,
+        parameters=shape.n_parameters,
+        parts=norms.parameters_by_part(model.TransformerLM(shape, "meta")),
+        flops_per_token=shape.flops_per_token,
         tokens=tokens,
-        flops=float(tokens) * model.flops_per_token,
-        memory_bytes=16 * model.n_parameters,
-        kv_cache_bytes=8 * model.n_layers * model.context_length * model.d_kv,
+        flops=float(tokens) * shape.flops_per_token,
+        memory_bytes=16 * shape.n_parameters,
+        kv_cache_bytes=8 * shape.n_layers * shape.context_length * shape.d_kv,
     )

@@ -141,6 +141,8 @@ class Estimate(pydantic.BaseModel):
     """Size and cost of a model."""
 
     parameters: int
+    parts: dict[str, int]
+    """Parameters by what they are for."""
     flops_per_token: int
     tokens: int
     """Tokens that all steps train on."""

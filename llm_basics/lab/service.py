@@ -22,6 +22,8 @@ class Lab:
     jobs: jobs.Jobs
     models: models.Models
     worker: worker.Worker
+    mine: str | None = None
+    """File of a learner's pieces."""
 
     def with_model(self, run: str, checkpoint: str, compute: Callable[[inspection.LoadedModel], T]) -> T:
         """The result of `compute` on a model, called in the queue."""
@@ -30,10 +32,10 @@ class Lab:
         return self.worker.call(lambda: compute(self.models.load(run, checkpoint)))
 
 
-def make(root: Path, data: Sequence[str] = (), device: str = "cpu") -> Lab:
+def make(root: Path, data: Sequence[str] = (), device: str = "cpu", mine: str | None = None) -> Lab:
     """The state of a server over the runs in `root`."""
     runs = catalog.Catalog(root)
-    return Lab(runs, jobs.Jobs(runs, data), models.Models(runs, device), worker.Worker())
+    return Lab(runs, jobs.Jobs(runs, data), models.Models(runs, device), worker.Worker(), mine)
 
 
 def of(request: Request) -> Lab:

@@ -20,11 +20,11 @@ import tyro
 
 from llm_basics.cli import parse
 from llm_basics.core import config
-from llm_basics.learn import lessons, progress
+from llm_basics.learn import lessons, overview, progress
 from llm_basics.runs import console
 
 TITLE = (__doc__ or "").partition("\n")[0]
-PROGRAM = "uv run python -m llm_basics.learn"
+PROGRAM = overview.PROGRAM
 MARKS = {"passed": "[x]", "failed": "[!]", "timed out": "[!]", "not started": "[ ]"}
 
 
@@ -169,19 +169,8 @@ def current(options: _CurrentStep) -> lessons.Lesson:
     known = progress.Progress(options.mine)
     name = options.step or known.next_step()
     if name is None:
-        raise ValueError(f"all steps of {options.mine} passed; name a step, or {advice(known)}")
+        raise ValueError(f"all steps of {options.mine} passed; name a step, or {overview.advice(known)}")
     return lessons.load(name)
-
-
-def advice(known: progress.Progress) -> str:
-    """The command to run next."""
-    name = known.next_step()
-    if name is None:
-        return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"
-    if name in known.begun():
-        verb = "hint" if known.is_current(name) else "check"
-        return f"{PROGRAM} {verb} {name} --mine {known.file}"
-    return f"{PROGRAM} show {name}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,13 +179,12 @@ def advice(known: progress.Progress) -> str:
 
 def show_all(known: progress.Progress) -> None:
     """Print all steps with their status, and the next command."""
-    begun = known.begun()
-    for number, name in enumerate(lessons.ORDER, start=1):
-        mark = MARKS[known.steps.get(name, "not started") if name in begun else "not started"]
-        stale = "  (changed since the last check)" if name in begun and not known.is_current(name) else ""
-        print(f"{mark} {number:2} {name:14} {lessons.load(name).title}{stale}")
+    steps = overview.steps(known)
+    for number, step in enumerate(steps, start=1):
+        stale = "" if step.is_current else "  (changed since the last check)"
+        print(f"{MARKS[step.status]} {number:2} {step.name:14} {step.title}{stale}")
     n_passed = sum(known.steps.get(name) == "passed" for name in lessons.ORDER)
-    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {advice(known)}")
+    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {overview.advice(known)}")
 
 
 def show(lesson: lessons.Lesson) -> None:
@@ -285,13 +273,13 @@ def check(options: Check) -> int:
     statuses = []
     for result in checks.check(options.mine, options.step):
         print(console.wrap(result.text), flush=True)
-        known.note(result.step, result.status)
+        known.note(result.step, result.status, result.text)
         known.save()
         statuses.append(result.status)
     if not options.step:
         print(f"{statuses.count('passed')} of {len(lessons.ORDER)} steps passed")
     if "failed" not in statuses:
-        print(f"next: {advice(known)}")
+        print(f"next: {overview.advice(known)}")
     return 0 if set(statuses) <= {"passed"} else 1
 
 

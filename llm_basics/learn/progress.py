@@ -14,7 +14,7 @@ STATUSES = {"passed", "failed", "timed out", "not started"}
 
 
 class Progress:
-    """Results of the last check of `path`, a file of pieces, and the hints used."""
+    """Results and messages of the last check of `path`, a file of pieces, and the hints used."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = Path(path)
@@ -23,6 +23,8 @@ class Progress:
         """One of STATUSES."""
         self.checked: dict[str, str] = {}
         """Digest of the file for each step at that time."""
+        self.messages: dict[str, str] = {}
+        """What the last check of a step printed."""
         self.hints: dict[str, int] = {}
         self.predicted: dict[str, bool] = {}
         if self.path.exists():
@@ -30,14 +32,16 @@ class Progress:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))
                 self.steps, self.checked = dict(stored["steps"]), dict(stored["checked"])
                 self.hints, self.predicted = dict(stored["hints"]), dict(stored["predicted"])
+                # not in a file of an earlier version
+                self.messages = dict(stored.get("messages", {}))
                 if not set(self.steps.values()) <= STATUSES or not all(n >= 0 for n in self.hints.values()):
                     raise ValueError("invalid status or number of hints")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is not a valid progress file ({error}); delete it") from None
 
-    def note(self, step: str, status: str) -> None:
-        """Record the status of a step."""
-        self.steps[step], self.checked[step] = status, self.digest(step)
+    def note(self, step: str, status: str, message: str = "") -> None:
+        """Record the status of a step, and the message about it."""
+        self.steps[step], self.checked[step], self.messages[step] = status, self.digest(step), message
 
     def begun(self) -> list[str]:
         """The steps that the file has a piece of."""
@@ -66,5 +70,5 @@ class Progress:
     def save(self) -> None:
         """Write the file."""
         stored: dict[str, Any] = {"steps": self.steps, "checked": self.checked}
-        stored |= {"hints": self.hints, "predicted": self.predicted}
+        stored |= {"messages": self.messages, "hints": self.hints, "predicted": self.predicted}
         files.write(self.path, json.dumps(stored, indent=2) + "\n")

@@ -1,0 +1,176 @@
+"""How large the weights, the activations and the gradients of a model are, layer by layer, on a text."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_basics.analysis import inspection
+from llm_basics.core import model as models
+from llm_basics.core import trainer
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Root mean squares of a block: of its weights, of what it adds to the residual stream, of the sum."""
+
+    layer: int
+    """-1 for what is outside of the blocks, where the activation is the input of the first block."""
+    weights: dict[str, float | None]
+    attention: float | None
+    """Of the output of attention; None outside of the blocks."""
+    ffn: float | None
+    """Of the output of the feed-forward network."""
+    activation: float | None
+    """Of the residual stream after the block."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Root mean squares by layer."""
+
+    layers: list[LayerNorms]
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Lengths of gradients in a block: of its weights, each and together, and of the residual stream."""
+
+    layer: int
+    """As in `LayerNorms`."""
+    weights: dict[str, float | None]
+    total: float | None
+    activation: float | None
+    """Of the residual stream after the block, at all positions together."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the loss of a text, before clipping."""
+
+    loss: float | None
+    """Mean cross-entropy of its tokens but the first, in nats."""
+    total: float | None
+    """Length of the gradient of all weights."""
+    layers: list[LayerGradients]
+
+
+@torch.no_grad()
+def norms(loaded: inspection.LoadedModel, ids: list[int]) -> Norms:
+    """The root mean square of each weight, and of the activations of a text, by layer."""
+    lm = loaded.lm
+    inspection.check_length(loaded, ids)
+    with inspection.residual_streams(lm) as streams, _outputs(lm) as outputs:
+        lm(loaded.tensor(ids)[None])
+    weights = _by_layer(lm, {name: _rms(parameter) for name, parameter in lm.named_parameters()})
+    return Norms(
+        [
+            LayerNorms(
+                layer=layer,
+                weights=weights[layer],
+                attention=_rms(outputs["attn"][layer]) if layer >= 0 else None,
+                ffn=_rms(outputs["ffn"][layer]) if layer >= 0 else None,
+                activation=_rms(stream),
+            )
+            # streams[0] is the input of the first block
+            for layer, stream in enumerate(streams, start=-1)
+        ]
+    )
+
+
+def gradients(loaded: inspection.LoadedModel, ids: list[int]) -> Gradients:
+    """How the gradient of the loss of a text flows back through the layers."""
+    lm = loaded.lm
+    inspection.check_length(loaded, ids)
+    if len(ids) < 2:
+        raise ValueError(
+            "the text must have at least two tokens, got one; the loss is that of the next token"
+        )
+    tokens = loaded.tensor(ids)[None]
+    with torch.enable_grad(), _trainable(lm), inspection.residual_streams(lm) as streams:
+        loss = trainer.compute_loss(lm(tokens[:, :-1]), tokens[:, 1:])
+        parameters = dict(lm.named_parameters())
+        found = torch.autograd.grad(loss, [*parameters.values(), *streams])
+    squares = [float(gradient.double().square().sum()) for gradient in found]
+    of_weights = dict(zip(parameters, squares, strict=False))
+    weights = _by_layer(lm, of_weights)
+    return Gradients(
+        loss=loss.item(),
+        total=sum(of_weights.values()) ** 0.5,
+        layers=[
+            LayerGradients(
+                layer=layer,
+                weights={name: square**0.5 for name, square in weights[layer].items()},
+                total=sum(weights[layer].values()) ** 0.5,
+                activation=square**0.5,
+            )
+            for layer, square in enumerate(squares[len(parameters) :], start=-1)
+        ],
+    )
+
+
+def parameters_by_part(lm: models.TransformerLM) -> dict[str, int]:
+    """Number of weights by what they are for; a tied matrix counts once, as an embedding.
+
+    A model on the device `meta` has shapes and takes no memory.
+    """
+    parts = dict.fromkeys(("embeddings", "attention", "feed-forward", "norms", "output"), 0)
+    for name, parameter in lm.named_parameters():
+        parts[_part(name)] += parameter.numel()
+    return parts
+
+
+def _part(name: str) -> str:
+    if "embeddings" in name:
+        return "embeddings"
+    if name.startswith("lm_head"):
+        return "output"
+    return "attention" if ".attn." in name else "feed-forward" if ".ffn." in name else "norms"
+
+
+def _by_layer(lm: models.TransformerLM, values: Mapping[str, float]) -> dict[int, dict[str, float]]:
+    """Values of parameters by layer and name within it; those outside of the blocks are at -1."""
+    layers: dict[int, dict[str, float]] = {layer: {} for layer in range(-1, lm.config.n_layers)}
+    for name, value in values.items():
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            layers[int(layer)][rest] = value
+        else:
+            layers[-1][name] = value
+    return layers
+
+
+@contextlib.contextmanager
+def _outputs(lm: models.TransformerLM) -> Iterator[dict[str, list[Tensor]]]:
+    """What attention and feed-forward network return in each block, of a forward pass inside the block."""
+    found: dict[str, list[Tensor]] = {"attn": [], "ffn": []}
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs, output: found[name].append(output)
+
+    blocks: Any = lm.layers
+    handles = [
+        block.get_submodule(name).register_forward_hook(keep(name)) for block in blocks for name in found
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _trainable(lm: nn.Module) -> Iterator[None]:
+    """Record gradients of a model that is only looked at."""
+    lm.requires_grad_(True)
+    try:
+        yield
+    finally:
+        lm.requires_grad_(False)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

@@ -1,0 +1,45 @@
+"""Where a learner stands: the steps with their status, and the command to run next."""
+
+from dataclasses import dataclass
+
+from llm_basics.learn import lessons, progress
+
+PROGRAM = "uv run python -m llm_basics.learn"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step and what is known of it."""
+
+    name: str
+    title: str
+    status: str
+    """passed, failed, timed out or not started, as of the last check."""
+    is_current: bool
+    """False if the code was changed since."""
+    message: str
+    """What the last check printed; empty before the first."""
+
+
+def steps(known: progress.Progress) -> list[Step]:
+    """All steps in learning order; one without a piece in the file is not started."""
+    begun = known.begun()
+    found = []
+    for name in lessons.ORDER:
+        is_begun = name in begun
+        status = known.steps.get(name, "not started") if is_begun else "not started"
+        message = known.messages.get(name, "") if is_begun else ""
+        is_current = not is_begun or known.is_current(name)
+        found.append(Step(name, lessons.load(name).title, status, is_current, message))
+    return found
+
+
+def advice(known: progress.Progress) -> str:
+    """The command to run next."""
+    name = known.next_step()
+    if name is None:
+        return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"
+    if name in known.begun():
+        verb = "hint" if known.is_current(name) else "check"
+        return f"{PROGRAM} {verb} {name} --mine {known.file}"
+    return f"{PROGRAM} show {name}"
