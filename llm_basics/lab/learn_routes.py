@@ -7,6 +7,7 @@ from typing import Annotated
 import pydantic
 from fastapi import APIRouter, Depends
 
+from llm_basics.analysis import run_summary
 from llm_basics.lab import catalog, service
 from llm_basics.learn import lessons, overview, progress
 from llm_basics.runs import run_dir
@@ -75,11 +76,13 @@ def lesson(step: str, lab: Lab) -> Page:
 @router.get("/races")
 def races(lab: Lab) -> list[Race]:
     """The runs with pieces of a user's, newest first."""
-    rows = sorted(lab.runs.folders(), key=lambda id: lab.runs.summary(id)["updated"], reverse=True)
+    rows = sorted(lab.runs.folders(), key=lambda id: lab.runs.summary(id).updated, reverse=True)
     own = [id for id in rows if _has_own_pieces(lab.runs.folder(id))]
     if not own:
         return []
-    shared = {id: {k: v for k, v in lab.runs.options(id).items() if k not in OWN} for id in rows}
+    shared = {
+        id: {k: v for k, v in run_summary.options(lab.runs.folder(id)).items() if k not in OWN} for id in rows
+    }
     others = [id for id in rows if id not in own]
     return [
         Race(yours=id, reference=next((other for other in others if shared[other] == shared[id]), None))
