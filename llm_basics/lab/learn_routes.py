@@ -92,6 +92,6 @@ def races(lab: Lab) -> list[Race]:
 
 def _has_own_pieces(folder: Path) -> bool:
     try:
-        return bool(run_dir.read_origins(folder))
+        return bool(run_dir.read_recorded(folder).get(run_dir.ORIGINS))
     except (ValueError, OSError):
         return False

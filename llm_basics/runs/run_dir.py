@@ -214,12 +214,6 @@ def read_recorded(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return {name: value for name, value in _read_config(folder).items() if name in BESIDE_OPTIONS}
 
 
-def read_origins(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The file and its hash of each piece of a user's that the run in `folder` was started with."""
-    found = _read_config(folder).get(ORIGINS)
-    return found if isinstance(found, dict) else {}
-
-
 def read_held_out(folder: str | os.PathLike[str]) -> dict[str, str] | None:
     """What the losses of a run are measured on: hashes of its held-out `text` and `tokenizer`.
 
