@@ -1,4 +1,4 @@
-// The views and the address: #/runs, #/run/ID, #/play/ID, #/tokens/ID, #/inside/ID.
+// The views and the address: #/runs, #/run/ID, #/play/ID, #/tokens/ID, #/inside/ID, #/config, #/learn.
 
 import { get } from "./api.js";
 import { clear, explainTerms, h, learnTerms, message } from "./dom.js";
@@ -7,6 +7,8 @@ import { show as run } from "./run.js";
 import { show as play } from "./play.js";
 import { show as tokens } from "./tokens.js";
 import { show as inside } from "./inside.js";
+import { show as config } from "./config.js";
+import { show as learn } from "./learn.js";
 
 const VIEWS = {
   runs: ["Runs", runs],
@@ -14,7 +16,12 @@ const VIEWS = {
   play: ["Playground", play],
   tokens: ["Tokenizer", tokens],
   inside: ["Inside the model", inside],
+  config: ["Config", config],
+  learn: ["Learn", learn],
 };
+
+// views that are not about a run
+const ALONE = ["runs", "config", "learn"];
 
 let leave = () => {};
 let current = 0;
@@ -25,7 +32,7 @@ async function go() {
   if (/^[0-9a-f]{12}$/.test(id ?? "")) sessionStorage.setItem("run", id);
   const chosen = id || sessionStorage.getItem("run");
   clear(document.getElementById("nav"), Object.entries(VIEWS).map(([key, [text]]) =>
-    h("a", { href: key === "runs" ? "#/runs" : `#/${key}${chosen ? `/${chosen}` : ""}`,
+    h("a", { href: chosen && !ALONE.includes(key) ? `#/${key}/${chosen}` : `#/${key}`,
       "aria-current": key === view ? "page" : null }, text)));
   document.title = `${VIEWS[view][0]} · llm_basics lab`;
   leave();

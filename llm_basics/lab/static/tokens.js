@@ -9,7 +9,8 @@ export async function show(place, id) {
   const input = h("textarea", { rows: 3, spellcheck: "false", "aria-label": "text" });
   input.value = "To be, or not to be, that is the question.";
   const update = guarded(() => tokenize());
-  const chosen = await picker(place, id, "tokens", update);
+  const bar = place.appendChild(h("section", { class: "card" }));
+  const chosen = await picker(bar, id, "tokens", update);
   if (!chosen) return null;
   const counts = h("span", { class: "muted" });
   const pieces = h("div", { class: "pieces" });
