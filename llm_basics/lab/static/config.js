@@ -20,7 +20,7 @@ const FIXED = { "train.device": "cpu", "train.compile": "off" };
 
 export async function show(place) {
   const view = new Config(await get("/api/presets"));
-  place.append(h("div", { class: "heading" }, h("h1", {}, "What a config costs")), view.element);
+  place.append(h("div", { class: "heading" }, h("h1", {}, "What a config costs")), view.tiles, view.element);
   await view.set(view.preset.value);
   return () => (view.isOver = true);
 }
@@ -36,15 +36,15 @@ class Config {
       input.addEventListener("input", () => { this.values[name] = this.steps(name, list)[Number(input.value)]; this.update(); });
       return { name, list, input, shown, element: h("label", { class: "field" }, h("span", {}, term(label, name), shown), input) };
     });
-    this.tiles = h("div", { class: "tiles" });
+    this.tiles = h("div", { class: "tiles sticky" });
     this.parts = h("div", {});
     this.memory = h("div", {});
     this.state = h("span", { class: "muted", role: "status" });
     this.command = h("code", {});
     const copy = guarded(async () => { await navigator.clipboard.writeText(this.command.textContent); message("Copied."); });
-    this.element = h("div", { class: "split" },
+    this.element = h("div", { class: "split costs" },
       h("section", { class: "card controls" }, field("Begin with", this.preset), this.rows.map((each) => each.element), field(term("dtype", "train.dtype"), this.dtype)),
-      h("div", { class: "view" }, this.tiles,
+      h("div", { class: "view" },
         h("section", { class: "card" }, h("div", { class: "bar" }, h("h2", {}, "Parameters"), h("span", { class: "muted" }, "what the weights are for")), this.parts),
         h("section", { class: "card" }, h("div", { class: "bar" }, h("h2", {}, "Memory of a training step"), this.state), this.memory),
         h("section", { class: "card" }, h("div", { class: "bar" }, h("h2", {}, "Train it"), h("span", { class: "space" }), h("button", { type: "button", onclick: copy }, "Copy")),

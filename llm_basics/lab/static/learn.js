@@ -12,7 +12,7 @@ const MARKS = { passed: "✓", failed: "!", "timed out": "!", "not started": "" 
 export async function show(place) {
   const view = new Learn();
   place.append(h("div", { class: "heading" }, h("h1", {}, "Learn"), h("span", { class: "space" }), view.count), view.bar, view.next,
-    h("div", { class: "course" }, h("nav", { class: "steps card", "aria-label": "steps" }, view.list), view.lesson), view.race);
+    h("div", { class: "course" }, h("section", { class: "steps card", "aria-label": "steps" }, view.list), view.lesson), view.race);
   await view.poll();
   await view.drawRace();
   const timer = setInterval(() => { if (!document.hidden) view.poll(); }, POLL_MILLISECONDS);
@@ -76,6 +76,7 @@ class Learn {
     const learn = "uv run python -m llm_basics.learn";
     const message = step.message ? h("pre", { class: "check" }, step.message.split("\n").map((line) =>
       h("span", { class: /^\s*mistake: /.test(line) ? "mistake" : "" }, `${line}\n`))) : null;
+    this.lesson.classList.toggle("beside", stateOf(step) !== "");
     clear(this.lesson,
       h("section", { class: "card lesson" }, h("p", { class: "muted" }, lesson.pieces.join(" · ")), h("h2", {}, lesson.title), h("p", {}, lesson.idea),
         h("h3", {}, "Formula"), h("pre", {}, lesson.formula), h("h3", {}, "Shapes"), h("pre", {}, lesson.shapes),

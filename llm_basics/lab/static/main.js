@@ -34,6 +34,8 @@ async function go() {
   clear(document.getElementById("nav"), Object.entries(VIEWS).map(([key, [text]]) =>
     h("a", { href: chosen && !ALONE.includes(key) ? `#/${key}/${chosen}` : `#/${key}`,
       "aria-current": key === view ? "page" : null }, text)));
+  // on a phone not all of them fit
+  document.querySelector("#nav [aria-current]").scrollIntoView({ inline: "center", block: "nearest" });
   document.title = `${VIEWS[view][0]} · llm_basics lab`;
   leave();
   leave = () => {};

@@ -22,7 +22,7 @@ class Playground {
   constructor() {
     Object.assign(this, { mode: "text", lanes: [], texts: { text: null, chat: null } });
     this.modes = h("div", {});
-    this.compare = h("button", { type: "button", "aria-pressed": "false", onclick: guarded(() => this.toggle()) }, "Compare two");
+    this.compare = h("button", { type: "button", "aria-pressed": "false", disabled: true, onclick: guarded(() => this.toggle()) }, "Compare two");
     this.inputs = Object.fromEntries(SETTINGS.map(([name, value, limits]) => [name, input(value, limits)]));
     this.prompt = h("textarea", { rows: 3, spellcheck: "false", maxlength: "100000" });
     this.label = h("span", {}, "Prompt");
@@ -54,7 +54,7 @@ class Playground {
     clear(this.modes, segmented("kind", [["text", "Text"], ["chat", "Chat"]], isChat ? "chat" : "text", (mode) => this.set(mode)));
     this.modes.hidden = !isChat;
     this.set(isChat ? "chat" : "text");
-    this.go.disabled = !this.lanes[0].chosen;
+    this.go.disabled = this.compare.disabled = !this.lanes[0].chosen;
   }
 
   async add(id) {
