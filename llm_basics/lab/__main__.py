@@ -15,6 +15,7 @@ import secrets
 import socket
 import sys
 import threading
+import types
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,13 @@ def main(options: LabConfig) -> int:
         )
         if options.browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+                """Live streams have no end of their own, and would be cut off with a traceback."""
+                lab.is_closing.set()
+                super().handle_exit(sig, frame)
+
         # no access log: an address holds the token
         settings = uvicorn.Config(
             guarded,
@@ -104,7 +112,7 @@ def main(options: LabConfig) -> int:
             timeout_graceful_shutdown=1,
             lifespan="off",
         )
-        uvicorn.Server(settings).run(sockets=[listener])
+        Server(settings).run(sockets=[listener])
     return 0
 
 

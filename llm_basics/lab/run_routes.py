@@ -135,7 +135,7 @@ async def stream(
 ) -> AsyncIterator[ServerSentEvent]:
     """Live events of these runs, deltas only; without `run`, changes of the list of runs."""
     follower = await run_in_threadpool(live.Follower, lab.jobs, run, last_event_id or position)
-    while True:
+    while not lab.is_closing.is_set():
         for event in await run_in_threadpool(lambda: list(follower.poll())):
             yield ServerSentEvent(raw_data=json.dumps(event.data), event=event.name, id=event.position)
         await asyncio.sleep(POLL_SECONDS)

@@ -1,5 +1,7 @@
 """What the routes share: runs, jobs, models and the queue."""
 
+import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ class Lab:
     worker: worker.Worker
     mine: str | None = None
     """File of a learner's pieces."""
+    is_closing: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """The server is about to end, and so must live streams."""
 
     def with_model(self, run: str, checkpoint: str, compute: Callable[[inspection.LoadedModel], T]) -> T:
         """The result of `compute` on a model, called in the queue."""
