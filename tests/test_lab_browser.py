@@ -1,0 +1,276 @@
+"""The lab in a real browser. Alone: uv run --extra lab pytest tests/test_lab_browser.py
+
+Without chromium these tests are skipped. No page may have an error on its console or load from elsewhere.
+"""
+
+import re
+
+import lab_server
+import pytest
+
+pytest.importorskip("playwright", reason="needs playwright (uv sync)")
+pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
+
+from playwright import sync_api
+
+from llm_basics.lab import catalog
+from llm_basics.runs import run_dir
+
+pytest_plugins = ["lab_fixtures"]
+
+expect = sync_api.expect
+
+PHONE = {"width": 360, "height": 740}
+VIEWS = lab_server.VIEWS
+
+# a run that is started from the page: small steps, many of them
+OPTIONS = """tokenizer=bytes
+fast=off
+model.d_model=16
+model.n_layers=1
+model.n_heads=2
+model.context_length=32
+train.batch_size=2
+train.steps=100000
+train.eval_batches=1
+train.sample_tokens=4
+train.log_every=20"""
+
+
+def tile(page, name):
+    """A number at the head of a run."""
+    return page.locator(".tile", has_text=name).locator("b").first
+
+
+def row(page, name):
+    return page.locator(".row", has=page.get_by_role("link", name=name, exact=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_run_is_started_watched_steered_paused_resumed_and_stopped(open_page, server):
+    page = open_page()
+    page.get_by_role("button", name="New run").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("combobox", name="Text").select_option("corpus.txt")
+    dialog.get_by_label("Name", exact=True).fill("live")
+    dialog.get_by_label("Options").fill(OPTIONS)
+    dialog.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/#/run/*")
+    expect(page.locator(".chip")).to_have_text("training")
+    expect(page.get_by_role("heading", name="live")).to_be_visible()
+
+    def step():
+        return int(re.sub(r"\D", "", tile(page, "step").inner_text().partition("/")[0]) or 0)
+
+    lab_server.wait_until(lambda: step() >= 20)
+    before, curve, n_requests = step(), lab_server.picture(page, ".chart canvas"), len(page.watch.paths)
+    lab_server.wait_until(lambda: step() > before and lab_server.picture(page, ".chart canvas") != curve)
+    # what is new arrives on the stream: nothing is read again
+    assert not [path for path in page.watch.paths[n_requests:] if "/metrics" in path]
+
+    steer = page.locator(".steer")
+    steer.get_by_label("learning rate").fill("0.00125")
+    steer.get_by_role("button", name="Apply").click()
+    expect(steer.locator("li")).to_contain_text(["accepted"])
+    expect(page.locator(".events")).to_contain_text("0.00125")
+    steer.get_by_role("button", name="Save now").click()
+    expect(page.locator(".card", has_text="Checkpoints").locator("li")).to_have_count(1)
+    steered = [event for event in run_dir.read_events(server.runs / "live") if event["event"] == "steered"]
+    assert [event["changed"] for event in steered] == [{"train.lr": [0.015, 0.00125]}, {}]
+
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator(".chip")).to_have_text("paused")
+    paused = step()
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator(".chip")).to_have_text("training")
+    lab_server.wait_until(lambda: step() > paused)
+    expect(page.locator(".events")).to_contain_text("resumed")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".chip")).to_have_text("stopped")
+    assert step() > paused
+    assert not (server.runs / "live" / "lock").exists()
+
+
+def test_runs_are_searched_overlaid_and_deleted(open_page, trained):
+    other = lab_server.copy_run(trained, "to delete", lr=1e-2)
+    page = open_page()
+    row(page, "to delete").wait_for()
+    n_runs = page.locator(".row .name").count()
+    page.get_by_label("Search runs").fill("WIDE fin")
+    expect(page.locator(".row .name a")).to_have_text(["wide"])
+    page.get_by_label("Search runs").fill("")
+    expect(page.locator(".row .name")).to_have_count(n_runs)
+
+    row(page, "shakespeare").get_by_role("checkbox").check()
+    empty = lab_server.wait_until(lambda: lab_server.picture(page, ".overlay canvas"))
+    row(page, "wide").get_by_role("checkbox").check()
+    expect(page.locator(".overlay .legend > span")).to_have_text(["shakespeare", "wide"])
+    expect(page.locator(".differences tbody tr")).to_have_count(1)
+    expect(page.locator(".differences tbody tr")).to_contain_text(re.compile(r"train\.lr.*0\.01.*0\.003"))
+    linear = lab_server.picture(page, ".overlay canvas")
+    page.locator(".overlay").get_by_role("button", name="log", exact=True).click()
+    lab_server.wait_until(lambda: lab_server.picture(page, ".overlay canvas") not in (linear, empty))
+
+    answers = ["dismiss", "accept"]
+    page.on("dialog", lambda dialog: getattr(dialog, answers.pop(0))())
+    page.get_by_role("button", name="Delete to delete").click()
+    lab_server.wait_until(lambda: len(answers) == 1)
+    assert other.is_dir()
+    page.get_by_role("button", name="Delete to delete").click()
+    expect(row(page, "to delete")).to_have_count(0)
+    assert not other.exists() and trained.is_dir()
+
+
+def test_hostile_runs_do_not_break_the_page(open_page, trained):
+    lab_server.make_hostile(trained)
+    page = open_page()
+    page.on("dialog", lambda dialog: page.watch.faults.append(dialog.message))
+    for name in lab_server.HOSTILE_NAMES:
+        folder = trained.parent / name
+        lab_server.go(page, "#/runs")
+        link = page.locator(f".row a[href='#/run/{catalog.id_of(folder)}']")
+        expect(link).to_have_text(name, use_inner_text=False)
+        for view in VIEWS[1:]:
+            lab_server.go(page, f"#/{view}/{catalog.id_of(folder)}")
+        lab_server.go(page, f"#/run/{catalog.id_of(folder)}")
+        expect(tile(page, "training loss")).to_have_text("3.25")
+        expect(page.locator(".events li")).to_contain_text("<img src=x onerror=alert(1)>")
+    assert page.locator("img, main script").count() == 0
+    # a torn line is completed
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('in_loss": 2.125}\n')
+    expect(tile(page, "training loss")).to_have_text("2.125")
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
+    page = open_page(f"#/play/{id}")
+    page.get_by_role("textbox", name="prompt").fill("A king ")
+    page.get_by_label("tokens", exact=True).fill("12")
+    page.get_by_role("button", name="Generate").click()
+    tokens = page.locator(".tokens .token")
+    expect(tokens).to_have_count(12)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible()
+    before = tokens.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    colors = tokens.evaluate_all("all => all.map(each => getComputedStyle(each).backgroundColor)")
+    assert len(set(colors)) > 3 and page.locator(".given").inner_text() == "A king "
+    # the fourth token, by keyboard; its second alternative
+    tokens.nth(3).focus()
+    page.keyboard.press("Enter")
+    other = page.locator(".popover button:not(.chosen)").first
+    expect(other).to_be_visible()
+    chosen = other.locator("span").first.inner_text()
+    other.click()
+    expect(page.locator(".popover")).to_be_hidden()
+    lab_server.wait_until(lambda: tokens.count() > 4)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible()
+    after = tokens.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    assert after[:3] == before[:3] and after[3].startswith(f"{chosen},") and after[3] != before[3]
+    assert len(after) > 4
+
+
+def test_attention_follows_the_slider_of_checkpoints(open_page, id):
+    page = open_page(f"#/inside/{id}")
+    slider = page.get_by_role("slider", name="checkpoint")
+    expect(page.locator(".picker")).to_contain_text("step 24")
+    expect(page.locator(".heads canvas")).to_have_count(2)
+    last, lens = lab_server.picture(page, ".heads canvas"), page.locator(".lens").inner_text()
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(page.locator(".picker")).to_contain_text("step 8")
+    first = lab_server.wait_until(lambda: (now := lab_server.picture(page, ".heads canvas")) != last and now)
+    lab_server.wait_until(lambda: page.locator(".lens").inner_text() != lens)
+    page.get_by_role("button", name="layer 1").click()
+    lab_server.wait_until(lambda: lab_server.picture(page, ".heads canvas") not in (first, last))
+    # each earlier token is colored by its weight, later ones are not
+    page.locator(".attended .token").nth(2).hover()
+    titles = page.locator(".attended .token").evaluate_all("all => all.map(each => each.title)")
+    assert [title.startswith("weight") for title in titles[:4]] == [True, True, True, False]
+
+
+def test_merges_are_replayed(open_page, id):
+    page = open_page(f"#/tokens/{id}")
+    page.get_by_role("textbox", name="text").fill("ong ong")
+    expect(page.locator(".piece")).to_have_count(2)
+    slider = page.get_by_role("slider", name="merge", exact=True)
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(page.locator(".replay .word").first.locator("span")).to_have_text(["o", "n", "g"])
+    page.get_by_role("button", name="Replay").click()
+    expect(page.locator(".replay .word").first.locator("span")).to_have_text(["ong"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Everywhere
+
+
+def test_dark_and_light(open_page, id):
+    page = open_page(color_scheme="dark")
+    light, dark = "rgb(250, 248, 244)", "rgb(23, 21, 19)"
+    expect(page.locator("body")).to_have_css("background-color", dark)
+    page.get_by_role("button", name="Theme").click()
+    expect(page.locator("body")).to_have_css("background-color", light)
+    page.reload()
+    expect(page.locator("body")).to_have_css("background-color", light)
+    lab_server.go(page, f"#/run/{id}")
+    curve = lab_server.wait_until(lambda: lab_server.picture(page, ".chart canvas"))
+    page.get_by_role("button", name="Theme").click()
+    expect(page.locator("body")).to_have_css("background-color", dark)
+    lab_server.wait_until(lambda: lab_server.picture(page, ".chart canvas") != curve)
+
+
+# the elements that stick out of the window, in words
+OVERFLOWING = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
+  [...document.querySelectorAll("body *")].filter(each => each.getBoundingClientRect().right > innerWidth + 1)
+    .map(each => `${each.tagName}.${each.className} ${Math.round(each.getBoundingClientRect().right)}`)"""
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_phone_scrolls_down_only(open_page, id, view):
+    page = open_page(f"#/{view}/{id}", viewport=PHONE, has_touch=True, is_mobile=True)
+    assert page.evaluate("innerWidth") == PHONE["width"]
+    assert page.evaluate(OVERFLOWING) == []
+
+
+# the number of controls, which of them has the focus (-1: none), and whether that is visible
+FOCUSED = """() => {
+  const kinds = "a[href], button, input, select, textarea, summary, [tabindex='0']";
+  const all = [...document.querySelectorAll(kinds)].filter(each => each.checkVisibility() && !each.disabled);
+  const focused = document.activeElement;
+  const { outlineStyle, outlineWidth } = getComputedStyle(focused);
+  const isSeen = outlineStyle !== "none" && parseFloat(outlineWidth) > 0;
+  return [all.length, all.indexOf(focused), isSeen, focused.outerHTML.slice(0, 200)];
+}"""
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_control_is_reached_by_tab_with_visible_focus(open_page, id, view):
+    page = open_page(f"#/{view}/{id}")
+    reached = set()
+    for _ in range(page.evaluate(FOCUSED)[0] + 3):
+        page.keyboard.press("Tab")
+        n_controls, control, is_seen, text = page.evaluate(FOCUSED)
+        assert is_seen or control < 0, text
+        reached.add(control)
+    assert n_controls > 6 and reached >= set(range(n_controls))
+
+
+def test_terms_are_explained_on_hover_and_focus(open_page, id):
+    page = open_page(f"#/run/{id}")
+    box = page.locator("#line")
+    page.get_by_role("heading", name="gradient norm").locator(".term").hover()
+    expect(box).to_contain_text("gradient")
+    gradient = box.inner_text()
+    page.get_by_role("heading", name="learning rate").locator(".term").focus()
+    expect(box).not_to_have_text(gradient)
+    expect(box).to_be_visible()
+    page.keyboard.press("Tab")
+    n_terms = page.locator(".term").count()
+    lines = page.locator(".term").evaluate_all("all => all.map(each => each.dataset.line)")
+    assert n_terms > 8 and all(10 < len(line) < 400 and "\n" not in line for line in lines)

@@ -1,0 +1,60 @@
+"""Pictures of the lab for its documentation, skipped by default:
+
+LAB_SCREENSHOTS=docs/lab LAB_RUNS=runs uv run --extra lab pytest tests/test_lab_screenshots.py
+
+LAB_RUNS is a folder of runs; the newest one with a checkpoint is shown. Without it: a run of these tests.
+"""
+
+import os
+from pathlib import Path
+
+import lab_server
+import pytest
+
+pytest.importorskip("playwright", reason="needs playwright (uv sync)")
+pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
+
+from playwright import sync_api
+
+from llm_basics.lab import catalog
+from llm_basics.runs import run_dir
+
+pytest_plugins = ["lab_fixtures"]
+
+FOLDER, RUNS = os.environ.get("LAB_SCREENSHOTS"), os.environ.get("LAB_RUNS")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="writes pictures, to the folder LAB_SCREENSHOTS")
+
+MAX_BYTES = 150_000
+SIZES = {"desktop": {"width": 1280, "height": 960}, "phone": {"width": 390, "height": 844}}
+SHOWN = [(view, "desktop") for view in lab_server.VIEWS] + [
+    (view, "phone") for view in ("runs", "run", "play")
+]
+
+
+@pytest.fixture(scope="module")
+def shown(trained):
+    """A server over the runs to show, and the id of the newest one."""
+    runs = Path(RUNS).resolve() if RUNS else trained.parent
+    folders = [path.parent for path in runs.glob("*/checkpoints") if run_dir.checkpoints(path.parent)]
+    newest = max(folders, key=lambda folder: (folder / run_dir.METRICS).stat().st_mtime)
+    server = lab_server.Server(runs)
+    yield server, catalog.id_of(newest)
+    server.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("view", "size"), SHOWN)
+def test_screenshot(open_page, shown, view, size, scheme):
+    server, id = shown
+    page = open_page(f"#/{view}/{id}", server=server, viewport=SIZES[size], color_scheme=scheme)
+    if view == "play":
+        tokens = page.locator(".tokens .token")
+        page.get_by_role("button", name="Generate").click()
+        sync_api.expect(page.get_by_role("button", name="Generate")).to_be_visible()
+        tokens.nth(40).hover()
+        sync_api.expect(page.locator(".popover")).to_be_visible()
+    page.wait_for_timeout(500)
+    path = Path(FOLDER) / f"{view}{'-phone' * (size == 'phone')}{'-dark' * (scheme == 'dark')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=path)
+    assert path.stat().st_size < MAX_BYTES
