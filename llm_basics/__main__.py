@@ -1,11 +1,10 @@
 """The table of commands: `llm-basics COMMAND` runs `python -m llm_basics.COMMAND`."""
 
 import ast
+import difflib
 import runpy
 import sys
 from pathlib import Path
-
-from llm_basics.cli import output
 
 COMMANDS = (
     *("train", "sft", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare", "tokenizer"),
@@ -25,12 +24,19 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         rows = "\n".join(f"  {name:14}{summary(name)}" for name in COMMANDS)
-        output.show(
-            f"usage: llm-basics COMMAND [OPTIONS]\n\n{rows}\n\nllm-basics COMMAND --help lists its options"
-        )
+        text = f"usage: llm-basics COMMAND [OPTIONS]\n\n{rows}\n\nllm-basics COMMAND --help lists its options"
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            from llm_basics.cli import parse  # slow
+
+            with parse.exit_on_error():
+                raise error
         return
     if command not in COMMANDS:
-        print(f"error: {output.unknown_name('command', command, COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "llm-basics --help lists all commands"
+        print(f"error: unknown command {command}; {advice}", file=sys.stderr)
         sys.exit(2)
     sys.argv[1:] = arguments
     runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)

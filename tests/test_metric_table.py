@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from llm_basics.analysis import metric_table
-from llm_basics.runs import run_dir, tail
+from llm_basics.runs import metric_table, run_dir, tail
 
 
 def write_metrics(folder, entries):

@@ -19,7 +19,7 @@ class LayerNorms:
 
     layer: int
     """-1 for what is outside of the blocks, where the activation is the input of the first block."""
-    weights: dict[str, float | None]
+    weights: Mapping[str, float | None]
     attention: float | None
     """Of the output of attention; None outside of the blocks."""
     ffn: float | None
@@ -41,7 +41,7 @@ class LayerGradients:
 
     layer: int
     """As in `LayerNorms`."""
-    weights: dict[str, float | None]
+    weights: Mapping[str, float | None]
     total: float | None
     activation: float | None
     """Of the residual stream after the block, at all positions together."""

@@ -3,10 +3,11 @@
 import functools
 import inspect
 
-from llm_basics.analysis import inspection, metric_table, norms, run_summary
+from llm_basics.analysis import inspection, norms, run_summary
 from llm_basics.cli import commands, overrides
 from llm_basics.core import config, evaluate, optim
 from llm_basics.core import functional as F
+from llm_basics.runs import metric_table
 
 # terms that are the name of a function or of a class; its first sentence explains it
 NAMED = {

@@ -6,6 +6,7 @@ An option's value comes from the command line, else from the YAML file of `--con
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import itertools
@@ -19,7 +20,6 @@ from typing import Any, TypeGuard, TypeVar
 
 import tyro
 
-from llm_basics.cli import output
 from llm_basics.core import config, files, presets
 from llm_basics.runs import run_dir, steering
 
@@ -158,7 +158,7 @@ def parse_command(commands: Any, arguments: Sequence[str], prog: str, descriptio
         for each in typing.get_args(commands)
     ]
     if arguments and arguments[0] not in (*names, "-h", "--help"):
-        raise ValueError(output.unknown_name("command", arguments[0], names))
+        raise ValueError(unknown_name("command", arguments[0], names))
     return _parse(commands, arguments, prog, description)
 
 
@@ -263,6 +263,18 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")
     return None
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+    """The error message for an unknown name, with the closest known one, or all of them.
+
+    >>> unknown_name("step", "softmx", ["linear", "softmax"])
+    'unknown step softmx; did you mean softmax?'
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name}; " + (
+        f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(known)}"
+    )
 
 
 def _flags(cls: Any, prefix: str = "--") -> list[str]:

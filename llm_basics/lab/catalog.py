@@ -10,9 +10,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from llm_basics.analysis import metric_table, run_summary
+from llm_basics.analysis import run_summary
 from llm_basics.core import files
-from llm_basics.runs import checkpoint, locks, run_dir, tail
+from llm_basics.runs import checkpoint, locks, metric_table, run_dir, tail
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED = {"newest", "auto"}

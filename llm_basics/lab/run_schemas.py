@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from llm_basics.analysis import metric_table, run_summary
+from llm_basics.analysis import run_summary
 from llm_basics.cli import overrides
+from llm_basics.runs import metric_table
 
 ID_PATTERN = r"^[0-9a-f]{12}$"
 RunId = Annotated[str, Field(pattern=ID_PATTERN)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llm_basics import swap, user_code
-from llm_basics.cli import output
+from llm_basics.cli import parse
 from llm_basics.learn import judge, lessons, messages, sandbox, sockets
 
 # for executing a file, before any piece in it is called
@@ -157,7 +157,7 @@ def _backward_errors(name: str, path: str | Path) -> Iterator[str]:
 def print_mistakes(only: str | None = None) -> int:
     """Plug in every known mistake, and print how many are caught and named."""
     if only is not None and only not in judge.STEPS:
-        raise ValueError(output.unknown_name("step", only, judge.STEPS))
+        raise ValueError(parse.unknown_name("step", only, judge.STEPS))
     totals = [0, 0, 0]
     print("| step | mistakes | caught | named |\n|---|---|---|---|")
     for name in [only] if only else judge.STEPS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llm_basics.cli import output
+from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
@@ -59,7 +59,7 @@ class Lesson:
 def load(name: str) -> Lesson:
     """The lesson of a step. Raises ValueError for an unknown name."""
     if name not in ORDER:
-        raise ValueError(output.unknown_name("step", name, ORDER))
+        raise ValueError(parse.unknown_name("step", name, ORDER))
     fields: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     question = Question(**fields.pop("predict"))
     texts = {key: value.strip() for key, value in fields.items() if isinstance(value, str)}
