@@ -86,8 +86,13 @@ def test_memory_is_the_estimate_of_training(client):
     kinds = ("parameters", "gradients", "optimizer", "activations")
     assert {kind: found[kind] for kind in kinds} == vars(expected)
     assert found["total"] == expected.total and (found["free"] is None or found["free"] > 0)
-    refused = client.post("/api/memory", json={"options": {"model.n_heads": 3, "model.d_model": 64}})
-    assert refused.status_code == 422 and "divisible" in refused.json()["detail"]
+    for wrong, reason in (
+        ({"model.n_heads": 3, "model.d_model": 64}, "divisible"),
+        ({"model.n_layers": 10**6}, "at most 64 layers"),
+        ({"train.batch_size": 10**9}, "tokens in a batch"),
+    ):
+        refused = client.post("/api/memory", json={"options": wrong})
+        assert refused.status_code == 422 and reason in refused.json()["detail"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +112,8 @@ def test_a_kept_id_is_in_the_vocabulary_and_leaves_room(client, run):
     response = client.post("/api/generate", json={"run": id, "prompt": "a", "kept_ids": [99999]})
     assert "vocabulary" in response.text
     body = {"run": id, "messages": [{"role": "user", "content": "x" * 30}]}
-    assert len(tokens(client, kept_ids=[97] * 20, max_new_tokens=50, **body)) <= 64 - 33 - 20
+    assert len(tokens(client, kept_ids=[97] * 20, max_new_tokens=50, temperature=0, **body)) <= 64 - 33 - 20
+    assert tokens(client, kept_ids=[97] * 60, **body) == []
 
 
 # --------------------------------------------------------------------------------------------------

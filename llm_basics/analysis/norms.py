@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_basics.analysis import inspection
+from llm_basics.core import config, trainer
 from llm_basics.core import model as models
-from llm_basics.core import trainer
 
 
 @dataclass(frozen=True)
@@ -112,23 +112,25 @@ def gradients(loaded: inspection.LoadedModel, ids: list[int]) -> Gradients:
     )
 
 
-def parameters_by_part(lm: models.TransformerLM) -> dict[str, int]:
-    """Number of weights by what they are for; a tied matrix counts once, as an embedding.
+def parameters_by_part(shape: config.ModelConfig) -> dict[str, int]:
+    """Number of weights by what they are for, computed without a model; a tied matrix is an embedding.
 
-    A model on the device `meta` has shapes and takes no memory.
+    >>> parameters_by_part(config.ModelConfig(vocab_size=100, d_model=8, n_layers=1, n_heads=2, d_ff=16))
+    {'embeddings': 800, 'attention': 256, 'feed-forward': 384, 'norms': 24, 'output': 800}
     """
-    parts = dict.fromkeys(("embeddings", "attention", "feed-forward", "norms", "output"), 0)
-    for name, parameter in lm.named_parameters():
-        parts[_part(name)] += parameter.numel()
-    return parts
-
-
-def _part(name: str) -> str:
-    if "embeddings" in name:
-        return "embeddings"
-    if name.startswith("lm_head"):
-        return "output"
-    return "attention" if ".attn." in name else "feed-forward" if ".ffn." in name else "norms"
+    d_model, matrix = shape.d_model, shape.d_model * shape.padded_vocab_size
+    norm = {"rms": 1, "layer": 1 + shape.bias, "none": 0}[shape.norm] * d_model
+    attention = 2 * (d_model + shape.bias) * (d_model + shape.d_kv) + 2 * shape.d_head * shape.qk_norm
+    ffn = (3 if shape.ffn == "swiglu" else 2) * d_model * shape.d_hidden + (
+        shape.d_hidden + d_model
+    ) * shape.bias
+    return {
+        "embeddings": matrix + d_model * shape.context_length * (shape.position == "learned"),
+        "attention": shape.n_layers * attention,
+        "feed-forward": shape.n_layers * ffn,
+        "norms": (2 * shape.n_layers + 1) * norm,
+        "output": 0 if shape.tie_embeddings else matrix,
+    }
 
 
 def _by_layer(lm: models.TransformerLM, values: Mapping[str, float]) -> dict[int, dict[str, float]]:

@@ -36,8 +36,8 @@ class LabConfig:
     """Folder of run directories."""
     data: tuple[str, ...] = ()
     """Training texts that a run can be started on, besides stdlib; as --data of train."""
-    mine: str | None = None
-    """Python file with your pieces, whose progress the page Learn shows."""
+    mine: str = "mine.py"
+    """Python file with your pieces, whose progress the page shows."""
     device: str = "cpu"
     """Device of the models that are looked at: cuda, mps or cpu. A training run may need the GPU."""
     threads: int = 1

@@ -99,7 +99,7 @@ def _sample(
     kept = loaded.check(request.kept_ids)
     most = request.max_new_tokens
     if is_chat:
-        most = min(most, lm.config.context_length - len(ids) - len(kept))
+        most = max(0, min(most, lm.config.context_length - len(ids) - len(kept)))
     stream = detokenizer.Detokenizer(tokenizer, request.stop)
     for id in kept:
         stream.read(id)

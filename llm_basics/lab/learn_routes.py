@@ -21,9 +21,9 @@ Lab = Annotated[service.Lab, Depends(service.of)]
 
 
 class Course(pydantic.BaseModel):
-    """Where the learner stands; `mine` is null without `--mine`."""
+    """Where the learner stands with the file of `--mine`."""
 
-    mine: str | None
+    mine: str
     steps: list[overview.Step]
     next: str
     """The command to run next."""
@@ -51,15 +51,10 @@ class Race(pydantic.BaseModel):
     reference: str | None
 
 
-def _known(lab: service.Lab) -> progress.Progress:
-    # without a file nothing is begun
-    return progress.Progress(lab.mine or "mine.py")
-
-
 @router.get("")
 def course(lab: Lab) -> Course:
     """The steps with their status and the last message of the check."""
-    known = _known(lab)
+    known = progress.Progress(lab.mine)
     return Course(mine=lab.mine, steps=overview.steps(known), next=overview.advice(known))
 
 
@@ -69,7 +64,7 @@ def lesson(step: str, lab: Lab) -> Page:
     if step not in lessons.ORDER:
         raise catalog.Missing("there is no such step")
     found = dataclasses.asdict(lessons.load(step))
-    hints = found["hints"][: _known(lab).hints.get(step, 0)]
+    hints = found["hints"][: progress.Progress(lab.mine).hints.get(step, 0)]
     return Page(**{name: found[name] for name in Page.model_fields} | {"hints": hints})
 
 

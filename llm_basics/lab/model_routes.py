@@ -17,6 +17,9 @@ from llm_basics.training import memory as memory_estimate
 
 T = TypeVar("T")
 
+# most of a model whose memory is estimated, which takes a minute for that many layers
+MAX_LAYERS, MAX_PARAMETERS, MAX_TOKENS = 64, 10**12, 10**9
+
 router = APIRouter(prefix="/api", tags=["models"])
 
 Lab = Annotated[service.Lab, Depends(service.of)]
@@ -105,6 +108,12 @@ def neighbors(request: model_schemas.NeighborsRequest, lab: Lab) -> inspection.N
 def memory(request: run_schemas.Start, lab: Lab) -> model_schemas.Memory:
     """Memory of a training step of what `POST /api/runs` would train; takes seconds for a large model."""
     options = overrides.resolve(request.preset, request.options)
+    model, n_tokens = options.model, options.train.batch_size * options.model.context_length
+    if model.n_layers > MAX_LAYERS or model.n_parameters > MAX_PARAMETERS or n_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"an estimate is made for at most {MAX_LAYERS} layers, {MAX_PARAMETERS:,} parameters and "
+            f"{MAX_TOKENS:,} tokens in a batch, got {model.n_layers}, {model.n_parameters:,} and {n_tokens:,}"
+        )
 
     def compute() -> model_schemas.Memory:
         found = memory_estimate.estimate(options, trainer.make_optimizer, trainer.batch_loss)

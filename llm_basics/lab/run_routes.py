@@ -11,7 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from llm_basics.analysis import norms, run_summary, terms
 from llm_basics.cli import nested, overrides
-from llm_basics.core import config, model, presets
+from llm_basics.core import config, presets
 from llm_basics.lab import live, run_schemas, service
 from llm_basics.learn import log_checks
 from llm_basics.runs import checkpoint, follow, run_dir, tail
@@ -227,7 +227,7 @@ def estimate(request: run_schemas.Start) -> run_schemas.Estimate:
     tokens = train.steps * train.batch_size * train.grad_accumulation_steps * shape.context_length
     return run_schemas.Estimate(
         parameters=shape.n_parameters,
-        parts=norms.parameters_by_part(model.TransformerLM(shape, "meta")),
+        parts=norms.parameters_by_part(shape),
         flops_per_token=shape.flops_per_token,
         tokens=tokens,
         flops=float(tokens) * shape.flops_per_token,

@@ -24,7 +24,7 @@ class Lab:
     jobs: jobs.Jobs
     models: models.Models
     worker: worker.Worker
-    mine: str | None = None
+    mine: str = "mine.py"
     """File of a learner's pieces."""
     is_closing: threading.Event = dataclasses.field(default_factory=threading.Event)
     """The server is about to end, and so must live streams."""
@@ -36,7 +36,7 @@ class Lab:
         return self.worker.call(lambda: compute(self.models.load(run, checkpoint)))
 
 
-def make(root: Path, data: Sequence[str] = (), device: str = "cpu", mine: str | None = None) -> Lab:
+def make(root: Path, data: Sequence[str] = (), device: str = "cpu", mine: str = "mine.py") -> Lab:
     """The state of a server over the runs in `root`."""
     runs = catalog.Catalog(root)
     return Lab(runs, jobs.Jobs(runs, data), models.Models(runs, device), worker.Worker(), mine)

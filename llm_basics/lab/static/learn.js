@@ -44,11 +44,9 @@ class Learn {
     this.course = course;
     const { steps, mine } = course;
     const passed = steps.filter((each) => each.status === "passed").length;
-    this.count.textContent = mine ? `${passed} of ${steps.length} steps passed · ${mine}` : `${steps.length} steps`;
+    this.count.textContent = `${passed} of ${steps.length} steps passed · ${mine}`;
     Object.assign(this.bar, { max: steps.length, value: passed });
-    this.bar.hidden = !mine;
-    clear(this.next, mine ? "Next: " : "Write one piece at a time, have it checked, and train the real model with it. To see your state here, start the lab with ",
-      h("code", {}, mine ? course.next : "--mine mine.py"));
+    clear(this.next, "Next: ", h("code", {}, course.next));
     this.chosen ??= (steps.find((each) => each.status === "failed") ?? steps.find((each) => each.status !== "passed") ?? steps[0]).name;
     await this.choose(this.chosen);
   });
@@ -72,7 +70,7 @@ class Learn {
   });
 
   drawLesson(lesson, step) {
-    const file = this.course.mine ?? "mine.py";
+    const file = this.course.mine;
     const learn = "uv run python -m llm_basics.learn";
     const message = step.message ? h("pre", { class: "check" }, step.message.split("\n").map((line) =>
       h("span", { class: /^\s*mistake: /.test(line) ? "mistake" : "" }, `${line}\n`))) : null;
@@ -98,7 +96,7 @@ class Learn {
     clear(this.race, h("div", { class: "bar" }, h("h2", {}, "Your model")));
     if (!race) {
       this.race.append(h("p", { class: "muted" }, "No run with pieces of yours yet. This trains the default model twice, with yours and with the reference:"),
-        h("pre", { class: "command" }, h("code", {}, `uv run python -m llm_basics.learn race --mine ${this.course?.mine ?? "mine.py"} --out runs`)));
+        h("pre", { class: "command" }, h("code", {}, `uv run python -m llm_basics.learn race --mine ${this.course.mine} --out runs`)));
       return;
     }
     const chart = new Chart({ height: 280, label: "loss of your run and of the reference" });
