@@ -1,7 +1,6 @@
 """The table of commands: `llm-basics COMMAND` runs `python -m llm_basics.COMMAND`."""
 
 import ast
-import difflib
 import runpy
 import sys
 from pathlib import Path
@@ -22,24 +21,17 @@ def summary(command: str) -> str:
 def main() -> None:
     """Run the command named on the command line; without one, list all commands."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        rows = "\n".join(f"  {name:14}{summary(name)}" for name in COMMANDS)
-        text = f"usage: llm-basics COMMAND [OPTIONS]\n\n{rows}\n\nllm-basics COMMAND --help lists its options"
-        try:
-            print(text, flush=True)
-        except OSError as error:
-            from llm_basics.cli import parse  # slow
-
-            with parse.exit_on_error():
-                raise error
+    if command in COMMANDS:
+        sys.argv[1:] = arguments
+        runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)
         return
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        advice = f"did you mean {near[0]}?" if near else "llm-basics --help lists all commands"
-        print(f"error: unknown command {command}; {advice}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv[1:] = arguments
-    runpy.run_module(f"llm_basics.{command}", run_name="__main__", alter_sys=True)
+    from llm_basics.cli import parse  # slow
+
+    with parse.exit_on_error():
+        if command not in ("-h", "--help"):
+            raise ValueError(parse.unknown_name("command", command, COMMANDS))
+        rows = "\n".join(f"  {name:14}{summary(name)}" for name in COMMANDS)
+        print(f"usage: llm-basics COMMAND [OPTIONS]\n\n{rows}\n\nllm-basics COMMAND --help lists its options")
 
 
 if __name__ == "__main__":

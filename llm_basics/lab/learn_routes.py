@@ -71,13 +71,12 @@ def lesson(step: str, lab: Lab) -> Page:
 @router.get("/races")
 def races(lab: Lab) -> list[Race]:
     """The runs with pieces of a user's, newest first."""
-    rows = sorted(lab.runs.folders(), key=lambda id: lab.runs.summary(id).updated, reverse=True)
-    own = [id for id in rows if _has_own_pieces(lab.runs.folder(id))]
+    folders = lab.runs.folders()
+    rows = sorted(folders, key=lambda id: lab.runs.summary(id, folders[id]).updated, reverse=True)
+    own = [id for id in rows if _has_own_pieces(folders[id])]
     if not own:
         return []
-    shared = {
-        id: {k: v for k, v in run_summary.options(lab.runs.folder(id)).items() if k not in OWN} for id in rows
-    }
+    shared = {id: {k: v for k, v in run_summary.options(folders[id]).items() if k not in OWN} for id in rows}
     others = [id for id in rows if id not in own]
     return [
         Race(yours=id, reference=next((other for other in others if shared[other] == shared[id]), None))
