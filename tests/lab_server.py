@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "tests" / "fixtures" / "corpus.txt"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
-VIEWS = ["runs", "run", "play", "tokens", "inside"]
+VIEWS = ["runs", "run", "play", "tokens", "inside", "config", "learn"]
 
 # a checkpoint and a sample after each
 STEPS = (8, 16, 24)
@@ -167,8 +167,9 @@ def go(page, hash):
     page.evaluate("hash => { location.hash = hash; }", hash)
     view = hash.removeprefix("#/").partition("/")[0]
     page.locator(f"nav a[aria-current=page][href^='#/{view}']").wait_for()
-    loaded = {"runs": ".row .name", "run": ".tile", "play": "text=Generate", "tokens": ".piece b"}
-    page.locator(loaded.get(view, ".lens td")).first.wait_for()
+    loaded = {"runs": ".row .name", "run": ".tile", "play": ".lane select", "tokens": ".piece b"}
+    loaded |= {"inside": ".heads canvas", "config": ".tile b", "learn": ".lesson h2"}
+    page.locator(loaded[view]).first.wait_for()
 
 
 def picture(page, selector):

@@ -46,6 +46,11 @@ def row(page, name):
     return page.locator(".row", has=page.get_by_role("link", name=name, exact=True))
 
 
+def labels(tokens):
+    """Tokens with their probabilities."""
+    return tokens.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -151,16 +156,18 @@ def test_hostile_runs_do_not_break_the_page(open_page, trained):
 
 def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
     page = open_page(f"#/play/{id}")
-    page.get_by_role("textbox", name="prompt").fill("A king ")
+    page.get_by_role("button", name="Text", exact=True).click()
+    page.get_by_role("textbox", name="Prompt").fill("A king ")
     page.get_by_label("tokens", exact=True).fill("12")
-    page.get_by_role("button", name="Generate").click()
+    generate = page.get_by_role("button", name="Generate")
+    generate.click()
     tokens = page.locator(".tokens .token")
     expect(tokens).to_have_count(12)
-    expect(page.get_by_role("button", name="Generate")).to_be_visible()
-    before = tokens.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    expect(generate).to_be_visible()
+    before = labels(tokens)
     colors = tokens.evaluate_all("all => all.map(each => getComputedStyle(each).backgroundColor)")
-    assert len(set(colors)) > 3 and page.locator(".given").inner_text() == "A king "
-    # the fourth token, by keyboard; its second alternative
+    assert len(set(colors)) > 3 and page.locator(".given.user").inner_text() == "A king "
+    # the fourth token, by keyboard; its likeliest alternative
     tokens.nth(3).focus()
     page.keyboard.press("Enter")
     other = page.locator(".popover button:not(.chosen)").first
@@ -168,30 +175,59 @@ def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
     chosen = other.locator("span").first.inner_text()
     other.click()
     expect(page.locator(".popover")).to_be_hidden()
-    lab_server.wait_until(lambda: tokens.count() > 4)
-    expect(page.get_by_role("button", name="Generate")).to_be_visible()
-    after = tokens.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    expect(tokens.nth(4)).to_be_visible()
+    expect(generate).to_be_visible()
+    after = labels(tokens)
     assert after[:3] == before[:3] and after[3].startswith(f"{chosen},") and after[3] != before[3]
-    assert len(after) > 4
+    # two checkpoints side by side: the same text of the same weights, another one of earlier ones
+    page.get_by_role("button", name="Compare two").click()
+    first, second = page.locator(".lane").all()
+    for is_same, key in ((True, "End"), (False, "Home")):
+        second.get_by_role("slider", name="checkpoint").focus()
+        page.keyboard.press(key)
+        generate.click()
+        expect(generate).to_be_visible()
+        assert labels(first.locator(".token")) == before
+        assert (labels(second.locator(".token")) == before) == is_same
 
 
-def test_attention_follows_the_slider_of_checkpoints(open_page, id):
+def test_a_chat_model_answers(open_page, id):
+    page = open_page(f"#/play/{id}")
+    page.get_by_label("tokens", exact=True).fill("5")
+    page.get_by_role("textbox", name="Message").fill("Is it a king?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.user")).to_have_text("Is it a king?")
+    expect(page.locator(".turn.assistant .token").first).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".turn")).to_have_count(0)
+
+
+def test_attention_and_lens_follow_the_slider_of_checkpoints(open_page, id):
     page = open_page(f"#/inside/{id}")
     slider = page.get_by_role("slider", name="checkpoint")
     expect(page.locator(".picker")).to_contain_text("step 24")
     expect(page.locator(".heads canvas")).to_have_count(2)
-    last, lens = lab_server.picture(page, ".heads canvas"), page.locator(".lens").inner_text()
+    last = lab_server.picture(page, ".heads canvas")
     slider.focus()
     page.keyboard.press("Home")
     expect(page.locator(".picker")).to_contain_text("step 8")
     first = lab_server.wait_until(lambda: (now := lab_server.picture(page, ".heads canvas")) != last and now)
-    lab_server.wait_until(lambda: page.locator(".lens").inner_text() != lens)
     page.get_by_role("button", name="layer 1").click()
     lab_server.wait_until(lambda: lab_server.picture(page, ".heads canvas") not in (first, last))
     # each earlier token is colored by its weight, later ones are not
     page.locator(".attended .token").nth(2).hover()
     titles = page.locator(".attended .token").evaluate_all("all => all.map(each => each.title)")
     assert [title.startswith("weight") for title in titles[:4]] == [True, True, True, False]
+    for tab, cells in (("Logit lens", ".lens td"), ("Norms", ".lens td"), ("Neighbors", ".neighbors button")):
+        page.get_by_role("button", name=tab).click()
+        page.locator(cells).first.wait_for()
+        early = page.locator(cells).all_inner_texts()
+        slider.focus()
+        page.keyboard.press("End")
+        lab_server.wait_until(lambda: page.locator(cells).all_inner_texts() not in ([], early))  # noqa: B023
+        page.keyboard.press("Home")
+        lab_server.wait_until(lambda: page.locator(cells).all_inner_texts() == early)  # noqa: B023
 
 
 def test_merges_are_replayed(open_page, id):

@@ -51,7 +51,7 @@ def test_screenshot(open_page, shown, view, size, scheme):
         tokens = page.locator(".tokens .token")
         page.get_by_role("button", name="Generate").click()
         sync_api.expect(page.get_by_role("button", name="Generate")).to_be_visible()
-        tokens.nth(40).hover()
+        tokens.nth(30).hover()
         sync_api.expect(page.locator(".popover")).to_be_visible()
     page.wait_for_timeout(500)
     path = Path(FOLDER) / f"{view}{'-phone' * (size == 'phone')}{'-dark' * (scheme == 'dark')}.png"
