@@ -101,9 +101,9 @@ def make_hostile(folder: Path) -> None:
 class Server:
     """`python -m llm_basics.lab` in a process of its own; `url` has the token."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(self, runs: Path, *more: str) -> None:
         self.runs = runs
-        options = ["--runs", runs, "--port", "0", "--no-browser", "--data", CORPUS]
+        options = ["--runs", runs, "--port", "0", "--no-browser", "--data", CORPUS, *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llm_basics.lab", *map(str, options)],
             cwd=runs.parent,

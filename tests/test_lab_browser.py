@@ -31,7 +31,7 @@ model.n_layers=1
 model.n_heads=2
 model.context_length=32
 train.batch_size=2
-train.steps=100000
+train.steps=50000
 train.eval_batches=1
 train.sample_tokens=4
 train.log_every=20"""
@@ -64,7 +64,7 @@ def test_a_run_is_started_watched_steered_paused_resumed_and_stopped(open_page, 
     dialog.get_by_label("Options").fill(OPTIONS)
     dialog.get_by_role("button", name="Start").click()
     page.wait_for_url("**/#/run/*")
-    expect(page.locator(".chip")).to_have_text("training")
+    expect(page.locator(".heading .chip")).to_have_text("training")
     expect(page.get_by_role("heading", name="live")).to_be_visible()
 
     def step():
@@ -87,14 +87,14 @@ def test_a_run_is_started_watched_steered_paused_resumed_and_stopped(open_page, 
     assert [event["changed"] for event in steered] == [{"train.lr": [0.015, 0.00125]}, {}]
 
     page.get_by_role("button", name="Pause").click()
-    expect(page.locator(".chip")).to_have_text("paused")
+    expect(page.locator(".heading .chip")).to_have_text("paused")
     paused = step()
     page.get_by_role("button", name="Resume").click()
-    expect(page.locator(".chip")).to_have_text("training")
+    expect(page.locator(".heading .chip")).to_have_text("training")
     lab_server.wait_until(lambda: step() > paused)
     expect(page.locator(".events")).to_contain_text("resumed")
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator(".chip")).to_have_text("stopped")
+    expect(page.locator(".heading .chip")).to_have_text("stopped")
     assert step() > paused
     assert not (server.runs / "live" / "lock").exists()
 

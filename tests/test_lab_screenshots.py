@@ -2,7 +2,8 @@
 
 LAB_SCREENSHOTS=docs/lab LAB_RUNS=runs uv run --extra lab pytest tests/test_lab_screenshots.py
 
-LAB_RUNS is a folder of runs; the newest one with a checkpoint is shown. Without it: a run of these tests.
+LAB_RUNS is a folder of runs, LAB_RUN the name of the one to show. Without them: a run of these tests.
+LAB_MINE is a learner's file.
 """
 
 import os
@@ -17,11 +18,10 @@ pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
 from playwright import sync_api
 
 from llm_basics.lab import catalog
-from llm_basics.runs import run_dir
 
 pytest_plugins = ["lab_fixtures"]
 
-FOLDER, RUNS = os.environ.get("LAB_SCREENSHOTS"), os.environ.get("LAB_RUNS")
+FOLDER = os.environ.get("LAB_SCREENSHOTS")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="writes pictures, to the folder LAB_SCREENSHOTS")
 
 MAX_BYTES = 150_000
@@ -33,12 +33,11 @@ SHOWN = [(view, "desktop") for view in lab_server.VIEWS] + [
 
 @pytest.fixture(scope="module")
 def shown(trained):
-    """A server over the runs to show, and the id of the newest one."""
-    runs = Path(RUNS).resolve() if RUNS else trained.parent
-    folders = [path.parent for path in runs.glob("*/checkpoints") if run_dir.checkpoints(path.parent)]
-    newest = max(folders, key=lambda folder: (folder / run_dir.METRICS).stat().st_mtime)
-    server = lab_server.Server(runs)
-    yield server, catalog.id_of(newest)
+    """A server over the runs to show, and the id of one."""
+    runs = Path(os.environ["LAB_RUNS"]).resolve() if "LAB_RUNS" in os.environ else trained.parent
+    mine = ["--mine", os.environ["LAB_MINE"]] if "LAB_MINE" in os.environ else []
+    server = lab_server.Server(runs, *mine)
+    yield server, catalog.id_of(runs / os.environ.get("LAB_RUN", trained.name))
     server.close()
 
 
