@@ -73,7 +73,7 @@ def test_gradients_are_those_of_backward(loaded):
         stream.retain_grad()
     loss = tF.cross_entropy(lm.logits(lm.ln_final(streams[-1])), tokens[1:])
     loss.backward()
-    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
     whole = torch.cat([p.grad.flatten() for p in lm.parameters()]).norm()
     assert found.total == pytest.approx(float(whole), rel=1e-4)
     for each, stream in zip(found.layers, streams, strict=True):
