@@ -472,6 +472,21 @@ def test_a_check_is_stale_after_a_change_of_the_piece_or_a_helper(mine):
         assert not known.is_current("silu")
 
 
+def test_the_last_message_of_a_check_is_kept(mine, capsys):
+    mine(WRONG)
+    assert learn.main(["check"]) == 1
+    kept = progress.Progress("mine.py").messages["silu"]
+    assert "SIGMOID ALONE" in kept and kept.splitlines()[0] in capsys.readouterr().out
+    # a file of an earlier version has none
+    path = Path("mine.progress.json")
+    stored = json.loads(path.read_text())
+    del stored["messages"]
+    path.write_text(json.dumps(stored))
+    assert (
+        progress.Progress("mine.py").messages == {} and progress.Progress("mine.py").steps == stored["steps"]
+    )
+
+
 def test_an_invalid_progress_file_raises(mine):
     Path("mine.progress.json").write_text('{"steps": 3}')
     with pytest.raises(ValueError, match="mine.progress.json is not a valid progress file .* delete it"):

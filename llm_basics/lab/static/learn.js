@@ -111,6 +111,7 @@ class Learn {
       h("span", { class: "space" }), h("span", { class: "muted" }, last.length > 1 && last.every((y) => y != null)
         ? `validation loss: yours ${number(last[0], 4)}, reference ${number(last[1], 4)}` : "no run of the reference with the same options yet"));
     this.race.append(chart.element);
-    chart.set(series);
+    // yours is drawn over the reference
+    chart.set(series.reverse());
   }
 }
