@@ -114,8 +114,10 @@ export class Neighbors {
     this.typed = h("input", { type: "search", maxlength: "100", placeholder: "a word or a part of one", spellcheck: "false" });
     this.typed.addEventListener("input", later(guarded(async () => {
       if (!this.typed.value) return;
-      const { tokens } = await post("/api/tokenize", { ...this.view.chosen, text: this.typed.value });
-      this.choose(tokens[0].id);
+      // a word is often one token only after a space
+      const [plain, spaced] = await Promise.all(["", " "].map((space) =>
+        post("/api/tokenize", { ...this.view.chosen, text: space + this.typed.value })));
+      this.choose((spaced.tokens.length < plain.tokens.length ? spaced : plain).tokens[0].id);
     }), 250));
     this.title = h("h2", {});
     this.list = h("div", { class: "neighbors" });

@@ -51,8 +51,6 @@ class Playground {
             h("span", { class: "scale" }, "surprising", h("i"), "certain"))))), this.popover);
     await this.add(id);
     const isChat = this.lanes[0].isChat;
-    clear(this.modes, segmented("kind", [["text", "Text"], ["chat", "Chat"]], isChat ? "chat" : "text", (mode) => this.set(mode)));
-    this.modes.hidden = !isChat;
     this.set(isChat ? "chat" : "text");
     this.go.disabled = this.compare.disabled = !this.lanes[0].chosen;
   }
@@ -74,8 +72,15 @@ class Playground {
     this.lanes.forEach((lane) => lane.reset());
   }
 
+  // another run may be a chat model, or none
+  fit() {
+    this.modes.hidden = !this.lanes.some((lane) => lane.isChat);
+    if (this.modes.hidden && this.mode === "chat") this.set("text");
+  }
+
   set(mode) {
     this.stop();
+    clear(this.modes, segmented("kind", [["text", "Text"], ["chat", "Chat"]], mode, (other) => this.set(other)));
     if (this.prompt.value) this.texts[this.mode] = this.prompt.value;
     this.mode = mode;
     const kept = this.texts[mode] ?? this.lanes[0].example(mode);
@@ -143,7 +148,7 @@ class Playground {
 // a model and what it has written; a turn: {role, text, tokens, element}
 class Lane {
   constructor(play) {
-    Object.assign(this, { play, turns: [], chosen: null, isChat: false, abort: null });
+    Object.assign(this, { play, turns: [], chosen: null, isChat: false, sample: "", abort: null });
     this.picker = h("div", {});
     this.output = h("div", { class: "tokens", "aria-live": "off" });
     this.status = h("div", { class: "muted status", role: "status" });
@@ -155,9 +160,13 @@ class Lane {
     this.chosen = await picker(this.picker, id, "play", () => {}, { onrun: guarded((run) => this.load(run)) });
     if (!this.chosen) return;
     const [details, samples] = await Promise.all([get(`/api/runs/${this.chosen.run}`), get(`/api/runs/${this.chosen.run}/samples?limit=1`)]);
+    const { prompt, mode } = this.play;
+    const isUntouched = prompt.value === this.example(mode);
     this.isChat = details.is_chat;
     this.sample = String(samples.records[0]?.prompt ?? "");
+    if (isUntouched) prompt.value = this.example(mode);
     sessionStorage.setItem("run", this.chosen.run);
+    this.play.fit();
     this.reset();
   }
 
@@ -175,7 +184,7 @@ class Lane {
   }
 
   begin(text) {
-    if (!this.chosen) return;
+    if (!this.chosen || (this.play.mode === "chat" && !this.isChat)) return;
     if (this.play.mode === "text" || !this.turns.length) {
       this.turns = [];
       clear(this.output);
