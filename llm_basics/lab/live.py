@@ -55,10 +55,10 @@ class Follower:
             runs = self.jobs.summaries()
         else:
             runs = [run for id in self.positions if (run := self._summary(id)) is not None]
-        current = {run.id: dataclasses.asdict(run) for run in runs}
-        for id, row in current.items():
-            if self._summaries.get(id) != row:
-                yield Event("run", row, self.position)
+        current = {run.id: run for run in runs}
+        for id, run in current.items():
+            if self._summaries.get(id) != run:
+                yield Event("run", dataclasses.asdict(run), self.position)
         for id in self._summaries.keys() - current.keys():
             yield Event("gone", {"run": id}, self.position)
         self._summaries = current

@@ -194,18 +194,32 @@ class Run {
         run.has_checkpoint ? [h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
           h("a", { class: "button", href: `#/inside/${run.id}` }, "Look inside")] : null);
     }
-    const perEpoch = run.training_tokens * (run.options["model.context_length"] ?? 1)
-      / (run.options["train.stride"] ?? run.options["model.context_length"] ?? 1);
-    const tile = (name, value, extra) => h("div", { class: "tile" }, h("span", {}, name), h("b", {}, value), extra ?? null);
-    clear(this.tiles,
-      tile("step", `${number(run.step)}${run.steps ? ` / ${number(run.steps)}` : ""}`,
-        h("progress", { max: run.steps || 1, value: run.step, "aria-label": "progress" })),
-      perEpoch && run.tokens_per_step ? tile(term("epoch"), number((run.step * run.tokens_per_step) / perEpoch, 2),
-        h("small", {}, `of ${number(run.training_tokens)} tokens`)) : null,
-      tile(term("training loss", "loss"), number(this.series.last("train_loss") ?? run.train_loss)),
-      tile(term("validation loss"), number(this.series.last("val_loss") ?? run.val_loss)),
-      tile(term("tokens/s"), run.tokens_per_second ? number(Math.round(run.tokens_per_second)) : "–"),
-      tile(term("ETA"), duration(run.eta_seconds)), tile(term("parameters"), number(run.parameters)));
+    const context = run.options["model.context_length"] ?? 1;
+    const perEpoch = run.training_tokens * (context / (run.options["train.stride"] ?? context));
+    const epochs = (run.step * run.tokens_per_step) / perEpoch;
+    this.progress ??= h("progress", { "aria-label": "progress" });
+    Object.assign(this.progress, { max: run.steps || 1, value: run.step });
+    this.tile("step", "step", `${number(run.step)}${run.steps ? ` / ${number(run.steps)}` : ""}`, this.progress);
+    if (epochs) this.tile("epoch", "epoch", number(epochs, 2), `of ${number(run.training_tokens)} tokens`);
+    this.tile("training loss", "loss", number(this.series.last("train_loss") ?? run.train_loss));
+    this.tile("validation loss", "validation loss", number(this.series.last("val_loss") ?? run.val_loss));
+    this.tile("tokens/s", "tokens/s", run.tokens_per_second ? number(Math.round(run.tokens_per_second)) : "–");
+    this.tile("ETA", "ETA", duration(run.eta_seconds), this.series.seconds ? `${duration(this.series.seconds)} so far` : "");
+    this.tile("parameters", "parameters", number(run.parameters));
+  }
+
+  // a number with its name; made once, so that a name under the pointer or in focus stays
+  tile(name, key, value, extra) {
+    this.values ??= new Map();
+    if (!this.values.has(name)) {
+      const parts = { value: h("b"), extra: h("small") };
+      this.values.set(name, parts);
+      this.tiles.append(h("div", { class: "tile" }, h("span", {}, term(name, key)), parts.value, parts.extra));
+    }
+    const parts = this.values.get(name);
+    parts.value.textContent = value;
+    if (extra instanceof Node) parts.extra.append(extra);
+    else parts.extra.textContent = extra ?? "";
   }
 
   drawSamples() {
@@ -238,7 +252,9 @@ class Run {
 
   drawFindings = guarded(async () => {
     const found = await get(`/api/runs/${this.id}/findings`);
-    clear(this.findings, found.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)));
+    const isLong = this.details.step >= 50;
+    clear(this.findings, found.map(({ sign, cause }) => h("p", { class: "finding" }, h("b", {}, sign), ` ${cause}`)),
+      found.length || !isLong ? null : h("p", { class: "muted" }, "The metrics have no signs of mistakes."));
   });
 
   drawNormal() {
@@ -246,9 +262,9 @@ class Run {
     const found = band && this.series.isNormal(band);
     if (!found) return clear(this.normal);
     const { loss, step, low, high, place } = found;
-    const verdict = { in: "Your loss is normal", below: "Your loss is lower than normal", above: "Your loss is higher than normal" }[place];
+    const verdict = { in: "The loss is normal", below: "The loss is lower than normal", above: "The loss is higher than normal" }[place];
     return clear(this.normal, h("b", { class: place === "above" ? "bad" : "" }, `${verdict}: `),
-      `${number(loss, 3)} at step ${number(step)}; 95% of the losses of ${band.seeds.length} runs with other seeds lie from `,
+      `${number(loss, 3)} at step ${number(step)}; 95% of the losses of ${band.seeds.length} runs with the same options lie from `,
       `${number(low, 3)} to ${number(high, 3)} there (measured to step ${number(band.steps.at(-1))}, Python ${band.python}).`);
   }
 

@@ -39,17 +39,27 @@ export async function show(place) {
     else draw();
   };
 
-  function draw() {
+  const matching = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const all = [...rows.values()].sort((a, b) => b.updated - a.updated);
-    const found = all.filter((run) => words.every((w) =>
+    return [...rows.values()].sort((a, b) => b.updated - a.updated).filter((run) => words.every((w) =>
       `${run.name} ${run.config ?? ""} ${run.state}`.toLowerCase().includes(w)));
-    count.textContent = `${found.length} of ${all.length}`;
+  };
+  let shown = new Map();
+
+  // all rows, or only the one of the run `id` where the order is as before
+  function draw(id) {
+    const found = matching();
+    count.textContent = `${found.length} of ${rows.size}`;
     const focused = document.activeElement?.dataset?.key;
-    if (!all.length) {
-      clear(list, empty("No runs yet", "Start one with New run, or in a terminal: python -m llm_basics.train"));
+    const isInPlace = shown.has(id) && found.length === shown.size && [...shown.keys()].every((each, i) => each === found[i].id);
+    if (isInPlace) {
+      const next = row(rows.get(id), selected, toggle, remove);
+      shown.get(id).replaceWith(next);
+      shown.set(id, next);
     } else {
-      clear(list, header(), found.map((run) => row(run, selected, toggle, remove)));
+      shown = new Map(found.map((run) => [run.id, row(run, selected, toggle, remove)]));
+      if (rows.size) clear(list, header(), [...shown.values()]);
+      else clear(list, empty("No runs yet", "Start one with New run, or in a terminal: python -m llm_basics.train"));
     }
     if (focused) list.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   }
@@ -63,11 +73,11 @@ export async function show(place) {
   };
 
   draw();
-  const timer = setInterval(draw, 30000);
+  const timer = setInterval(() => draw(), 30000);
   const end = follow("", {
     run: (run) => {
       rows.set(run.id, run);
-      draw();
+      draw(run.id);
       if (selected.has(run.id)) redrawLater();
     },
     gone: ({ run }) => drop(run),

@@ -1,5 +1,8 @@
 // Metrics of a run as points of curves, kept up to date from the live stream.
 
+// the first steps of all runs are alike
+const FIRST_COMPARED = 20;
+
 export function pointsOf(buckets) {
   if (!buckets) return [];
   return buckets.last_step.map((x, i) => ({
@@ -55,15 +58,18 @@ export class Series {
     return (this.points.get("train_loss") ?? []).findLast((p) => p.x <= step)?.y ?? null;
   }
 
-  // whether the last losses lie within the band, in words; null where there are none
+  // where most of the last losses lie, each beside the band at its step; null before there are some
   isNormal(band) {
-    const known = (this.points.get("train_loss") ?? []).filter((p) => p.y !== null && p.x <= band.steps.at(-1)).slice(-5);
+    const last = band.steps.at(-1);
+    const known = (this.points.get("train_loss") ?? []).filter((p) => p.y !== null && p.x >= FIRST_COMPARED && p.x <= last).slice(-5);
     if (!known.length) return null;
-    const ys = known.map((p) => p.y).sort((a, b) => a - b);
-    const [loss, { x }] = [ys[ys.length >> 1], known.at(-1)];
-    const at = band.steps.findIndex((step) => step >= x);
-    const [low, high] = [band.low[at], band.high[at]];
-    return { loss, step: x, low, high, place: loss < low ? "below" : loss > high ? "above" : "in" };
+    const beside = known.map(({ x, y }) => {
+      const at = band.steps.findIndex((step) => step >= x);
+      return { loss: y, step: x, low: band.low[at], high: band.high[at] };
+    });
+    const isMost = (each) => beside.filter(each).length > beside.length / 2;
+    const place = isMost((p) => p.loss > p.high) ? "above" : isMost((p) => p.loss < p.low) ? "below" : "in";
+    return { ...beside.at(-1), place };
   }
 
   secondsAt(step) {
