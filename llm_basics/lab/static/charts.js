@@ -170,9 +170,13 @@ export class Chart {
     }
     c.textAlign = "center";
     c.textBaseline = "top";
+    let end = 0;
     for (const x of ticks(this.x0, this.x1, Math.max(3, this.width / 90))) {
-      const at = this.pixelX(x);
-      if (at > PAD.left - 1 && at < this.width - 20) c.fillText(this.formatX(x), at, this.height - PAD.bottom + 8);
+      const [at, text] = [this.pixelX(x), this.formatX(x)];
+      const half = c.measureText(text).width / 2;
+      if (at - half < end || at < PAD.left - 1 || at + half > this.width) continue;
+      c.fillText(text, at, this.height - PAD.bottom + 8);
+      end = at + half + 10;
     }
   }
 
