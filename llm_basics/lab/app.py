@@ -38,8 +38,8 @@ from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers
     GET    /api/presets                       {presets: [{name, options, parameters}], options: [{name, type,
                                               default, help}], data}
     GET    /api/terms                         {TERM: one line}: options, metrics and others
-    POST   /api/estimate                      as POST /api/runs: {parameters parts flops_per_token tokens flops
-                                              memory_bytes kv_cache_bytes}
+    POST   /api/estimate                      as POST /api/runs: {parameters parts flops_per_token tokens
+                                              flops memory_bytes kv_cache_bytes}
 
 **Live** `GET /api/stream?run=ID&run=ID&position=P`, server-sent events: `metrics`, `samples`, `events` with
 {run, records} (lines of the file as they are; a line of metrics with `resumed` replaces all later steps),
