@@ -66,6 +66,6 @@ export class Steer {
 
   drawRequests() {
     if (this.list) clear(this.list, this.requests.slice(0, 6).map(({ state, text }) =>
-      h("li", {}, h("span", { class: `chip ${state}` }, state), h("span", {}, text))));
+      h("li", {}, h("span", { class: `answer ${state}` }, state), h("span", {}, text))));
   }
 }
