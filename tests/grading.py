@@ -206,12 +206,13 @@ def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Grade:
         if step.probes[i].contract
     }
     wrong, advised = (
-        [i for i in each if judge.differing(step.probes[i], each[i], judge.expected(step.name, i))]
+        [i for i in each if probes.differing(step.probes[i], each[i], judge.expected(step.name, i))]
         for each in (promised, seen)
     )
-    mistake, sure = judge.find_mistake(step, seen, advised) if advised else (None, False)
-    if wrong and not sure:
-        mistake, sure = judge.find_mistake(step, promised, wrong)
+    mistake, also, left = judge.find_mistake(step, seen, advised) if advised else judge.NOTHING
+    if wrong and (mistake is None or left):
+        mistake, also, left = judge.find_mistake(step, promised, wrong)
+    sure = mistake is not None and not left
     failures = tuple(_finding(step, i, promised[i]) for i in wrong)
     return Grade(
         step.name,
@@ -220,14 +221,16 @@ def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Grade:
         len(promised) - len(wrong),
         len(promised),
         mistake if wrong or sure else None,
+        also,
         sure,
+        tuple(_finding(step, i, seen[i]) for i in left),
         advice=tuple(_finding(step, i, seen[i], is_advice=True) for i in advised if i not in wrong),
     )
 
 
 def _finding(step: probes.Step, i: int, seen: probes.Observation, is_advice: bool = False) -> Finding:
     probe = step.probes[i]
-    facets = judge.differing(probe, judge.expected(step.name, i), seen)
+    facets = probes.differing(probe, judge.expected(step.name, i), seen)
     key = probe.contract
     if all(facet.startswith("gradient") for facet in facets):
         key = key and "gradients"
@@ -385,7 +388,10 @@ def write(
             },
             "mistake": verdict.mistake and verdict.mistake.name,
             "explanation": verdict.mistake and verdict.mistake.explanation,
+            "also": verdict.also and verdict.also.name,
+            "also_explanation": verdict.also and verdict.also.explanation,
             "sure": verdict.sure,
+            "left": [finding.probe for finding in verdict.left],
             "missing": list(getattr(verdict, "missing", ())),
             "notes": list(getattr(verdict, "notes", ())),
             "ready_made": ready_made.get(name, []),
@@ -405,6 +411,7 @@ def _page(implementation: str, steps: dict[str, dict[str, Any]]) -> str:
     for name, step in steps.items():
         ratio = step["time_relative_to_reference"]
         mistake = step["mistake"] if step["mistake"] and step["failures"] else ""
+        mistake += f" and {step['also']}" if mistake and step["also"] else ""
         mistake += " (uncertain)" if mistake and not step["sure"] else ""
         cells = [name, step["status"], f"{step['passed']} of {step['probes']}", mistake]
         cells += [str(len(step["advice"]) or ""), f"{ratio:.1f}" if ratio is not None else ""]
@@ -419,6 +426,9 @@ def _page(implementation: str, steps: dict[str, dict[str, Any]]) -> str:
         if step["mistake"]:
             title = "mistake" if step["failures"] else "what explains the advice"
             details += [f"- {title}: **{step['mistake']}**. {step['explanation']}"]
+            details += [f"- and also: {probe}" for probe in step["left"]]
+        if step["also"]:
+            details += [f"- and also: **{step['also']}**. {step['also_explanation']}"]
         details += [f"- not checked, missing: {', '.join(step['missing'])}"] if step["missing"] else []
         details += [f"- {note}" for note in step["notes"]]
         details += [f"- ready-made: {use}" for use in step["ready_made"]]

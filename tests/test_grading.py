@@ -256,6 +256,29 @@ def test_weights_copied_without_gradients_do_not_excuse_a_detached_piece(theirs)
     assert {finding.ground for finding in verdict.failures} == {grading.CONTRACT["gradients"]}
 
 
+@pytest.mark.parametrize(
+    "weight, mistake",
+    [
+        ("layer.weight", None),
+        ("layer.weight.detach()", "weight detached"),
+        ("(2 * layer.weight - layer.weight.detach())", "weight gradient doubled"),
+    ],
+)
+def test_gradients_of_the_weights_of_a_foreign_layer_are_advice(theirs, weight, mistake):
+    adapters = theirs(
+        f"""
+        def run_linear(d_in, d_out, weights, in_features):
+            layer = torch.nn.Linear(d_in, d_out, bias=False)
+            layer.load_state_dict({{"weight": weights}})
+            return in_features @ {weight}.T
+        """
+    )
+    verdict = grading.grade(judge.load("linear"), adapters)
+    assert verdict.status == "passed"
+    assert names(verdict.advice) == ({"the gradient of the weight"} if mistake else set())
+    assert (verdict.mistake and verdict.mistake.name) == mistake
+
+
 def test_a_stub_and_a_missing_function_leave_the_rest_of_a_step(theirs):
     adapters = theirs("def run_multihead_self_attention(*_):\n    raise NotImplementedError\n")
     verdict = grading.grade(judge.load("multi_head"), adapters)

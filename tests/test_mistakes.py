@@ -47,7 +47,7 @@ def test_a_mistake_is_caught_and_named(name, mistake: probes.Mistake):
     seen, verdict = {}, judge.Verdict(name, "passed")
     for i in sorted(range(len(step.probes)), key=lambda i: step.probes[i].about in LONG_PROBES):
         seen[i] = judge.observation_of(name, mistake.name, i)
-        is_caught = judge.differing(step.probes[i], seen[i], judge.expected(name, i))
+        is_caught = probes.differing(step.probes[i], seen[i], judge.expected(name, i))
         if is_caught and not trials.is_full:
             verdict = judge.conclude(step, seen)
             if verdict.sure and verdict.mistake and verdict.mistake.name == right:

@@ -1,7 +1,8 @@
 """The verdict on a step: passed, or the known mistake that it makes.
 
 A step passes if every probe observes the results of an independent implementation. If not, the mistake of the
-catalogue with exactly the same observations is named, or the one that has them with some value of its number.
+catalogue with exactly the same observations is named, or the one that has them with some value of its number,
+or the pair of mistakes that gives them together.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_basics import swap
-from llm_basics.learn import families, lessons, messages, mistakes, probes, sandbox, sockets
+from llm_basics.learn import families, lessons, messages, mistakes, pairs, probes, sandbox, sockets
 
 # in learning order
 STEPS = [*lessons.ORDER, "checkpoint"]
@@ -50,18 +51,6 @@ def observation_of(step: str, mistake: str, index: int) -> probes.Observation:
             return probes.observe(load(step).probes[index], sockets.own())
 
 
-# --------------------------------------------------------------------------------------------------
-# Comparing
-
-
-def differing(probe: probes.Probe, one: probes.Observation, other: probes.Observation) -> list[str]:
-    """The facets in which two observations differ, of those that both have. Any two errors are equal."""
-    if "error" in one or "error" in other:
-        return [] if "error" in one and "error" in other else ["error"]
-    shared = [facet for facet in one if facet in other]
-    return [f for f in shared if not messages.same(one[f], other[f], probe.rtol, probe.atol)]
-
-
 @dataclass(frozen=True)
 class Finding:
     """A probe that an implementation does not pass."""
@@ -83,8 +72,12 @@ class Verdict:
     """Of the probes that ran."""
     n_probes: int = 0
     mistake: probes.Mistake | None = None
+    also: probes.Mistake | None = None
+    """The second one of a pair."""
     sure: bool = False
-    """Whether the mistake matches on every probe, not only on the failing one."""
+    """Whether the mistake, or the pair, explains every probe."""
+    left: tuple[Finding, ...] = ()
+    """What it does not explain."""
     stub: str = ""
     """The message of the stub, if it is not started."""
     seconds: float = 0.0
@@ -109,10 +102,20 @@ def judge(step: probes.Step, adapters: Any) -> Verdict:
 
 def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Verdict:
     """The verdict on observations, by the number of the probe."""
-    wrong = [i for i in seen if differing(step.probes[i], seen[i], expected(step.name, i))]
-    mistake, sure = find_mistake(step, seen, wrong) if wrong else (None, False)
-    found = tuple(finding(step, i, seen[i]) for i in wrong)
-    return Verdict(step.name, status_of(found), found, len(seen) - len(wrong), len(seen), mistake, sure)
+    wrong = [i for i in seen if probes.differing(step.probes[i], seen[i], expected(step.name, i))]
+    found = {i: finding(step, i, seen[i]) for i in wrong}
+    mistake, also, open_probes = find_mistake(step, seen, wrong) if wrong else NOTHING
+    return Verdict(
+        step.name,
+        status_of(tuple(found.values())),
+        tuple(found.values()),
+        len(seen) - len(wrong),
+        len(seen),
+        mistake,
+        also,
+        mistake is not None and not open_probes,
+        tuple(found[i] for i in open_probes),
+    )
 
 
 def finding(step: probes.Step, i: int, seen: probes.Observation) -> Finding:
@@ -128,47 +131,59 @@ def status_of(failures: Sequence[Finding]) -> str:
     return wrong if failures else "passed"
 
 
-def find_mistake(
-    step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]
-) -> tuple[probes.Mistake | None, bool]:
-    """The mistake with the same observations, and whether on all probes.
+# a mistake, the second one of a pair, and the probes that they do not explain
+Diagnosis = tuple[probes.Mistake | None, probes.Mistake | None, tuple[int, ...]]
+NOTHING: Diagnosis = (None, None, ())
 
-    If there is none, the one that matches on the first wrong probe and on most others, and passes every probe
-    that the implementation passes: it may be one of two mistakes.
+
+def find_mistake(step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]) -> Diagnosis:
+    """The mistake with the same observations, or with another number or error, or two that explain them.
+
+    If there is none, the one that explains most, at least half, and passes what the implementation passes:
+    it may be one of two mistakes.
     """
 
     def equals(i: int, known: probes.Observation) -> bool:
-        return kind(seen[i]) == kind(known) and not differing(step.probes[i], seen[i], known)
+        return probes.kind(seen[i]) == probes.kind(known) and not probes.differing(
+            step.probes[i], seen[i], known
+        )
 
-    best, most = None, 0
+    def is_equal(mistake: probes.Mistake, i: int) -> bool:
+        return equals(i, observation_of(step.name, mistake.name, i))
+
+    order = [*wrong, *(i for i in seen if i not in wrong)]
     for mistake in step.mistakes:
-
-        def is_equal(i: int, name: str = mistake.name) -> bool:
-            return equals(i, observation_of(step.name, name, i))
-
-        # rules out most mistakes
-        if not is_equal(wrong[0]) or not all(is_equal(i) for i in seen if i not in wrong):
-            continue
-        equal = [i for i in wrong if is_equal(i)]
-        if equal == list(wrong):
-            return mistake, True
-        # two errors alone are weak evidence
-        if any("error" not in seen[i] for i in equal) and len(equal) > most:
-            best, most = mistake, len(equal)
+        if all(is_equal(mistake, i) for i in order):
+            return mistake, None, ()
     fitted = families.find(step, seen, wrong, equals) or with_another_error(step, seen, wrong)
-    return (fitted, True) if fitted else (best, False)
-
-
-def kind(seen: probes.Observation) -> str:
-    """The class of the error in an observation, or ""."""
-    return str(seen.get("error", "")).split(":")[0]
+    if fitted:
+        return fitted, None, ()
+    pair = pairs.find(
+        step,
+        seen,
+        wrong,
+        lambda i: expected(step.name, i),
+        lambda mistake, i: observation_of(step.name, mistake.name, i),
+    )
+    if pair:
+        return *pair, ()
+    best: Diagnosis = NOTHING
+    # one that explains less than half is weak evidence, and so are errors alone
+    fewest = len(wrong) // 2 + 1
+    for mistake in step.mistakes:
+        if all(is_equal(mistake, i) for i in seen if i not in wrong):
+            left = tuple(i for i in wrong if not is_equal(mistake, i))
+            has_result = any("error" not in seen[i] for i in wrong if i not in left)
+            if has_result and len(left) < fewest:
+                best, fewest = (mistake, None, left), len(left)
+    return best
 
 
 def with_another_error(
     step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]
 ) -> probes.Mistake | None:
     """The only mistake that raises in the same probes, with another class, and agrees elsewhere."""
-    kinds = {kind(seen[i]) for i in wrong} - {""}
+    kinds = {probes.kind(seen[i]) for i in wrong} - {""}
     # without a result to compare, and for slips that any code may have, an error is no evidence
     if not kinds or kinds & SLIPS or all("error" in seen[i] for i in seen):
         return None
@@ -177,7 +192,8 @@ def with_another_error(
         mistake
         for mistake in step.mistakes
         if not any(
-            differing(step.probes[i], seen[i], observation_of(step.name, mistake.name, i)) for i in order
+            probes.differing(step.probes[i], seen[i], observation_of(step.name, mistake.name, i))
+            for i in order
         )
     ]
     return found[0] if len({mistake.same_as or mistake.name for mistake in found}) == 1 else None

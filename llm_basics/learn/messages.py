@@ -112,15 +112,33 @@ def message(verdict: Any, next_step: str) -> str:
         # whole or not at all
         if len(lines) == 1 or len(lines) + len(wrapped) <= MAX_DIFFERENCES + 1:
             lines += wrapped
-    mistake = verdict.mistake
-    if mistake is None:
-        lines.append("  no known mistake gives this result")
-    else:
-        name = mistake.name.upper()
-        unsure = f"here it matches: {name} (is there a second mistake?)"
-        lines.append(f"  mistake: {name}" if verdict.sure else f"  {unsure}")
-        lines += textwrap.wrap(mistake.explanation, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join([*lines[: MAX_LINES - 1], f"  {next_step}"])
+    return "\n".join([*lines, *_named(verdict)][: MAX_LINES - 1] + [f"  {next_step}"])
+
+
+def _named(verdict: Any) -> Iterator[str]:
+    """The lines on the known mistake, on the second one of a pair, and on the one probe that is left."""
+    if verdict.mistake is None:
+        yield "  no known mistake gives this result"
+        return
+    name = verdict.mistake.name.upper()
+    is_open = not verdict.sure and len(verdict.left) > 1
+    yield f"  here it matches: {name} (is there a second mistake?)" if is_open else f"  mistake: {name}"
+    # of two mistakes, the fault of each
+    text = verdict.mistake.explanation if verdict.also is None else _fault(verdict.mistake.explanation)
+    yield from textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if verdict.also is not None:
+        yield f"  and also: {verdict.also.name.upper()}"
+        text = _fault(verdict.also.explanation)
+        yield from textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    elif len(verdict.left) == 1:
+        left = verdict.left[0]
+        text = f"and also, {left.probe}: {left.difference[0]}"
+        yield from textwrap.wrap(text, LINE, initial_indent="  ", subsequent_indent="    ")
+
+
+def _fault(explanation: str) -> str:
+    """The first sentence of an explanation."""
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", explanation)[0]
 
 
 def _first_difference(right: Any, found: Any, probe: Any, axes: Sequence[str]) -> str:

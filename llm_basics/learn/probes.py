@@ -133,6 +133,25 @@ class Step:
         more = tuple(axes.split()), words, ours, right, tensors, gradients
         self.probes.append(Probe(about, observe, expected, rtol, atol, *more, **ground))
 
+    def weight_gradients(
+        self,
+        about: str,
+        ours: Callable[..., Tensor],
+        right: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
+        weights: dict[str, Tensor],
+    ) -> None:
+        """Check the gradients that arrive at the parameters of a layer, foreign layers included."""
+        beyond = "the public tests do not train a layer, but its weights learn from their gradients alone"
+
+        def observe(adapters: Any) -> Observation:
+            return observe_weights(functools.partial(ours, adapters), inputs, weights)
+
+        def expected() -> Observation:
+            return observe_weights(right, inputs, weights)
+
+        self.probes.append(Probe(about, observe, expected, 1e-4, 1e-5, beyond=beyond))
+
     def value(
         self,
         about: str,
@@ -248,6 +267,47 @@ def observe_tensors(
     return seen | {f"gradient of {name}": g for name, g in zip(inputs, found, strict=True)}
 
 
+def observe_weights(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], weights: dict[str, Tensor]
+) -> Observation:
+    """Gradients of the weights of a layer, wherever it keeps them: given as they are, copied, or transposed.
+
+    The parameters are found by their values among the leaves of the graph. A weight that is none of them, as
+    in a layer that stores several in one parameter, is not observed.
+    """
+    given = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    output = function(**{name: tensor.clone() for name, tensor in inputs.items()}, **given)
+    found = graph_leaves(output.grad_fn)
+    if not found:
+        return {f"gradient of {name}": None for name in weights}
+    weighting = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    gradients = torch.autograd.grad(output, found, weighting)
+    seen: Observation = {}
+    for name, weight in weights.items():
+        for leaf, gradient in zip(found, gradients, strict=True):
+            values = leaf.detach().to(weight)
+            if torch.equal(values, weight):
+                seen[f"gradient of {name}"] = gradient
+            elif torch.equal(values.mT if values.dim() > 1 else values, weight):
+                seen[f"gradient of {name}"] = gradient.mT
+    missing = [name for name in weights if f"gradient of {name}" not in seen]
+    if len(found) == len(seen):
+        seen |= {f"gradient of {name}": None for name in missing}
+    return seen
+
+
+def graph_leaves(node: Any) -> list[Tensor]:
+    """The tensors at which the gradients of a graph arrive."""
+    leaves, waiting, known = [], [node], {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in known:
+            known.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            waiting += [following for following, _ in node.next_functions]
+    return leaves
+
+
 def observe(probe: Probe, adapters: Any, seconds: float | None = None) -> Observation:
     """The observation of a probe. Errors are part of it, except of missing adapters and of stubs."""
     seconds = seconds or LIMIT_SECONDS
@@ -266,6 +326,19 @@ def observe(probe: Probe, adapters: Any, seconds: float | None = None) -> Observ
         return {"error": f"{TIMEOUT} {seconds:.0f} s of CPU time or of waiting"}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {messages.reason(error)}"}
+
+
+def differing(probe: Probe, one: Observation, other: Observation) -> list[str]:
+    """The facets in which two observations differ, of those that both have. Any two errors are equal."""
+    if "error" in one or "error" in other:
+        return [] if "error" in one and "error" in other else ["error"]
+    shared = [facet for facet in one if facet in other]
+    return [f for f in shared if not messages.same(one[f], other[f], probe.rtol, probe.atol)]
+
+
+def kind(seen: Observation) -> str:
+    """The class of the error in an observation, or ""."""
+    return str(seen.get("error", "")).split(":")[0]
 
 
 def timed_out(seen: Observation) -> bool:

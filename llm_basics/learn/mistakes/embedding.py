@@ -55,6 +55,13 @@ compare(
     "feature",
     beyond="a lookup works for ids of any shape; the public test has two axes",
 )
+step.weight_gradients(
+    "the gradient of the vectors, with an id more than once",
+    lambda a, ids, weight: a.run_embedding(11, 6, weight, ids),
+    lambda ids, weight: tF.embedding(ids, weight),
+    {"ids": torch.tensor([[3, 0, 3], [10, 9, 0]])},
+    {"weight": draw(11, 6)},
+)
 # float16 ends at 65,504 and has 11 bits, bfloat16 has 8
 compare(
     "large numbers, and numbers of many digits",
@@ -165,6 +172,13 @@ def weight_detached(token_ids, weight):
     """The output is correct, but no gradient reaches the weight, because .data, .detach() or a copy broke the
     graph. The vectors stay random without an error. Index the parameter itself."""
     return tF.embedding(token_ids, weight.detach())
+
+
+@step.mistake("functional.embedding", source="written for this catalogue")
+def weight_gradient_doubled(token_ids, weight):
+    """The output is correct, but the gradient of the weight is twice what it must be. Look for a hook, a
+    custom backward pass, or a second lookup in the graph."""
+    return tF.embedding(token_ids, 2 * weight - weight.detach())
 
 
 @step.mistake("functional.embedding", source="written for this catalogue")

@@ -54,6 +54,15 @@ compare(
 )
 
 
+step.weight_gradients(
+    "the gradient of the weight",
+    lambda a, x, weight: a.run_linear(6, 4, weight, x),
+    lambda x, weight: tF.linear(x, weight),
+    {"x": draw(2, 7, 6)},
+    {"weight": draw(4, 6)},
+)
+
+
 def parameters(module):
     return {
         name: tuple(parameter.shape)
@@ -187,6 +196,13 @@ def weight_detached(x, weight, bias=None):
     """The output is correct, but no gradient reaches the weight, because .data, .detach() or a copy broke the
     graph. The layer never learns, without an error. Use the parameter itself in the product."""
     return tF.linear(x, weight.detach(), bias)
+
+
+@step.mistake("functional.linear", source="written for this catalogue")
+def weight_gradient_doubled(x, weight, bias=None):
+    """The output is correct, but the gradient of the weight is twice what it must be, as if the weight were
+    used twice. Look for a hook, a custom backward pass, or a second product in the graph."""
+    return tF.linear(x, 2 * weight - weight.detach(), bias)
 
 
 @step.mistake("functional.linear", source="written for this catalogue")

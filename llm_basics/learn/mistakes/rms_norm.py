@@ -59,6 +59,15 @@ step.compare(
 )
 
 
+step.weight_gradients(
+    "the gradient of the gain",
+    lambda a, x, weight: a.run_rmsnorm(7, 1e-2, weight, x),
+    lambda x, weight: tF.rms_norm(x, (7,), weight, eps=1e-2),
+    {"x": ROWS},
+    {"weight": draw(7)},
+)
+
+
 def normalized(x, eps):
     wide = F.to_float32(x)
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -231,6 +240,13 @@ def gain_read_through_data(x, weight, eps=1e-5):
     """The output is correct, but the gain is read as .data or a copy, so it gets no gradient and stays at 1.
     Use the parameter itself."""
     return (normalized(x, eps) * weight.data).to(x.dtype)
+
+
+@step.mistake("functional.rms_norm", source="written for this catalogue")
+def gradient_of_the_gain_doubled(x, weight, eps=1e-5):
+    """The output is correct, but the gradient of the gain is twice what it must be. Look for a hook, a custom
+    backward pass, or a second use of the gain in the graph."""
+    return (normalized(x, eps) * (2 * weight - weight.detach())).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -58,6 +58,14 @@ for about, ground in (
         **ground,
     )
 
+step.weight_gradients(
+    "the gradients of the three weights",
+    lambda a, x, w1, w2, w3: a.run_swiglu(4, 6, w1, w2, w3, x),
+    by_hand,
+    {"x": draw(2, 5, 4)},
+    {"w1": draw(6, 4), "w2": draw(4, 6), "w3": draw(6, 4)},
+)
+
 step.compare(
     "several leading dimensions",
     lambda a, x, w1, w2, w3: a.run_swiglu(4, 6, w1, w2, w3, x),
@@ -193,6 +201,20 @@ def weights_read_through_data(x, w1, w2, w3):
     """The output is correct, but the weights are read as .data or a copy, so they get no gradient and never
     learn. Use the parameters themselves."""
     return by_hand(x, w1.data, w2.data, w3.data)
+
+
+@step.mistake("functional.swiglu", source="written for this catalogue")
+def gradient_of_the_gate_doubled(x, w1, w2, w3):
+    """The output is correct, but the gradient of w1 is twice what it must be. Look for a hook, a custom
+    backward pass, or a second use of w1 in the graph."""
+    return by_hand(x, 2 * w1 - w1.detach(), w2, w3)
+
+
+@step.mistake("functional.swiglu", source="written for this catalogue")
+def only_w1_read_through_data(x, w1, w2, w3):
+    """The output is correct, but w1 is read as .data or a copy, so the gate never learns, while the rest of
+    the network does. Use the parameter itself."""
+    return by_hand(x, w1.data, w2, w3)
 
 
 @step.mistake("functional.swiglu", source="public solutions of CS336; passes its suite")
