@@ -38,6 +38,9 @@ MARKED = [
     for case in CASES
 ]
 
+# steps whose mistakes run in a second or two
+QUICK = ("schedule", "multi_head")
+
 
 def family_of(step: str, name: str) -> probes.Family:
     return next(family for family in judge.load(step).families if family.name == name)
@@ -80,6 +83,29 @@ def test_an_error_of_another_class_is_the_same_mistake():
     assert verdict.sure and verdict.mistake is not None and verdict.mistake.name == made.name
     verdict = verdict_on("schedule", {made.piece: lambda *args: wrong(*args, error=NameError)})
     assert verdict.status == "failed" and verdict.mistake is None
+
+
+@pytest.mark.parametrize("error", ["EinopsError", "AssertionError", "TypeError", "IndexError"])
+@pytest.mark.parametrize(
+    "name",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in judge.STEPS],
+)
+def test_mistakes_that_raise_are_named_with_any_class_of_error(name, error):
+    step = judge.load(name)
+    for mistake in step.mistakes:
+        seen = {i: judge.observation_of(name, mistake.name, i) for i in range(len(step.probes))}
+        if not any("error" in each for each in seen.values()):
+            continue
+        changed = {
+            i: each | {"error": f"{error}: {each['error']}"} if "error" in each else each
+            for i, each in seen.items()
+        }
+        verdict = judge.conclude(step, changed)
+        assert verdict.status == "failed"
+        right = mistake.same_as or mistake.name
+        assert (verdict.mistake.name if verdict.mistake and verdict.sure else right) == right, mistake.name
+        if name in QUICK:
+            assert verdict.sure and verdict.mistake is not None, mistake.name
 
 
 def test_explanations_of_families_have_their_number_once():

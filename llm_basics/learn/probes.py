@@ -147,10 +147,8 @@ class Step:
         def observe(adapters: Any) -> Observation:
             return observe_weights(functools.partial(ours, adapters), inputs, weights)
 
-        def expected() -> Observation:
-            return observe_weights(right, inputs, weights)
-
-        self.probes.append(Probe(about, observe, expected, 1e-4, 1e-5, beyond=beyond))
+        right_ones = functools.partial(observe_weights, right, inputs, weights)
+        self.probes.append(Probe(about, observe, right_ones, 1e-4, 1e-5, beyond=beyond))
 
     def value(
         self,
@@ -272,8 +270,7 @@ def observe_weights(
 ) -> Observation:
     """Gradients of the weights of a layer, wherever it keeps them: given as they are, copied, or transposed.
 
-    The parameters are found by their values among the leaves of the graph. A weight that is none of them, as
-    in a layer that stores several in one parameter, is not observed.
+    Parameters are found by value among the leaves of the graph; several stored in one are not observed.
     """
     given = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     output = function(**{name: tensor.clone() for name, tensor in inputs.items()}, **given)
