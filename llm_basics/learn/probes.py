@@ -287,15 +287,15 @@ def observe_weights(
                 seen[f"gradient of {name}"] = gradient
             elif torch.equal(values.mT if values.dim() > 1 else values, weight):
                 seen[f"gradient of {name}"] = gradient.mT
-    missing = [name for name in weights if f"gradient of {name}" not in seen]
     if len(found) == len(seen):
-        seen |= {f"gradient of {name}": None for name in missing}
+        seen |= {f"gradient of {name}": None for name in weights if f"gradient of {name}" not in seen}
     return seen
 
 
 def graph_leaves(node: Any) -> list[Tensor]:
     """The tensors at which the gradients of a graph arrive."""
-    leaves, waiting, known = [], [node], {None}
+    leaves: list[Tensor] = []
+    waiting, known = [node], {None}
     while waiting:
         node = waiting.pop()
         if node not in known:
