@@ -91,6 +91,9 @@ def main(
             console.print_line(f"stopped by {stop.name} after step {training.step}; {advice}")
             output.close(seconds=CLOSE_SECONDS)
             return stop.status
+        except memory.NotEnoughMemory as error:
+            print(f"error: {error}", file=sys.stderr)
+            return parse.NO_MEMORY
         except FloatingPointError as error:
             print(f"error: {error}; the weights are those after step {training.step}", file=sys.stderr)
             return parse.NOT_FINITE

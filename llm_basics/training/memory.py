@@ -1,7 +1,7 @@
 """Estimate the memory of training before the first step, without allocating it.
 
-The real model is trained for two steps on fake tensors, which have shapes but no content; a ledger records
-when each storage would be allocated and freed.
+The real model is trained for two steps, evaluated and saved on fake tensors, which have shapes but no
+content; a ledger records when each storage would be allocated and freed.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch._subclasses import fake_tensor
 from torch.utils import _python_dispatch, _pytree
 
 from llm_basics.core import config, device
+from llm_basics.core import functional as F
 from llm_basics.core import model as models
 
 # --------------------------------------------------------------------------------------------------
@@ -35,15 +36,23 @@ class Estimate:
     optimizer: int
     activations: int
     """All other tensors: those saved for the backward pass, and temporaries."""
+    checkpoint: int = 0
+    """Copies of weights and optimizer that are written to a file."""
 
     @property
     def total(self) -> int:
         """The peak, in bytes."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return sum(dataclasses.astuple(self))
 
 
-# share of the free memory above which it is short
-SHORT = 0.8
+# of all weights and optimizer states when a checkpoint is written: as bytes of each tensor, and of the file
+COPIES = 2
+
+# an estimate on a CPU was measured to be right within this factor, and is taken for no better
+ERROR = 1.25
+
+# a lower bound this far below the available memory needs no estimate to be sure
+FAR = 300
 
 OptimizerMaker = Callable[[models.TransformerLM, config.TrainConfig], torch.optim.Optimizer]
 LossOfBatch = Callable[[models.TransformerLM, Tensor, Tensor, float], Tensor]
@@ -106,19 +115,24 @@ class Ledger(_python_dispatch.TorchDispatchMode):
             total += size
             if total > highest:
                 highest, most = total, dict(live)
-        return Estimate(*(most.get(k, 0) for k in ("parameters", "gradients", "optimizer", "activations")))
+        return Estimate(**{kind.name: most.get(kind.name, 0) for kind in dataclasses.fields(Estimate)})
 
 
 def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Ledger:
-    """The ledger of two training steps; the second starts with an optimizer that has its state.
+    """The ledger of two training steps, an evaluation and a checkpoint.
 
-    Raises ValueError if the device cannot be used.
+    The second step starts with an optimizer that has its state. Raises ValueError if the device cannot be
+    used.
     """
     train = options.train
-    half = isinstance(device.precision(device.choose(train.device), train.dtype), torch.autocast)
+    chosen = device.choose(train.device)
+    half = isinstance(device.precision(chosen, train.dtype), torch.autocast)
     # fake tensors report the device cpu, whatever the device: autocast needs that one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
+        if chosen.type != "cpu" or train.compile == "on":
+            # as in a compiled model, which the CPU kernels leave to torch
+            vars(model)["hidden_states"] = getattr(model, "hidden_states", None)
         optimizer = make_optimizer(model, train)
         ledger.label("parameters", model.parameters())
         inputs = torch.zeros(train.batch_size, options.model.context_length, dtype=torch.long)
@@ -133,12 +147,23 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
                 ledger.label("gradients", [p.grad for p in model.parameters()])
             optimizer.step()
             # a named list would keep these tensors alive
-            ledger.label(
-                "optimizer",
-                (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
-            )
+            ledger.label("optimizer", _tensors_of(optimizer))
+        del loss
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            for _ in range(2):  # as evaluate.evaluate, which has the logits of two batches at once
+                logits = F.to_float32(model.eval()(inputs))
+                F.cross_entropy(logits, targets)
+        del logits
+        if chosen.type == "cpu":
+            n_bytes = sum(x.nbytes for x in (*model.parameters(), *_tensors_of(optimizer)))
+            copies = torch.empty(COPIES * n_bytes, dtype=torch.uint8)
+            ledger.label("checkpoint", [copies])
     ledger._settle()
     return ledger
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
 
 
 def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Estimate:
@@ -157,26 +182,50 @@ class NotEnoughMemory(Exception):
     """A run that cannot fit is refused."""
 
 
-def check_least(options: config.Config) -> None:
-    """Raise NotEnoughMemory where the weights alone, or one tensor per block, take more than there is.
+def check(options: config.Config, estimate: Callable[[config.Config], Estimate | None]) -> None:
+    """Raise NotEnoughMemory where a run certainly takes more than there is, whatever its vocabulary.
 
-    A lower bound that takes no time; a run above it is estimated.
+    The weights, and one tensor per block, are a lower bound that takes no time. Where it is not far below the
+    available memory, an estimate on a CPU, less its error, is a better one.
     """
-    model, free = options.model, available(device.choose(options.train.device))
-    # the weights, their gradients and AdamW's two running means; whatever the vocabulary turns out to be
+    chosen = device.choose(options.train.device)
+    model, free = options.model, available(chosen)
+    # the weights, their gradients and AdamW's two running means
     weights = 16 * dataclasses.replace(model, vocab_size=1).n_parameters
-    inputs = 4 * model.n_layers * options.train.batch_size * model.context_length * model.d_model
-    if free is not None and weights + inputs > free:
-        raise NotEnoughMemory(
-            f"training needs at least {(weights + inputs) / 1e9:,.1f} GB of memory ({weights / 1e9:,.1f} for "
-            f"weights, gradients and optimizer, {inputs / 1e9:,.1f} for the inputs of blocks), "
-            f"{free / 1e9:,.1f} are free; lower "
-            + ("--model.d_model or --model.n_layers" if weights > inputs else "--train.batch_size")
-        )
+    needed = weights + 4 * model.n_layers * options.train.batch_size * model.context_length * model.d_model
+    if free is None or needed * FAR < free:
+        return
+    if needed <= free and chosen.type == "cpu":
+        needed = int(_of_few_blocks(options, estimate) / ERROR)
+    if needed > free:
+        raise NotEnoughMemory(refusal(needed, weights, free))
+
+
+def refusal(needed: int, weights: int, free: int) -> str:
+    """Why a run that needs `needed` bytes, of which `weights` are not for activations, is refused."""
+    flags = "--model.d_model or --model.n_layers" if 2 * weights > needed else "--train.batch_size"
+    return (
+        f"training needs at least {needed / 1e9:,.1f} GB of memory ({weights / 1e9:,.1f} for weights, "
+        f"gradients and optimizer), {free / 1e9:,.1f} are free; lower {flags}"
+    )
+
+
+def _of_few_blocks(options: config.Config, estimate: Callable[[config.Config], Estimate | None]) -> int:
+    """A lower bound of the estimate that takes no longer for many blocks, with a vocabulary of 1.
+
+    A maximum of sums that are linear in the number of blocks is convex: beyond two points, it is above their
+    line.
+    """
+    n, totals = options.model.n_layers, []
+    for n_layers in (min(n, 2), min(n, 3)):
+        model = dataclasses.replace(options.model, vocab_size=1, n_layers=n_layers)
+        found = estimate(dataclasses.replace(options, model=model))
+        totals.append(found.total if found else 0)
+    return totals[1] + max(0, n - 3) * (totals[1] - totals[0])
 
 
 def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -> str:
-    """The estimate by kind; if more than SHORT of `free` bytes, the options that reduce it as well.
+    """The estimate by kind; if it may exceed `free` bytes, the options that reduce it as well.
 
     One option per line, the most effective first.
 
@@ -188,16 +237,16 @@ def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -
               --model.context_length
     """
     unit, name = (10**9, "GB") if estimate.total >= 10**8 else (10**6, "MB")
-    parts = {k: getattr(estimate, k) / unit for k in ("parameters", "gradients", "optimizer", "activations")}
+    parts = {kind: size / unit for kind, size in dataclasses.asdict(estimate).items()}
     shown = ", ".join(f"{size:.1f} {part}" for part, size in parts.items() if size >= 0.05)
     flags = ["--model.context_length", "--model.d_model or --model.n_layers"]
     if options.train.batch_size > 1:
         flags.insert(0, "--train.batch_size (raise --train.grad_accumulation_steps)")
-    if estimate.parameters + estimate.gradients + estimate.optimizer > estimate.activations:
+    if estimate.total > 2 * estimate.activations:
         flags.insert(0, flags.pop())
     total = f"{estimate.total / unit:.1f} {name}"
     lines = [f"memory    {total} of tensors at the peak: {shown}"]
-    if free is not None and estimate.total > SHORT * free:
+    if free is not None and estimate.total * ERROR > free:
         lines += ["to reduce it, lower", *flags]
     return f"\n{' ' * 10}".join(lines)
 

@@ -65,7 +65,7 @@ def start(
         swap.use(str(options.mine))
     if options.fast != "off":
         swap.use("fast")
-    memory.check_least(options)  # fails now, not after minutes of data preparation
+    memory.check(options, estimate)  # fails now, not after minutes of data preparation
     training = begin(options, make)
     folder = options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem)
     training.options = dataclasses.replace(training.options, run_dir=str(folder))
@@ -182,7 +182,7 @@ def n_training_tokens(training: training_state.TrainingState) -> int:
 def print_summary(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Print data, model and memory of a run, with warnings if memory or disk space is short.
 
-    Raises WriteError if there is no space for a single checkpoint.
+    Raises NotEnoughMemory if memory is short beyond doubt, WriteError if there is no space for a checkpoint.
     """
     options, model = training.options, training.model
     n_tokens = n_training_tokens(training)
@@ -197,9 +197,14 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
-    more = needs.total - needs.parameters if needs else 0
-    if available is not None and more > available:
-        output.log(f"warning: {more:,} bytes of memory are needed beside the weights, {available:,} are free")
+    more = needs.total - needs.parameters if needs else 0  # the weights are there
+    if needs and available is not None and more * memory.ERROR > available:
+        if training.device.type == "cpu" and more > available * memory.ERROR:
+            weights = needs.gradients + needs.optimizer
+            raise memory.NotEnoughMemory(memory.refusal(int(more / memory.ERROR), weights, available))
+        output.log(
+            f"warning: about {more:,} bytes of memory are needed beside the weights, {available:,} are free"
+        )
     needed, free = training.checkpoint_bytes(), files.free_bytes(output.folder)
     n_kept = options.train.keep_checkpoints + 2  # the best one, and the one being written
     if free < needed and options.train.on_save_error == "stop":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_basics.core import model as models
 from llm_basics.fast.cpu import attention, interpreter, matmul, vectors
@@ -100,11 +100,11 @@ class Program:
         self.kept_alive += [cos, sin]
         widest, padded_vocab = matmul.whole_tiles(max(d, d_hidden)), matmul.whole_tiles(c.padded_vocab_size)
         transposed = self._buffer(max(n * widest, interpreter.LOSS_TOKENS * padded_vocab))
-        self.common = interpreter.Workspace(*map(_address, (transposed, self.zeros, cos, sin)))
+        self.common = interpreter.Workspace(*map(address, (transposed, self.zeros, cos, sin)))
         scores = attention.QUERIES * matmul.padded(c.context_length)
         packed = matmul.packed_size(c.context_length, c.d_head)
         buffers = [self._buffer(size) for size in (scores, scores, packed, packed)]
-        self.of_heads = attention.Workspace(*map(_address, (*buffers, self.zeros)))
+        self.of_heads = attention.Workspace(*map(address, (*buffers, self.zeros)))
 
     def _buffer(self, *shape: int) -> Tensor:
         self.kept_alive.append(torch.empty(shape))
@@ -247,8 +247,16 @@ class Program:
         return self.gradients.get(name, self.unused)
 
     def _add(self, step: int, *arguments: Any) -> None:
-        self.steps.append((step, *map(_address, arguments)))
+        self.steps.append((step, *map(address, arguments)))
 
 
-def _address(x: Tensor | int) -> int:
-    return x if isinstance(x, int) else x.data_ptr()
+def has_data(tensor: Tensor) -> bool:
+    """Whether kernels can read a tensor; a fake one, with which memory is estimated, has no data."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def address(x: Tensor | int) -> int:
+    """Where the numbers of a tensor begin; 0 for one without data. Whole numbers stay as they are."""
+    if isinstance(x, int):
+        return x
+    return x.data_ptr() if has_data(x) else 0

@@ -41,11 +41,13 @@ def learner_for(
     """What finds loss and gradients of a batch by loops; None where that is for torch to do."""
     if not isinstance(model, models.TransformerLM) or unsupported(model, inputs):
         return None
-    if not are_known(model.config, inputs, targets):
+    has_data = tape.has_data(inputs)
+    if has_data and not are_known(model.config, inputs, targets):
         return None
     learner, n_threads = _LEARNERS.get(model), torch.get_num_threads()
     if learner is None or not learner.fits(model, n_threads):
-        log_if_compiling()
+        if has_data:
+            log_if_compiling()
         learner = _LEARNERS[model] = Learner(model, n_threads)
     return learner
 
@@ -60,8 +62,8 @@ def log_if_compiling() -> None:
 def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
     """Why the loops cannot learn from a batch, or are not known to be faster; "" if they can."""
     c, n_threads = model.config, torch.get_num_threads()
-    # tensors without content, by which memory is estimated, say that they are on the CPU
-    if type(inputs) is not Tensor or {inputs.device.type, model.lm_head.weight.device.type} != {"cpu"}:
+    is_known_kind = type(inputs).__name__ in ("Tensor", "FakeTensor")
+    if not is_known_kind or {inputs.device.type, model.lm_head.weight.device.type} != {"cpu"}:
         return "model and tokens must be on the CPU"
     if matmul.VECTOR < LEAST_VECTOR:
         return "the processor has no wide vectors"
@@ -106,7 +108,7 @@ class Learner:
 
     def __init__(self, model: models.TransformerLM, n_threads: int) -> None:
         self.parameters = list(model.parameters())
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.addresses = [tape.address(parameter) for parameter in self.parameters]
         self.projections = {
             name: parameter
             for name, parameter in tape.named(model).items()
@@ -120,13 +122,29 @@ class Learner:
     def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
         """Whether the model still has the weights that the programs know the addresses of."""
         self.parameters = list(model.parameters())
-        addresses = [parameter.data_ptr() for parameter in self.parameters]
+        addresses = [tape.address(parameter) for parameter in self.parameters]
         return addresses == self.addresses and n_threads == len(self.programs)
 
     def learn(
         self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
     ) -> tuple[float, list[Tensor]]:
-        """The mean loss over the targets that count, and its gradients in the order of the parameters."""
+        """The mean loss over the targets that count, and its gradients in the order of the parameters.
+
+        Of tensors without data, with which memory is estimated, the loss is 0.
+        """
+        loss = self._run(inputs, targets, z_loss) if tape.has_data(inputs) else 0.0
+        first, *rows = [own.row for own in self.programs]
+        total = first + rows[0] if rows else first.clone()
+        for row in rows[1:]:
+            total += row
+        parts = total.split([parameter.numel() for parameter in self.parameters])
+        shaped = zip(parts, self.parameters, strict=True)
+        return loss, [part.view(parameter.shape) for part, parameter in shaped]
+
+    def _run(
+        self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+    ) -> float:
+        """The mean loss; leaves each thread's gradients in the `row` of its program."""
         for name, weight in self.projections.items():
             d_out, d_in = weight.shape
             matmul.pack(weight.data_ptr(), d_in, d_out, d_in, self.packed[name].data_ptr())
@@ -150,14 +168,7 @@ class Learner:
                 own.of_heads,
             )
 
-        loss = sum(threads.parallel_map(work, n_threads))
-        first, *rows = [own.row for own in self.programs]
-        total = first + rows[0] if rows else first.clone()
-        for row in rows[1:]:
-            total += row
-        parts = total.split([parameter.numel() for parameter in self.parameters])
-        shaped = zip(parts, self.parameters, strict=True)
-        return loss / n_targets, [part.view(parameter.shape) for part, parameter in shaped]
+        return sum(threads.parallel_map(work, n_threads)) / n_targets
 
 
 def compile_kernels() -> None:
