@@ -118,7 +118,7 @@ def memory(request: run_schemas.Start, lab: Lab) -> model_schemas.Memory:
     def compute() -> model_schemas.Memory:
         found = memory_estimate.estimate(options, trainer.make_optimizer, trainer.batch_loss)
         free = memory_estimate.available(device.choose(options.train.device))
-        return model_schemas.Memory(**dataclasses.asdict(found), total=found.total, free=free)
+        return model_schemas.Memory(**found.kinds, total=found.total, resident=found.resident, free=free)
 
     return lab.worker.call(compute)
 

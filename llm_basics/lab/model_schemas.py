@@ -103,6 +103,10 @@ class Memory(pydantic.BaseModel):
     optimizer: int
     activations: int
     """Those saved for the backward pass, and temporaries."""
+    checkpoint: int
+    """Copies that are written to a file."""
     total: int
+    resident: int
+    """Bytes that the process grows by, with the holes between tensors."""
     free: int | None
     """Bytes that a run can use at present; null where unknown."""

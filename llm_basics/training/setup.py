@@ -197,7 +197,7 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
-    more = needs.total - needs.parameters if needs else 0  # the weights are there
+    more = needs.resident - needs.parameters if needs else 0  # the weights are there
     if needs and available is not None and more * memory.ERROR > available:
         if training.device.type == "cpu" and more > available * memory.ERROR:
             weights = needs.gradients + needs.optimizer

@@ -127,11 +127,11 @@ class Config {
 
   drawMemory(found) {
     this.memory.removeAttribute("aria-busy");
-    const isTooMuch = found.free !== null && found.total > found.free;
+    const isTooMuch = found.free !== null && found.resident > found.free;
     this.state.className = isTooMuch ? "bad" : "muted";
-    this.state.textContent = `${bytes(found.total)} of tensors at the peak${found.free === null ? "" : isTooMuch
+    this.state.textContent = `${bytes(found.resident)} at the peak${found.free === null ? "" : isTooMuch
       ? `: more than the ${bytes(found.free)} that are free here` : ` · ${bytes(found.free)} are free here`}`;
-    stack(this.memory, ["parameters", "gradients", "optimizer", "activations"].map((kind) => [kind, found[kind]]), bytes);
+    stack(this.memory, ["parameters", "gradients", "optimizer", "activations", "checkpoint"].map((kind) => [kind, found[kind]]), bytes);
   }
 }
 
