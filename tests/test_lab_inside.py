@@ -83,8 +83,7 @@ def test_memory_is_the_estimate_of_training(client):
     assert estimate["parameters"] == sum(estimate["parts"].values())
     chosen = overrides.resolve("tiny", options)
     expected = memory.estimate(chosen, trainer.make_optimizer, trainer.batch_loss)
-    kinds = ("parameters", "gradients", "optimizer", "activations")
-    assert {kind: found[kind] for kind in kinds} == expected.kinds
+    assert {kind: found[kind] for kind in expected.kinds} == expected.kinds
     assert found["total"] == expected.total and (found["free"] is None or found["free"] > 0)
     for wrong, reason in (
         ({"model.n_heads": 3, "model.d_model": 64}, "divisible"),
