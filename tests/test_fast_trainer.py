@@ -23,7 +23,6 @@ from llm_basics.fast import trainer as fast
 from llm_basics.fast.cpu import attention, interpreter, matmul, threads
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.runs import checkpoint, run_dir
-from llm_basics.training import memory
 
 pytestmark = pytest.mark.skipif(
     cpu_trainer.LEAST_VECTOR > matmul.VECTOR, reason="the processor has no 256-bit vectors, so torch is used"
@@ -371,15 +370,6 @@ def test_without_a_gradient_there_is_none():
     lm = make()
     with torch.no_grad():
         assert not fast.batch_loss(lm, *random_batch(lm), 0.0).requires_grad
-
-
-def test_memory_is_estimated_without_kernels():
-    options = config.Config(
-        model=config.ModelConfig(vocab_size=61, context_length=16, d_model=64, n_layers=2, d_ff=80),
-        train=config.TrainConfig(10, device="cpu"),
-    )
-    estimates = [memory.estimate(options, trainer.make_optimizer, f.batch_loss) for f in (trainer, fast)]
-    assert estimates[0] == estimates[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -221,8 +221,8 @@ def test_messages(mine):
     long = ("first " * 60, "b", "c", "d")
     one, short = judge.Finding("a mask", long), judge.Finding("a mask", ("b",))
     verdicts = [
-        judge.Verdict("attention", "failed", (one, short), 3, 5, known, True),
-        judge.Verdict("attention", "failed", (short,), 4, 5, known, False),
+        judge.Verdict("attention", "failed", (one, short), 3, 5, known, sure=True),
+        judge.Verdict("attention", "failed", (short,), 4, 5, known, left=(one, short)),
         judge.Verdict("attention", "timed out", (short,), 4, 5),
         judge.Verdict("attention", "not started"),
     ]
