@@ -1,9 +1,10 @@
-"""Mistakes with a number, pairs of mistakes, other exceptions. Alone: `uv run pytest tests/test_families.py`.
+"""Mistakes with a parameter, other exceptions. Alone: `uv run pytest tests/test_families.py`.
 
-Nothing tried here is in the catalogue as it stands: each must be named all the same, with its number.
+Nothing tried here is in the catalogue as it stands: each must be named all the same, with its value.
 """
 
 import pytest
+import test_pairs
 
 from llm_basics import swap
 from llm_basics.learn import judge, messages, probes, sockets
@@ -30,6 +31,50 @@ VALUES = {
     ("schedule", "factor on the output"): ["0.7", "1.5", "0.9"],
     ("cross_entropy", "factor on the output"): ["1.3", "0.7", "0.9"],
     ("silu", "factor on the output"): ["0.7", "-1.5", "1.05"],
+    ("softmax", "always along another axis"): ["axis -2", "axis 2", "axes (0, 1)"],
+    ("softmax", "log softmax along another axis"): ["axis 1", "axis -3", "axes (-2, -1)"],
+    ("rms_norm", "mean over another axis"): ["axis 1", "axis -2", "axes (0, 1)"],
+    ("layer_norm", "mean and variance over another axis"): ["axis -2", "axis 1", "axes (-3, -2)"],
+    ("layer_norm", "variance over another axis"): ["axis 0", "axis -2", "axes (-2, -1)"],
+    ("layer_norm", "mean over another axis"): ["axis 1", "axis -3", "axes (0, 1)"],
+    ("cross_entropy", "normalized over another axis"): ["axis -2", "axis -3", "axes (-2, -1)"],
+    ("rope", "tables in another dtype"): ["float16", "bfloat16", "float8_e5m2"],
+    ("rope", "angles in another dtype"): ["bfloat16", "float16", "float8_e4m3fn"],
+    ("rope", "all of rope in another dtype"): ["bfloat16", "float16", "float8_e5m2"],
+    ("linear", "weight in another dtype"): ["float16", "bfloat16", "float8_e4m3fn"],
+    ("embedding", "weight in another dtype"): ["float16", "bfloat16", "float8_e4m3fn"],
+    ("clipping", "parameters left out"): [
+        "the last parameter",
+        "every second parameter",
+        "parameters with fewer than two dimensions",
+    ],
+    ("clipping", "parameters not counted"): [
+        "the first parameter",
+        "the second parameter",
+        "all parameters but the first",
+    ],
+    ("clipping", "parameters not scaled"): [
+        "all parameters but the last",
+        "the last parameter",
+        "parameters with two or more dimensions",
+    ],
+    ("adamw", "groups not updated"): [
+        "the second parameter group",
+        "the last parameter group",
+        "all parameter groups but the last",
+    ],
+    ("adamw", "groups that do not decay"): [
+        "all parameter groups but the first",
+        "the last parameter group",
+        "the second parameter group",
+    ],
+    ("adamw", "settings of another group"): ["param_groups[-1]", "param_groups[1]", "param_groups[2]"],
+    ("adamw", "parameters not updated"): [
+        "the last parameter",
+        "the second parameter",
+        "parameters with fewer than two dimensions",
+    ],
+    ("transformer", "weights in another dtype"): ["float16", "float8_e4m3fn", "float8_e5m2"],
 }
 CASES = [(*key, value) for key, values in VALUES.items() for value in values]
 # the first of each by default
@@ -54,7 +99,8 @@ def verdict_on(step: str, pieces: dict) -> judge.Verdict:
 @pytest.mark.parametrize("step, name, value", MARKED)
 def test_a_mistake_is_named_with_its_number(step, name, value):
     family = family_of(step, name)
-    verdict = verdict_on(step, {family.piece: family.make(int(value) if family.is_whole else float(value))})
+    exact = next((each for each in family.values if probes.short(each) == value), None)
+    verdict = verdict_on(step, {family.piece: family.make(float(value) if exact is None else exact)})
     assert verdict.status == "failed" and verdict.mistake is not None
     assert verdict.sure and verdict.mistake.name == name, verdict.mistake
     assert f" {value}" in verdict.mistake.explanation
@@ -67,6 +113,73 @@ def test_a_number_that_the_probes_do_not_determine_is_not_stated():
     verdict = verdict_on("adamw", {family.piece: family.make(1.5e-6)})
     assert verdict.sure and verdict.mistake is not None
     assert verdict.mistake.explanation.startswith("Your epsilon is a fixed number")
+
+
+# of a step: a piece, an edit of its source, and the family and the value that it must be named with
+EDITED = [
+    ("softmax", "functional.softmax", "scores = to", "dim = -2; scores = to", "axis -2"),
+    ("softmax", "functional.log_softmax", "(to_float32(x), dim)", "(to_float32(x), 1)", "axis 1"),
+    ("rms_norm", "functional.rms_norm", "mean(-1", "mean(-2", "axis -2"),
+    ("layer_norm", "functional.layer_norm", "mean(-1", "mean(1", "axis 1"),
+    (
+        *("cross_entropy", "functional.cross_entropy", "(log_sum - shifted.gather(-1, safe_targets))"),
+        *("-wide.log_softmax(-2).gather(-1, safe_targets)", "axis -2"),
+    ),
+    ("rope", "functional.rope_tables", "angles.cos()", "(angles := angles.half().double()).cos()", "float16"),
+    ("rope", "functional.rope_tables", ".float()", ".bfloat16().float()", "bfloat16"),
+    ("linear", "functional.linear", "weight.T", "weight.half().to(weight.dtype).T", "float16"),
+    (
+        *(
+            "clipping",
+            "optim.clip_grad_norm_",
+            "for gradient in gradients:",
+            "for gradient in gradients[1:]:",
+        ),
+        "the first parameter",
+    ),
+    (
+        *("clipping", "optim.clip_grad_norm_", "for p in parameters if", "for p in list(parameters)[:-1] if"),
+        "the last parameter",
+    ),
+    (
+        *("adamw", "optim.AdamW", "in self.param_groups:", "in self.param_groups[1:]:"),
+        "the first parameter group",
+    ),
+    (
+        *("adamw", "optim.AdamW", "for parameter in group", "for parameter in group['params'][:-1] or group"),
+        "",
+    ),
+    (
+        *("adamw", "optim.AdamW", 'group["weight_decay"])', 'self.param_groups[-1]["weight_decay"])'),
+        "",
+    ),
+    ("clipping", "optim.clip_grad_norm_", "for gradient in gradients:", "for gradient in gradients[2:]:", ""),
+    ("rms_norm", "functional.rms_norm", "mean(-1", "amax(-1", ""),
+]
+
+
+@pytest.mark.parametrize("step, piece, old, new, value", EDITED, ids=[f"{e[1]} {e[3]}" for e in EDITED])
+def test_edits_of_the_reference_are_named_with_their_value(step, piece, old, new, value):
+    verdict = verdict_on(step, test_pairs.edited({"piece": piece, "old": old, "new": new}))
+    assert verdict.status == "failed"
+    if value:
+        assert verdict.sure and verdict.mistake is not None
+        assert f" {value}" in verdict.mistake.explanation
+    else:
+        names = {family.name for family in judge.load(step).families}
+        assert verdict.mistake is None or verdict.mistake.name not in names
+
+
+def test_an_axis_that_the_probes_do_not_determine_is_not_stated():
+    family, step = family_of("softmax", "always along another axis"), judge.load("softmax")
+    with swap.replaced({family.piece: family.make("axis 1")}):
+        seen = {i: probes.observe(probe, sockets.own()) for i, probe in enumerate(step.probes)}
+    # axis -2 is the same where there are three
+    of_three_axes = {i: each for i, each in seen.items() if step.probes[i].about.endswith("three axes")}
+    for some, stated in ((seen, "axis 1,"), (of_three_axes, "another axis,")):
+        verdict = judge.conclude(step, some)
+        assert verdict.sure and verdict.mistake is not None and verdict.mistake.name == family.name
+        assert f"always taken along {stated}" in verdict.mistake.explanation
 
 
 def test_an_error_of_another_class_is_the_same_mistake():

@@ -1,7 +1,7 @@
-"""Mistakes with a number in them (an epsilon fixed at 1e-3), whose value is found from what was observed.
+"""Mistakes with a parameter (an epsilon fixed at 1e-3, a mean over axis 0), found from what was observed.
 
-The value is searched on a grid, refined, and rounded to as few digits as observations allow. It is stated
-only if the observations determine it.
+A number is searched on a grid, refined, and rounded to as few digits as observations allow; of axes, dtypes
+and groups all are tried. The value is stated only if the observations determine it.
 """
 
 import functools
@@ -30,7 +30,7 @@ Equal = Callable[[int, probes.Observation], bool]
 def find(
     step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int], equal: Equal
 ) -> probes.Mistake | None:
-    """The mistake that gives the same observations on all probes with some value of its number.
+    """The mistake that gives the same observations on all probes with some value of its parameter.
 
     `equal(i, known)` compares the observation of probe i.
     """
@@ -39,7 +39,7 @@ def find(
     for family in step.families if compared else ():
 
         @functools.cache
-        def observed(value: float, i: int, family: probes.Family = family) -> probes.Observation:
+        def observed(value: Any, i: int, family: probes.Family = family) -> probes.Observation:
             with swap.reference_only(), sandbox.unchecked_shapes():
                 with swap.replaced({family.piece: family.make(value)}):
                     return probes.observe(step.probes[i], sockets.own())
@@ -48,21 +48,24 @@ def find(
         def miss(value: float, observed: Callable[..., Any] = observed) -> float:
             return math.fsum(distance(step.probes[i], seen[i], observed(value, i)) for i in compared)
 
+        if family.is_listed:
+            found = [v for v in family.values if all(equal(i, observed(v, i)) for i in (*wrong, *passed))]
+            if found:
+                return family.mistake(found[0], is_determined=len(found) == 1)
+            continue
         # rules out most families before the refinement
         nearest = min(family.values, key=miss)
         if passed and not any(equal(i, observed(nearest, i)) for i in passed):
             continue
         value = fit(family, nearest, miss)
         if all(equal(i, observed(value, i)) for i in (*wrong, *passed)):
-            return family.mistake(value, is_determined(family, value, miss))
+            return family.mistake(value, is_determined(value, miss))
     return None
 
 
 def fit(family: probes.Family, best: float, miss: Callable[[float], float]) -> float:
     """The value of least `miss` near the best of the grid, with as few digits as do not make it worse."""
     grid = family.values
-    if family.is_whole:
-        return best
     k = grid.index(best)
     best = min(best, _refined(grid[max(0, k - 1)], grid[min(k + 1, len(grid) - 1)], miss), key=miss)
     for digits in range(1, 7):
@@ -92,12 +95,9 @@ def _refined(low: float, high: float, miss: Callable[[float], float]) -> float:
     return value((left + right) / 2)
 
 
-def is_determined(family: probes.Family, value: float, miss: Callable[[float], float]) -> bool:
+def is_determined(value: float, miss: Callable[[float], float]) -> bool:
     """Whether other values fit worse: the number may be stated."""
-    if family.is_whole:
-        near = [other for other in family.values if other != value]
-    else:
-        near = [value * 1.02, value / 1.02] if value else [1e-3, -1e-3]
+    near = [value * 1.02, value / 1.02] if value else [1e-3, -1e-3]
     return all(miss(other) > 2 * miss(value) + 1e-2 for other in near)
 
 

@@ -4,10 +4,11 @@ An observation holds the output, its dtype, gradients and the inputs modified in
 """
 
 import functools
+import itertools
 import math
 import random
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,22 +71,28 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Family:
-    """A mistake with a number in it: `make(value)` is the wrong version of the piece.
+    """A mistake with a parameter: `make(value)` is the wrong version of the piece.
 
-    `values` is the grid of the search, in ascending order of size; `explanation` has `{value}` in it.
+    `values` is the grid of the search: floats in ascending order of size, between which the value may be, or
+    whole numbers or names (`axis -2`), the only ones possible. `explanation` has `{value}` in it.
     """
 
     name: str
     piece: str
-    make: Callable[[float], Any]
-    values: tuple[float, ...]
+    make: Callable[[Any], Any]
+    values: tuple[Any, ...]
     explanation: str
-    is_whole: bool = False
-    """Whether only the values of the grid are possible."""
+    unknown: str
+    """Stands for a value that the probes do not determine."""
 
-    def mistake(self, value: float, is_determined: bool = True) -> Mistake:
+    @property
+    def is_listed(self) -> bool:
+        """Whether only the values of the grid are possible."""
+        return not any(isinstance(value, float) for value in self.values)
+
+    def mistake(self, value: Any, is_determined: bool = True) -> Mistake:
         """The mistake with this value, which is stated only if the probes determine it."""
-        text = self.explanation.format(value=short(value) if is_determined else "a fixed number")
+        text = self.explanation.format(value=short(value) if is_determined else self.unknown)
         return Mistake(self.name, self.piece, self.make(value), text, "found by search")
 
 
@@ -182,13 +189,17 @@ class Step:
         return register
 
     def family(
-        self, piece: str, values: Iterable[float], is_whole: bool = False
-    ) -> Callable[[Callable[[float], Any]], Callable[[float], Any]]:
-        """Register a function from a number to a wrong version; its docstring is the explanation."""
+        self, piece: str, values: Iterable[float] | Mapping[str, Any], unknown: str = "a fixed number"
+    ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+        """Register a function from a value to a wrong version; its docstring is the explanation.
 
-        def register(make: Callable[[float], Any]) -> Callable[[float], Any]:
+        Values that are no numbers (axes, dtypes) have names, which the message states.
+        """
+
+        def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
             text = " ".join((make.__doc__ or "").split())
-            self.families.append(Family(_spaced(make.__name__), piece, make, tuple(values), text, is_whole))
+            by_name = (lambda name: make(values[name])) if isinstance(values, Mapping) else make
+            self.families.append(Family(_spaced(make.__name__), piece, by_name, tuple(values), text, unknown))
             return make
 
         return register
@@ -210,8 +221,17 @@ def powers(low: float, high: float, per_decade: int = 3) -> list[float]:
     return [low * (high / low) ** (i / n) for i in range(n + 1)]
 
 
-def short(value: float) -> str:
+# of a reduction, and of a table or weights: values of families
+AXES = {f"axis {axis}": axis for axis in range(-3, 3)} | {
+    f"axes {axes}": axes for ends in (range(-3, 0), range(3)) for axes in itertools.combinations(ends, 2)
+}
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+
+
+def short(value: float | str) -> str:
     """A number as one writes it in code: 0.25, 1e-3, 500000."""
+    if isinstance(value, str):
+        return value
     text = f"{value:.6g}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.5e}"
     mantissa, _, exponent = text.partition("e")
     if not exponent:

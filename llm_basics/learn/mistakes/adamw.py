@@ -12,6 +12,7 @@ from torch import nn
 from llm_basics import swap
 from llm_basics.core import optim
 from llm_basics.learn import probes
+from llm_basics.learn.mistakes import clipping
 
 step = probes.Step("adamw")
 draw = probes.numbers(seed=5)
@@ -191,6 +192,31 @@ step.value(
     ],
     axes="group step weight",
     atol=1e-4,
+    beyond="norms and biases form a group without weight decay; the public test has one group",
+)
+
+# a group of several weights, and a decay for each group, by which each can be told apart
+FOUR = [[draw(2, 3), draw(4), draw(2, 2), draw(3, 2), draw(6)], [draw(6)], [draw(6)], [draw(6)]]
+DECAYS = [0.1, 0.4, 0.2, 0.3]
+
+
+def with_four_groups(a):
+    weights = [[nn.Parameter(w.clone()) for w in group] for group in FOUR]
+    groups = [{"params": group, "weight_decay": d} for group, d in zip(weights, DECAYS, strict=True)]
+    flat = [w for group in weights for w in group]
+    gradients = [[GRADIENTS[2][: w.numel()].reshape(w.shape)] for w in flat]
+    return [w.flatten(1) for w in train(a.get_adamw_cls()(groups, **USUAL), flat, gradients)]
+
+
+step.value(
+    "four parameter groups, the first with five weights, each with its weight decay",
+    with_four_groups,
+    [
+        by_hand(w.flatten(), [GRADIENTS[2][: w.numel()]], **USUAL | {"weight_decay": decay})
+        for group, decay in zip(FOUR, DECAYS, strict=True)
+        for w in group
+    ],
+    axes="weight step element",
     beyond="norms and biases form a group without weight decay; the public test has one group",
 )
 
@@ -928,7 +954,7 @@ def learning_rate_left_at_its_default(model, options):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("optim.adamw_update", probes.powers(1e-12, 10))
@@ -947,3 +973,69 @@ def weight_decay_fixed_at_a_number(value):
     return lambda parameter, gradient, mean, square, step, lr, betas, eps, weight_decay: adamw_update(
         parameter, gradient, mean, square, step, lr, betas, eps, value
     )
+
+
+# by the index of a parameter group, and the number of groups
+GROUPS = {
+    "the first parameter group": lambda i, n: i == 0,
+    "the second parameter group": lambda i, n: i == 1,
+    "the last parameter group": lambda i, n: i == n - 1,
+    "all parameter groups but the first": lambda i, n: i > 0,
+    "all parameter groups but the second": lambda i, n: i != 1,
+    "all parameter groups but the last": lambda i, n: i < n - 1,
+}
+
+
+def index_of(group, groups):
+    return next(i for i, each in enumerate(groups) if each is group)
+
+
+@step.family("optim.AdamW", GROUPS, unknown="some parameter groups")
+def groups_not_updated(value):
+    """The step does not update {value}, so these parameters never learn. Loop over all of self.param_groups,
+    and within each group over its parameters."""
+
+    class Wrong(AdamW):
+        def _update(self, parameter, gradient, group):
+            if not value(index_of(group, self.param_groups), len(self.param_groups)):
+                super()._update(parameter, gradient, group)
+
+    return Wrong
+
+
+@step.family("optim.AdamW", GROUPS, unknown="some parameter groups")
+def groups_that_do_not_decay(value):
+    """The weight decay does not reach {value}, whatever these options are. Apply it to every parameter, with
+    the weight_decay of its own group, which may be 0."""
+
+    class Wrong(AdamW):
+        def _update(self, parameter, gradient, group):
+            is_missed = value(index_of(group, self.param_groups), len(self.param_groups))
+            super()._update(parameter, gradient, group | {"weight_decay": 0.0} if is_missed else group)
+
+    return Wrong
+
+
+@step.family("optim.AdamW", {f"param_groups[{i}]": i for i in (-2, -1, 1, 2)}, unknown="one group")
+def settings_of_another_group(value):
+    """All parameters use the options of {value}. Schedules may work, but groups with their own decay or
+    learning rate are treated alike. Use the group of the current iteration."""
+
+    class Wrong(AdamW):
+        def _update(self, parameter, gradient, group):
+            super()._update(parameter, gradient, self.param_groups[value])
+
+    return Wrong
+
+
+@step.family("optim.AdamW", clipping.PARAMETERS, unknown="some parameters")
+def parameters_not_updated(value):
+    """In each group, the step does not update {value}. Loop over all of group["params"]; look for a slice, a
+    condition or an early end of the loop."""
+
+    class Wrong(AdamW):
+        def _update(self, parameter, gradient, group):
+            if not value(index_of(parameter, group["params"]), len(group["params"]), parameter):
+                super()._update(parameter, gradient, group)
+
+    return Wrong

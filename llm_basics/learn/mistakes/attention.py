@@ -558,7 +558,7 @@ def unseeing_query_gets_nan(query, key, value, mask=None, is_causal=False, dropo
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("functional.scaled_dot_product_attention", [i / 8 for i in range(-8, 17)])

@@ -16,6 +16,8 @@ clip_grad_norm_ = swap.reference("optim.clip_grad_norm_")
 # of three shapes and sizes; together 14.7 long, the longest alone 13.9
 GRADIENTS = [draw(3, 4), 6 * draw(5), 0.1 * draw(2, 3)]
 SHORT = [0.01 * g for g in GRADIENTS]
+# so many that no two ways of leaving some out leave out the same
+FIVE = [*GRADIENTS, 3 * draw(2, 2), 4 * draw(4)]
 
 
 def weights_with(gradients):
@@ -94,7 +96,7 @@ step.value(
 
 
 def given_a_generator(a):
-    weights = weights_with(GRADIENTS)
+    weights = weights_with(FIVE)
     a.run_gradient_clipping((w for w in weights), 2.0)
     return [w.grad.clone() for w in weights]
 
@@ -102,7 +104,7 @@ def given_a_generator(a):
 step.value(
     "weights from a generator, such as model.parameters()",
     given_a_generator,
-    shortened(2.0, *GRADIENTS),
+    shortened(2.0, *FIVE),
     axes="weight row column",
     contract="clipping",
 )
@@ -373,3 +375,51 @@ def squares_in_half_precision(parameters, max_norm, error_if_nonfinite=False):
     gradients = gradients_of(parameters)
     total = sum((g * g).sum() for g in gradients)
     return scale_all(gradients, torch.as_tensor(total).sqrt(), max_norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+# by the index of a parameter, the number of parameters, and the parameter
+PARAMETERS = {
+    "the first parameter": lambda i, n, p: i == 0,
+    "the second parameter": lambda i, n, p: i == 1,
+    "the last parameter": lambda i, n, p: i == n - 1,
+    "all parameters but the first": lambda i, n, p: i > 0,
+    "all parameters but the last": lambda i, n, p: i < n - 1,
+    "every second parameter": lambda i, n, p: i % 2 == 1,
+    "parameters with fewer than two dimensions": lambda i, n, p: p.dim() < 2,
+    "parameters with two or more dimensions": lambda i, n, p: p.dim() >= 2,
+}
+
+
+def missing(is_missed, of_norm, of_scaling):
+    def wrong(parameters, max_norm, error_if_nonfinite=False):
+        parameters = list(parameters)
+        n, every = len(parameters), gradients_of(parameters)
+        kept = gradients_of([p for i, p in enumerate(parameters) if not is_missed(i, n, p)])
+        norm = norm_of([g.float() for g in (kept if of_norm else every)])
+        return scale_all(kept if of_scaling else every, norm, max_norm)
+
+    return wrong
+
+
+@step.family("optim.clip_grad_norm_", PARAMETERS, unknown="some parameters")
+def parameters_left_out(value):
+    """Neither the norm nor the scaling includes {value}. Count the gradients of all parameters in one norm,
+    and multiply all of them by the same factor; look for a slice, a condition or an early return."""
+    return missing(value, of_norm=True, of_scaling=True)
+
+
+@step.family("optim.clip_grad_norm_", PARAMETERS, unknown="some parameters")
+def parameters_not_counted(value):
+    """The norm does not include {value}, although all gradients are scaled. Count the gradients of all
+    parameters; look for a slice, a condition or an early end of the first loop."""
+    return missing(value, of_norm=True, of_scaling=False)
+
+
+@step.family("optim.clip_grad_norm_", PARAMETERS, unknown="some parameters")
+def parameters_not_scaled(value):
+    """The norm is right, but the scaling does not reach {value}, so the direction of the step changes.
+    Multiply all gradients by the same factor; look at what the second loop runs over."""
+    return missing(value, of_norm=False, of_scaling=True)

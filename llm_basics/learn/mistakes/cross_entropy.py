@@ -5,11 +5,13 @@ import math
 import torch
 from torch.nn import functional as tF
 
+from llm_basics import swap
 from llm_basics.core import functional as F
 from llm_basics.learn import probes
 
 step = probes.Step("cross_entropy")
 draw = probes.numbers(seed=1)
+log_softmax = swap.reference("functional.log_softmax")
 
 TARGETS = torch.tensor([3, 0, 8, 5, 5, 1])
 TARGETS_OF_TEXTS = torch.tensor([[3, 0, 8, 5], [5, 1, 2, 7], [6, 3, 4, 0]])
@@ -492,6 +494,24 @@ def logits_scaled_by_the_root_of_d_model(x, weight, targets, ignore_index=-100, 
     """The logits are divided by sqrt(d_model). That scale belongs to attention scores; the output projection
     is a plain linear layer."""
     return F.cross_entropy(tF.linear(x, weight) / math.sqrt(x.shape[-1]), targets, ignore_index, z_loss)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+
+@step.family("functional.cross_entropy", probes.AXES, unknown="another axis")
+def normalized_over_another_axis(value):
+    """The softmax is taken over {value}, so the entries of the vocabulary do not compete with each other
+    alone. Use the last axis, -1, which is the vocabulary in logits of any shape."""
+
+    def wrong(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
+        log_p = log_softmax(F.to_float32(logits), value)
+        return reduced(-of_targets(log_p, targets, ignore_index), targets, ignore_index, reduction).to(
+            logits.dtype
+        )
+
+    return wrong
 
 
 step.factor("functional.cross_entropy")

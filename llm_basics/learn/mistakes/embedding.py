@@ -328,3 +328,14 @@ class CutOffAtTwo(Started):
 
 
 step.factor("functional.embedding")
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+
+@step.family("functional.embedding", probes.DTYPES, unknown="a dtype of fewer bits")
+def weight_in_another_dtype(value):
+    """The weight is rounded to {value}, which keeps three digits or fewer, although the vectors are float32.
+    Keep the dtype of the weight; lower precision is up to autocast."""
+    return lambda token_ids, weight: tF.embedding(token_ids, weight.to(value).to(weight.dtype))

@@ -264,7 +264,7 @@ def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("functional.layer_norm", probes.powers(1e-12, 10))
@@ -274,6 +274,37 @@ def epsilon_fixed_at_a_number(value):
     return lambda x, weight, bias=None, eps=1e-5: (centered(x) / divisor(x, value) * weight + bias).to(
         x.dtype
     )
+
+
+def over(mean_axis, variance_axis):
+    def wrong(x, weight, bias=None, eps=1e-5):
+        wide = F.to_float32(x)
+        rest = wide - wide.mean(mean_axis, keepdim=True)
+        root = torch.sqrt(wide.var(variance_axis, correction=0, keepdim=True) + eps)
+        return (rest / root * weight + bias).to(x.dtype)
+
+    return wrong
+
+
+@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+def mean_and_variance_over_another_axis(value):
+    """Mean and variance are taken over {value} instead of the last axis, so vectors of different tokens
+    change each other. Each vector is normalized by itself: take both over axis -1, with keepdim."""
+    return over(value, value)
+
+
+@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+def variance_over_another_axis(value):
+    """The variance is taken over {value}, the mean over the last axis, as it must be. Each vector is
+    normalized by itself: take both over axis -1, with keepdim."""
+    return over(-1, value)
+
+
+@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+def mean_over_another_axis(value):
+    """The mean is taken over {value}, the variance over the last axis, as it must be. Each vector is
+    normalized by itself: take both over axis -1, with keepdim."""
+    return over(value, -1)
 
 
 step.factor("functional.layer_norm")

@@ -337,3 +337,14 @@ class CutOffAtTwo(layers.Linear):
 
 
 step.factor("functional.linear")
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+
+@step.family("functional.linear", probes.DTYPES, unknown="a dtype of fewer bits")
+def weight_in_another_dtype(value):
+    """The weight is rounded to {value}, which keeps three digits or fewer, although the layer is float32.
+    Keep the dtype of the weight; lower precision is up to autocast."""
+    return lambda x, weight, bias=None: tF.linear(x, weight.to(value).to(weight.dtype), bias)

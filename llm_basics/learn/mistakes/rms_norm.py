@@ -250,7 +250,7 @@ def gradient_of_the_gain_doubled(x, weight, eps=1e-5):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("functional.rms_norm", probes.powers(1e-12, 10))
@@ -258,6 +258,18 @@ def epsilon_fixed_at_a_number(value):
     """Your epsilon is {value} where 0.01 is passed. Models use 1e-5 or 1e-6; use the argument, and check that
     the layer stores it as self.eps."""
     return lambda x, weight, eps=1e-5: (normalized(x, value) * weight).to(x.dtype)
+
+
+@step.family("functional.rms_norm", probes.AXES, unknown="another axis")
+def mean_over_another_axis(value):
+    """The mean square is taken over {value} instead of the last axis, so vectors of different tokens change
+    each other. Each vector is normalized by itself: mean(-1, keepdim=True)."""
+
+    def wrong(x, weight, eps=1e-5):
+        wide = F.to_float32(x)
+        return (wide * torch.rsqrt(wide.square().mean(value, keepdim=True) + eps) * weight).to(x.dtype)
+
+    return wrong
 
 
 step.factor("functional.rms_norm")

@@ -343,7 +343,7 @@ class PositionsOfTheFirstText(layers.RotaryEmbedding):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("functional.rope_tables", probes.powers(10, 1e7, per_decade=6))
@@ -357,7 +357,7 @@ def theta_fixed_at_a_number(value):
     return wrong
 
 
-@step.family("functional.rope_tables", [i for i in range(-16, 65) if i], is_whole=True)
+@step.family("functional.rope_tables", [i for i in range(-16, 65) if i])
 def positions_offset_by_a_number(value):
     """Every position is off by {value}: the first token must have position 0, where the angle is 0 and
     nothing is rotated. Count with torch.arange(n)."""
@@ -367,6 +367,48 @@ def positions_offset_by_a_number(value):
         return tables(positions, theta ** -(torch.arange(0, d_head, 2) / d_head), device)
 
     return wrong
+
+
+def rounded_tables(rounded, dtype):
+    """Tables that are right but for the numbers whose names are in `rounded`."""
+
+    def wrong(d_head, context_length, theta=10000.0, device=None):
+        def cast(name, values):
+            return values.to(dtype).double() if name in rounded else values.double()
+
+        speeds = cast("frequencies", theta ** -(torch.arange(0, d_head, 2).double() / d_head))
+        angles = cast("angles", torch.outer(cast("positions", torch.arange(context_length)), speeds))
+        return tuple(cast("tables", table).float().to(device) for table in (angles.cos(), angles.sin()))
+
+    return wrong
+
+
+@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+def tables_in_another_dtype(value):
+    """The tables of cos and sin are rounded to {value}, which keeps three digits or fewer, so norms and
+    distances change. Keep them in float32, and convert the rotated features to x.dtype."""
+    return rounded_tables(["tables"], value)
+
+
+@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+def angles_in_another_dtype(value):
+    """The angles are rounded to {value}, so large angles are off by a part of a turn. Compute angles in
+    float32 or float64, in a half-precision model too."""
+    return rounded_tables(["angles"], value)
+
+
+@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+def frequencies_in_another_dtype(value):
+    """The frequencies theta^(-2i / d) are rounded to {value}, an error that grows with the position. Compute
+    frequencies and angles in float32 or float64, in a half-precision model too."""
+    return rounded_tables(["frequencies"], value)
+
+
+@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+def all_of_rope_in_another_dtype(value):
+    """Positions, frequencies, angles and tables are all computed in {value}: distant tokens share an angle.
+    Compute them in float32 or float64, and convert the rotated features to x.dtype."""
+    return rounded_tables(["positions", "frequencies", "angles", "tables"], value)
 
 
 step.factor("functional.apply_rope")

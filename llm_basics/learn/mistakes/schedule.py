@@ -346,7 +346,7 @@ def division_by_no_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes with a number that is found from the observations
+# Mistakes with a parameter that is found from the observations
 
 
 @step.family("optim.cosine_schedule", [0.0, *probes.powers(1e-6, 10)])
@@ -358,7 +358,7 @@ def floor_fixed_at_a_number(value):
     )
 
 
-@step.family("optim.cosine_schedule", range(1, 101), is_whole=True)
+@step.family("optim.cosine_schedule", range(1, 101))
 def warm_up_of_a_fixed_length(value):
     """Warmup takes {value} steps, whatever warmup_steps is passed. Divide by warmup_steps, and let the cosine
     begin there."""
@@ -367,7 +367,7 @@ def warm_up_of_a_fixed_length(value):
     )
 
 
-@step.family("optim.cosine_schedule", [i for i in range(-20, 21) if i], is_whole=True)
+@step.family("optim.cosine_schedule", [i for i in range(-20, 21) if i])
 def steps_offset_by_a_number(value):
     """The rate at each step is that of {value} steps later. Step 0 is the first, with a rate of 0 if there is
     warmup; use the step as it is passed."""

@@ -4,11 +4,13 @@ import math
 
 import torch
 
+from llm_basics import swap
 from llm_basics.core import functional as F
 from llm_basics.learn import probes
 
 step = probes.Step("softmax")
 draw = probes.numbers(seed=1)
+softmax, log_softmax = swap.reference("functional.softmax"), swap.reference("functional.log_softmax")
 
 ORDINARY = draw(2, 3, 5)
 ALONG = {-1: "the last", 1: "the middle", 0: "the first"}
@@ -445,6 +447,24 @@ def log_softmax_left_in_float32(x, dim=-1):
     """The sum is computed in float32, which is right, but the result stays in it. It must have the dtype of
     the input; convert back to x.dtype at the end."""
     return F.to_float32(x).log_softmax(dim)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+
+@step.family("functional.softmax", probes.AXES, unknown="another axis")
+def always_along_another_axis(value):
+    """The softmax is always taken along {value}, whatever dim is. Use dim in the maximum and in the sum, both
+    with keepdim=True."""
+    return lambda x, dim=-1: softmax(x, value)
+
+
+@step.family("functional.log_softmax", probes.AXES, unknown="another axis")
+def log_softmax_along_another_axis(value):
+    """The log-softmax is always taken along {value}, whatever dim is. Use dim in the maximum and in the sum,
+    both with keepdim=True."""
+    return lambda x, dim=-1: log_softmax(x, value)
 
 
 step.factor("functional.softmax")

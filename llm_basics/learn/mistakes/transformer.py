@@ -386,13 +386,13 @@ class WeightsInHalfPrecision(Parts):
     """The weights are rounded to bfloat16, which keeps two to three digits, although the model is float32.
     Keep the dtype that is passed, and leave lower precision to autocast."""
 
-    rounded = False
+    rounded, dtype = False, torch.bfloat16
 
     def forward(self, tokens, token_positions=None, caches=None):
         if self.rounded:
             return super().forward(tokens, token_positions, caches)
         self.rounded = True
-        weights = {name: p.bfloat16().to(p.dtype) for name, p in self.named_parameters()}
+        weights = {name: p.to(self.dtype).to(p.dtype) for name, p in self.named_parameters()}
         logits = functional_call(self, weights, (tokens, token_positions, caches))
         self.rounded = False
         return logits
@@ -825,3 +825,14 @@ SOURCES = {mistake.wrong: mistake.source for mistake in multi_head.step.mistakes
 for piece, wrongs in PARTS.items():
     for wrong in wrongs:
         step.mistake(piece, SOURCES[wrong])(wrong)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes with a parameter that is found from the observations
+
+
+@step.family("model.TransformerLM", probes.DTYPES, unknown="a dtype of fewer bits")
+def weights_in_another_dtype(value):
+    """All weights are rounded to {value}, which keeps three digits or fewer, although the model is float32.
+    Keep the dtype that is passed, and leave lower precision to autocast."""
+    return type("WeightsInAnotherDtype", (WeightsInHalfPrecision,), {"dtype": value})
