@@ -7,7 +7,7 @@ import pytest
 import test_pairs
 
 from llm_basics import swap
-from llm_basics.learn import judge, messages, probes, sockets
+from llm_basics.learn import grids, judge, messages, probes, sockets
 
 # of a step and a family: values that its grid does not have, as they must be stated
 VALUES = {
@@ -99,7 +99,7 @@ def verdict_on(step: str, pieces: dict) -> judge.Verdict:
 @pytest.mark.parametrize("step, name, value", MARKED)
 def test_a_mistake_is_named_with_its_number(step, name, value):
     family = family_of(step, name)
-    exact = next((each for each in family.values if probes.short(each) == value), None)
+    exact = next((each for each in family.values if grids.short(each) == value), None)
     verdict = verdict_on(step, {family.piece: family.make(float(value) if exact is None else exact)})
     assert verdict.status == "failed" and verdict.mistake is not None
     assert verdict.sure and verdict.mistake.name == name, verdict.mistake

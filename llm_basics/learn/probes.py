@@ -4,8 +4,6 @@ An observation holds the output, its dtype, gradients and the inputs modified in
 """
 
 import functools
-import itertools
-import math
 import random
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +19,7 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch import Tensor
 
 from llm_basics import swap
-from llm_basics.learn import messages, sandbox
+from llm_basics.learn import grids, messages, sandbox
 
 # of CPU time for one probe; the slowest takes a fraction
 LIMIT_SECONDS = 10.0
@@ -92,7 +90,7 @@ class Family:
 
     def mistake(self, value: Any, is_determined: bool = True) -> Mistake:
         """The mistake with this value, which is stated only if the probes determine it."""
-        text = self.explanation.format(value=short(value) if is_determined else self.unknown)
+        text = self.explanation.format(value=grids.short(value) if is_determined else self.unknown)
         return Mistake(self.name, self.piece, self.make(value), text, "found by search")
 
 
@@ -208,35 +206,11 @@ class Step:
         """Register a constant factor on the output of a piece as a mistake."""
         right = swap.reference(piece)
 
-        @self.family(piece, [sign * x for sign in (-1, 1) for x in powers(1e-3, 1e3)])
+        @self.family(piece, [sign * x for sign in (-1, 1) for x in grids.powers(1e-3, 1e3)])
         def factor_on_the_output(value: float) -> Any:
             """The output is {value} times what it must be, the same for every input. Look for a constant that
             multiplies or divides it, or for a mean that counts too much or too little."""
             return lambda *args, **kwargs: right(*args, **kwargs) * value
-
-
-def powers(low: float, high: float, per_decade: int = 3) -> list[float]:
-    """Numbers from `low` to `high`, evenly spaced by factors."""
-    n = round(per_decade * math.log10(high / low))
-    return [low * (high / low) ** (i / n) for i in range(n + 1)]
-
-
-# of a reduction, and of a table or weights: values of families
-AXES = {f"axis {axis}": axis for axis in range(-3, 3)} | {
-    f"axes {axes}": axes for ends in (range(-3, 0), range(3)) for axes in itertools.combinations(ends, 2)
-}
-DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
-
-
-def short(value: float | str) -> str:
-    """A number as one writes it in code: 0.25, 1e-3, 500000."""
-    if isinstance(value, str):
-        return value
-    text = f"{value:.6g}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.5e}"
-    mantissa, _, exponent = text.partition("e")
-    if not exponent:
-        return text
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _spaced(name: str) -> str:

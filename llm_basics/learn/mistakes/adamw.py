@@ -11,7 +11,7 @@ from torch import nn
 
 from llm_basics import swap
 from llm_basics.core import optim
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 from llm_basics.learn.mistakes import clipping
 
 step = probes.Step("adamw")
@@ -957,7 +957,7 @@ def learning_rate_left_at_its_default(model, options):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("optim.adamw_update", probes.powers(1e-12, 10))
+@step.family("optim.adamw_update", grids.powers(1e-12, 10))
 def epsilon_fixed_at_a_number(value):
     """Your epsilon is {value} where 0.1 is passed. A larger value limits steps where gradients are tiny; read
     it from the options of the group."""
@@ -966,7 +966,7 @@ def epsilon_fixed_at_a_number(value):
     )
 
 
-@step.family("optim.adamw_update", probes.powers(1e-5, 10))
+@step.family("optim.adamw_update", grids.powers(1e-5, 10))
 def weight_decay_fixed_at_a_number(value):
     """Your weight decay is {value}, whatever is passed, so norms and biases decay too, and no run is without
     decay. Read it from the options of the group."""

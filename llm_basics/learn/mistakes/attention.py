@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("attention")
 draw = probes.numbers(seed=11)
@@ -573,7 +573,7 @@ def exponent_of_the_scale(value):
     return wrong
 
 
-@step.family("functional.scaled_dot_product_attention", probes.powers(1e-3, 1e2))
+@step.family("functional.scaled_dot_product_attention", grids.powers(1e-3, 1e2))
 def scale_fixed_at_a_number(value):
     """The scores are multiplied by {value}, whatever the width of the keys. Divide them by sqrt(d_k), where
     d_k is the last axis of the query: query.shape[-1]."""
@@ -594,7 +594,7 @@ def filled(value, is_zero_without_keys):
     return wrong
 
 
-MASK_VALUES = [-x for x in probes.powers(1e-2, 1e10)]
+MASK_VALUES = [-x for x in grids.powers(1e-2, 1e10)]
 
 
 @step.family("functional.scaled_dot_product_attention", MASK_VALUES)

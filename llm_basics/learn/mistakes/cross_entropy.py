@@ -7,7 +7,7 @@ from torch.nn import functional as tF
 
 from llm_basics import swap
 from llm_basics.core import functional as F
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("cross_entropy")
 draw = probes.numbers(seed=1)
@@ -500,7 +500,7 @@ def logits_scaled_by_the_root_of_d_model(x, weight, targets, ignore_index=-100, 
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.cross_entropy", probes.AXES, unknown="another axis")
+@step.family("functional.cross_entropy", grids.AXES, unknown="another axis")
 def normalized_over_another_axis(value):
     """The softmax is taken over {value}, so the entries of the vocabulary do not compete with each other
     alone. Use the last axis, -1, which is the vocabulary in logits of any shape."""

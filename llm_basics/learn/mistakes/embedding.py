@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics.core import layers
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 from llm_basics.learn.mistakes import linear
 
 step = probes.Step("embedding")
@@ -334,7 +334,7 @@ step.factor("functional.embedding")
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.embedding", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("functional.embedding", grids.DTYPES, unknown="a dtype of fewer bits")
 def weight_in_another_dtype(value):
     """The weight is rounded to {value}, which keeps three digits or fewer, although the vectors are float32.
     Keep the dtype of the weight; lower precision is up to autocast."""

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("layer_norm")
 draw = probes.numbers(seed=3)
@@ -267,7 +267,7 @@ def mean_and_variance_detached(x, weight, bias=None, eps=1e-5):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.layer_norm", probes.powers(1e-12, 10))
+@step.family("functional.layer_norm", grids.powers(1e-12, 10))
 def epsilon_fixed_at_a_number(value):
     """Your epsilon is {value} where 0.01 is passed. Models differ in it; use the argument, and check that the
     layer stores it as self.eps."""
@@ -286,21 +286,21 @@ def over(mean_axis, variance_axis):
     return wrong
 
 
-@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+@step.family("functional.layer_norm", grids.AXES, unknown="another axis")
 def mean_and_variance_over_another_axis(value):
     """Mean and variance are taken over {value} instead of the last axis, so vectors of different tokens
     change each other. Each vector is normalized by itself: take both over axis -1, with keepdim."""
     return over(value, value)
 
 
-@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+@step.family("functional.layer_norm", grids.AXES, unknown="another axis")
 def variance_over_another_axis(value):
     """The variance is taken over {value}, the mean over the last axis, as it must be. Each vector is
     normalized by itself: take both over axis -1, with keepdim."""
     return over(-1, value)
 
 
-@step.family("functional.layer_norm", probes.AXES, unknown="another axis")
+@step.family("functional.layer_norm", grids.AXES, unknown="another axis")
 def mean_over_another_axis(value):
     """The mean is taken over {value}, the variance over the last axis, as it must be. Each vector is
     normalized by itself: take both over axis -1, with keepdim."""

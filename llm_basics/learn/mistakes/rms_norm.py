@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as tF
 
 from llm_basics.core import functional as F
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("rms_norm")
 draw = probes.numbers(seed=1)
@@ -253,14 +253,14 @@ def gradient_of_the_gain_doubled(x, weight, eps=1e-5):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.rms_norm", probes.powers(1e-12, 10))
+@step.family("functional.rms_norm", grids.powers(1e-12, 10))
 def epsilon_fixed_at_a_number(value):
     """Your epsilon is {value} where 0.01 is passed. Models use 1e-5 or 1e-6; use the argument, and check that
     the layer stores it as self.eps."""
     return lambda x, weight, eps=1e-5: (normalized(x, value) * weight).to(x.dtype)
 
 
-@step.family("functional.rms_norm", probes.AXES, unknown="another axis")
+@step.family("functional.rms_norm", grids.AXES, unknown="another axis")
 def mean_over_another_axis(value):
     """The mean square is taken over {value} instead of the last axis, so vectors of different tokens change
     each other. Each vector is normalized by itself: mean(-1, keepdim=True)."""

@@ -6,7 +6,7 @@ import torch
 
 from llm_basics.core import functional as F
 from llm_basics.core import layers
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("rope")
 draw = probes.numbers(seed=5)
@@ -346,7 +346,7 @@ class PositionsOfTheFirstText(layers.RotaryEmbedding):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.rope_tables", probes.powers(10, 1e7, per_decade=6))
+@step.family("functional.rope_tables", grids.powers(10, 1e7, per_decade=6))
 def theta_fixed_at_a_number(value):
     """theta is fixed at {value}, whatever is passed. Llama 3 uses 500,000; use the argument, and check that
     each layer passes it on."""
@@ -383,28 +383,28 @@ def rounded_tables(rounded, dtype):
     return wrong
 
 
-@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("functional.rope_tables", grids.DTYPES, unknown="a dtype of fewer bits")
 def tables_in_another_dtype(value):
     """The tables of cos and sin are rounded to {value}, which keeps three digits or fewer, so norms and
     distances change. Keep them in float32, and convert the rotated features to x.dtype."""
     return rounded_tables(["tables"], value)
 
 
-@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("functional.rope_tables", grids.DTYPES, unknown="a dtype of fewer bits")
 def angles_in_another_dtype(value):
     """The angles are rounded to {value}, so large angles are off by a part of a turn. Compute angles in
     float32 or float64, in a half-precision model too."""
     return rounded_tables(["angles"], value)
 
 
-@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("functional.rope_tables", grids.DTYPES, unknown="a dtype of fewer bits")
 def frequencies_in_another_dtype(value):
     """The frequencies theta^(-2i / d) are rounded to {value}, an error that grows with the position. Compute
     frequencies and angles in float32 or float64, in a half-precision model too."""
     return rounded_tables(["frequencies"], value)
 
 
-@step.family("functional.rope_tables", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("functional.rope_tables", grids.DTYPES, unknown="a dtype of fewer bits")
 def all_of_rope_in_another_dtype(value):
     """Positions, frequencies, angles and tables are all computed in {value}: distant tokens share an angle.
     Compute them in float32 or float64, and convert the rotated features to x.dtype."""

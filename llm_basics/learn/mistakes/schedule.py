@@ -3,7 +3,7 @@
 import math
 
 from llm_basics import swap
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("schedule")
 cosine_schedule = swap.reference("optim.cosine_schedule")
@@ -349,7 +349,7 @@ def division_by_no_cosine(step, max_lr, min_lr, warmup_steps, total_steps):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("optim.cosine_schedule", [0.0, *probes.powers(1e-6, 10)])
+@step.family("optim.cosine_schedule", [0.0, *grids.powers(1e-6, 10)])
 def floor_fixed_at_a_number(value):
     """The cosine ends at {value}, whatever min_lr is passed, and the rate stays there. Scale the cosine by
     max_lr - min_lr, and add min_lr."""

@@ -6,7 +6,7 @@ import torch
 
 from llm_basics import swap
 from llm_basics.core import functional as F
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 
 step = probes.Step("softmax")
 draw = probes.numbers(seed=1)
@@ -453,14 +453,14 @@ def log_softmax_left_in_float32(x, dim=-1):
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("functional.softmax", probes.AXES, unknown="another axis")
+@step.family("functional.softmax", grids.AXES, unknown="another axis")
 def always_along_another_axis(value):
     """The softmax is always taken along {value}, whatever dim is. Use dim in the maximum and in the sum, both
     with keepdim=True."""
     return lambda x, dim=-1: softmax(x, value)
 
 
-@step.family("functional.log_softmax", probes.AXES, unknown="another axis")
+@step.family("functional.log_softmax", grids.AXES, unknown="another axis")
 def log_softmax_along_another_axis(value):
     """The log-softmax is always taken along {value}, whatever dim is. Use dim in the maximum and in the sum,
     both with keepdim=True."""

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as tF
 
 from llm_basics.core import layers, model
-from llm_basics.learn import probes
+from llm_basics.learn import grids, probes
 from llm_basics.learn.mistakes import block, multi_head
 
 step = probes.Step("transformer")
@@ -831,7 +831,7 @@ for piece, wrongs in PARTS.items():
 # Mistakes with a parameter that is found from the observations
 
 
-@step.family("model.TransformerLM", probes.DTYPES, unknown="a dtype of fewer bits")
+@step.family("model.TransformerLM", grids.DTYPES, unknown="a dtype of fewer bits")
 def weights_in_another_dtype(value):
     """All weights are rounded to {value}, which keeps three digits or fewer, although the model is float32.
     Keep the dtype that is passed, and leave lower precision to autocast."""
