@@ -172,11 +172,11 @@ def test_edits_of_the_reference_are_named_with_their_value(step, piece, old, new
 
 def test_an_axis_that_the_probes_do_not_determine_is_not_stated():
     family, step = family_of("softmax", "always along another axis"), judge.load("softmax")
-    with swap.replaced({family.piece: family.make("axis 1")}):
+    with swap.replaced({family.piece: family.make("axes (0, 1)")}):
         seen = {i: probes.observe(probe, sockets.own()) for i, probe in enumerate(step.probes)}
-    # axis -2 is the same where there are three
+    # axes (-3, -2) are the same where there are three
     of_three_axes = {i: each for i, each in seen.items() if step.probes[i].about.endswith("three axes")}
-    for some, stated in ((seen, "axis 1,"), (of_three_axes, "another axis,")):
+    for some, stated in ((seen, "axes (0, 1),"), (of_three_axes, "another axis,")):
         verdict = judge.conclude(step, some)
         assert verdict.sure and verdict.mistake is not None and verdict.mistake.name == family.name
         assert f"always taken along {stated}" in verdict.mistake.explanation
