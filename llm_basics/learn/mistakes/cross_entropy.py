@@ -5,13 +5,12 @@ import math
 import torch
 from torch.nn import functional as tF
 
-from llm_basics import swap
 from llm_basics.core import functional as F
 from llm_basics.learn import grids, probes
+from llm_basics.learn.mistakes import softmax
 
 step = probes.Step("cross_entropy")
 draw = probes.numbers(seed=1)
-log_softmax = swap.reference("functional.log_softmax")
 
 TARGETS = torch.tensor([3, 0, 8, 5, 5, 1])
 TARGETS_OF_TEXTS = torch.tensor([[3, 0, 8, 5], [5, 1, 2, 7], [6, 3, 4, 0]])
@@ -506,7 +505,7 @@ def normalized_over_another_axis(value):
     alone. Use the last axis, -1, which is the vocabulary in logits of any shape."""
 
     def wrong(logits, targets, ignore_index=-100, z_loss=0.0, reduction="mean"):
-        log_p = log_softmax(F.to_float32(logits), value)
+        log_p = softmax.log_p(logits, value)
         return reduced(-of_targets(log_p, targets, ignore_index), targets, ignore_index, reduction).to(
             logits.dtype
         )
