@@ -119,6 +119,7 @@ ADVICE = {
     "transformer": set(),
     "adamw": {
         "three parameter groups with different options",
+        "four parameter groups, the first with five weights, each with its weight decay",
         "in-place updates",
         "a step that is given a closure",
         "eps added to the corrected root, not before the correction",
