@@ -32,9 +32,9 @@ EXAMINER = pytest.StashKey[Any]()
 LONGEST_FILES = [
     f"test_{name}"
     for name in (
-        "survival sft lr_finder mistakes triton sweep fast_generate shard_builder memory fast_tokenizer "
-        "fast_bpe train warm_start generate learn fast_trainer tokenizer_commands compare_models "
-        "chat_session steps vocabulary"
+        "lab_browser survival sft lr_finder mistakes triton sweep fast_generate shard_builder memory "
+        "fast_tokenizer fast_bpe train warm_start generate learn fast_trainer tokenizer_commands "
+        "compare_models chat_session steps vocabulary"
     ).split()
 ]
 MAX_WORKERS = 4
