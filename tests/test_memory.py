@@ -122,10 +122,15 @@ def test_parts_are_what_they_are_called(no_checkpoint):
 def test_the_kernels_of_a_cpu_count_on_a_cpu_only(two_threads, monkeypatch):
     swap.use("fast")
     options = options_of(SMALL, {"batch_size": 4})
-    assert estimate_of(options) != estimate_of(options_of(SMALL, {"batch_size": 4, "compile": "on"}))
+    if "trainer.batch_loss" not in swap.fast_pieces():
+        pytest.skip("there are no CPU training kernels for this machine")
+    by_torch = estimate_of(options_of(SMALL, {"batch_size": 4, "compile": "on"}))
     on_cpu = estimate_of(options)
+    assert (on_cpu.heap, by_torch.heap) == (memory.HEAP_OF_KERNELS, memory.HEAP_OF_TORCH)
+    assert on_cpu.total != by_torch.total and on_cpu.resident == round(on_cpu.heap * on_cpu.total)
     monkeypatch.setattr(device, "choose", lambda name: torch.device("cuda"))
-    assert estimate_of(options).checkpoint == 0 and estimate_of(options).total < on_cpu.total
+    on_gpu = estimate_of(options)
+    assert on_gpu.checkpoint == 0 and on_gpu.heap == 1 and on_gpu.total < on_cpu.total
 
 
 def test_a_checkpoint_takes_copies_of_weights_and_optimizer():

@@ -62,6 +62,17 @@ def test_a_table_follows_a_file_and_a_resumed_run(tmp_path):
     assert table.steps.tolist() == [2] and table.is_complete
 
 
+def test_a_file_that_takes_long_is_read_in_parts(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(metric_table.time, "monotonic", lambda: next(clock))
+    write_metrics(tmp_path, [{"step": s, "loss": 1.0, "padding": "x" * 1000} for s in range(3000)])
+    table, n_rows = metric_table.Table(tmp_path / "metrics.jsonl"), [0]
+    while not table.is_complete:
+        table.update(seconds=2)  # one chunk by this clock
+        n_rows.append(len(table.steps))
+    assert n_rows == sorted(n_rows) and len(set(n_rows)) > 2 and n_rows[-1] == 3000
+
+
 def test_a_long_line_and_what_follows_are_read(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": "' + b"x" * 5000 + b'"}\n{"b": 1}\n')
