@@ -287,7 +287,7 @@ def our_step(name: str, options: Options, folder: Path) -> Callable[[dataloader.
     pending: list[Callable[[], list[float]]] = []
 
     def step(batch: dataloader.Batch) -> Tensor:
-        device.random_state(chosen)
+        process.random_state(chosen)
         result = trainer.train_step(model, optimizer, [batch], next(count), train)
         pending.append(monitor.start_reading(result))
         # on a GPU, the metrics of the previous step

@@ -15,7 +15,7 @@ import torch
 from llm_basics import swap
 from llm_basics.core import config, model, trainer
 from llm_basics.runs import run_dir
-from llm_basics.training import job, setup, state
+from llm_basics.training import job, setup
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 
@@ -58,13 +58,13 @@ def test_graphs_are_for_cuda_and_one_batch_a_step(options, capsys):
 
 def test_auto_makes_graphs_of_small_models_on_cuda():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    most = int(state.MAX_GRAPH_FLOPS)
-    assert state.compile_mode("auto", cuda, most, can_be_graph=True) == "graphs"
-    assert state.compile_mode("auto", cuda, most + 1, can_be_graph=True) == "on"
-    assert state.compile_mode("auto", cuda, 1, can_be_graph=False) == "on"
-    assert state.compile_mode("auto", cpu, 1, can_be_graph=True) == "off"
+    most = int(compilation.MAX_GRAPH_FLOPS)
+    assert compilation.mode("auto", cuda, most, can_be_graph=True) == "graphs"
+    assert compilation.mode("auto", cuda, most + 1, can_be_graph=True) == "on"
+    assert compilation.mode("auto", cuda, 1, can_be_graph=False) == "on"
+    assert compilation.mode("auto", cpu, 1, can_be_graph=True) == "off"
     for how in ("on", "off", "graphs"):
-        assert state.compile_mode(how, cuda, 10 * most, can_be_graph=True) == how
+        assert compilation.mode(how, cuda, 10 * most, can_be_graph=True) == how
 
 
 @pytest.mark.gpu

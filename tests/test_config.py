@@ -16,7 +16,7 @@ import typing
 import pytest
 
 from llm_basics.cli import commands, parse, subcommands
-from llm_basics.core import config, presets
+from llm_basics.core import config, option_types, presets
 from llm_basics.inference import engine
 from llm_basics.learn import __main__ as learn
 
@@ -143,12 +143,12 @@ def test_every_option_refuses_what_its_type_excludes(cls):
     needed = [f for f in dataclasses.fields(cls) if f.default is f.default_factory]
     required = {f.name: ("x",) if "tuple" in str(f.type) else "x" for f in needed}
     usual = make(cls, **required)
-    for name, hint in config.declared(cls).items():
+    for name, hint in option_types.declared(cls).items():
         kinds = set()
         while typing.get_args(hint):
             kinds.add(typing.get_origin(hint))
             hint = typing.get_args(hint)[0]
-        if not issubclass(cls, config.Options):
+        if not issubclass(cls, option_types.Options):
             assert hint in (str, bool), f"{cls.__name__}.{name} is not checked"
             continue
         for wrong in ("bogus", 3) if typing.Literal in kinds else WRONG.get(hint, (3,)):

@@ -5,17 +5,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llm_basics.core import config
+from llm_basics.core import option_types
 
 # sequences in one forward pass, and generated at once: they must fit into memory
-BatchSize = Annotated[int, config.Range(ge=1, most=10**5)]
+BatchSize = Annotated[int, option_types.Range(ge=1, most=10**5)]
 
 # --------------------------------------------------------------------------------------------------
 # Options that several commands share
 
 
 @dataclass(frozen=True)
-class FastOptions(config.Options):
+class FastOptions(option_types.Options):
     """Whether fast kernels are used."""
 
     fast: Literal["on", "off"] = "on"
@@ -33,7 +33,7 @@ class PieceOptions(FastOptions):
 
 
 @dataclass(frozen=True)
-class RunOptions(config.Options):
+class RunOptions(option_types.Options):
     """Which model is loaded."""
 
     run_dir: tyro.conf.Positional[str] = "newest"
@@ -43,22 +43,22 @@ class RunOptions(config.Options):
 
 
 @dataclass(frozen=True)
-class SamplingOptions(config.Options):
+class SamplingOptions(option_types.Options):
     """How tokens are sampled from the model's distribution."""
 
-    max_new_tokens: config.Length = 200
+    max_new_tokens: option_types.Length = 200
     """Maximum number of new tokens; the end of the document stops earlier."""
-    temperature: config.NonNegative = 0.8
+    temperature: option_types.NonNegative = 0.8
     """0: greedy; 1: the model's distribution; above 1: flatter."""
-    top_k: config.Count | None = None
+    top_k: option_types.Count | None = None
     """Sample from the k most likely tokens only."""
-    top_p: config.PositiveFraction | None = None
+    top_p: option_types.PositiveFraction | None = None
     """Nucleus sampling: the most likely tokens with this total probability (arXiv 1904.09751)."""
-    min_p: config.Fraction | None = None
+    min_p: option_types.Fraction | None = None
     """Minimum probability of a token, relative to the most likely one (arXiv 2407.01082)."""
-    repetition_penalty: config.Positive = 1.0
+    repetition_penalty: option_types.Positive = 1.0
     """Above 1: tokens already in the text become less likely; usually 1.2 (arXiv 1909.05858)."""
-    seed: config.Seed = 0
+    seed: option_types.Seed = 0
     """Random seed of sampling."""
 
 
@@ -78,15 +78,15 @@ class PrepareConfig(FastOptions):
     """Output folder, which train accepts as --data. Empty: data/ and the name of the source."""
     tokenizer: str = "bpe"
     """bpe (trained on the text), bytes, gpt2 (downloaded by tiktoken), a folder or a tokenizer.json."""
-    vocab_size: config.VocabSize = 10_000
+    vocab_size: option_types.VocabSize = 10_000
     """Vocabulary size of bpe."""
-    sample_bytes: config.Count = 100_000_000
+    sample_bytes: option_types.Count = 100_000_000
     """Train bpe on at most this many bytes from the start of the training split."""
-    val_fraction: config.ProperFraction = 0.01
+    val_fraction: option_types.ProperFraction = 0.01
     """Fraction of documents held out for validation; of a single document, its end."""
-    max_tokens: config.Count | None = None
+    max_tokens: option_types.Count | None = None
     """Stop after the document that reaches this number of tokens. None: no limit."""
-    shard_tokens: config.Count = 100_000_000
+    shard_tokens: option_types.Count = 100_000_000
     """Tokens per shard; an interrupted run resumes after the last complete shard."""
     text_field: str = "text"
     """Field of JSON lines, Parquet files and datasets that holds the text."""
@@ -133,9 +133,9 @@ class GenerateConfig(SamplingOptions, PieceOptions, RunOptions):
 class ChatConfig(SamplingOptions, PieceOptions, RunOptions):
     """Chat with a fine-tuned model, in the terminal or through a pipe."""
 
-    max_new_tokens: Annotated[int, config.Range(ge=1, most=10**6)] = 256
+    max_new_tokens: Annotated[int, option_types.Range(ge=1, most=10**6)] = 256
     """Maximum number of tokens in a reply."""
-    temperature: config.NonNegative = 0.7
+    temperature: option_types.NonNegative = 0.7
     """0: greedy; 1: the model's distribution; above 1: flatter."""
     message: str | None = None
     """Send this message, print the reply, and exit."""
@@ -152,7 +152,7 @@ class ExportConfig(RunOptions):
 
 
 @dataclass(frozen=True)
-class ImportConfig(config.Options):
+class ImportConfig(option_types.Options):
     """Import a model saved by Hugging Face transformers as a run directory."""
 
     folder: tyro.conf.Positional[str] = "."
@@ -175,7 +175,7 @@ class EvaluateConfig(PieceOptions):
     """Text file, a folder or a glob of them, or stdlib. None: the run's held-out split, or only --choices."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """On invalid UTF-8 in data: stop with the position, or replace the bytes with U+FFFD."""
-    stride: config.Count | None = None
+    stride: option_types.Count | None = None
     """Tokens between window starts: fewer give each token more context and take longer. None: the context
     length, windows side by side."""
     choices: str | None = None
@@ -199,7 +199,7 @@ class HarnessConfig(PieceOptions, RunOptions):
     """Folder with YAML tasks, instead of the harness's."""
     num_fewshot: int | None = None
     """Few-shot examples per question. None: the task's default."""
-    limit: config.Count | None = None
+    limit: option_types.Count | None = None
     """Questions per task. None: all."""
     batch_size: BatchSize = 8
     """Texts per forward pass."""
@@ -208,7 +208,7 @@ class HarnessConfig(PieceOptions, RunOptions):
 
 
 @dataclass(frozen=True)
-class RunsOptions(config.Options):
+class RunsOptions(option_types.Options):
     """Which runs are drawn or compared."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ("newest",)
@@ -230,7 +230,7 @@ class PlotConfig(RunsOptions):
     """Comma-separated metrics from metrics.jsonl; losses share a panel."""
     log: bool = False
     """Logarithmic y axis."""
-    smooth: config.Count = 1
+    smooth: option_types.Count = 1
     """Window of the moving average of training metrics; raw values are drawn faintly."""
     out: str = "runs.png"
     """Output figure: .png, .svg or .pdf."""
@@ -255,40 +255,40 @@ class CompareConfig(RunsOptions):
 
 
 @dataclass(frozen=True)
-class SweepConfig(config.Options):
+class SweepConfig(option_types.Options):
     """Train with a grid of settings and compare the results. The same command resumes."""
 
     sweep: tyro.conf.Positional[str] = "lr"
     """A preset (lr, batch, ablations, scaling) or a YAML file with base, grid, variants, seeds."""
-    jobs: Annotated[int, config.Range(ge=1, most=1024)] = 1
+    jobs: Annotated[int, option_types.Range(ge=1, most=1024)] = 1
     """Runs in parallel, sharing the CPU cores."""
     out: str | None = None
     """Folder of the runs and their comparison. None: runs/ and the name of the sweep."""
 
 
 @dataclass(frozen=True)
-class SteerConfig(config.Options):
+class SteerConfig(option_types.Options):
     """Change options of a run while it trains."""
 
     run_dir: tyro.conf.Positional[str]
     """Run directory; newest: the most recently written under runs/."""
     changes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Options, as in train.lr=1e-3 train.eval_every=50, and actions: evaluate, sample, save, stop."""
-    wait_seconds: config.NonNegative = 60.0
+    wait_seconds: option_types.NonNegative = 60.0
     """Time to wait for the run's answer, which comes after its current step or evaluation."""
 
 
 @dataclass(frozen=True)
-class ProbeConfig(config.Options):
+class ProbeConfig(option_types.Options):
     """Test whether a stack of pieces can learn: small tasks with known answers."""
 
     task: tyro.conf.Positional[str] = "all"
     """reverse, invert, copy, addition, induction, markov, or all."""
     mine: str | None = None
     """Python file with your pieces, used instead of the reference's."""
-    steps: config.Count | None = None
+    steps: option_types.Count | None = None
     """Maximum number of optimizer steps. None: the task's default, or what a minute allows."""
-    seed: config.Seed = 0
+    seed: option_types.Seed = 0
     """Random seed of initial weights, training sequences and held-out sequences."""
     out: str = "probes"
     """Folder for the figures."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llm_basics.cli import commands
-from llm_basics.core import config
+from llm_basics.core import option_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class TokenizerTrain(TextOptions):
 
     out: str
     """Output folder for vocab.json, merges.txt and special_tokens.json."""
-    vocab_size: config.VocabSize = 10_000
+    vocab_size: option_types.VocabSize = 10_000
     """Number of tokens: 256 bytes, the special tokens, and one per merge."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Strings that are one token each; the text is split at them."""
@@ -44,7 +44,7 @@ class TokenizerEncode(TextOptions):
 
 
 @dataclass(frozen=True)
-class TokenizerInspect(config.Options):
+class TokenizerInspect(option_types.Options):
     """Show the tokens of a text and the merges that formed them."""
 
     text: tyro.conf.Positional[str]
@@ -64,7 +64,7 @@ class TokenizerCompare(TextOptions):
 
 
 @dataclass(frozen=True)
-class CheckpointVerify(config.Options):
+class CheckpointVerify(option_types.Options):
     """Verify the SHA-256 of every checkpoint; exits with 1 if one is damaged."""
 
     run_dir: tyro.conf.Positional[str]
@@ -72,7 +72,7 @@ class CheckpointVerify(config.Options):
 
 
 @dataclass(frozen=True)
-class CheckpointList(config.Options):
+class CheckpointList(option_types.Options):
     """List step, validation loss, size and time of every checkpoint."""
 
     run_dir: tyro.conf.Positional[str]
@@ -80,12 +80,12 @@ class CheckpointList(config.Options):
 
 
 @dataclass(frozen=True)
-class CheckpointPrune(config.Options):
+class CheckpointPrune(option_types.Options):
     """Delete all checkpoints but the newest and the best; the run must not be training."""
 
     run_dir: tyro.conf.Positional[str]
     """Run directory."""
-    keep: config.Count = 1
+    keep: option_types.Count = 1
     """Number of newest checkpoints to keep."""
 
 

@@ -1,120 +1,40 @@
 """Every option of a run: its name, type with limits, default and meaning."""
 
-import functools
-import math
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-
-class Range(NamedTuple):
-    """Limits of a number: at least `ge`, above `gt`, at most `le`, below `lt`; over `most` it has no use."""
-
-    ge: int | float = -math.inf
-    gt: int | float = -math.inf
-    le: int | float = math.inf
-    lt: int | float = math.inf
-    most: int | float = math.inf
-
-    def fault(self, value: int | float) -> str:
-        """What `value` must be and is not; "" if it is within the limits."""
-        if self.ge <= value <= self.le and self.gt < value < self.lt:
-            return f"at most {self.most:,}" if value > self.most else ""
-        low = f"at least {self.ge:,}" if self.ge > -math.inf else f"above {self.gt:,}"
-        high = f"at most {self.le:,}" if self.le < math.inf else f"below {self.lt:,}"
-        limits = [limit for limit in (low, high) if "inf" not in limit]
-        return " and ".join(limits if abs(value) < math.inf or len(limits) == 2 else [*limits, "finite"])
-
-
-MOST = 10**15  # no text has as many tokens
-LIMITS = {int: Range(ge=0, most=MOST), float: Range()}  # of types without limits of their own
-
-Count = Annotated[int, Range(ge=1, most=MOST)]
-VocabSize = Annotated[int, Range(ge=1, most=2**31 - 1)]
-Length = Annotated[int, Range(ge=0, most=10**6)]
-Seed = Annotated[int, Range(ge=0, most=2**32 - 1)]
-Positive = Annotated[float, Range(gt=0)]
-NonNegative = Annotated[float, Range(ge=0)]
-Fraction = Annotated[float, Range(ge=0, le=1)]
-PositiveFraction = Annotated[float, Range(gt=0, le=1)]
-ProperFraction = Annotated[float, Range(gt=0, lt=1)]
-Decay = Annotated[float, Range(ge=0, lt=1)]
-
-
-def fault(value: Any, hint: Any) -> str:
-    """What an option of the declared type `hint` must be, if `value` is not; "" if it is.
-
-    >>> fault(0, Count | None), fault(2.5, int), fault(math.nan, NonNegative), fault(2, Decay)
-    ('at least 1', 'int', 'at least 0 and finite', 'at least 0 and below 1')
-    """
-    limits = None
-    if get_origin(hint) is Annotated:
-        hint, *notes = get_args(hint)
-        limits = next((note for note in notes if isinstance(note, Range)), None)
-    kind, arguments = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return "" if value is None else fault(value, arguments[0])
-    if kind is Literal:
-        return "" if value in arguments else " or ".join(arguments)
-    if kind is tuple:
-        hints = arguments[:1] * len(value) if ... in arguments and isinstance(value, tuple) else arguments
-        if not isinstance(value, tuple) or len(value) != len(hints):
-            return f"{len(hints)} values"
-        return next(filter(None, map(fault, value, hints)), "")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number if hint is float else isinstance(value, hint) and (is_number or hint is not int)):
-        return hint.__name__
-    limits = limits or LIMITS.get(hint)
-    return limits.fault(value) if limits else ""
-
-
-@functools.cache
-def declared(cls: type) -> dict[str, Any]:
-    """The declared type of each field of a dataclass."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {each.name: hints[each.name] for each in fields(cls)}
-
-
-class Options:
-    """Base of the dataclasses of options: every value must be of its declared type, within its limits."""
-
-    prefix: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for name, hint in declared(type(self)).items():  # type: ignore[arg-type]
-            if wrong := fault(value := getattr(self, name), hint):
-                raise ValueError(f"{self.prefix}{name} must be {wrong}, got {value!r}")
+from llm_basics.core import option_types
 
 
 @dataclass(frozen=True)
-class ModelConfig(Options):
+class ModelConfig(option_types.Options):
     """The shape of a transformer. The defaults are Llama's choices; configs/gpt2-small.yaml has GPT-2's."""
 
     prefix: ClassVar[str] = "model."
 
-    vocab_size: VocabSize = 2048
+    vocab_size: option_types.VocabSize = 2048
     """Vocabulary size of a tokenizer trained with `--tokenizer bpe`. Other tokenizers have a fixed size."""
-    context_length: Count = 256
+    context_length: option_types.Count = 256
     """Maximum sequence length in tokens."""
-    d_model: Count = 256
+    d_model: option_types.Count = 256
     """Width of the residual stream."""
-    n_layers: Count = 4
+    n_layers: option_types.Count = 4
     """Number of transformer blocks."""
-    n_heads: Count = 4
+    n_heads: option_types.Count = 4
     """Number of attention heads per block, each of d_model / n_heads features."""
-    n_kv_heads: Count | None = None
+    n_kv_heads: option_types.Count | None = None
     """Number of key and value heads per block, shared by groups of query heads. None: n_heads."""
-    d_ff: Count | None = None
+    d_ff: option_types.Count | None = None
     """Width of the feed-forward network. None: 4 d_model, or 8/3 d_model rounded up to 64s for swiglu."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """Normalization: rms (Llama), layer (GPT-2), or none."""
-    norm_eps: PositiveFraction = 1e-5
+    norm_eps: option_types.PositiveFraction = 1e-5
     """Added to the variance in normalization, for numerical stability."""
     norm_placement: Literal["pre", "post"] = "pre"
     """Normalize the input of each sublayer (pre), or its sum with the residual (post)."""
     position: Literal["rope", "learned", "none"] = "rope"
     """Position encoding: rotary embeddings (Llama), learned embeddings (GPT-2), or none."""
-    rope_theta: Positive = 10000.0
+    rope_theta: option_types.Positive = 10000.0
     """Base of the rotary wavelengths (RoPE)."""
     ffn: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "silu"] = "swiglu"
     """Feed-forward network: gated (swiglu), or plain with this activation. GPT-2 uses gelu_tanh."""
@@ -124,13 +44,13 @@ class ModelConfig(Options):
     """Share the token embeddings with the output projection."""
     bias: bool = False
     """Add a bias to linear layers and LayerNorm. Not available with swiglu."""
-    dropout: Decay = 0.0
+    dropout: option_types.Decay = 0.0
     """Dropout probability in training."""
     init: Literal["truncated", "gpt2"] = "truncated"
     """Initial weights: normal of variance 2 / (d_in + d_out), truncated at 3 std, or GPT-2's (std 0.02)."""
     zero_init: bool = False
     """Zero the projections back to the residual stream, so that each block starts as the identity."""
-    vocab_multiple: Count = 1
+    vocab_multiple: option_types.Count = 1
     """Pad the rows of embeddings and output projection to a multiple of this, such as 64 on GPUs."""
 
     def __post_init__(self) -> None:
@@ -210,45 +130,45 @@ class ModelConfig(Options):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Options):
+class TrainConfig(option_types.Options):
     """Options of training: steps, optimizer, schedule, evaluation, checkpoints."""
 
     prefix: ClassVar[str] = "train."
 
-    steps: Count = 1000
+    steps: option_types.Count = 1000
     """Number of optimizer steps."""
-    batch_size: Count = 16
+    batch_size: option_types.Count = 16
     """Number of sequences per forward pass."""
-    grad_accumulation_steps: Count = 1
+    grad_accumulation_steps: option_types.Count = 1
     """Number of forward passes whose gradients are averaged into one optimizer step."""
-    stride: Count | None = None
+    stride: option_types.Count | None = None
     """Distance in tokens of the starts of two training sequences, which overlap if it is below
     model.context_length. None: model.context_length. Not used by sft."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon applies Muon to the matrices of the blocks and AdamW to all other weights."""
-    lr: NonNegative = 3e-4
+    lr: option_types.NonNegative = 3e-4
     """Peak learning rate, reached after warm-up."""
-    min_lr: NonNegative | None = None
+    min_lr: option_types.NonNegative | None = None
     """Final learning rate. None: lr / 10."""
     warmup_steps: int = 100
     """Number of steps of linear warm-up from 0 to lr."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Schedule of lr after warm-up: cosine decay, or constant with a linear decay at the end (wsd)."""
-    decay_fraction: Fraction = 0.2
+    decay_fraction: option_types.Fraction = 0.2
     """Share of the steps in which wsd decays."""
-    momentum: Decay = 0.95
+    momentum: option_types.Decay = 0.95
     """Momentum of Muon."""
-    weight_decay: NonNegative = 0.1
+    weight_decay: option_types.NonNegative = 0.1
     """Decoupled weight decay of matrices and embeddings. Norms and biases are not decayed."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay rates of AdamW's running means of the gradient and its square."""
-    eps: Fraction = 1e-8
+    betas: tuple[option_types.Decay, option_types.Decay] = (0.9, 0.95)
+    """option_types.Decay rates of AdamW's running means of the gradient and its square."""
+    eps: option_types.Fraction = 1e-8
     """Added to AdamW's denominator, for numerical stability."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: option_types.Positive = 1.0
     """Clip the global gradient norm to this value."""
-    z_loss: NonNegative = 0.0
+    z_loss: option_types.NonNegative = 0.0
     """Weight of the squared log-normalizer in the loss, which keeps logits from drifting. 0: off."""
-    seed: Seed = 0
+    seed: option_types.Seed = 0
     """Random seed of initial weights, data order, dropout and samples."""
     device: str = "auto"
     """Device: cuda, mps or cpu. auto: the first available of these."""
@@ -257,15 +177,24 @@ class TrainConfig(Options):
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """Compile the model with torch.compile; graphs also captures steps as CUDA graphs, for small models.
     auto: on CUDA, graphs for small models and on for others; elsewhere off."""
-    log_every: Count = 10
+    parallel: Literal["auto", "none", "ddp", "fsdp2", "mine"] = "auto"
+    """Data parallelism: a copy of the weights in each process (ddp), shards of them (fsdp2), or the
+    DataParallel of --mine (mine). auto: ddp under torchrun, else none."""
+    offload: bool = False
+    """Keep the shards of fsdp2 in CPU memory, and copy them to the GPU where they are used."""
+    sharded_checkpoints: Literal["off", "on", "async"] = "off"
+    """Save checkpoints of fsdp2 as a folder of shards, written while training continues (async)."""
+    timeout_seconds: option_types.Positive = 15.0
+    """Time that a process waits for the others within a step before it ends the job."""
+    log_every: option_types.Count = 10
     """Number of steps between log lines of the training loss."""
-    eval_every: Count = 250
+    eval_every: option_types.Count = 250
     """Number of steps between evaluations on the held-out split."""
-    eval_batches: Count = 20
+    eval_batches: option_types.Count = 20
     """Number of batches per evaluation. The final evaluation uses ten times as many."""
     sample_every: int = 500
     """Number of steps between samples of generated text. 0: only at the end."""
-    sample_tokens: Length = 200
+    sample_tokens: option_types.Length = 200
     """Number of tokens per sample."""
     sample_prompt: str | None = None
     """Prompt of samples. None: a line of the held-out split, preferably one that ends with a colon."""
@@ -297,7 +226,7 @@ class TrainConfig(Options):
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(option_types.Options):
     """Train a language model, by default on the source code of Python's standard library."""
 
     config: str = "tiny"
@@ -306,13 +235,13 @@ class Config(Options):
     data: str = "stdlib"
     """Training text: a text, .jsonl or .parquet file, a folder, a quoted glob, stdlib (Python's standard
     library), a data set such as tinystories, or a folder made by llm_basics.prepare."""
-    max_tokens: Count | None = None
+    max_tokens: option_types.Count | None = None
     """Maximum number of tokens to prepare. None: all."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """On invalid UTF-8: stop with the position, or replace the bytes by U+FFFD."""
     fast: Literal["on", "off"] = field(default="on", metadata={"retired": {"triton": "on"}})
     """Use fast kernels in place of reference functions where this machine supports them."""
-    val_fraction: ProperFraction = 0.1
+    val_fraction: option_types.ProperFraction = 0.1
     """Share of the documents held out for validation. A single document is split at its end."""
     tokenizer: str = "bpe"
     """Tokenizer: bpe (trained on the data), bytes, gpt2, a saved folder or a tokenizer.json."""

@@ -23,10 +23,15 @@ def choose(name: str) -> torch.device:
     return torch.device(name)
 
 
-def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    """Autocast to bfloat16 if `dtype` is bfloat16, or auto and CUDA supports it; weights stay float32."""
+def is_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether forward passes run in bfloat16: `dtype` is bfloat16, or auto and CUDA supports it."""
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" or (dtype == "auto" and has_bfloat16):
+    return dtype == "bfloat16" or (dtype == "auto" and has_bfloat16)
+
+
+def precision(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Autocast to bfloat16 if `is_bfloat16`; weights stay float32."""
+    if is_bfloat16(device, dtype):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -38,15 +43,3 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.float32
-
-
-def random_state(device: torch.device) -> list[torch.Tensor]:
-    """The state of the random number generators: of the CPU, and of `device` if it is a GPU."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
-    """Restore a state of `random_state`."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -37,11 +37,11 @@ def evaluate(
         n_bytes += token_bytes[counted].sum().item()
         n_tokens += counted.numel()
     model.train(was_training)
-    mean = loss / n_tokens
+    mean, n_tokens = loss / max(n_tokens, 1), max(n_tokens, 1)
     return {
         "val_loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": loss / math.log(2) / n_bytes,
+        "bits_per_byte": loss / math.log(2) / max(n_bytes, 1),
         "accuracy": correct / n_tokens,
     }
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from llm_basics.core import config, files
+from llm_basics.core import config, files, option_types
 
 PRESETS = Path(__file__).parents[1] / "configs"
 
@@ -76,7 +76,7 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
     >>> update(config.Config(), {"model": {"n_layers": 2}}, origin="here").model.n_layers
     2
     """
-    hints = config.declared(type(base))  # type: ignore[arg-type]
+    hints = option_types.declared(type(base))  # type: ignore[arg-type]
     fields = {field.name: field for field in _fields(base)}
     values: dict[str, Any] = {}
     for name, value in options.items():
@@ -101,7 +101,7 @@ def update(base: T, options: dict[str, Any], origin: str, prefix: str = "") -> T
             values[name] = update(getattr(base, name), value, origin, f"{full_name}.")
         else:
             values[name] = _converted(value, hints[name])
-            if wrong := config.fault(values[name], hints[name]):
+            if wrong := option_types.fault(values[name], hints[name]):
                 raise ValueError(f"{full_name} must be {wrong}, got {value!r} ({origin})")
     try:
         return dataclasses.replace(base, **values)  # type: ignore[type-var]

@@ -24,7 +24,7 @@ from typing import Any
 
 from llm_basics import swap
 from llm_basics.cli import commands, parse
-from llm_basics.core import bpe, config, files, tokenizer
+from llm_basics.core import bpe, config, files, option_types, tokenizer
 from llm_basics.data import documents, shard_builder, shards, sources, spool, tokenizer_formats
 from llm_basics.runs import console, signals
 
@@ -95,7 +95,7 @@ def _prepare_local(options: config.Config, source: sources.Source, log: Callable
     # a folder per process: several runs may prepare the same text at once
     work = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}-{os.getpid()}")
     # duplicates are kept, and BPE trains on the whole training split
-    settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=config.MOST)
+    settings = dataclasses.replace(_prepare_config(options, folder), sample_bytes=option_types.MOST)
     try:
         files.create_folder(work / shard_builder.PROGRESS)
         with shard_builder.Journal(None, {}) as journal:

@@ -29,10 +29,15 @@ def clip_grad_norm_(
 ) -> Float[Tensor, ""]:
     """`optim.clip_grad_norm_` by torch's multi-tensor kernels."""
     parameters = list(parameters)
-    gradients = as_flat_view([p.grad for p in parameters if p.grad is not None])
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = as_flat_view([local(gradient) for gradient in found])
     if len({(g.device, g.dtype) for g in gradients}) != 1 or gradients[0].itemsize < 4:
         return clip_of_reference(parameters, max_norm, error_if_nonfinite)
     total_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if hasattr(found[0], "device_mesh"):
+        total_norm = total_norm.square()
+        torch.distributed.all_reduce(total_norm, group=found[0].device_mesh.get_group())
+        total_norm = total_norm.sqrt()
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(f"the gradient norm must be finite, got {total_norm.item()}; nothing was clipped")
     scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
@@ -40,6 +45,12 @@ def clip_grad_norm_(
     if total_norm.is_cuda or scale != 1:
         torch._foreach_mul_(gradients, scale)
     return total_norm
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a sharded tensor that is in this process; any other tensor as it is."""
+    # DTensor takes a second to import
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def as_flat_view(tensors: list[Tensor]) -> list[Tensor]:
@@ -108,10 +119,10 @@ def adamw_step_(
     for (step, device), indices in by_step.items():
         count = torch.full((), float(step), device=device)
         torch._fused_adamw_(
-            [parameters[i] for i in indices],
-            [gradient for i in indices if (gradient := parameters[i].grad) is not None],
-            [states[i]["exp_avg"] for i in indices],
-            [states[i]["exp_avg_sq"] for i in indices],
+            [local(parameters[i]) for i in indices],
+            [local(gradient) for i in indices if (gradient := parameters[i].grad) is not None],
+            [local(states[i]["exp_avg"]) for i in indices],
+            [local(states[i]["exp_avg_sq"]) for i in indices],
             [],
             [count] * len(indices),
             lr=lr,

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from llm_basics.cli import parse
-from llm_basics.core import config
+from llm_basics.core import option_types
 from llm_basics.learn import lessons, overview, progress
 from llm_basics.runs import console
 
@@ -90,7 +90,7 @@ class Next(_CurrentStep):
 
 
 @dataclass(frozen=True)
-class Predict(_CurrentStep, config.Options):
+class Predict(_CurrentStep, option_types.Options):
     """Predict a result before running the code of a step."""
 
     answer: int | None = None
@@ -98,10 +98,10 @@ class Predict(_CurrentStep, config.Options):
 
 
 @dataclass(frozen=True)
-class Dojo(config.Options):
+class Dojo(option_types.Options):
     """Find one hidden mistake in a training run from losses, gradients and probes."""
 
-    seed: config.Seed = 0
+    seed: option_types.Seed = 0
     """Random seed that selects the mistake."""
     answer: int | None = None
     """Number of your answer. None: print the run and the options."""
@@ -124,12 +124,12 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Race(_File, config.Options):
+class Race(_File, option_types.Options):
     """Train the default model with your pieces and with the reference, and plot both curves."""
 
     data: str = "stdlib"
     """Training text: a file, a folder or a glob; stdlib is the source of Python's standard library."""
-    steps: config.Count = 800
+    steps: option_types.Count = 800
     """Number of optimizer steps; all other options are those of the default run, without qk_norm."""
     out: str = "race"
     """Folder for both run directories and the figure."""

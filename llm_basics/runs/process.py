@@ -82,3 +82,15 @@ def gc_frozen() -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is of insufficient memory; on a CPU torch raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """The state of the random number generators: of the CPU, and of `device` if it is a GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    """Restore a state of `random_state`."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

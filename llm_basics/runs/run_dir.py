@@ -154,6 +154,25 @@ class RunDir:
                 logger.message(f"warning: {error}")
 
 
+class ReadOnly(RunDir):
+    """The run directory of a job of several processes, in those that do not write to it."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / CHECKPOINTS
+        self.loggers = []
+        self.attempt = 1
+        self.inbox = inbox.Inbox(self.folder)
+        self.config = {}
+        self._lock = contextlib.ExitStack()
+
+    def write_config(self, options: dict[str, Any]) -> None:
+        """Nothing; the main process writes."""
+
+    def _append(self, name: str, line: str) -> None:
+        pass
+
+
 # --------------------------------------------------------------------------------------------------
 # Reading runs
 

@@ -15,6 +15,7 @@ import enum
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +23,9 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
+
+# within this time a second SIGINT is the first one again: torchrun repeats what the terminal has delivered
+LAUNCHER_SECONDS = 0.5
 
 
 class Stopped(BaseException):
@@ -31,6 +35,10 @@ class Stopped(BaseException):
         self.name = signal.Signals(number).name
         self.status = 128 + number
         super().__init__(self.name)
+
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[int]]:
+        # an exception is pickled with its message alone
+        return Stopped, (self.status - 128,)
 
 
 class Response(enum.Enum):
@@ -47,10 +55,12 @@ class Response(enum.Enum):
 
 
 class _State:
-    """The first signal received, and the response to the next one."""
+    """The first signal received and when, the response to the next one, and the exchange of `shared`."""
 
     number: int | None = None
+    seconds = 0.0
     response = Response.FLAG
+    agree: Callable[[int], int] | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,8 +124,28 @@ def request_stop() -> None:
 
 def poll() -> None:
     """Raise `Stopped` if a signal is pending."""
+    if _State.agree is not None:
+        _State.number = _State.agree(_State.number or 0) or None
     if _State.number is not None:
         raise Stopped(_State.number)
+
+
+@contextlib.contextmanager
+def shared(agree: Callable[[int], int] | None) -> Iterator[None]:
+    """Inside the block `poll` raises for the number that `agree` returns, given the pending one or 0.
+
+    Several processes agree on one number, so that all stop at the same poll.
+    """
+    before, _State.agree = _State.agree, agree
+    try:
+        yield
+    finally:
+        _State.agree = before
+
+
+def unshared() -> contextlib.AbstractContextManager[None]:
+    """Inside the block `poll` raises for signals to this process alone."""
+    return shared(None)
 
 
 def polled(items: Iterable[T]) -> Iterator[T]:
@@ -170,10 +200,13 @@ def _responding(response: Response) -> Iterator[None]:
 
 
 def _receive(number: int, frame: types.FrameType | None) -> None:
-    if number == signal.SIGINT and _State.number is not None:
+    now = time.monotonic()
+    # not the same Ctrl-C, passed on by a launcher
+    if number == signal.SIGINT and _State.number is not None and now > _State.seconds + LAUNCHER_SECONDS:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    _State.number = _State.number or number
+    if _State.number is None:
+        _State.number, _State.seconds = number, now
     if _State.response is Response.EXIT:
         _print_stopped(number)
         os._exit(128 + number)

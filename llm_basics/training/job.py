@@ -9,7 +9,7 @@ from llm_basics.cli import parse
 from llm_basics.core import config, evaluate, files
 from llm_basics.data import chat_template
 from llm_basics.runs import console, process, run_dir, signals
-from llm_basics.training import loop, lr_finder, memory, setup, state
+from llm_basics.training import distributed, job_errors, loop, lr_finder, memory, setup, state
 
 # time for loggers to finish after a request to stop
 CLOSE_SECONDS = 2.0
@@ -25,11 +25,12 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     output.metrics(training.step, **metrics)
     loop.is_best(training, output, metrics["val_loss"])
     loop.save(training, output)
-    output.sample(training.step, *training.sample())
+    training.on_main(lambda: output.sample(training.step, *training.sample()))
     entropy = evaluate.unigram_entropy(training.held_out)
     figure: object = "not drawn"
     try:
-        figure = figures.plot_loss(output.folder, entropy)
+        if distributed.is_main():
+            figure = figures.plot_loss(output.folder, entropy)
     except files.WriteError as error:
         output.log(f"warning: {error}")
     saved = output.checkpoint_path(training.step) if training.is_saved else "not saved"
@@ -56,9 +57,10 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
     setup.print_summary(training, output)
     if training.options.find_lr:
         return 0 if lr_finder.search(training, output) is not None else NO_RATE
-    with process.gc_frozen():
-        loop.fit(training, output)
-    conclude(training, output, training.step - first_step, clock.total())
+    with distributed.sharing_signals():
+        with process.gc_frozen():
+            loop.fit(training, output)
+        conclude(training, output, training.step - first_step, clock.total())
     if training.is_same_as_replayed is False:
         return NOT_SAME
     return 0 if training.is_saved else parse.NOT_SAVED
@@ -69,7 +71,22 @@ def main(
     make: Callable[[config.Config], state.TrainingState] = setup.of_text,
     work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int] = work,
 ) -> int:
-    """Run `work` on the training state that `make` returns. Returns the exit status."""
+    """Run `work` on the training state that `make` returns, in each process of a job.
+
+    Returns the exit status.
+    """
+    with parse.exit_on_error(flush=False):
+        distributed.check(options)
+    with distributed.joined(options.train):
+        return job_errors.run(lambda: run(options, make, work))
+
+
+def run(
+    options: config.Config,
+    make: Callable[[config.Config], state.TrainingState],
+    work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int],
+) -> int:
+    """`main` in a process that has joined the others."""
     clock = run_dir.Stopwatch()
     # before the model is allocated, whose weights profit too
     process.tune_allocator()
@@ -102,7 +119,7 @@ def main(
             return parse.NOT_SAVED
         except (RuntimeError, MemoryError) as error:
             if not process.is_out_of_memory(error):
-                raise
+                raise  # in a job of several processes, perhaps since another one has failed
             needs = setup.estimate(training.options)
             advice = memory.describe(needs, training.options) if needs else setup.NOT_ESTIMATED
             print(f"error: out of memory\n{advice}", file=sys.stderr)

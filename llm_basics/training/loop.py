@@ -8,9 +8,9 @@ import torch
 
 from llm_basics.core import files, trainer
 from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.training import distributed, steering
 from llm_basics.training import monitor as monitors
 from llm_basics.training import state as training_state
-from llm_basics.training import steering
 
 
 def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
@@ -28,11 +28,12 @@ def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
             step, batches, options = state.step + 1, state.next_batches(), state.options.train
             try:
                 result = trainer.train_step(
-                    state.model, state.optimizer, batches, step, options, monitor.accept
+                    state.replica, state.optimizer, batches, step, options, monitor.accept
                 )
             except FloatingPointError as error:
                 result = monitor.skip(step, batches, error)  # raises again unless on_nonfinite is "skip"
             state.advance()
+            distributed.expect_steps(options.timeout_seconds)
             monitor.record(step, batches, result)  # on a GPU this reads the metrics of the previous step
             between_steps(state, output, monitor, commands)
 
@@ -56,7 +57,7 @@ def between_steps(
             is_lowest = is_best(state, output, metrics["val_loss"])
     if "sample" in requested or (is_pending and _due(step, options.sample_every)):
         with monitor.paused():
-            output.sample(step, *state.sample())
+            state.on_main(lambda: output.sample(step, *state.sample()))
     state.evaluated = True
     if is_lowest or "save" in requested or (is_pending and _due(step, options.checkpoint_every)):
         with monitor.paused():
@@ -113,7 +114,7 @@ def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
         return
     output.event(state.step, "checkpoint", val_loss=state.val_loss)
     try:
-        if options.keep_checkpoints:
+        if options.keep_checkpoints and distributed.is_main():
             checkpoint.prune(output.checkpoints, options.keep_checkpoints)
     except OSError as error:
         output.log(f"warning: old checkpoints could not be deleted ({error})")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_basics.core import dataloader, device, trainer
-from llm_basics.runs import run_dir
+from llm_basics.runs import process, run_dir
 from llm_basics.training import diagnostics
 from llm_basics.training import state as training_state
 
@@ -40,7 +40,7 @@ class Monitor:
         self.accept = self._accept if state.options.train.on_spike == "skip" else None
         self.pending: _Pending | None = None
         # at the start of the next step
-        self.random_state = device.random_state(state.device)
+        self.random_state = process.random_state(state.device)
         # steps since the last log line; consecutive skipped steps
         self.n_timed = self.n_skipped = 0
 
@@ -51,7 +51,7 @@ class Monitor:
         """
         before = self.pending
         self.pending = _Pending(step, batches, result, self.random_state, start_reading(result))
-        self.random_state = device.random_state(self.state.device)
+        self.random_state = process.random_state(self.state.device)
         if before is not None:
             self._settle(before)
         if result.train_loss.device.type not in device.ASYNCHRONOUS:
@@ -69,7 +69,7 @@ class Monitor:
         self.flush()
         with self.clock.paused():
             yield
-        self.random_state = device.random_state(self.state.device)
+        self.random_state = process.random_state(self.state.device)
 
     def skip(
         self, step: int, batches: Sequence[dataloader.Batch], error: FloatingPointError
@@ -79,7 +79,7 @@ class Monitor:
         Restores the random state from before the step. Raises FloatingPointError, naming the origin of the
         first non-finite value, unless `on_nonfinite` is "skip" and skipping helps.
         """
-        device.set_random_state(self.random_state, self.state.device)
+        process.set_random_state(self.random_state, self.state.device)
         self._warn(step, self.random_state, batches, error)
         nan = torch.full((), math.nan)
         return trainer.StepResult(nan, nan, self.state.optimizer.param_groups[0]["lr"], updated=False)
@@ -170,21 +170,21 @@ class Monitor:
     def _origin(self, random_state: list[Tensor], batches: Sequence[dataloader.Batch]) -> str:
         """The origin of the first non-finite value, found by repeating the step."""
         state, options = self.state, self.state.options.train
-        now = device.random_state(state.device)
+        now = process.random_state(state.device)
 
         def losses() -> Tensor:
-            device.set_random_state(random_state, state.device)
+            process.set_random_state(random_state, state.device)
             with device.precision(state.device, options.dtype):
                 return torch.stack(
                     [trainer.batch_loss(state.model, *batch, options.z_loss) for batch in batches]
                 )
 
-        device.set_random_state(random_state, state.device)
+        process.set_random_state(random_state, state.device)
         state.optimizer.zero_grad(set_to_none=True)
         # gradients before clipping, which spreads non-finite values
         trainer.accumulate_gradients(state.model, batches, options)
         origin = diagnostics.find_nonfinite(state.model, losses)
-        device.set_random_state(now, state.device)
+        process.set_random_state(now, state.device)
         return origin
 
 

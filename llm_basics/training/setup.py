@@ -11,8 +11,8 @@ from llm_basics import swap
 from llm_basics.cli import nested
 from llm_basics.core import config, device, evaluate, files, presets, trainer
 from llm_basics.data import prepare
-from llm_basics.runs import checkpoint, console, loggers, run_dir, steering
-from llm_basics.training import memory, warm_start
+from llm_basics.runs import checkpoint, console, loggers, process, run_dir, steering
+from llm_basics.training import distributed, memory, warm_start
 from llm_basics.training import state as training_state
 
 # printed where there is no estimate
@@ -23,7 +23,7 @@ NOT_ESTIMATED = (
 
 def of_text(options: config.Config) -> training_state.TrainingState:
     """The state of a run on plain text (pretraining)."""
-    prepared = prepare.prepare(options)
+    prepared = distributed.main_first(lambda: prepare.prepare(options))
     if options.resume is None and prepared.folder == Path(options.data):
         # a prepared folder has its own tokenizer
         options = dataclasses.replace(options, tokenizer=str(prepared.folder / "tokenizer"))
@@ -50,14 +50,8 @@ def start(
 
     Raises ValueError or OSError for invalid options or data, WriteError if the directory is not writable.
     """
-    given = Path(options.run_dir or "")
-    if options.run_dir and not options.resume and given.is_dir() and any(given.iterdir()):
-        advice = f"resume the run with --resume {given}" if run_dir.checkpoints(given) else "or delete it"
-        raise ValueError(f"--run_dir must be new or empty, got {given}; {advice}")
-    if options.resume is not None and not run_dir.checkpoints(options.resume):
-        raise ValueError(
-            f"--resume needs a checkpoint, but {options.resume} has none; delete it and start again"
-        )
+    options = restarted(options)
+    distributed.on_main(lambda: check_folder(options))
     if options.mine is not None:
         if options.resume and not Path(options.mine).exists():
             # the run directory has a copy
@@ -67,20 +61,20 @@ def start(
         swap.use("fast")
     memory.check(options, estimate)  # fails now, not after minutes of data preparation
     training = begin(options, make)
-    folder = options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem)
-    training.options = dataclasses.replace(training.options, run_dir=str(folder))
-    output = run_dir.RunDir(folder, tolerant=options.train.on_save_error == "warn")
+    (folder,) = distributed.from_main([str(distributed.on_main(lambda: choose_folder(options)))])
+    training.options = dataclasses.replace(training.options, run_dir=folder)
+    output = distributed.main_first(lambda: open_folder(folder, options))
     try:
-        checkpoint.delete_partial(output.checkpoints)
-        if training.is_compiled:
-            compile_model(training)
-        else:
+        if not training.is_compiled:
             ours = training.options
             swap.prepare_model(training.model, ours.train.batch_size, ours.model.context_length)
         if options.resume is not None:
             resume_latest(training, output)
         elif options.replay is not None:
             start_replay(training, output, options.replay)
+        training.parallelize()
+        if training.is_compiled:
+            compile_model(training)
         changes = steering.read_changes(output.folder)
         steps = [training.options.train.steps, *(c.value for c in changes if c.name == "train.steps")][-1]
         output.loggers.append(loggers.ConsoleLogger(steps, training.step))
@@ -91,6 +85,8 @@ def start(
             run_dir.TRAINING_TOKENS: n_training_tokens(training),
         }
         output.write_config(dataclasses.asdict(training.options) | recorded)
+        if not distributed.is_main():
+            return training, output
         if options.mine is not None:
             files.write(output.folder / "mine.py", Path(options.mine).read_bytes())
         if options.resume is None:
@@ -104,10 +100,49 @@ def start(
     return training, output
 
 
+def restarted(options: config.Config) -> config.Config:
+    """The options to resume with, if torchrun has restarted a job that has saved a checkpoint."""
+    folder = options.resume or options.run_dir
+    if not distributed.world().restarts or folder is None or not run_dir.checkpoints(folder):
+        return options
+    saved = presets.update(config.Config(), run_dir.read_config(folder), f"{folder}/config.json")
+    return dataclasses.replace(saved, resume=str(folder))
+
+
+def check_folder(options: config.Config) -> None:
+    """Raise ValueError unless a new run has a new folder, and a resumed one a checkpoint."""
+    given = Path(options.run_dir or "")
+    is_used = options.run_dir and not options.resume and given.is_dir() and any(given.iterdir())
+    # a restarted job may have failed before its first checkpoint
+    if is_used and not distributed.world().restarts:
+        advice = f"resume the run with --resume {given}" if run_dir.checkpoints(given) else "or delete it"
+        raise ValueError(f"--run_dir must be new or empty, got {given}; {advice}")
+    if options.resume is not None and not run_dir.checkpoints(options.resume):
+        raise ValueError(
+            f"--resume needs a checkpoint, but {options.resume} has none; delete it and start again"
+        )
+
+
+def choose_folder(options: config.Config) -> str:
+    """The run directory; a new one is made unless the options name it."""
+    return str(options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem))
+
+
+def open_folder(folder: str, options: config.Config) -> run_dir.RunDir:
+    """The run directory, opened for writing in the main process."""
+    if not distributed.is_main():
+        return run_dir.ReadOnly(folder)
+    output = run_dir.RunDir(folder, tolerant=options.train.on_save_error == "warn")
+    checkpoint.delete_partial(output.checkpoints)
+    if distributed.world().restarts and options.resume is None:
+        output.resumed(0)
+    return output
+
+
 def compile_model(training: training_state.TrainingState) -> None:
     """Compile the model with torch.compile; if that fails, warn and train without."""
     train = training.options.train
-    state = device.random_state(training.device)
+    state = process.random_state(training.device)
     console.print_line("compiling the model (usually less than a minute; disable with --train.compile off)")
     try:
         inputs, targets = training.next_batches()[0]
@@ -115,14 +150,14 @@ def compile_model(training: training_state.TrainingState) -> None:
         for _ in range(3 if training.is_graph else 1):
             training.optimizer.zero_grad(set_to_none=True)
             with device.precision(inputs.device, train.dtype):
-                trainer.batch_loss(training.model, inputs, targets, train.z_loss).backward()
+                trainer.batch_loss(training.replica, inputs, targets, train.z_loss).backward()
     except Exception as error:
         # a missing compiler, or an error in any of those it calls
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         console.print_line(f"warning: the model could not be compiled ({reason}); training uncompiled")
         training.uncompile()
     training.optimizer.zero_grad(set_to_none=True)
-    device.set_random_state(state, training.device)
+    process.set_random_state(state, training.device)
 
 
 def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
@@ -151,7 +186,7 @@ def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir
             f"--train.steps must be at least {training.step}, the step of the run {output.folder}"
         )
     # an invalid checkpoint must not count as the newest or the best
-    for path in unused:
+    for path in unused if distributed.is_main() else ():
         quarantine(path)
     output.resumed(training.step, changed=training.changed, differences=differences)
     promise = "results may differ in the last bits" if differences else "bit for bit as if never stopped"
@@ -219,7 +254,10 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
 
 def estimate(options: config.Config) -> memory.Estimate | None:
     """Estimate the memory of training; None if user code cannot run on fake tensors."""
+    per_process = options.train.batch_size // distributed.size()
+    train = dataclasses.replace(options.train, batch_size=per_process)
     try:
+        options = dataclasses.replace(options, train=train)
         return memory.estimate(options, trainer.make_optimizer, trainer.batch_loss)
     except Exception:
         # user code may raise anything

@@ -5,9 +5,9 @@ import dataclasses
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents, prepare, shards
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, process, signals, steering
-from llm_basics.training import diagnostics
+from llm_basics.training import compilation, diagnostics, distributed, parallel
+
+T = TypeVar("T")
 
 # options that do not affect the weights
 NO_EFFECT_ON_WEIGHTS = {
@@ -33,10 +35,6 @@ NO_EFFECT_ON_WEIGHTS = {
 
 # options besides those of train whose change on a resume is recorded
 RECORDED = {"fast", "deterministic"}
-
-# most floating-point operations of a step for which launching kernels dominates, so that CUDA graphs help: at
-# 1.2 * 10^12 a step took an H200 8 to 11 ms with graphs, 17 to 20 ms without
-MAX_GRAPH_FLOPS = 2e12
 
 # size of the random state and the metadata in a checkpoint
 METADATA_BYTES = 32_000
@@ -85,7 +83,7 @@ class TrainingState:
         train, model = options.train, options.model
         self.options = options
         self.tokenizer = prepared.tokenizer
-        self.device = device.choose(train.device)
+        self.device = distributed.choose_device(train.device)
         if options.deterministic:
             process.make_deterministic()
         for shard in (*prepared.train, prepared.val):
@@ -100,19 +98,21 @@ class TrainingState:
         random.seed(train.seed)
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
-        self.model = models.TransformerLM(model).to(self.device)
+        # weights that will be sharded need not fit on one GPU
+        self.is_sharded = distributed.strategy(train) == "fsdp2"
+        self.model = models.TransformerLM(model)
+        self.model.to(torch.device("cpu") if self.is_sharded else self.device)
+        # what training steps call: the model, or its wrapper in a job of several processes
+        self.replica: nn.Module = self.model
         check_parameters(self.model, model)
         # a CUDA graph needs batches of one shape, and cannot read a value on the host as user code may
         can_be_graph = train.grad_accumulation_steps == 1 and isinstance(self.batches, dataloader.Batches)
         can_be_graph = can_be_graph and not swap.user_pieces()
         n_flops = model.flops_per_token * train.batch_size * model.context_length
-        how = compile_mode(train.compile, self.device, n_flops, can_be_graph)
+        how = compilation.mode(train.compile, self.device, n_flops, can_be_graph)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
         if self.is_compiled:
-            # a user's model need not have hidden_states
-            part = "forward" if "model.TransformerLM" in swap.user_pieces() else "hidden_states"
-            mode = "reduce-overhead" if self.is_graph else None
-            vars(self.model)[part] = torch.compile(getattr(self.model, part), dynamic=False, mode=mode)
+            compilation.compile_model(self.model, self.is_graph, by_block=self.is_sharded)
         self.optimizer = trainer.make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
@@ -142,9 +142,21 @@ class TrainingState:
 
     def uncompile(self) -> None:
         """Run the model uncompiled."""
-        for part in ("forward", "hidden_states"):
-            vars(self.model).pop(part, None)
+        compilation.uncompile_model(self.model)
         self.is_compiled = self.is_graph = False
+
+    def parallelize(self) -> None:
+        """Distribute the model over the processes of the job, once its weights are loaded."""
+        replica = parallel.parallelize(self.model, self.options.train, self.device)
+        if replica is not None:
+            self.replica = replica.module
+            if self.is_sharded:
+                before, self.optimizer = (
+                    self.optimizer,
+                    trainer.make_optimizer(self.model, self.options.train),
+                )
+                parallel.reshard_optimizer(before, self.optimizer)
+            distributed.seed(self.options.train.seed, self.step, self.device)
 
     def _eager(self) -> contextlib.AbstractContextManager[None]:
         """Run eagerly inside: compiled code is for training batches of one shape."""
@@ -154,12 +166,13 @@ class TrainingState:
         """The batches whose gradients make up the next step."""
         train = self.options.train
         firsts = range(self.sequences, self.sequences + self.sequences_per_step, train.batch_size)
-        return [self.batches.starting_at(first) for first in firsts]
+        return [distributed.rows(self.batches.starting_at(first)) for first in firsts]
 
     def advance(self) -> None:
         """Count one completed step."""
         self.step, self.sequences = self.step + 1, self.sequences + self.sequences_per_step
         self.evaluated, self.val_loss = False, None
+        distributed.seed(self.options.train.seed, self.step, self.device)
 
     def is_best(self, val_loss: float) -> bool:
         """Record the validation loss of the current weights; True if it is the lowest so far."""
@@ -179,7 +192,8 @@ class TrainingState:
         """Loss, perplexity, accuracy and bits per byte on the held-out split. Polls signals."""
         batches = signals.polled(self.held_out_batches(max_batches))
         with device.precision(self.device, self.options.train.dtype), self._eager():
-            return evaluate.evaluate(self.model, batches, self.token_bytes)
+            model = self.replica if self.is_sharded else self.model
+            return parallel.evaluate_rows(model, batches, self.token_bytes)
 
     def held_out_batches(self, max_batches: int) -> Iterator[dataloader.Batch]:
         """Batches of the held-out split, at most `max_batches`, evenly spaced."""
@@ -198,28 +212,39 @@ class TrainingState:
         with self._eager():
             return prompt, "".join(signals.polled(pieces))
 
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """Run `function` in the main process, where `self.model` is whole meanwhile."""
+        used = self.model
+        if self.is_sharded:
+            self.model = parallel.whole_model(used, self.options.model, self.device)
+        try:
+            return distributed.on_main(function)
+        finally:
+            self.model = used
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
         """Write a checkpoint to resume from. Raises files.WriteError if that fails."""
-        checkpoint.save_checkpoint(
-            self.model,
-            self.optimizer,
-            self.step,
-            path,
-            config=dataclasses.asdict(self.options),
-            data=self.prepared_in,
-            tokenizer=self.tokenizer.fingerprint(),
-            origins=swap.origins(),
-            environment=process.describe(self.device),
-            sequences=self.sequences,
-            tokens=self.sequences * self.options.model.context_length,
-            evaluated=self.evaluated,
-            val_loss=self.val_loss,
-            best_loss=self.best_loss,
-            spikes=self.spikes.state(),
-        )
+        saved = parallel.gathered(self.model), parallel.gathered(self.optimizer)
+        distributed.on_main(lambda: checkpoint.save_checkpoint(*saved, self.step, path, **self.about()))
         self.saved = self.step, self.val_loss
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint stores beside tensors and step."""
+        return {
+            "config": dataclasses.asdict(self.options),
+            "data": self.prepared_in,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "origins": swap.origins(),
+            "environment": process.describe(self.device) | distributed.describe(),
+            "sequences": self.sequences,
+            "tokens": self.sequences * self.options.model.context_length,
+            "evaluated": self.evaluated,
+            "val_loss": self.val_loss,
+            "best_loss": self.best_loss,
+            "spikes": self.spikes.state(),
+        }
 
     @property
     def is_saved(self) -> bool:
@@ -284,21 +309,8 @@ class TrainingState:
             for piece, origin in now_used.items()
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
-        return settings + _differences(process.describe(self.device), metadata["environment"])
-
-
-def compile_mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
-    """Resolve `train.compile` for `device` and steps of `n_flops`: off, on or graphs.
-
-    Raises ValueError for graphs on a device without them.
-    """
-    if how == "graphs" and device.type != "cuda":
-        raise ValueError(f"train.compile graphs needs CUDA, got the device {device}; try on or auto")
-    if how != "auto":
-        return how
-    if device.type != "cuda":
-        return "off"
-    return "graphs" if can_be_graph and n_flops <= MAX_GRAPH_FLOPS else "on"
+        here = process.describe(self.device) | distributed.describe()
+        return settings + _differences(here, distributed.ALONE | metadata["environment"])
 
 
 def digest(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, n_bytes: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_basics.core import files
 from llm_basics.runs import checkpoint, inbox, run_dir, signals, steering
+from llm_basics.training import distributed
 from llm_basics.training import state as training_state
 
 
@@ -36,7 +37,7 @@ class Steering:
         if self.compared and self.compared[0] == self.state.step:
             self._compare(self.compared[1])
         actions: set[str] = set()
-        for line in self.output.inbox.lines():
+        for line in distributed.from_main(self.output.inbox.lines()):
             actions |= self._obey(line)
         return actions
 
@@ -93,7 +94,9 @@ class Steering:
 
     def _compare(self, expected: str) -> None:
         """Compare the weights with those of the replayed run, which have the SHA-256 `expected`."""
-        step, found = self.state.step, checkpoint.weights_sha256(self.state.model)
+        step = self.state.step
+        digest = self.state.on_main(lambda: checkpoint.weights_sha256(self.state.model))
+        (found,) = distributed.from_main([digest or ""])
         self.state.is_same_as_replayed = found == expected
         self.output.event(step, "replayed", sha256=found, expected=expected)
         where = f"{self.state.options.replay} after step {step}"

@@ -79,8 +79,8 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
         if size % matmul.VECTOR:
             return f"{name} must be a multiple of {matmul.VECTOR}, got {size}"
     parameters = list(model.parameters())
-    if not all(parameter.requires_grad for parameter in parameters):
-        return "some weights are not to be learned"
+    if not all(p.requires_grad and not hasattr(p, "to_local") for p in parameters):
+        return "some weights are frozen or sharded"
     if len(inputs) < n_threads:
         return f"{len(inputs)} texts are too few for {n_threads} threads"
     n_parameters = sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,309 @@
+"""Several processes that train one model, as torchrun starts them: environment, process group, failures.
+
+    uv run torchrun --nproc_per_node 2 -m llm_basics.train
+
+In a single process every function here is the identity. No other module reads torchrun's environment.
+Tensors on a CPU are exchanged through gloo, those on GPUs through NCCL.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_basics.core import config, dataloader, device
+from llm_basics.runs import signals
+
+T = TypeVar("T")
+
+# for work of one process alone while the others wait: preparing data, compiling, sampling, saving
+PATIENCE = datetime.timedelta(hours=2)
+
+# what a failed collective says when another process has ended, or did not take part in time
+LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket")
+LATE = ("timed out", "timeout")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a job, and which one this is; rank 0, the main process, logs and saves."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Rank among the processes of this machine."""
+    local_size: int = 1
+    restarts: int = 0
+    """How often torchrun has restarted the job."""
+    max_restarts: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world() -> World:
+    """The job that torchrun describes in the environment; alone without it."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    defaults |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+    try:
+        return World(*(int(os.environ.get(name, value)) for name, value in defaults.items()))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(defaults)} must be numbers, as torchrun sets them ({error})") from None
+
+
+def strategy(train: config.TrainConfig) -> str:
+    """Resolve `train.parallel`: none, ddp, fsdp2 or mine."""
+    here = world()
+    if train.parallel == "none" and here.size > 1:
+        raise ValueError(
+            f"train.parallel must be ddp or fsdp2 in a job of {here.size} processes, got none; start one "
+            "process without torchrun instead"
+        )
+    if train.parallel == "auto":
+        return "ddp" if here.size > 1 else "none"
+    return train.parallel
+
+
+def check(options: config.Config) -> None:
+    """Raise ValueError for options that do not work in this job."""
+    train, here = options.train, world()
+    how = strategy(train)
+    if train.batch_size % here.size:
+        raise ValueError(
+            f"train.batch_size must be divisible by the number of processes, got {train.batch_size} and "
+            f"{here.size}; it counts the sequences of all processes together"
+        )
+    if how == "none":
+        return
+    if options.find_lr:
+        raise ValueError("--find_lr must run in one process; start it without torchrun")
+    if train.compile == "graphs":
+        raise ValueError("train.compile graphs must run in one process; try train.compile on")
+    if how == "mine" and options.mine is None:
+        raise ValueError("--train.parallel mine needs --mine FILE with a class DataParallel")
+    if train.offload and (how != "fsdp2" or device.choose(train.device).type != "cuda"):
+        raise ValueError("--train.offload needs --train.parallel fsdp2 and a GPU")
+    if train.sharded_checkpoints != "off" and how != "fsdp2":
+        raise ValueError("--train.sharded_checkpoints needs --train.parallel fsdp2")
+    if here.max_restarts and options.run_dir is None and options.resume is None:
+        raise ValueError(
+            "torchrun --max-restarts needs --run_dir: a restarted job finds its checkpoints there"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The process group
+
+
+class _Job:
+    """Groups of a joined job: `patient` waits PATIENCE; `pids` of the processes on this machine."""
+
+    patient: Any = None
+    pids: list[int] = []
+
+
+def size() -> int:
+    """Number of processes that have joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process logs and saves."""
+    return world().is_main
+
+
+def choose_device(name: str) -> torch.device:
+    """`device.choose`; of several GPUs, the one of this process."""
+    chosen = device.choose(name)
+    here = world()
+    if chosen.type != "cuda" or chosen.index is not None or here.local_size == 1:
+        return chosen
+    n_gpus = torch.cuda.device_count()
+    if here.local_size > n_gpus:
+        raise ValueError(
+            f"each process needs a GPU, got {here.local_size} processes and {n_gpus} GPUs on this machine; "
+            f"use torchrun --nproc_per_node {n_gpus}, or --train.device cpu"
+        )
+    return torch.device("cuda", here.local_rank)
+
+
+@contextlib.contextmanager
+def joined(train: config.TrainConfig) -> Iterator[None]:
+    """Join the other processes of the job for the block."""
+    here = world()
+    if strategy(train) == "none":
+        yield
+        return
+    share_threads(here)
+    chosen = choose_device(train.device)
+    backend = "gloo"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        backend = "cpu:gloo,cuda:nccl"
+    alone: dict[str, Any] = (
+        {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    )
+    dist.init_process_group(backend, timeout=PATIENCE, **alone)
+    try:
+        _Job.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        everyone: list[Any] = [None] * here.size
+        dist.all_gather_object(everyone, (socket.gethostname(), os.getpid()), group=_Job.patient)
+        _Job.pids = [pid for host, pid in everyone if host == socket.gethostname()]
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def share_threads(here: World) -> None:
+    """Divide the cores among the processes of this machine: torchrun gives each a single thread."""
+    if here.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        affinity = getattr(os, "sched_getaffinity", None)
+        n_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, n_cores // here.local_size))
+
+
+def expect_steps(seconds: float) -> None:
+    """Let collectives fail after `seconds` from now on: the first step, which may compile, is over."""
+    if size() > 1:
+        # before torch 2.15 it has another name
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def describe() -> dict[str, Any]:
+    """What bitwise results depend on: the number of processes, over which sums are divided."""
+    return {"processes": size()}
+
+
+ALONE = {"processes": 1}
+
+
+def seed(of_run: int, step: int, chosen: torch.device) -> None:
+    """Make the random numbers of a step a function of run, step and process: a resume repeats them."""
+    if size() > 1:
+        drawn = int(np.random.SeedSequence((of_run, step, world().rank)).generate_state(1)[0])
+        torch.default_generator.manual_seed(drawn)
+        if chosen.type == "cuda":
+            torch.cuda.default_generators[chosen.index or 0].manual_seed(drawn)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exchange
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over all processes of a tensor."""
+    if size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / size()
+
+
+def sums(values: list[float]) -> list[float]:
+    """The sum over all processes of each number, in float64."""
+    if size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def rows(batch: dataloader.Batch) -> dataloader.Batch:
+    """The rows of a global batch that this process works on, a contiguous part.
+
+    Without a row for each process, the first row, with all its targets ignored, stands in for none.
+    """
+    n_processes, rank = size(), world().rank
+    if n_processes == 1:
+        return batch
+    inputs, targets = batch
+    part = slice(rank * len(inputs) // n_processes, (rank + 1) * len(inputs) // n_processes)
+    if part.start == part.stop:
+        return inputs[:1], torch.full_like(targets[:1], dataloader.IGNORE_INDEX)
+    return inputs[part], targets[part]
+
+
+def from_main(values: list[str]) -> list[str]:
+    """The list that the main process gives; its length is sent first, since it is empty before most steps."""
+    if size() == 1:
+        return values
+    n_values = torch.tensor([len(values)])
+    dist.broadcast(n_values, 0)
+    if not n_values:
+        return []
+    box: list[Any] = [values]
+    dist.broadcast_object_list(box, 0, group=_Job.patient)
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T | None:
+    """Run `function` in the main process while the others wait.
+
+    Returns its result there, None elsewhere. A signal and the errors of files and data are raised in all.
+    """
+    if size() == 1:
+        return function()
+    result, box = None, [None]
+    if is_main():
+        with signals.unshared():
+            result, box[0] = _attempt(function)
+    dist.broadcast_object_list(box, 0, group=_Job.patient)
+    if box[0] is not None:
+        raise box[0]
+    return result
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """The result of `function`, run first by the main process, which fills the caches that others read.
+
+    Then by one process of each machine, which may have other disks. An error of any is raised in all.
+    """
+    if size() == 1:
+        return function()
+    here, result = world(), None
+    turn = 0 if here.is_main else 1 if here.local_rank == 0 else 2
+    for now in range(3):
+        error: BaseException | None = None
+        if turn == now:
+            result, error = _attempt(function)
+        errors: list[Any] = [None] * here.size
+        dist.all_gather_object(errors, error, group=_Job.patient)
+        for each in filter(None, errors):
+            raise each
+    assert result is not None, "every process had its turn"
+    return result
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Any]:
+    """The result of `function`, or its error if it is one that all processes shall raise."""
+    try:
+        return function(), None
+    except (signals.Stopped, ValueError, OSError, FloatingPointError) as error:
+        return None, error
+
+
+@contextlib.contextmanager
+def sharing_signals() -> Iterator[None]:
+    """Inside the block `signals.poll` is collective: a signal to one process stops all at the same step."""
+    if size() == 1:
+        yield
+        return
+
+    def agree(number: int) -> int:
+        highest = torch.tensor([number])
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    with signals.shared(agree):
+        yield

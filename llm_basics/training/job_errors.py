@@ -1,0 +1,198 @@
+"""How a job of several processes ends when one fails: everywhere, soon, and with the first error last.
+
+A process that fails claims the first error in the store that all share, prints it and exits; torchrun then
+ends the others, which print nothing. Others notice a lost process since its connections close. A process that
+hangs is late for a collective: after `train.timeout_seconds` those that wait end the job, and the one that
+hangs prints where.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import errors
+
+from llm_basics.training import distributed
+
+# exit status of a process that ends because another one has failed
+OTHER_FAILED = 6
+
+# the main process, if it fails as well, has this time to print the error that all share
+PRECEDENCE_SECONDS = 1.0
+
+# between two looks at whether the job is over; for processes that hang to print where; for torchrun to end us
+LOOK_SECONDS, PRINT_SECONDS, LINGER_SECONDS = 0.25, 1.0, 3.0
+
+CLAIM, OVER = "llm_basics/first_error", "llm_basics/over"
+
+TOO_LATE = (
+    "a process has waited for another one longer than train.timeout_seconds; the other one prints where it "
+    "is, unless it was stopped. If it is only slow, raise --train.timeout_seconds"
+)
+ENDED = "another process of the job has ended; it was killed, or its own error says why"
+
+# modules whose functions wait for other processes
+WAITING = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
+
+
+def run(work: Callable[[], int]) -> int:
+    """The exit status of `work`, which runs in each process of a job.
+
+    Only the main process writes to the terminal, unless another one is the first to fail.
+    """
+    if distributed.size() == 1:
+        return work()
+    terminal = _Terminal()
+    error: BaseException | None = None
+    with contextlib.redirect_stderr(terminal), _silent_stdout(), _watching():
+        try:
+            status = work()
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 1
+        except Exception as exception:
+            status, error = 1, exception
+    if status and status < 128:
+        status = _fail(status, terminal, error)
+    return status
+
+
+def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> int:
+    """Print the error if it is the first of the job; if not, leave time for torchrun to end this process."""
+    reason = _reason(error)
+    if not distributed.is_main():
+        time.sleep(PRECEDENCE_SECONDS)
+    if not _claim():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LINGER_SECONDS)
+        return OTHER_FAILED
+    message = terminal.error
+    if error is not None:
+        message = f"error: {reason}" if reason else "".join(traceback.format_exception(error)).rstrip()
+    if error is not None or not distributed.is_main():
+        print(message, file=sys.stderr, flush=True)
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun prints it last
+        errors.get_error_handler().record_exception(RuntimeError(reason or message))
+    if reason == TOO_LATE:
+        _end_all()
+    return OTHER_FAILED if reason else status
+
+
+def _claim() -> bool:
+    """Whether this process is the first of the job to fail."""
+    try:
+        return _store().add(CLAIM, 1) == 1
+    except RuntimeError:
+        return False  # the process that holds the store has ended
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _reason(error: BaseException | None) -> str:
+    """What happened, if an error is of a collective with a process that is late or lost; else ""."""
+    text = str(error).lower()
+    if not isinstance(error, RuntimeError):
+        return ""
+    if any(word in text for word in distributed.LATE):
+        return TOO_LATE
+    return ENDED if any(word in text for word in distributed.LOST) else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes that hang
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
+    """Inside the block a thread ends this process when the job is over, and prints where it hangs."""
+    main, done = threading.main_thread().ident, threading.Event()
+    terminal = sys.__stderr__
+
+    def watch() -> None:
+        while not done.wait(LOOK_SECONDS):
+            try:
+                is_over = _store().check([OVER])
+            except RuntimeError:
+                return  # the process that holds the store has ended: the connections of this one close
+            if is_over:
+                frame = sys._current_frames().get(main or 0)
+                if frame is not None and terminal is not None and not _is_waiting(frame):
+                    rank = distributed.world().rank
+                    stack = "".join(traceback.format_stack(frame))
+                    terminal.write(f"rank {rank} hangs here:\n{stack}")
+                    terminal.flush()
+                os._exit(OTHER_FAILED)
+
+    threading.Thread(target=watch, daemon=True, name="job watch").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _is_waiting(frame: types.FrameType) -> bool:
+    return any(part in frame.f_code.co_filename for part in WAITING)
+
+
+def _end_all() -> None:
+    """End the other processes; those of this machine that do not answer are killed."""
+    with contextlib.suppress(RuntimeError):
+        _store().set(OVER, "1")
+    time.sleep(PRINT_SECONDS)
+    for pid in distributed._Job.pids:
+        if pid != os.getpid():
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+# --------------------------------------------------------------------------------------------------
+# The terminal
+
+
+class _Terminal(io.TextIOBase):
+    """Standard error of one process of several: only the main process writes; the last error is kept."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+        self.error = ""
+
+    def write(self, text: str) -> int:
+        if text.startswith("error:"):
+            self.error = ""
+        self.error = (self.error + text).lstrip()
+        if distributed.is_main():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+class _Nowhere(io.TextIOBase):
+    """Ignores what is written to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Inside the block only the main process writes to standard output."""
+    with contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stdout(_Nowhere()):
+        yield
