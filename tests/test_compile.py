@@ -15,7 +15,7 @@ import torch
 from llm_basics import swap
 from llm_basics.core import config, model, trainer
 from llm_basics.runs import run_dir
-from llm_basics.training import job, setup
+from llm_basics.training import compilation, job, setup
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=1, n_heads=2)
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 
-# within this time a second SIGINT is the first one again: torchrun repeats what the terminal has delivered
+# torchrun repeats a SIGINT that the terminal has delivered to all processes; within this time it is the same
 LAUNCHER_SECONDS = 0.5
 
 
@@ -60,6 +60,7 @@ class _State:
     number: int | None = None
     seconds = 0.0
     response = Response.FLAG
+    is_launched = False
     agree: Callable[[int], int] | None = None
 
 
@@ -143,6 +144,11 @@ def shared(agree: Callable[[int], int] | None) -> Iterator[None]:
         _State.agree = before
 
 
+def expect_launcher() -> None:
+    """A launcher has started this process, and passes signals on."""
+    _State.is_launched = True
+
+
 def unshared() -> contextlib.AbstractContextManager[None]:
     """Inside the block `poll` raises for signals to this process alone."""
     return shared(None)
@@ -201,8 +207,8 @@ def _responding(response: Response) -> Iterator[None]:
 
 def _receive(number: int, frame: types.FrameType | None) -> None:
     now = time.monotonic()
-    # not the same Ctrl-C, passed on by a launcher
-    if number == signal.SIGINT and _State.number is not None and now > _State.seconds + LAUNCHER_SECONDS:
+    is_repeated = _State.is_launched and now < _State.seconds + LAUNCHER_SECONDS
+    if number == signal.SIGINT and _State.number is not None and not is_repeated:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if _State.number is None:

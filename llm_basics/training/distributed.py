@@ -143,6 +143,7 @@ def joined(train: config.TrainConfig) -> Iterator[None]:
     if strategy(train) == "none":
         yield
         return
+    signals.expect_launcher()
     share_threads(here)
     chosen = choose_device(train.device)
     backend = "gloo"

@@ -75,7 +75,7 @@ def main(
 
     Returns the exit status.
     """
-    with parse.exit_on_error(flush=False):
+    with job_errors.main_writes(), parse.exit_on_error(flush=False):
         distributed.check(options)
     with distributed.joined(options.train):
         return job_errors.run(lambda: run(options, make, work))

@@ -18,7 +18,6 @@ import types
 from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import errors
 
 from llm_basics.training import distributed
 
@@ -52,7 +51,7 @@ def run(work: Callable[[], int]) -> int:
         return work()
     terminal = _Terminal()
     error: BaseException | None = None
-    with contextlib.redirect_stderr(terminal), _silent_stdout(), _watching():
+    with main_writes(terminal), _watching():
         try:
             status = work()
         except SystemExit as exit:
@@ -67,7 +66,7 @@ def run(work: Callable[[], int]) -> int:
 def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> int:
     """Print the error if it is the first of the job; if not, leave time for torchrun to end this process."""
     reason = _reason(error)
-    if not distributed.is_main():
+    if not distributed.is_main() and not reason:
         time.sleep(PRECEDENCE_SECONDS)
     if not _claim():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -78,9 +77,13 @@ def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> in
         message = f"error: {reason}" if reason else "".join(traceback.format_exception(error)).rstrip()
     if error is not None or not distributed.is_main():
         print(message, file=sys.stderr, flush=True)
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    from torch.distributed.elastic.multiprocessing import errors
+
+    try:
+        raise RuntimeError(message) if error is None or reason else error
+    except Exception as recorded:
         # torchrun prints it last
-        errors.get_error_handler().record_exception(RuntimeError(reason or message))
+        errors.get_error_handler().record_exception(recorded)
     if reason == TOO_LATE:
         _end_all()
     return OTHER_FAILED if reason else status
@@ -133,11 +136,13 @@ def _watching() -> Iterator[None]:
                     terminal.flush()
                 os._exit(OTHER_FAILED)
 
-    threading.Thread(target=watch, daemon=True, name="job watch").start()
+    thread = threading.Thread(target=watch, daemon=True, name="job watch")
+    thread.start()
     try:
         yield
     finally:
         done.set()
+        thread.join()
 
 
 def _is_waiting(frame: types.FrameType) -> bool:
@@ -192,7 +197,11 @@ class _Nowhere(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Inside the block only the main process writes to standard output."""
-    with contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stdout(_Nowhere()):
+def main_writes(terminal: io.TextIOBase | None = None) -> Iterator[None]:
+    """Inside the block only the main process writes to the terminal; `terminal` has its standard error."""
+    with contextlib.ExitStack() as stack:
+        if terminal is not None or not distributed.is_main():
+            stack.enter_context(contextlib.redirect_stderr(terminal or _Nowhere()))
+        if not distributed.is_main():
+            stack.enter_context(contextlib.redirect_stdout(_Nowhere()))
         yield

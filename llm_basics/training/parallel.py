@@ -6,6 +6,7 @@ step; a wrapper of torch does the communication: DistributedDataParallel (ddp, a
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -95,9 +96,16 @@ def parallelize(model: nn.Module, options: config.TrainConfig, chosen: torch.dev
     elif how == "ddp":
         # parameters without a gradient occur only in code of the user's
         is_own = bool(swap.user_pieces())
-        wrapped = nn.parallel.DistributedDataParallel(
-            objective, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=is_own
-        )
+        ddp = nn.parallel.DistributedDataParallel
+        # before torch 2.15 it has another name; buffers are constant
+        known = inspect.signature(ddp).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        settings: dict[str, Any] = {
+            sync: False,
+            "gradient_as_bucket_view": True,
+            "find_unused_parameters": is_own,
+        }
+        wrapped = ddp(objective, **settings)
         replica = Replica(wrapped)
     else:
         replica = OwnReplica(swap.current("data_parallel.DataParallel")(objective))

@@ -1,0 +1,313 @@
+"""Several processes that train one model: the same losses as one, and an end when one of them fails.
+
+uv run pytest tests/test_distributed.py
+uv run pytest -m slow tests/test_distributed.py        under torchrun, twenty tries of each failure
+"""
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainers import STEPS, Trainers, learned
+
+from llm_basics.core import config, dataloader
+from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.training import distributed, job_errors
+
+# divisible by 1, 2 and 4 processes; float32 sums in another order
+SAME = {"train.batch_size": 4, "model.dropout": 0}
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
+    trainers = Trainers(tmp_path_factory.mktemp("nursery"))
+    assert trainers.train(tmp_path_factory.mktemp("first") / "run", here=True) == 0, trainers.output
+    yield trainers
+    assert trainers.process.stdin
+    trainers.process.stdin.close()
+    trainers.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def alone(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of one process, with 1 and with 3 batches to a step."""
+    folder = tmp_path_factory.mktemp("alone")
+    for n in (1, 3):
+        settings = SAME | {"train.grad_accumulation_steps": n}
+        assert trainers.train(folder / str(n), settings) == 0, trainers.output
+    return {n: folder / str(n) for n in (1, 3)}
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of two losses of the same step."""
+    losses = [learned(folder)[1] for folder in (one, other)]
+    assert losses[0].keys() == losses[1].keys()
+    return max(abs(losses[0][key] - losses[1][key]) for key in losses[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# The same as one process
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how", "accumulation"),
+    [
+        (2, "ddp", 3),
+        (2, "fsdp2", 3),
+        *(
+            pytest.param(ranks, how, n, marks=pytest.mark.slow)
+            for ranks in (1, 2, 4)
+            for how in ("ddp", "fsdp2")
+            for n in (1, 3)
+            if (ranks, n) != (2, 3)
+        ),
+    ],
+)
+def test_processes_learn_what_one_learns(trainers, alone, tmp_path, ranks, how, accumulation):
+    settings = SAME | {"train.parallel": how, "train.grad_accumulation_steps": accumulation}
+    status = trainers.train(tmp_path / "run", settings, ranks=ranks)
+    assert status == 0, trainers.output
+    assert difference(alone[accumulation], tmp_path / "run") < TOLERANCE
+    # the main process alone has written
+    assert trainers.output.count(f"step={STEPS}/{STEPS} train_loss") == 1
+    events = [run_dir.read_events(folder) for folder in (tmp_path / "run", alone[accumulation])]
+    assert [(e["step"], e["event"]) for e in events[0]] == [(e["step"], e["event"]) for e in events[1]]
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [{"train.optimizer": "muon"}, {"model.tie_embeddings": True}])
+def test_muon_and_tied_weights_too(trainers, tmp_path, how, options):
+    assert trainers.train(tmp_path / "one", SAME | options) == 0, trainers.output
+    settings = SAME | options | {"train.parallel": how}
+    assert trainers.train(tmp_path / "two", settings, ranks=2) == 0, trainers.output
+    assert difference(tmp_path / "one", tmp_path / "two") < TOLERANCE
+
+
+def test_a_run_moves_between_one_process_and_several(trainers, alone, tmp_path):
+    stops = [(1, "ddp", 3), (2, "fsdp2", 3), (1, "none", 2)]
+    for i, (ranks, how, steps) in enumerate(stops):
+        plan: dict[str, Any] = {"phase": "step", "at": steps, "signal": signal.SIGTERM, "ranks": ranks}
+        plan |= {} if how != "none" else {"environment": {}}
+        if i == 0:
+            status = trainers.train(tmp_path / "run", SAME | {"train.parallel": how}, **plan)
+        else:
+            status = trainers.resume(tmp_path / "run", "--train.parallel", how, **plan)
+        assert status == 143, trainers.output
+        assert ("processes was" in trainers.output) == (i > 0)
+    assert trainers.resume(tmp_path / "run", "--train.parallel", "fsdp2", ranks=2) == 0, trainers.output
+    assert difference(alone[1], tmp_path / "run") < TOLERANCE
+    state = checkpoint.verify(run_dir.checkpoints(tmp_path / "run")[0])
+    assert state["sequences"] == 4 * STEPS and state["step"] == STEPS
+
+
+def test_dropout_differs_by_process_and_a_resume_repeats_it(trainers, tmp_path):
+    settings = {"train.batch_size": 4, "train.parallel": "ddp"}
+    assert trainers.train(tmp_path / "whole", settings, ranks=2) == 0, trainers.output
+    status = trainers.train(tmp_path / "run", settings, ranks=2, phase="step", at=4, signal=15, rank=1)
+    assert status == 143 and trainers.resume(tmp_path / "run", ranks=2) == 0, trainers.output
+    assert learned(tmp_path / "run") == learned(tmp_path / "whole")
+    distributed_seeds = set()
+    for rank in (0, 1):
+        os.environ["RANK"] = str(rank)
+        try:
+            distributed.size, before = (lambda: 2), distributed.size
+            distributed.seed(0, 3, torch.device("cpu"))
+            distributed_seeds.add(torch.rand(1).item())
+        finally:
+            distributed.size = before
+            del os.environ["RANK"]
+    assert len(distributed_seeds) == 2
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 7, 8])
+def test_the_rows_of_all_processes_are_the_batch(monkeypatch, n_rows):
+    inputs = torch.arange(n_rows)[:, None]
+    for size in (1, 2, 4):
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
+        found = []
+        for rank in range(size):
+            monkeypatch.setenv("RANK", str(rank))
+            mine, targets = distributed.rows((inputs, inputs + 1))
+            assert mine.shape == targets.shape and len(mine)
+            found += mine[targets != dataloader.IGNORE_INDEX].tolist()
+        assert found == list(range(n_rows))
+
+
+# --------------------------------------------------------------------------------------------------
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("rank", "plan", "message"),
+    [
+        (1, {"do": "raise"}, "RuntimeError: the test has failed"),
+        (0, {"do": "exit"}, ""),
+        (1, {"signal": signal.SIGKILL}, "another process of the job has ended"),
+    ],
+)
+def test_one_process_that_fails_ends_all(trainers, tmp_path, rank, plan, message):
+    began = time.monotonic()
+    settings = SAME | {"train.steps": 1000}
+    status = trainers.train(tmp_path / "run", settings, ranks=2, rank=rank, phase="step", at=3, **plan)
+    assert status == {"raise": 1, "exit": 7}.get(plan.get("do"), -9), trainers.output
+    # an error is printed once, by the process that failed first, or lost another one
+    last = trainers.output.strip().splitlines()[-1]
+    assert message in last and trainers.output.count("Traceback") == (plan.get("do") == "raise")
+    assert time.monotonic() - began < 60
+
+
+def test_a_process_that_hangs_prints_where_and_all_end(trainers, tmp_path):
+    settings = SAME | {"train.steps": 1000, "train.timeout_seconds": 2}
+    plan = {"phase": "step", "at": 3, "do": "hang", "rank": 1, "ranks": 2}
+    status = trainers.train(tmp_path / "run", settings, **plan)
+    assert status == job_errors.OTHER_FAILED, trainers.output
+    assert "longer than train.timeout_seconds" in trainers.output
+    assert "rank 1 hangs here" in trainers.output and "nursery.py" in trainers.output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_saves_once_at_the_same_step(trainers, tmp_path, rank):
+    settings = SAME | {"train.checkpoint_every": 0, "train.eval_every": 100}
+    plan = {"phase": "backward", "at": 4, "signal": signal.SIGTERM, "rank": rank, "ranks": 2}
+    assert trainers.train(tmp_path / "run", settings, **plan) == 143, trainers.output
+    (saved,) = run_dir.checkpoints(tmp_path / "run")
+    assert saved.name == "step_00000004.safetensors"
+    assert trainers.output.count("stopped by SIGTERM after step 4") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_pickled(number):
+    copied = copy.copy(signals.Stopped(number))
+    assert (copied.name, copied.status) == (signal.Signals(number).name, 128 + number)
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "environment", "message"),
+    [
+        ({}, {"batch_size": 3}, {}, "divisible by the number of processes, got 3 and 2"),
+        ({}, {"parallel": "none"}, {}, "must be ddp or fsdp2 in a job of 2 processes"),
+        ({"find_lr": True}, {}, {}, "find_lr must run in one process"),
+        ({}, {"compile": "graphs"}, {}, "graphs must run in one process"),
+        ({}, {"parallel": "mine"}, {}, "needs --mine FILE"),
+        ({}, {"offload": True}, {}, "offload needs --train.parallel fsdp2 and a GPU"),
+        ({}, {"sharded_checkpoints": "on"}, {}, "sharded_checkpoints needs --train.parallel fsdp2"),
+        ({}, {}, {"TORCHELASTIC_MAX_RESTARTS": "3"}, "--max-restarts needs --run_dir"),
+        ({}, {}, {"RANK": "one"}, "must be numbers, as torchrun sets them"),
+    ],
+)
+def test_what_does_not_work_in_a_job_is_refused(monkeypatch, options, train, environment, message):
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.check(config.Config(train=config.TrainConfig(**train), **options))
+
+
+def test_alone_nothing_is_distributed(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.strategy(config.TrainConfig()) == "none" and distributed.is_main()
+    assert distributed.on_main(lambda: 3) == distributed.main_first(lambda: 3) == 3
+    assert distributed.sums([1.5]) == [1.5] and distributed.from_main(["a"]) == ["a"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.strategy(config.TrainConfig()) == "ddp"
+
+
+# --------------------------------------------------------------------------------------------------
+# Under torchrun
+
+OWN_SCHEDULE = """
+import os, signal, sys, time
+
+def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+    how, rank, at = os.environ["FAULT"].split(",")
+    if step == int(at) and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        with open(os.environ["FAULT_TIME"], "w") as file:
+            file.write(str(time.time()))
+        if how == "raise":
+            raise RuntimeError("the schedule is broken")
+        if how == "exit":
+            sys.exit(7)
+        while how == "hang":
+            time.sleep(0.1)
+        os.kill(os.getpid(), getattr(signal, how))
+    return max_lr
+"""
+
+
+class Torchrun:
+    """Runs of a small model under torchrun on two processes, with a failure in one."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.output = home, ""
+        (home / "mine.py").write_text(OWN_SCHEDULE)
+        (home / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(200)))
+
+    def run(self, folder: Path, fault: str, how: str = "ddp", *options: str) -> tuple[int, float]:
+        """The exit status, and the seconds from the failure to the end."""
+        environment = os.environ | {"FAULT": fault, "FAULT_TIME": str(self.home / "time")}
+        environment |= {"PYTHONPATH": str(TESTS.parent)}
+        command = (
+            f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 {' '.join(options)}"
+        )
+        command += f" -m llm_basics.train --data {self.home}/text.txt --tokenizer bytes --fast off"
+        command += f" --data_dir {self.home}/data --run_dir {folder} --mine {self.home}/mine.py"
+        command += " --model.d_model 16 --model.n_layers 1 --model.n_heads 2 --model.context_length 16"
+        command += " --train.batch_size 4 --train.steps 30 --train.log_every 1 --train.schedule cosine"
+        command += f" --train.checkpoint_every 5 --train.sample_tokens 5 --train.parallel {how}"
+        done = subprocess.run(command.split(), env=environment, capture_output=True, text=True, timeout=300)
+        ended, file = time.time(), self.home / "time"
+        self.output = done.stdout + done.stderr
+        seconds = ended - float(file.read_text()) if file.exists() else 0.0
+        file.unlink(missing_ok=True)
+        return done.returncode, seconds
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Torchrun:
+    return Torchrun(tmp_path_factory.mktemp("torchrun"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "exit", "SIGKILL", "hang", "SIGSTOP", "SIGTERM"])
+def test_a_failure_under_torchrun_ends_the_job_within_20_seconds(torchrun, tmp_path, how):
+    random.seed(0)
+    found = []
+    for i in range(trials.count(20)):
+        rank, at, strategy = random.randrange(2), random.randrange(1, 30), random.choice(["ddp", "fsdp2"])
+        status, seconds = torchrun.run(tmp_path / str(i), f"{how},{rank},{at}", strategy)
+        assert status == 1 and seconds < 20, torchrun.output
+        found.append(seconds)
+        root = torchrun.output.rpartition("Root Cause")[2]
+        # the first error is the last that is printed
+        expected = {"raise": "the schedule is broken", "SIGKILL": "SIGKILL", "exit": "exitcode  : 7"}
+        assert expected.get(how, "") in root, torchrun.output
+        left = subprocess.run(["pgrep", "-f", str(tmp_path / str(i))], capture_output=True, text=True).stdout
+        assert not left, f"processes are left: {left}"
+        if how == "SIGTERM":
+            saved = run_dir.checkpoints(tmp_path / str(i))[0]
+            assert checkpoint.verify(saved)["step"] == at and "after step" in torchrun.output
+    print(f"{how}: {len(found)} tries, {min(found):.1f} to {max(found):.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_torchrun_restarts_a_job_to_the_last_bit(torchrun, tmp_path, how):
+    assert torchrun.run(tmp_path / "whole", "none,0,0", how)[0] == 0, torchrun.output
+    for i, fault in enumerate(("SIGKILL,1,13", "raise,0,2", "exit,1,30")):
+        folder = tmp_path / str(i)
+        assert torchrun.run(folder, fault, how, "--max-restarts", "2")[0] == 0, torchrun.output
+        paths = [run_dir.checkpoints(each)[0] for each in (tmp_path / "whole", folder)]
+        assert checkpoint.weights_sha256(paths[0]) == checkpoint.weights_sha256(paths[1])
+        losses = [run_dir.read_metrics(each) for each in (tmp_path / "whole", folder)]
+        assert [e.get("train_loss") for e in losses[0]] == [e.get("train_loss") for e in losses[1]]
