@@ -1,8 +1,10 @@
-"""Verify, list and prune the checkpoints of a run.
+"""Verify, list, prune and convert the checkpoints of a run.
 
 uv run python -m llm_basics.checkpoint verify runs/NAME
 uv run python -m llm_basics.checkpoint list runs/NAME
 uv run python -m llm_basics.checkpoint prune runs/NAME --keep 1
+uv run python -m llm_basics.checkpoint merge runs/NAME/checkpoints/step_00000500.sharded
+uv run python -m llm_basics.checkpoint split runs/NAME/checkpoints/step_00000500.safetensors
 """
 
 from llm_basics.runs import signals

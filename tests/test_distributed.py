@@ -6,6 +6,7 @@ uv run pytest -m slow tests/test_distributed.py        under torchrun, twenty tr
 
 import copy
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import STEPS, Trainers, learned
+from trainers import STEPS, TESTS, Trainers, learned, losses
 
 from llm_basics.core import config, dataloader
-from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
 from llm_basics.training import distributed, job_errors
 
 # divisible by 1, 2 and 4 processes; float32 sums in another order
@@ -27,7 +28,8 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
-    trainers = Trainers(tmp_path_factory.mktemp("nursery"))
+    imports = "torch.distributed.fsdp torch.distributed.checkpoint"
+    trainers = Trainers(tmp_path_factory.mktemp("nursery"), imports)
     assert trainers.train(tmp_path_factory.mktemp("first") / "run", here=True) == 0, trainers.output
     yield trainers
     assert trainers.process.stdin
@@ -47,9 +49,9 @@ def alone(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def difference(one: Path, other: Path) -> float:
     """The largest difference of two losses of the same step."""
-    losses = [learned(folder)[1] for folder in (one, other)]
-    assert losses[0].keys() == losses[1].keys()
-    return max(abs(losses[0][key] - losses[1][key]) for key in losses[0])
+    found = [losses(folder) for folder in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    return max(abs(found[0][key] - found[1][key]) for key in found[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,6 +140,71 @@ def test_the_rows_of_all_processes_are_the_batch(monkeypatch, n_rows):
             assert mine.shape == targets.shape and len(mine)
             found += mine[targets != dataloader.IGNORE_INDEX].tolist()
         assert found == list(range(n_rows))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharded checkpoints
+
+
+SHARDED = SAME | {"train.parallel": "fsdp2", "train.checkpoint_every": 4, "train.eval_every": 4}
+
+
+@pytest.fixture(scope="module")
+def sharded(trainers: Trainers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that has written sharded checkpoints while it trained."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    status = trainers.train(folder, SHARDED | {"train.sharded_checkpoints": "async"}, ranks=2)
+    assert status == 0, trainers.output
+    names = [path.name for path in sharded_checkpoint.folders(folder / "checkpoints")]
+    assert names == [f"step_{step:08d}.sharded" for step in (10, 8, 4)]
+    return folder
+
+
+def newest(folder: Path) -> Path:
+    return sharded_checkpoint.folders(folder / "checkpoints")[0]
+
+
+def test_shards_and_one_file_hold_the_same(trainers, sharded, tmp_path):
+    assert trainers.train(tmp_path / "one", SHARDED, ranks=2) == 0, trainers.output
+    merged = sharded_checkpoint.merge(newest(sharded))
+    expected, about = checkpoint.read_checkpoint(run_dir.checkpoints(tmp_path / "one")[0])
+    found, about_found = checkpoint.read_checkpoint(merged)
+    assert found.keys() == expected.keys() and about["optimizer"] == about_found["optimizer"]
+    assert all(torch.equal(found[name], expected[name]) for name in found if name != "rng.torch")
+    merged.rename(tmp_path / merged.name)
+    folder = sharded_checkpoint.split(tmp_path / merged.name)
+    again = sharded_checkpoint.merge(folder)
+    assert checkpoint.weights_sha256(again) == checkpoint.weights_sha256(
+        run_dir.checkpoints(tmp_path / "one")[0]
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 0, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_are_resumed_by_any_number_of_processes(trainers, sharded, tmp_path, ranks):
+    shutil.copytree(sharded, tmp_path / "run")
+    shutil.rmtree(newest(tmp_path / "run"))
+    how = [] if ranks else ["--train.parallel", "none", "--train.sharded_checkpoints", "off"]
+    plan = {"ranks": ranks} if ranks else {}
+    assert trainers.resume(tmp_path / "run", *how, **plan) == 0, trainers.output
+    assert "step_00000008.sharded" in trainers.output
+    assert difference(tmp_path / "run", sharded) < TOLERANCE
+    if ranks == 2:
+        assert "bit for bit" in trainers.output and difference(tmp_path / "run", sharded) == 0
+
+
+def test_incomplete_and_damaged_shards_are_not_used(trainers, sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest(tmp_path / "run").rename(checkpoints / "step_00000010.sharded.incomplete")
+    damaged = next(newest(tmp_path / "run").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="must have .* bytes"):
+        sharded_checkpoint.read_about(newest(tmp_path / "run"))
+    assert trainers.resume(tmp_path / "run", ranks=2) == 0, trainers.output
+    assert "step_00000008.sharded" in trainers.output and "not used" in trainers.output
+    assert "resuming from" in trainers.output and "step_00000004.sharded" in trainers.output
+    assert not list(checkpoints.glob("*.incomplete"))
+    assert difference(tmp_path / "run", sharded) < TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,5 +376,4 @@ def test_torchrun_restarts_a_job_to_the_last_bit(torchrun, tmp_path, how):
         assert torchrun.run(folder, fault, how, "--max-restarts", "2")[0] == 0, torchrun.output
         paths = [run_dir.checkpoints(each)[0] for each in (tmp_path / "whole", folder)]
         assert checkpoint.weights_sha256(paths[0]) == checkpoint.weights_sha256(paths[1])
-        losses = [run_dir.read_metrics(each) for each in (tmp_path / "whole", folder)]
-        assert [e.get("train_loss") for e in losses[0]] == [e.get("train_loss") for e in losses[1]]
+        assert losses(tmp_path / "whole") == losses(folder)

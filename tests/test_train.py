@@ -23,7 +23,7 @@ from llm_basics.core import config, device, model, presets, tokenizer, trainer
 from llm_basics.data import prepare, shards
 from llm_basics.inference import engine, samples
 from llm_basics.runs import checkpoint, run_dir
-from llm_basics.training import job, loop, setup, state
+from llm_basics.training import held_out, job, loop, setup, state
 
 SHAPE = config.ModelConfig(vocab_size=257, context_length=16, d_model=32, n_layers=2, n_heads=2)
 SETTINGS = config.TrainConfig(
@@ -324,11 +324,11 @@ def test_a_run_records_the_unigram_entropy_of_its_held_out_text(options):
 
 def test_long_text_is_recorded_by_its_beginning(monkeypatch):
     """Whatever the tokenizer, whose tokens may end within a character."""
-    monkeypatch.setattr(state, "DIGEST_CHARACTERS", 10)
+    monkeypatch.setattr(held_out, "DIGEST_CHARACTERS", 10)
     merged = tokenizer.Tokenizer({b: bytes([b]) for b in range(256)} | {256: b"th"}, [(b"t", b"h")])
     text = "th\u00e9 \U0001f600\U0001f600 th\u00e9" * 9
     hashes = {
-        state.digest(each, np.array(each.encode(text)), n_bytes)
+        held_out.digest(each, np.array(each.encode(text)), n_bytes)
         for each in (tokenizer.Tokenizer.byte_level(), merged)
         for n_bytes in (5, 6)
     }
@@ -459,9 +459,9 @@ def test_interrupted_run_is_saved_and_goes_on_as_if_it_had_not_been(options, cap
 
 
 def test_a_sample_begins_with_a_line_that_asks_for_more():
-    assert state.opening_line("a\n  def f(x):\n    return x") == "  def f(x):"
-    assert state.opening_line("\n\nonly this\n") == "only this"
-    assert state.opening_line(" \n<|endoftext|>def f(x):") == ""
+    assert held_out.opening_line("a\n  def f(x):\n    return x") == "  def f(x):"
+    assert held_out.opening_line("\n\nonly this\n") == "only this"
+    assert held_out.opening_line(" \n<|endoftext|>def f(x):") == ""
 
 
 # --------------------------------------------------------------------------------------------------

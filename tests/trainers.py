@@ -37,12 +37,12 @@ SETTINGS = {
 class Trainers:
     """Runs training programs with injected failures and waits for them."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, imports: str = "") -> None:
         self.home = home
         self.log = home / "log.txt"
         text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(200))
         (home / "text.txt").write_text(text)
-        environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+        environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "NURSERY_IMPORTS": imports}
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "fixtures" / "nursery.py")],
             stdin=subprocess.PIPE,
@@ -83,8 +83,13 @@ def learned(folder: Path) -> tuple[str, dict[int, Any]]:
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.read_checkpoint(path)[0].items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    losses: dict[Any, Any] = {}
+    return digest.hexdigest(), losses(folder)
+
+
+def losses(folder: Path) -> dict[Any, Any]:
+    """The losses of a run by step and kind."""
+    found: dict[Any, Any] = {}
     for entry in run_dir.read_metrics(folder):
         key = "train_loss" if "train_loss" in entry else "val_loss"
-        losses[entry["step"], key] = entry[key]
-    return digest.hexdigest(), losses
+        found[entry["step"], key] = entry[key]
+    return found

@@ -89,6 +89,22 @@ class CheckpointPrune(option_types.Options):
     """Number of newest checkpoints to keep."""
 
 
+@dataclass(frozen=True)
+class CheckpointMerge(option_types.Options):
+    """Write a checkpoint of one file beside a sharded one, which must be trusted."""
+
+    path: tyro.conf.Positional[str]
+    """Folder of a sharded checkpoint."""
+
+
+@dataclass(frozen=True)
+class CheckpointSplit(option_types.Options):
+    """Write a sharded checkpoint beside one of one file."""
+
+    path: tyro.conf.Positional[str]
+    """Checkpoint file."""
+
+
 TOKENIZER = (
     Annotated[TokenizerTrain, tyro.conf.subcommand("train")]
     | Annotated[TokenizerEncode, tyro.conf.subcommand("encode")]
@@ -100,4 +116,6 @@ CHECKPOINT = (
     Annotated[CheckpointVerify, tyro.conf.subcommand("verify")]
     | Annotated[CheckpointList, tyro.conf.subcommand("list")]
     | Annotated[CheckpointPrune, tyro.conf.subcommand("prune")]
+    | Annotated[CheckpointMerge, tyro.conf.subcommand("merge")]
+    | Annotated[CheckpointSplit, tyro.conf.subcommand("split")]
 )

@@ -10,11 +10,10 @@ import hashlib
 import io
 import json
 import os
-import random
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -22,12 +21,16 @@ from torch import Tensor, nn
 
 from llm_basics.core import files as file_io
 from llm_basics.core import vocabulary
+from llm_basics.runs import process
 
 SCHEMA = 2
 
 # entries of the state, besides those of the program that saves
 KINDS: dict[str, Any] = {"step": int, "tied": dict, "optimizer": dict, "random": dict, "origins": dict}
 KINDS["val_loss"] = int | float | None
+
+# what `collect` stores besides
+COLLECTED = {"schema", "step", "tied", "optimizer", "random"}
 
 PATTERN = "step_*.safetensors"
 
@@ -41,25 +44,9 @@ def save_checkpoint(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Target, **state: Any
 ) -> None:
     """Write model, optimizer, random state, `step` and JSON-serializable `state` to a path or binary file."""
-    tensors, tied = _untie({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-    saved = optimizer.state_dict()
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in saved["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    random_tensors, random_numbers = _random_state()
-    tensors = _separate(tensors | random_tensors)
-    about = {
-        "schema": SCHEMA,
-        "step": step,
-        "tied": tied,
-        "optimizer": {"state": numbers, "param_groups": saved["param_groups"]},
-        "random": random_numbers,
-        **state,
-    }
+    tensors, about = collect(model, optimizer, step, **state)
+    weights, about["tied"] = _untie(_with_prefix(tensors, "model."))
+    tensors = _separate(weights | {n: t for n, t in tensors.items() if not n.startswith("model.")})
     described = json.dumps(about)
     content = safetensors.torch.save(
         tensors, {"llm_basics": described, "sha256": _digest(tensors, described)}
@@ -69,6 +56,31 @@ def save_checkpoint(
         file_io.write(out, content)
     else:
         out.write(content)
+
+
+def collect(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, **state: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint stores: the tensors, and the rest as JSON (`COLLECTED` and `state`)."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    random_tensors, random_numbers = process.all_random_states()
+    about: dict[str, Any] = {
+        "schema": SCHEMA,
+        "step": step,
+        "tied": {},
+        "optimizer": {"state": numbers, "param_groups": saved["param_groups"]},
+        "random": random_numbers,
+        **state,
+    }
+    return tensors | random_tensors, about
 
 
 def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -108,39 +120,6 @@ def _digest(tensors: dict[str, Tensor], described: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Random numbers
-
-
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every random generator used in training: tensors, and JSON for the rest."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {
-        "rng.torch": torch.get_rng_state(),
-        "rng.python": torch.tensor(numbers, dtype=torch.int64),
-        "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        tensors["rng.mps"] = torch.mps.get_rng_state()
-    return tensors, {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
-
-
-def _restore_random_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["rng.torch"])
-    version, gauss = rest["python"]
-    random.setstate((version, tuple(tensors["rng.python"].tolist()), gauss))
-    kind, *numbers = rest["numpy"]
-    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), *numbers))
-    for name, state in _section(tensors, "rng.cuda.").items():
-        if torch.cuda.is_available() and int(name) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(name))
-    if "rng.mps" in tensors and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(tensors["rng.mps"])
-
-
-# --------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -160,10 +139,10 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{name} must be an llm_basics checkpoint; {error}") from None
     if _digest(tensors, described) != expected:
         raise ValueError(f"{name} is damaged: its content does not match its SHA-256")
-    return tensors, _parse_about(described, name)
+    return tensors, parse_about(described, name)
 
 
-def _parse_about(described: str, name: object) -> dict[str, Any]:
+def parse_about(described: str, name: object) -> dict[str, Any]:
     """The state in the metadata of a file. Raises ValueError for one that no program has written."""
     about = file_io.parse_json(described, name)
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
@@ -193,9 +172,9 @@ def load_checkpoint(
     check_shapes(model.state_dict(), weights, f"{name} does not fit the model")
     with vocabulary.reading(f"{name} must have the state of the optimizer and of random numbers"):
         if optimizer is not None:  # first, since it may raise
-            optimizer.load_state_dict(_optimizer_state(tensors, about["optimizer"], optimizer))
+            load_optimizer(optimizer, tensors, about["optimizer"])
         if restore_rng:
-            _restore_random_state(tensors, about["random"])
+            process.restore_all_random_states(tensors, about["random"])
     model.load_state_dict(weights)
     return about
 
@@ -212,12 +191,13 @@ def read_about(path: Path) -> dict[str, Any]:
                 raise ValueError(f"its state must be text, got {type(described).__name__}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must be an llm_basics checkpoint; {error}") from None
-    return _parse_about(described, path)
+    return parse_about(described, path)
 
 
-def _optimizer_state(
-    tensors: dict[str, Tensor], saved: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
+) -> None:
+    """Load the state of an optimizer from the tensors and the JSON of a checkpoint."""
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["state"].items()}
     for name, tensor in _section(tensors, "optimizer.").items():
         index, _, key = name.partition(".")
@@ -226,7 +206,7 @@ def _optimizer_state(
     for group, current in zip(groups, optimizer.param_groups, strict=False):
         # JSON stores tuples as lists
         group |= {k: tuple(v) for k, v in group.items() if isinstance(current.get(k), tuple)}
-    return {"state": state, "param_groups": groups}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def weights_sha256(source: nn.Module | Path) -> str:
@@ -250,6 +230,10 @@ def check_shapes(expected: dict[str, Tensor], found: dict[str, Tensor], problem:
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ValueError(f"{problem}: " + "; ".join(sorted(differences)[:5]) + more)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -340,3 +324,10 @@ def delete_partial(folder: str | os.PathLike[str]) -> None:
     """Delete partial files of interrupted saves; no other process may be writing."""
     for path in Path(folder).glob(f"{PATTERN}.tmp-*"):
         path.unlink(missing_ok=True)
+    for path in Path(folder).glob("step_*.incomplete"):
+        delete_folder(path)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder with all that is in it, if there is one."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -5,11 +5,14 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 # parameters of glibc's mallopt: size from which memory is mapped, and free memory kept at the top of the heap
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
@@ -94,3 +97,33 @@ def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+def all_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of every random generator used in training: tensors, and JSON for the rest."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "rng.torch": torch.get_rng_state(),
+        "rng.python": torch.tensor(numbers, dtype=torch.int64),
+        "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
+    return tensors, {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
+
+
+def restore_all_random_states(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Restore the random generators from the tensors and the JSON of a checkpoint."""
+    torch.set_rng_state(tensors["rng.torch"])
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["rng.python"].tolist()), gauss))
+    kind, *numbers = rest["numpy"]
+    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), *numbers))
+    for index in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"rng.cuda.{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
+    if "rng.mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["rng.mps"])

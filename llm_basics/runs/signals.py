@@ -219,7 +219,8 @@ def _receive(number: int, frame: types.FrameType | None) -> None:
     if _State.response is Response.RAISE:
         _State.response = Response.NONE
         raise Stopped(number)
-    if _State.response is Response.FLAG:
+    # a launcher ends the other processes of a job by SIGTERM after one has failed, whose error shall be last
+    if _State.response is Response.FLAG and not (_State.is_launched and number == signal.SIGTERM):
         _write("stopping after the next save; press Ctrl-C again to exit immediately")
 
 

@@ -105,9 +105,12 @@ def check(options: config.Config) -> None:
 
 
 class _Job:
-    """Groups of a joined job: `patient` waits PATIENCE; `pids` of the processes on this machine."""
+    """Groups of a joined job, on the CPU; `pids` of the processes on this machine."""
 
     patient: Any = None
+    """Waits PATIENCE."""
+    saving: Any = None
+    """For threads that write checkpoints."""
     pids: list[int] = []
 
 
@@ -119,6 +122,11 @@ def size() -> int:
 def is_main() -> bool:
     """Whether this process logs and saves."""
     return world().is_main
+
+
+def saving_group() -> Any:
+    """The group for writing checkpoints."""
+    return _Job.saving
 
 
 def choose_device(name: str) -> torch.device:
@@ -156,6 +164,7 @@ def joined(train: config.TrainConfig) -> Iterator[None]:
     dist.init_process_group(backend, timeout=PATIENCE, **alone)
     try:
         _Job.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _Job.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
         everyone: list[Any] = [None] * here.size
         dist.all_gather_object(everyone, (socket.gethostname(), os.getpid()), group=_Job.patient)
         _Job.pids = [pid for host, pid in everyone if host == socket.gethostname()]

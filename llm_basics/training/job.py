@@ -24,7 +24,7 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     metrics = training.evaluate(10 * options.eval_batches)
     output.metrics(training.step, **metrics)
     loop.is_best(training, output, metrics["val_loss"])
-    loop.save(training, output)
+    loop.save(training, output, wait=True)
     training.on_main(lambda: output.sample(training.step, *training.sample()))
     entropy = evaluate.unigram_entropy(training.held_out)
     figure: object = "not drawn"
@@ -33,7 +33,7 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
             figure = figures.plot_loss(output.folder, entropy)
     except files.WriteError as error:
         output.log(f"warning: {error}")
-    saved = output.checkpoint_path(training.step) if training.is_saved else "not saved"
+    saved = (training.saved_in or output.checkpoint_path(training.step)) if training.is_saved else "not saved"
     output.log(
         f"\n{steps} steps in {seconds:.0f} s\n"
         f"validation loss   {metrics['val_loss']:.3f} nats per token "
@@ -44,7 +44,9 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
         f"loss curve        {figure}\n"
         f"checkpoint        {saved}\n"
         + (
-            f"chat              uv run python -m llm_basics.chat {output.folder}"
+            f"one file          uv run python -m llm_basics.checkpoint merge {saved}"
+            if training.writer is not None
+            else f"chat              uv run python -m llm_basics.chat {output.folder}"
             if chat_template.is_chat(training.tokenizer)
             else f"generate text     uv run python -m llm_basics.generate {output.folder}"
         )

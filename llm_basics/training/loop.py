@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llm_basics.core import files, trainer
-from llm_basics.runs import checkpoint, run_dir, signals
+from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
 from llm_basics.training import distributed, steering
 from llm_basics.training import monitor as monitors
 from llm_basics.training import state as training_state
@@ -77,7 +77,7 @@ def saved_on_exit(
             raise
         monitor.flush()
     except signals.Stopped as stop:
-        save(state, output)
+        save(state, output, wait=True)
         output.event(state.step, "stopped", signal=stop.name)
         raise
     except (FloatingPointError, OSError) as error:
@@ -86,7 +86,7 @@ def saved_on_exit(
         # the cause of the error may be in the weights, or prevent saving
         if all(torch.isfinite(p).all() for p in state.model.parameters()):
             with contextlib.suppress(OSError):
-                save(state, output)
+                save(state, output, wait=True)
         with contextlib.suppress(OSError):
             output.event(state.step, "failed", reason=str(error))
         raise
@@ -100,22 +100,30 @@ def is_best(state: training_state.TrainingState, output: run_dir.RunDir, val_los
     return state.is_best(val_loss)
 
 
-def save(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
-    """Write a checkpoint unless there is one of this step, and delete old ones."""
+def save(state: training_state.TrainingState, output: run_dir.RunDir, wait: bool = False) -> None:
+    """Write a checkpoint unless there is one of this step, and delete old ones.
+
+    With `wait`, one that is written in the background is complete afterwards.
+    """
     options = state.options.train
-    if state.saved == (state.step, state.val_loss):
-        return
+    is_saved = state.saved == (state.step, state.val_loss)
     try:
-        state.save(output.checkpoint_path(state.step))
+        if not is_saved:
+            state.save(output.checkpoint_path(state.step))
+        if wait:
+            state.finish_saving()
     except files.WriteError as error:
         if options.on_save_error == "stop":
             raise
         output.log(f"warning: {error}; training continues")
         return
+    if is_saved:
+        return
     output.event(state.step, "checkpoint", val_loss=state.val_loss)
     try:
         if options.keep_checkpoints and distributed.is_main():
             checkpoint.prune(output.checkpoints, options.keep_checkpoints)
+            sharded_checkpoint.prune(output.checkpoints, options.keep_checkpoints)
     except OSError as error:
         output.log(f"warning: old checkpoints could not be deleted ({error})")
 

@@ -11,7 +11,7 @@ from llm_basics import swap
 from llm_basics.cli import nested
 from llm_basics.core import config, device, evaluate, files, presets, trainer
 from llm_basics.data import prepare
-from llm_basics.runs import checkpoint, console, loggers, process, run_dir, steering
+from llm_basics.runs import checkpoint, console, loggers, process, run_dir, sharded_checkpoint, steering
 from llm_basics.training import distributed, memory, warm_start
 from llm_basics.training import state as training_state
 
@@ -103,7 +103,7 @@ def start(
 def restarted(options: config.Config) -> config.Config:
     """The options to resume with, if torchrun has restarted a job that has saved a checkpoint."""
     folder = options.resume or options.run_dir
-    if not distributed.world().restarts or folder is None or not run_dir.checkpoints(folder):
+    if not distributed.world().restarts or folder is None or not _checkpoints(folder):
         return options
     saved = presets.update(config.Config(), run_dir.read_config(folder), f"{folder}/config.json")
     return dataclasses.replace(saved, resume=str(folder))
@@ -115,12 +115,16 @@ def check_folder(options: config.Config) -> None:
     is_used = options.run_dir and not options.resume and given.is_dir() and any(given.iterdir())
     # a restarted job may have failed before its first checkpoint
     if is_used and not distributed.world().restarts:
-        advice = f"resume the run with --resume {given}" if run_dir.checkpoints(given) else "or delete it"
+        advice = f"resume the run with --resume {given}" if _checkpoints(given) else "or delete it"
         raise ValueError(f"--run_dir must be new or empty, got {given}; {advice}")
-    if options.resume is not None and not run_dir.checkpoints(options.resume):
+    if options.resume is not None and not _checkpoints(options.resume):
         raise ValueError(
             f"--resume needs a checkpoint, but {options.resume} has none; delete it and start again"
         )
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    return sharded_checkpoint.resumable(Path(folder) / run_dir.CHECKPOINTS)
 
 
 def choose_folder(options: config.Config) -> str:
@@ -170,12 +174,12 @@ def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir
     given = nested.differences(dataclasses.asdict(before), dataclasses.asdict(training.options))
     changes = [change for change in steering.read_changes(output.folder) if change.name not in given]
     changes = [change for change in changes if change.name in steering.REPLAYABLE]
-    for path in checkpoint.files(output.checkpoints):
+    for path in sharded_checkpoint.resumable(output.checkpoints):
         try:
             if found is None:
                 differences = training.resume(path, changes)
                 found = path
-            else:
+            elif path.is_file():
                 checkpoint.verify(path)
         except ValueError as error:
             unused[path] = f"not used: {error}"

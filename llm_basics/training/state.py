@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +14,12 @@ from torch import nn
 
 from llm_basics import swap, user_code
 from llm_basics.cli import nested
-from llm_basics.core import config, dataloader, device, evaluate, presets, trainer, vocabulary
+from llm_basics.core import config, dataloader, device, evaluate, files, presets, trainer, vocabulary
 from llm_basics.core import model as models
-from llm_basics.core import tokenizer as tokenizers
-from llm_basics.data import documents, prepare, shards
+from llm_basics.data import prepare, shards
 from llm_basics.inference import engine
-from llm_basics.runs import checkpoint, process, signals, steering
-from llm_basics.training import compilation, diagnostics, distributed, parallel
+from llm_basics.runs import checkpoint, process, sharded_checkpoint, signals, steering
+from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel
 
 T = TypeVar("T")
 
@@ -38,9 +36,6 @@ RECORDED = {"fast", "deterministic"}
 
 # size of the random state and the metadata in a checkpoint
 METADATA_BYTES = 32_000
-
-# characters of the held-out text that its hash depends on
-DIGEST_CHARACTERS = 2**18
 
 # metadata keys of older checkpoints -> keys now
 RENAMED = {"looked": "evaluated", "windows": "sequences"}
@@ -90,7 +85,7 @@ class TrainingState:
             shards.check_ids(shard)
         self.batches, self.held_out = self.read(prepared)
         self.measured_on = {
-            "text": digest(self.tokenizer, self.held_out, prepared.val.n_bytes),
+            "text": held_out.digest(self.tokenizer, self.held_out, prepared.val.n_bytes),
             "tokenizer": self.tokenizer.fingerprint(),
         }
         self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
@@ -125,7 +120,11 @@ class TrainingState:
         self.best_loss: float | None = None
         # step and validation loss of the last checkpoint
         self.saved: tuple[int, float | None] | None = None
+        self.saved_in: Path | None = None
         self.spikes = diagnostics.SpikeDetector()
+        # writes sharded checkpoints, if any; the one that was resumed from, to be loaded by shards
+        self.writer: sharded_checkpoint.Writer | None = None
+        self.shards: Path | None = None
         # old and new values of options that changed on the resume
         self.changed: dict[str, list[Any]] = {}
         # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
@@ -139,6 +138,14 @@ class TrainingState:
         dataloader.check_length(len(prepared.val.tokens), length, "the held-out text")
         batches = dataloader.Batches(texts, train.batch_size, length, train.seed, self.device, train.stride)
         return batches, prepared.val.tokens
+
+    def use_shards(self) -> None:
+        """Load the sharded checkpoint resumed from, and write such ones, if the options ask for it."""
+        group = distributed.saving_group()
+        if self.shards is not None:
+            sharded_checkpoint.load(self.shards, self.model, self.optimizer, group, restore_rng=True)
+        if (how := self.options.train.sharded_checkpoints) != "off":
+            self.writer = sharded_checkpoint.Writer(distributed.is_main(), group, how == "async")
 
     def uncompile(self) -> None:
         """Run the model uncompiled."""
@@ -156,6 +163,7 @@ class TrainingState:
                     trainer.make_optimizer(self.model, self.options.train),
                 )
                 parallel.reshard_optimizer(before, self.optimizer)
+                self.use_shards()
             distributed.seed(self.options.train.seed, self.step, self.device)
 
     def _eager(self) -> contextlib.AbstractContextManager[None]:
@@ -205,7 +213,7 @@ class TrainingState:
         train = self.options.train
         prompt = train.sample_prompt
         if prompt is None:
-            prompt = opening_line(self.tokenizer.decode(self.held_out[:5000].tolist()))
+            prompt = held_out.opening_line(self.tokenizer.decode(self.held_out[:5000].tolist()))
         pieces = engine.complete(
             self.model, self.tokenizer, prompt, train.sample_tokens, temperature=0.8, seed=train.seed
         )
@@ -226,9 +234,23 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint to resume from. Raises files.WriteError if that fails."""
-        saved = parallel.gathered(self.model), parallel.gathered(self.optimizer)
-        distributed.on_main(lambda: checkpoint.save_checkpoint(*saved, self.step, path, **self.about()))
-        self.saved = self.step, self.val_loss
+        self.saved = None
+        if self.writer is not None:
+            path = path.with_suffix(sharded_checkpoint.SUFFIX)
+            self.writer.save(self.model, self.optimizer, self.step, path, **self.about())
+        else:
+            saved = parallel.gathered(self.model), parallel.gathered(self.optimizer)
+            distributed.on_main(lambda: checkpoint.save_checkpoint(*saved, self.step, path, **self.about()))
+        self.saved, self.saved_in = (self.step, self.val_loss), path
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is written in the background. Raises files.WriteError if it failed."""
+        if self.writer is not None:
+            try:
+                self.writer.finish()
+            except files.WriteError:
+                self.saved = None
+                raise
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint stores beside tensors and step."""
@@ -266,7 +288,8 @@ class TrainingState:
 
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
-        metadata = {RENAMED.get(name, name): value for name, value in checkpoint.verify(path).items()}
+        read = sharded_checkpoint.read_about if path.is_dir() else checkpoint.verify
+        metadata = {RENAMED.get(name, name): value for name, value in read(path).items()}
         missing = [key for key, kind in REQUIRED.items() if not isinstance(metadata.get(key, ...), kind)]
         if missing:
             raise ValueError(
@@ -286,7 +309,12 @@ class TrainingState:
             )
         if metadata["data"] != self.prepared_in:
             raise ValueError(f"{path} was trained on {metadata['data']}, now the data is {self.prepared_in}")
-        checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
+        if path.is_dir() and self.is_sharded:
+            self.shards = path  # for `parallelize`: each process loads its own
+        elif path.is_dir():
+            sharded_checkpoint.load(path, self.model, self.optimizer, restore_rng=True)
+        else:
+            checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
         self.step, self.sequences = metadata["step"], metadata["sequences"]
         self.evaluated = metadata["evaluated"]
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
@@ -311,23 +339,6 @@ class TrainingState:
         ]
         here = process.describe(self.device) | distributed.describe()
         return settings + _differences(here, distributed.ALONE | metadata["environment"])
-
-
-def digest(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, n_bytes: int) -> str:
-    """A hash of a text of `n_bytes`, whatever its tokenizer; of a long text, the beginning is hashed."""
-    # a token has at least a byte, a character at most four: all tokenizers reach this many characters
-    text = tokenizer.decode(tokens[: 4 * DIGEST_CHARACTERS].tolist())[:DIGEST_CHARACTERS]
-    return hashlib.sha256(f"{n_bytes} {text}".encode("utf-8", "replace")).hexdigest()
-
-
-def opening_line(text: str) -> str:
-    """The first line that ends with a colon, a natural prompt in code and in plays; else the first line.
-
-    >>> opening_line("Act I.\\nROMEO:\\nIs the day so young?")
-    'ROMEO:'
-    """
-    lines = [line for line in text.split(documents.DOCUMENT_SEPARATOR)[0].splitlines() if line.strip()]
-    return next((line for line in lines if line.endswith(":")), lines[0] if lines else "")
 
 
 def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
