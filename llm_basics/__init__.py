@@ -5,6 +5,7 @@
     core           the model, its training and its tokenizer, written by hand
     runs           the run directory, the only interface between programs
     user_code      a Python file of yours with pieces
+    systems        what runs beneath a model, written by hand: FlashAttention, parallel training
     fast           fast implementations of core's pieces: Numba on CPU, Triton on GPU
     cli            options of the commands and their parsing
     swap           puts one implementation of a piece in place of another: reference, fast, yours
@@ -14,7 +15,7 @@
     evaluation     loss, multiple choice, lm-evaluation-harness
     analysis       plots, comparisons, sweeps
     training       the training loop and everything around one step
-    learn          the course: lessons, checks, the catalogue of mistakes
+    learn          the courses: lessons, checks, the catalogue of mistakes
 
 The other files here are the commands: `llm-basics --help` lists them.
 """

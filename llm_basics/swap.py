@@ -1,8 +1,8 @@
 """The seam: puts one implementation of a piece in place of another: reference, fast, or yours.
 
 Every call goes through a module attribute, so replacing a piece is setting that attribute on its home module
-in `core`. A fast implementation has the name, signature and results of its reference; your piece has the
-name and signature, and is what the tests check. Yours always wins over the fast one.
+in `core` or `systems`. A fast implementation has the name, signature and results of its reference; your piece
+has the name and signature, and is what the tests check. Yours always wins over the fast one.
 
     >>> with using("fast", log=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -22,15 +22,19 @@ from typing import Any
 from llm_basics import user_code
 from llm_basics.runs import console
 
-CORE, FAST = "llm_basics.core", "llm_basics.fast"
-
-# home modules outside of core, whose functions the catalogue of mistakes replaces
-HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
+CORE, FAST, SYSTEMS = "llm_basics.core", "llm_basics.fast", "llm_basics.systems"
 
 # modules of core that have fast implementations, in fast/ under the same file name
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
 
-# pieces that user code can define, by their home module in core
+# pieces of systems that user code can define, by their home module
+OF_SYSTEMS = {"online_softmax": "online_softmax log_sum_exp online_weighted_sum"}
+
+# home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone
+HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
+HOMES_OUTSIDE_CORE |= {home: f"{SYSTEMS}.{home}" for home in OF_SYSTEMS}
+
+# pieces that user code can define, by their home module
 PIECES = {
     "functional": "linear embedding softmax log_softmax silu gelu relu2 swiglu dropout rms_norm layer_norm "
     "rope_tables apply_rope causal_mask scaled_dot_product_attention cross_entropy linear_cross_entropy",
@@ -43,6 +47,7 @@ PIECES = {
     "evaluate": "evaluate",
     "generate": "next_token_probabilities generate",
     "trainer": "train_step make_optimizer compute_loss",
+    **OF_SYSTEMS,
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 

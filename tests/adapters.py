@@ -29,6 +29,7 @@ from llm_basics.core import (
 )
 from llm_basics.core import functional as F
 from llm_basics.runs import checkpoint
+from llm_basics.systems import online_softmax
 
 
 def call_with(module: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
@@ -445,3 +446,23 @@ def run_generate(
     lm = model.TransformerLM(shape, dtype=weights["lm_head.weight"].dtype)
     lm.load_state_dict(weights)
     return list(generate.generate(lm, prompt, max_new_tokens, temperature, top_k, top_p, generator=generator))
+
+
+# --------------------------------------------------------------------------------------------------
+# Systems
+
+
+def run_online_softmax(
+    tiles: Iterable[Float[Tensor, "... _"]],
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    return online_softmax.online_softmax(tiles)
+
+
+def run_log_sum_exp(tiles: Iterable[Float[Tensor, "... _"]]) -> Float[Tensor, "..."]:
+    return online_softmax.log_sum_exp(tiles)
+
+
+def run_online_weighted_sum(
+    tiles: Iterable[Float[Tensor, "... _"]], values: Iterable[Float[Tensor, "... _ d_head"]]
+) -> Float[Tensor, "... d_head"]:
+    return online_softmax.online_weighted_sum(tiles, values)

@@ -30,7 +30,8 @@ from llm_basics.learn import judge, mistakes, probes, sockets
 CONTRACT: dict[str, str] = yaml.safe_load(
     (Path(judge.__file__).parent / "contract.yaml").read_text(encoding="utf-8")
 )
-PUBLIC = set(re.findall(r"\b(?:run|get)_\w+", " ".join(CONTRACT.values())))
+NAME = rf"(?:{'|'.join(sockets.PREFIXES)})\w+"
+PUBLIC = set(re.findall(rf"\b{NAME}", " ".join(CONTRACT.values())))
 NOT_PUBLIC = "the public assignment does not have this function"
 
 # of the probes after one that timed out
@@ -50,7 +51,7 @@ LIBRARIES = {"tiktoken", "tokenizers", "transformers", "sentencepiece"}
 def adapters_of(step: str) -> list[str]:
     """The adapters that the probes of a step call, in order."""
     source = (Path(mistakes.__path__[0]) / f"{step}.py").read_text(encoding="utf-8")
-    return list(dict.fromkeys(re.findall(r"\b(?:a|adapters)\.((?:run|get)_\w+)", source)))
+    return list(dict.fromkeys(re.findall(rf"\b(?:a|adapters)\.({NAME})", source)))
 
 
 @functools.cache

@@ -127,6 +127,10 @@ def test_steps_have_their_state_and_the_last_message(client, mine):
     found = client.get("/api/learn").json()
     steps = {step["name"]: step for step in found["steps"]}
     assert found["mine"] == str(mine) and list(steps) == lessons.ORDER
+    courses = {
+        course: [name for name in steps if steps[name]["course"] == course] for course in lessons.COURSES
+    }
+    assert courses == lessons.COURSES
     assert steps["silu"]["status"] == "failed" and "SIGMOID" in steps["silu"]["message"]
     assert steps["silu"]["is_current"] and "hint silu" in found["next"]
     assert steps["linear"]["status"] == "not started" and steps["linear"]["message"] == ""

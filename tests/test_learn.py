@@ -80,6 +80,38 @@ def test_every_lesson_has_a_step_in_the_catalogue_and_back():
     assert {path.stem for path in lessons.FOLDER.glob("*.yaml")} == set(lessons.ORDER)
 
 
+def test_a_course_is_listed_alone_or_with_the_other(mine, capsys):
+    mine(RIGHT + "def online_softmax(tiles):\n    return tiles\n")
+    known = progress.Progress("mine.py")
+    for name in lessons.COURSES["basics"]:
+        known.note(name, "passed")
+    known.save()
+    assert learn.main([]) == 0
+    both = capsys.readouterr().out
+    shown = ""
+    for course, names in lessons.COURSES.items():
+        assert learn.main(["--course", course]) == 0
+        alone = capsys.readouterr().out
+        assert alone.startswith(f"{course}\n") and alone.count("\n[") == len(names)
+        assert f" of {len(names)} steps passed; next: " in alone
+        shown += alone
+    assert shown == both and "[x]  5 silu" in both and "[ ]  1 online_softmax" in both
+    assert "steps passed; next: train the default model" in both
+    assert f"0 of {len(lessons.COURSES['systems'])} steps passed; next: " in both
+    with pytest.raises(SystemExit):
+        learn.main(["--course", "sytems"])
+    assert "systems" in capsys.readouterr().err
+
+
+def test_the_next_step_is_of_a_course_that_is_begun(mine):
+    mine("def online_softmax(tiles):\n    return tiles\n")
+    known = progress.Progress("mine.py")
+    assert known.next_step() == "online_softmax" and known.next_step("basics") == "linear"
+    for name in lessons.COURSES["systems"]:
+        known.note(name, "passed")
+    assert known.next_step() == "linear" and known.next_step("systems") is None
+
+
 def test_an_unknown_step_raises():
     with pytest.raises(ValueError, match=r"unknown step softmaxx; did you mean softmax\?"):
         lessons.load("softmaxx")
@@ -329,7 +361,7 @@ def test_from_an_empty_folder_to_a_passed_step(mine, capsys):
     assert learn.main(["start", "silu"]) == 0
     assert "added to mine.py: silu" in capsys.readouterr().out
     assert learn.main(["check"]) == 1
-    assert "silu: not started\n0 of 23 steps passed" in capsys.readouterr().out
+    assert "silu: not started\nbasics: 0 of 23 steps passed" in capsys.readouterr().out
     mine(WRONG)
     assert learn.main(["check", "silu"]) == 1
     assert learn.main([]) == 0 and "[!]  5 silu" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Learn by implementing the pieces of a language model.
 
-uv run python -m llm_basics.learn                             all steps and your progress
+uv run python -m llm_basics.learn                             both courses and your progress
+uv run python -m llm_basics.learn --course systems            the steps of one course
 uv run python -m llm_basics.learn show rms_norm               the lesson of a step
 uv run python -m llm_basics.learn start rms_norm --into mine.py
 uv run python -m llm_basics.learn check --mine mine.py        check your pieces and name mistakes
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -48,7 +50,11 @@ class _CurrentStep(_File):
 
 @dataclass(frozen=True)
 class List(_File):
-    """List all steps in learning order, with your progress."""
+    """List the steps in learning order, with your progress."""
+
+    course: Literal["basics", "systems"] | None = None
+    """List the steps of this course: basics, the model and its training; systems, what runs beneath it.
+    None: of both."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +147,12 @@ COMMANDS = List | Show | Start | Check | Hint | Solution | Next | Predict | Dojo
 def main(arguments: Sequence[str]) -> int:
     """Run a subcommand. Returns the exit status; exits with 2 on a usage error."""
     with parse.exit_on_error():
-        options = parse.parse_command(COMMANDS, arguments or ["list"], "python -m llm_basics.learn", TITLE)
+        if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
+            arguments = ["list", *arguments]
+        options = parse.parse_command(COMMANDS, arguments, "python -m llm_basics.learn", TITLE)
         match options:
             case List():
-                show_all(progress.Progress(options.mine))
+                show_all(progress.Progress(options.mine), options.course)
             case Show():
                 show(lessons.load(options.step))
             case Start():
@@ -177,14 +185,19 @@ def current(options: _CurrentStep) -> lessons.Lesson:
 # Lessons
 
 
-def show_all(known: progress.Progress) -> None:
-    """Print all steps with their status, and the next command."""
-    steps = overview.steps(known)
-    for number, step in enumerate(steps, start=1):
-        stale = "" if step.is_current else "  (changed since the last check)"
-        print(f"{MARKS[step.status]} {number:2} {step.name:14} {step.title}{stale}")
-    n_passed = sum(known.steps.get(name) == "passed" for name in lessons.ORDER)
-    print(f"\n{n_passed} of {len(lessons.ORDER)} steps passed; next: {overview.advice(known)}")
+def show_all(known: progress.Progress, only: str | None = None) -> None:
+    """Print the steps of each course, or of `only` this one, with their status and the next command."""
+    for course, names in lessons.COURSES.items():
+        if only not in (None, course):
+            continue
+        width = max(map(len, names))
+        print(f"{course}\n")
+        steps = [step for step in overview.steps(known) if step.course == course]
+        for number, step in enumerate(steps, start=1):
+            stale = "" if step.is_current else "  (changed since the last check)"
+            print(f"{MARKS[step.status]} {number:2} {step.name:{width}}  {step.title}{stale}")
+        n_passed = sum(known.steps.get(name) == "passed" for name in names)
+        print(f"\n{n_passed} of {len(names)} steps passed; next: {overview.advice(known, course)}\n")
 
 
 def show(lesson: lessons.Lesson) -> None:
@@ -270,17 +283,18 @@ def check(options: Check) -> int:
     print(console.wrap(f"checking {options.mine}: {', '.join(steps)}"), file=sys.stderr, flush=True)
     from llm_basics.learn import checks
 
-    statuses = []
+    statuses: dict[str, str] = {}
     for result in checks.check(options.mine, options.step):
         print(console.wrap(result.text), flush=True)
         known.note(result.step, result.status, result.text)
         known.save()
-        statuses.append(result.status)
-    if not options.step:
-        print(f"{statuses.count('passed')} of {len(lessons.ORDER)} steps passed")
-    if "failed" not in statuses:
+        statuses[result.step] = result.status
+    for course, names in lessons.COURSES.items() if not options.step else ():
+        if found := [status for name, status in statuses.items() if name in names]:
+            print(f"{course}: {found.count('passed')} of {len(names)} steps passed")
+    if "failed" not in statuses.values():
         print(f"next: {overview.advice(known)}")
-    return 0 if set(statuses) <= {"passed"} else 1
+    return 0 if set(statuses.values()) <= {"passed"} else 1
 
 
 def watch(options: Check) -> int:

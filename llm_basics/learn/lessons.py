@@ -11,11 +11,16 @@ from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: functions, the modules composed of them, training
-ORDER = (
-    "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention multi_head "
-    "block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation sampling"
-).split()
+# in learning order: functions, the modules composed of them, training; then what runs beneath a model
+COURSES = {
+    "basics": (
+        "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention "
+        "multi_head block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation "
+        "sampling"
+    ).split(),
+    "systems": ["online_softmax"],
+}
+ORDER = [step for steps in COURSES.values() for step in steps]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ def load(name: str) -> Lesson:
     question = Question(**fields.pop("predict"))
     texts = {key: value.strip() for key, value in fields.items() if isinstance(value, str)}
     return Lesson(**{**fields, **texts, "name": name, "predict": question})
+
+
+def course_of(step: str) -> str:
+    """The course that a step belongs to."""
+    return next(course for course, steps in COURSES.items() if step in steps)
 
 
 def of_piece(name: str) -> str | None:

@@ -11,6 +11,7 @@ PROGRAM = "uv run python -m llm_basics.learn"
 class Step:
     """A step and what is known of it."""
 
+    course: str
     name: str
     title: str
     status: str
@@ -30,13 +31,14 @@ def steps(known: progress.Progress) -> list[Step]:
         status = known.steps.get(name, "not started") if is_begun else "not started"
         message = known.messages.get(name, "") if is_begun else ""
         is_current = not is_begun or known.is_current(name)
-        found.append(Step(name, lessons.load(name).title, status, is_current, message))
+        course, title = lessons.course_of(name), lessons.load(name).title
+        found.append(Step(course, name, title, status, is_current, message))
     return found
 
 
-def advice(known: progress.Progress) -> str:
-    """The command to run next."""
-    name = known.next_step()
+def advice(known: progress.Progress, course: str | None = None) -> str:
+    """The command to run next, in a course if it is given."""
+    name = known.next_step(course)
     if name is None:
         return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"
     if name in known.begun():

@@ -48,10 +48,16 @@ class Progress:
         defined = set(user_code.names(self.file)) if self.file.exists() else set()
         return [name for name in lessons.ORDER if defined & set(lessons.load(name).pieces)]
 
-    def next_step(self) -> str | None:
-        """The first step in the file that is not passed, else the first that is not passed, if any."""
-        steps = [*self.begun(), *lessons.ORDER]
-        return next((name for name in steps if self.steps.get(name) != "passed"), None)
+    def next_step(self, course: str | None = None) -> str | None:
+        """The first step in the file that is not passed, else of the courses begun, else of all, if any.
+
+        With `course`, of that course only.
+        """
+        begun = self.begun()
+        courses = [steps for steps in lessons.COURSES.values() if set(steps) & set(begun)]
+        steps = [*begun, *(name for steps in courses for name in steps), *lessons.ORDER]
+        wanted = lessons.ORDER if course is None else lessons.COURSES[course]
+        return next((n for n in steps if n in wanted and self.steps.get(n) != "passed"), None)
 
     def is_current(self, step: str) -> bool:
         """Whether the code of a step is unchanged since it was checked."""

@@ -14,6 +14,9 @@ from llm_basics import swap, user_code
 
 FOLDER = Path(__file__).resolve().parent
 
+# how the names of adapters begin
+PREFIXES = ("run_", "get_", "ddp_", "fsdp_")
+
 
 class MissingAdapter(BaseException):
     """An adapters file has no function of this name."""
@@ -30,7 +33,7 @@ class Adapters:
         self.used: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith(("run_", "get_")):
+        if not name.startswith(PREFIXES):
             raise AttributeError(name)
         self.used.add(name)
         if not hasattr(self._module, name) or (not self.is_foreign and _is_later(name)):

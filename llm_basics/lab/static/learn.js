@@ -25,6 +25,13 @@ function stateOf({ status, is_current: isCurrent }) {
   return isCurrent ? status : "changed";
 }
 
+// the steps by course, in order
+function coursesOf(steps) {
+  const courses = new Map();
+  for (const each of steps) courses.set(each.course, [...courses.get(each.course) ?? [], each]);
+  return courses;
+}
+
 class Learn {
   constructor() {
     this.count = h("span", { class: "muted" });
@@ -44,7 +51,9 @@ class Learn {
     this.course = course;
     const { steps, mine } = course;
     const passed = steps.filter((each) => each.status === "passed").length;
-    this.count.textContent = `${passed} of ${steps.length} steps passed · ${mine}`;
+    const counts = [...coursesOf(steps)].map(([name, own]) =>
+      `${name} ${own.filter((each) => each.status === "passed").length} of ${own.length}`);
+    this.count.textContent = `steps passed: ${counts.join(", ")} · ${mine}`;
     Object.assign(this.bar, { max: steps.length, value: passed });
     clear(this.next, "Next: ", h("code", {}, course.next));
     this.chosen ??= (steps.find((each) => each.status === "failed") ?? steps.find((each) => each.status !== "passed") ?? steps[0]).name;
@@ -52,10 +61,12 @@ class Learn {
   });
 
   drawList() {
-    clear(this.list, this.course.steps.map((each, i) => h("li", {}, h("button", { type: "button", class: `step ${each.status.replace(" ", "-")}`,
+    const item = (each, i) => h("li", {}, h("button", { type: "button", class: `step ${each.status.replace(" ", "-")}`,
       "aria-current": each.name === this.chosen ? "step" : null, onclick: () => this.choose(each.name) },
     h("i", { "aria-hidden": "true" }, MARKS[each.status] || String(i + 1)), h("span", {}, each.title),
-    h("small", {}, stateOf(each))))));
+    h("small", {}, stateOf(each))));
+    clear(this.list, [...coursesOf(this.course.steps)].flatMap(([name, own]) =>
+      [h("li", { class: "muted" }, h("h3", {}, name)), ...own.map(item)]));
   }
 
   choose = guarded(async (name) => {

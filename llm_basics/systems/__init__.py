@@ -1,0 +1,1 @@
+"""What runs beneath a model, written by hand: online softmax."""
