@@ -28,7 +28,14 @@ CORE, FAST, SYSTEMS = "llm_basics.core", "llm_basics.fast", "llm_basics.systems"
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
 
 # pieces of systems that user code can define, by their home module
-OF_SYSTEMS = {"online_softmax": "online_softmax log_sum_exp online_weighted_sum"}
+OF_SYSTEMS = {
+    "online_softmax": "online_softmax log_sum_exp online_weighted_sum",
+    "collectives": "ring_reduce_scatter ring_all_gather ring_all_reduce",
+    "data_parallel": "average_gradients_ average_flat_gradients_ DistributedDataParallel",
+    "sharded_optimizer": "ShardedOptimizer",
+    "fsdp": "FullyShardedDataParallel",
+    "tensor_parallel": "ColumnParallelLinear RowParallelLinear TensorParallelSwiGLU",
+}
 
 # home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone
 HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}

@@ -29,7 +29,14 @@ from llm_basics.core import (
 )
 from llm_basics.core import functional as F
 from llm_basics.runs import checkpoint
-from llm_basics.systems import online_softmax
+from llm_basics.systems import (
+    collectives,
+    data_parallel,
+    fsdp,
+    online_softmax,
+    sharded_optimizer,
+    tensor_parallel,
+)
 
 
 def call_with(module: nn.Module, weights: dict[str, Tensor], *inputs: Tensor | None) -> Tensor:
@@ -466,3 +473,62 @@ def run_online_weighted_sum(
     tiles: Iterable[Float[Tensor, "... _"]], values: Iterable[Float[Tensor, "... _ d_head"]]
 ) -> Float[Tensor, "... d_head"]:
     return online_softmax.online_weighted_sum(tiles, values)
+
+
+def run_ring_reduce_scatter(tensor: Float[Tensor, " n"]) -> Float[Tensor, " chunk"]:
+    """In a process group; so are the next ones."""
+    return collectives.ring_reduce_scatter(tensor)
+
+
+def run_ring_all_gather(chunk: Float[Tensor, " chunk"], n: int) -> Float[Tensor, " n"]:
+    return collectives.ring_all_gather(chunk, n)
+
+
+def run_ring_all_reduce(tensor: Float[Tensor, "..."]) -> None:
+    collectives.ring_all_reduce(tensor)
+
+
+def run_average_gradients(parameters: Iterable[Tensor]) -> None:
+    data_parallel.average_gradients_(parameters)
+
+
+def run_average_flat_gradients(parameters: Iterable[Tensor]) -> None:
+    data_parallel.average_flat_gradients_(parameters)
+
+
+def get_ddp(module: nn.Module) -> nn.Module:
+    return data_parallel.DistributedDataParallel(module)
+
+
+def ddp_on_after_backward(ddp_model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    ddp_model.finish_gradient_synchronization()
+
+
+def get_sharded_optimizer(
+    params: Iterable[Any], optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any
+) -> torch.optim.Optimizer:
+    return sharded_optimizer.ShardedOptimizer(params, optimizer_cls, **kwargs)
+
+
+def get_fsdp(module: nn.Module, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    return fsdp.FullyShardedDataParallel(module, compute_dtype)
+
+
+def fsdp_on_after_backward(fsdp_model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gradients of the shards are complete when backward returns."""
+
+
+def fsdp_gather_full_params(fsdp_model: nn.Module) -> dict[str, Tensor]:
+    return fsdp_model.gather_full_params()
+
+
+def get_column_parallel_linear(linear: nn.Module) -> nn.Module:
+    return tensor_parallel.ColumnParallelLinear(linear)
+
+
+def get_row_parallel_linear(linear: nn.Module) -> nn.Module:
+    return tensor_parallel.RowParallelLinear(linear)
+
+
+def get_tensor_parallel_swiglu(ffn: nn.Module) -> nn.Module:
+    return tensor_parallel.TensorParallelSwiGLU(ffn)

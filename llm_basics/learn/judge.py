@@ -94,7 +94,7 @@ def judge(step: probes.Step, adapters: Any) -> Verdict:
             return Verdict(step.name, "not started", stub=str(stub))
         except sockets.MissingAdapter:
             continue  # of a second stage that is not begun
-        if probes.timed_out(seen[i]):
+        if probes.timed_out(seen[i]) or probes.kind(seen[i]) == "hangs":
             break  # the other probes would time out too
     seconds = time.perf_counter() - started
     return dataclasses.replace(conclude(step, seen), seconds=seconds)

@@ -30,7 +30,17 @@ IMPORTS |= {"np": "import numpy as np"}
 
 # methods of a class stub, those that training and tests call; the others are inherited from the reference
 METHODS = {"Tokenizer": ["__init__", "encode", "encode_iterable", "decode"]}
-DEFAULT_METHODS = ["__init__", "forward", "backward", "step", "append"]
+DEFAULT_METHODS = [
+    "__init__",
+    "forward",
+    "backward",
+    "step",
+    "append",
+    "add_param_group",
+    "no_sync",
+    "finish_gradient_synchronization",
+    "gather_full_params",
+]
 
 
 def start(name: str, path: str | Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""What runs beneath a model, written by hand: online softmax."""
+"""What runs beneath a model, written by hand: online softmax, collectives, parallel training."""
