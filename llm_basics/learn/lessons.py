@@ -18,7 +18,9 @@ COURSES = {
         "multi_head block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation "
         "sampling"
     ).split(),
-    "systems": ["online_softmax"],
+    "systems": (
+        "online_softmax ring_all_reduce data_parallel sharded_optimizer fsdp tensor_parallel"
+    ).split(),
 }
 ORDER = [step for steps in COURSES.values() for step in steps]
 

@@ -51,7 +51,7 @@ def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) ->
     """How `actual` differs from `expected`, most informative first."""
     if "error" in actual:
         error = actual["error"]
-        yield error if error.startswith(("stopped: ", "hangs: ", "crashed: ")) else f"it raised {error}"
+        yield error if error.startswith(("stopped: ", "hangs: ", "mismatch: ")) else f"it raised {error}"
         return
     if "error" in expected:
         yield "it must raise an error here, but returned a result"

@@ -1,4 +1,4 @@
-"""A worker process of `ranks`: one rank that runs the probes it is sent, with the pieces of its parent in use.
+"""A worker process of `ranks`: one rank, which runs the probes it is sent with the pieces of its parent.
 
 The main thread computes. One thread receives messages, and ends the process when the parent is gone; one
 reports, during a probe, for how long the process has used no CPU time and what it waits for.
@@ -51,7 +51,8 @@ def main(start: dict[str, Any]) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             rank, step = channel.recv()
-            judge.load(step)
+            if step in judge.STEPS:
+                judge.load(step)
             if os.fork() == 0:
                 channel.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -68,6 +69,8 @@ class Worker:
         self.sending = threading.Lock()
         self.main_thread = threading.get_ident()
         self.store: Any = None
+        # of the task that is running, and its CPU time at the start
+        self.number, self.began = -1, 0.0
 
     def serve(self) -> None:
         """Run probes until the parent is gone."""
@@ -76,8 +79,9 @@ class Worker:
         while True:
             task = self.received.get()
             assert task is not None, "a task follows the end of another"
-            self.is_running.set()
             with self._group(task):
+                self.number, self.began = task["number"], time.process_time()
+                self.is_running.set()
                 self._send(("result", self._result(task)))
                 assert self.received.get() is None, "the other ranks have ended too"
             self.is_running.clear()
@@ -108,11 +112,10 @@ class Worker:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        probe = next(p for p in judge.load(task["step"]).probes if p.about == task["about"])
-        assert probe.on_rank is not None, "only probes of ranks are sent"
+        function = _function(*task["function"])
         try:
             with _pieces(task), contextlib.chdir(task["folder"]):
-                return "seen", to_arrays(probe.on_rank(_adapters(task["adapters"])))
+                return "seen", to_arrays(function(_adapters(task["adapters"])))
         except NotImplementedError as error:
             kind = "stub" if probes.is_stub(error) else "error"
             return kind, str(error) if kind == "stub" else f"NotImplementedError: {messages.reason(error)}"
@@ -136,17 +139,16 @@ class Worker:
     def _report(self) -> None:
         """Report idle ticks, the CPU time of the probe and where it waits."""
         while self.is_running.wait():
-            began = time.process_time() - time.thread_time()
-            before, n_idle = began, 0
-            while self.is_running.is_set():
+            number, n_idle, before = self.number, 0, self.began
+            while self.is_running.is_set() and self.number == number:
                 time.sleep(TICK_SECONDS)
-                now = time.process_time() - time.thread_time()
-                n_idle = n_idle + 1 if now - before < IDLE_SECONDS else 0
+                now = time.process_time()
+                n_idle = n_idle + 1 if now - before < IDLE_SECONDS and _others_sleep() else 0
                 before = now
-                self._send(("tick", n_idle, now - began, self._position()))
+                self._send(("tick", number, n_idle, now - self.began, self._position()))
 
     def _position(self) -> str:
-        """The innermost line that the main thread runs outside of libraries, and the name of what it calls."""
+        """The innermost line of the main thread outside of libraries, and the name of what it calls."""
         frame = sys._current_frames().get(self.main_thread)
         called = ""
         while frame is not None and "site-packages" in frame.f_code.co_filename:
@@ -157,6 +159,18 @@ class Worker:
             return called
         line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return f"{called or frame.f_code.co_name} ({line})"
+
+
+def _others_sleep() -> bool:
+    """Whether no other thread of this process is ready to run; on a busy machine it may wait for long.
+
+    Known on Linux alone; elsewhere CPU time has to tell.
+    """
+    tasks = Path("/proc/self/task")
+    with contextlib.suppress(OSError):
+        others = [task for task in tasks.iterdir() if task.name != str(threading.get_native_id())]
+        return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "S" for task in others)
+    return True
 
 
 @contextlib.contextmanager
@@ -177,6 +191,13 @@ def _pieces_of_file(path: str) -> dict[str, Any]:
     with swap.restored():
         swap.use(path, lambda line: None, checks.check_shapes)
         return {piece: swap.current(piece) for piece in swap.user_pieces()}
+
+
+def _function(step: str, name: str) -> Any:
+    """What a probe of a step runs, or a function of a Python file."""
+    if step not in judge.STEPS:
+        return getattr(_cached(step, lambda path: sockets.run_file(Path(path), Path(path).stem)), name)
+    return next(probe.on_rank for probe in judge.load(step).probes if probe.about == name)
 
 
 def _adapters(path: str) -> sockets.Adapters:

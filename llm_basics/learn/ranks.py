@@ -31,7 +31,7 @@ from llm_basics import swap
 from llm_basics.learn import judge, mistakes, probes, sockets
 
 # idle reports (rank_worker.TICK_SECONDS) after which ranks hang: all of them, or the others when some ended
-ALL_IDLE, OTHERS_IDLE = 15, 5
+ALL_IDLE, OTHERS_IDLE = 10, 5
 
 # what a worker process runs; one line of input describes it
 PROGRAM = (
@@ -61,7 +61,7 @@ def probe(
     def observe(adapters: Any) -> probes.Observation:
         for name in needs.split():
             getattr(adapters, name)  # raises MissingAdapter
-        return pool().observe(step.name, about, adapters, world_size)
+        return pool().observe((step.name, about), adapters, world_size)
 
     def right() -> probes.Observation:
         return by_rank([expected(rank) for rank in range(world_size)])
@@ -100,13 +100,15 @@ class Pool:
         self._nursery: Any = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def observe(self, step: str, about: str, adapters: Any, world_size: int) -> probes.Observation:
-        """The observation of a probe on all ranks; errors are part of it."""
+    def observe(self, function: tuple[str, str], adapters: Any, world_size: int = 2) -> probes.Observation:
+        """What a function gives on all ranks; errors are part of it.
+
+        The function is given by a step and its probe, or by the path of a Python file and a name in it.
+        """
         while len(self._channels) < world_size:
-            self._start(len(self._channels), step)
+            self._start(len(self._channels), function[0])
         task = describe(adapters) | {
-            "step": step,
-            "about": about,
+            "function": function,
             "world_size": world_size,
             "number": next(self._numbers),
             "port": self._store.port,
@@ -114,7 +116,7 @@ class Pool:
         try:
             for channel in self._channels[:world_size]:
                 channel.send(task)
-            results = self._results(world_size)
+            results = self._results(task["number"], world_size)
         except BaseException:
             self.stop()
             raise
@@ -130,14 +132,19 @@ class Pool:
         if "stub" in of_kind:
             message = of_kind["stub"][0]
             raise NotImplementedError(message)
-        for kind in ("error", "stopped", "crashed"):
-            if kind in of_kind:
-                return {"error": of_kind[kind][0]}
+        of_gloo = [text for text in of_kind.get("error", []) if "gloo" in text]
+        errors = [text for text in of_kind.get("error", []) if text not in of_gloo]
+        if errors or "stopped" in of_kind:
+            return {"error": [*errors, *of_kind.get("stopped", [])][0]}
+        if of_gloo or "crashed" in of_kind:
+            # gloo ends the process for a message of another size than expected
+            text = [*of_kind.get("hangs", []), *of_kind.get("crashed", []), *of_gloo][0]
+            return {"error": f"mismatch: ranks call different collectives, or with different sizes; {text}"}
         if "hangs" in of_kind:
-            return {"error": f"hangs: {'; '.join(each for each in of_kind['hangs'])}"}
+            return {"error": f"hangs: {'; '.join(of_kind['hangs'])}"}
         return by_rank([_to_tensors(value) for _, value in results])
 
-    def _results(self, world_size: int) -> list[Any]:
+    def _results(self, number: int, world_size: int) -> list[Any]:
         """Kind and value of each rank's result. Afterwards all workers are ready, or replaced."""
         channels = self._channels[:world_size]
         results: list[Any] = [None] * world_size
@@ -149,7 +156,7 @@ class Pool:
                 try:
                     message = channels[rank].recv()
                 except (EOFError, OSError):
-                    results[rank] = ("crashed", f"crashed: the process of rank {rank} ended")
+                    results[rank] = ("crashed", f"the process of rank {rank} ended")
                     return self._ended(results, positions)
                 match message:
                     case ("result", result):
@@ -160,7 +167,7 @@ class Pool:
                             idle = [0] * world_size
                     case ("ready",):
                         ready[rank] = True
-                    case ("tick", n_idle, cpu_seconds, position):
+                    case ("tick", of_task, n_idle, cpu_seconds, position) if of_task == number:
                         idle[rank], positions[rank] = n_idle, position
                         if cpu_seconds > probes.LIMIT_SECONDS and results[rank] is None:
                             results[rank] = ("stopped", f"{probes.TIMEOUT} {cpu_seconds:.0f} s of CPU time")
@@ -208,6 +215,8 @@ class Pool:
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
+            # gloo ends a process with a message to it
+            stderr=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
         )

@@ -1,9 +1,9 @@
 """Fully sharded data parallelism: weights, gradients and optimizer state are sharded over the ranks.
 
 Each rank stores a `world`-th of every weight. Reading a weight gathers it from all ranks, for as long as a
-layer computes with it; backward gathers it again, and reduces its gradient so that each rank gets the part of
-its own shard (ZeRO stage 3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A weight is a property that gathers, as
-in SimpleFSDP (arXiv 2411.00284), so the module itself is unchanged.
+layer computes with it; backward gathers it again, and reduces its gradient so that each rank gets the part
+of its own shard (ZeRO stage 3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A weight is a property that
+gathers, as in SimpleFSDP (arXiv 2411.00284), so the code of the module is unchanged.
 """
 
 import math
@@ -57,7 +57,7 @@ class GatherWeight(torch.autograd.Function):
 
 
 class SavedWeight(NamedTuple):
-    """What autograd keeps of a gathered weight, or of a view of it: where to gather it, and how to view it."""
+    """What autograd keeps of a view of a gathered weight: the shard to gather it from, and the view."""
 
     part: Tensor
     shape: torch.Size
