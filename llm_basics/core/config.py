@@ -177,9 +177,10 @@ class TrainConfig(option_types.Options):
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """Compile the model with torch.compile; graphs also captures steps as CUDA graphs, for small models.
     auto: on CUDA, graphs for small models and on for others; elsewhere off."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass: less memory, a third more operations."""
     parallel: Literal["auto", "none", "ddp", "fsdp2", "mine"] = "auto"
-    """Data parallelism: a copy of the weights in each process (ddp), shards of them (fsdp2), or the
-    DataParallel of --mine (mine). auto: ddp under torchrun, else none."""
+    """Copy (ddp) or shard (fsdp2) the weights, or use your DataParallel (mine). auto: ddp under torchrun."""
     offload: bool = False
     """Keep the shards of fsdp2 in CPU memory, and copy them to the GPU where they are used."""
     sharded_checkpoints: Literal["off", "on", "async"] = "off"

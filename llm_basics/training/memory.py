@@ -22,6 +22,7 @@ from torch.utils import _python_dispatch, _pytree
 from llm_basics.core import config, device
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
+from llm_basics.training import activation_checkpointing
 
 # --------------------------------------------------------------------------------------------------
 # Memory of a training step
@@ -147,6 +148,8 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
     # fake tensors report the device cpu, whatever the device: autocast needs that one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
+        if train.activation_checkpointing:
+            activation_checkpointing.apply(model)
         if chosen.type != "cpu" or train.compile == "on":
             # as in a compiled model, which the CPU kernels leave to torch
             vars(model)["hidden_states"] = getattr(model, "hidden_states", None)
@@ -253,6 +256,7 @@ def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -
               --model.d_model or --model.n_layers
               --train.batch_size (raise --train.grad_accumulation_steps)
               --model.context_length
+              or add --train.activation_checkpointing
     """
     unit, name = (10**9, "GB") if estimate.total >= 10**8 else (10**6, "MB")
     parts = {kind: size / unit for kind, size in estimate.kinds.items()}
@@ -268,6 +272,7 @@ def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -
     lines = [f"memory    {total}: {shown}"]
     if free is not None and estimate.resident * ERROR > free:
         lines += ["to reduce it, lower", *flags]
+        lines += [] if options.train.activation_checkpointing else ["or add --train.activation_checkpointing"]
     return f"\n{' ' * 10}".join(lines)
 
 

@@ -20,6 +20,8 @@ NOT_ESTIMATED = (
     "memory    not estimated: your code reads tensor values, and the estimate runs on fake tensors"
 )
 
+RECOMPUTED = "recomputed in the backward pass, by torch (CPU training kernels keep their activations)"
+
 
 def of_text(options: config.Config) -> training_state.TrainingState:
     """The state of a run on plain text (pretraining)."""
@@ -233,7 +235,8 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
         + (f"weights   from {options.init_from}\n" if options.init_from else "")
         + f"pieces    {swap.describe()}\n"
-        f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
+        + (f"blocks    {RECOMPUTED}\n" if options.train.activation_checkpointing else "")
+        + f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
     more = needs.resident - needs.parameters if needs else 0  # the weights are there
