@@ -7,7 +7,7 @@ from pathlib import Path
 
 COMMANDS = (
     *("train", "sft", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare", "tokenizer"),
-    *("checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab"),
+    *("checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab", "doctor"),
 )
 
 

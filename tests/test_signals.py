@@ -53,7 +53,7 @@ WITHOUT_TORCH = ("plot", "compare", "lm_harness", "sweep", "steer", "prepare", "
 
 @pytest.mark.parametrize("command", table.COMMANDS)
 def test_every_command_handles_signals_before_its_imports(command):
-    is_package = command in ("learn", "lab")
+    is_package = command in ("learn", "lab", "doctor")
     file = PACKAGE / command / "__main__.py" if is_package else PACKAGE / f"{command}.py"
     _, *statements = ast.parse(file.read_text()).body
     while not isinstance(statements[0], ast.If):

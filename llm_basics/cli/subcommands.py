@@ -1,4 +1,4 @@
-"""Options of the commands with subcommands, `tokenizer` and `checkpoint`."""
+"""Options of the commands with subcommands, `tokenizer`, `checkpoint` and `doctor`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -105,6 +105,36 @@ class CheckpointSplit(option_types.Options):
     """Checkpoint file."""
 
 
+@dataclass(frozen=True)
+class DoctorCheck(option_types.Options):
+    """Check versions, accelerator, kernels, memory and disk, and compare one training step (default)."""
+
+    device: str = "auto"
+    """cuda, mps or cpu; auto: the first available."""
+    runs: str = "runs"
+    """Folder that runs are written to."""
+    json: bool = False
+    """Print one JSON array instead of lines."""
+
+
+@dataclass(frozen=True)
+class DoctorPlan(option_types.Options):
+    """Plan a run: memory by component and strategy, the batch that fits, tokens/s, the command."""
+
+    config: str = "tiny"
+    """A preset or a YAML file of options, as of train."""
+    gpus: option_types.Count = 1
+    """Number of GPUs."""
+    gpu: str | None = None
+    """Card, such as H100, A100-80GB, L4, RTX4090. None and no gpu_memory: this machine's CPU, measured."""
+    gpu_memory: option_types.Positive | None = None
+    """Memory of a GPU in GB. None: that of the card."""
+    tflops: option_types.Positive | None = None
+    """Peak TFLOP/s of a GPU. None: that of the card, or no estimate of the speed."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
 TOKENIZER = (
     Annotated[TokenizerTrain, tyro.conf.subcommand("train")]
     | Annotated[TokenizerEncode, tyro.conf.subcommand("encode")]
@@ -118,4 +148,9 @@ CHECKPOINT = (
     | Annotated[CheckpointPrune, tyro.conf.subcommand("prune")]
     | Annotated[CheckpointMerge, tyro.conf.subcommand("merge")]
     | Annotated[CheckpointSplit, tyro.conf.subcommand("split")]
+)
+
+DOCTOR = (
+    Annotated[DoctorCheck, tyro.conf.subcommand("check")]
+    | Annotated[DoctorPlan, tyro.conf.subcommand("plan")]
 )

@@ -88,6 +88,7 @@ class Ledger(_python_dispatch.TorchDispatchMode):
         self.entries: list[tuple[int, int]] = []  # storage number and bytes, negative when freed
         self.pending: list[tuple[int, int]] = []
         self.kinds: dict[int, str] = {}
+        self.phases: dict[str, tuple[int, int]] = {}  # the entries of each
         self.numbers: dict[int, int] = {}  # of the allocated storages, by id()
 
     def __torch_dispatch__(
@@ -117,21 +118,28 @@ class Ledger(_python_dispatch.TorchDispatchMode):
         self.entries += self.pending
         self.pending = []
 
+    def end_phase(self, name: str) -> None:
+        """The entries since the last phase are of phase `name`."""
+        self._settle()
+        begun = max((end for _, end in self.phases.values()), default=0)
+        self.phases[name] = begun, len(self.entries)
+
     def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Label the storages of `tensors`; storages without a label are activations."""
         for tensor in tensors:
             if tensor is not None:
                 self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
-    def peak(self) -> Estimate:
-        """The sizes at the moment of the largest total."""
+    def peak(self, phase: str | None = None) -> Estimate:
+        """The sizes at the moment of the largest total, of a phase or of all."""
+        first, end = self.phases[phase] if phase else (0, len(self.entries))
         live: Counter[str] = Counter()
         most: dict[str, int] = {}
         total = highest = 0
-        for number, size in self.entries:
+        for index, (number, size) in enumerate(self.entries):
             live[self.kinds.get(number, "activations")] += size
             total += size
-            if total > highest:
+            if total > highest and first <= index < end:
                 highest, most = total, dict(live)
         return Estimate(**{kind: most.get(kind, 0) for kind in Estimate(0, 0, 0, 0).kinds}, heap=self.heap)
 
@@ -170,11 +178,13 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
             # a named list would keep these tensors alive
             ledger.label("optimizer", _tensors_of(optimizer))
         del loss
+        ledger.end_phase("training")
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             for _ in range(2):  # as evaluate.evaluate, which has the logits of two batches at once
                 logits = F.to_float32(model.eval()(inputs))
                 F.cross_entropy(logits, targets)
         del logits
+        ledger.end_phase("evaluation")
         if chosen.type == "cpu":
             ledger.heap = HEAP_OF_KERNELS if is_by_kernels else HEAP_OF_TORCH
             n_bytes = sum(x.nbytes for x in (*model.parameters(), *_tensors_of(optimizer)))

@@ -1,0 +1,1 @@
+"""The `doctor` command: is this machine fit for training, and what fits on another."""
