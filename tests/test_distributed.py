@@ -6,8 +6,11 @@ uv run pytest -m slow tests/test_distributed.py        under torchrun, twenty tr
 
 import copy
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import trials
 from trainers import STEPS, TESTS, Trainers, learned, losses
 
 from llm_basics.core import config, dataloader
