@@ -23,6 +23,7 @@ from trainers import STEPS, TESTS, Trainers, learned, losses
 
 from llm_basics.core import config, dataloader
 from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
+from llm_basics.systems import data_parallel
 from llm_basics.training import distributed, job_errors
 
 # divisible by 1, 2 and 4 processes; float32 sums in another order
@@ -144,6 +145,20 @@ def test_the_rows_of_all_processes_are_the_batch(monkeypatch, n_rows):
             assert mine.shape == targets.shape and len(mine)
             found += mine[targets != dataloader.IGNORE_INDEX].tolist()
         assert found == list(range(n_rows))
+
+
+def test_a_learners_own_data_parallelism_trains_too(trainers, alone, tmp_path):
+    # not the name of the reference, which a learner's file must not call
+    source = Path(data_parallel.__file__).read_text().replace("broadcast_from_rank_0", "from_rank_0")
+    (tmp_path / "mine.py").write_text(source)
+    settings = SAME | {"train.parallel": "mine", "mine": tmp_path / "mine.py"}
+    settings |= {"train.grad_accumulation_steps": 3}
+    assert trainers.train(tmp_path / "run", settings, ranks=2) == 0, trainers.output
+    assert "DistributedDataParallel from" in trainers.output
+    assert difference(alone[3], tmp_path / "run") < TOLERANCE
+    (tmp_path / "mine.py").write_text("def silu(x):\n    return x / (1 + (-x).exp())\n")
+    assert trainers.train(tmp_path / "other", settings, ranks=2) == 2
+    assert trainers.output.count("needs a class DistributedDataParallel") == 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ class TrainConfig(option_types.Options):
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass: less memory, a third more operations."""
     parallel: Literal["auto", "none", "ddp", "fsdp2", "mine"] = "auto"
-    """Copy (ddp) or shard (fsdp2) the weights, or use your DataParallel (mine). auto: ddp under torchrun."""
+    """Copy (ddp) or shard (fsdp2) the weights, or use your own class (mine). auto: ddp under torchrun."""
     offload: bool = False
     """Keep the shards of fsdp2 in CPU memory, and copy them to the GPU where they are used."""
     sharded_checkpoints: Literal["off", "on", "async"] = "off"

@@ -89,7 +89,7 @@ def check(options: config.Config) -> None:
     if train.compile == "graphs":
         raise ValueError("train.compile graphs must run in one process; try train.compile on")
     if how == "mine" and options.mine is None:
-        raise ValueError("--train.parallel mine needs --mine FILE with a class DataParallel")
+        raise ValueError("--train.parallel mine needs --mine FILE with a class DistributedDataParallel")
     if train.offload and (how != "fsdp2" or device.choose(train.device).type != "cuda"):
         raise ValueError("--train.offload needs --train.parallel fsdp2 and a GPU")
     if train.sharded_checkpoints != "off" and how != "fsdp2":

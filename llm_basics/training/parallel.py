@@ -2,7 +2,7 @@
 
 The model, its pieces and the training step know nothing of it. `parallelize` wraps the model for the training
 step; a wrapper of torch does the communication: DistributedDataParallel (ddp, arXiv 2006.15704), fully_shard
-(fsdp2, arXiv 2304.11277), or the learner's DataParallel (mine).
+(fsdp2, arXiv 2304.11277), or a learner's own (mine).
 """
 
 import contextlib
@@ -20,6 +20,9 @@ from llm_basics.core import config, dataloader, device, evaluate, optim, trainer
 from llm_basics.core import model as models
 from llm_basics.runs import process
 from llm_basics.training import distributed
+
+# the piece of a learner's that train.parallel mine uses
+OWN = "data_parallel.DistributedDataParallel"
 
 
 class Objective(nn.Module):
@@ -65,7 +68,7 @@ class Replica:
 
 
 class OwnReplica(Replica):
-    """A learner's DataParallel, which has the interface of `systems.data_parallel.DataParallel`."""
+    """A learner's data parallelism, with the interface of `systems.data_parallel`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -108,7 +111,7 @@ def parallelize(model: nn.Module, options: config.TrainConfig, chosen: torch.dev
         wrapped = ddp(objective, **settings)
         replica = Replica(wrapped)
     else:
-        replica = OwnReplica(swap.current("data_parallel.DataParallel")(objective))
+        replica = OwnReplica(swap.current(OWN)(objective))
     use(replica)
     return replica
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from llm_basics import swap
 from llm_basics.cli import nested
-from llm_basics.core import config, device, evaluate, files, presets, trainer
+from llm_basics.core import config, evaluate, files, presets, trainer
 from llm_basics.data import prepare
 from llm_basics.runs import checkpoint, console, loggers, process, run_dir, sharded_checkpoint, steering
-from llm_basics.training import distributed, memory, warm_start
+from llm_basics.training import distributed, memory, parallel, warm_start
 from llm_basics.training import state as training_state
 
 # printed where there is no estimate
@@ -59,6 +59,10 @@ def start(
             # the run directory has a copy
             options = dataclasses.replace(options, mine=str(Path(options.resume) / "mine.py"))
         swap.use(str(options.mine))
+    if distributed.strategy(options.train) == "mine" and parallel.OWN not in swap.user_pieces():
+        raise ValueError(
+            f"--train.parallel mine needs a class {parallel.OWN.split('.')[1]}, which {options.mine} lacks"
+        )
     if options.fast != "off":
         swap.use("fast")
     memory.check(options, estimate)  # fails now, not after minutes of data preparation
@@ -151,12 +155,11 @@ def compile_model(training: training_state.TrainingState) -> None:
     state = process.random_state(training.device)
     console.print_line("compiling the model (usually less than a minute; disable with --train.compile off)")
     try:
-        inputs, targets = training.next_batches()[0]
+        batch = training.next_batches()[0]
         # a CUDA graph is captured in the second call and replayed in the third
         for _ in range(3 if training.is_graph else 1):
             training.optimizer.zero_grad(set_to_none=True)
-            with device.precision(inputs.device, train.dtype):
-                trainer.batch_loss(training.replica, inputs, targets, train.z_loss).backward()
+            trainer.accumulate_gradients(training.replica, [batch], train)
     except Exception as error:
         # a missing compiler, or an error in any of those it calls
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from llm_basics.core import config, dataloader, generate
 from llm_basics.data import chat_template, prepare, sft_dataset, synthetic_qa, tokenizer_formats
 from llm_basics.runs import run_dir, signals
-from llm_basics.training import job, state
+from llm_basics.training import distributed, job, state
 
 # held-out conversations printed before and after training, and those scored for accuracy
 N_PRINTED, N_SCORED = 12, 500
@@ -104,7 +104,7 @@ def make(options: config.Config) -> SftState:
                 f"fine-tune it with --init_from {options.resume}, or resume it with python -m "
                 f"llm_basics.train --resume {options.resume}"
             )
-    prepared = sft_dataset.prepare_conversations(options)
+    prepared = distributed.main_first(lambda: sft_dataset.prepare_conversations(options))
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     return SftState(dataclasses.replace(options, model=model), prepared)
 
@@ -120,13 +120,18 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
     )
     if training.step == 0 and not training.options.find_lr:
         output.metrics(0, **training.evaluate(training.options.train.eval_batches))
-        for case in printed:
-            output.record_sample(0, training.tokenizer.decode(case.ids), training.reply(case))
+        training.on_main(lambda: record_replies(training, output, printed))
     status = job.work(training, output, clock)
     if not training.options.find_lr:
-        print_replies(training, output, printed)
-        print_accuracy(training, output)
+        training.on_main(lambda: print_replies(training, output, printed))
+        training.on_main(lambda: print_accuracy(training, output))
     return status
+
+
+def record_replies(training: SftState, output: run_dir.RunDir, cases: Sequence[TestCase]) -> None:
+    """Record the replies before the first step."""
+    for case in cases:
+        output.record_sample(0, training.tokenizer.decode(case.ids), training.reply(case))
 
 
 def print_replies(training: SftState, output: run_dir.RunDir, cases: Sequence[TestCase]) -> None:
