@@ -297,6 +297,8 @@ def find(folder: str | os.PathLike[str], which: str = "latest") -> Path:
     else:
         raise ValueError(f"checkpoint must be latest, best or a step number, got {which}")
     if found is None or not found.exists():
+        if any(Path(folder).glob("step_*.sharded")):
+            reasons += "; make one of a sharded checkpoint: python -m llm_basics.checkpoint merge FOLDER"
         raise ValueError(f"{folder} must hold a checkpoint, got none{reasons}")
     return found
 
