@@ -21,6 +21,7 @@ import torch
 import trials
 from trainers import STEPS, TESTS, Trainers, learned, losses
 
+from llm_basics.cli import parse
 from llm_basics.core import config, dataloader
 from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
 from llm_basics.systems import data_parallel
@@ -266,6 +267,51 @@ def test_a_signal_to_one_process_saves_once_at_the_same_step(trainers, tmp_path,
     (saved,) = run_dir.checkpoints(tmp_path / "run")
     assert saved.name == "step_00000004.safetensors"
     assert trainers.output.count("stopped by SIGTERM after step 4") == 1
+
+
+PHASES = [
+    *((rank, phase, at) for rank in (0, 1) for phase, at in (("backward", 7), ("evaluation batch", 5))),
+    *((rank, phase, at) for rank in (0, 1) for phase, at in (("data", 3), ("step", 9), ("evaluation", 2))),
+    *((0, phase, at) for phase, at in (("sampling", 2), ("save", 4), ("hashing", 5), ("conclusion", 1))),
+]
+
+
+def test_a_signal_in_any_phase_stops_all_and_a_resume_repeats_nothing(trainers, tmp_path):
+    settings = {"train.batch_size": 4, "train.parallel": "ddp"}
+    assert trainers.train(tmp_path / "whole", settings, ranks=2) == 0, trainers.output
+    for i, (rank, phase, at) in enumerate(PHASES if trials.is_full else PHASES[::3]):
+        folder = tmp_path / str(i)
+        plan = {"phase": phase, "at": at, "signal": signal.SIGUSR1, "rank": rank, "ranks": 2}
+        status = trainers.train(folder, settings, **plan)
+        assert status == 128 + signal.SIGUSR1, (phase, rank, trainers.output)
+        assert trainers.output.count("stopped by SIGUSR1") == 1
+        assert trainers.resume(folder, ranks=2) == 0, trainers.output
+        assert learned(folder) == learned(tmp_path / "whole"), (phase, rank)
+
+
+NAN_LOSS = """
+import os, torch
+calls = [0]
+
+def compute_loss(logits, targets, z_loss=0.0):
+    calls[0] += logits.requires_grad
+    loss = -torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0)[..., None]).mean()
+    return loss * float("nan") if os.environ["RANK"] == "1" and calls[0] in (5, 6) else loss
+"""
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_in_one_process_updates_none(trainers, tmp_path, how):
+    (tmp_path / "mine.py").write_text(NAN_LOSS)
+    settings = SAME | {"mine": tmp_path / "mine.py", "train.parallel": how, "train.checkpoint_every": 1}
+    assert trainers.train(tmp_path / "stop", settings, ranks=2) == parse.NOT_FINITE, trainers.output
+    origin = "rank 1: the loss is nan" if how == "ddp" else "is not searched among shards"
+    assert trainers.output.count("step 5: loss nan") == 1 and origin in trainers.output
+    assert checkpoint.verify(run_dir.checkpoints(tmp_path / "stop")[0])["step"] == 4
+    settings["train.on_nonfinite"] = "skip"
+    assert trainers.train(tmp_path / "skip", settings, ranks=2) == 0, trainers.output
+    assert "the step is skipped" in trainers.output
+    assert [e["event"] for e in run_dir.read_events(tmp_path / "skip")].count("skipped") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

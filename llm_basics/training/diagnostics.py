@@ -63,6 +63,8 @@ class SpikeDetector:
 # --------------------------------------------------------------------------------------------------
 # Non-finite values
 
+NONE = "a second pass had finite values only"
+
 
 @torch.no_grad()
 def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
@@ -91,7 +93,7 @@ def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
     for name, weight in reversed(list(model.named_parameters())):
         if _kinds(weight.grad):
             return f"the gradient of {_plain(name)} has {_count(weight.grad)}, the first in the backward pass"
-    return "a second pass had finite values only"
+    return NONE
 
 
 @contextlib.contextmanager

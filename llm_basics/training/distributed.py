@@ -257,6 +257,16 @@ def from_main(values: list[str]) -> list[str]:
     return box[0]
 
 
+def first_found(text: str, none: str) -> str:
+    """The text of the first process that has another one than `none`, with its rank."""
+    if size() == 1:
+        return text
+    texts: list[Any] = [None] * size()
+    dist.all_gather_object(texts, text, group=_Job.patient)
+    found = [f"rank {rank}: {each}" for rank, each in enumerate(texts) if each != none]
+    return found[0] if found else none
+
+
 def on_main(function: Callable[[], T]) -> T | None:
     """Run `function` in the main process while the others wait.
 

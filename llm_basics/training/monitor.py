@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_basics.core import dataloader, device, trainer
 from llm_basics.runs import process, run_dir
-from llm_basics.training import diagnostics
+from llm_basics.training import diagnostics, distributed
 from llm_basics.training import state as training_state
 
 # consecutive non-finite steps that may be skipped
@@ -156,7 +156,7 @@ class Monitor:
         """Warn of a skipped step; raise FloatingPointError if training must stop."""
         model, options = self.state.model, self.state.options.train
         self.n_skipped += 1
-        reason = f"{error}; {self._origin(random_state, batches)}"
+        reason = f"{error}; {distributed.first_found(self._origin(random_state, batches), diagnostics.NONE)}"
         if options.on_nonfinite == "stop":
             raise FloatingPointError(reason)
         is_whole = all(torch.isfinite(p).all() for p in model.parameters())
@@ -168,8 +168,10 @@ class Monitor:
         self.output.log(f"warning: {reason}; the step is skipped")
 
     def _origin(self, random_state: list[Tensor], batches: Sequence[dataloader.Batch]) -> str:
-        """The origin of the first non-finite value, found by repeating the step."""
+        """The origin of the first non-finite value in this process, found by repeating the step."""
         state, options = self.state, self.state.options.train
+        if state.is_sharded:
+            return "its origin is not searched among shards; try --train.parallel ddp"
         now = process.random_state(state.device)
 
         def losses() -> Tensor:
