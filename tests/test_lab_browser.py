@@ -22,6 +22,8 @@ expect = sync_api.expect
 
 PHONE = {"width": 360, "height": 740}
 VIEWS = lab_server.VIEWS
+# one by default
+SOME_VIEWS = [VIEWS[0], *(pytest.param(view, marks=pytest.mark.slow) for view in VIEWS[1:])]
 
 # a run that is started from the page: small steps, many of them
 OPTIONS = """tokenizer=bytes
@@ -272,7 +274,7 @@ OVERFLOWING = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
     .map(each => `${each.tagName}.${each.className} ${Math.round(each.getBoundingClientRect().right)}`)"""
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", SOME_VIEWS)
 def test_a_phone_scrolls_down_only(open_page, id, view):
     page = open_page(f"#/{view}/{id}", viewport=PHONE, has_touch=True, is_mobile=True)
     assert page.evaluate("innerWidth") == PHONE["width"]
@@ -290,7 +292,7 @@ FOCUSED = """() => {
 }"""
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", SOME_VIEWS)
 def test_every_control_is_reached_by_tab_with_visible_focus(open_page, id, view):
     page = open_page(f"#/{view}/{id}")
     reached = set()
