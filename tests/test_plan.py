@@ -128,7 +128,7 @@ def test_a_plan_for_gpus_and_for_this_cpu(preset, capsys, monkeypatch):
     assert len(kinds) == len(set(kinds)) == 6 and found["usable"] == 0.9e9
     by_kind = dict(zip(kinds, found["rows"], strict=True))
     kept, recomputed = (by_kind[("ddp", on, False)]["need"]["activations"] for on in (False, True))
-    assert recomputed < 0.6 * kept
+    assert recomputed < 0.7 * kept
     assert by_kind[("fsdp2", False, False)]["batch_size"] >= by_kind[("ddp", False, False)]["batch_size"]
     need = plan.Need(10**6, 10**6, 2 * 10**6, activations=10**7, logits=10**6, evaluation=1)
     monkeypatch.setattr(plan, "needs", lambda options, is_recomputed: lambda batch: need)

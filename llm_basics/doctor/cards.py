@@ -1,6 +1,17 @@
-"""Figures of common GPUs, from their data sheets: dense, without sparsity."""
+"""Figures of common GPUs, from their data sheets (dense, without sparsity), and of this CPU, measured."""
 
+import dataclasses
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+
+from llm_basics.cli import parse
+from llm_basics.training import memory
+
+# GB/s of a link between cards that are not known: PCIe 4
+LINK = 32.0
 
 
 @dataclass(frozen=True)
@@ -31,3 +42,41 @@ CARDS = {
     "V100": Card(32, 15.7, 900, 150, bfloat16=False),
     "T4": Card(16, 8.1, 320, 16, bfloat16=False),
 }
+
+
+def chosen(name: str | None, gigabytes: float | None, tflops: float | None) -> tuple[Card, str]:
+    """The card `name`, with other figures if given, and how it is printed. Raises ValueError if not known.
+
+    >>> chosen("l4", 20, None)[1]
+    'L4 of 20 GB'
+    """
+    names = {each.lower(): each for each in CARDS}
+    known = names.get((name or "").lower())
+    if name is not None and known is None:
+        raise ValueError(parse.unknown_name("GPU", name, list(CARDS)))
+    card = CARDS[known] if known else Card(0, 0, 0, LINK)
+    card = dataclasses.replace(card, memory=gigabytes or card.memory, tflops=tflops or card.tflops)
+    return card, f"{known or 'GPU'} of {card.memory:g} GB"
+
+
+def measured_cpu() -> tuple[Card, str]:
+    """This CPU: its free memory, and FLOP/s and bytes/s of a short product and copy."""
+    a, n_flops = torch.rand(768, 768), 2 * 768**3
+    tflops = n_flops / best_seconds(lambda: a @ a) / 1e12
+    source = torch.empty(1 << 24)
+    bandwidth = 2 * source.nbytes / best_seconds(source.clone) / 1e9
+    free = memory.available(torch.device("cpu"))
+    if free is None:
+        raise ValueError("--gpu_memory must be given, the free memory of this system is not known")
+    name = f"this CPU, {tflops:.2f} TFLOP/s and {bandwidth:.1f} GB/s measured, {free / 1e9:.1f} GB free"
+    return Card(free / 1e9, tflops, bandwidth, LINK, bfloat16=False), name
+
+
+def best_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    """The shortest time of some rounds."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -6,14 +6,11 @@ three blocks on fake tensors; more blocks are linear. Shards, communication and 
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from llm_basics import swap
-from llm_basics.cli import parse, subcommands
+from llm_basics.cli import subcommands
 from llm_basics.core import config, presets, trainer
 from llm_basics.data import prepare
 from llm_basics.doctor import cards
@@ -34,8 +31,8 @@ GPU_LOGITS_BYTES = 2 << 30
 # bytes per weight that AdamW reads and writes in a step, in float32
 OPTIMIZER_TRAFFIC = 28
 
-# GB/s between a GPU and its host, and of the host's memory; of a link, if the card is not known
-HOST_LINK, HOST_MEMORY, LINK = 25.0, 20.0, 32.0
+# GB/s between a GPU and its host, and of the host's memory
+HOST_LINK, HOST_MEMORY = 25.0, 20.0
 
 ARITHMETIC = "shards, communication, offload, tokens/s"
 
@@ -98,6 +95,7 @@ class Plan:
 
     model: str
     device: str
+    n_devices: int
     usable: int
     batch_size: int
     rows: tuple[Row, ...]
@@ -107,7 +105,9 @@ def make(options: subcommands.DoctorPlan) -> Plan:
     """The plan for a config on a number of GPUs, or on this CPU. Raises ValueError for unknown names."""
     chosen = with_vocabulary(presets.load(options.config))
     is_cpu = options.gpu is None and options.gpu_memory is None
-    card, name = card_of(options) if not is_cpu else measured_cpu()
+    card, name = (
+        cards.measured_cpu() if is_cpu else cards.chosen(options.gpu, options.gpu_memory, options.tflops)
+    )
     dtype = "bfloat16" if card.bfloat16 else "float32"
     if is_cpu and options.gpus > 1:
         raise ValueError(f"--gpu or --gpu_memory must be given for --gpus, got {options.gpus} and neither")
@@ -128,42 +128,7 @@ def make(options: subcommands.DoctorPlan) -> Plan:
         )
     shape = chosen.model
     about = f"{options.config}: {shape.n_parameters:,} parameters, context {shape.context_length:,}, {dtype}"
-    return Plan(about, name, usable, chosen.train.batch_size, tuple(rows))
-
-
-def card_of(options: subcommands.DoctorPlan) -> tuple[cards.Card, str]:
-    """The GPU that is planned for, and its name."""
-    known = {name.lower(): name for name in cards.CARDS}
-    name = known.get((options.gpu or "").lower())
-    if options.gpu is not None and name is None:
-        raise ValueError(parse.unknown_name("GPU", options.gpu, list(cards.CARDS)))
-    card = cards.CARDS[name] if name else cards.Card(0, 0, 0, LINK)
-    gigabytes, tflops = options.gpu_memory or card.memory, options.tflops or card.tflops
-    card = dataclasses.replace(card, memory=gigabytes, tflops=tflops)
-    return card, f"{options.gpus} x {name or 'GPU'} of {card.memory:g} GB"
-
-
-def measured_cpu() -> tuple[cards.Card, str]:
-    """This CPU: its free memory, and FLOP/s and bytes/s of a short product and copy."""
-    a, n_flops = torch.rand(768, 768), 2 * 768**3
-    tflops = n_flops / best_seconds(lambda: a @ a) / 1e12
-    source = torch.empty(1 << 24)
-    bandwidth = 2 * source.nbytes / best_seconds(source.clone) / 1e9
-    free = memory.available(torch.device("cpu"))
-    if free is None:
-        raise ValueError("--gpu_memory must be given, the free memory of this system is not known")
-    name = f"this CPU, {tflops:.2f} TFLOP/s and {bandwidth:.1f} GB/s measured, {free / 1e9:.1f} GB free"
-    return cards.Card(free / 1e9, tflops, bandwidth, LINK, bfloat16=False), name
-
-
-def best_seconds(work: Callable[[], object], rounds: int = 5) -> float:
-    """The shortest time of some rounds."""
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return Plan(about, name, options.gpus, usable, chosen.train.batch_size, tuple(rows))
 
 
 def with_vocabulary(options: config.Config) -> config.Config:
@@ -346,7 +311,7 @@ def describe(plan: Plan) -> str:
     commands = "\n".join(row.command for row in plan.rows if row.command)
     return (
         f"model     {plan.model}\n"
-        f"device    {plan.device}, {plan.usable / 1e9:.1f} GB usable\n"
+        f"device    {plan.n_devices} x {plan.device}, {plan.usable / 1e9:.1f} GB usable\n"
         f"memory    GB of one device with a batch of {plan.batch_size} in all\n"
         f"          logits are part of activ; the larger of activ and eval counts in total\n"
         f"batch     the largest that fits one device\n"
