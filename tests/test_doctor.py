@@ -119,9 +119,9 @@ def test_speed_is_that_of_a_real_file(tmp_path):
 
 def test_the_innermost_mount_counts():
     mounts = "/dev/a / ext4 rw\nserver:/b /data nfs4 rw\n/dev/c /data/local xfs rw\nbroken\n"
-    paths = ("/home/x", "/data/runs", "/data/local/runs", "/database")
+    paths = ("/home/x", "/data", "/data/runs", "/data/local/runs", "/database")
     found = [machine.file_system(Path(path), mounts) for path in paths]
-    assert found == ["ext4", "nfs4", "xfs", "ext4"]
+    assert found == ["ext4", "nfs4", "nfs4", "xfs", "ext4"]
 
 
 # --------------------------------------------------------------------------------------------------
