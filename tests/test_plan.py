@@ -38,7 +38,7 @@ def options_of(**train):
 @pytest.mark.parametrize("is_recomputed", [False, True])
 def test_more_blocks_and_batches_are_near_the_line_of_few(is_recomputed):
     needs = plan.needs(options_of(batch_size=8), is_recomputed)
-    for batch, error in ((8, 0.02), (16, 0.1)):
+    for batch, error in ((8, 0.05), (16, 0.1)):
         train = {"batch_size": batch, "activation_checkpointing": is_recomputed}
         direct = memory.trial(options_of(**train), trainer.make_optimizer, trainer.batch_loss)
         found = needs(batch)
