@@ -1,6 +1,7 @@
 """Programs that test_parallel.py runs on two ranks: a transformer trained by each piece of systems."""
 
 import contextlib
+import os
 import time
 
 import torch
@@ -10,13 +11,14 @@ from llm_basics.core import config, model, optim
 from llm_basics.core import functional as F
 
 STEPS = 3
-CONFIG = config.ModelConfig(vocab_size=19, context_length=8, d_model=16, n_layers=2, n_heads=2, d_ff=24)
+CONFIG = config.ModelConfig(
+    vocab_size=19, context_length=8, d_model=16, n_layers=2, n_heads=2, d_ff=24, tie_embeddings=True
+)
 
 
-def make_model(tie_embeddings=True):
+def make_model(dtype=torch.float64):
     torch.manual_seed(1)
-    shape = {**vars(CONFIG), "tie_embeddings": tie_embeddings}
-    return model.TransformerLM(config.ModelConfig(**shape))
+    return model.TransformerLM(CONFIG, dtype=dtype)
 
 
 def batches():
@@ -57,9 +59,9 @@ def train(lm, optimizer, after_backward=lambda: None, share=lambda tokens: token
     return losses
 
 
-def alone(tie_embeddings=True):
+def alone(dtype=torch.float64):
     """What one process gives on whole batches."""
-    lm = make_model(tie_embeddings)
+    lm = make_model(dtype)
     losses = train(lm, optim.AdamW(groups_of(lm), lr=0.01))
     return losses, weights_of(lm)
 
@@ -115,7 +117,7 @@ def muon_alone():
 
 
 def fsdp(a):
-    lm = make_model()
+    lm = make_model(torch.float32)
     groups = groups_of(lm)
     decayed = {name for name, p in lm.named_parameters() if any(p is q for q in groups[0]["params"])}
     wrapped = a.get_fsdp(lm)
@@ -129,7 +131,7 @@ def fsdp(a):
 
 
 def fsdp_in_half(a):
-    lm = make_model()
+    lm = make_model(torch.float32)
     wrapped = a.get_fsdp(lm, torch.bfloat16)
     optimizer = optim.AdamW(wrapped.parameters(), lr=0.01)
     losses = train(wrapped, optimizer, lambda: a.fsdp_on_after_backward(wrapped, optimizer))
@@ -172,8 +174,6 @@ def endless(a):
 
 
 def crash(a):
-    import os
-
     if dist.get_rank() == 1:
         os._exit(3)
     dist.barrier()
@@ -183,5 +183,5 @@ def environment(a):
     return {
         "threads": torch.get_num_threads(),
         "world": dist.get_world_size(),
-        "process": __import__("os").getpid(),
+        "process": os.getpid(),
     }

@@ -22,17 +22,15 @@ PROGRAMS = str(Path(rank_programs.__file__))
 
 
 def on_ranks(name, world_size=2):
-    seen = ranks.pool().observe((PROGRAMS, name), sockets.own(), world_size)
+    seen = ranks.observe((PROGRAMS, name), sockets.own(), world_size)
     assert "error" not in seen, seen["error"]
     return seen
 
 
-def assert_equal(found, right, atol=1e-6):
+def assert_equal(found, right, atol=1e-10):
     assert found.keys() == right.keys()
     for name, weight in right.items():
-        torch.testing.assert_close(
-            found[name], weight, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,19 +39,21 @@ def assert_equal(found, right, atol=1e-6):
 
 @pytest.mark.parametrize("name", ["data_parallel", "accumulated", "sharded_optimizer", "fsdp"])
 def test_a_transformer_trains_as_in_one_process(name):
-    _, right = rank_programs.alone()
+    # AdamW divides small gradients by their size, and with it their rounding
+    dtype, atol = (torch.float32, 1e-4) if name == "fsdp" else (torch.float64, 1e-10)
+    _, right = rank_programs.alone(dtype)
     seen = on_ranks(name)
     for rank in range(2):
-        assert_equal(seen[f"weights, rank {rank}"], right)
+        assert_equal(seen[f"weights, rank {rank}"], right, atol)
 
 
 def test_muon_is_sharded_by_whole_matrices():
     right = rank_programs.muon_alone()
-    assert_equal(on_ranks("muon")["weights, rank 1"], right, atol=1e-5)
+    assert_equal(on_ranks("muon")["weights, rank 1"], right)
 
 
 def test_half_precision_learns_as_fast():
-    losses, _ = rank_programs.alone()
+    losses, _ = rank_programs.alone(torch.float32)
     found = on_ranks("fsdp_in_half")["losses, rank 0"]
     assert found == pytest.approx(losses, abs=0.02) and found != pytest.approx(losses, abs=1e-6)
 
@@ -62,12 +62,12 @@ def test_a_tensor_parallel_transformer_trains_as_in_one_process():
     losses, right = rank_programs.alone()
     seen = on_ranks("tensor_parallel")
     for rank in range(2):
-        assert seen[f"losses, rank {rank}"] == pytest.approx(losses, abs=1e-5)
+        assert seen[f"losses, rank {rank}"] == pytest.approx(losses, abs=1e-10)
         for name, found in seen[f"weights, rank {rank}"].items():
             whole = right[name]
             if ".ffn." in name:
                 whole = whole.tensor_split(2, dim=1 if ".w2." in name else 0)[rank]
-            torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("n, world_size", [(0, 2), (1, 3), (7, 3), (8, 4)])
@@ -88,7 +88,7 @@ def test_workers_are_started_once_and_have_one_thread():
 
 def test_a_hang_is_found_and_the_workers_are_replaced():
     before = on_ranks("environment")
-    seen = ranks.pool().observe((PROGRAMS, "wait_for_ever"), sockets.own())
+    seen = ranks.observe((PROGRAMS, "wait_for_ever"), sockets.own())
     assert seen["error"].startswith("hangs: rank 1 waits in barrier (rank_programs.py:")
     assert seen["error"].endswith("rank 0 has ended")
     after = on_ranks("environment")
@@ -101,12 +101,12 @@ def test_ranks_that_sleep_and_work_do_not_hang():
 
 def test_an_endless_loop_is_stopped(monkeypatch):
     monkeypatch.setattr(probes, "LIMIT_SECONDS", 0.5)
-    seen = ranks.pool().observe((PROGRAMS, "endless"), sockets.own())
+    seen = ranks.observe((PROGRAMS, "endless"), sockets.own())
     assert probes.timed_out(seen)
 
 
 def test_a_process_that_ends_is_a_mismatch():
-    seen = ranks.pool().observe((PROGRAMS, "crash"), sockets.own())
+    seen = ranks.observe((PROGRAMS, "crash"), sockets.own())
     assert probes.kind(seen) == "mismatch"
     on_ranks("environment")
 
@@ -143,21 +143,21 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("program", ["wait_for_ever", "environment"])
-def test_no_process_is_left_when_the_parent_is_killed(tmp_path, program):
-    code = f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(PROGRAMS).parent)!r})
-        from llm_basics.learn import ranks, sockets
-        seen = ranks.pool().observe(({PROGRAMS!r}, "environment"), sockets.own())
-        print(*ranks.pool()._pids, ranks.pool()._processes[0].pid, flush=True)
-        ranks.ALL_IDLE = ranks.OTHERS_IDLE = 10**6
-        ranks.pool().observe(({PROGRAMS!r}, {program!r}), sockets.own())
-        time.sleep(600)
+def test_no_process_is_left_when_the_parent_is_killed():
+    code = """
+        from llm_basics.runs import rank_pool
+        sleeps = "lambda task: __import__('time').sleep(600)"
+        none = "lambda name: None"
+        program = f"from llm_basics.runs import rank_worker; rank_worker.main(start, {sleeps}, {none})"
+        rank_pool.ALL_IDLE = 10**6
+        pool = rank_pool.Pool(program)
+        for rank in range(2):
+            pool._start(rank, "")
+        print(*pool._pids, pool._processes[0].pid, flush=True)
+        pool.run({}, 2, "", 600.0)
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 3 and all(map(is_running, pids))
     time.sleep(0.3)

@@ -1,45 +1,24 @@
-"""Probes on several ranks: gloo processes with one thread each, started with the first probe and reused.
+"""Probes on several ranks: the same function runs on each, and is observed on all.
 
-A probe runs the same function on every rank, with the pieces that are in use here, and observes what each
-returns. Workers are sent a description (paths of files, mistakes by name), not code. If every rank that has
-not ended waits without using CPU time, the ranks wait for each other and never end: the observation is the
-error "hangs", with the lines at which they wait, and the workers are replaced. A busy machine is no hang: a
-process that waits for a processor reports no idle time either.
+Workers (`rank_pool`) are sent a description of the pieces in use (paths of files, mistakes by name), no code.
+Ranks that wait for each other give the error "hangs", with the lines at which they wait.
 """
 
 import atexit
-import contextlib
 import functools
-import itertools
-import json
-import multiprocessing
 import os
-import secrets
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from llm_basics import swap
 from llm_basics.learn import judge, mistakes, probes, sockets
+from llm_basics.runs import rank_pool
 
-# idle reports (rank_worker.TICK_SECONDS) after which ranks hang: all of them, or the others when some ended
-ALL_IDLE, OTHERS_IDLE = 10, 5
-
-# what a worker process runs; one line of input describes it
-PROGRAM = (
-    "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
-    "from llm_basics.learn import rank_worker; rank_worker.main(start)"
-)
-HIDDEN = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
-LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+PROGRAM = "from llm_basics.learn import rank_probes; rank_probes.main(start)"
 
 
 def probe(
@@ -58,15 +37,15 @@ def probe(
     `needs` names the adapters that it calls; `ground` is `contract` or `beyond`, as for other probes.
     """
 
-    def observe(adapters: Any) -> probes.Observation:
+    def seen(adapters: Any) -> probes.Observation:
         for name in needs.split():
             getattr(adapters, name)  # raises MissingAdapter
-        return pool().observe((step.name, about), adapters, world_size)
+        return observe((step.name, about), adapters, world_size)
 
     def right() -> probes.Observation:
         return by_rank([expected(rank) for rank in range(world_size)])
 
-    step.probes.append(probes.Probe(about, observe, right, rtol, atol, on_rank=function, **ground))
+    step.probes.append(probes.Probe(about, seen, right, rtol, atol, on_rank=function, **ground))
 
 
 def by_rank(seen: list[probes.Observation]) -> probes.Observation:
@@ -75,194 +54,48 @@ def by_rank(seen: list[probes.Observation]) -> probes.Observation:
 
 
 @functools.cache
-def _pool_of(process: int) -> "Pool":
-    made = Pool()
+def _pool_of(process: int) -> rank_pool.Pool:
+    made = rank_pool.Pool(PROGRAM)
     atexit.register(made.close)
     return made
 
 
-def pool() -> "Pool":
+def pool() -> rank_pool.Pool:
     """The workers of this process; one that was forked has its own."""
     return _pool_of(os.getpid())
 
 
-class Pool:
-    """Worker processes, as many as the largest number of ranks so far."""
+def observe(function: tuple[str, str], adapters: Any, world_size: int = 2) -> probes.Observation:
+    """What a function gives on all ranks; errors are part of it.
 
-    def __init__(self) -> None:
-        self._key = secrets.token_bytes(32)
-        self._listener = connection.Listener(authkey=self._key)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
-        self._numbers = itertools.count()
-        self._channels: list[Any] = []
-        self._pids: list[int] = []
-        # forks workers, so that each need not import torch
-        self._nursery: Any = None
-        self._processes: list[subprocess.Popen[bytes]] = []
+    The function is given by a step and its probe, or by the path of a Python file and a name in it.
+    """
+    task = describe(adapters) | {"function": function}
+    return _concluded(pool().run(task, world_size, function[0], probes.LIMIT_SECONDS))
 
-    def observe(self, function: tuple[str, str], adapters: Any, world_size: int = 2) -> probes.Observation:
-        """What a function gives on all ranks; errors are part of it.
 
-        The function is given by a step and its probe, or by the path of a Python file and a name in it.
-        """
-        while len(self._channels) < world_size:
-            self._start(len(self._channels), function[0])
-        task = describe(adapters) | {
-            "function": function,
-            "world_size": world_size,
-            "number": next(self._numbers),
-            "port": self._store.port,
-        }
-        try:
-            for channel in self._channels[:world_size]:
-                channel.send(task)
-            results = self._results(task["number"], world_size)
-        except BaseException:
-            self.stop()
-            raise
-        return self._concluded(results, adapters)
-
-    def _concluded(self, results: list[Any], adapters: Any) -> probes.Observation:
-        """One observation from the result of each rank; None for one that is gone."""
-        of_kind: dict[str, list[Any]] = {}
-        for kind, value in results:
-            of_kind.setdefault(kind, []).append(value)
-        if "missing" in of_kind:
-            raise sockets.MissingAdapter(of_kind["missing"][0])
-        if "stub" in of_kind:
-            message = of_kind["stub"][0]
-            raise NotImplementedError(message)
-        of_gloo = [text for text in of_kind.get("error", []) if "gloo" in text]
-        errors = [text for text in of_kind.get("error", []) if text not in of_gloo]
-        if errors or "stopped" in of_kind:
-            return {"error": [*errors, *of_kind.get("stopped", [])][0]}
-        if of_gloo or "crashed" in of_kind:
-            # gloo ends the process for a message of another size than expected
-            text = [*of_kind.get("hangs", []), *of_kind.get("crashed", []), *of_gloo][0]
-            return {"error": f"mismatch: ranks call different collectives, or with different sizes; {text}"}
-        if "hangs" in of_kind:
-            return {"error": f"hangs: {'; '.join(of_kind['hangs'])}"}
-        return by_rank([_to_tensors(value) for _, value in results])
-
-    def _results(self, number: int, world_size: int) -> list[Any]:
-        """Kind and value of each rank's result. Afterwards all workers are ready, or replaced."""
-        channels = self._channels[:world_size]
-        results: list[Any] = [None] * world_size
-        idle, ready = [0] * world_size, [False] * world_size
-        positions = [""] * world_size
-        while not all(ready):
-            active = connection.wait(channels)
-            for rank in [i for i, channel in enumerate(channels) if channel in active]:
-                try:
-                    message = channels[rank].recv()
-                except (EOFError, OSError):
-                    results[rank] = ("crashed", f"the process of rank {rank} ended")
-                    return self._ended(results, positions)
-                match message:
-                    case ("result", result):
-                        results[rank] = result
-                        if None not in results:
-                            for each in channels:
-                                each.send(None)
-                            idle = [0] * world_size
-                    case ("ready",):
-                        ready[rank] = True
-                    case ("tick", of_task, n_idle, cpu_seconds, position) if of_task == number:
-                        idle[rank], positions[rank] = n_idle, position
-                        if cpu_seconds > probes.LIMIT_SECONDS and results[rank] is None:
-                            results[rank] = ("stopped", f"{probes.TIMEOUT} {cpu_seconds:.0f} s of CPU time")
-                            return self._ended(results, positions)
-            waiting = [rank for rank in range(world_size) if None in results and results[rank] is None]
-            waiting = waiting or [rank for rank in range(world_size) if not ready[rank]]
-            limit = ALL_IDLE if len(waiting) == world_size else OTHERS_IDLE
-            if waiting and min(idle[rank] for rank in waiting) >= limit:
-                return self._ended(results, positions)
-        return results
-
-    def _ended(self, results: list[Any], positions: list[str]) -> list[Any]:
-        """The results when some ranks do not end; the workers are replaced."""
-        self.stop()
-        missing = [rank for rank, result in enumerate(results) if result is None]
-        ended = [rank for rank in range(len(results)) if rank not in missing]
-        for rank in missing:
-            text = f"rank {rank} waits in {positions[rank]}"
-            if ended:
-                text += f", rank {ended[0]} has ended"
-            results[rank] = ("hangs", text)
-        return results
-
-    # -- processes --------------------------------------------------------------------------------
-
-    def _start(self, rank: int, step: str) -> None:
-        """Start the worker of a rank: forked from a process that has imported torch, or a new one."""
-        if hasattr(os, "fork") and sys.platform == "linux":
-            if self._nursery is None:
-                self._nursery, _ = self._launch(None)
-            self._nursery.send((rank, step))
-            channel, pid = self._accept(self._processes[0])
-        else:
-            channel, pid = self._launch(rank)
-        self._channels.append(channel)
-        self._pids.append(pid)
-
-    def _launch(self, rank: int | None) -> tuple[Any, int]:
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        loopback = LOOPBACK.get(sys.platform)
-        environment = os.environ | threads | HIDDEN
-        if loopback:
-            environment["GLOO_SOCKET_IFNAME"] = loopback
-        # a session of its own: Ctrl-C ends this process, and workers end with it
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            stdin=subprocess.PIPE,
-            # gloo ends a process with a message to it
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        assert process.stdin is not None, "it is a pipe"
-        start = {"address": self._listener.address, "key": self._key.hex(), "rank": rank, "path": sys.path}
-        process.stdin.write(json.dumps(start).encode() + b"\n")
-        process.stdin.close()
-        self._processes.append(process)
-        return self._accept(process)
-
-    def _accept(self, process: "subprocess.Popen[bytes]") -> tuple[Any, int]:
-        """The connection of the worker that is starting, and its process id."""
-        found: list[Any] = []
-
-        def accept() -> None:
-            with contextlib.suppress(OSError, EOFError, multiprocessing.AuthenticationError):
-                found.append(self._listener.accept())
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-            if process.poll() is not None:
-                raise RuntimeError(f"a worker process ended with status {process.returncode} at its start")
-        if not found:
-            raise RuntimeError("a worker process could not connect")
-        _, pid = found[0].recv()
-        return found[0], pid
-
-    def stop(self) -> None:
-        """End the workers; the next probe starts others."""
-        for channel, pid in zip(self._channels, self._pids, strict=True):
-            channel.close()
-            with contextlib.suppress(OSError):
-                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        self._channels, self._pids = [], []
-
-    def close(self) -> None:
-        """End all processes."""
-        self.stop()
-        if self._nursery is not None:
-            self._nursery.close()
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._listener.close()
+def _concluded(results: list[Any]) -> probes.Observation:
+    """One observation from the result of each rank."""
+    of_kind: dict[str, list[Any]] = {}
+    for kind, value in results:
+        of_kind.setdefault(kind, []).append(value)
+    if "missing" in of_kind:
+        raise sockets.MissingAdapter(of_kind["missing"][0])
+    if "stub" in of_kind:
+        message = of_kind["stub"][0]
+        raise NotImplementedError(message)
+    of_gloo = [text for text in of_kind.get("error", []) if "gloo" in text]
+    errors = [text for text in of_kind.get("error", []) if text not in of_gloo]
+    if errors or "stopped" in of_kind:
+        stopped = [f"{probes.TIMEOUT} {text}" for text in of_kind.get("stopped", [])]
+        return {"error": [*errors, *stopped][0]}
+    if of_gloo or "crashed" in of_kind:
+        # gloo ends the process for a message of another size than expected
+        text = [*of_kind.get("hangs", []), *of_kind.get("crashed", []), *of_gloo][0]
+        return {"error": f"mismatch: ranks call different collectives, or with different sizes; {text}"}
+    if "hangs" in of_kind:
+        return {"error": f"hangs: {'; '.join(of_kind['hangs'])}"}
+    return by_rank([_to_tensors(value) for _, value in results])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,30 +1,27 @@
-"""A worker process of `ranks`: one rank, which runs the probes it is sent with the pieces of its parent.
+"""A worker process of `rank_pool`: one rank of a gloo process group, with one thread.
 
 The main thread computes. One thread receives messages, and ends the process when the parent is gone; one
-reports, during a probe, for how long the process has used no CPU time and what it waits for.
+reports, during a task, for how long the process has been idle and what it waits for.
 """
 
 import contextlib
 import datetime
 import os
 import queue
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from llm_basics import swap
-from llm_basics.learn import checks, judge, messages, probes, sockets
+# a kind and a value from a task; they are sent to the parent
+Run = Callable[[dict[str, Any]], tuple[str, Any]]
 
 # between two reports, and the CPU time below which a process has waited
 TICK_SECONDS, IDLE_SECONDS = 0.1, 0.005
@@ -32,12 +29,12 @@ TICK_SECONDS, IDLE_SECONDS = 0.1, 0.005
 # after which a collective raises; a hang is found much earlier
 GLOO_SECONDS = 120.0
 
-# by path: modification time, and what was loaded
-_LOADED: dict[str, tuple[int, Any]] = {}
 
+def main(start: dict[str, Any], run: Run, prepare: Callable[[str], None]) -> None:
+    """Serve as a rank or, without one, fork a rank for each number that is received.
 
-def main(start: dict[str, Any]) -> None:
-    """Serve as a rank or, without one, fork a rank for each number that is received."""
+    `prepare` gets a name before each fork, to import what the first task needs.
+    """
     torch.set_num_threads(1)
     try:
         channel = connection.Client(start["address"], authkey=bytes.fromhex(start["key"]))
@@ -45,25 +42,24 @@ def main(start: dict[str, Any]) -> None:
         os._exit(1)  # the parent is gone
     channel.send((start["rank"], os.getpid()))
     if start["rank"] is not None:
-        Worker(channel, start["rank"]).serve()
+        Worker(channel, start["rank"], run).serve()
     # children are not waited for
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            rank, step = channel.recv()
-            if step in judge.STEPS:
-                judge.load(step)
+            rank, name = channel.recv()
+            prepare(name)
             if os.fork() == 0:
                 channel.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                main({**start, "rank": rank})
+                main({**start, "rank": rank}, run, prepare)
 
 
 class Worker:
     """One rank."""
 
-    def __init__(self, channel: Any, rank: int) -> None:
-        self.channel, self.rank = channel, rank
+    def __init__(self, channel: Any, rank: int, run: Run) -> None:
+        self.channel, self.rank, self.run = channel, rank, run
         self.received: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.is_running = threading.Event()
         self.sending = threading.Lock()
@@ -73,7 +69,7 @@ class Worker:
         self.number, self.began = -1, 0.0
 
     def serve(self) -> None:
-        """Run probes until the parent is gone."""
+        """Run tasks until the parent is gone."""
         for target in (self._receive, self._report):
             threading.Thread(target=target, daemon=True).start()
         while True:
@@ -82,14 +78,14 @@ class Worker:
             with self._group(task):
                 self.number, self.began = task["number"], time.process_time()
                 self.is_running.set()
-                self._send(("result", self._result(task)))
+                self._send(("result", self.run(task)))
                 assert self.received.get() is None, "the other ranks have ended too"
             self.is_running.clear()
             self._send(("ready",))
 
     @contextlib.contextmanager
     def _group(self, task: dict[str, Any]) -> Iterator[None]:
-        """A process group of its own, so that no message of an earlier probe arrives in this one."""
+        """A process group of its own, so that no message of an earlier task arrives in this one."""
         if self.store is None:
             # libuv is missing in builds for Windows
             self.store = dist.TCPStore("127.0.0.1", task["port"], is_master=False, use_libuv=False)
@@ -106,24 +102,6 @@ class Worker:
         finally:
             dist.destroy_process_group()
 
-    def _result(self, task: dict[str, Any]) -> tuple[str, Any]:
-        """The kind of the result, and an observation, a text or a name."""
-        sys.path[:] = task["path"]
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-        function = _function(*task["function"])
-        try:
-            with _pieces(task), contextlib.chdir(task["folder"]):
-                return "seen", to_arrays(function(_adapters(task["adapters"])))
-        except NotImplementedError as error:
-            kind = "stub" if probes.is_stub(error) else "error"
-            return kind, str(error) if kind == "stub" else f"NotImplementedError: {messages.reason(error)}"
-        except sockets.MissingAdapter as name:
-            return "missing", str(name)
-        except (Exception, SystemExit) as error:
-            return "error", f"{type(error).__name__}: {messages.reason(error)}"
-
     # -- the other threads ------------------------------------------------------------------------
 
     def _send(self, message: tuple[Any, ...]) -> None:
@@ -137,7 +115,7 @@ class Worker:
         os._exit(0)
 
     def _report(self) -> None:
-        """Report idle ticks, the CPU time of the probe and where it waits."""
+        """Report idle ticks, the CPU time of the task and where it waits."""
         while self.is_running.wait():
             number, n_idle, before = self.number, 0, self.began
             while self.is_running.is_set() and self.number == number:
@@ -171,57 +149,3 @@ def _others_sleep() -> bool:
         others = [task for task in tasks.iterdir() if task.name != str(threading.get_native_id())]
         return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "S" for task in others)
     return True
-
-
-@contextlib.contextmanager
-def _pieces(task: dict[str, Any]) -> Iterator[None]:
-    """Put the pieces of the parent in place: of files, and mistakes by step and name."""
-    pieces: dict[str, Any] = {}
-    for path, names in task["files"].items():
-        found = _cached(path, _pieces_of_file)
-        pieces |= {name: found[name] for name in names}
-    for piece, known in task["mistakes"].items():
-        wrong = [next(m.wrong for m in judge.load(step).mistakes if m.name == name) for step, name in known]
-        pieces[piece] = wrong[0] if len(wrong) == 1 else type("Both", tuple(wrong), {})
-    with swap.reference_only(), swap.replaced(pieces):
-        yield
-
-
-def _pieces_of_file(path: str) -> dict[str, Any]:
-    with swap.restored():
-        swap.use(path, lambda line: None, checks.check_shapes)
-        return {piece: swap.current(piece) for piece in swap.user_pieces()}
-
-
-def _function(step: str, name: str) -> Any:
-    """What a probe of a step runs, or a function of a Python file."""
-    if step not in judge.STEPS:
-        return getattr(_cached(step, lambda path: sockets.run_file(Path(path), Path(path).stem)), name)
-    return next(probe.on_rank for probe in judge.load(step).probes if probe.about == name)
-
-
-def _adapters(path: str) -> sockets.Adapters:
-    return sockets.own() if Path(path) == sockets.own_path() else _cached(path, _foreign_adapters)
-
-
-def _foreign_adapters(path: str) -> sockets.Adapters:
-    adapters = sockets.Adapters(sockets.run_file(Path(path), f"{Path(path).parent.name}.{Path(path).stem}"))
-    adapters.is_foreign = True
-    return adapters
-
-
-def _cached(path: str, load: Any) -> Any:
-    """What was loaded from a file, until the file changes."""
-    changed = Path(path).stat().st_mtime_ns
-    if path not in _LOADED or _LOADED[path][0] != changed:
-        _LOADED[path] = (changed, load(path))
-    return _LOADED[path][1]
-
-
-def to_arrays(value: Any) -> Any:
-    """`value` with arrays in the place of tensors, which are sent as copies, not as shared memory."""
-    if isinstance(value, Tensor):
-        return value.detach().numpy().copy()
-    if isinstance(value, dict):
-        return {key: to_arrays(each) for key, each in value.items()}
-    return type(value)(map(to_arrays, value)) if isinstance(value, list | tuple) else value
