@@ -16,6 +16,7 @@ import torch
 
 from llm_basics import swap
 from llm_basics.learn import judge, probes, ranks, sockets
+from llm_basics.runs import rank_pool
 from llm_basics.systems import collectives
 
 PROGRAMS = str(Path(rank_programs.__file__))
@@ -140,6 +141,25 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# a task that needs no piece, so that workers import little
+RANK = """
+from torch import distributed
+from llm_basics.runs import rank_worker
+rank_worker.main(start, lambda task: ("seen", distributed.get_rank()), lambda name: None)
+"""
+
+
+def test_without_fork_each_worker_is_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(rank_pool, "FORKS", False)
+    pool = rank_pool.Pool(RANK)
+    try:
+        assert pool.run({}, 2, "", 60.0) == [("seen", 0), ("seen", 1)]
+        assert [process.pid for process in pool._processes] == pool._pids
+    finally:
+        pool.close()
+    assert all(process.poll() is not None for process in pool._processes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

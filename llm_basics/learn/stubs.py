@@ -24,7 +24,7 @@ FROM = {
     "jaxtyping": "Bool Float Int",
     "torch": "Tensor nn",
 }
-IMPORTS = {name: f"import {name}" for name in ("math", "os", "regex", "torch")}
+IMPORTS = {name: f"import {name}" for name in ("contextlib", "math", "os", "regex", "torch")}
 IMPORTS |= {name: f"from {module} import {name}" for module, names in FROM.items() for name in names.split()}
 IMPORTS |= {"np": "import numpy as np"}
 

@@ -23,6 +23,9 @@ import torch.distributed as dist
 # idle reports (rank_worker.TICK_SECONDS) after which ranks hang: all of them, or the others when some ended
 ALL_IDLE, OTHERS_IDLE = 10, 5
 
+# elsewhere libraries start threads that a fork would lose
+FORKS = sys.platform == "linux"
+
 # the beginning of what a worker process runs; one line of input describes it
 START = "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
 HIDDEN = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
@@ -112,7 +115,7 @@ class Pool:
 
     def _start(self, rank: int, name: str) -> None:
         """Start the worker of a rank: forked from a process that has imported torch, or a new one."""
-        if hasattr(os, "fork") and sys.platform == "linux":
+        if FORKS:
             if self._nursery is None:
                 self._nursery, _ = self._launch(None)
             self._nursery.send((rank, name))
@@ -130,7 +133,7 @@ class Pool:
             environment["GLOO_SOCKET_IFNAME"] = loopback
         # a session of its own: Ctrl-C ends this process, and workers end with it
         process = subprocess.Popen(
-            [sys.executable, "-c", START + self._program],
+            [sys.executable, "-u", "-c", START + self._program],
             stdin=subprocess.PIPE,
             # gloo ends a process with a message to it
             stderr=subprocess.DEVNULL,
