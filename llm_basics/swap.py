@@ -13,7 +13,6 @@ has the name and signature, and is what the tests check. Yours always wins over 
 
 import contextlib
 import importlib
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,9 @@ WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", 
 # pieces of systems that user code can define, by their home module
 OF_SYSTEMS = {
     "online_softmax": "online_softmax log_sum_exp online_weighted_sum",
+    "flash_attention": "FlashAttention",
+    "flash_triton": "FlashAttentionTriton",
+    "activation_checkpointing": "checkpoint",
     "collectives": "ring_reduce_scatter ring_all_gather ring_all_reduce",
     "data_parallel": "average_gradients_ average_flat_gradients_ DistributedDataParallel",
     "sharded_optimizer": "ShardedOptimizer",
@@ -117,6 +119,8 @@ def _load(
     found = {}
     for name, piece in defined.items():
         own = getattr(module, name, None)
+        if isinstance(own, types.ModuleType):
+            continue  # named like a piece in it
         if not callable(own):
             log(f"{name} of {path} is not used: it is neither a function nor a class")
             continue
@@ -224,11 +228,6 @@ def prepare_model(model: Any, batch_size: int, seq: int) -> None:
         importlib.import_module(f"{FAST}.trainer").prepare_model(model, batch_size, seq)
 
 
-def kernel_cache() -> str:
-    """The folder of compiled CPU kernels; "" if none can be written."""
-    return os.environ.get("NUMBA_CACHE_DIR") or importlib.import_module(f"{FAST}.kernel_cache").folder()
-
-
 def current(piece: str) -> Any:
     """The version of `functional.softmax` that is in use."""
     home, name = piece.split(".")
@@ -237,7 +236,10 @@ def current(piece: str) -> Any:
 
 def _module(home: str) -> types.ModuleType:
     name = HOMES_OUTSIDE_CORE.get(home, f"{CORE}.{home}")
-    return sys.modules.get(name) or importlib.import_module(name)
+    try:
+        return sys.modules.get(name) or importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{home} needs {error.name}, which is not installed on this system") from error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -298,7 +298,9 @@ def parameters(module: Any) -> set[str]:
 def mentioned(piece: Any) -> set[str]:
     """Every global and attribute name in the code of a function, or of all methods of a class."""
     if inspect.isclass(piece):
-        return set().union(*(mentioned(part) for part in vars(piece).values()))
+        # no classes: an autograd.Function and that of its backward pass refer to each other
+        parts = [part for part in vars(piece).values() if not inspect.isclass(part)]
+        return set().union(*map(mentioned, parts))
     piece = inspect.unwrap(getattr(piece, "__func__", piece)) if callable(piece) else piece
     code = getattr(piece, "__code__", None)
     found: set[str] = set()

@@ -6,7 +6,7 @@ as they are, not copied into a layer, so that gradients reach them.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,8 +30,10 @@ from llm_basics.core import (
 from llm_basics.core import functional as F
 from llm_basics.runs import checkpoint
 from llm_basics.systems import (
+    activation_checkpointing,
     collectives,
     data_parallel,
+    flash_attention,
     fsdp,
     online_softmax,
     sharded_optimizer,
@@ -473,6 +475,22 @@ def run_online_weighted_sum(
     tiles: Iterable[Float[Tensor, "... _"]], values: Iterable[Float[Tensor, "... _ d_head"]]
 ) -> Float[Tensor, "... d_head"]:
     return online_softmax.online_weighted_sum(tiles, values)
+
+
+def get_flashattention_autograd_function_pytorch() -> type[torch.autograd.Function]:
+    return flash_attention.FlashAttention
+
+
+def get_flashattention_autograd_function_triton() -> type[torch.autograd.Function]:
+    # here, since Triton is not for every system
+    from llm_basics.systems import flash_triton
+
+    return flash_triton.FlashAttentionTriton
+
+
+def run_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, computed again in the backward pass."""
+    return activation_checkpointing.checkpoint(function, *args)
 
 
 def run_ring_reduce_scatter(tensor: Float[Tensor, " n"]) -> Float[Tensor, " chunk"]:

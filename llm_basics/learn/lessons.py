@@ -19,7 +19,8 @@ COURSES = {
         "sampling"
     ).split(),
     "systems": (
-        "online_softmax ring_all_reduce data_parallel sharded_optimizer fsdp tensor_parallel"
+        "online_softmax flash_attention flash_triton activation_checkpointing ring_all_reduce "
+        "data_parallel sharded_optimizer fsdp tensor_parallel"
     ).split(),
 }
 ORDER = [step for steps in COURSES.values() for step in steps]
