@@ -173,8 +173,7 @@ def print_mistakes(only: str | None = None) -> int:
         step = judge.load(name)
         caught = named = 0
         for mistake in step.mistakes:
-            with swap.replaced({mistake.piece: mistake.wrong}):
-                verdict = judge.judge(step, sockets.own())
+            verdict = judge.verdict_on(step, mistake)
             caught += verdict.status != "passed"
             found = verdict.mistake.name if verdict.mistake is not None and verdict.sure else None
             named += found == (mistake.same_as or mistake.name)

@@ -5,6 +5,7 @@ catalogue with exactly the same observations is named, or the one that has them 
 or the pair of mistakes that gives them together.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -98,6 +99,17 @@ def judge(step: probes.Step, adapters: Any) -> Verdict:
             break  # the other probes would time out too
     seconds = time.perf_counter() - started
     return dataclasses.replace(conclude(step, seen), seconds=seconds)
+
+
+def verdict_on(step: probes.Step, mistake: probes.Mistake) -> Verdict:
+    """The verdict on the reference with one mistake in it."""
+    seen: dict[int, probes.Observation] = {}
+    for i in range(len(step.probes)):
+        with contextlib.suppress(sockets.MissingAdapter):  # of a second stage
+            seen[i] = observation_of(step.name, mistake.name, i)
+            if probes.kind(seen[i]) == "hangs":
+                break
+    return conclude(step, seen)
 
 
 def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Verdict:

@@ -361,7 +361,7 @@ class ActivationOnTheProduct(Network):
 
 @step.mistake(SWIGLU, source="written for this catalogue")
 class GateAndValueSwapped(Network):
-    """silu is applied to W3 x instead of W1 x. The gate is w1."""
+    """silu is applied to W3 x instead of W1 x, so the two matrices change roles. The gate is w1."""
 
     def forward(self, x):
         return self.w2(F.silu(self.w3(x)) * self.w1(x))
