@@ -70,6 +70,8 @@ class DistributedDataParallel(nn.Module):
         broadcast_from_rank_0([*module.parameters(), *module.buffers()])
         # parameters() yields a tied weight once, and so its gradient is reduced once
         self._order = [parameter for parameter in module.parameters() if parameter.requires_grad][::-1]
+        if not self._order:
+            raise ValueError("the module must have a parameter that requires a gradient, got none")
         self._is_ready = [False] * len(self._order)
         self._pending: list[tuple[dist.Work, Tensor]] = []
         self._synchronizes = True
@@ -97,7 +99,8 @@ class DistributedDataParallel(nn.Module):
         A parameter without a gradient on this rank contributes zeros, since other ranks may have one; without
         a gradient on any rank it stays without.
         """
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in self._order]).int()
+        flags = [int(parameter.grad is not None) for parameter in self._order]
+        has_gradient = torch.tensor(flags, device=self._order[0].device)
         for parameter in self._order:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
