@@ -25,7 +25,11 @@ def main(start: dict[str, Any]) -> None:
 
 
 def prepare(step: str) -> None:
-    """Import the catalogue of a step."""
+    """Import what workers need, before they are forked: the catalogue of a step, the adapters."""
+    # what the first optimizer imports, a second and more
+    import torch._dynamo  # noqa: F401
+
+    sockets.own()
     if step in judge.STEPS:
         judge.load(step)
 
