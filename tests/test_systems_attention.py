@@ -3,13 +3,21 @@
 import math
 
 import grading
+import jaxtyping
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as tF
 
 from llm_basics import swap
 from llm_basics.learn import checks, judge, sockets, stubs
-from llm_basics.systems import flash_attention, online_softmax
+from llm_basics.systems import activation_checkpointing, flash_attention, online_softmax
+
+try:
+    import triton
+    from triton import language as tl
+except ModuleNotFoundError:
+    triton = tl = None
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 attention = flash_attention.FlashAttention.apply
@@ -128,6 +136,115 @@ def test_a_second_derivative_is_refused(randn):
 
 
 # --------------------------------------------------------------------------------------------------
+# FlashAttention in Triton: on a GPU where there is one, else in the interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def flash_triton():
+    pytest.importorskip("triton", reason="there is no Triton for this system")
+    from llm_basics.systems import flash_triton
+
+    return flash_triton
+
+
+@causal
+@pytest.mark.parametrize(
+    "n_queries, n_keys, tiles", [(37, 70, (32, 16)), (70, 37, (16, 32)), (1, 1, (64, 64))]
+)
+def test_the_kernels_are_attention(randn, flash_triton, monkeypatch, n_queries, n_keys, tiles, is_causal):
+    monkeypatch.setattr(flash_triton, "QUERIES", tiles[0])
+    monkeypatch.setattr(flash_triton, "KEYS", tiles[1])
+    results = []
+    shapes = (2, n_queries, 8), (2, n_keys, 8), (2, n_keys, 8), (2, n_queries, 8)
+    wide = [randn(*shape).to(DEVICE) for shape in shapes]
+    for function, dtype in (
+        (flash_triton.FlashAttentionTriton.apply, torch.float32),
+        (lambda q, k, v, c: tF.scaled_dot_product_attention(q, k, v, is_causal=c), torch.float64),
+    ):
+        *leaves, weighting = (tensor.to(dtype) for tensor in wide)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        output = function(*leaves, is_causal)
+        results.append([output, *torch.autograd.grad(output, leaves, weighting)])
+    for found, right in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernels_agree_with_pytorch_on_the_log_sum_exp(randn, flash_triton):
+    tensors = [randn(1, n, 8).float().to(DEVICE).requires_grad_() for n in (40, 70, 70)]
+    found = [
+        next(t for t in function.apply(*tensors, True).grad_fn.saved_tensors if t.shape == (1, 40))
+        for function in (flash_triton.FlashAttentionTriton, flash_attention.FlashAttention)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_refuses_what_it_cannot_compute(randn, flash_triton):
+    q, k = randn(1, 4, 8), randn(1, 5, 8)
+    with pytest.raises(ValueError, match="float32, float16 or bfloat16, got torch.float64; convert it"):
+        flash_triton.FlashAttentionTriton.apply(q, k, k, False)
+    jaxtyping.config.update("jaxtyping_disable", True)  # until the next test
+    with pytest.raises(ValueError, match=r"got \(1, 4, 8\), \(1, 5, 8\), \(1, 4, 8\)"):
+        flash_triton.FlashAttentionTriton.apply(q.float(), k.float(), q.float(), False)
+
+
+def test_a_real_kernel_with_a_mistake_is_named(flash_triton, monkeypatch):
+    """The catalogue computes in PyTorch what wrong kernels give: here is one."""
+
+    @triton.jit
+    def visible_scores(q, k, queries, keys, n_keys, scale, IS_CAUSAL: tl.constexpr):
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if IS_CAUSAL:
+            scores = tl.where(keys[None, :] <= queries[:, None], scores, -float("inf"))
+        return scores
+
+    monkeypatch.setattr(flash_triton, "visible_scores", visible_scores)
+    verdict = judge.judge(judge.load("flash_triton"), sockets.own())
+    assert verdict.status == "failed" and verdict.sure
+    assert verdict.mistake.name == "keys past the end count"
+
+
+# --------------------------------------------------------------------------------------------------
+# Activation checkpointing
+
+
+def block(d_model):
+    layers = (nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Dropout(0.3), nn.Linear(4 * d_model, d_model))
+    return nn.Sequential(*layers).double()
+
+
+def test_checkpoint_changes_no_number(randn):
+    """Outputs, gradients of input and weights, and the random numbers drawn afterwards, bit by bit."""
+    layer, x = block(8), randn(5, 8).requires_grad_()
+    results = []
+    for run in (layer, lambda x: activation_checkpointing.checkpoint(layer, x)):
+        torch.default_generator.manual_seed(1)
+        layer.zero_grad()
+        x.grad = None
+        output = run(run(x))
+        output.square().sum().backward()
+        weights = [parameter.grad.clone() for parameter in layer.parameters()]
+        results.append([output, x.grad, *weights, torch.rand(3)])
+    assert all(map(torch.equal, *results)) and len(results[0]) == 7
+
+
+def test_checkpoint_saves_one_input_per_layer(randn):
+    layers, x = [block(8) for _ in range(4)], randn(5, 8).requires_grad_()
+    n_saved = []
+    for run in (lambda layer, x: layer(x), activation_checkpointing.checkpoint):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            output = x
+            for layer in layers:
+                output = run(layer, output)
+        weights = {parameter.shape for layer in layers for parameter in layer.parameters()}
+        own = {t.data_ptr(): t.numel() for t in saved if t.shape not in weights and t.mT.shape not in weights}
+        n_saved.append(sum(own.values()))
+    assert n_saved[1] == 4 * x.numel() and n_saved[0] > 10 * n_saved[1]
+
+
+# --------------------------------------------------------------------------------------------------
 # The learner's and anybody's
 
 
@@ -142,7 +259,7 @@ def test_a_mistake_with_another_tile_is_named():
         assert verdict.status == "failed" and verdict.sure and verdict.mistake.name == name
 
 
-@pytest.mark.parametrize("name", ["online_softmax", "flash_attention"])
+@pytest.mark.parametrize("name", ["online_softmax", "flash_attention", "activation_checkpointing"])
 def test_stubs_and_the_reference_written_down_are_judged(name, tmp_path):
     path = tmp_path / "mine.py"
     stubs.start(name, path)
@@ -152,10 +269,11 @@ def test_stubs_and_the_reference_written_down_are_judged(name, tmp_path):
     for helper in ("tiles", "visible_keys", "tile_scores"):
         source = source.replace(f" {helper}(", f" flash_attention.{helper}(")
     source = source.replace("online_softmax.rescale(", "rescale(").replace("rescale(", "softmax.rescale(")
+    source = source.replace("Checkpoint.apply", "activation_checkpointing.Checkpoint.apply")
     imports = (
-        "import math\nfrom collections.abc import Iterable\nfrom typing import Any\nimport torch\n"
+        "import math\nfrom collections.abc import Callable, Iterable\nfrom typing import Any\nimport torch\n"
         "from jaxtyping import Float\nfrom torch import Tensor\nfrom llm_basics.core import functional as F\n"
-        "from llm_basics.systems import flash_attention\n"
+        "from llm_basics.systems import activation_checkpointing, flash_attention\n"
         "from llm_basics.systems import online_softmax as softmax\n"
     )
     path.write_text(f"{imports}\n\n{source}")

@@ -35,6 +35,7 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
     not match the reference.
     """
     torch.set_num_threads(1)
+    sandbox.interpret_triton()
     with swap.restored():
         try:
             with sandbox.time_limit(LOAD_SECONDS), sandbox.unchanged_state():
@@ -167,6 +168,8 @@ def print_mistakes(only: str | None = None) -> int:
     """Plug in every known mistake, and print how many are caught and named."""
     if only is not None and only not in judge.STEPS:
         raise ValueError(parse.unknown_name("step", only, judge.STEPS))
+    torch.set_num_threads(1)
+    sandbox.interpret_triton()
     totals = [0, 0, 0]
     print("| step | mistakes | caught | named |\n|---|---|---|---|")
     for name in [only] if only else judge.STEPS:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,13 @@ from torch import Tensor
 from llm_basics import swap
 from llm_basics.learn import families, lessons, messages, mistakes, pairs, probes, sandbox, sockets
 
-# in learning order
-STEPS = [*lessons.ORDER, "checkpoint"]
+# packages that not every system has, by the step that needs one
+NEEDS = {"flash_triton": "triton"}
+
+# in learning order, those that can run on this system
+STEPS = [
+    name for name in [*lessons.ORDER, "checkpoint"] if importlib.util.find_spec(NEEDS.get(name, "torch"))
+]
 
 
 # errors of names and imports, and time limits, whose class is their meaning

@@ -85,6 +85,12 @@ def time_limit(seconds: float) -> Iterator[None]:
             _EXPIRED[:] = [each for each in _EXPIRED if each is not expired]
 
 
+def interpret_triton() -> None:
+    """Let NumPy run Triton's kernels where there is no GPU. Triton reads this when it is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @contextlib.contextmanager
 def unchanged_state() -> Iterator[None]:
     """Use torch's default dtype and gradient mode in the block, and restore both afterwards."""

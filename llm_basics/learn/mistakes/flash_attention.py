@@ -15,6 +15,9 @@ step = probes.Step("flash_attention")
 PUBLIC_SHAPES = "the public test has 128 queries and keys; a text may have any number of tokens"
 PIECE = "flash_attention.FlashAttention"
 
+# of the tensors that flash_triton is called with; the interpreter of Triton works on those of the CPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def attention(query, key, value, is_causal):
     mixed = tF.scaled_dot_product_attention(
@@ -55,12 +58,12 @@ def saved_by(output):
     return [tensor for tensor in kept if isinstance(tensor, torch.Tensor)]
 
 
-def log_sum_exp_of(function, inputs, is_causal):
+def log_sum_exp_of(function, inputs, is_causal, device):
     """What of the saved tensors has the shape of the log-sum-exp."""
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+    leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs.values()]
     saved = saved_by(function.apply(*leaves, is_causal))
     found = [tensor for tensor in saved if tensor.shape == leaves[0].shape[:-1]]
-    return {"saved": len(found), "log-sum-exp": found[0].detach().float() if len(found) == 1 else None}
+    return {"saved": len(found), "log-sum-exp": found[0].detach().float().cpu() if len(found) == 1 else None}
 
 
 def right_log_sum_exp(inputs, is_causal):
@@ -78,9 +81,9 @@ def differ_in_log_sum_exp(expected, actual):
     return f"the saved log-sum-exp of query {first} must be {right[first]:.4f}, got {found[first]:.4f}"
 
 
-def sizes_of(function, n, d_head):
+def sizes_of(function, n, d_head, device):
     """Where a tensor has as many elements as the matrix of scores."""
-    leaves = [tensor.requires_grad_() for tensor in tensors(n, n, d_head, batch=1).values()]
+    leaves = [t.to(device).requires_grad_() for t in tensors(n, n, d_head, batch=1).values()]
     with LargestTensor() as forward:
         output = function.apply(*leaves, False)
     saved = any(tensor.numel() >= n * n for tensor in saved_by(output))
@@ -100,13 +103,18 @@ def differ_in_sizes(expected, actual):
     return f"a tensor of queries x keys is {', '.join(name for name in actual if actual[name])}"
 
 
-def register(step, get, sentence, saved_sentence, sizes, d_head, halves=True):
+def register(
+    step, get, sentence, saved_sentence, sizes, d_head=8, batch=2, device="cpu", half=torch.bfloat16
+):
     """The probes of a function that `get(adapters)` returns; `sizes` are numbers of queries and keys."""
+
+    def run(function, is_causal, q, k, v):
+        return function.apply(q.to(device), k.to(device), v.to(device), is_causal)
 
     def compare(about, inputs, is_causal, **more):
         step.compare(
             about,
-            lambda a, q, k, v: get(a).apply(q, k, v, is_causal),
+            lambda a, q, k, v: run(get(a), is_causal, q, k, v),
             lambda q, k, v: attention(q, k, v, is_causal),
             inputs,
             axes="batch query feature",
@@ -118,7 +126,7 @@ def register(step, get, sentence, saved_sentence, sizes, d_head, halves=True):
     compare("128 queries and keys, causal", even, True, contract=sentence)
     step.value(
         "the log-sum-exp is saved, alone of its shape",
-        lambda a: log_sum_exp_of(get(a), even, False),
+        lambda a: log_sum_exp_of(get(a), even, False, device),
         right_log_sum_exp(even, False),
         words=differ_in_log_sum_exp,
         contract=saved_sentence,
@@ -130,28 +138,27 @@ def register(step, get, sentence, saved_sentence, sizes, d_head, halves=True):
         (f"{many} queries, {few} keys, causal", many, few, True),
         (f"one query, {few} keys", 1, few, False),
     ):
-        compare(about, tensors(n_queries, n_keys, d_head), is_causal, beyond=PUBLIC_SHAPES)
+        compare(about, tensors(n_queries, n_keys, d_head, batch), is_causal, beyond=PUBLIC_SHAPES)
     compare(
         "scores of 100 and more",
-        tensors(few, many, d_head, scale=100.0),
+        tensors(few, many, d_head, batch, scale=100.0),
         False,
         rtol=1e-3,
         atol=1e-3,
         beyond="the public test has small scores; exp overflows above 88 where no maximum is subtracted",
     )
-    if halves:
-        compare(
-            "bfloat16",
-            {name: tensor.bfloat16() for name, tensor in tensors(few, many, d_head).items()},
-            True,
-            rtol=2e-2,
-            atol=2e-2,
-            gradients=False,
-            beyond="the public test has float32 alone; models of half precision need its dtype",
-        )
+    compare(
+        str(half).removeprefix("torch."),
+        {name: tensor.to(half) for name, tensor in tensors(few, many, d_head, batch).items()},
+        True,
+        rtol=2e-2,
+        atol=2e-2,
+        gradients=False,
+        beyond="the public test has float32 alone; models of half precision need its dtype",
+    )
     step.value(
         "no tensor of queries x keys, with 160 of each",
-        lambda a: sizes_of(get(a), 160, d_head),
+        lambda a: sizes_of(get(a), 160, d_head, device),
         {"saved": False, "made forward": False, "made backward": False},
         words=differ_in_sizes,
         beyond="the public test does not measure memory, but tiles are there to save it",
@@ -164,7 +171,6 @@ register(
     "flash_attention",
     "flash_log_sum_exp",
     (37, 53),
-    8,
 )
 
 
@@ -244,9 +250,9 @@ class Parts:
 
     def scores(self, q, k, rows, columns, hidden, n_queries, n_keys, is_causal):
         scores = q @ k.mT * self.scale(q.shape[-1])
-        return (
-            scores.masked_fill(hidden(rows, columns, n_queries, n_keys), -math.inf) if is_causal else scores
-        )
+        if not is_causal:
+            return scores
+        return scores.masked_fill(hidden(rows, columns, n_queries, n_keys).to(q.device), -math.inf)
 
     def dtype(self, value):
         return value.dtype
@@ -254,7 +260,8 @@ class Parts:
     def forward(self, ctx, query, key, value, is_causal):
         q, k, v = (F.to_float32(x) for x in self.prepared(query, key, value))
         n = q.shape[-2], k.shape[-2]
-        output, log_sum = torch.zeros(*q.shape[:-1], v.shape[-1]), torch.zeros(q.shape[:-1])
+        output = torch.zeros(*q.shape[:-1], v.shape[-1], device=q.device)
+        log_sum = torch.zeros(q.shape[:-1], device=q.device)
         for rows in self.spans(n[0], self.forward_tile):
             parts = torch.tensor(-math.inf), torch.tensor(0.0), torch.tensor(0.0)
             for columns in self.key_spans(rows, n[1], self.forward_tile, is_causal):
@@ -313,23 +320,23 @@ def function_of(parts, tile=None):
     return Wrong
 
 
-# the most usual sizes of a tile, but the one above
-TILES = {f"tiles of {size}": size for size in (16, 64, 128)}
+# the most usual sizes of a tile
+TILES = (16, 32, 64, 128)
 
 
-def mistake_of(step, piece):
-    """A decorator that registers parts as a mistake; `by_tile` if the tile's size matters."""
+def mistake_of(step, piece, tile):
+    """A decorator that registers parts as a mistake; with `by_tile` its result depends on the tile."""
 
     def mistake(source="written for this catalogue", by_tile=False):
         def register(parts):
-            step.mistake(piece, source=source)(function_of(parts))
+            step.mistake(piece, source=source)(function_of(parts, tile))
             if by_tile:
 
                 def make(tile):
                     return function_of(parts, tile)
 
                 make.__name__, make.__doc__ = parts.__name__, parts.__doc__
-                step.family(piece, TILES)(make)
+                step.family(piece, {f"tiles of {size}": size for size in TILES if size != tile})(make)
             return parts
 
         return register
@@ -337,7 +344,7 @@ def mistake_of(step, piece):
     return mistake
 
 
-mistake = mistake_of(step, PIECE)
+mistake = mistake_of(step, PIECE, None)
 
 
 @mistake()
@@ -600,7 +607,7 @@ class LogSumExpNotSaved(Parts):
         if ctx.is_causal:
             n_queries, n_keys = scores.shape[-2:]
             hidden = self.hidden(slice(0, n_queries), slice(0, n_keys), n_queries, n_keys)
-            scores = scores.masked_fill(hidden, -math.inf)
+            scores = scores.masked_fill(hidden.to(scores.device), -math.inf)
         return query, key, value, output, scores.logsumexp(-1)
 
 
