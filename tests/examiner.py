@@ -14,6 +14,10 @@ from llm_basics.learn import judge, lessons, messages, probes, sandbox, sockets
 LIMIT_SECONDS = 60.0
 
 
+def _course_of(step: str) -> str:
+    return lessons.course_of(step) if step in lessons.ORDER else "basics"
+
+
 class Examiner:
     """The implementation under test, and its verdicts."""
 
@@ -139,12 +143,17 @@ class Examiner:
             return
         ready_made = grading.ready_made_uses(self.path) if self.is_foreign else {}
         project = self.path.parent.parent if self.path.parent.name == "tests" else self.path
-        # without steps of which the file has nothing that the public assignment asks for
+        # without steps of which the file has nothing that the public assignment asks for, and without courses
+        # of which it has nothing
+        courses = {_course_of(step) for step, verdict in self.verdicts.items() if verdict.status != "missing"}
         verdicts = {
             step: self.verdicts[step]
             for step in judge.STEPS
             if step in self.verdicts
-            and (self.verdicts[step].status != "missing" or self.verdicts[step].missing)
+            and (
+                self.verdicts[step].status != "missing"
+                or (self.verdicts[step].missing and _course_of(step) in courses)
+            )
         }
         name = self.mine or project.name
         grading.write(Path(self.report), name, verdicts, self._ratios(), ready_made)

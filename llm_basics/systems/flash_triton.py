@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
-# queries and keys of a tile: those that fit into the registers with d_head = 128 and float32; to be tuned
-QUERIES, KEYS = 64, 64
+# queries and keys of a tile, which fit into the 99 KB of shared memory of consumer GPUs with 64 float32 or
+# 128 bfloat16 numbers a row; the fastest for a GPU are found by benchmarks/flash_attention.py --tune
+QUERIES, KEYS = 64, 32
 
 
 def kernel(function: Callable[..., Any]) -> Any:
