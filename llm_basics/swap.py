@@ -13,6 +13,7 @@ has the name and signature, and is what the tests check. Yours always wins over 
 
 import contextlib
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -226,6 +227,11 @@ def prepare_model(model: Any, batch_size: int, seq: int) -> None:
     """Compile fast kernels for training steps of this shape, if they are in use."""
     if "trainer.batch_loss" in fast_pieces():
         importlib.import_module(f"{FAST}.trainer").prepare_model(model, batch_size, seq)
+
+
+def kernel_cache() -> str:
+    """The folder of compiled CPU kernels; "" if none can be written."""
+    return os.environ.get("NUMBA_CACHE_DIR") or importlib.import_module(f"{FAST}.kernel_cache").folder()
 
 
 def current(piece: str) -> Any:

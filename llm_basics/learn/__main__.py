@@ -49,7 +49,7 @@ class _CurrentStep(_File):
 
 
 @dataclass(frozen=True)
-class List(_File):
+class List(_File, option_types.Options):
     """List the steps in learning order, with your progress."""
 
     course: Literal["basics", "systems"] | None = None

@@ -19,14 +19,7 @@ from llm_basics.core import model as models
 from llm_basics.data import prepare, shards
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, process, sharded_checkpoint, signals, steering
-from llm_basics.training import (
-    activation_checkpointing,
-    compilation,
-    diagnostics,
-    distributed,
-    held_out,
-    parallel,
-)
+from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel
 
 T = TypeVar("T")
 
@@ -107,16 +100,9 @@ class TrainingState:
         # what training steps call: the model, or its wrapper in a job of several processes
         self.replica: nn.Module = self.model
         check_parameters(self.model, model)
-        if train.activation_checkpointing:
-            activation_checkpointing.apply(self.model)
-        # a CUDA graph needs batches of one shape, and cannot read a value on the host as user code may
-        can_be_graph = train.grad_accumulation_steps == 1 and isinstance(self.batches, dataloader.Batches)
-        can_be_graph = can_be_graph and not swap.user_pieces()
-        n_flops = model.flops_per_token * train.batch_size * model.context_length
-        how = compilation.mode(train.compile, self.device, n_flops, can_be_graph)
+        of_one_shape = isinstance(self.batches, dataloader.Batches)
+        how = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
-        if self.is_compiled:
-            compilation.compile_model(self.model, self.is_graph, by_block=self.is_sharded)
         self.optimizer = trainer.make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
