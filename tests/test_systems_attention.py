@@ -252,8 +252,8 @@ def test_a_mistake_with_another_tile_is_named():
     """Mistakes whose numbers depend on the size of a tile are found with the usual sizes."""
     catalogue = judge.load("flash_attention")
     families = {family.name: family for family in catalogue.families}
-    assert len(families) >= 8
-    for name, size in (("last keys dropped", "tiles of 16"), ("diagonal tile doubled", "tiles of 64")):
+    assert len(families) >= 12
+    for name, size in (("last keys dropped", "tiles of 16"), ("output not rescaled", "tiles of 64")):
         with swap.replaced({"flash_attention.FlashAttention": families[name].make(size)}):
             verdict = judge.judge(catalogue, sockets.own())
         assert verdict.status == "failed" and verdict.sure and verdict.mistake.name == name

@@ -365,7 +365,7 @@ class ScaledByD(Parts):
         return 1 / d_head
 
 
-@mistake("public implementations of FlashAttention")
+@mistake("public implementations of FlashAttention", by_tile=True)
 class OutputNotRescaled(Parts):
     """When the maximum moves, the sum is multiplied by exp(old - new) and the output is not. Values of
     earlier tiles count too much. Rescale both."""
@@ -375,7 +375,7 @@ class OutputNotRescaled(Parts):
         return peak, total * correction + weights.sum(-1), output + weights @ value
 
 
-@mistake()
+@mistake(by_tile=True)
 class SumNotRescaled(Parts):
     """When the maximum moves, the output is multiplied by exp(old - new) and the sum is not. The weights
     then add up to less than 1. Rescale both."""
@@ -385,7 +385,7 @@ class SumNotRescaled(Parts):
         return peak, total + weights.sum(-1), output * correction[..., None] + weights @ value
 
 
-@mistake()
+@mistake(by_tile=True)
 class NothingRescaled(Parts):
     """The maximum moves from tile to tile, but neither the sum nor the output of earlier tiles is multiplied
     by exp(old maximum - new maximum). They are relative to another maximum."""
@@ -405,7 +405,7 @@ class NoMaximumSubtracted(Parts):
         return torch.zeros(()), total + weights.sum(-1), output + weights @ value
 
 
-@mistake()
+@mistake(by_tile=True)
 class DividedInEachTile(Parts):
     """The part of each tile is divided by the sum at that time, and the output again at the end. The sum is
     complete only after the last tile: divide once."""

@@ -49,7 +49,7 @@ class ScoresNotScaled(flash.ScoresNotScaled):
     scores in all three kernels."""
 
 
-@mistake("public implementations of FlashAttention")
+@mistake("public implementations of FlashAttention", by_tile=True)
 class OutputNotRescaled(flash.OutputNotRescaled):
     """The accumulator is not multiplied by exp(old maximum - new maximum) before the tile is added, only the
     sum is. Rescale both: mixed * correction[:, None]."""
