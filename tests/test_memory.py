@@ -285,7 +285,9 @@ def large():
 
 
 @pytest.mark.whole_run
-@pytest.mark.parametrize(("share", "is_refused"), [(0.75, True), (0.85, False), (1.5, False)])
+@pytest.mark.parametrize(
+    ("share", "is_refused"), [(0.75, True), pytest.param(0.85, False, marks=pytest.mark.slow), (1.5, False)]
+)
 def test_memory_short_beyond_doubt_is_refused_before_anything_is_allocated(
     large, share, is_refused, monkeypatch, capsys
 ):

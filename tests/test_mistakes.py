@@ -26,6 +26,15 @@ LONG_PROBES = {
     "it can memorize one batch",
 }
 
+# named only by thousands of draws, two to five seconds each
+LONG_MISTAKES = {
+    "sampling: always the likeliest",
+    "sampling: generator ignored",
+    "sampling: generator seeded for each text",
+    "sampling: top p not passed on",
+    "sampling: temperature not passed on",
+}
+
 MISTAKES = [(name, mistake) for name in judge.STEPS for mistake in judge.load(name).mistakes]
 each_step = pytest.mark.parametrize("name", judge.STEPS)
 
@@ -40,7 +49,16 @@ def test_the_reference_passes(name):
     assert verdict.status == "passed" and verdict.n_passed == verdict.n_probes, verdict
 
 
-@pytest.mark.parametrize("name, mistake", MISTAKES, ids=[f"{n}: {m.name}" for n, m in MISTAKES])
+@pytest.mark.parametrize(
+    "name, mistake",
+    [
+        pytest.param(
+            n, m, marks=pytest.mark.slow if (n, m.name in LONG_MISTAKES) == ("sampling", True) else ()
+        )
+        for n, m in MISTAKES
+    ],
+    ids=[f"{n}: {m.name}" for n, m in MISTAKES],
+)
 def test_a_mistake_is_caught_and_named(name, mistake: probes.Mistake):
     step, right = judge.load(name), mistake.same_as or mistake.name
     # more probes only rule out more mistakes: one that is named right by some of them is by all

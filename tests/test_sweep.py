@@ -160,7 +160,7 @@ def test_settings_with_other_text_are_ranked_apart(here, capsys):
     assert Path("runs/mine/report.html").read_text().count("<img") == 4
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_saves_and_resumes(here, capsys, jobs):
     content = "base: {train: {steps: 3}}\nvariants: {a: {}, b: {data: interrupt}, c: {train.lr: 1e-2}}"
     assert run_sweep(content, "--jobs", jobs) == 130
