@@ -198,7 +198,13 @@ def test_an_error_of_another_class_is_the_same_mistake():
     assert verdict.status == "failed" and verdict.mistake is None
 
 
-@pytest.mark.parametrize("error", ["EinopsError", "AssertionError", "TypeError", "IndexError"])
+OTHER_ERRORS = ["AssertionError", "TypeError", "IndexError"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["EinopsError", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHER_ERRORS)],
+)
 @pytest.mark.parametrize(
     "name",
     [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in judge.STEPS],

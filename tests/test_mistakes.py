@@ -52,9 +52,7 @@ def test_the_reference_passes(name):
 @pytest.mark.parametrize(
     "name, mistake",
     [
-        pytest.param(
-            n, m, marks=pytest.mark.slow if (n, m.name in LONG_MISTAKES) == ("sampling", True) else ()
-        )
+        pytest.param(n, m, marks=pytest.mark.slow if f"{n}: {m.name}" in LONG_MISTAKES else ())
         for n, m in MISTAKES
     ],
     ids=[f"{n}: {m.name}" for n, m in MISTAKES],
