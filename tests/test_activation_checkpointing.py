@@ -122,6 +122,7 @@ def test_a_run_is_resumed_with_and_without(options, tmp_path, first):
     assert losses(again, folder, activation_checkpointing=not first) == whole
 
 
+@pytest.mark.slow
 def test_the_estimate_is_lower_and_the_advice_is_given_once(options):
     big = dataclasses.replace(options, model=dataclasses.replace(SHAPE, n_layers=4, context_length=64))
     on = dataclasses.replace(big.train, activation_checkpointing=True)

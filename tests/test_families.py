@@ -227,8 +227,9 @@ def test_mistakes_that_raise_are_named_with_any_class_of_error(name, error):
             assert verdict.sure and verdict.mistake is not None, mistake.name
 
 
-def test_explanations_of_families_have_their_number_once():
+def test_explanations_of_families_have_their_number_once_at_most():
     for step in judge.STEPS:
         for family in judge.load(step).families:
-            assert family.explanation.count("{value}") == 1
+            # the size of a tile is found, and not stated
+            assert family.explanation.count("{value}") <= 1
             assert 60 <= len(family.explanation) <= 330, family.name

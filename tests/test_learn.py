@@ -560,6 +560,7 @@ def test_good_metrics_have_no_signs():
     assert not list(log_checks.findings(good, vocab_size=256))
 
 
+@pytest.mark.slow
 def test_a_healthy_model_reaches_the_entropy_rate():
     evidence = dojo.healthy()
     rate = dojo.source()[1]

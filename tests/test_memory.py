@@ -140,6 +140,7 @@ def test_a_checkpoint_takes_copies_of_weights_and_optimizer():
     assert estimate.checkpoint == 2 * (estimate.parameters + estimate.optimizer)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch(no_checkpoint):
     two, four, six = (estimate_of(options_of(SMALL, {"batch_size": n})).activations for n in (16, 32, 48))
     assert six - four == pytest.approx(four - two, rel=0.01)
@@ -308,6 +309,7 @@ def test_memory_short_beyond_doubt_is_refused_before_anything_is_allocated(
         assert began
 
 
+@pytest.mark.slow
 def test_the_estimate_of_many_blocks_takes_no_longer(large):
     """It is that of all of them, for equal blocks, or below."""
     options, total = large

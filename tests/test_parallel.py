@@ -151,6 +151,7 @@ rank_worker.main(start, lambda task: ("seen", distributed.get_rank()), lambda na
 """
 
 
+@pytest.mark.slow
 def test_without_fork_each_worker_is_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(rank_pool, "FORKS", False)
     pool = rank_pool.Pool(RANK)

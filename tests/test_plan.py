@@ -124,6 +124,7 @@ def test_speed_is_bound_by_products_or_links():
     assert speed(none, 1, cards.Card(24, 0, 0, 32)) is None
 
 
+@pytest.mark.slow
 def test_a_plan_for_gpus_and_for_this_cpu(preset, capsys, monkeypatch):
     assert doctor.main(subcommands.DoctorPlan(preset, gpus=2, gpu_memory=1.0, json=True)) == 0
     found = json.loads(capsys.readouterr().out)
