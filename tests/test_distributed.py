@@ -351,6 +351,8 @@ def test_alone_nothing_is_distributed(monkeypatch):
     assert distributed.strategy(config.TrainConfig()) == "none" and distributed.is_main()
     assert distributed.on_main(lambda: 3) == distributed.main_first(lambda: 3) == 3
     assert distributed.sums([1.5]) == [1.5] and distributed.from_main(["a"]) == ["a"]
+    with pytest.raises(ValueError, match="sharded_checkpoints needs --train.parallel fsdp2"):
+        distributed.check(config.Config(train=config.TrainConfig(sharded_checkpoints="on")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.strategy(config.TrainConfig()) == "ddp"
 

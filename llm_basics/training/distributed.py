@@ -82,18 +82,19 @@ def check(options: config.Config) -> None:
             f"train.batch_size must be divisible by the number of processes, got {train.batch_size} and "
             f"{here.size}; it counts the sequences of all processes together"
         )
+    if train.sharded_checkpoints != "off" and how != "fsdp2":
+        raise ValueError("--train.sharded_checkpoints needs --train.parallel fsdp2")
+    if train.offload and (how != "fsdp2" or choose_device(train.device).type != "cuda"):
+        raise ValueError("--train.offload needs --train.parallel fsdp2 and a GPU")
     if how == "none":
         return
+    choose_device(train.device)
     if options.find_lr:
         raise ValueError("--find_lr must run in one process; start it without torchrun")
     if train.compile == "graphs":
         raise ValueError("train.compile graphs must run in one process; try train.compile on")
     if how == "mine" and options.mine is None:
         raise ValueError("--train.parallel mine needs --mine FILE with a class DistributedDataParallel")
-    if train.offload and (how != "fsdp2" or device.choose(train.device).type != "cuda"):
-        raise ValueError("--train.offload needs --train.parallel fsdp2 and a GPU")
-    if train.sharded_checkpoints != "off" and how != "fsdp2":
-        raise ValueError("--train.sharded_checkpoints needs --train.parallel fsdp2")
     if here.max_restarts and options.run_dir is None and options.resume is None:
         raise ValueError(
             "torchrun --max-restarts needs --run_dir: a restarted job finds its checkpoints there"
@@ -111,6 +112,8 @@ class _Job:
     """Waits PATIENCE."""
     saving: Any = None
     """For threads that write checkpoints."""
+    seconds = PATIENCE.total_seconds()
+    """Limit of a collective."""
     pids: list[int] = []
 
 
@@ -122,6 +125,11 @@ def size() -> int:
 def is_main() -> bool:
     """Whether this process logs and saves."""
     return world().is_main
+
+
+def local_pids() -> list[int]:
+    """The processes of the job on this machine."""
+    return _Job.pids
 
 
 def saving_group() -> Any:
@@ -154,14 +162,13 @@ def joined(train: config.TrainConfig) -> Iterator[None]:
     signals.expect_launcher()
     share_threads(here)
     chosen = choose_device(train.device)
-    backend = "gloo"
+    settings: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        backend = "cpu:gloo,cuda:nccl"
-    alone: dict[str, Any] = (
-        {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
-    )
-    dist.init_process_group(backend, timeout=PATIENCE, **alone)
+        settings["backend"] = "cpu:gloo,cuda:nccl"
+    if "RANK" not in os.environ:  # a single process without torchrun
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**settings)
     try:
         _Job.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         _Job.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -184,7 +191,8 @@ def share_threads(here: World) -> None:
 
 def expect_steps(seconds: float) -> None:
     """Let collectives fail after `seconds` from now on: the first step, which may compile, is over."""
-    if size() > 1:
+    if size() > 1 and seconds != _Job.seconds:
+        _Job.seconds = seconds
         # before torch 2.15 it has another name
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)

@@ -154,7 +154,7 @@ def _end_all() -> None:
     with contextlib.suppress(RuntimeError):
         _store().set(OVER, "1")
     time.sleep(PRINT_SECONDS)
-    for pid in distributed._Job.pids:
+    for pid in distributed.local_pids():
         if pid != os.getpid():
             with contextlib.suppress(OSError):
                 os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
