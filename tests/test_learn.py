@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -739,3 +741,17 @@ def test_two_mistakes_are_not_named_as_a_third(mine):
         "    return batch[:, :-1], batch[:, 1:]\n"
     )
     assert "TARGETS SHIFTED" not in results(mine(source))["batches"].text
+
+
+def test_a_context_manager_annotated_as_its_generator_is_not_checked():
+    module = types.ModuleType("annotated")
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        yield
+
+    block.__module__ = module.__name__
+    module.block = block
+    checks.check_shapes(module)
+    with module.block():
+        pass

@@ -123,6 +123,8 @@ def check_shapes(module: ModuleType) -> None:
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
 
     def _checked(function: Any) -> Any:
+        if inspect.isgeneratorfunction(inspect.unwrap(function)):
+            return function  # contextlib.contextmanager returns no iterator, as its function is annotated
         try:
             return checked(function)
         except Exception:
