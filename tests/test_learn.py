@@ -744,6 +744,7 @@ def test_two_mistakes_are_not_named_as_a_third(mine):
 
 
 def test_a_context_manager_annotated_as_its_generator_is_not_checked():
+    jaxtyping.config.update("jaxtyping_disable", False)
     module = types.ModuleType("annotated")
 
     @contextlib.contextmanager
