@@ -109,6 +109,8 @@ def test_a_run_is_renamed_and_deleted(client, run, tmp_path):
     assert moved.status_code == 200 and moved.json()["id"] == catalog.id_of(tmp_path / "better.1")
     assert not (tmp_path / "one").exists() and not (tmp_path / "better.1" / "lock").exists()
     assert client.get(f"/api/runs/{run}").status_code == 404
+    malformed = client.get("/api/runs/no-id")
+    assert malformed.status_code == 404 and malformed.json()["detail"] == "there is no such run"
     assert client.delete(f"/api/runs/{moved.json()['id']}").status_code == 204
     assert get(client, "/api/runs") == [] and not (tmp_path / "better.1").exists()
 

@@ -163,6 +163,8 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     """A field that is wrong, in a line; what was sent is not repeated."""
+    if any(each["loc"] == ("path", "id") for each in error.errors()):
+        return _error(request, 404, "there is no such run")  # no run has such an id
     found = [
         f"{'.'.join(str(part) for part in each['loc'][1:]) or 'the body'}: {each['msg']}"
         for each in error.errors()[:5]
