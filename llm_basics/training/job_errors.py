@@ -69,14 +69,17 @@ def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> in
     if not distributed.is_main() and not reason:
         time.sleep(PRECEDENCE_SECONDS)
     if not _claim():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(LINGER_SECONDS)
+        _linger()
         return OTHER_FAILED
     message = terminal.error
     if error is not None:
         message = f"error: {reason}" if reason else "".join(traceback.format_exception(error)).rstrip()
     if error is not None or not distributed.is_main():
         print(message, file=sys.stderr, flush=True)
+    if reason == ENDED:
+        # torchrun has not seen the other one's end yet, which shall be the first that it reports
+        _linger()
+        return OTHER_FAILED
     from torch.distributed.elastic.multiprocessing import errors
 
     try:
@@ -87,6 +90,12 @@ def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> in
     if reason == TOO_LATE:
         _end_all()
     return OTHER_FAILED if reason else status
+
+
+def _linger() -> None:
+    """Leave time for torchrun to end this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LINGER_SECONDS)
 
 
 def _claim() -> bool:
