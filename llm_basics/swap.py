@@ -1,8 +1,9 @@
 """The seam: puts one implementation of a piece in place of another: reference, fast, or yours.
 
 Every call goes through a module attribute, so replacing a piece is setting that attribute on its home module
-in `core` or `systems`. A fast implementation has the name, signature and results of its reference; your piece
-has the name and signature, and is what the tests check. Yours always wins over the fast one.
+in `core`, `systems` or `alignment`. A fast implementation has the name, signature and results of its
+reference; your piece has the name and signature, and is what the tests check. Yours always wins over the fast
+one.
 
     >>> with using("fast", log=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -24,6 +25,7 @@ from llm_basics import user_code
 from llm_basics.runs import console
 
 CORE, FAST, SYSTEMS = "llm_basics.core", "llm_basics.fast", "llm_basics.systems"
+ALIGNMENT = "llm_basics.alignment"
 
 # modules of core that have fast implementations, in fast/ under the same file name
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
@@ -41,9 +43,15 @@ OF_SYSTEMS = {
     "tensor_parallel": "ColumnParallelLinear RowParallelLinear TensorParallelSwiGLU",
 }
 
+# pieces of alignment that user code can define, by their home module
+OF_ALIGNMENT = {
+    "lora": "LoRALinear apply_lora merge_lora unmerge_lora lora_state load_lora_state trainable_parameters",
+}
+
 # home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone
 HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
 HOMES_OUTSIDE_CORE |= {home: f"{SYSTEMS}.{home}" for home in OF_SYSTEMS}
+HOMES_OUTSIDE_CORE |= {home: f"{ALIGNMENT}.{home}" for home in OF_ALIGNMENT}
 
 # pieces that user code can define, by their home module
 PIECES = {
@@ -59,6 +67,7 @@ PIECES = {
     "generate": "next_token_probabilities generate",
     "trainer": "train_step make_optimizer compute_loss",
     **OF_SYSTEMS,
+    **OF_ALIGNMENT,
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 

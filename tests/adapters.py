@@ -6,7 +6,7 @@ as they are, not copied into a layer, so that gradients reach them.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llm_basics.alignment import lora
 from llm_basics.core import (
     bpe,
     config,
@@ -550,3 +551,37 @@ def get_row_parallel_linear(linear: nn.Module) -> nn.Module:
 
 def get_tensor_parallel_swiglu(ffn: nn.Module) -> nn.Module:
     return tensor_parallel.TensorParallelSwiGLU(ffn)
+
+
+# --------------------------------------------------------------------------------------------------
+# Alignment
+
+
+def get_lora_linear(linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> nn.Module:
+    return lora.LoRALinear(linear, rank, alpha, dropout)
+
+
+def run_apply_lora(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0
+) -> list[str]:
+    return lora.apply_lora(model, targets, rank, alpha, dropout)
+
+
+def run_merge_lora(model: nn.Module) -> None:
+    lora.merge_lora(model)
+
+
+def run_unmerge_lora(model: nn.Module) -> None:
+    lora.unmerge_lora(model)
+
+
+def run_lora_state(model: nn.Module) -> dict[str, Tensor]:
+    return lora.lora_state(model)
+
+
+def run_load_lora_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    lora.load_lora_state(model, tensors)
+
+
+def run_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    return lora.trainable_parameters(model)

@@ -33,6 +33,7 @@ CATALOGUE = PACKAGE / "learn" / "mistakes"
 # the pieces that are written by hand; what torch has ready for them must not be used there
 HAND_WRITTEN = [f"core/{name}" for name in ("functional", "layers", "model", "optim", "bpe", "tokenizer")]
 HAND_WRITTEN += sorted(f"systems/{path.stem}" for path in (PACKAGE / "systems").glob("[!_]*.py"))
+HAND_WRITTEN += sorted(f"alignment/{path.stem}" for path in (PACKAGE / "alignment").glob("[!_]*.py"))
 READY_MADE = set(
     "linear embedding softmax log_softmax logsumexp silu gelu glu layer_norm rms_norm dropout cross_entropy "
     "nll_loss scaled_dot_product_attention clip_grad_norm_ clip_grad_value_".split()

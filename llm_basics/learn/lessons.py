@@ -22,6 +22,7 @@ COURSES = {
         "online_softmax flash_attention flash_triton activation_checkpointing ring_all_reduce "
         "data_parallel sharded_optimizer fsdp tensor_parallel"
     ).split(),
+    "alignment": "lora".split(),
 }
 ORDER = [step for steps in COURSES.values() for step in steps]
 

@@ -1,0 +1,1 @@
+"""Post-training by hand: each file is one idea, written to be read."""
