@@ -185,7 +185,7 @@ class TrainConfig(option_types.Options):
     """Keep the shards of fsdp2 in CPU memory, and copy them to the GPU where they are used."""
     sharded_checkpoints: Literal["off", "on", "async"] = "off"
     """Save checkpoints of fsdp2 as a folder of shards, written while training continues (async)."""
-    timeout_seconds: option_types.Positive = 12.0
+    timeout_seconds: option_types.Positive = 10.0
     """Time that a process waits for the others within a step before it ends the job."""
     log_every: option_types.Count = 10
     """Number of steps between log lines of the training loss."""

@@ -89,7 +89,8 @@ def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> in
         errors.get_error_handler().record_exception(recorded)
     if reason == TOO_LATE:
         _end_all()
-    return OTHER_FAILED if reason else status
+        os._exit(OTHER_FAILED)  # the end of an interpreter takes seconds on a busy machine
+    return status
 
 
 def _linger() -> None:
