@@ -46,6 +46,16 @@ OF_SYSTEMS = {
 # pieces of alignment that user code can define, by their home module
 OF_ALIGNMENT = {
     "lora": "LoRALinear apply_lora merge_lora unmerge_lora lora_state load_lora_state trainable_parameters",
+    "response_log_probs": "tokenize_prompt_and_output get_response_log_probs compute_entropy masked_mean "
+    "masked_normalize",
+    "rewards": "parse_gsm8k_response parse_mmlu_response same_answer exact_match_reward number_reward "
+    "tagged_answer_reward compute_rollout_rewards",
+    "advantages": "compute_group_normalized_rewards",
+    "policy_gradient": "importance_ratio compute_policy_gradient_loss kl_penalty "
+    "aggregate_loss_across_microbatch",
+    "grpo_step": "accumulate_policy_gradient grpo_train_step",
+    "dpo": "dpo_loss sequence_log_probs compute_per_instance_dpo_loss",
+    "packing": "PackedSFTDataset iterate_batches",
 }
 
 # home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone

@@ -15,7 +15,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llm_basics.alignment import lora
+from llm_basics.alignment import (
+    advantages,
+    dpo,
+    grpo_step,
+    lora,
+    packing,
+    policy_gradient,
+    response_log_probs,
+    rewards,
+)
 from llm_basics.core import (
     bpe,
     config,
@@ -585,3 +594,169 @@ def run_load_lora_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def run_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return lora.trainable_parameters(model)
+
+
+def run_tokenize_prompt_and_output(
+    prompt_strs: list[str], output_strs: list[str], tokenizer: Any
+) -> dict[str, Tensor]:
+    return response_log_probs.tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer)
+
+
+def run_get_response_log_probs(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    return_token_entropy: bool,
+) -> dict[str, Tensor]:
+    return response_log_probs.get_response_log_probs(model, input_ids, labels, return_token_entropy)
+
+
+def run_compute_entropy(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
+    """Of the edition of 2025; so are the next two."""
+    return response_log_probs.compute_entropy(logits)
+
+
+def run_masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    return response_log_probs.masked_mean(tensor, mask, dim)
+
+
+def run_masked_normalize(
+    tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0
+) -> Tensor:
+    return response_log_probs.masked_normalize(tensor, mask, dim, normalize_constant)
+
+
+def run_parse_gsm8k_response(model_output: str) -> str | None:
+    return rewards.parse_gsm8k_response(model_output)
+
+
+def run_parse_mmlu_response(mmlu_example: dict[str, Any], model_output: str) -> str | None:
+    return rewards.parse_mmlu_response(mmlu_example, model_output)
+
+
+def run_same_answer(answer: str | None, ground_truth: str) -> bool:
+    return rewards.same_answer(answer, ground_truth)
+
+
+def run_exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
+    return rewards.exact_match_reward(response, ground_truth)
+
+
+def run_number_reward(response: str, ground_truth: str) -> dict[str, float]:
+    return rewards.number_reward(response, ground_truth)
+
+
+def run_tagged_answer_reward(response: str, ground_truth: str) -> dict[str, float]:
+    return rewards.tagged_answer_reward(response, ground_truth)
+
+
+def run_compute_rollout_rewards(
+    reward_fn: Callable[[str, str], dict[str, float]],
+    rollout_responses: list[str],
+    repeated_ground_truths: list[str],
+) -> tuple[Float[Tensor, " rollouts"], dict[str, float]]:
+    return rewards.compute_rollout_rewards(reward_fn, rollout_responses, repeated_ground_truths)
+
+
+def run_compute_group_normalized_rewards(
+    raw_rewards: Float[Tensor, " rollouts"],
+    group_size: int,
+    baseline: str = "mean",
+    advantage_eps: float = 1e-6,
+    advantage_normalizer: str = "std",
+) -> tuple[Float[Tensor, " rollouts"], dict[str, float]]:
+    return advantages.compute_group_normalized_rewards(
+        raw_rewards, group_size, baseline, advantage_eps, advantage_normalizer
+    )
+
+
+def run_importance_ratio(
+    policy_log_probs: Float[Tensor, "batch seq"],
+    old_log_probs: Float[Tensor, "batch seq"],
+    method: str,
+    response_mask: Tensor | None = None,
+) -> Float[Tensor, "batch seq"]:
+    return policy_gradient.importance_ratio(policy_log_probs, old_log_probs, method, response_mask)
+
+
+def run_compute_policy_gradient_loss(
+    raw_rewards_or_advantages: Tensor,
+    policy_log_probs: Float[Tensor, "batch seq"],
+    importance_reweighting_method: str = "none",
+    old_log_probs: Float[Tensor, "batch seq"] | None = None,
+    cliprange: float | None = None,
+    response_mask: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch seq"], dict[str, Tensor]]:
+    return policy_gradient.compute_policy_gradient_loss(
+        raw_rewards_or_advantages,
+        policy_log_probs,
+        importance_reweighting_method,
+        old_log_probs,
+        cliprange,
+        response_mask,
+    )
+
+
+def run_kl_penalty(policy_log_probs: Tensor, ref_log_probs: Tensor, estimator: str = "k3") -> Tensor:
+    return policy_gradient.kl_penalty(policy_log_probs, ref_log_probs, estimator)
+
+
+def run_aggregate_loss_across_microbatch(
+    per_token_policy_gradient_loss: Float[Tensor, "batch seq"],
+    mask: Tensor,
+    loss_normalization: str = "sequence",
+    normalization_constant: float | None = None,
+) -> Float[Tensor, ""]:
+    return policy_gradient.aggregate_loss_across_microbatch(
+        per_token_policy_gradient_loss, mask, loss_normalization, normalization_constant
+    )
+
+
+def run_accumulate_policy_gradient(
+    model: nn.Module, tokens: dict[str, Tensor], advantage: Float[Tensor, " batch"], **choices: Any
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    return grpo_step.accumulate_policy_gradient(model, tokens, advantage, **choices)
+
+
+def run_grpo_train_step(*args: Any, **kwargs: Any) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+    return grpo_step.grpo_train_step(*args, **kwargs)
+
+
+def run_dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    return dpo.dpo_loss(
+        policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type, label_smoothing
+    )
+
+
+def run_compute_per_instance_dpo_loss(
+    lm: nn.Module,
+    lm_ref: nn.Module,
+    tokenizer: Any,
+    beta: float,
+    prompt: str,
+    response_chosen: str,
+    response_rejected: str,
+) -> Float[Tensor, ""]:
+    return dpo.compute_per_instance_dpo_loss(
+        lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected
+    )
+
+
+def get_packed_sft_dataset(
+    tokenizer: Any, dataset_path: str | os.PathLike[str], seq_length: int, shuffle: bool
+) -> Sequence[dict[str, Tensor]]:
+    return packing.PackedSFTDataset(tokenizer, dataset_path, seq_length, shuffle)
+
+
+def run_iterate_batches(
+    dataset: Sequence[dict[str, Tensor]], batch_size: int, shuffle: bool
+) -> Iterable[dict[str, Tensor]]:
+    return packing.iterate_batches(dataset, batch_size, shuffle)

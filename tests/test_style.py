@@ -210,8 +210,8 @@ def test_pieces_are_written_by_hand(name):
             assert path.removeprefix("torch.").split(".")[1] in ALLOWED_OF_NN, f"{line} uses {path}"
         if re.match(r"torch\.optim\.\w+", path):
             assert path.split(".")[2] in ALLOWED_OF_OPTIM, f"{line} uses {path}"
-        # F is ours, self and config are no tensors; torch's functions and a tensor's methods are ready-made
-        if node.attr in READY_MADE and not path.startswith(("F.", "self.", "config.")):
+        # F and optim are ours, self and config no tensors; functions of torch and methods of tensors are not
+        if node.attr in READY_MADE and not path.startswith(("F.", "optim.", "self.", "config.")):
             raise AssertionError(f"{line} uses {path or '(...).' + node.attr}")
 
 

@@ -1,1 +1,1 @@
-"""Post-training by hand: each file is one idea, written to be read."""
+"""Post-training by hand: from a model that continues text to one that is rewarded for right answers."""
