@@ -11,7 +11,7 @@ from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: functions, the modules composed of them, training; then what runs beneath a model
+# in learning order: functions, modules composed of them, training; what runs beneath a model; post-training
 COURSES = {
     "basics": (
         "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention "
@@ -22,7 +22,7 @@ COURSES = {
         "online_softmax flash_attention flash_triton activation_checkpointing ring_all_reduce "
         "data_parallel sharded_optimizer fsdp tensor_parallel"
     ).split(),
-    "alignment": "lora".split(),
+    "alignment": "response_log_probs rewards advantages policy_gradient lora".split(),
 }
 ORDER = [step for steps in COURSES.values() for step in steps]
 
