@@ -53,9 +53,8 @@ class List(_File, option_types.Options):
     """List the steps in learning order, with your progress."""
 
     course: Literal["basics", "systems", "alignment"] | None = None
-    """List the steps of this course: basics, the model and its training; systems, what runs beneath it; alignment,
-    post-training.
-    None: of all."""
+    """List the steps of this course: basics, the model and its training; systems, what runs beneath it;
+    alignment, post-training. None: of all."""
 
 
 @dataclass(frozen=True)
