@@ -42,8 +42,8 @@ def test_what_changes_nothing():
         assert torch.equal(generate.keep_likely(logits, 0.0), logits)
         assert torch.equal(generate.penalize_repetition(logits, ids[:0], 2.0), logits)
     assert (
-        engine.make_logits_processor(0.7, None, 1.0) is None
-        and engine.make_logits_processor(0.7, 0.0, 1.0) is None
+        generate.make_logits_processor(0.7, None, 1.0) is None
+        and generate.make_logits_processor(0.7, 0.0, 1.0) is None
     )
 
 
@@ -53,7 +53,7 @@ def test_the_likeliest_is_kept_at_temperature_zero():
 
 
 def test_the_penalty_comes_first():
-    adjust = engine.make_logits_processor(1.0, 1.0, 2.0)
+    adjust = generate.make_logits_processor(1.0, 1.0, 2.0)
     # 2 becomes 1, so that 1.5 is the likeliest, which alone is kept
     assert (adjust(torch.tensor([1]), LOGITS[0]) > -math.inf).nonzero().tolist() == [[3]]
 

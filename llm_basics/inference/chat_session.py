@@ -118,7 +118,9 @@ class ChatSession:
 
     def _generate(self, prompt: Sequence[int]) -> Iterator[int]:
         options, end = self.options, self._tokenizer.special_id(chat_template.END)
-        adjust = engine.make_logits_processor(options.temperature, options.min_p, options.repetition_penalty)
+        adjust = generate.make_logits_processor(
+            options.temperature, options.min_p, options.repetition_penalty
+        )
         device = self._model.lm_head.weight.device
         others = [self._tokenizer.special_id(special) for special in self._tokenizer.special_tokens]
         forbidden = torch.tensor([id for id in others if id != end], device=device)

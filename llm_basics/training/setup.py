@@ -39,9 +39,6 @@ def begin(
     """The state that `make` returns, with the weights of --init_from if a new run is given one."""
     if options.init_from is None or options.resume is not None:
         return make(options)
-    if options.lora.rank is not None:
-        warm_start.check(options, options.init_from)
-        return make(options)
     warm_start.check(options, options.init_from)
     training = make(options)
     warm_start.load_initial_weights(training.model, options.init_from)
@@ -240,7 +237,6 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"model     {model.n_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
         + (f"weights   from {options.init_from}\n" if options.init_from else "")
-        + (f"adapters  {warm_start.describe_adapters(model, options)}\n" if training.adapters else "")
         + f"pieces    {swap.describe()}\n"
         + (f"blocks    {RECOMPUTED}\n" if options.train.activation_checkpointing else "")
         + f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"

@@ -17,9 +17,9 @@ from llm_basics.cli import nested
 from llm_basics.core import config, dataloader, device, evaluate, files, presets, trainer, vocabulary
 from llm_basics.core import model as models
 from llm_basics.data import prepare, shards
-from llm_basics.inference import adapters, engine
+from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, process, sharded_checkpoint, signals, steering
-from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel, warm_start
+from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel
 
 T = TypeVar("T")
 
@@ -44,6 +44,28 @@ RENAMED = {"looked": "evaluated", "windows": "sequences"}
 REQUIRED: dict[str, Any] = dict.fromkeys(("config", "environment", "spikes"), dict)
 REQUIRED |= {"data": str, "sequences": int, "evaluated": bool}
 REQUIRED |= dict.fromkeys(("val_loss", "best_loss"), int | float | None)
+
+
+def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
+    """Raise ValueError if user code made other parameters than those of the model config."""
+    if not swap.user_pieces():
+        return
+    with swap.reference_only():
+        wanted = models.TransformerLM(expected, device="meta").state_dict()
+    found = model.state_dict()
+    differences = [f"missing parameter {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"unexpected parameter {name}" for name in found.keys() - wanted.keys()]
+    differences += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if differences:
+        listed = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
+        raise ValueError(
+            f"your model's parameters do not match the config: {listed}; implement the options of the "
+            "config, or train without them (q_norm and k_norm: --model.no-qk_norm)"
+        )
 
 
 class TrainingState:
@@ -77,13 +99,7 @@ class TrainingState:
         self.model.to(torch.device("cpu") if self.is_sharded else self.device)
         # what training steps call: the model, or its wrapper in a job of several processes
         self.replica: nn.Module = self.model
-        warm_start.check_parameters(self.model, model)
-        # of a LoRA run: the base, and the weights that are trained and saved
-        self.base: dict[str, Any] | None = None
-        self.adapters: Any = None
-        if options.lora.rank is not None:
-            self.base = warm_start.adapt(self.model, options)
-            self.adapters = adapters.Trained(self.model)
+        check_parameters(self.model, model)
         of_one_shape = isinstance(self.batches, dataloader.Batches)
         how = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
@@ -109,7 +125,7 @@ class TrainingState:
         # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
         self.is_same_as_replayed: bool | None = None
 
-    def read(self, prepared: prepare.Prepared) -> tuple[shards.BatchSource, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[dataloader.BatchSource, np.ndarray]:
         """The training batches, and the held-out tokens."""
         train, length = self.options.train, self.options.model.context_length
         texts = [shard.tokens for shard in prepared.train]
@@ -204,8 +220,6 @@ class TrainingState:
         used = self.model
         if self.is_sharded:
             self.model = parallel.whole_model(used, self.options.model, self.device)
-        elif self.adapters is not None and distributed.is_main():
-            self.model = adapters.merged(used)
         try:
             return distributed.on_main(function)
         finally:
@@ -220,7 +234,7 @@ class TrainingState:
             path = path.with_suffix(sharded_checkpoint.SUFFIX)
             self.writer.save(self.model, self.optimizer, self.step, path, **self.about())
         else:
-            saved = self.adapters or parallel.gathered(self.model), parallel.gathered(self.optimizer)
+            saved = parallel.gathered(self.model), parallel.gathered(self.optimizer)
             distributed.on_main(lambda: checkpoint.save_checkpoint(*saved, self.step, path, **self.about()))
         self.saved, self.saved_in = (self.step, self.val_loss), path
 
@@ -247,7 +261,7 @@ class TrainingState:
             "val_loss": self.val_loss,
             "best_loss": self.best_loss,
             "spikes": self.spikes.state(),
-        } | ({"base": self.base} if self.base else {})
+        }
 
     @property
     def is_saved(self) -> bool:
@@ -284,10 +298,6 @@ class TrainingState:
         differences = _differences(now["model"], then["model"])
         if differences:
             raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
-        if differences := _differences(now["lora"], then["lora"]):
-            raise ValueError(
-                f"{path} has other adapters: {'; '.join(f'lora.{each}' for each in differences)}"
-            )
         if (optimizer := then["train"]["optimizer"]) != self.options.train.optimizer:
             raise ValueError(
                 f"{path} was trained with {optimizer}, got --train.optimizer {self.options.train.optimizer}"
@@ -299,7 +309,7 @@ class TrainingState:
         elif path.is_dir():
             sharded_checkpoint.load(path, self.model, self.optimizer, restore_rng=True)
         else:
-            checkpoint.load_checkpoint(path, self.adapters or self.model, self.optimizer, restore_rng=True)
+            checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
         self.step, self.sequences = metadata["step"], metadata["sequences"]
         self.evaluated = metadata["evaluated"]
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]
