@@ -160,6 +160,25 @@ ADVICE = {
         "memory of weights and state, and when weights are gathered and freed",
         "large gradients in float16 are reduced in float32",
     },
+    "response_log_probs": {
+        "a tokenizer that marks the beginning of a text",
+        "a model that returns logits",
+        "infinite where it is masked",
+        "a row that is masked wholly",
+    },
+    "rewards": {
+        "decimals, and a full stop after the number",
+        "commas of thousands",
+        "negative numbers",
+        "a letter alone",
+        "more responses than answers",
+    },
+    "advantages": set(),
+    "policy_gradient": {
+        "the fraction of the response that is clipped",
+        "masked positions of an older policy that are infinite",
+        "an empty response",
+    },
     "checkpoint": {
         "a checkpoint that lacks one of the model's weights",
         "a checkpoint with a weight that the model does not have",
@@ -167,8 +186,9 @@ ADVICE = {
 }
 
 
-# steps of the public systems assignment that are trained on two ranks
+# steps of the public systems assignment that are trained on two ranks, and of the alignment assignment
 HABITS = dict.fromkeys(("data_parallel", "sharded_optimizer", "fsdp"), "systems.py")
+HABITS |= dict.fromkeys(("response_log_probs", "rewards", "advantages", "policy_gradient"), "alignment.py")
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "flash_triton"])
