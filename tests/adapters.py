@@ -621,7 +621,7 @@ def run_masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Ten
 
 
 def run_masked_normalize(
-    tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0
+    tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: int | float = 1.0
 ) -> Tensor:
     return response_log_probs.masked_normalize(tensor, mask, dim, normalize_constant)
 
@@ -705,7 +705,7 @@ def run_aggregate_loss_across_microbatch(
     per_token_policy_gradient_loss: Float[Tensor, "batch seq"],
     mask: Tensor,
     loss_normalization: str = "sequence",
-    normalization_constant: float | None = None,
+    normalization_constant: int | float | None = None,
 ) -> Float[Tensor, ""]:
     return policy_gradient.aggregate_loss_across_microbatch(
         per_token_policy_gradient_loss, mask, loss_normalization, normalization_constant

@@ -25,7 +25,7 @@ def accumulate_policy_gradient(
     old_log_probs: Float[Tensor, "batch seq"] | None = None,
     cliprange: float | None = None,
     loss_normalization: str = "sequence",
-    normalization_constant: float | None = None,
+    normalization_constant: int | float | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Add the gradient of the loss of all responses to the parameters, in microbatches.
 
@@ -78,7 +78,7 @@ def grpo_train_step(
     old_log_probs: Float[Tensor, "batch seq"] | None = None,
     cliprange: float | None = None,
     loss_normalization: str = "sequence",
-    normalization_constant: float | None = None,
+    normalization_constant: int | float | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """One update of the model from the responses to each prompt: rewards, advantages, gradient, step.
 

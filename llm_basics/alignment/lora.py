@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
     part of the base weight, and not added again.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: layers.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         d_out, d_in = base.weight.shape
@@ -89,19 +89,17 @@ def apply_lora(
     """
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
-    if missing := set(targets) - {name.rpartition(".")[2] for name in names}:
-        known = {
-            name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")
-        }
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, layers.Linear)}
+    names = [name for name in linears if name.rpartition(".")[2] in targets]
+    if missing := sorted(set(targets) - {name.rpartition(".")[2] for name in names}):
+        known = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(
-            f"each target must be the name of a layer ({', '.join(sorted(known))}), got {', '.join(missing)}"
+            f"each target must be the name of a layer ({', '.join(known)}), got {', '.join(missing)}"
         )
     model.requires_grad_(False)
     for name in names:
         parent, _, last = name.rpartition(".")
-        base = model.get_submodule(name)
-        setattr(model.get_submodule(parent), last, LoRALinear(base, rank, alpha, dropout))
+        setattr(model.get_submodule(parent), last, LoRALinear(linears[name], rank, alpha, dropout))
     return names
 
 
@@ -110,7 +108,7 @@ def merge_lora(model: nn.Module) -> None:
     """Add each product to its base weight, in place: `W <- W + alpha / r B A`. Merged layers stay."""
     for _, layer in lora_layers(model):
         if not layer.merged:
-            layer.base.weight += lora_delta(layer)
+            layer.base.weight.add_(lora_delta(layer))
             layer.merged = True
 
 
@@ -119,7 +117,7 @@ def unmerge_lora(model: nn.Module) -> None:
     """Subtract the products again, up to the rounding of one addition. Unmerged layers stay."""
     for _, layer in lora_layers(model):
         if layer.merged:
-            layer.base.weight -= lora_delta(layer)
+            layer.base.weight.sub_(lora_delta(layer))
             layer.merged = False
 
 

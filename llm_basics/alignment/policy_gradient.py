@@ -112,7 +112,7 @@ def aggregate_loss_across_microbatch(
     per_token_policy_gradient_loss: Float[Tensor, "batch seq"],
     mask: Mask,
     loss_normalization: str = "sequence",
-    normalization_constant: float | None = None,
+    normalization_constant: int | float | None = None,
 ) -> Float[Tensor, ""]:
     """One number from the losses of the tokens where `mask` is 1.
 

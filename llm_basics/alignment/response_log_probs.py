@@ -97,7 +97,7 @@ def masked_normalize(
     tensor: Float[Tensor, "..."],
     mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | Int[Tensor, "..."],
     dim: int | None = None,
-    normalize_constant: float = 1.0,
+    normalize_constant: int | float = 1.0,
 ) -> Float[Tensor, "..."]:
     """The sum of the elements where `mask` is 1, along `dim` or of all, divided by a constant.
 
