@@ -1,6 +1,7 @@
 """Fully sharded data parallelism: gather, forward, free, gather, reduce-scatter, on two ranks."""
 
 import copy
+import gc
 import weakref
 
 import torch
@@ -199,6 +200,7 @@ def memory(a):
     wrapped = a.get_fsdp(module)
     optimizer = sgd(wrapped.parameters())
     output = wrapped(probes.numbers(seed=7)(2, 4))
+    gc.collect()  # what only a cycle holds is freed too
     freed = [layer.is_freed() for layer in layers]
     with ring_all_reduce.traffic() as seen:
         output.square().mean().backward()
