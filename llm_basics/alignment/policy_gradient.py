@@ -16,14 +16,15 @@ from torch import Tensor
 
 from llm_basics.alignment import response_log_probs
 
-Mask = Bool[Tensor, "batch seq"] | Float[Tensor, "batch seq"] | Int[Tensor, "batch seq"]
-
 
 def importance_ratio(
     policy_log_probs: Float[Tensor, "batch seq"],
     old_log_probs: Float[Tensor, "batch seq"],
     method: str,
-    response_mask: Mask | None = None,
+    response_mask: Bool[Tensor, "batch seq"]
+    | Float[Tensor, "batch seq"]
+    | Int[Tensor, "batch seq"]
+    | None = None,
 ) -> Float[Tensor, "batch seq"]:
     """How much likelier a token is than for the policy that sampled it: `exp(log p - log p_old)`.
 
@@ -53,7 +54,10 @@ def compute_policy_gradient_loss(
     importance_reweighting_method: str = "none",
     old_log_probs: Float[Tensor, "batch seq"] | None = None,
     cliprange: float | None = None,
-    response_mask: Mask | None = None,
+    response_mask: Bool[Tensor, "batch seq"]
+    | Float[Tensor, "batch seq"]
+    | Int[Tensor, "batch seq"]
+    | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], dict[str, Tensor]]:
     """The loss of each token, and the `clip_fraction` of the response where ratios are clipped.
 
@@ -110,7 +114,7 @@ def kl_penalty(
 
 def aggregate_loss_across_microbatch(
     per_token_policy_gradient_loss: Float[Tensor, "batch seq"],
-    mask: Mask,
+    mask: Bool[Tensor, "batch seq"] | Float[Tensor, "batch seq"] | Int[Tensor, "batch seq"],
     loss_normalization: str = "sequence",
     normalization_constant: int | float | None = None,
 ) -> Float[Tensor, ""]:

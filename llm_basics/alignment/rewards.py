@@ -21,8 +21,6 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\d
 
 OPEN, CLOSE = "<answer>", "</answer>"
 
-Reward = dict[str, float]
-
 
 def parse_gsm8k_response(model_output: str) -> str | None:
     """The last number of a text, without the commas of thousands, or None.
@@ -66,7 +64,7 @@ def same_answer(answer: str | None, ground_truth: str) -> bool:
     return answer.strip() == ground_truth.strip()
 
 
-def exact_match_reward(response: str, ground_truth: str) -> Reward:
+def exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
     """1 if the whole response is the answer. Any response has the format.
 
     >>> exact_match_reward(" red\\n", "red")
@@ -76,7 +74,7 @@ def exact_match_reward(response: str, ground_truth: str) -> Reward:
     return {"reward": answer, "format_reward": 1.0, "answer_reward": answer}
 
 
-def number_reward(response: str, ground_truth: str) -> Reward:
+def number_reward(response: str, ground_truth: str) -> dict[str, float]:
     """1 if the last number of the response equals the answer. A response has the format if it has a number.
 
     >>> number_reward("She has 3 + 4 = 7 apples.", "7.0")
@@ -87,7 +85,7 @@ def number_reward(response: str, ground_truth: str) -> Reward:
     return {"reward": answer, "format_reward": float(number is not None), "answer_reward": answer}
 
 
-def tagged_answer_reward(response: str, ground_truth: str) -> Reward:
+def tagged_answer_reward(response: str, ground_truth: str) -> dict[str, float]:
     """1 if the response ends with `<answer>...</answer>`, once, and the answer in it is right.
 
     The format is rewarded by 0 alone: else a model learns to write tags around anything.
@@ -105,7 +103,7 @@ def tagged_answer_reward(response: str, ground_truth: str) -> Reward:
 
 
 def compute_rollout_rewards(
-    reward_fn: Callable[[str, str], Reward],
+    reward_fn: Callable[[str, str], dict[str, float]],
     rollout_responses: Sequence[str],
     repeated_ground_truths: Sequence[str],
 ) -> tuple[Float[Tensor, " rollouts"], dict[str, float]]:
