@@ -229,8 +229,8 @@ def one_step_too_few(tensor):
 
 @step.mistake("collectives.ring_reduce_scatter", source="written for this catalogue")
 def mean_instead_of_sum(tensor):
-    """The result is divided by the number of ranks. A reduce-scatter sums; a caller that needs the mean divides
-    afterwards, once."""
+    """The result is divided by the number of ranks. A reduce-scatter sums; a caller that needs the
+    mean divides afterwards, once."""
     return scatter_with()(tensor) / dist.get_world_size()
 
 
