@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    *("train", "sft", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare", "tokenizer"),
-    *("checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab", "doctor"),
+    *("train", "sft", "dpo", "rl", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare"),
+    *("tokenizer", "checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab"),
+    "doctor",
 )
 
 

@@ -74,7 +74,7 @@ def execute(path: str | Path) -> types.ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        line = _line_in(path, error.__traceback__) or getattr(error, "lineno", 0)
+        line = line_in(path, error.__traceback__) or getattr(error, "lineno", 0)
         relative = "; write `from helper import f`" if "relative import" in str(error) else ""
         raise ValueError(
             f"{path.name}:{line} could not be run: {type(error).__name__}: {error}{relative}"
@@ -100,10 +100,11 @@ class _UncachedLoader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def _line_in(path: Path, traceback: types.TracebackType | None) -> int:
-    line = 0
+def line_in(path: str | Path, traceback: types.TracebackType | None) -> int:
+    """The innermost line of a file in a traceback; 0 if there is none."""
+    line, file = 0, str(Path(path).resolve())
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == str(path):
+        if traceback.tb_frame.f_code.co_filename == file:
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return line
@@ -139,6 +140,11 @@ def is_written_in(module: types.ModuleType, piece: Any, path: str | Path) -> boo
 def origin(piece: Any) -> str:
     """The module of a piece; for user code, the file name and its SHA-256."""
     return _FILES.get(piece.__module__, piece.__module__)
+
+
+def file_origin(module: types.ModuleType) -> str:
+    """The file name and SHA-256 of an executed file."""
+    return _FILES[module.__name__]
 
 
 def same_code(origin: str, other: str) -> bool:

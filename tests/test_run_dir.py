@@ -7,7 +7,7 @@ import pytest
 
 from llm_basics.analysis import figures
 from llm_basics.core import files
-from llm_basics.runs import loggers, run_dir
+from llm_basics.runs import loggers, run_dir, stopwatch
 
 
 def test_metrics_are_flat_json_lines_and_nan_is_null(tmp_path):
@@ -144,7 +144,7 @@ def test_checkpoints_are_listed_newest_first(tmp_path):
 def test_stopwatch_leaves_out_pauses(monkeypatch):
     now = iter([0.0, 1.0, 5.0, 6.0, 7.0])
     monkeypatch.setattr(run_dir.time, "perf_counter", lambda: next(now))
-    watch = run_dir.Stopwatch()
+    watch = stopwatch.Stopwatch()
     with watch.paused():
         pass
     assert watch.lap() == 2.0

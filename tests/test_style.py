@@ -19,7 +19,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # a wing imports only wings above it in this list
 WINGS = (
     *("core", "runs", "user_code", "systems", "alignment", "fast", "cli", "swap", "data"),
-    *("inference", "interop", "evaluation", "analysis", "training", "doctor", "learn", "lab"),
+    *("inference", "interop", "evaluation", "analysis", "training", "post_training"),
+    *("doctor", "learn", "lab"),
 )
 
 # the most lines of a wing, the default for those not named; of a file, a command, a function

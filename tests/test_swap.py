@@ -17,7 +17,7 @@ from llm_basics.core import bpe, config, model, presets, tokenizer, trainer
 from llm_basics.core import functional as F
 from llm_basics.data import prepare
 from llm_basics.fast import numba_jit
-from llm_basics.training import state
+from llm_basics.training import user_model
 
 FUNCTIONS = [
     *("linear", "embedding", "gelu", "silu", "swiglu", "relu2", "rms_norm", "layer_norm"),
@@ -416,4 +416,4 @@ def test_a_model_whose_parameters_do_not_match_the_config_raises(mine):
     swap.use(mine(source))
     shape = config.ModelConfig(n_layers=1)
     with pytest.raises(ValueError, match=r"layers\.0"):
-        state.check_parameters(model.TransformerLM(shape), shape)
+        user_model.check_parameters(model.TransformerLM(shape), shape)

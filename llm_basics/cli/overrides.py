@@ -20,7 +20,7 @@ TOKENIZERS = ("bpe", "bytes", "gpt2")
 
 def preset_names() -> list[str]:
     """The presets that `train` has, the default first."""
-    names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem != "sft"]
+    names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem not in ("sft", "rl", "dpo")]
     return sorted(names, key=lambda name: (name != config.Config.config, name))
 
 

@@ -46,10 +46,12 @@ def command_options(options: Any) -> Any:
     return program_options(options, sys.argv[1:], _program(), _title())
 
 
-def train_command_options(preset: str = config.Config.config) -> config.Config:
-    """`command_options` for a command that trains, with the options of `preset` as defaults."""
+def train_command_options(
+    preset: str = config.Config.config, defaults: config.Config | None = None
+) -> config.Config:
+    """`command_options` for a command that trains, with the options of `preset` over `defaults`."""
     set_up_process()
-    return train_options(sys.argv[1:], _program(), preset, _title())
+    return train_options(sys.argv[1:], _program(), preset, _title(), defaults)
 
 
 def _program() -> str:
@@ -77,8 +79,10 @@ def train_options(
     prog: str = "python -m llm_basics.train",
     preset: str = config.Config.config,
     description: str | None = None,
+    defaults: config.Config | None = None,
 ) -> config.Config:
-    """The options of a training run. On an error, prints one line and exits with 2."""
+    """The options of a training run, over `defaults`. On an error, prints one line and exits with 2."""
+    defaults = defaults or config.Config()
     with exit_on_error():
         resumed, replayed = _value_of("--resume", arguments), _value_of("--replay", arguments)
         for other in ("--config", "--run_dir", "--init_from"):
@@ -91,21 +95,19 @@ def train_options(
             if replayed is not None and _value_of(other, arguments) is not None:
                 raise ValueError(f"--replay cannot be combined with {other}; it repeats a run from its start")
         if replayed is not None:
-            base = _options_to_replay(replayed)
+            base = _options_to_replay(replayed, defaults)
         elif resumed is None:
-            base = _defaults_of_new_run(arguments, preset)
+            base = _defaults_of_new_run(arguments, preset, defaults)
         else:
             folder = run_dir.resolve("newest" if resumed == "auto" else resumed)
-            base = presets.update(
-                config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json"
-            )
+            base = run_dir.load_options(folder, defaults)
         options = parse(base, arguments, prog, description)
         if resumed is None:
             return dataclasses.replace(options, init_from=base.init_from, replay=base.replay)
         return dataclasses.replace(options, resume=str(folder))
 
 
-def _defaults_of_new_run(arguments: Sequence[str], preset: str) -> config.Config:
+def _defaults_of_new_run(arguments: Sequence[str], preset: str, base: config.Config) -> config.Config:
     """Defaults for the command line of a new run: --config or `preset`, over the run of --init_from.
 
     That run contributes its model options and tokenizer, and an implicit preset does not override its model.
@@ -113,7 +115,6 @@ def _defaults_of_new_run(arguments: Sequence[str], preset: str) -> config.Config
     explicit = _value_of("--config", arguments)
     options = presets.read_yaml(explicit or preset)
     source = _value_of("--init_from", arguments) or options.get("init_from")
-    base = config.Config()
     if source is not None:
         folder = run_dir.resolve(source)
         kept = {"model": run_dir.read_config(folder).get("model", {}), "tokenizer": f"{folder}/tokenizer"}
@@ -124,10 +125,10 @@ def _defaults_of_new_run(arguments: Sequence[str], preset: str) -> config.Config
     return presets.update(base, options, origin=explicit or preset)
 
 
-def _options_to_replay(name: str) -> config.Config:
+def _options_to_replay(name: str, defaults: config.Config) -> config.Config:
     """The options with which a run started, for a new run directory."""
     folder = run_dir.resolve(name)
-    options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    options = run_dir.load_options(folder, defaults)
     options = steering.original(options, folder)
     mine = str(folder / "mine.py") if (folder / "mine.py").exists() else options.mine
     return dataclasses.replace(options, resume=None, run_dir=None, replay=str(folder), mine=mine)

@@ -119,14 +119,16 @@ def parse_conversation(record: Any) -> list[Message]:
 
     `{"messages": [{"role": ..., "content": ...}, ...]}`; `{"prompt": ..., "completion": ...}`; or Alpaca's
     `{"instruction": ..., "input": ..., "output": ...}`, where the input, if not empty, follows after a
-    blank line. Raises ValueError for other records, and for those without assistant content.
+    blank line. Of a preference pair (`prompt`, `chosen`, `rejected`) the chosen response is read. Raises
+    ValueError for other records, and for those without assistant content.
 
     >>> parse_conversation({"instruction": "Double it.", "input": "4", "output": "8"})
     [Message(role='user', content='Double it.\\n\\n4'), Message(role='assistant', content='8')]
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object with fields, got {json.dumps(record):.60}")
-    fields = next((fields for fields in FORMATS if record.keys() & set(fields)), None)
+    known = [("prompt", "chosen")] if "chosen" in record else FORMATS
+    fields = next((fields for fields in known if record.keys() & set(fields)), None)
     if fields is None:
         raise ValueError(
             "a record must have messages, prompt and completion, or instruction and output, "

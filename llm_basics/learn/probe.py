@@ -20,7 +20,7 @@ from llm_basics.core import dataloader, files, trainer
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
 from llm_basics.learn import probe_tasks
-from llm_basics.runs import run_dir
+from llm_basics.runs import run_dir, stopwatch
 
 # measurements during training, and their number of held-out sequences; the last one uses all
 N_MEASUREMENTS, N_SEQUENCES = 20, 100
@@ -216,7 +216,7 @@ def learn(
     options = dataclasses.replace(
         task.train, steps=planned, warmup_steps=min(task.train.warmup_steps, planned // 10)
     )
-    outcome, clock = Outcome(task), run_dir.Stopwatch()
+    outcome, clock = Outcome(task), stopwatch.Stopwatch()
     held_out = probe_tasks.hold_out(task, seed)
     sequences = probe_tasks.fresh(task, held_out, seed)
     torch.manual_seed(seed)

@@ -11,6 +11,8 @@
     checkpoints/        step_00000500.safetensors
     lock                held by the writing process, and removed when it ends
     loss.png
+    rollouts.jsonl      rl: sampled responses, with their rewards
+    reference.safetensors  rl, dpo: weights before the first step
     lr_finder.jsonl     learning-rate finder: its measurements, instead of metrics, samples and
     lr_finder.png       checkpoints
 
@@ -18,6 +20,7 @@ Loggers receive every metric and message.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -25,13 +28,14 @@ import math
 import os
 import shutil
 import textwrap
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llm_basics.core import files
+from llm_basics.core import config, files, presets
 from llm_basics.runs import inbox, lines, locks, loggers
+
+C = TypeVar("C", bound=config.Config)
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
@@ -39,6 +43,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 EVENTS = "events.jsonl"
 LR_FINDER = "lr_finder.jsonl"
+ROLLOUTS = "rollouts.jsonl"
 
 # keys in config.json, beside the options: the origin of each user piece, what losses are measured on, losses
 # to compare with, in nats, and the number of tokens of the training text
@@ -46,7 +51,9 @@ ORIGINS = "origins"
 HELD_OUT = "held_out"
 BASELINES = "baselines"
 TRAINING_TOKENS = "training_tokens"
-BESIDE_OPTIONS = (ORIGINS, HELD_OUT, BASELINES, TRAINING_TOKENS)
+# groups of options that one program has, and which programs
+PROGRAM_OPTIONS = ("rl", "dpo", "distill")
+BESIDE_OPTIONS = (ORIGINS, HELD_OUT, BASELINES, TRAINING_TOKENS, *PROGRAM_OPTIONS)
 
 
 class RunDir:
@@ -74,7 +81,7 @@ class RunDir:
         self.inbox = inbox.Inbox(self.folder)
         self.config: dict[str, Any] = {}
         # files whose last line may be torn: the next line starts with a newline
-        self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, EVENTS, "log.txt"}
+        self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, EVENTS, ROLLOUTS, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Write the resolved options to config.json; what it held besides is kept."""
@@ -111,6 +118,11 @@ class RunDir:
         """Record a text sampled after `step` updates."""
         entry = {"step": step, "attempt": self.attempt, "prompt": prompt, "text": text}
         self._append(SAMPLES, json.dumps(entry, ensure_ascii=False))
+
+    def rollout(self, step: int, **values: Any) -> None:
+        """Record a response that was sampled in a step of reinforcement learning."""
+        entry = {"step": step, "attempt": self.attempt, **values}
+        self._append(ROLLOUTS, json.dumps(entry, ensure_ascii=False, allow_nan=False))
 
     def tried(self, step: int, **values: float) -> None:
         """Record a step of the learning-rate finder."""
@@ -224,8 +236,24 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of the run in `folder`."""
+    """The options of the run in `folder` that every training run has."""
     return {name: value for name, value in _read_config(folder).items() if name not in BESIDE_OPTIONS}
+
+
+def load_options(folder: str | os.PathLike[str], defaults: C) -> C:
+    """The options of the run in `folder`, to go on with it.
+
+    Raises ValueError if the run is of another program than `defaults`.
+    """
+    found = _read_config(folder)
+    group = next((each.name for each in dataclasses.fields(defaults) if each.name in PROGRAM_OPTIONS), None)
+    other = next((name for name in PROGRAM_OPTIONS if name in found and name != group), None)
+    if other is not None:
+        raise ValueError(f"{folder} is a run of {other}; use python -m llm_basics.{other} --resume {folder}")
+    if group is not None and group not in found:
+        raise ValueError(f"{folder} must be a run of {group}, but its config.json has no {group} options")
+    kept = read_config(folder) | ({group: found[group]} if group is not None else {})
+    return presets.update(defaults, kept, origin=f"{folder}/config.json")
 
 
 def read_recorded(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -295,33 +323,6 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
     """Path of the checkpoint after `step` updates."""
     return Path(folder) / CHECKPOINTS / f"step_{step:08d}.safetensors"
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """A stopwatch that can be paused."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, or since the start, without pauses."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return seconds
-
-    def total(self) -> float:
-        """Seconds since the start, including pauses."""
-        return time.perf_counter() - self.start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the block from the lap."""
-        began = time.perf_counter()
-        yield
-        self.last += time.perf_counter() - began
 
 
 def _is_torn(path: Path) -> bool:

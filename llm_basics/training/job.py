@@ -8,7 +8,7 @@ from llm_basics.analysis import figures
 from llm_basics.cli import parse
 from llm_basics.core import config, evaluate, files
 from llm_basics.data import chat_template
-from llm_basics.runs import console, process, run_dir, signals
+from llm_basics.runs import console, process, run_dir, signals, stopwatch
 from llm_basics.training import distributed, job_errors, loop, lr_finder, memory, setup, state
 
 # time for loggers to finish after a request to stop
@@ -53,7 +53,7 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     )
 
 
-def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.Stopwatch) -> int:
+def work(training: state.TrainingState, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> int:
     """Train, or search for a learning rate; `clock` started with the program. Returns the exit status."""
     first_step = training.step
     setup.print_summary(training, output)
@@ -71,7 +71,7 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.S
 def main(
     options: config.Config,
     make: Callable[[config.Config], state.TrainingState] = setup.of_text,
-    work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int] = work,
+    work: Callable[[state.TrainingState, run_dir.RunDir, stopwatch.Stopwatch], int] = work,
 ) -> int:
     """Run `work` on the training state that `make` returns, in each process of a job.
 
@@ -86,10 +86,10 @@ def main(
 def run(
     options: config.Config,
     make: Callable[[config.Config], state.TrainingState],
-    work: Callable[[state.TrainingState, run_dir.RunDir, run_dir.Stopwatch], int],
+    work: Callable[[state.TrainingState, run_dir.RunDir, stopwatch.Stopwatch], int],
 ) -> int:
     """`main` in a process that has joined the others."""
-    clock = run_dir.Stopwatch()
+    clock = stopwatch.Stopwatch()
     # before the model is allocated, whose weights profit too
     process.tune_allocator()
     with signals.listening(), swap.restored():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llm_basics.core import files, trainer
+from llm_basics.core import files
 from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
 from llm_basics.training import distributed, steering
 from llm_basics.training import monitor as monitors
@@ -27,9 +27,7 @@ def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
             signals.poll()
             step, batches, options = state.step + 1, state.next_batches(), state.options.train
             try:
-                result = trainer.train_step(
-                    state.replica, state.optimizer, batches, step, options, monitor.accept
-                )
+                result = state.train_step(batches, monitor.accept)
             except FloatingPointError as error:
                 result = monitor.skip(step, batches, error)  # raises again unless on_nonfinite is "skip"
             state.advance()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_basics.core import dataloader, device, trainer
-from llm_basics.runs import process, run_dir
+from llm_basics.runs import process, run_dir, stopwatch
 from llm_basics.training import diagnostics, distributed
 from llm_basics.training import state as training_state
 
@@ -27,6 +27,7 @@ class _Pending:
     step: int
     batches: Sequence[dataloader.Batch]
     result: trainer.StepResult
+    observed: dict[str, float]
     random_state: list[Tensor]
     read: Callable[[], list[float]]
 
@@ -36,7 +37,7 @@ class Monitor:
 
     def __init__(self, state: training_state.TrainingState, output: run_dir.RunDir) -> None:
         self.state, self.output = state, output
-        self.clock = run_dir.Stopwatch()
+        self.clock = stopwatch.Stopwatch()
         self.accept = self._accept if state.options.train.on_spike == "skip" else None
         self.pending: _Pending | None = None
         # at the start of the next step
@@ -50,7 +51,9 @@ class Monitor:
         On a GPU this reads the metrics of the previous step. Raises as `skip` does if they are not finite.
         """
         before = self.pending
-        self.pending = _Pending(step, batches, result, self.random_state, start_reading(result))
+        self.pending = _Pending(
+            step, batches, result, self.state.observed, self.random_state, start_reading(result)
+        )
         self.random_state = process.random_state(self.state.device)
         if before is not None:
             self._settle(before)
@@ -99,18 +102,11 @@ class Monitor:
                 self._is_spike(step, loss)
         if math.isfinite(loss):
             self.n_skipped = 0
-        self._log(step, pending.batches, loss, norm, result)
+        self._log(pending, loss, norm, result)
 
-    def _log(
-        self,
-        step: int,
-        batches: Sequence[dataloader.Batch],
-        loss: float,
-        norm: float,
-        result: trainer.StepResult,
-    ) -> None:
+    def _log(self, pending: _Pending, loss: float, norm: float, result: trainer.StepResult) -> None:
         """Log metrics if due, or if the step was skipped."""
-        options = self.state.options.train
+        options, step = self.state.options.train, pending.step
         self.n_timed += 1
         if step % options.log_every and step not in (1, options.steps) and result.updated:
             return
@@ -119,10 +115,11 @@ class Monitor:
         self.output.metrics(
             step,
             train_loss=loss,
+            **pending.observed,
             lr=result.lr,
             grad_norm=norm,
             step_seconds=seconds,
-            tokens_per_second=sum(targets.numel() for _, targets in batches) / seconds,
+            tokens_per_second=sum(targets.numel() for _, targets, *_ in pending.batches) / seconds,
             eta_seconds=(options.steps - step) * seconds,
         )
 
@@ -177,14 +174,12 @@ class Monitor:
         def losses() -> Tensor:
             process.set_random_state(random_state, state.device)
             with device.precision(state.device, options.dtype):
-                return torch.stack(
-                    [trainer.batch_loss(state.model, *batch, options.z_loss) for batch in batches]
-                )
+                return torch.stack([state.batch_loss(batch) for batch in batches])
 
         process.set_random_state(random_state, state.device)
         state.optimizer.zero_grad(set_to_none=True)
         # gradients before clipping, which spreads non-finite values
-        trainer.accumulate_gradients(state.model, batches, options)
+        state.accumulate_gradients(batches)
         origin = diagnostics.find_nonfinite(state.model, losses)
         process.set_random_state(now, state.device)
         return origin

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm_basics import swap
 from llm_basics.cli import nested
-from llm_basics.core import config, evaluate, files, presets, trainer
+from llm_basics.core import config, evaluate, files, trainer
 from llm_basics.data import prepare
 from llm_basics.runs import checkpoint, console, loggers, process, run_dir, sharded_checkpoint, steering
 from llm_basics.training import distributed, memory, parallel, warm_start
@@ -111,7 +111,7 @@ def restarted(options: config.Config) -> config.Config:
     folder = options.resume or options.run_dir
     if not distributed.world().restarts or folder is None or not _checkpoints(folder):
         return options
-    saved = presets.update(config.Config(), run_dir.read_config(folder), f"{folder}/config.json")
+    saved = run_dir.load_options(folder, type(options)())
     return dataclasses.replace(saved, resume=str(folder))
 
 
@@ -173,8 +173,7 @@ def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir
     """Resume from the newest valid checkpoint of this run, and print what differs from then."""
     unused = {}
     found = None
-    origin = str(output.folder / "config.json")
-    before = presets.update(config.Config(), run_dir.read_config(output.folder), origin)
+    before = run_dir.load_options(output.folder, type(training.options)())
     # given on the command line: they replace what was recorded
     given = nested.differences(dataclasses.asdict(before), dataclasses.asdict(training.options))
     changes = [change for change in steering.read_changes(output.folder) if change.name not in given]

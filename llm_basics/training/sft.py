@@ -1,17 +1,19 @@
 """Supervised fine-tuning (SFT): train on conversations, with the loss on the assistant's replies only."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from llm_basics.core import config, dataloader, generate
 from llm_basics.data import chat_template, prepare, sft_dataset, synthetic_qa, tokenizer_formats
-from llm_basics.runs import run_dir, signals
+from llm_basics.runs import run_dir, signals, stopwatch
 from llm_basics.training import distributed, job, state
 
 # held-out conversations printed before and after training, and those scored for accuracy
@@ -19,6 +21,8 @@ N_PRINTED, N_SCORED = 12, 500
 
 # longest text printed on a line
 LINE_CHARACTERS = 90
+
+C = TypeVar("C", bound=config.Config)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,12 @@ class TestCase:
     question: str
     expected: str
     kind: str
+
+
+@functools.cache
+def kinds() -> dict[str, str]:
+    """The kind of each synthetic question."""
+    return {pair.question: pair.kind for pair in synthetic_qa.all_pairs()}
 
 
 class SftState(state.TrainingState):
@@ -65,15 +75,15 @@ class SftState(state.TrainingState):
 
     def test_cases(self, most: int) -> list[TestCase]:
         """At most `most` of the held-out conversations, evenly spaced."""
-        kinds = {pair.question: pair.kind for pair in synthetic_qa.all_pairs()}
-        found = []
-        for row in sft_dataset.evenly(self.held_out_rows.rows, most):
-            *earlier, start = np.flatnonzero(sft_dataset.message_starts(row.ids, self.tokenizer)).tolist()
-            ids = row.ids.tolist()
-            question = self.tokenizer.decode(ids[earlier[-1] + 1 : start - 1]) if earlier else ""
-            expected = self.tokenizer.decode(ids[start + 1 :])
-            found.append(TestCase(ids[: start + 1], question, expected, kinds.get(question, "all")))
-        return found
+        return [self.test_case(row) for row in sft_dataset.evenly(self.held_out_rows.rows, most)]
+
+    def test_case(self, row: sft_dataset.Example) -> TestCase:
+        """A conversation as a prompt and its expected reply."""
+        *earlier, start = np.flatnonzero(sft_dataset.message_starts(row.ids, self.tokenizer)).tolist()
+        ids = row.ids.tolist()
+        question = self.tokenizer.decode(ids[earlier[-1] + 1 : start - 1]) if earlier else ""
+        expected = self.tokenizer.decode(ids[start + 1 :])
+        return TestCase(ids[: start + 1], question, expected, kinds().get(question, "all"))
 
     def reply(self, case: TestCase) -> str:
         """The model's greedy reply, with `<|end|>` if it ended. Polls signals."""
@@ -85,8 +95,8 @@ class SftState(state.TrainingState):
         return self.tokenizer.decode(ids + [end] * (len(ids) < most))
 
 
-def make(options: config.Config) -> SftState:
-    """The state of a fine-tuning run on the conversations of `options.data`."""
+def prepared(options: C, command: str = "sft") -> tuple[C, prepare.Prepared]:
+    """The conversations of `options.data` as token files, and the options with their vocabulary size."""
     if options.init_from is None and options.resume is None:
         raise ValueError(
             "--init_from must name the run to fine-tune (or newest), got none; or resume with --resume"
@@ -100,16 +110,21 @@ def make(options: config.Config) -> SftState:
         tokenizer = tokenizer_formats.load(Path(options.resume) / "tokenizer")
         if not chat_template.is_chat(tokenizer):
             raise ValueError(
-                f"--resume must name a run of sft, but the tokenizer of {options.resume} has no <|user|>; "
-                f"fine-tune it with --init_from {options.resume}, or resume it with python -m "
+                f"--resume must name a run of {command}, but the tokenizer of {options.resume} has no "
+                f"<|user|>; fine-tune it with --init_from {options.resume}, or resume it with python -m "
                 f"llm_basics.train --resume {options.resume}"
             )
-    prepared = distributed.main_first(lambda: sft_dataset.prepare_conversations(options))
-    model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
-    return SftState(dataclasses.replace(options, model=model), prepared)
+    found = distributed.main_first(lambda: sft_dataset.prepare_conversations(options))
+    model = dataclasses.replace(options.model, vocab_size=found.tokenizer.vocab_size)
+    return dataclasses.replace(options, model=model), found
 
 
-def work(training: state.TrainingState, output: run_dir.RunDir, clock: run_dir.Stopwatch) -> int:
+def make(options: config.Config) -> SftState:
+    """The state of a fine-tuning run on the conversations of `options.data`."""
+    return SftState(*prepared(options))
+
+
+def work(training: state.TrainingState, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> int:
     """Train, and print the replies to held-out questions before and after."""
     assert isinstance(training, SftState), "from `make`"
     rows, printed = training.train_rows, training.test_cases(N_PRINTED)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_basics import swap, user_code
 from llm_basics.cli import nested
@@ -19,7 +19,7 @@ from llm_basics.core import model as models
 from llm_basics.data import prepare, shards
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, process, sharded_checkpoint, signals, steering
-from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel
+from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel, user_model
 
 T = TypeVar("T")
 
@@ -44,28 +44,6 @@ RENAMED = {"looked": "evaluated", "windows": "sequences"}
 REQUIRED: dict[str, Any] = dict.fromkeys(("config", "environment", "spikes"), dict)
 REQUIRED |= {"data": str, "sequences": int, "evaluated": bool}
 REQUIRED |= dict.fromkeys(("val_loss", "best_loss"), int | float | None)
-
-
-def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
-    """Raise ValueError if user code made other parameters than those of the model config."""
-    if not swap.user_pieces():
-        return
-    with swap.reference_only():
-        wanted = models.TransformerLM(expected, device="meta").state_dict()
-    found = model.state_dict()
-    differences = [f"missing parameter {name}" for name in wanted.keys() - found.keys()]
-    differences += [f"unexpected parameter {name}" for name in found.keys() - wanted.keys()]
-    differences += [
-        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if differences:
-        listed = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
-        raise ValueError(
-            f"your model's parameters do not match the config: {listed}; implement the options of the "
-            "config, or train without them (q_norm and k_norm: --model.no-qk_norm)"
-        )
 
 
 class TrainingState:
@@ -99,7 +77,7 @@ class TrainingState:
         self.model.to(torch.device("cpu") if self.is_sharded else self.device)
         # what training steps call: the model, or its wrapper in a job of several processes
         self.replica: nn.Module = self.model
-        check_parameters(self.model, model)
+        user_model.check_parameters(self.model, model)
         of_one_shape = isinstance(self.batches, dataloader.Batches)
         how = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
@@ -117,6 +95,8 @@ class TrainingState:
         self.saved: tuple[int, float | None] | None = None
         self.saved_in: Path | None = None
         self.spikes = diagnostics.SpikeDetector()
+        # metrics of the last step beside its loss
+        self.observed: dict[str, float] = {}
         # writes sharded checkpoints, if any; the one that was resumed from, to be loaded by shards
         self.writer: sharded_checkpoint.Writer | None = None
         self.shards: Path | None = None
@@ -170,6 +150,22 @@ class TrainingState:
         train = self.options.train
         firsts = range(self.sequences, self.sequences + self.sequences_per_step, train.batch_size)
         return [distributed.rows(self.batches.starting_at(first)) for first in firsts]
+
+    def train_step(
+        self, batches: Sequence[dataloader.Batch], accept: Callable[[float], bool] | None = None
+    ) -> trainer.StepResult:
+        """One optimizer step on `batches`, see `trainer.train_step`."""
+        return trainer.train_step(
+            self.replica, self.optimizer, batches, self.step + 1, self.options.train, accept
+        )
+
+    def accumulate_gradients(self, batches: Sequence[dataloader.Batch]) -> Tensor:
+        """Accumulate the gradients of the loss of `batches`, without a wrapper; returns this loss."""
+        return trainer.accumulate_gradients(self.model, batches, self.options.train)
+
+    def batch_loss(self, batch: dataloader.Batch) -> Tensor:
+        """The loss of one batch, without a wrapper."""
+        return trainer.batch_loss(self.model, *batch, self.options.train.z_loss)
 
     def advance(self) -> None:
         """Count one completed step."""
@@ -291,7 +287,7 @@ class TrainingState:
                 f"{path} must be a checkpoint of a training run, but lacks {', '.join(sorted(missing))}"
             )
         # an option newer than the checkpoint has its default
-        saved = presets.update(config.Config(), metadata["config"], origin=str(path))
+        saved = presets.update(type(self.options)(), metadata["config"], origin=str(path))
         saved = steering.at_step(saved, changes, metadata["step"])
         self.options = steering.at_step(self.options, changes, metadata["step"])
         now, then = dataclasses.asdict(self.options), dataclasses.asdict(saved)

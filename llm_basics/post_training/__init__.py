@@ -1,0 +1,1 @@
+"""Post-training: reinforcement learning from rewards, preference optimization, distillation."""

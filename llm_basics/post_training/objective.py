@@ -1,0 +1,109 @@
+"""A training run with a loss of its own: the step of `core.trainer`, with that loss in its place.
+
+The promises of a training run hold for it (resume, signals, non-finite losses). But: it runs in one process.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_basics.core import config, device, optim, trainer
+from llm_basics.core import model as models
+from llm_basics.runs import checkpoint, run_dir, stopwatch
+from llm_basics.training import distributed, sft
+
+# weights of the initial model, in the run directory: a resumed run compares with the same ones
+REFERENCE = "reference.safetensors"
+
+
+class ObjectiveState(sft.SftState):
+    """The state of a run whose loss is `loss_of`, on conversations."""
+
+    n_updates = 1
+    """Optimizer updates in a step."""
+
+    @abc.abstractmethod
+    def loss_of(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """The mean loss over the rows of a batch, and metrics."""
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        return self.loss_of(batch)[0]
+
+    def accumulate_gradients(self, batches: Sequence[Any]) -> Tensor:
+        """Accumulate the gradients of the mean loss over all rows of `batches`, which have equal numbers."""
+        total = torch.zeros((), device=self.device)
+        observed: dict[str, float] = {}
+        for batch in batches:
+            with device.precision(self.device, self.options.train.dtype):
+                loss, seen = self.loss_of(batch)
+            share = loss / len(batches)
+            share.backward()
+            total += share.detach()
+            for name, value in seen.items():
+                observed[name] = observed.get(name, 0.0) + value / len(batches)
+        self.observed = self.observed | observed
+        return total
+
+    def train_step(
+        self, batches: Sequence[Any], accept: Callable[[float], bool] | None = None
+    ) -> trainer.StepResult:
+        """`trainer.train_step` with the gradients of `accumulate_gradients`, `n_updates` times.
+
+        Dropout is off: log-probabilities must be those that responses were sampled with. A loss that is not
+        finite in a later update leaves the weights after the update before.
+        """
+        self.model.eval()
+        step, options = self.step + 1, self.options.train
+        lr = trainer.learning_rate(step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(self.n_updates):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.accumulate_gradients(batches)
+            norm = optim.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
+            trainer.check_finite(step, lr, loss, norm)
+            if accept is not None and not accept(loss.item()):
+                return trainer.StepResult(loss, norm, lr, updated=False)
+            self.optimizer.step()
+        return trainer.StepResult(loss, norm, lr)
+
+
+def check(options: config.Config, command: str) -> None:
+    """Raise ValueError for options of a training run that `command` does not have."""
+    if distributed.world().size > 1:
+        raise ValueError(f"{command} must run in one process, got {distributed.world().size}; omit torchrun")
+    for name, is_used in (
+        ("find_lr", options.find_lr),
+        ("replay", options.replay is not None),
+        ("packing", options.packing == "on"),
+        ("train.compile", options.train.compile in ("on", "graphs")),
+        ("train.stride", options.train.stride is not None),
+    ):
+        if is_used:
+            raise ValueError(f"{command} has no --{name}; omit it")
+
+
+def work(training: sft.SftState, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> int:
+    """Train, and print the exact matches on held-out questions before and after."""
+    if training.step == 0:
+        output.log("\nbefore the first step:")
+        sft.print_accuracy(training, output)
+    return sft.work(training, output, clock)
+
+
+def reference(model: models.TransformerLM, output: run_dir.RunDir, step: int) -> models.TransformerLM:
+    """A frozen copy of `model` before its first step, kept in the run directory for a resume."""
+    path = output.folder / REFERENCE
+    if step == 0:
+        checkpoint.save_checkpoint(model, optim.AdamW([nn.Parameter(torch.empty(0))]), step, path)
+    if not path.exists():
+        raise ValueError(
+            f"{path} must hold the weights of the initial model, but is missing; put it back, or start again"
+        )
+    frozen = models.TransformerLM(model.config, device=model.lm_head.weight.device)
+    checkpoint.load_checkpoint(path, frozen)
+    return frozen.eval().requires_grad_(False)

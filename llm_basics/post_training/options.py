@@ -1,0 +1,91 @@
+"""Options of the programs of post-training, beside those of every training run."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from llm_basics.core import config, option_types
+
+Size = Annotated[int, option_types.Range(ge=2, most=10**5)]
+
+
+@dataclass(frozen=True)
+class RlOptions(option_types.Options):
+    """Options of reinforcement learning from rewards of groups of responses."""
+
+    prefix: ClassVar[str] = "rl."
+
+    reward: str = "exact"
+    """Reward of a response: exact (the whole response is the expected one), number (its last number is),
+    tagged (the answer in <answer></answer> is), or FILE.py:FUNCTION of (prompt, response, expected)."""
+    group_size: Size = 16
+    """Responses to each prompt, which are compared with each other."""
+    max_new_tokens: option_types.Count = 24
+    """Longest response in tokens; one that is cut off has the reward 0."""
+    method: Literal["none", "noclip", "grpo", "gspo"] = "grpo"
+    """Loss of a token: -A log p (none), or with the importance ratio, of the token (noclip, and clipped
+    grpo) or of the response (gspo)."""
+    baseline: Literal["mean", "none"] = "mean"
+    """Subtracted from the rewards of a group: their mean, or nothing."""
+    normalizer: Literal["std", "mean", "none"] = "std"
+    """Advantages of a group are divided by its standard deviation (GRPO), its mean (MaxRL), or nothing."""
+    normalization: Literal["sequence", "constant"] = "sequence"
+    """Mean of the loss over each response (GRPO), or its sum over max_new_tokens (constant, Dr. GRPO)."""
+    updates: option_types.Count = 1
+    """Optimizer updates on the responses of a step."""
+    cliprange: option_types.Positive = 0.2
+    """Ratios are clipped to 1 - cliprange and 1 + cliprange; without effect on the first update."""
+    kl: option_types.NonNegative = 0.0
+    """Weight of the KL divergence from the initial model in the loss (estimator k3)."""
+    record_every: int = 10
+    """Number of steps between records of all responses in rollouts.jsonl. 0: none."""
+
+
+@dataclass(frozen=True)
+class DpoOptions(option_types.Options):
+    """Options of direct preference optimization."""
+
+    prefix: ClassVar[str] = "dpo."
+
+    pairs: str | None = None
+    """JSONL file of prompt, chosen, rejected. None: --data if it has them, else pairs made of the model's own
+    responses to the prompts of --data, by comparing with the expected ones."""
+    samples: Size = 8
+    """Responses to each prompt from which pairs are made."""
+    prompts: option_types.Count = 1000
+    """Number of prompts to which they are sampled."""
+    max_new_tokens: option_types.Count = 24
+    """Longest of these responses in tokens."""
+    beta: option_types.Positive = 0.1
+    """How much a preference counts against staying close to the initial model."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of a pair: DPO (sigmoid), or IPO, which ends at a margin."""
+    label_smoothing: Annotated[float, option_types.Range(ge=0, lt=0.5)] = 0.0
+    """Probability that a pair is the wrong way round (sigmoid only)."""
+
+
+@dataclass(frozen=True)
+class RlConfig(config.Config):
+    """Train a fine-tuned model on rewards of its own responses (GRPO and relatives)."""
+
+    rl: RlOptions = field(default_factory=RlOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n, group = self.train.batch_size * self.train.grad_accumulation_steps, self.rl.group_size
+        if n % group:
+            raise ValueError(
+                "train.batch_size times train.grad_accumulation_steps, the responses of a step, must be "
+                f"divisible by rl.group_size, got {n} and {group}"
+            )
+        if self.rl.max_new_tokens >= self.model.context_length:
+            raise ValueError(
+                f"rl.max_new_tokens must be below model.context_length {self.model.context_length}, got "
+                f"{self.rl.max_new_tokens}; a prompt needs room as well"
+            )
+
+
+@dataclass(frozen=True)
+class DpoConfig(config.Config):
+    """Train a fine-tuned model on pairs of responses, of which one is preferred (DPO)."""
+
+    dpo: DpoOptions = field(default_factory=DpoOptions)

@@ -1,0 +1,143 @@
+"""Reinforcement learning from rewards of groups of responses (GRPO and relatives, arXiv 2402.03300).
+
+A step samples several responses to each of some prompts, rewards them, and raises the probability of those
+that are better than the others of their group.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_basics.alignment import policy_gradient, response_log_probs
+from llm_basics.core import config
+from llm_basics.core import model as models
+from llm_basics.data import prepare
+from llm_basics.post_training import diagnosis, objective, rollouts
+from llm_basics.post_training import options as post_options
+from llm_basics.runs import run_dir, stopwatch
+from llm_basics.training import job, sft
+
+
+class RlState(objective.ObjectiveState):
+    """The state of a run of reinforcement learning."""
+
+    options: post_options.RlConfig
+    output: run_dir.RunDir
+    reference: models.TransformerLM | None = None
+
+    def __init__(self, options: post_options.RlConfig, prepared: prepare.Prepared) -> None:
+        super().__init__(options, prepared)
+        self.reward = rollouts.load_reward(options.rl.reward)
+        self.n_updates = options.rl.updates
+        room = options.model.context_length - options.rl.max_new_tokens
+        cases = [self.test_case(row) for row in self.train_rows.rows]
+        self.prompts = [case for case in cases if len(case.ids) <= room]
+        self.n_left_out = len(cases) - len(self.prompts)
+        if not self.prompts:
+            raise ValueError(
+                f"a prompt must fit into model.context_length {options.model.context_length} with "
+                f"rl.max_new_tokens {options.rl.max_new_tokens}, but none of {len(cases):,} does"
+            )
+        self.diagnosis = diagnosis.Diagnosis(options.rl.group_size, options.rl.max_new_tokens)
+        self._order = functools.lru_cache(maxsize=2)(self._arrange)
+
+    def _arrange(self, epoch: int) -> Int[np.ndarray, " prompts"]:
+        """The order of the prompts in `epoch`."""
+        return np.random.default_rng((self.options.train.seed, epoch)).permutation(len(self.prompts))
+
+    def next_cases(self) -> list[sft.TestCase]:
+        """The prompts of the next step, each as often as its group is large."""
+        size = self.options.rl.group_size
+        first, n = self.sequences // size, self.sequences_per_step // size
+        places = (divmod(number, len(self.prompts)) for number in range(first, first + n))
+        return [self.prompts[self._order(epoch)[index]] for epoch, index in places for _ in range(size)]
+
+    def next_batches(self) -> list[Any]:
+        """Sample the rollouts of the next step. Polls signals."""
+        train, options, step = self.options.train, self.options.rl, self.step + 1
+        cases = self.next_cases()
+        found = rollouts.sample(
+            self.model,
+            self.tokenizer,
+            cases,
+            options.max_new_tokens,
+            rollouts.seeds(train.seed, step, len(cases)),
+            self.reward,
+        )
+        found = rollouts.with_advantages(found, options)
+        self.observed = rollouts.statistics(found, options.group_size)
+        self.model.eval()
+        size, length = train.batch_size, self.options.model.context_length
+        batches = [
+            rollouts.collate(found[i : i + size], self.model, length, self.device)
+            for i in range(0, len(found), size)
+        ]
+        for finding in self.diagnosis.look(step, found):
+            self.output.log(f"step {step}: {finding}")
+            self.output.event(step, "finding", reason=finding)
+        if options.record_every and step % options.record_every == 0:
+            log_probs = [row for batch in batches for row in rows_of(batch)]
+            for number, (rollout, row) in enumerate(zip(found, log_probs, strict=True)):
+                self.output.rollout(step, **rollouts.as_record(rollout, number, options.group_size, row))
+        return batches
+
+    def loss_of(self, batch: rollouts.Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """The policy-gradient loss of a batch of rollouts, with the KL penalty if it has a weight."""
+        options = self.options.rl
+        scored = response_log_probs.get_response_log_probs(
+            self.model, batch.inputs, batch.labels, return_token_entropy=True
+        )
+        losses, seen = policy_gradient.compute_policy_gradient_loss(
+            batch.advantages,
+            scored["log_probs"],
+            options.method,
+            batch.old_log_probs,
+            options.cliprange,
+            batch.response_mask,
+        )
+        mask, observed = batch.response_mask, {name: value.item() for name, value in seen.items()}
+        if self.reference is not None:
+            with torch.no_grad():
+                known = response_log_probs.get_response_log_probs(self.reference, batch.inputs, batch.labels)
+            kl = policy_gradient.kl_penalty(scored["log_probs"], known["log_probs"])
+            losses = losses + options.kl * kl
+            observed["kl"] = response_log_probs.masked_mean(kl.detach(), mask).item()
+        loss = policy_gradient.aggregate_loss_across_microbatch(
+            losses, mask, options.normalization, options.max_new_tokens * len(losses)
+        )
+        entropy = response_log_probs.masked_mean(scored["token_entropy"].detach(), mask)
+        return loss, observed | {"token_entropy": entropy.item()}
+
+
+def rows_of(batch: rollouts.Batch) -> list[list[float]]:
+    """The log-probability of each token of each response, when it was sampled."""
+    rows = zip(batch.old_log_probs, batch.response_mask, strict=True)
+    return [log_probs[mask].tolist() for log_probs, mask in rows]
+
+
+def make(options: config.Config) -> RlState:
+    """The state of a run on the prompts of `options.data`."""
+    assert isinstance(options, post_options.RlConfig), "from the command"
+    objective.check(options, "rl")
+    return RlState(*sft.prepared(options, "rl"))
+
+
+def work(training: Any, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> int:
+    """Train, and print the exact answers to held-out questions before and after."""
+    training.output = output
+    if training.options.rl.kl:
+        training.reference = objective.reference(training.model, output, training.step)
+    output.log(
+        f"rl        {len(training.prompts):,} prompts, {training.n_left_out:,} dropped (too long); "
+        f"{training.sequences_per_step:,} responses a step in groups of {training.options.rl.group_size}"
+    )
+    return objective.work(training, output, clock)
+
+
+def main(options: config.Config) -> int:
+    """Train on rewards. Returns the exit status."""
+    return job.main(options, make, work)

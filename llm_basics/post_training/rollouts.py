@@ -1,0 +1,184 @@
+"""Rollouts: responses that a model samples to prompts, with their rewards and advantages.
+
+Each response has a seed of its own, so that the responses of a group differ, and a resumed run draws the same
+ones. The ids that were sampled are those that are trained on: text that is encoded again may have others.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_basics.alignment import advantages, response_log_probs, rewards
+from llm_basics.core import dataloader
+from llm_basics.core import model as models
+from llm_basics.core import tokenizer as tokenizers
+from llm_basics.data import chat_template, sft_dataset
+from llm_basics.inference import engine, user_reward
+from llm_basics.post_training import options as post_options
+from llm_basics.runs import signals
+from llm_basics.training import sft
+
+BUILT_IN = {
+    "exact": rewards.exact_match_reward,
+    "number": rewards.number_reward,
+    "tagged": rewards.tagged_answer_reward,
+}
+
+# prompt, response and expected response -> reward, and its parts
+Reward = Callable[[str, str, str], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response to a prompt. `ids` end with `<|end|>` unless the response was cut off."""
+
+    case: sft.TestCase
+    ids: list[int]
+    text: str
+    ended: bool
+    is_exact: bool
+    parts: dict[str, float]
+    advantage: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        return self.parts["reward"]
+
+
+class Batch(NamedTuple):
+    """Rows of rollouts for a forward pass; `labels` are the next tokens, and the mask is of responses."""
+
+    inputs: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    response_mask: Bool[Tensor, "batch seq"]
+    advantages: Float[Tensor, " batch"]
+    old_log_probs: Float[Tensor, "batch seq"]
+
+
+def load_reward(name: str) -> Reward:
+    """The reward function of an `rl.reward`: one of BUILT_IN, or FILE.py:FUNCTION."""
+    if name in BUILT_IN:
+        built_in = BUILT_IN[name]
+        return lambda prompt, response, expected: built_in(response, expected)
+    if ".py" not in name:
+        raise ValueError(f"rl.reward must be {', '.join(BUILT_IN)} or FILE.py:FUNCTION, got {name!r}")
+    score = user_reward.load(name)
+    return lambda prompt, response, expected: {"reward": score(prompt, response, expected)}
+
+
+def seeds(seed: int, step: int, n: int) -> list[int]:
+    """The seeds of the `n` responses of a step, all different."""
+    found = np.random.SeedSequence((seed, step)).generate_state(n, np.uint64)
+    return [int(value) >> 1 for value in found]
+
+
+def sample(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    cases: Sequence[sft.TestCase],
+    max_new_tokens: int,
+    sample_seeds: Sequence[int],
+    reward: Reward,
+) -> list[Rollout]:
+    """A response of the model to each case, at temperature 1. Polls signals."""
+    end = tokenizer.special_id(chat_template.END)
+    device = model.lm_head.weight.device
+
+    def poll(row: int, token: int) -> bool:
+        signals.poll()
+        return False
+
+    sampled = engine.generate_batch(
+        model,
+        [torch.tensor(case.ids, device=device) for case in cases],
+        max_new_tokens,
+        stop_id=end,
+        generators=[torch.Generator().manual_seed(seed) for seed in sample_seeds],
+        ends_with=poll,
+    )
+    return [
+        score(case, ids, len(ids) < max_new_tokens, tokenizer, reward)
+        for case, ids in zip(cases, sampled, strict=True)
+    ]
+
+
+def score(
+    case: sft.TestCase, ids: list[int], ended: bool, tokenizer: tokenizers.Tokenizer, reward: Reward
+) -> Rollout:
+    """A response with its reward: 0 if it was cut off, which has no answer yet."""
+    text, expected = tokenizer.decode(ids), case.expected.removesuffix(chat_template.END)
+    parts = reward(case.question, text, expected)
+    if not ended:
+        parts = dict.fromkeys(parts, 0.0)
+    is_exact = ended and rewards.same_answer(text, expected)
+    return Rollout(
+        case, ids + [tokenizer.special_id(chat_template.END)] * ended, text, ended, is_exact, parts
+    )
+
+
+def with_advantages(found: Sequence[Rollout], options: post_options.RlOptions) -> list[Rollout]:
+    """The rollouts, whose groups stand in a row, with their advantages."""
+    values, _ = advantages.compute_group_normalized_rewards(
+        torch.tensor([rollout.reward for rollout in found]),
+        options.group_size,
+        options.baseline,
+        advantage_normalizer=options.normalizer,
+    )
+    pairs = zip(found, values.tolist(), strict=True)
+    return [dataclasses.replace(rollout, advantage=value) for rollout, value in pairs]
+
+
+@torch.no_grad()
+def collate(
+    found: Sequence[Rollout], model: models.TransformerLM, context_length: int, device: torch.device
+) -> Batch:
+    """The rollouts as rows, with the log-probabilities of the model that sampled them."""
+    rows = []
+    for rollout in found:
+        ids = np.array(rollout.case.ids + rollout.ids)
+        rows.append(sft_dataset.Example(ids, np.arange(len(ids)) >= len(rollout.case.ids)))
+    inputs, targets = sft_dataset.collate(rows, context_length, device)
+    mask, labels = targets != dataloader.IGNORE_INDEX, targets.clamp(min=0)
+    old = response_log_probs.get_response_log_probs(model, inputs, labels)["log_probs"]
+    values = torch.tensor([rollout.advantage for rollout in found], device=device)
+    return Batch(inputs, labels, mask, values, old)
+
+
+def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
+    """Means over the rollouts of a step: rewards and their parts, exact answers, lengths, and the share of
+    groups whose rewards are all equal."""
+    metrics = {name: _mean([r.parts[name] for r in found]) for name in found[0].parts}
+    groups = [found[i : i + group_size] for i in range(0, len(found), group_size)]
+    return metrics | {
+        "exact": _mean([r.is_exact for r in found]),
+        "response_tokens": _mean([len(r.ids) for r in found]),
+        "cut_off": _mean([not r.ended for r in found]),
+        "zero_variance": _mean([len({r.reward for r in group}) == 1 for group in groups]),
+    }
+
+
+def as_record(rollout: Rollout, number: int, group_size: int, log_probs: Sequence[float]) -> dict[str, Any]:
+    """A line of rollouts.jsonl: response `number` of a step, and the log-probability of each token."""
+    return {
+        "group": number // group_size,
+        "prompt": rollout.case.question,
+        "expected": rollout.case.expected.removesuffix(chat_template.END),
+        "kind": rollout.case.kind,
+        "text": rollout.text,
+        "tokens": rollout.ids,
+        "ended": rollout.ended,
+        "log_probs": [round(value, 5) for value in log_probs],
+        **rollout.parts,
+        "exact": rollout.is_exact,
+        "advantage": rollout.advantage,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

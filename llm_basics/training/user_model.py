@@ -1,0 +1,29 @@
+"""A model of user code: its parameters must be those of the reference, for checkpoints and warm starts."""
+
+from torch import nn
+
+from llm_basics import swap
+from llm_basics.core import config
+from llm_basics.core import model as models
+
+
+def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
+    """Raise ValueError if user code made other parameters than those of the model config."""
+    if not swap.user_pieces():
+        return
+    with swap.reference_only():
+        wanted = models.TransformerLM(expected, device="meta").state_dict()
+    found = model.state_dict()
+    differences = [f"missing parameter {name}" for name in wanted.keys() - found.keys()]
+    differences += [f"unexpected parameter {name}" for name in found.keys() - wanted.keys()]
+    differences += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if differences:
+        listed = "; ".join(sorted(differences)[:3]) + (" ..." if len(differences) > 3 else "")
+        raise ValueError(
+            f"your model's parameters do not match the config: {listed}; implement the options of the "
+            "config, or train without them (q_norm and k_norm: --model.no-qk_norm)"
+        )
