@@ -143,7 +143,7 @@ def test_checkpoints_are_listed_newest_first(tmp_path):
 
 def test_stopwatch_leaves_out_pauses(monkeypatch):
     now = iter([0.0, 1.0, 5.0, 6.0, 7.0])
-    monkeypatch.setattr(run_dir.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now))
     watch = stopwatch.Stopwatch()
     with watch.paused():
         pass

@@ -19,6 +19,9 @@ from llm_basics.training import distributed, sft
 # weights of the initial model, in the run directory: a resumed run compares with the same ones
 REFERENCE = "reference.safetensors"
 
+# held-out prompts whose greedy replies are compared in an evaluation
+N_EXACT = 200
+
 
 class ObjectiveState(sft.SftState):
     """The state of a run whose loss is `loss_of`, on conversations."""
@@ -47,6 +50,12 @@ class ObjectiveState(sft.SftState):
                 observed[name] = observed.get(name, 0.0) + value / len(batches)
         self.observed = self.observed | observed
         return total
+
+    def evaluate(self, max_batches: int) -> dict[str, float]:
+        """The metrics of fine-tuning, and the share of exact replies to held-out prompts."""
+        cases = self.test_cases(N_EXACT)
+        exact = sum(self.reply(case) == case.expected for case in cases) / len(cases)
+        return super().evaluate(max_batches) | {"val_exact": exact}
 
     def train_step(
         self, batches: Sequence[Any], accept: Callable[[float], bool] | None = None

@@ -69,20 +69,6 @@ class RlConfig(config.Config):
 
     rl: RlOptions = field(default_factory=RlOptions)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        n, group = self.train.batch_size * self.train.grad_accumulation_steps, self.rl.group_size
-        if n % group:
-            raise ValueError(
-                "train.batch_size times train.grad_accumulation_steps, the responses of a step, must be "
-                f"divisible by rl.group_size, got {n} and {group}"
-            )
-        if self.rl.max_new_tokens >= self.model.context_length:
-            raise ValueError(
-                f"rl.max_new_tokens must be below model.context_length {self.model.context_length}, got "
-                f"{self.rl.max_new_tokens}; a prompt needs room as well"
-            )
-
 
 @dataclass(frozen=True)
 class DpoConfig(config.Config):

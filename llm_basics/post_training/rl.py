@@ -123,6 +123,17 @@ def make(options: config.Config) -> RlState:
     """The state of a run on the prompts of `options.data`."""
     assert isinstance(options, post_options.RlConfig), "from the command"
     objective.check(options, "rl")
+    n, group = options.train.batch_size * options.train.grad_accumulation_steps, options.rl.group_size
+    if n % group:
+        raise ValueError(
+            "train.batch_size times train.grad_accumulation_steps, the responses of a step, must be "
+            f"divisible by rl.group_size, got {n} and {group}"
+        )
+    if options.rl.max_new_tokens >= options.model.context_length:
+        raise ValueError(
+            f"rl.max_new_tokens must be below model.context_length {options.model.context_length}, got "
+            f"{options.rl.max_new_tokens}; a prompt needs room as well"
+        )
     return RlState(*sft.prepared(options, "rl"))
 
 

@@ -7,6 +7,7 @@ ones. The ids that were sampled are those that are trained on: text that is enco
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,13 +154,13 @@ def collate(
 def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
     """Means over the rollouts of a step: rewards and their parts, exact answers, lengths, and the share of
     groups whose rewards are all equal."""
-    metrics = {name: _mean([r.parts[name] for r in found]) for name in found[0].parts}
+    metrics = {name: fmean([r.parts[name] for r in found]) for name in found[0].parts}
     groups = [found[i : i + group_size] for i in range(0, len(found), group_size)]
     return metrics | {
-        "exact": _mean([r.is_exact for r in found]),
-        "response_tokens": _mean([len(r.ids) for r in found]),
-        "cut_off": _mean([not r.ended for r in found]),
-        "zero_variance": _mean([len({r.reward for r in group}) == 1 for group in groups]),
+        "exact": fmean([r.is_exact for r in found]),
+        "response_tokens": fmean([len(r.ids) for r in found]),
+        "cut_off": fmean([not r.ended for r in found]),
+        "zero_variance": fmean([len({r.reward for r in group}) == 1 for group in groups]),
     }
 
 
@@ -178,7 +179,3 @@ def as_record(rollout: Rollout, number: int, group_size: int, log_probs: Sequenc
         "exact": rollout.is_exact,
         "advantage": rollout.advantage,
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
