@@ -220,7 +220,7 @@ def test_adamw_defaults():
         (["--train.betas", "2", "3"], "train.betas must be at least 0 and below 1, got (2.0, 3.0)"),
         (["--resume", "r", "--run_dir", "x"], "--resume cannot be combined with --run_dir"),
         (["--config"], "Missing value for argument '--config'"),
-        (["--config", "tini"], "--config must be a preset (gpt2-medium, "),
+        (["--config", "tini"], "--config must be a preset (dpo, gpt2-medium, "),
         (["--resume", "nowhere"], "a run directory must hold config.json, got nowhere"),
     ],
 )
