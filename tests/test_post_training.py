@@ -236,6 +236,20 @@ def test_rollouts_record_what_was_trained_on(home):
     training.output.close()
 
 
+def test_prompts_can_be_others_than_those_of_the_data(home):
+    lines = [{"prompt": f"{a}{b}?", "completion": a} for a in "ax" for b in "stuvwxyz"]
+    (home / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = rl.make(rl_options(home, "rl", prompts=str(home / "more.jsonl")))
+    held_out = {case.question for case in training.test_cases(99)}
+    questions = [case.question for case in training.prompts]
+    assert "xs?" in questions and held_out & {line["prompt"] for line in lines}
+    assert (
+        not held_out & set(questions)
+        and len(questions) + len(held_out & {f"a{b}?" for b in "stuvwxyz"}) == 16
+    )
+    assert {case.expected for case in training.prompts} == {"a<|end|>", "x<|end|>"}
+
+
 def test_a_response_that_is_cut_off_has_no_reward(home):
     training = started(rl_options(home, "rl"), rl.make)
     case = training.prompts[0]

@@ -76,13 +76,15 @@ def prepare_conversations(
 def load_conversations(source: str, on_bad_utf8: str | None = None) -> list[list[chat_template.Message]]:
     """The conversations of a file (`chat_template.read_conversations`), or `demo` (`synthetic_qa`)."""
     if source == "demo":
-        return [
-            [chat_template.Message("user", pair.question), chat_template.Message("assistant", pair.answer)]
-            for pair in synthetic_qa.all_pairs()
-        ]
+        return [as_messages(pair) for pair in synthetic_qa.all_pairs()]
     if not Path(source).is_file():
         raise ValueError(f"--data must be a file of conversations, or demo, got {source}")
     return chat_template.read_conversations(source, on_bad_utf8)
+
+
+def as_messages(pair: synthetic_qa.QAPair) -> list[chat_template.Message]:
+    """A question and its answer as a conversation."""
+    return [chat_template.Message("user", pair.question), chat_template.Message("assistant", pair.answer)]
 
 
 def _render(

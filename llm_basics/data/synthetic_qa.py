@@ -30,8 +30,9 @@ OPPOSITES = """
 
 NUMBERS = range(20)
 
-# largest number of questions of a kind
+# largest number of questions of a kind, and of new ones
 PER_KIND = 500
+NEW_PER_KIND = 1_000
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,22 @@ def all_pairs() -> list[QAPair]:
     return [pair for kind in KINDS for pair in _of_kind(kind)]
 
 
-def _of_kind(kind: str) -> list[QAPair]:
-    rng = random.Random(kind)
+def new_pairs() -> list[QAPair]:
+    """Pairs whose questions are not in `all_pairs`; of some kinds there are none.
+
+    >>> sorted({pair.kind for pair in all_pairs()} - {pair.kind for pair in new_pairs()})
+    ['opposite', 'plus', 'spell', 'twice']
+    """
+    known = {pair.question for pair in all_pairs()}
+    found = [pair for kind in KINDS for pair in _of_kind(kind, NEW_PER_KIND, seed=f"new {kind}")]
+    return [pair for pair in found if pair.question not in known]
+
+
+def _of_kind(kind: str, most: int = PER_KIND, seed: str | None = None) -> list[QAPair]:
+    rng = random.Random(seed or kind)
     found: dict[str, str] = {}
     # some kinds have fewer distinct questions
-    for _ in range(20 * PER_KIND):
-        if len(found) < PER_KIND:
+    for _ in range(20 * most):
+        if len(found) < most:
             found.setdefault(*KINDS[kind](rng))
     return [QAPair(kind, question, answer) for question, answer in found.items()]

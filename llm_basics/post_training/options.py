@@ -17,6 +17,9 @@ class RlOptions(option_types.Options):
     reward: str = "exact"
     """Reward of a response: exact (the whole response is the expected one), number (its last number is),
     tagged (the answer in <answer></answer> is), or FILE.py:FUNCTION of (prompt, response, expected)."""
+    prompts: str = "auto"
+    """Prompts to train on: a file of conversations as --data, or auto: those of --data, and for demo new
+    synthetic questions. Prompts that --data holds out are left out."""
     group_size: Size = 16
     """Responses to each prompt, which are compared with each other."""
     max_new_tokens: option_types.Count = 24

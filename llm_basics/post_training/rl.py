@@ -5,6 +5,7 @@ that are better than the others of their group.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from llm_basics.alignment import policy_gradient, response_log_probs
 from llm_basics.core import config
 from llm_basics.core import model as models
-from llm_basics.data import prepare
+from llm_basics.data import chat_template, prepare, sft_dataset, synthetic_qa
 from llm_basics.post_training import diagnosis, objective, rollouts
 from llm_basics.post_training import options as post_options
 from llm_basics.runs import run_dir, stopwatch
@@ -34,7 +35,7 @@ class RlState(objective.ObjectiveState):
         self.reward = rollouts.load_reward(options.rl.reward)
         self.n_updates = options.rl.updates
         room = options.model.context_length - options.rl.max_new_tokens
-        cases = [self.test_case(row) for row in self.train_rows.rows]
+        cases = self.read_prompts()
         self.prompts = [case for case in cases if len(case.ids) <= room]
         self.n_left_out = len(cases) - len(self.prompts)
         if not self.prompts:
@@ -44,6 +45,28 @@ class RlState(objective.ObjectiveState):
             )
         self.diagnosis = diagnosis.Diagnosis(options.rl.group_size, options.rl.max_new_tokens)
         self._order = functools.lru_cache(maxsize=2)(self._arrange)
+
+    def read_prompts(self) -> list[sft.TestCase]:
+        """The prompts to train on, none of which is held out."""
+        trained = [self.test_case(row) for row in self.train_rows.rows]
+        held_out = {tuple(self.test_case(row).ids) for row in self.held_out_rows.rows}
+        if (source := self.options.rl.prompts) != "auto":
+            found = [self.case_of(messages) for messages in chat_template.read_conversations(source)]
+        elif self.options.data != "demo":
+            found = trained
+        else:
+            # the model knows the answers to the others from its fine-tuning
+            new = synthetic_qa.new_pairs()
+            kinds = {pair.kind for pair in new}
+            found = [self.case_of(sft_dataset.as_messages(pair), pair.kind) for pair in new]
+            found += [case for case in trained if case.kind not in kinds]
+        return [case for case in found if tuple(case.ids) not in held_out]
+
+    def case_of(self, messages: Sequence[chat_template.Message], kind: str = "all") -> sft.TestCase:
+        """A conversation, whose last message is the expected reply."""
+        ids = chat_template.render_prompt(self.tokenizer, messages[:-1])
+        question = messages[-2].content if len(messages) > 1 else ""
+        return sft.TestCase(ids, question, messages[-1].content + chat_template.END, kind)
 
     def _arrange(self, epoch: int) -> Int[np.ndarray, " prompts"]:
         """The order of the prompts in `epoch`."""
