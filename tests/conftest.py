@@ -45,7 +45,8 @@ WHOLE = {
     f"test_{name}"
     for name in (
         "chat_session disk compare_models families fast_generate fast_trainer lr_finder loggers generate "
-        "warm_start learn memory mistakes monitor muon probe sft survival sweep train diagnostics"
+        "post_training warm_start learn memory mistakes monitor muon probe sft survival sweep train "
+        "diagnostics"
     ).split()
 }
 

@@ -4,7 +4,7 @@
     metrics.jsonl       one flat object per line, append-only; `attempt` counts starts and resumes
     samples.jsonl       generated texts
     events.jsonl        what happened after which step: resumed, checkpoint, spike, skipped, steered, refused,
-                        stopped, failed, replayed
+                        stopped, failed, replayed, accuracy (sft, dpo, rl), finding (rl)
     commands.jsonl      requests to a run that trains (`runs.inbox`)
     log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt

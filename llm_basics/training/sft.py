@@ -164,7 +164,7 @@ def print_replies(training: SftState, output: run_dir.RunDir, cases: Sequence[Te
 
 
 def print_accuracy(training: SftState, output: run_dir.RunDir) -> None:
-    """Print the exact matches on held-out questions by kind, and how many replies end."""
+    """Print and record the exact matches on held-out questions by kind, and how many replies end."""
     counts: dict[str, Counter[str]] = {}
     for case in training.test_cases(N_SCORED):
         text = training.reply(case)
@@ -172,6 +172,8 @@ def print_accuracy(training: SftState, output: run_dir.RunDir) -> None:
             n=1, exact=text == case.expected, ended=text.endswith(chat_template.END)
         )
     total = sum(counts.values(), Counter())
+    kinds = {kind: [count["exact"], count["n"]] for kind, count in counts.items()}
+    output.event(training.step, "accuracy", exact=total["exact"], n=total["n"], kinds=kinds)
     output.log(
         f"\nexact match on {total['exact']} of {total['n']} held-out questions; "
         f"{total['ended']} replies end within {training.options.train.sample_tokens} tokens"
