@@ -5,12 +5,14 @@ uv run pytest -m slow tests/test_distributed.py        under torchrun, twenty tr
 """
 
 import copy
+import datetime
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +20,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import trials
 from trainers import STEPS, TESTS, Trainers, learned, losses
 
 from llm_basics.cli import parse
-from llm_basics.core import config, dataloader
+from llm_basics.core import config, dataloader, device
 from llm_basics.runs import checkpoint, run_dir, sharded_checkpoint, signals
 from llm_basics.systems import data_parallel
-from llm_basics.training import distributed, job_errors
+from llm_basics.training import distributed, job_errors, rendezvous
 
 # divisible by 1, 2 and 4 processes; float32 sums in another order
-SAME = {"train.batch_size": 4, "model.dropout": 0}
+SAME = {"train.batch_size": 4, "model.dropout": 0, "train.optimizer": "adamw"}
 TOLERANCE = 1e-6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,9 @@ def test_muon_and_tied_weights_too(trainers, tmp_path, how, options):
     assert trainers.train(tmp_path / "one", SAME | options) == 0, trainers.output
     settings = SAME | options | {"train.parallel": how}
     assert trainers.train(tmp_path / "two", settings, ranks=2) == 0, trainers.output
-    assert difference(tmp_path / "one", tmp_path / "two") < TOLERANCE
+    # Muon multiplies in bfloat16 where the processor has it, and rounds a sum of two halves otherwise
+    is_rounded = options.get("train.optimizer") == "muon" and device.matmul_dtype(CPU) is torch.bfloat16
+    assert difference(tmp_path / "one", tmp_path / "two") < (1e-3 if is_rounded else TOLERANCE)
 
 
 def test_a_run_moves_between_one_process_and_several(trainers, alone, tmp_path):
@@ -343,6 +349,34 @@ def test_what_does_not_work_in_a_job_is_refused(monkeypatch, options, train, env
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         distributed.check(config.Config(train=config.TrainConfig(**train), **options))
+
+
+def test_an_attempt_meets_apart_from_earlier_ones():
+    """torchrun keeps its store over restarts: what is left there must not be taken for new."""
+    store, found = dist.HashStore(), {}
+
+    def attempt(ranks, patience=10.0):
+        def join(rank):
+            try:
+                found[rank] = rendezvous.agree(store, rank, 3, datetime.timedelta(seconds=patience))
+            except Exception as error:
+                found[rank] = error
+
+        found.clear()
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[rank] for rank in ranks]
+
+    (first,) = set(attempt([0, 1, 2]))
+    # in the next ones a process ends before it joins
+    (error, _) = attempt([0, 1], patience=0.2)
+    assert isinstance(error, TimeoutError) and "ranks [2] of 3 have not joined" in str(error)
+    assert all(isinstance(each, Exception) for each in attempt([1, 2], patience=0.1))
+    (last,) = set(attempt([2, 1, 0]))
+    assert isinstance(last, str) and last != first
 
 
 def test_alone_nothing_is_distributed(monkeypatch):

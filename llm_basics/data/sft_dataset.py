@@ -224,9 +224,13 @@ class Batches:
 
     def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """The batch that begins with row number `first`, counted from the start of training."""
-        numbers = [divmod(number, self.rows_per_epoch) for number in range(first, first + self.batch_size)]
-        rows = [self.rows[self._order(epoch)[index]] for epoch, index in numbers]
+        rows = [self.rows[index] for index in self.indices_from(first)]
         return collate(rows, self.context_length, self.device)
+
+    def indices_from(self, first: int) -> list[int]:
+        """The indices in `rows` of the batch that begins with row number `first`."""
+        numbers = (divmod(number, self.rows_per_epoch) for number in range(first, first + self.batch_size))
+        return [int(self._order(epoch)[index]) for epoch, index in numbers]
 
     def _arrange(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """The order of the rows in `epoch`; repeated if they are fewer than a batch."""

@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     response_mask: Bool[Tensor, "batch seq"]
+    weight: float
+    """Share of these pairs in those of a step."""
 
 
 class DpoState(objective.ObjectiveState):
@@ -75,7 +77,8 @@ class DpoState(objective.ObjectiveState):
             ids = np.array(prompt + response)
             rows.append(sft_dataset.Example(ids, np.arange(len(ids)) >= len(prompt)))
         inputs, targets = sft_dataset.collate(rows, self.options.model.context_length, self.device)
-        return Batch(inputs, targets.clamp(min=0), targets != dataloader.IGNORE_INDEX)
+        weight = len(some) / self.sequences_per_step
+        return Batch(inputs, targets.clamp(min=0), targets != dataloader.IGNORE_INDEX, weight)
 
     def loss_of(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """The DPO loss of a batch; `margin` is the difference of the two rewards, in nats."""

@@ -37,17 +37,18 @@ class ObjectiveState(sft.SftState):
         return self.loss_of(batch)[0]
 
     def accumulate_gradients(self, batches: Sequence[Any]) -> Tensor:
-        """Accumulate the gradients of the mean loss over all rows of `batches`, which have equal numbers."""
+        """Accumulate the gradients of the sum of the losses of `batches`, each times its `weight`."""
         total = torch.zeros((), device=self.device)
         observed: dict[str, float] = {}
+        total_weight = sum(batch.weight for batch in batches)
         for batch in batches:
             with device.precision(self.device, self.options.train.dtype):
                 loss, seen = self.loss_of(batch)
-            share = loss / len(batches)
+            share = loss * batch.weight
             share.backward()
             total += share.detach()
             for name, value in seen.items():
-                observed[name] = observed.get(name, 0.0) + value / len(batches)
+                observed[name] = observed.get(name, 0.0) + value * batch.weight / total_weight
         self.observed = self.observed | observed
         return total
 

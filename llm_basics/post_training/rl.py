@@ -4,13 +4,12 @@ A step samples several responses to each of some prompts, rewards them, and rais
 that are better than the others of their group.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llm_basics.alignment import policy_gradient, response_log_probs
@@ -44,7 +43,10 @@ class RlState(objective.ObjectiveState):
                 f"rl.max_new_tokens {options.rl.max_new_tokens}, but none of {len(cases):,} does"
             )
         self.diagnosis = diagnosis.Diagnosis(options.rl.group_size, options.rl.max_new_tokens)
-        self._order = functools.lru_cache(maxsize=2)(self._arrange)
+        # in batches of similar lengths: the decoder is most efficient for these
+        size = self.sequences_per_step // options.rl.group_size
+        rows = [sft_dataset.Example(np.array(case.ids), np.array([True])) for case in self.prompts]
+        self.sampler = sft_dataset.Batches(rows, size, options.model.context_length, options.train.seed)
 
     def read_prompts(self) -> list[sft.TestCase]:
         """The prompts to train on, none of which is held out."""
@@ -68,16 +70,12 @@ class RlState(objective.ObjectiveState):
         question = messages[-2].content if len(messages) > 1 else ""
         return sft.TestCase(ids, question, messages[-1].content + chat_template.END, kind)
 
-    def _arrange(self, epoch: int) -> Int[np.ndarray, " prompts"]:
-        """The order of the prompts in `epoch`."""
-        return np.random.default_rng((self.options.train.seed, epoch)).permutation(len(self.prompts))
-
     def next_cases(self) -> list[sft.TestCase]:
         """The prompts of the next step, each as often as its group is large."""
         size = self.options.rl.group_size
-        first, n = self.sequences // size, self.sequences_per_step // size
-        places = (divmod(number, len(self.prompts)) for number in range(first, first + n))
-        return [self.prompts[self._order(epoch)[index]] for epoch, index in places for _ in range(size)]
+        return [
+            self.prompts[i] for i in self.sampler.indices_from(self.sequences // size) for _ in range(size)
+        ]
 
     def next_batches(self) -> list[Any]:
         """Sample the rollouts of the next step. Polls signals."""
@@ -93,27 +91,29 @@ class RlState(objective.ObjectiveState):
         )
         found = rollouts.with_advantages(found, options)
         self.observed = rollouts.statistics(found, options.group_size)
-        self.model.eval()
+        # without a penalty the gradient of the others is 0
+        kept = [rollout for rollout in found if rollout.advantage != 0 or options.kl] or found[:1]
         size, length = train.batch_size, self.options.model.context_length
+        self.model.eval()
         batches = [
-            rollouts.collate(found[i : i + size], self.model, length, self.device)
-            for i in range(0, len(found), size)
+            rollouts.collate(kept[i : i + size], len(found), self.model, length, self.device)
+            for i in range(0, len(kept), size)
         ]
         for finding in self.diagnosis.look(step, found):
             self.output.log(f"step {step}: {finding}")
             self.output.event(step, "finding", reason=finding)
         if options.record_every and step % options.record_every == 0:
             log_probs = [row for batch in batches for row in rows_of(batch)]
-            for number, (rollout, row) in enumerate(zip(found, log_probs, strict=True)):
-                self.output.rollout(step, **rollouts.as_record(rollout, number, options.group_size, row))
+            scored = dict(zip(map(id, kept), log_probs, strict=True))
+            for number, rollout in enumerate(found):
+                row = scored.get(id(rollout))
+                self.output.rollout(step, **rollouts.as_record(rollout, number // options.group_size, row))
         return batches
 
     def loss_of(self, batch: rollouts.Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """The policy-gradient loss of a batch of rollouts, with the KL penalty if it has a weight."""
         options = self.options.rl
-        scored = response_log_probs.get_response_log_probs(
-            self.model, batch.inputs, batch.labels, return_token_entropy=True
-        )
+        scored = rollouts.log_probs_of(self.model, batch, with_entropy=True)
         losses, seen = policy_gradient.compute_policy_gradient_loss(
             batch.advantages,
             scored["log_probs"],
@@ -125,7 +125,7 @@ class RlState(objective.ObjectiveState):
         mask, observed = batch.response_mask, {name: value.item() for name, value in seen.items()}
         if self.reference is not None:
             with torch.no_grad():
-                known = response_log_probs.get_response_log_probs(self.reference, batch.inputs, batch.labels)
+                known = rollouts.log_probs_of(self.reference, batch)
             kl = policy_gradient.kl_penalty(scored["log_probs"], known["log_probs"])
             losses = losses + options.kl * kl
             observed["kl"] = response_log_probs.masked_mean(kl.detach(), mask).item()

@@ -53,13 +53,18 @@ class Rollout:
 
 
 class Batch(NamedTuple):
-    """Rows of rollouts for a forward pass; `labels` are the next tokens, and the mask is of responses."""
+    """Rows of rollouts for a forward pass.
+
+    `labels` are the next tokens of the last positions of `inputs`: those before have no token of a response.
+    """
 
     inputs: Int[Tensor, "batch seq"]
-    labels: Int[Tensor, "batch seq"]
-    response_mask: Bool[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch last"]
+    response_mask: Bool[Tensor, "batch last"]
     advantages: Float[Tensor, " batch"]
-    old_log_probs: Float[Tensor, "batch seq"]
+    weight: float
+    """Share of these rows in the responses of a step."""
+    old_log_probs: Float[Tensor, "batch last"]
 
 
 def load_reward(name: str) -> Reward:
@@ -137,18 +142,37 @@ def with_advantages(found: Sequence[Rollout], options: post_options.RlOptions) -
 
 @torch.no_grad()
 def collate(
-    found: Sequence[Rollout], model: models.TransformerLM, context_length: int, device: torch.device
+    found: Sequence[Rollout],
+    n_responses: int,
+    model: models.TransformerLM,
+    context_length: int,
+    device: torch.device,
 ) -> Batch:
-    """The rollouts as rows, with the log-probabilities of the model that sampled them."""
+    """Rollouts of a step of `n_responses` as rows, with the log-probabilities of the sampling model."""
     rows = []
     for rollout in found:
         ids = np.array(rollout.case.ids + rollout.ids)
         rows.append(sft_dataset.Example(ids, np.arange(len(ids)) >= len(rollout.case.ids)))
     inputs, targets = sft_dataset.collate(rows, context_length, device)
+    targets = targets[:, min(len(rollout.case.ids) for rollout in found) - 1 :]
     mask, labels = targets != dataloader.IGNORE_INDEX, targets.clamp(min=0)
-    old = response_log_probs.get_response_log_probs(model, inputs, labels)["log_probs"]
     values = torch.tensor([rollout.advantage for rollout in found], device=device)
-    return Batch(inputs, labels, mask, values, old)
+    weight = len(found) / n_responses
+    batch = Batch(inputs, labels, mask, values, weight, torch.zeros(labels.shape, device=device))
+    return batch._replace(old_log_probs=log_probs_of(model, batch)["log_probs"])
+
+
+def log_probs_of(
+    model: models.TransformerLM, batch: Batch, with_entropy: bool = False
+) -> dict[str, Float[Tensor, "batch last"]]:
+    """`get_response_log_probs` of the last positions: most of its work is one logit for each id."""
+    n = batch.labels.shape[1]
+    return response_log_probs.get_response_log_probs(
+        lambda inputs: model.logits(model.hidden_states(inputs)[:, -n:]),
+        batch.inputs,
+        batch.labels,
+        with_entropy,
+    )
 
 
 def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
@@ -164,17 +188,17 @@ def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
     }
 
 
-def as_record(rollout: Rollout, number: int, group_size: int, log_probs: Sequence[float]) -> dict[str, Any]:
-    """A line of rollouts.jsonl: response `number` of a step, and the log-probability of each token."""
+def as_record(rollout: Rollout, group: int, log_probs: Sequence[float] | None) -> dict[str, Any]:
+    """A line of rollouts.jsonl, with the log-probability of each token unless the rollout was left out."""
     return {
-        "group": number // group_size,
+        "group": group,
         "prompt": rollout.case.question,
         "expected": rollout.case.expected.removesuffix(chat_template.END),
         "kind": rollout.case.kind,
         "text": rollout.text,
         "tokens": rollout.ids,
         "ended": rollout.ended,
-        "log_probs": [round(value, 5) for value in log_probs],
+        "log_probs": log_probs and [round(value, 5) for value in log_probs],
         **rollout.parts,
         "exact": rollout.is_exact,
         "advantage": rollout.advantage,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llm_basics.core import config, dataloader, device
 from llm_basics.runs import signals
+from llm_basics.training import rendezvous
 
 T = TypeVar("T")
 
@@ -108,6 +109,8 @@ def check(options: config.Config) -> None:
 class _Job:
     """Groups of a joined job, on the CPU; `pids` of the processes on this machine."""
 
+    is_restarted = False
+
     patient: Any = None
     """Waits PATIENCE."""
     saving: Any = None
@@ -125,6 +128,11 @@ def size() -> int:
 def is_main() -> bool:
     """Whether this process logs and saves."""
     return world().is_main
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has restarted the job, on any machine."""
+    return _Job.is_restarted
 
 
 def local_pids() -> list[int]:
@@ -166,15 +174,18 @@ def joined(train: config.TrainConfig) -> Iterator[None]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         settings["backend"] = "cpu:gloo,cuda:nccl"
-    if "RANK" not in os.environ:  # a single process without torchrun
-        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**settings)
+    alone = dist.HashStore(), 0, 1  # a single process without torchrun
+    store, rank, n = rendezvous.meet(PATIENCE) if "RANK" in os.environ else alone
+    dist.init_process_group(**settings, store=store, rank=rank, world_size=n)
     try:
         _Job.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         _Job.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
         everyone: list[Any] = [None] * here.size
-        dist.all_gather_object(everyone, (socket.gethostname(), os.getpid()), group=_Job.patient)
-        _Job.pids = [pid for host, pid in everyone if host == socket.gethostname()]
+        mine = socket.gethostname(), os.getpid(), here.restarts
+        dist.all_gather_object(everyone, mine, group=_Job.patient)
+        _Job.pids = [pid for host, pid, _ in everyone if host == socket.gethostname()]
+        # each machine counts those that began on it
+        _Job.is_restarted = any(restarts for *_, restarts in everyone)
         yield
     finally:
         with contextlib.suppress(RuntimeError):

@@ -109,7 +109,7 @@ def start(
 def restarted(options: config.Config) -> config.Config:
     """The options to resume with, if torchrun has restarted a job that has saved a checkpoint."""
     folder = options.resume or options.run_dir
-    if not distributed.world().restarts or folder is None or not _checkpoints(folder):
+    if not distributed.is_restarted() or folder is None or not _checkpoints(folder):
         return options
     saved = run_dir.load_options(folder, type(options)())
     return dataclasses.replace(saved, resume=str(folder))
@@ -120,7 +120,7 @@ def check_folder(options: config.Config) -> None:
     given = Path(options.run_dir or "")
     is_used = options.run_dir and not options.resume and given.is_dir() and any(given.iterdir())
     # a restarted job may have failed before its first checkpoint
-    if is_used and not distributed.world().restarts:
+    if is_used and not distributed.is_restarted():
         advice = f"resume the run with --resume {given}" if _checkpoints(given) else "or delete it"
         raise ValueError(f"--run_dir must be new or empty, got {given}; {advice}")
     if options.resume is not None and not _checkpoints(options.resume):
@@ -144,7 +144,7 @@ def open_folder(folder: str, options: config.Config) -> run_dir.RunDir:
         return run_dir.ReadOnly(folder)
     output = run_dir.RunDir(folder, tolerant=options.train.on_save_error == "warn")
     checkpoint.delete_partial(output.checkpoints)
-    if distributed.world().restarts and options.resume is None:
+    if distributed.is_restarted() and options.resume is None:
         output.resumed(0)
     return output
 
