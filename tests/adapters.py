@@ -736,6 +736,10 @@ def run_dpo_loss(
     )
 
 
+def run_sequence_log_probs(model: nn.Module, tokens: dict[str, Tensor]) -> Float[Tensor, " batch"]:
+    return dpo.sequence_log_probs(model, tokens)
+
+
 def run_compute_per_instance_dpo_loss(
     lm: nn.Module,
     lm_ref: nn.Module,

@@ -75,8 +75,8 @@ def test_every_probe_names_the_sentence_it_stands_on_or_says_why_it_is_asked(nam
 
 
 def test_the_contract_has_the_functions_of_the_public_assignment():
-    assert len(STEPS) == 29
-    assert len(grading.PUBLIC) == 41
+    assert len(STEPS) == 30
+    assert len(grading.PUBLIC) == 44
     used = {name for step in judge.STEPS for name in grading.adapters_of(step)}
     assert used >= grading.PUBLIC
     stood_on = {probe.contract for name in STEPS for probe in judge.load(name).probes}
@@ -186,6 +186,12 @@ ADVICE = {
         "rewards, the norm before clipping, entropy and clipped tokens",
         "old log-probabilities of another width",
     },
+    "dpo": {
+        "models that return logits",
+        "weights of the reference with a gradient",
+        "blank lines in the file",
+        "an item after the last one",
+    },
     "checkpoint": {
         "a checkpoint that lacks one of the model's weights",
         "a checkpoint with a weight that the model does not have",
@@ -196,7 +202,8 @@ ADVICE = {
 # steps of the public systems assignment that are trained on two ranks, and of the alignment assignment
 HABITS = dict.fromkeys(("data_parallel", "sharded_optimizer", "fsdp"), "systems.py")
 HABITS |= dict.fromkeys(
-    ("response_log_probs", "rewards", "advantages", "policy_gradient", "grpo_step"), "alignment.py"
+    ("response_log_probs", "rewards", "advantages", "policy_gradient", "grpo_step", "dpo"),
+    "alignment.py",
 )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils import data
 
 from llm_basics.alignment import response_log_probs
 from llm_basics.core import tokenizer as tokenizers
@@ -42,7 +41,7 @@ def end_token(tokenizer: Any) -> str:
     return getattr(tokenizer, "eos_token", None) or tokenizers.END_OF_TEXT
 
 
-class PackedSFTDataset(data.Dataset[dict[str, Tensor]]):
+class PackedSFTDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Sequences of `seq_length` tokens from a JSONL file with a `prompt` and a `response` in each line.
 
     Each line becomes an instruction, its response and the end token; all are concatenated. Item i has
@@ -76,7 +75,9 @@ class PackedSFTDataset(data.Dataset[dict[str, Tensor]]):
 
 
 def iterate_batches(
-    dataset: Sequence[dict[str, Tensor]] | data.Dataset[dict[str, Tensor]], batch_size: int, shuffle: bool
+    dataset: Sequence[dict[str, Tensor]] | torch.utils.data.Dataset[dict[str, Tensor]],
+    batch_size: int,
+    shuffle: bool,
 ) -> list[dict[str, Int[Tensor, "batch seq"]]]:
     """One epoch: each item once, in batches of `batch_size`, the last of which may be smaller.
 

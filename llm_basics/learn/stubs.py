@@ -29,7 +29,10 @@ IMPORTS |= {name: f"from {module} import {name}" for module, names in FROM.items
 IMPORTS |= {"np": "import numpy as np"}
 
 # methods of a class stub, those that training and tests call; the others are inherited from the reference
-METHODS = {"Tokenizer": ["__init__", "encode", "encode_iterable", "decode"]}
+METHODS = {
+    "Tokenizer": ["__init__", "encode", "encode_iterable", "decode"],
+    "PackedSFTDataset": ["__init__", "__len__", "__getitem__"],
+}
 DEFAULT_METHODS = [
     "__init__",
     "forward",
