@@ -56,6 +56,7 @@ OF_ALIGNMENT = {
     "grpo_step": "accumulate_policy_gradient grpo_train_step",
     "dpo": "dpo_loss sequence_log_probs compute_per_instance_dpo_loss",
     "packing": "PackedSFTDataset iterate_batches",
+    "distillation": "kl_divergence distillation_loss",
 }
 
 # home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone

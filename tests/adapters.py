@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from llm_basics.alignment import (
     advantages,
+    distillation,
     dpo,
     grpo_step,
     lora,
@@ -764,3 +765,22 @@ def run_iterate_batches(
     dataset: Sequence[dict[str, Tensor]], batch_size: int, shuffle: bool
 ) -> Iterable[dict[str, Tensor]]:
     return packing.iterate_batches(dataset, batch_size, shuffle)
+
+
+def run_kl_divergence(
+    student_logits: Float[Tensor, "... vocab"],
+    teacher_logits: Float[Tensor, "... vocab"],
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> Float[Tensor, "..."]:
+    return distillation.kl_divergence(student_logits, teacher_logits, direction, temperature)
+
+
+def run_distillation_loss(
+    student_logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "batch seq vocab"],
+    labels: Int[Tensor, "batch seq"],
+    mask: Tensor,
+    **choices: Any,
+) -> Float[Tensor, ""]:
+    return distillation.distillation_loss(student_logits, teacher_logits, labels, mask, **choices)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as tF
 
-from llm_basics.alignment import advantages, dpo, grpo_step, packing, policy_gradient, response_log_probs
+from llm_basics.alignment import (
+    advantages,
+    distillation,
+    dpo,
+    grpo_step,
+    packing,
+    policy_gradient,
+    response_log_probs,
+)
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.learn.mistakes import response_log_probs as texts
 
@@ -49,8 +57,54 @@ def test_dpo_starts_at_log_2_with_a_slope_of_half_beta():
     assert loss.item() == pytest.approx(math.log(2)) and torch.autograd.grad(loss, start)[0].item() == -0.05
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_divergences_and_their_gradients_are_those_of_torch(randn, direction, temperature):
+    student, teacher = randn(3, 5, 11).requires_grad_(), randn(3, 5, 11).requires_grad_()
+    found = distillation.kl_divergence(student, teacher, direction, temperature)
+    q, p = (torch.distributions.Categorical(logits=x / temperature) for x in (student, teacher.detach()))
+    pair = (p, q) if direction == "forward" else (q, p)
+    right = temperature**2 * torch.distributions.kl_divergence(*pair)
+    torch.testing.assert_close(found, right, **EXACT)
+    gradients = [
+        torch.autograd.grad(x.square().sum(), [student, teacher], allow_unused=True) for x in (found, right)
+    ]
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], **EXACT)
+    assert gradients[0][1] is None
+
+
+def test_the_loss_of_distillation_is_a_mean_over_tokens(randn):
+    student, teacher, labels = randn(3, 5, 11), randn(3, 5, 11), torch.randint(11, (3, 5))
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]])
+    q, p = student[mask.bool()], teacher[mask.bool()]
+    soft = tF.kl_div((q / 3).log_softmax(-1), (p / 3).softmax(-1), reduction="batchmean")
+    right = 0.9 * 9 * soft + 0.1 * tF.cross_entropy(q, labels[mask.bool()])
+    found = distillation.distillation_loss(student, teacher, labels, mask, "forward", 3.0, 0.1)
+    torch.testing.assert_close(found, right, **EXACT)
+
+
 # --------------------------------------------------------------------------------------------------
 # Properties
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_at_a_high_temperature_distillation_matches_logits(randn, direction):
+    """Its gradient is the difference of centered logits over their number (arXiv 1503.02531, section 2.1)."""
+    student, teacher = randn(4, 11).requires_grad_(), randn(4, 11)
+    loss = distillation.kl_divergence(student, teacher, direction, temperature=1e5).sum()
+    difference = student.detach() - teacher
+    right = (difference - difference.mean(-1, keepdim=True)) / 11
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], right, rtol=1e-3, atol=1e-5)
+
+
+def test_a_divergence_is_positive_and_zero_for_equal_models(randn):
+    student, teacher = randn(50, 11), randn(50, 11)
+    for direction, other in (("forward", "reverse"), ("reverse", "forward")):
+        found = distillation.kl_divergence(student, teacher, direction, 2.0)
+        assert (found > 0).all()
+        torch.testing.assert_close(found, distillation.kl_divergence(teacher, student, other, 2.0), **EXACT)
+        equal = distillation.kl_divergence(student + 3, student, direction)
+        torch.testing.assert_close(equal, torch.zeros_like(equal), rtol=0, atol=1e-12)
 
 
 def test_advantages_of_a_group_do_not_depend_on_the_others(randn):

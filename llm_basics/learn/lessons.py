@@ -22,7 +22,9 @@ COURSES = {
         "online_softmax flash_attention flash_triton activation_checkpointing ring_all_reduce "
         "data_parallel sharded_optimizer fsdp tensor_parallel"
     ).split(),
-    "alignment": "response_log_probs rewards advantages policy_gradient grpo_step dpo lora".split(),
+    "alignment": (
+        "response_log_probs rewards advantages policy_gradient grpo_step dpo distillation lora"
+    ).split(),
 }
 ORDER = [step for steps in COURSES.values() for step in steps]
 
