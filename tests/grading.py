@@ -367,7 +367,7 @@ def write(
     ratios: dict[str, float],
     ready_made: dict[str, list[str]],
 ) -> None:
-    """Write `path` (JSON; README describes its fields), and the same as a Markdown page beside it."""
+    """Write `path` (JSON, fields as in docs/grading.md), and the same as a Markdown page beside it."""
     steps = {}
     for name, verdict in verdicts.items():
         found = {"failures": verdict.failures, "advice": getattr(verdict, "advice", ())}
