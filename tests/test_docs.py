@@ -1,0 +1,134 @@
+"""Links, files, names, options and commands of the documentation. Alone: `uv run pytest tests/test_docs.py`.
+
+The commands are parsed by the programs that they start, without running them.
+"""
+
+import re
+import shlex
+
+import documents
+import documents_commands
+import pytest
+
+PAGES = documents.pages()
+README, WORKLOG = documents.README, documents.WORKLOG
+ids = {"ids": lambda value: str(value.relative_to(documents.ROOT)) if hasattr(value, "relative_to") else None}
+
+
+# --------------------------------------------------------------------------------------------------
+# Links, files, names, options
+
+
+@pytest.mark.parametrize("page", [*PAGES, WORKLOG], **ids)
+def test_links_lead_to_files_and_headings(page):
+    wrong = [link for link in documents.links(page) if not documents.leads_somewhere(page, link)]
+    assert not wrong, f"{page.name} has links that lead nowhere: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_files_exist(page):
+    wrong = [name for name in documents.file_names(page) if not documents.is_file_here(name)]
+    assert not wrong, f"{page.name} names files that are not in the repository: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_names_exist(page):
+    wrong = [name for name in documents.dotted_names(page) if not documents.is_known_name(name)]
+    assert not wrong, f"{page.name} names what no module has: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_options_exist(page):
+    known = documents_commands.options()
+    wrong = [name for name in documents.option_names(page) if documents.plain_option(name) not in known]
+    assert not wrong, f"{page.name} names options that no program has: {wrong}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.mark.parametrize("page", PAGES, **ids)
+def test_commands_are_accepted_by_their_programs(page, command_line):
+    for command in documents.commands(page.read_text(encoding="utf-8")):
+        documents_commands.check(command, command_line)
+
+
+def test_commands_of_the_worklogs_index_are_accepted(command_line):
+    index = WORKLOG.read_text(encoding="utf-8").partition("\n---\n")[0]
+    found = documents.commands(index)
+    assert len(found) > 30
+    for command in found:
+        documents_commands.check(command, command_line)
+
+
+@pytest.fixture
+def command_line(tmp_path, monkeypatch):
+    """Parses arguments by the program that they are for."""
+    return documents_commands.CommandLine(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("uv run python -m llm_basics.train --dta book.txt", "the closest is --data"),
+        ("uv run python -m llm_basics.trian", "trian"),
+        ("uv run llm-basics tokenizer trian", "did you mean train"),
+        ("uv run llm-basics doctor plan --gpus few", "few"),
+        ("uv run --extra labb python -m llm_basics.lab", "labb"),
+        ("uv run torchrun --nproc_per_node 2 -m llm_basics.train --train.paralel ddp", "train.parallel"),
+        ("uv run torchrun --nprocs 2 -m llm_basics.train", "--nprocs"),
+        ("uv run pytest tests/test_modell.py", "test_modell.py"),
+        ("uv run pytest tests/test_model.py::test_nothing", "test_nothing"),
+        ("uv run pytest tests/test_model.py -k nothing_like_it", "nothing_like_it"),
+        ("uv run pytest -m slwo", "slwo"),
+        ("uv run pytest --adapter=x", "--adapter"),
+        ("uv run python benchmarks/parallel.py smae", "smae"),
+        ("uv run python benchmarks/paralel.py same", "paralel"),
+        ("uv run pyest", "pyest"),
+    ],
+)
+def test_a_wrong_command_is_found(command, message, command_line):
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        documents_commands.check(shlex.split(command), command_line)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes, and the worklog's template
+
+SECTIONS = [
+    "Objective:",
+    "Actions & Command(s):",
+    "Observations & Results:",
+    "Analysis & Decisions:",
+    "Artifacts:",
+]
+
+
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_page_is_in_the_index():
+    index = documents.ROOT / "docs" / "index.md"
+    linked = {documents.target(index, link) for link in documents.links(index)}
+    assert set((documents.ROOT / "docs").glob("*.md")) <= {*linked, index}
+
+
+def test_the_worklog_keeps_its_template():
+    entries = documents.worklog_entries(WORKLOG.read_text(encoding="utf-8"))
+    assert len(entries) > 30
+    times = [time for time, _ in entries]
+    assert times == sorted(times, reverse=True), "the newest entry comes first"
+    for time, text in entries:
+        assert re.findall(r"^\*\*(.+?)\*\*$", text, re.M) == SECTIONS, f"the sections of {time}"
+        assert re.search(r"^\*   \*\*(Commits?|Command|Log)", text, re.M), f"the artifacts of {time}"
+
+
+def test_the_commits_that_the_worklog_cites_exist():
+    cited = set(re.findall(r"\*\*Commit:\*\* (\w+)", WORKLOG.read_text(encoding="utf-8")))
+    known = documents.commits()
+    if known is None:
+        pytest.skip("a clone without its whole history")
+    assert len(cited) > 10
+    assert not [each for each in cited if not any(commit.startswith(each) for commit in known)]
