@@ -6,6 +6,7 @@
     runs           the run directory, the only interface between programs
     user_code      a Python file of yours with pieces
     systems        what runs beneath a model, written by hand: FlashAttention, parallel training
+    alignment      post-training by hand: policy gradients, GRPO, DPO, LoRA
     fast           fast implementations of core's pieces: Numba on CPU, Triton on GPU
     cli            options of the commands and their parsing
     swap           puts one implementation of a piece in place of another: reference, fast, yours
@@ -15,7 +16,10 @@
     evaluation     loss, multiple choice, lm-evaluation-harness
     analysis       plots, comparisons, sweeps
     training       the training loop and everything around one step
+    post_training  reinforcement learning from rewards, preference optimization
+    doctor         checks of a machine, plans of memory and speed
     learn          the courses: lessons, checks, the catalogue of mistakes
+    lab            the web page over run directories
 
 The other files here are the commands: `llm-basics --help` lists them.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 COMMANDS = (
     *("train", "sft", "dpo", "rl", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare"),
     *("tokenizer", "checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab"),
-    "doctor",
+    *("doctor", "completion"),
 )
 
 

@@ -23,7 +23,16 @@ MADE = {
         "report.json",
     ),
     *("report.md", "report.html", "results.csv", "results.json", "mine.py", "mine.yaml", "book.txt"),
-    *("questions.jsonl", "answers.jsonl", "prompts.txt", "texts.jsonl", "adapters.py", "/openapi.json"),
+    *(
+        "questions.jsonl",
+        "answers.jsonl",
+        "my_reward.py",
+        "pairs.jsonl",
+        "prompts.txt",
+        "texts.jsonl",
+        "adapters.py",
+        "/openapi.json",
+    ),
 }
 FILE = re.compile(r"(?:[\w.{}*-]+/)*[\w.*-]+\.(?:py|md|yaml|yml|json|jsonl|toml|txt|png|cff|html|csv|ipynb)")
 FOLDER = re.compile(r"(?:[\w.-]+/)+")

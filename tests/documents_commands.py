@@ -11,6 +11,7 @@ import runpy
 import sys
 import tomllib
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llm_basics.cli import commands, parse, subcommands
 from llm_basics.core import config
 from llm_basics.lab import __main__ as lab
 from llm_basics.learn import __main__ as learn
+from llm_basics.post_training import options as post_training
 from llm_basics.runs import run_dir, signals
 
 ROOT = documents.ROOT
@@ -83,7 +85,13 @@ class CommandLine:
         self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(nowhere()):
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stderr(printed),
+                contextlib.redirect_stdout(nowhere()),
+            ):
+                # a module that others have imported is run once more
+                warnings.simplefilter("ignore", RuntimeWarning)
                 program()
         except Parsed:
             return
@@ -228,7 +236,7 @@ def is_text(node: ast.AST) -> typing.TypeGuard[ast.Constant]:
 def options() -> set[str]:
     """The options of all our programs, of the tests and of torchrun, as their fields are written."""
     found = {option for name in options_of_conftest() for option in (name, documents.plain_option(name))}
-    for module in (commands, subcommands, config, lab, learn):
+    for module in (commands, subcommands, config, lab, learn, post_training):
         for kind in vars(module).values():
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 found |= set(parse._flags(kind))

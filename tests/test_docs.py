@@ -9,6 +9,9 @@ import shlex
 import documents
 import documents_commands
 import pytest
+import test_style
+
+import llm_basics
 
 PAGES = documents.pages()
 README, WORKLOG = documents.README, documents.WORKLOG
@@ -107,6 +110,12 @@ SECTIONS = [
 
 def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_lists_the_wings_in_their_order():
+    listed = re.findall(r"^    (\w+)(?:/|\.py) ", README.read_text(encoding="utf-8"), re.M)
+    assert tuple(listed) == test_style.WINGS
+    assert tuple(re.findall(r"^    (\w+) ", llm_basics.__doc__ or "", re.M)) == test_style.WINGS
 
 
 def test_every_page_is_in_the_index():

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import llm_basics
 from llm_basics import __main__ as table
-from llm_basics.cli import parse
+from llm_basics.cli import completion, parse
 
 # runs a command and reports on standard error which large packages it imported
 REPORT_IMPORTS = """
@@ -105,3 +106,43 @@ def test_arguments_reach_the_command(monkeypatch):
     monkeypatch.setattr(runpy, "run_module", lambda name, **_: calls.append((name, sys.argv[1:])))
     run_table(monkeypatch, "import_model", "folder", "--out", "x")
     assert calls == [("llm_basics.import_model", ["folder", "--out", "x"])]
+
+
+IMPORT = """
+import sys, time
+before = time.process_time()
+import llm_basics
+seconds = time.process_time() - before
+print(seconds, [name for name in ("torch", "numpy", "tyro", "yaml") if name in sys.modules])
+"""
+
+
+def test_the_package_is_imported_without_any_library():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    seconds, _, libraries = done.stdout.strip().partition(" ")
+    assert libraries == "[]" and float(seconds) < 0.1
+
+
+COMPLETE = """
+llm-basics() { %s -m llm_basics "$@"; }
+%s
+COMP_WORDS=(llm-basics %s) COMP_CWORD=%d
+_llm_basics
+printf '%%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("ev", ["evaluate"]),
+        ("train --train.warm", ["--train.warmup_steps"]),
+        ("tokenizer train --vocab", ["--vocab_size"]),
+        ("train book", []),
+    ],
+)
+def test_bash_completes_commands_and_options(words, completions):
+    script = COMPLETE % (sys.executable, completion.script("bash"), words, len(words.split()))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == completions, done.stderr

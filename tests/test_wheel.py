@@ -1,13 +1,19 @@
 """The wheel: the course without a clone. Alone: `uv run pytest tests/test_wheel.py`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
+
+import llm_basics
 
 REPOSITORY = Path(__file__).parent.parent
 # as of 2026-11-30 configs and lessons need 80 kB
@@ -43,6 +49,54 @@ def test_a_wheel_has_the_package_the_adapters_and_little_data(installed):
         Path("llm_basics/learn/adapters.py"),
     }
     assert sum(path.stat().st_size for path in files.values() if path.suffix != ".py") < MOST_DATA_BYTES
+
+
+def test_a_wheel_has_what_programs_read(installed):
+    package = installed / "llm_basics"
+    for pattern in ("configs/*.yaml", "configs/sweeps/*.yaml", "learn/lessons/*.yaml", "learn/contract.yaml"):
+        wanted = {path.name for path in (REPOSITORY / "llm_basics").glob(pattern)}
+        assert wanted and {path.name for path in package.glob(pattern)} == wanted
+    page = {path.name for path in (REPOSITORY / "llm_basics" / "lab" / "static").rglob("*.*")}
+    assert page and {path.name for path in (package / "lab" / "static").rglob("*.*")} == page
+    assert (package / "py.typed").exists() and (package / "analysis" / "normal_loss.json").exists()
+
+
+def test_metadata_of_a_wheel_agrees_with_the_repository(installed):
+    (folder,) = installed.glob("*.dist-info")
+    found = message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    versions = {found["Version"], project["version"], llm_basics.__version__}
+    versions |= set(re.findall(r"^version: (\S+)$", citation, re.M))
+    assert len(versions) == 1, versions
+    assert f"## {found['Version']}" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert found["License-Expression"] == "MIT" and "# llm_basics" in found.get_payload()
+    assert "Programming Language :: Python :: 3.11" in found.get_all("Classifier")
+    entries = (folder / "entry_points.txt").read_text(encoding="utf-8")
+    assert "llm-basics = llm_basics.__main__:main" in entries
+    assert (folder / "licenses" / "LICENSE").exists()
+
+
+@pytest.mark.slow
+def test_the_console_script_of_a_built_package_runs(tmp_path):
+    if (uv := os.environ.get("UV") or shutil.which("uv")) is None:
+        pytest.skip("building needs uv on PATH")
+    run = {"check": True, "capture_output": True, "text": True}
+    subprocess.run([uv, "build", "--offline", "--out-dir", str(tmp_path), str(REPOSITORY)], **run)
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "llm_basics/core/model.py", "tests/adapters.py"} <= names
+    assert not [name for name in names if name.startswith(("runs/", "data/", ".venv/"))]
+    site = tmp_path / "site"
+    options = ["--no-deps", "--offline", "--python", sys.executable, "--target", str(site)]
+    subprocess.run([uv, "pip", "install", *options, str(wheel)], **run)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([str(site / "bin" / "llm-basics"), "--help"], env=environment, cwd=tmp_path, **run)
+    assert done.stdout.startswith("usage: llm-basics COMMAND")
+    train = [str(site / "bin" / "llm-basics"), "train", "--tokenizer", "bytes", "--train.steps", "3"]
+    subprocess.run([*train, "--fast", "off", "--run_dir", "run"], env=environment, cwd=tmp_path, **run)
+    assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
 
 
 PROGRAM = """

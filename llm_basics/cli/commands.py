@@ -294,3 +294,11 @@ class ProbeConfig(option_types.Options):
     """Folder for the figures."""
     record: bool = False
     """Also write a run directory under runs/, which the lab shows with the losses that are known."""
+
+
+@dataclass(frozen=True)
+class CompletionConfig(option_types.Options):
+    """Print a completion script for the shell: commands, options and files."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]] = "bash"
+    """bash or zsh."""
