@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    *("train", "sft", "dpo", "rl", "generate", "chat", "evaluate", "plot", "compare", "sweep", "prepare"),
-    *("tokenizer", "checkpoint", "export", "import_model", "lm_harness", "learn", "probe", "steer", "lab"),
-    *("doctor", "completion"),
+    *("train", "sft", "dpo", "rl", "distill", "generate", "chat", "evaluate", "plot", "compare", "sweep"),
+    *("prepare", "tokenizer", "checkpoint", "export", "import_model", "lm_harness", "learn", "probe"),
+    *("steer", "lab", "doctor", "completion"),
 )
 
 

@@ -18,7 +18,7 @@ from llm_basics.cli import parse
 from llm_basics.core import config
 from llm_basics.data import chat_template
 from llm_basics.inference import engine
-from llm_basics.post_training import diagnosis, dpo, pairs, rl, rollouts
+from llm_basics.post_training import diagnosis, distill, dpo, pairs, rl, rollouts
 from llm_basics.post_training import options as post_options
 from llm_basics.runs import run_dir
 from llm_basics.training import job, setup, sft
@@ -488,3 +488,64 @@ def test_a_missing_reference_is_named(home, capsys):
     arguments = ["--resume", str(home / "dpo"), "--train.steps", "3"]
     with pytest.raises(ValueError, match="reference.safetensors must hold the weights of the initial model"):
         dpo.main(parse.train_options(arguments, defaults=post_options.DpoConfig()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Distillation
+
+
+def distill_options(folder, name, **changes):
+    places = ["--data", f"{folder}/text.txt", "--data_dir", f"{folder}/data", "--run_dir", f"{folder}/{name}"]
+    sizes = ["--model.d_model", "16", "--model.n_layers", "1", "--model.n_heads", "2"]
+    sizes += ["--model.context_length", "16", "--train.device", "cpu", "--train.batch_size", "4"]
+    found = parse.train_options([*places, *sizes], defaults=post_options.DistillConfig())
+    train = dataclasses.replace(found.train, **(SMALL | {"steps": 6, "sample_every": 0, "warmup_steps": 2}))
+    group = post_options.DistillOptions(teacher=f"{folder}/old", **changes)
+    return dataclasses.replace(found, train=train, distill=group)
+
+
+def test_a_student_comes_closer_to_its_teacher(home):
+    options = distill_options(home, "small", hard_weight=0.0, temperature=2.0)
+    options = dataclasses.replace(options, train=dataclasses.replace(options.train, steps=40))
+    assert distill.main(options) == 0
+    kl = [entry["kl"] for entry in run_dir.read_metrics(home / "small") if "kl" in entry]
+    assert kl[-1] < 0.8 * kl[0]
+    student, tokenizer = engine.load_run(home / "small")
+    assert student.config.d_model == 16 and tokenizer.vocab_size == student.config.vocab_size
+
+
+def test_a_resumed_student_equals_an_uninterrupted_one(home, capsys):
+    assert distill.main(distill_options(home, "whole")) == 0
+    assert distill.main(distill_options(home, "stopped")) == 0
+    # as if killed before the later ones
+    for path in run_dir.checkpoints(home / "stopped")[:-1]:
+        path.unlink()
+    resumed = parse.train_options(["--resume", str(home / "stopped")], defaults=post_options.DistillConfig())
+    assert distill.main(resumed) == 0
+    assert same(weights_of(home / "whole"), weights_of(home / "stopped"))
+    # with another teacher there is no going on
+    shutil.rmtree(home / "old")
+    shutil.copytree(home / "whole", home / "old")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        distill.main(resumed)
+    assert "teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distill": {"teacher": ""}}, "--distill.teacher must name the run of the teacher, got none"),
+        ({"model": {"context_length": 32}}, "model.context_length must be at most that of the teacher, 24"),
+        ({"find_lr": True}, "distill has no --find_lr"),
+    ],
+)
+def test_a_student_that_cannot_be_trained_is_refused(home, capsys, change, message):
+    options = distill_options(home, "small")
+    for name, value in change.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(options, name), **value)
+        options = dataclasses.replace(options, **{name: value})
+    with pytest.raises(SystemExit):
+        distill.main(options)
+    assert message in capsys.readouterr().err

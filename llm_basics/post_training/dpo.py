@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """Share of these pairs in those of a step."""
 
 
-class DpoState(objective.ObjectiveState):
+class DpoState(objective.ChatObjective):
     """The state of a run on preference pairs."""
 
     options: post_options.DpoConfig

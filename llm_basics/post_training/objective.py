@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_basics.core import config, device, optim, trainer
 from llm_basics.core import model as models
 from llm_basics.runs import checkpoint, run_dir, stopwatch
-from llm_basics.training import distributed, sft
+from llm_basics.training import distributed, sft, state
 
 # weights of the initial model, in the run directory: a resumed run compares with the same ones
 REFERENCE = "reference.safetensors"
@@ -23,8 +23,8 @@ REFERENCE = "reference.safetensors"
 N_EXACT = 200
 
 
-class ObjectiveState(sft.SftState):
-    """The state of a run whose loss is `loss_of`, on conversations."""
+class Objective(state.TrainingState):
+    """The state of a run whose loss is `loss_of`."""
 
     n_updates = 1
     """Optimizer updates in a step."""
@@ -52,12 +52,6 @@ class ObjectiveState(sft.SftState):
         self.observed = self.observed | observed
         return total
 
-    def evaluate(self, max_batches: int) -> dict[str, float]:
-        """The metrics of fine-tuning, and the share of exact replies to held-out prompts."""
-        cases = self.test_cases(N_EXACT)
-        exact = sum(self.reply(case) == case.expected for case in cases) / len(cases)
-        return super().evaluate(max_batches) | {"val_exact": exact}
-
     def train_step(
         self, batches: Sequence[Any], accept: Callable[[float], bool] | None = None
     ) -> trainer.StepResult:
@@ -80,6 +74,16 @@ class ObjectiveState(sft.SftState):
                 return trainer.StepResult(loss, norm, lr, updated=False)
             self.optimizer.step()
         return trainer.StepResult(loss, norm, lr)
+
+
+class ChatObjective(Objective, sft.SftState):
+    """The state of such a run on conversations."""
+
+    def evaluate(self, max_batches: int) -> dict[str, float]:
+        """The metrics of fine-tuning, and the share of exact replies to held-out prompts."""
+        cases = self.test_cases(N_EXACT)
+        exact = sum(self.reply(case) == case.expected for case in cases) / len(cases)
+        return super().evaluate(max_batches) | {"val_exact": exact}
 
 
 def check(options: config.Config, command: str) -> None:

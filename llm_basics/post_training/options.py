@@ -67,6 +67,23 @@ class DpoOptions(option_types.Options):
 
 
 @dataclass(frozen=True)
+class DistillOptions(option_types.Options):
+    """Options of knowledge distillation."""
+
+    prefix: ClassVar[str] = "distill."
+
+    teacher: str = ""
+    """Run directory of the teacher, whose tokenizer the student gets."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """KL divergence of teacher and student: forward covers all that the teacher would write, reverse leaves
+    out what the student cannot model."""
+    temperature: option_types.Positive = 1.0
+    """Divides the logits of both; above 1 the probabilities are softer."""
+    hard_weight: option_types.Fraction = 0.5
+    """Weight of the cross-entropy of the text; that of the divergence is the rest."""
+
+
+@dataclass(frozen=True)
 class RlConfig(config.Config):
     """Train a fine-tuned model on rewards of its own responses (GRPO and relatives)."""
 
@@ -78,3 +95,10 @@ class DpoConfig(config.Config):
     """Train a fine-tuned model on pairs of responses, of which one is preferred (DPO)."""
 
     dpo: DpoOptions = field(default_factory=DpoOptions)
+
+
+@dataclass(frozen=True)
+class DistillConfig(config.Config):
+    """Train a small model on the probabilities of a trained one (knowledge distillation)."""
+
+    distill: DistillOptions = field(default_factory=DistillOptions)

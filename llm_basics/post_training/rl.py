@@ -22,7 +22,7 @@ from llm_basics.runs import run_dir, stopwatch
 from llm_basics.training import job, sft
 
 
-class RlState(objective.ObjectiveState):
+class RlState(objective.ChatObjective):
     """The state of a run of reinforcement learning."""
 
     options: post_options.RlConfig
