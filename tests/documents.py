@@ -13,7 +13,16 @@ README, WORKLOG = ROOT / "README.md", ROOT / "WORKLOG.md"
 
 # files that programs write, or that belong to the reader
 MADE = {
-    *("config.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "log.txt", "loss.png", "runs.png"),
+    *(
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "events.jsonl",
+        "rollouts.jsonl",
+        "log.txt",
+        "loss.png",
+        "runs.png",
+    ),
     *(
         "vocab.json",
         "merges.txt",
