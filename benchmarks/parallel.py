@@ -32,6 +32,8 @@ class Same:
 
     compile: str = "off"
     """train.compile."""
+    optimizer: str = "adamw"
+    """train.optimizer; muon multiplies in bfloat16 on processors that have it."""
     sizes: tuple[int, ...] = (1, 2, 4)
     """Numbers of processes."""
 
@@ -84,6 +86,7 @@ def same(home: Path, options: Same) -> None:
     for accumulation in (1, 3):
         arguments = f"{SHAPE} --model.context_length 32 --train.batch_size 8 --train.steps 50"
         arguments += f" --train.log_every 1 --train.dtype float32 --train.compile {options.compile}"
+        arguments += f" --train.optimizer {options.optimizer}"
         arguments += f" --train.grad_accumulation_steps {accumulation}"
         expected = losses(train(home / f"one-{accumulation}", 0, arguments))
         for size in options.sizes:
