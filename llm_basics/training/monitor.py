@@ -119,7 +119,7 @@ class Monitor:
             lr=result.lr,
             grad_norm=norm,
             step_seconds=seconds,
-            tokens_per_second=sum(targets.numel() for _, targets, *_ in pending.batches) / seconds,
+            tokens_per_second=sum(inputs.numel() for inputs, *_ in pending.batches) / seconds,
             eta_seconds=(options.steps - step) * seconds,
         )
 
