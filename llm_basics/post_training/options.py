@@ -24,6 +24,8 @@ class RlOptions(option_types.Options):
     """Responses to each prompt, which are compared with each other."""
     max_new_tokens: option_types.Count = 24
     """Longest response in tokens; one that is cut off has the reward 0."""
+    temperature: option_types.Positive = 1.0
+    """Divides the logits, in sampling and in the loss; above 1 responses of a group differ more."""
     method: Literal["none", "noclip", "grpo", "gspo"] = "grpo"
     """Loss of a token: -A log p (none), or with the importance ratio, of the token (noclip, and clipped
     grpo) or of the response (gspo)."""

@@ -88,6 +88,7 @@ class RlState(objective.ChatObjective):
             options.max_new_tokens,
             rollouts.seeds(train.seed, step, len(cases)),
             self.reward,
+            options.temperature,
         )
         found = rollouts.with_advantages(found, options)
         self.observed = rollouts.statistics(found, options.group_size)
@@ -96,7 +97,9 @@ class RlState(objective.ChatObjective):
         size, length = train.batch_size, self.options.model.context_length
         self.model.eval()
         batches = [
-            rollouts.collate(kept[i : i + size], len(found), self.model, length, self.device)
+            rollouts.collate(
+                kept[i : i + size], len(found), self.model, length, self.device, options.temperature
+            )
             for i in range(0, len(kept), size)
         ]
         for finding in self.diagnosis.look(step, found):
@@ -113,7 +116,7 @@ class RlState(objective.ChatObjective):
     def loss_of(self, batch: rollouts.Batch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """The policy-gradient loss of a batch of rollouts, with the KL penalty if it has a weight."""
         options = self.options.rl
-        scored = rollouts.log_probs_of(self.model, batch, with_entropy=True)
+        scored = rollouts.log_probs_of(self.model, batch, options.temperature, with_entropy=True)
         losses, seen = policy_gradient.compute_policy_gradient_loss(
             batch.advantages,
             scored["log_probs"],
@@ -125,7 +128,7 @@ class RlState(objective.ChatObjective):
         mask, observed = batch.response_mask, {name: value.item() for name, value in seen.items()}
         if self.reference is not None:
             with torch.no_grad():
-                known = rollouts.log_probs_of(self.reference, batch)
+                known = rollouts.log_probs_of(self.reference, batch, options.temperature)
             kl = policy_gradient.kl_penalty(scored["log_probs"], known["log_probs"])
             losses = losses + options.kl * kl
             observed["kl"] = response_log_probs.masked_mean(kl.detach(), mask).item()

@@ -91,8 +91,9 @@ def sample(
     max_new_tokens: int,
     sample_seeds: Sequence[int],
     reward: Reward,
+    temperature: float = 1.0,
 ) -> list[Rollout]:
-    """A response of the model to each case, at temperature 1. Polls signals."""
+    """A response of the model to each case. Polls signals."""
     end = tokenizer.special_id(chat_template.END)
     device = model.lm_head.weight.device
 
@@ -104,6 +105,7 @@ def sample(
         model,
         [torch.tensor(case.ids, device=device) for case in cases],
         max_new_tokens,
+        temperature,
         stop_id=end,
         generators=[torch.Generator().manual_seed(seed) for seed in sample_seeds],
         ends_with=poll,
@@ -147,6 +149,7 @@ def collate(
     model: models.TransformerLM,
     context_length: int,
     device: torch.device,
+    temperature: float = 1.0,
 ) -> Batch:
     """Rollouts of a step of `n_responses` as rows, with the log-probabilities of the sampling model."""
     rows = []
@@ -159,16 +162,16 @@ def collate(
     values = torch.tensor([rollout.advantage for rollout in found], device=device)
     weight = len(found) / n_responses
     batch = Batch(inputs, labels, mask, values, weight, torch.zeros(labels.shape, device=device))
-    return batch._replace(old_log_probs=log_probs_of(model, batch)["log_probs"])
+    return batch._replace(old_log_probs=log_probs_of(model, batch, temperature)["log_probs"])
 
 
 def log_probs_of(
-    model: models.TransformerLM, batch: Batch, with_entropy: bool = False
+    model: models.TransformerLM, batch: Batch, temperature: float = 1.0, with_entropy: bool = False
 ) -> dict[str, Float[Tensor, "batch last"]]:
     """`get_response_log_probs` of the last positions: most of its work is one logit for each id."""
     n = batch.labels.shape[1]
     return response_log_probs.get_response_log_probs(
-        lambda inputs: model.logits(model.hidden_states(inputs)[:, -n:]),
+        lambda inputs: model.logits(model.hidden_states(inputs)[:, -n:]) / temperature,
         batch.inputs,
         batch.labels,
         with_entropy,
