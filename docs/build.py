@@ -44,7 +44,7 @@ def sources() -> dict[Path, Path]:
 
 
 def with_links_of_the_site(text: str, source: Path, placed: dict[Path, Path]) -> str:
-    """The text of a page with links to the site's pages; links to other files become text."""
+    """The text of a page with links to pages of the site; those to other files become text."""
 
     def replaced(found: re.Match[str]) -> str:
         text, _, _, link, _ = found.groups()

@@ -37,7 +37,7 @@ MARKERS = [marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini
 
 # programs besides ours that the documentation starts by `uv run` or uvx, with options not looked at
 OTHERS = {"ruff", "mypy"}
-TOOLS = {"pre-commit", "zensical"}
+TOOLS = {"pre-commit", "jupytext"}
 
 
 class Parsed(BaseException):
