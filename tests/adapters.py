@@ -769,7 +769,7 @@ def run_iterate_batches(
 
 def run_kl_divergence(
     student_logits: Float[Tensor, "... vocab"],
-    teacher_logits: Float[Tensor, "... vocab"],
+    teacher_logits: Float[Tensor, "... teacher_vocab"],
     direction: str = "forward",
     temperature: float = 1.0,
 ) -> Float[Tensor, "..."]:
@@ -778,7 +778,7 @@ def run_kl_divergence(
 
 def run_distillation_loss(
     student_logits: Float[Tensor, "batch seq vocab"],
-    teacher_logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "batch seq teacher_vocab"],
     labels: Int[Tensor, "batch seq"],
     mask: Tensor,
     **choices: Any,

@@ -20,7 +20,7 @@ from llm_basics.core import functional as F
 
 def kl_divergence(
     student_logits: Float[Tensor, "... vocab"],
-    teacher_logits: Float[Tensor, "... vocab"],
+    teacher_logits: Float[Tensor, "... teacher_vocab"],
     direction: str = "forward",
     temperature: float = 1.0,
 ) -> Float[Tensor, "..."]:
@@ -53,7 +53,7 @@ def kl_divergence(
 
 def distillation_loss(
     student_logits: Float[Tensor, "batch seq vocab"],
-    teacher_logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "batch seq teacher_vocab"],
     labels: Int[Tensor, "batch seq"],
     mask: Bool[Tensor, "batch seq"] | Float[Tensor, "batch seq"] | Int[Tensor, "batch seq"],
     direction: str = "forward",
