@@ -16,7 +16,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
 
+from llm_basics import swap
+from llm_basics.data import chat_template, sft_dataset, synthetic_qa
+from llm_basics.inference import engine
 from llm_basics.runs import run_dir
 
 STAGES = ("sft", "rl", "more-sft", "dpo")
@@ -45,9 +49,29 @@ def run(command: str, source: Path, folder: Path, seed: int, *options: str) -> f
 
 
 def accuracy(folder: Path) -> dict[str, list[int]]:
-    """Exact answers and questions by kind, and of `all`, after the last step."""
+    """Exact greedy answers and questions by kind: held-out ones (`all`), and new ones of no training set."""
     (*_, last) = (event for event in run_dir.read_events(folder) if event["event"] == "accuracy")
-    return {"all": [last["exact"], last["n"]], **last["kinds"]}
+    found = {"all": [last["exact"], last["n"]], **last["kinds"]}
+    model, tokenizer = engine.load_run(folder)
+    questions = synthetic_qa.new_pairs("test")
+    prompts = [
+        torch.tensor(chat_template.render_prompt(tokenizer, sft_dataset.as_messages(pair)[:1]))
+        for pair in questions
+    ]
+    # in batches of similar lengths
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    counts: dict[str, list[int]] = {}
+    for some in (order[i : i + 256] for i in range(0, len(order), 256)):
+        given = [prompts[index] for index in some]
+        replies = engine.generate_batch(
+            model, given, 24, temperature=0.0, stop_id=tokenizer.special_id(chat_template.END)
+        )
+        for index, reply in zip(some, replies, strict=True):
+            for name in (f"new {questions[index].kind}", "all new"):
+                count = counts.setdefault(name, [0, 0])
+                count[0] += tokenizer.decode(reply) == questions[index].answer
+                count[1] += 1
+    return found | dict(sorted(counts.items()))
 
 
 def trained_tokens(folder: Path) -> int:
@@ -65,6 +89,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--rl", nargs="*", default=[], metavar="NAME=VALUE", help="options of rl")
     arguments = parser.parse_args()
+    swap.use("fast")
     rl_options = [f"--{option}" for option in arguments.rl]
     found: dict[str, list[dict[str, list[int]]]] = {stage: [] for stage in arguments.stages}
     for seed in arguments.seeds:
@@ -80,8 +105,15 @@ def main() -> None:
             else:
                 seconds = run(stage, folders["sft"], folder, seed, *(rl_options if stage == "rl" else []))
             found[stage].append(accuracy(folder))
-            tokens, (exact, n) = trained_tokens(folder), found[stage][-1]["all"]
-            print(f"seed {seed}  {stage:9} {exact} of {n}  {tokens:,} tokens  {seconds:.0f} s", flush=True)
+            tokens, held_out, new = (
+                trained_tokens(folder),
+                *(found[stage][-1][name] for name in ("all", "all new")),
+            )
+            print(
+                f"seed {seed}  {stage:9} {held_out[0]} of {held_out[1]}, new {new[0]} of {new[1]}  "
+                f"{tokens:,} tokens  {seconds:.0f} s",
+                flush=True,
+            )
     kinds = list(found[arguments.stages[0]][0])
     print("\n" + " | ".join(["kind", "questions", *arguments.stages]))
     for kind in kinds:

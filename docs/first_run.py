@@ -24,7 +24,9 @@ THEMES = {
 def excerpt(text: str) -> str:
     """The first lines of a text, cut to the width of a panel; control characters as dots."""
     lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines() if line.strip()]
-    shown = ["".join(c if c.isprintable() else "." for c in line)[:MOST_LETTERS] for line in lines[:MOST_LINES]]
+    shown = [
+        "".join(c if c.isprintable() else "." for c in line)[:MOST_LETTERS] for line in lines[:MOST_LINES]
+    ]
     return "\n".join(shown)
 
 

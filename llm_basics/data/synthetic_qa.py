@@ -8,6 +8,7 @@ from other pairs, so each pair has several phrasings.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 WORDS = tuple(
     """
@@ -30,9 +31,9 @@ OPPOSITES = """
 
 NUMBERS = range(20)
 
-# largest number of questions of a kind, and of new ones
+# largest number of questions of a kind, and of new ones to train and to test on
 PER_KIND = 500
-NEW_PER_KIND = 1_000
+NEW_TRAIN, NEW_TEST = 1_000, 400
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,19 @@ def all_pairs() -> list[QAPair]:
     return [pair for kind in KINDS for pair in _of_kind(kind)]
 
 
-def new_pairs() -> list[QAPair]:
+def new_pairs(split: Literal["train", "test"] = "train") -> list[QAPair]:
     """Pairs whose questions are not in `all_pairs`; of some kinds there are none.
 
     >>> sorted({pair.kind for pair in all_pairs()} - {pair.kind for pair in new_pairs()})
     ['opposite', 'plus', 'spell', 'twice']
     """
     known = {pair.question for pair in all_pairs()}
-    found = [pair for kind in KINDS for pair in _of_kind(kind, NEW_PER_KIND, seed=f"new {kind}")]
-    return [pair for pair in found if pair.question not in known]
+    found: list[QAPair] = []
+    for kind in KINDS:
+        drawn = _of_kind(kind, NEW_TRAIN + NEW_TEST + PER_KIND, seed=f"new {kind}")
+        new = [pair for pair in drawn if pair.question not in known][: NEW_TRAIN + NEW_TEST]
+        found += new[:NEW_TRAIN] if split == "train" else new[NEW_TRAIN:]
+    return found
 
 
 def _of_kind(kind: str, most: int = PER_KIND, seed: str | None = None) -> list[QAPair]:
