@@ -1,4 +1,4 @@
-"""Draws docs/first_run.png and its dark twin: the loss of the default run, and what the model writes at three steps.
+"""Draws docs/first_run.png and its dark twin: the loss of the default run, and samples of three steps.
 
 uv run python docs/first_run.py RUN 0=FILE 271=FILE 1150=FILE
 
