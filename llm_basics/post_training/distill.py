@@ -29,6 +29,7 @@ class DistillState(objective.Objective):
     """The state of a run of distillation."""
 
     options: post_options.DistillConfig
+    has_dropout = True
 
     def __init__(self, options: post_options.DistillConfig, prepared: prepare.Prepared) -> None:
         super().__init__(options, prepared)

@@ -28,6 +28,8 @@ class Objective(state.TrainingState):
 
     n_updates = 1
     """Optimizer updates in a step."""
+    has_dropout = False
+    """Whether dropout is on in an update; log-probabilities must be those that responses were sampled with."""
 
     @abc.abstractmethod
     def loss_of(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -57,10 +59,9 @@ class Objective(state.TrainingState):
     ) -> trainer.StepResult:
         """`trainer.train_step` with the gradients of `accumulate_gradients`, `n_updates` times.
 
-        Dropout is off: log-probabilities must be those that responses were sampled with. A loss that is not
-        finite in a later update leaves the weights after the update before.
+        A loss that is not finite in a later update leaves the weights after the update before.
         """
-        self.model.eval()
+        self.model.train(self.has_dropout)
         step, options = self.step + 1, self.options.train
         lr = trainer.learning_rate(step, options)
         for group in self.optimizer.param_groups:
