@@ -29,7 +29,7 @@ class Objective(state.TrainingState):
     n_updates = 1
     """Optimizer updates in a step."""
     has_dropout = False
-    """Whether dropout is on in an update; log-probabilities must be those that responses were sampled with."""
+    """Whether dropout is on in an update; responses were sampled without, and compared probabilities too."""
 
     @abc.abstractmethod
     def loss_of(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, float]]:
