@@ -62,6 +62,16 @@ class SamplingOptions(option_types.Options):
     """Random seed of sampling."""
 
 
+@dataclass(frozen=True)
+class QuantizationOptions(option_types.Options):
+    """In how many bits weights and the key-value cache are stored."""
+
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Store the weights of linear layers in 8 or 4 bits, with scales; embeddings and norms stay float32."""
+    kv_cache: Literal["float32", "int8"] = "float32"
+    """Store keys and values in 8 bits, with a scale for each token and head; without CPU or GPU kernels."""
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 
@@ -102,7 +112,7 @@ class PrepareConfig(FastOptions):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(SamplingOptions, PieceOptions, RunOptions):
+class GenerateConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOptions):
     """Generate text with a trained model."""
 
     prompt: str = ""
@@ -130,7 +140,7 @@ class GenerateConfig(SamplingOptions, PieceOptions, RunOptions):
 
 
 @dataclass(frozen=True)
-class ChatConfig(SamplingOptions, PieceOptions, RunOptions):
+class ChatConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOptions):
     """Chat with a fine-tuned model, in the terminal or through a pipe."""
 
     max_new_tokens: Annotated[int, option_types.Range(ge=1, most=10**6)] = 256
@@ -164,7 +174,7 @@ class ImportConfig(option_types.Options):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(PieceOptions):
+class EvaluateConfig(QuantizationOptions, PieceOptions):
     """Evaluate trained models on held-out text and multiple-choice questions."""
 
     run_dirs: tyro.conf.Positional[tuple[str, ...]] = ()

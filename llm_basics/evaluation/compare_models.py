@@ -79,6 +79,7 @@ def evaluate_run(
     folder = run_dir.resolve(name)
     path = checkpoint.find(folder / run_dir.CHECKPOINTS, options.checkpoint)
     model, tokenizer = engine.load_run(folder, device.choose(options.device), options.checkpoint)
+    engine.quantize_for_command(model, options)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer must have at most the {model.config.vocab_size} ids of the model, got "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
+from llm_basics.inference import quantized_model
 
 BATCH_SIZE = 8
 
@@ -70,7 +71,7 @@ def score_text(
     for first in range(0, len(spans), batch_size):
         batch = spans[first : first + batch_size]
         read = np.stack([tokens[start : start + length + 1] for start, _ in batch]).astype(np.int64)
-        text = torch.from_numpy(read).to(model.lm_head.weight.device)
+        text = torch.from_numpy(read).to(model.token_embeddings.weight.device)
         logits = _logits(model, text[:, :-1])
         for row, (_, n_scored) in enumerate(batch):
             yield _score(logits[row, -n_scored:], text[row, -n_scored:], length - n_scored)
@@ -96,7 +97,7 @@ def score_continuations(
         batch = by_length[start : start + batch_size]
         width = max(2, len(texts[batch[0]]))
         padded = torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in batch])
-        padded = padded.to(model.lm_head.weight.device)
+        padded = padded.to(model.token_embeddings.weight.device)
         logits = _logits(model, padded[:, :-1])
         for row, i in enumerate(batch):
             end = len(texts[i])
@@ -132,6 +133,8 @@ def _logits(
     was_training = model.training
     model.eval()
     try:
-        return model(tokens)
+        # keys and values are quantized as they enter the cache, whether in one pass or token by token
+        caches = model.make_kv_caches(len(tokens)) if quantized_model.has_int8_cache(model) else None
+        return model(tokens, caches=caches)
     finally:
         model.train(was_training)

@@ -20,6 +20,7 @@ from llm_basics.core import model as models
 from llm_basics.fast import kernel_cache, numba_jit
 from llm_basics.fast.cpu import decode, threads, vectors, weights
 from llm_basics.fast.cuda import cuda_graph
+from llm_basics.systems import quantization
 
 # what is written before the first of it is given out: seconds, and tokens at most
 SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
@@ -124,7 +125,7 @@ class Loops:
         self.model = model
         self.shape, self.weights = weights.shape_of(model), weights.weights_of(model)
         # the loops know addresses only: what is there stays, whatever becomes of the model
-        self.held = [parameter.detach() for parameter in model.parameters()]
+        self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.caches = model.make_kv_caches(batch=1)
         keys = torch.stack([cache.keys[0] for cache in self.caches])
         values = torch.stack([cache.values[0] for cache in self.caches])
@@ -137,7 +138,10 @@ class Loops:
         size = min(torch.get_num_threads(), most)
         n_parameters = sum(held.numel() for held in self.held)
         self.reading = known_pace((LoopConfig(size), LoopConfig(1)), n_parameters)
-        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in DRAFTS)
+        # int8 rows are multiplied by one token at a time, and drafts have no faster weights
+        self.is_int8 = any(isinstance(m, quantization.QuantizedLinear) for m in model.modules())
+        drafts = (False,) if self.is_int8 else DRAFTS
+        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in drafts)
         self.writing = known_pace(ways, n_parameters)
         self.team, self.has_begun = Team(), False
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
@@ -151,8 +155,9 @@ class Loops:
         """The scores of the token that follows a whole prompt."""
         if len(tokens) > SHORT_PROMPT:
             return self.model(tokens[None], caches=self.caches)[0, -1]
-        for position in range(0, len(tokens), decode.AT_A_TIME):
-            self._read(tokens[position : position + decode.AT_A_TIME].numpy(), position)
+        at_a_time = 1 if self.is_int8 else decode.AT_A_TIME
+        for position in range(0, len(tokens), at_a_time):
+            self._read(tokens[position : position + at_a_time].numpy(), position)
         return self.model.postprocess_logits(self.logits)
 
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:

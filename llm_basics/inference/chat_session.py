@@ -121,7 +121,7 @@ class ChatSession:
         adjust = generate.make_logits_processor(
             options.temperature, options.min_p, options.repetition_penalty
         )
-        device = self._model.lm_head.weight.device
+        device = self._model.token_embeddings.weight.device
         others = [self._tokenizer.special_id(special) for special in self._tokenizer.special_tokens]
         forbidden = torch.tensor([id for id in others if id != end], device=device)
 

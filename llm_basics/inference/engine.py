@@ -1,5 +1,6 @@
 """Text generation with a trained model: one prompt as a stream, or several as a batch."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llm_basics.core import generate as core_generate
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import tokenizer_formats
-from llm_basics.inference import detokenizer
+from llm_basics.inference import detokenizer, quantized_model
 from llm_basics.runs import checkpoint, process, run_dir
 
 # --------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def generate_batch(
     finished: set[int] = set()
     active = list(range(len(texts))) if max_new_tokens else []
     length = min(map(len, texts), default=0)
-    context_length, device = model.config.context_length, model.lm_head.weight.device
+    context_length, device = model.config.context_length, model.token_embeddings.weight.device
     was_training = model.training
     model.eval()
     caches = model.make_kv_caches(batch=len(texts))
@@ -91,7 +92,7 @@ def prompt_tokens(
 ) -> Int[Tensor, " seq"]:
     """Encode `prompt`, on the device of the model; an empty prompt starts a new document."""
     ids = tokenizer.encode_ordinary(prompt) or [tokenizer.end_of_text_id]
-    return torch.tensor(ids, device=model.lm_head.weight.device)
+    return torch.tensor(ids, device=model.token_embeddings.weight.device)
 
 
 def complete(
@@ -180,8 +181,17 @@ def load_run(
 def open_run(
     options: commands.GenerateConfig | commands.ChatConfig,
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
-    """Enable the pieces of --mine and --fast, then load the model and tokenizer of `options`."""
+    """Enable the pieces of --mine and --fast, then load the model and tokenizer of `options`, quantized."""
     swap.use_for_command(options.mine, options.fast)
     process.tune_allocator()
     folder = run_dir.resolve(options.run_dir)
-    return load_run(folder, devices.choose(options.device), options.checkpoint)
+    model, tokenizer = load_run(folder, devices.choose(options.device), options.checkpoint)
+    quantize_for_command(model, options)
+    return model, tokenizer
+
+
+def quantize_for_command(model: models.TransformerLM, options: commands.QuantizationOptions) -> None:
+    """Apply a command's options `--quantize` and `--kv_cache`; the memory goes to standard error."""
+    quantized_model.quantize_(model, options.quantize, options.kv_cache)
+    if options.quantize != "none" or options.kv_cache != "float32":
+        print(f"memory    {quantized_model.describe(model)}", file=sys.stderr)

@@ -17,6 +17,7 @@ from llm_basics.core import layers
 from llm_basics.core import model as models
 from llm_basics.fast import layers as fast_layers
 from llm_basics.fast.cpu import decode, vectors
+from llm_basics.systems import quantization
 
 # options of the model's config; any other option must be unset (None, False, 0, "")
 SUPPORTED_OPTIONS = set(
@@ -36,7 +37,7 @@ SUPPORTED_NAMES = set(
 
 # modules with supported layers; fast layers have the same parameters as the reference
 FAST_PACKAGE = fast_layers.__name__.removesuffix("layers")
-LAYER_MODULES = {models.__name__, layers.__name__, fast_layers.__name__}
+LAYER_MODULES = {models.__name__, layers.__name__, fast_layers.__name__, quantization.__name__}
 
 # functions that a model calls and the kernels replace
 FUNCTIONS = (
@@ -47,8 +48,13 @@ FUNCTIONS = (
 
 def unsupported_part(model: models.TransformerLM) -> str:
     """The first part of a model that is user code or unsupported; "" if there is none."""
+    if "make_kv_caches" in vars(model):
+        return "the KV cache is quantized"
     for name, module in model.named_modules():
         kind = type(module)
+        if isinstance(module, quantization.QuantizedLinear):
+            if module.bits != 8 or module.group_size is not None or module.numbers.is_cuda:
+                return f"kernels read int8 rows on a CPU, and {name} is {module.extra_repr()}"
         if kind is not nn.ModuleList and kind.__module__ not in LAYER_MODULES:
             return f"{name or 'the model'} is a {kind.__name__} of {user_code.origin(kind)}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -74,9 +80,9 @@ def supports(model: models.TransformerLM) -> str:
         for name, tensor in (module._parameters | module._buffers).items()
         if tensor is not None
     ]:
-        if not _is_supported(name):
+        if not _is_supported(name.replace(".numbers", ".weight").replace(".scales", ".weight")):
             return f"the model has {name}"
-        if tensor.device.type == "cuda":
+        if tensor.device.type == "cuda" or name.endswith((".numbers", ".scales")):
             continue
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
@@ -146,7 +152,7 @@ def weights_of(model: models.TransformerLM) -> decode.Weights:
         down_bias=_biases([f.w2 for f in ffn]),
         ln_final=model.ln_final.get_parameter("weight").detach().numpy(),
         ln_final_bias=_bias(model.ln_final),
-        lm_head=_matrices([model.lm_head], len(model.lm_head.weight), c.d_model),
+        lm_head=_matrices([model.lm_head], _d_out(model.lm_head), c.d_model),
         lm_head_bias=_bias(model.lm_head),
     )
 
@@ -221,15 +227,35 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
-    """Addresses of float32 weights, after a check of their shapes."""
+    """Addresses of float32 weights, or of int8 numbers and scales, after a check of their shapes."""
+    addresses = []
     for linear in linears:
-        assert linear.weight.shape == (d_out, d_in), (linear, d_out, d_in)
-    return np.array([(linear.weight.data_ptr(), 0) for linear in linears], np.int64).reshape(-1, 2)
+        if isinstance(linear, quantization.QuantizedLinear):
+            assert linear.numbers.shape == (d_out, d_in), (linear, d_out, d_in)
+            _pad_rows_(linear)
+            addresses.append((linear.numbers.data_ptr(), linear.scales.data_ptr()))
+        else:
+            assert linear.weight.shape == (d_out, d_in), (linear, d_out, d_in)
+            addresses.append((linear.weight.data_ptr(), 0))
+    return np.array(addresses, np.int64).reshape(-1, 2)
+
+
+def _pad_rows_(linear: quantization.QuantizedLinear) -> None:
+    """Move int8 numbers once to memory padded as in `rounded`; the layer keeps a view of it."""
+    (d_out, d_in), stride = linear.numbers.shape, vectors.padded(linear.in_features)
+    size = -(-d_out // 4) * 4 * stride
+    if linear.numbers.stride(0) != stride or linear.numbers.untyped_storage().nbytes() < size:
+        linear.numbers = linear.numbers.new_zeros(size).view(-1, stride)[:d_out, :d_in].copy_(linear.numbers)
+
+
+def _d_out(linear: Any) -> int:
+    is_quantized = isinstance(linear, quantization.QuantizedLinear)
+    return linear.out_features if is_quantized else len(linear.weight)
 
 
 def _bias(module: Any) -> np.ndarray:
     bias = getattr(module, "bias", None)
-    return np.zeros(len(module.weight), np.float32) if bias is None else _array(bias)
+    return np.zeros(_d_out(module), np.float32) if bias is None else _array(bias)
 
 
 def _biases(modules: Sequence[Any]) -> np.ndarray:
