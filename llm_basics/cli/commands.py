@@ -5,10 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llm_basics.cli import generation_options
 from llm_basics.core import option_types
-
-# sequences in one forward pass, and generated at once: they must fit into memory
-BatchSize = Annotated[int, option_types.Range(ge=1, most=10**5)]
 
 # --------------------------------------------------------------------------------------------------
 # Options that several commands share
@@ -40,36 +38,6 @@ class RunOptions(option_types.Options):
     """Run directory; newest: the most recently written under runs/."""
     checkpoint: str = "latest"
     """latest, best (lowest validation loss), or a step number."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions(option_types.Options):
-    """How tokens are sampled from the model's distribution."""
-
-    max_new_tokens: option_types.Length = 200
-    """Maximum number of new tokens; the end of the document stops earlier."""
-    temperature: option_types.NonNegative = 0.8
-    """0: greedy; 1: the model's distribution; above 1: flatter."""
-    top_k: option_types.Count | None = None
-    """Sample from the k most likely tokens only."""
-    top_p: option_types.PositiveFraction | None = None
-    """Nucleus sampling: the most likely tokens with this total probability (arXiv 1904.09751)."""
-    min_p: option_types.Fraction | None = None
-    """Minimum probability of a token, relative to the most likely one (arXiv 2407.01082)."""
-    repetition_penalty: option_types.Positive = 1.0
-    """Above 1: tokens already in the text become less likely; usually 1.2 (arXiv 1909.05858)."""
-    seed: option_types.Seed = 0
-    """Random seed of sampling."""
-
-
-@dataclass(frozen=True)
-class QuantizationOptions(option_types.Options):
-    """In how many bits weights and the key-value cache are stored."""
-
-    quantize: Literal["none", "int8", "int4"] = "none"
-    """Store the weights of linear layers in 8 or 4 bits, with scales; embeddings and norms stay float32."""
-    kv_cache: Literal["float32", "int8"] = "float32"
-    """Store keys and values in 8 bits, with a scale for each token and head; without CPU or GPU kernels."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,7 +80,13 @@ class PrepareConfig(FastOptions):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOptions):
+class GenerateConfig(
+    generation_options.SelectionOptions,
+    generation_options.SamplingOptions,
+    generation_options.QuantizationOptions,
+    PieceOptions,
+    RunOptions,
+):
     """Generate text with a trained model."""
 
     prompt: str = ""
@@ -124,13 +98,17 @@ class GenerateConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOpti
     """Write completions to this JSONL file, one per line with its prompt, instead of the terminal."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Stop before this string; can be given several times."""
-    samples: BatchSize = 1
+    samples: generation_options.BatchSize = 1
     """Completions per prompt, with consecutive seeds."""
     show_probs: bool = False
     """Show the probability of each token and the most likely alternatives."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_selection(self.temperature)
+        self.check_one_selection()
+        if self.n_candidates and self.show_probs:
+            raise ValueError("show_probs cannot be combined with best_of or majority, got both")
         if "" in self.stop:
             raise ValueError("stop must be a string of at least one character, got an empty one")
         if self.prompts is not None and self.prompt:
@@ -140,7 +118,13 @@ class GenerateConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOpti
 
 
 @dataclass(frozen=True)
-class ChatConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOptions):
+class ChatConfig(
+    generation_options.SelectionOptions,
+    generation_options.SamplingOptions,
+    generation_options.QuantizationOptions,
+    PieceOptions,
+    RunOptions,
+):
     """Chat with a fine-tuned model, in the terminal or through a pipe."""
 
     max_new_tokens: Annotated[int, option_types.Range(ge=1, most=10**6)] = 256
@@ -151,6 +135,11 @@ class ChatConfig(SamplingOptions, QuantizationOptions, PieceOptions, RunOptions)
     """Send this message, print the reply, and exit."""
     system: str = ""
     """System prompt, at the start of the conversation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_selection(self.temperature)
+        self.check_one_selection()
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,9 @@ class ImportConfig(option_types.Options):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(QuantizationOptions, PieceOptions):
+class EvaluateConfig(
+    generation_options.SelectionOptions, generation_options.QuantizationOptions, PieceOptions
+):
     """Evaluate trained models on held-out text and multiple-choice questions."""
 
     run_dirs: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -193,10 +184,39 @@ class EvaluateConfig(QuantizationOptions, PieceOptions):
     index of the answer, counted from 0."""
     delimiter: str = " "
     """Separator between prompt and choice, unless the text has white space there."""
-    batch_size: BatchSize = 8
+    answers: str | None = None
+    """Exact answers of a chat model to a file of conversations, as for sft, or to those held_out in its run:
+    greedy, and with --best_of and --majority."""
+    max_new_tokens: Annotated[int, option_types.Range(ge=1, most=10**6)] = 64
+    """Maximum number of tokens in an answer."""
+    temperature: option_types.NonNegative = 0.7
+    """Of the samples for best_of and majority."""
+    seed: option_types.Seed = 0
+    """Random seed of the samples."""
+    batch_size: generation_options.BatchSize = 8
     """Windows per forward pass."""
     out: str | None = None
     """JSON file for all results."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_selection(self.temperature)
+        if self.n_candidates and self.answers is None:
+            raise ValueError(
+                "best_of and majority need answers, a file of conversations or held_out, got none"
+            )
+
+    def sampling(self, max_new_tokens: int) -> generation_options.SamplingOptions:
+        """How answers are sampled."""
+        return generation_options.SamplingOptions(
+            max_new_tokens, temperature=self.temperature, seed=self.seed
+        )
+
+    def each_selection(self) -> list[tuple[str, generation_options.SelectionOptions]]:
+        """The choices among samples, each on its own, by name."""
+        best = generation_options.SelectionOptions(best_of=self.best_of, reward=self.reward)
+        vote = generation_options.SelectionOptions(majority=self.majority)
+        return [(name, each) for name, each in (("best_of", best), ("majority", vote)) if each.n_candidates]
 
 
 @dataclass(frozen=True)
@@ -211,7 +231,7 @@ class HarnessConfig(PieceOptions, RunOptions):
     """Few-shot examples per question. None: the task's default."""
     limit: option_types.Count | None = None
     """Questions per task. None: all."""
-    batch_size: BatchSize = 8
+    batch_size: generation_options.BatchSize = 8
     """Texts per forward pass."""
     out: str | None = None
     """JSON file for the results."""

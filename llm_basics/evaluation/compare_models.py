@@ -15,8 +15,8 @@ from llm_basics.cli import commands, parse
 from llm_basics.core import config, device, evaluate, files, presets
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import prepare, shard_builder, shards, sources
-from llm_basics.evaluation import log_likelihood, metrics, multiple_choice
-from llm_basics.inference import engine
+from llm_basics.evaluation import exact_answers, log_likelihood, metrics, multiple_choice
+from llm_basics.inference import engine, selection, user_reward
 from llm_basics.runs import checkpoint, run_dir
 from llm_basics.runs import console as terminal
 
@@ -37,6 +37,18 @@ ANSWERS = {
     "standard_error": ("standard error", "{:.1%}", "of the accuracy of random guessing"),
     "n_questions": ("questions", "{:,}", "multiple choice"),
 }
+EXACT = {
+    "greedy": ("exact, greedy", "{:.1%}", "the whole reply is the expected one"),
+    "sample": ("exact, one sample", "{:.1%}", "mean of all samples"),
+    "best_of": (
+        "exact, best of n",
+        "{:.1%}",
+        "the sample with the highest log-probability per token or reward",
+    ),
+    "majority": ("exact, majority of n", "{:.1%}", "the most frequent sample"),
+    "any": ("exact, any of n", "{:.1%}", "at least one sample is right"),
+    "n_questions": ("questions", "{:,}", ""),
+}
 MEANING = "meaning"
 
 
@@ -49,6 +61,7 @@ class Evaluation:
     text: str | None
     report: metrics.Report | None
     answers: multiple_choice.Results | None
+    exact: exact_answers.Results | None = None
 
 
 def main(options: commands.EvaluateConfig) -> int:
@@ -57,10 +70,12 @@ def main(options: commands.EvaluateConfig) -> int:
         if options.out is not None and not Path(options.out).parent.is_dir():
             raise ValueError(f"--out must be in an existing folder, got {options.out}")
         questions = multiple_choice.read(options.choices) if options.choices is not None else []
+        reward = selection.load_reward(options)
         swap.use_for_command(options.mine, options.fast)
         with terminal.progress_bar() as progress:
             results = [
-                evaluate_run(name, options, questions, progress) for name in options.run_dirs or ("newest",)
+                evaluate_run(name, options, questions, progress, reward)
+                for name in options.run_dirs or ("newest",)
             ]
         show(results)
         if options.out is not None:
@@ -74,8 +89,9 @@ def evaluate_run(
     options: commands.EvaluateConfig,
     questions: Sequence[multiple_choice.Question],
     progress: Callable[[str, int, int], None],
+    reward: user_reward.UserReward | None = None,
 ) -> Evaluation:
-    """Load a run and evaluate it on text, on questions, or both."""
+    """Load a run and evaluate it on text, on multiple-choice questions, by exact answers, or several."""
     folder = run_dir.resolve(name)
     path = checkpoint.find(folder / run_dir.CHECKPOINTS, options.checkpoint)
     model, tokenizer = engine.load_run(folder, device.choose(options.device), options.checkpoint)
@@ -85,15 +101,21 @@ def evaluate_run(
             f"the tokenizer must have at most the {model.config.vocab_size} ids of the model, got "
             f"{tokenizer.vocab_size} ({folder})"
         )
-    report = answers = source = None
-    if options.data is not None or not questions:
+    report = answers = source = exact = None
+    if options.data is not None or not (questions or options.answers):
         source, tokens = find_text(folder, path, tokenizer, options)
         scores = log_likelihood.score_text(model, tokens, options.stride, options.batch_size)
         lengths = evaluate.token_lengths(tokenizer, model.config.vocab_size)
         report = metrics.measure(_with_progress(scores, progress, str(folder), len(tokens) - 1), lengths)
     if questions:
         answers = multiple_choice.evaluate(model, tokenizer, questions, options.delimiter, options.batch_size)
-    return Evaluation(str(folder), str(path), source, report, answers)
+    if options.answers is not None:
+        length = model.config.context_length
+        asked = exact_answers.read(options.answers, tokenizer, length, lambda: prepared_folder(folder, path))
+        exact = exact_answers.evaluate(
+            model, tokenizer, asked, options, reward, lambda done: progress(str(folder), done, len(asked))
+        )
+    return Evaluation(str(folder), str(path), source, report, answers, exact)
 
 
 def find_text(
@@ -107,6 +129,14 @@ def find_text(
         if not ids:
             raise ValueError(f"--data must hold text, got an empty source ({source})")
         return source, np.concatenate([np.array(each, np.int32) for each in ids])
+    prepared = prepared_folder(folder, path)
+    held_out = shards.read_shard(prepare.load(prepared).val.path, tokenizer.fingerprint())
+    shards.check_ids(held_out)
+    return f"held out in {prepared}", held_out.tokens
+
+
+def prepared_folder(folder: Path, path: Path) -> Path:
+    """The folder of token files that a run was trained on."""
     name = checkpoint.read_about(path).get("data")
     if name is None:
         raise ValueError(f"{folder} was not trained here and has no held-out split; name a text with --data")
@@ -118,9 +148,7 @@ def find_text(
             f"the held-out split must be in {prepared}, got no such folder ({folder}/config.json); run from "
             "the folder that holds it, or name a text with --data"
         )
-    held_out = shards.read_shard(prepare.load(prepared).val.path, tokenizer.fingerprint())
-    shards.check_ids(held_out)
-    return f"held out in {prepared}", held_out.tokens
+    return prepared
 
 
 def _with_progress(
@@ -150,8 +178,11 @@ def show(results: Sequence[Evaluation]) -> None:
     rows = _table("", *runs, MEANING)
     reports = [result.report for result in results if result.report is not None]
     answers = [result.answers for result in results if result.answers is not None]
-    for kind, of_all in ((MEASURES, reports), (ANSWERS, answers)):
+    exact = [result.exact for result in results if result.exact is not None]
+    for kind, of_all in ((MEASURES, reports), (ANSWERS, answers), (EXACT, exact)):
         for name, (title, form, meaning) in kind.items() if of_all else ():
+            if any(getattr(each, name) is None for each in of_all):
+                continue
             rows.add_row(title, *(form.format(getattr(each, name)) for each in of_all), meaning)
     for number, text in enumerate(texts, start=1):
         if text is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_basics.cli import commands, parse
 from llm_basics.core import files, generate, model, tokenizer
 from llm_basics.data import chat_template
-from llm_basics.inference import detokenizer, engine
+from llm_basics.inference import detokenizer, engine, selection
 from llm_basics.runs import signals
 
 # exit status if a line of a pipe failed
@@ -68,6 +68,7 @@ class ChatSession:
         self._model, self._tokenizer = lm, chosen
         self._generator = torch.Generator().manual_seed(options.seed)
         self._n_dropped = 0
+        self._reward = selection.load_reward(options)
 
     @property
     def messages(self) -> list[chat_template.Message]:
@@ -88,8 +89,10 @@ class ChatSession:
         turns = [*self.turns, chat_template.Message("user", message)]
         prompt = self._prompt(turns)
         pieces: list[str] = []
+        is_chosen = bool(self.options.n_candidates)
+        stream = self._choose(prompt, message) if is_chosen else self._generate(prompt)
         try:
-            for piece in detokenizer.detokenize(self._tokenizer, self._generate(prompt)):
+            for piece in stream:
                 pieces.append(piece)
                 write(piece)
         finally:
@@ -116,7 +119,45 @@ class ChatSession:
         self._n_dropped = n_dropped
         return ids
 
-    def _generate(self, prompt: Sequence[int]) -> Iterator[int]:
+    def _generate(self, prompt: Sequence[int]) -> Iterator[str]:
+        options = self._fitting(prompt)
+        ids = generate.generate(
+            self._model,
+            torch.tensor(prompt, device=self._model.token_embeddings.weight.device),
+            options.max_new_tokens,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            stop_id=self._tokenizer.special_id(chat_template.END),
+            generator=self._generator,
+            adjust=self._reply_logits(prompt),
+        )
+        return detokenizer.detokenize(self._tokenizer, ids)
+
+    def _choose(self, prompt: Sequence[int], message: str) -> Iterator[str]:
+        """A reply chosen from several, as one piece, with a note why."""
+        options, n = self._fitting(prompt), self.options.n_candidates
+        candidates = selection.sample(
+            self._model,
+            self._tokenizer,
+            torch.tensor(prompt, device=self._model.token_embeddings.weight.device),
+            # other seeds for each reply of a conversation
+            selection.seeds_of(options, n, number=len(self.turns) // 2),
+            options,
+            self._tokenizer.special_id(chat_template.END),
+            adjust=self._reply_logits(prompt),
+        )
+        choice = selection.choose(candidates, options, self._reward, message)
+        yield choice.candidate.text
+        _note(f"\n({choice})")
+
+    def _fitting(self, prompt: Sequence[int]) -> commands.ChatConfig:
+        """The options with a maximum length that fits into the context."""
+        room = self._model.config.context_length - len(prompt)
+        return dataclasses.replace(self.options, max_new_tokens=min(self.options.max_new_tokens, room))
+
+    def _reply_logits(self, prompt: Sequence[int]) -> generate.LogitsFunction:
+        """The logits processor of a reply to `prompt`."""
         options, end = self.options, self._tokenizer.special_id(chat_template.END)
         adjust = generate.make_logits_processor(
             options.temperature, options.min_p, options.repetition_penalty
@@ -132,17 +173,7 @@ class ChatSession:
             logits = logits.index_fill(0, forbidden, -torch.inf)
             return logits if adjust is None else adjust(ids[len(prompt) :], logits)
 
-        return generate.generate(
-            self._model,
-            torch.tensor(prompt, device=device),
-            min(options.max_new_tokens, self._model.config.context_length - len(prompt)),
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            stop_id=end,
-            generator=self._generator,
-            adjust=reply_logits,
-        )
+        return reply_logits
 
     def reset(self) -> None:
         """Clear the conversation."""

@@ -9,9 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llm_basics import swap
-from llm_basics.cli import commands
+from llm_basics.cli import commands, generation_options
 from llm_basics.core import config, presets
 from llm_basics.core import device as devices
+from llm_basics.core import functional as F
 from llm_basics.core import generate as core_generate
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
@@ -35,13 +36,15 @@ def generate_batch(
     generators: Sequence[torch.Generator] | None = None,
     adjust: core_generate.LogitsFunction | None = None,
     ends_with: Callable[[int, int], bool] = lambda i, token: False,
+    record: Callable[[int, float], None] | None = None,
 ) -> list[list[int]]:
     """Generate for a batch of prompts; each result equals that of `generate` with the same generator.
 
     The common length of the prompts is read at once; after it, every sequence advances by one token a step,
     a longer prompt by its own next token. All sequences thus have the same length and need neither padding
     nor a mask. Finished sequences leave the batch. Most efficient for prompts of similar lengths.
-    `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last.
+    `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last;
+    `record(i, log_probability)` before it, with that of the model, before `adjust` and temperature.
     """
     if not all(prompt.numel() for prompt in prompts):
         raise ValueError("each prompt must have at least one token, got one with none")
@@ -59,6 +62,7 @@ def generate_batch(
             first = caches[0].length if is_cached else length - context_length
             tokens = torch.tensor([texts[i][first:length] for i in active], device=device)
             logits = model(tokens, caches=caches if is_cached else None)[:, -1]
+            scores = F.log_softmax(F.to_float32(logits)).cpu() if record is not None else None
             if adjust is not None:
                 prefixes = [torch.tensor(texts[i][:length], device=device) for i in active]
                 logits = torch.stack([adjust(ids, row) for ids, row in zip(prefixes, logits, strict=True)])
@@ -68,6 +72,8 @@ def generate_batch(
                     generator = generators[i] if generators is not None else None
                     token = core_generate.sample(probabilities[row], generator)
                     texts[i].append(token)
+                    if record is not None and scores is not None:
+                        record(i, float(scores[row, token]))
                     n_new = len(texts[i]) - len(prompts[i])
                     if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
                         finished.add(i)
@@ -135,6 +141,24 @@ def complete_batch(
     adjust: core_generate.LogitsFunction | None = None,
 ) -> list[str]:
     """Continue a batch of prompts; each text equals that of `complete` with the same seed."""
+    ids = [prompt_tokens(model, tokenizer, prompt) for prompt in prompts]
+    options = generation_options.SamplingOptions(max_new_tokens, temperature, top_k, top_p)
+    texts = continue_batch(model, tokenizer, ids, seeds, options, tokenizer.end_of_text_id, stops, adjust)
+    return [text for text, _ in texts]
+
+
+def continue_batch(
+    model: models.TransformerLM,
+    tokenizer: tokenizers.Tokenizer,
+    prompts: Sequence[Int[Tensor, " _"]],
+    seeds: Sequence[int],
+    options: generation_options.SamplingOptions,
+    stop_id: int,
+    stops: Sequence[str] = (),
+    adjust: core_generate.LogitsFunction | None = None,
+    record: Callable[[int, float], None] | None = None,
+) -> list[tuple[str, bool]]:
+    """The continuations of encoded prompts as text, and whether each ended before the maximum length."""
     streams = [detokenizer.Detokenizer(tokenizer, stops) for _ in prompts]
     texts = ["" for _ in prompts]
 
@@ -142,19 +166,24 @@ def complete_batch(
         texts[i] += streams[i].read(token)
         return streams[i].is_over
 
-    generate_batch(
+    found = generate_batch(
         model,
-        [prompt_tokens(model, tokenizer, prompt) for prompt in prompts],
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        stop_id=tokenizer.end_of_text_id,
+        prompts,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        stop_id=stop_id,
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         adjust=adjust,
         ends_with=ends_with,
+        record=record,
     )
-    return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
+    ended = [
+        len(ids) < options.max_new_tokens or stream.is_over
+        for ids, stream in zip(found, streams, strict=True)
+    ]
+    return [(text + stream.close(), end) for text, stream, end in zip(texts, streams, ended, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +219,9 @@ def open_run(
     return model, tokenizer
 
 
-def quantize_for_command(model: models.TransformerLM, options: commands.QuantizationOptions) -> None:
+def quantize_for_command(
+    model: models.TransformerLM, options: generation_options.QuantizationOptions
+) -> None:
     """Apply a command's options `--quantize` and `--kv_cache`; the memory goes to standard error."""
     quantized_model.quantize_(model, options.quantize, options.kv_cache)
     if options.quantize != "none" or options.kv_cache != "float32":

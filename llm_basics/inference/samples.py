@@ -18,7 +18,7 @@ from llm_basics.cli import commands, parse
 from llm_basics.core import files, generate, model, tokenizer, vocabulary
 from llm_basics.core import functional as F
 from llm_basics.data import jsonl
-from llm_basics.inference import detokenizer, engine
+from llm_basics.inference import detokenizer, engine, selection
 
 # texts of one batch: their key-value caches must fit into memory
 BATCH_SIZE = 16
@@ -38,7 +38,7 @@ def main(options: commands.GenerateConfig) -> int:
             prompts = read_prompts(Path(options.prompts))
         lm, chosen = engine.open_run(options)
         if options.out is None:
-            write_to_terminal(lm, chosen, [entry["prompt"] for entry in prompts], options)
+            write_to_terminal(lm, chosen, prompts, options)
         else:
             write_to_file(lm, chosen, prompts, options, Path(options.out))
     return 0
@@ -92,23 +92,49 @@ def generate_texts(
         yield from (iter([text]) for text in texts)
 
 
+def choose_texts(
+    lm: model.TransformerLM,
+    chosen: tokenizer.Tokenizer,
+    prompts: Sequence[dict[str, Any]],
+    options: commands.GenerateConfig,
+) -> Iterator[selection.Choice]:
+    """Generate `options.samples` texts for each prompt, each chosen from several candidates."""
+    reward = selection.load_reward(options)
+    for entry, number in itertools.product(prompts, range(options.samples)):
+        candidates = selection.sample(
+            lm,
+            chosen,
+            engine.prompt_tokens(lm, chosen, entry["prompt"]),
+            selection.seeds_of(options, options.n_candidates, number),
+            options,
+            chosen.end_of_text_id,
+            options.stop,
+            logits_processor(options),
+        )
+        yield selection.choose(candidates, options, reward, entry["prompt"], entry.get("expected"))
+
+
 def write_to_terminal(
     lm: model.TransformerLM,
     chosen: tokenizer.Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[dict[str, Any]],
     options: commands.GenerateConfig,
 ) -> None:
     """Print each prompt with its continuations, the prompt in bold if stdout is a terminal."""
     samples = range(options.samples)
-    requests = [(prompt, options.seed + sample) for prompt in prompts for sample in samples]
+    requests = [(entry["prompt"], options.seed + sample) for entry in prompts for sample in samples]
     titles = [
         f"--- prompt {number}, sample {sample + 1}"
         for number in range(1, len(prompts) + 1)
         for sample in samples
     ]
-    texts = (
-        itertools.repeat(iter(())) if options.show_probs else generate_texts(lm, chosen, requests, options)
-    )
+    texts: Iterator[Iterator[str] | selection.Choice]
+    if options.n_candidates:
+        texts = choose_texts(lm, chosen, prompts, options)
+    elif options.show_probs:
+        texts = itertools.repeat(iter(()))
+    else:
+        texts = generate_texts(lm, chosen, requests, options)
     for title, (prompt, seed), pieces in zip(titles, requests, texts, strict=False):
         if len(requests) > 1:
             print(title)
@@ -116,6 +142,10 @@ def write_to_terminal(
             show_probabilities(lm, chosen, prompt, seed, options)
             continue
         print_prompt(prompt)
+        if isinstance(pieces, selection.Choice):
+            print(pieces.candidate.text, flush=True)
+            print(f"({pieces})", file=sys.stderr, flush=True)
+            continue
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
@@ -136,13 +166,22 @@ def write_to_file(
     options: commands.GenerateConfig,
     path: Path,
 ) -> None:
-    """Write a JSON line for each text: the fields of its prompt, the seed and the generated text."""
+    """Write a JSON line for each text: the fields of its prompt, the seed and the generated text.
+
+    A text that was chosen has the figures that decided as well.
+    """
     seeds = range(options.seed, options.seed + options.samples)
     entries = [{**entry, "seed": seed} for entry in prompts for seed in seeds]
     requests = [(entry["prompt"], entry["seed"]) for entry in entries]
+    found: Iterator[dict[str, Any]]
+    if options.n_candidates:
+        found = map(selection.as_fields, choose_texts(lm, chosen, prompts, options))
+    else:
+        texts = generate_texts(lm, chosen, requests, options)
+        found = ({"text": "".join(pieces)} for pieces in texts)
     with files.replacing(path) as file:
-        for entry, pieces in zip(entries, generate_texts(lm, chosen, requests, options), strict=True):
-            line = json.dumps({**entry, "text": "".join(pieces)}, ensure_ascii=False)
+        for entry, fields in zip(entries, found, strict=True):
+            line = json.dumps({**entry, **fields}, ensure_ascii=False)
             file.write(line.encode("utf-8", "replace") + b"\n")
     print(f"{len(entries)} texts written to {path}")
 
