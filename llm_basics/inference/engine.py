@@ -40,11 +40,10 @@ def generate_batch(
 ) -> list[list[int]]:
     """Generate for a batch of prompts; each result equals that of `generate` with the same generator.
 
-    The common length of the prompts is read at once; after it, every sequence advances by one token a step,
-    a longer prompt by its own next token. All sequences thus have the same length and need neither padding
-    nor a mask. Finished sequences leave the batch. Most efficient for prompts of similar lengths.
+    The common length of the prompts is read at once; then every sequence advances by one token a step, a
+    longer prompt by its own next token: neither padding nor a mask. Finished sequences leave the batch.
     `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last;
-    `record(i, log_probability)` before it, with that of the model, before `adjust` and temperature.
+    `record(i, log_probability)` before it: the model's, without `adjust` and temperature.
     """
     if not all(prompt.numel() for prompt in prompts):
         raise ValueError("each prompt must have at least one token, got one with none")
@@ -69,13 +68,12 @@ def generate_batch(
             probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p).cpu()
             for row, i in enumerate(active):
                 if len(texts[i]) == length:
-                    generator = generators[i] if generators is not None else None
-                    token = core_generate.sample(probabilities[row], generator)
+                    token = core_generate.sample(probabilities[row], generators[i] if generators else None)
                     texts[i].append(token)
                     if record is not None and scores is not None:
                         record(i, float(scores[row, token]))
-                    n_new = len(texts[i]) - len(prompts[i])
-                    if token == stop_id or ends_with(i, token) or n_new == max_new_tokens:
+                    is_full = len(texts[i]) == len(prompts[i]) + max_new_tokens
+                    if token == stop_id or ends_with(i, token) or is_full:
                         finished.add(i)
             length += 1
             rows = [row for row, i in enumerate(active) if i not in finished]
