@@ -1,4 +1,4 @@
-"""Draws docs/first_run.png and its dark twin: the loss of the default run, and samples of three steps.
+"""Draws docs/first_run.png, light and dark: the loss of the default run, and what the model writes.
 
 uv run python docs/first_run.py RUN 0=FILE 271=FILE 1150=FILE
 
@@ -24,10 +24,8 @@ THEMES = {
 def excerpt(text: str) -> str:
     """The first lines of a text, cut to the width of a panel; control characters as dots."""
     lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines() if line.strip()]
-    shown = [
-        "".join(c if c.isprintable() else "." for c in line)[:MOST_LETTERS] for line in lines[:MOST_LINES]
-    ]
-    return "\n".join(shown)
+    printable = ("".join(c if c.isprintable() else "." for c in line) for line in lines[:MOST_LINES])
+    return "\n".join(line[:MOST_LETTERS] for line in printable)
 
 
 def draw(run: Path, samples: dict[int, str], name: str) -> None:
