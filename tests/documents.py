@@ -194,10 +194,11 @@ def is_known_name(name: str) -> bool:
 
 
 def option_names(page: Path) -> list[str]:
-    """The options in inline code: `--train.lr`, `--fast off`, `train --data x`."""
+    """The options of our programs in inline code: `--train.lr`, `--fast off`, `train --data x`."""
     found = []
     for code in inline_code(page.read_text(encoding="utf-8")):
-        found += re.findall(r"(?<![\w-])(--[a-z][\w.-]*)", code)
+        if not code.startswith(("uvx ", "uv venv", "uv pip")):
+            found += re.findall(r"(?<![\w-])(--[a-z][\w.-]*)", code)
     return found
 
 

@@ -3,6 +3,7 @@
 The commands are parsed by the programs that they start, without running them.
 """
 
+import itertools
 import re
 import shlex
 
@@ -45,6 +46,20 @@ def test_options_exist(page):
     known = documents_commands.options()
     wrong = [name for name in documents.option_names(page) if documents.plain_option(name) not in known]
     assert not wrong, f"{page.name} names options that no program has: {wrong}"
+
+
+def test_what_is_wrong_is_found():
+    assert documents.leads_somewhere(README, "docs/promises.md#exit-status")
+    for link in ("docs/nothing.md", "docs/promises.md#nothing", "#nothing", "../elsewhere.md"):
+        assert not documents.leads_somewhere(README, link)
+    assert documents.is_file_here("core/functional.py") and not documents.is_file_here("core/functionall.py")
+    assert documents.is_file_here("systems/") and not documents.is_file_here("sistems/")
+    for name in ("functional.silu", "core.trainer.train_step", "trainer.Trainer.training_step", "train.lr"):
+        assert documents.is_known_name(name)
+    for name in ("functional.sillu", "core.train.train_step", "trainer.Trainer.train", "train.lrate"):
+        assert not documents.is_known_name(name)
+    assert "--train.lr" in documents_commands.options()
+    assert "--train.lrate" not in documents_commands.options()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,14 +139,29 @@ def test_every_page_is_in_the_index():
     assert set((documents.ROOT / "docs").glob("*.md")) <= {*linked, index}
 
 
-def test_the_worklog_keeps_its_template():
-    entries = documents.worklog_entries(WORKLOG.read_text(encoding="utf-8"))
-    assert len(entries) > 30
+def faults_of_worklog(text: str) -> list[str]:
+    """Where a worklog departs from its template and its order."""
+    entries = documents.worklog_entries(text)
     times = [time for time, _ in entries]
-    assert times == sorted(times, reverse=True), "the newest entry comes first"
-    for time, text in entries:
-        assert re.findall(r"^\*\*(.+?)\*\*$", text, re.M) == SECTIONS, f"the sections of {time}"
-        assert re.search(r"^\*   \*\*(Commits?|Command|Log)", text, re.M), f"the artifacts of {time}"
+    faults = [f"{later} follows {time}" for time, later in itertools.pairwise(times) if later > time]
+    for time, entry in entries:
+        if re.findall(r"^\*\*(.+?)\*\*$", entry, re.M) != SECTIONS:
+            faults.append(f"the sections of {time}")
+        if not re.search(r"^\*   \*\*(Commits?|Command|Log)", entry, re.M):
+            faults.append(f"the artifacts of {time}")
+    return faults
+
+
+def test_the_worklog_keeps_its_template():
+    text = WORKLOG.read_text(encoding="utf-8")
+    assert len(documents.worklog_entries(text)) > 30
+    assert not faults_of_worklog(text)
+    (newest, _), (second, _), *_ = documents.worklog_entries(text)
+    assert faults_of_worklog(text.replace(f"**{newest}**", "**2000-01-01 00:00**")) == [
+        f"{second} follows 2000-01-01 00:00"
+    ]
+    assert faults_of_worklog(text.replace("**Objective:**", "**Aim:**", 1)) == [f"the sections of {newest}"]
+    assert f"the artifacts of {newest}" in faults_of_worklog(text.replace("*   **Comm", "*   Comm"))
 
 
 def test_the_commits_that_the_worklog_cites_exist():
