@@ -2,7 +2,11 @@
 
 uv run python docs/first_run.py RUN 0=FILE 271=FILE 1150=FILE
 
-RUN is a finished default run; FILE has the output of `generate` at a step: prompt and continuation.
+RUN is a finished default run. FILE is what a checkpoint writes, prompt and continuation:
+
+uv run python -m llm_basics.generate RUN --prompt "    def read(self" --max_new_tokens 60 --fast off
+
+that of step 0 by a run with --train.steps 1 --train.warmup_steps 0 --train.lr 1e-9.
 """
 
 import json
@@ -12,7 +16,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
-MOST_LINES, MOST_LETTERS = 6, 54
+MOST_LINES, MOST_LETTERS = 6, 70
 
 # background, text, faint, training, validation: the colors of the lab
 THEMES = {
@@ -22,10 +26,12 @@ THEMES = {
 
 
 def excerpt(text: str) -> str:
-    """The first lines of a text, cut to the width of a panel; control characters as dots."""
-    lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines() if line.strip()]
-    printable = ("".join(c if c.isprintable() else "." for c in line) for line in lines[:MOST_LINES])
-    return "\n".join(line[:MOST_LETTERS] for line in printable)
+    """The first lines of a text, wrapped to the width of a panel; control characters as dots."""
+    lines = []
+    for line in filter(str.strip, text.strip("\n").splitlines()):
+        shown = "".join(c if c.isprintable() else "." for c in line)
+        lines += [shown[start : start + MOST_LETTERS] for start in range(0, len(shown), MOST_LETTERS)]
+    return "\n".join(lines[:MOST_LINES])
 
 
 def draw(run: Path, samples: dict[int, str], name: str) -> None:
@@ -38,7 +44,14 @@ def draw(run: Path, samples: dict[int, str], name: str) -> None:
     figure = plt.figure(figsize=(10, 4), dpi=160, facecolor=background)
     axes = figure.add_axes((0.055, 0.13, 0.40, 0.77), facecolor=background)
     axes.axhline(baseline, color=faint, linestyle="--", linewidth=1)
-    axes.text(1150, baseline + 0.08, "counting tokens reaches this", color=faint, ha="right", fontsize=8)
+    axes.text(
+        1150,
+        baseline + 0.08,
+        "unigram entropy, which counting tokens reaches",
+        color=faint,
+        ha="right",
+        fontsize=8,
+    )
     axes.plot(*zip(*steps, strict=True), color=training, linewidth=1.2, label="training")
     axes.plot(*zip(*evaluations, strict=True), color=validation, marker="o", markersize=3, label="validation")
     axes.set_title("loss, nats per token", color=text, fontsize=10, loc="left")

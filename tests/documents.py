@@ -5,6 +5,7 @@ import functools
 import re
 import shlex
 import subprocess
+import typing
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -155,9 +156,13 @@ def members(path: Path) -> dict[str, set[str]]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
             found[node.name] = {name for each in node.body for name in _bound(each)}
-            found[node.name] |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+            found[node.name] |= {each.attr for each in ast.walk(node) if _is_of_self(each)}
         found |= {name: set() for name in _bound(node) if name not in found}
     return found
+
+
+def _is_of_self(node: ast.AST) -> typing.TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _bound(node: ast.stmt) -> list[str]:
