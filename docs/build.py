@@ -62,6 +62,15 @@ def with_links_of_the_site(text: str, source: Path, placed: dict[Path, Path]) ->
     return "".join(part if part.lstrip().startswith("```") else LINK.sub(replaced, part) for part in parts)
 
 
+def with_lists_apart(text: str) -> str:
+    """Text with an empty line before each list, which the site's Markdown needs, and GitHub's does not.
+
+    >>> with_lists_apart("**Objective:**\\n*   one\\n*   two")
+    '**Objective:**\\n\\n*   one\\n*   two'
+    """
+    return re.sub(r"^(\*\*[^*\n]+:\*\*)\n(?=\*   |1\.  )", r"\1\n\n", text, flags=re.MULTILINE)
+
+
 # --------------------------------------------------------------------------------------------------
 # The reference
 
@@ -128,7 +137,8 @@ def write_pages() -> list[Path]:
     for source, page in placed.items():
         page.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
-            page.write_text(with_links_of_the_site(source.read_text("utf-8"), source, placed), "utf-8")
+            text = with_links_of_the_site(source.read_text("utf-8"), source, placed)
+            page.write_text(with_lists_apart(text), "utf-8")
         else:
             shutil.copyfile(source, page)
     for wing in wings():

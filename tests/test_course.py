@@ -1,6 +1,7 @@
 """The entries of the course in WORKLOG.md, and docs/course.py. Alone: `uv run pytest tests/test_course.py`.
 
-What a check says of each mistake is compared for a few steps by default, for all with `-m "slow or not slow"`.
+What a check says of each mistake is compared for a few steps by default, for all with
+`-m "slow or not slow"`.
 """
 
 import doctest

@@ -32,6 +32,12 @@ def test_the_navigation_has_every_page(site):
     assert sorted(listed) == sorted(path.relative_to(site).as_posix() for path in site.rglob("*.md"))
 
 
+def test_lists_of_the_worklog_stand_apart(site):
+    text = (site / "worklog.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\*\*Objective:\*\*\n\n\*   ", text, re.M)) > 40
+    assert not re.findall(r"^\*\*.+:\*\*\n[*1]", text, re.M)
+
+
 def test_links_of_the_site_stay_in_it(site):
     n_links = 0
     for page in site.rglob("*.md"):
