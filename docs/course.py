@@ -1,6 +1,6 @@
 """Fills the entries of the course in WORKLOG.md from the lessons and the catalogue of mistakes.
 
-uv run python docs/course.py          the parts that come from the lessons, and the index
+uv run python docs/course.py          the parts that come from the lessons, the index, long lines
 uv run python docs/course.py --run    also what a check says of each mistake: it is made, and checked
 
 An entry of the course begins, below its heading, with `<!-- lesson: STEP; mistake: NAME -->`. Its objective,
@@ -34,7 +34,7 @@ Report = Callable[[str, str], str]
 def wrapped(text: str, bullet: str) -> str:
     """An item of a list, in lines of at most 120 characters; code in backticks stays on one line.
 
-    >>> print(wrapped("`a b` " * 30, "*   ").splitlines()[1][:10])
+    >>> print(wrapped("`a b` " * 30, "*   ").splitlines()[1][:9])
         `a b`
     """
     kept = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
@@ -187,9 +187,24 @@ def index(text: str) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def short(text: str) -> str:
+    """Text with long lines of its lists wrapped; code and tables stay.
+
+    >>> print(short("1.  " + "word " * 30).splitlines()[1])
+        word word word word word word word
+    """
+    parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.DOTALL | re.MULTILINE)
+    line = re.compile(rf"^( *(?:\*|\d+\.|) +)(?=[^|\s])(.{{{WIDTH - 8},}})$", re.MULTILINE)
+
+    def kept_or_wrapped(found: re.Match[str]) -> str:
+        return wrapped(found[2], found[1]) if len(found[0]) > WIDTH else found[0]
+
+    return "".join(part if "```" in part else line.sub(kept_or_wrapped, part) for part in parts)
+
+
 def filled(text: str, report: Report | None = None) -> str:
     """The text of the worklog with the index and all entries filled in; without `report`, reports stay."""
-    before, *rest = MARK.split(INDEX.sub(lambda _: index(text), text))
+    before, *rest = MARK.split(INDEX.sub(lambda _: index(text), short(text)))
     made = [before]
     for name, mistake, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
         body, line, other = after.partition("\n---\n")

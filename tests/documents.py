@@ -49,7 +49,7 @@ FOLDER = re.compile(r"(?:[\w.-]+/)+")
 
 
 def pages() -> list[Path]:
-    """All pages of the documentation but WORKLOG, which is a history."""
+    """All pages of the documentation but WORKLOG."""
     top = [path for path in sorted(ROOT.glob("*.md")) if path.name != "WORKLOG.md"]
     return [*top, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 

@@ -4,6 +4,7 @@ What a check says of each mistake is compared for a few steps by default, for al
 `-m "slow or not slow"`.
 """
 
+import dataclasses
 import doctest
 import importlib.util
 import re
@@ -48,6 +49,9 @@ def test_each_lesson_has_an_entry_with_its_anchor():
 def test_no_number_is_given_twice():
     numbers = [heading.split(":")[0] for heading in HEADINGS]
     assert len(numbers) == len(set(numbers)) > 40
+    assert len(numbers) == len(documents.worklog_entries(TEXT)), (
+        "each entry has a heading: #### Step N: title"
+    )
 
 
 def test_lines_are_short():
@@ -58,10 +62,8 @@ def test_lines_are_short():
 def test_a_change_of_a_lesson_changes_its_entry(monkeypatch):
     heading = next(heading for heading, step in MARKED.items() if step == "silu")
     idea = "One. Two. Three. Four. Make sure of five."
-    changed = lessons.load("silu").__class__(**{**vars(lessons.load("silu")), "idea": idea})
-    monkeypatch.setattr(
-        lessons, "load", lambda name, right=lessons.load: changed if name == "silu" else right(name)
-    )
+    changed, right = dataclasses.replace(lessons.load("silu"), idea=idea), lessons.load
+    monkeypatch.setattr(lessons, "load", lambda name: changed if name == "silu" else right(name))
     after = course.filled(TEXT)
     entry = after.partition(f"#### {heading}\n")[2].partition("\n---\n")[0]
     assert "*   One. Two.\n" in entry and "*   **Why:** Three. Four. Make sure of five.\n" in entry

@@ -30,19 +30,19 @@ def test_links_lead_to_files_and_headings(page):
     assert not wrong, f"{page.name} has links that lead nowhere: {wrong}"
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", [*PAGES, WORKLOG], **ids)
 def test_files_exist(page):
     wrong = [name for name in documents.file_names(page) if not documents.is_file_here(name)]
     assert not wrong, f"{page.name} names files that are not in the repository: {wrong}"
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", [*PAGES, WORKLOG], **ids)
 def test_names_exist(page):
     wrong = [name for name in documents.dotted_names(page) if not documents.is_known_name(name)]
     assert not wrong, f"{page.name} names what no module has: {wrong}"
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", [*PAGES, WORKLOG], **ids)
 def test_options_exist(page):
     known = documents_commands.options()
     wrong = [name for name in documents.option_names(page) if documents.plain_option(name) not in known]
