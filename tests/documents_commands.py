@@ -135,6 +135,8 @@ def check(words: Sequence[str], line: CommandLine) -> None:
 def check_packages(words: Sequence[str]) -> list[str]:
     """Check the optional packages at the start of a command; returns the rest."""
     rest = list(words)
+    if rest[:3] == ["--isolated", "--resolution", "lowest-direct"]:
+        del rest[:3]
     for flag, known in (("--extra", EXTRAS), ("--group", GROUPS)):
         while flag in rest[:1] or (rest[:1] == ["sync"] and flag in rest):
             place = rest.index(flag)
