@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import random
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,12 @@ WHOLE = {
 
 # no test loses power
 os.fsync = lambda file: None
+
+# beartype draws which elements of a list it checks: from a generator of its own, since checkpoints hold the
+# state of the global one
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(random, "getrandbits", random.Random(0).getrandbits)
+    import beartype  # noqa: F401
 
 # tensors here are too small for several threads
 torch.set_num_threads(1)
