@@ -260,6 +260,14 @@ def test_a_model_learns_to_answer(pretrained, capsys):
     assert found.decode(ids) == "c"
 
 
+def test_a_reply_draws_no_random_numbers_of_training(pretrained):
+    """Dropout does not depend on when replies are due, or on what generates them."""
+    training = sft.make(options_of(pretrained))
+    before = torch.get_rng_state()
+    training.sample()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_no_prompt_is_on_both_sides(pretrained):
     options = options_of(pretrained)
     lines = (pretrained / "answers.jsonl").read_text()

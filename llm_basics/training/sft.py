@@ -90,7 +90,9 @@ class SftState(state.TrainingState):
         end, most = self.tokenizer.special_id(chat_template.END), self.options.train.sample_tokens
         prompt = torch.tensor(case.ids, device=self.device)
         with self._eager():
-            tokens = generate.generate(self.model, prompt, most, temperature=0.0, stop_id=end)
+            # even a greedy reply draws numbers, and those of training must not depend on when replies are due
+            own = torch.Generator()
+            tokens = generate.generate(self.model, prompt, most, 0.0, stop_id=end, generator=own)
             ids = list(signals.polled(tokens))
         return self.tokenizer.decode(ids + [end] * (len(ids) < most))
 
