@@ -7,6 +7,7 @@ import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 from llm_basics.core import generate
+from llm_basics.inference import engine
 
 LOGITS = [torch.tensor([0.1, 2.0, -1.0, 1.5, 1.4, -3.0]), *(3 * torch.randn(20, 50))]
 
@@ -42,8 +43,8 @@ def test_what_changes_nothing():
         assert torch.equal(generate.keep_likely(logits, 0.0), logits)
         assert torch.equal(generate.penalize_repetition(logits, ids[:0], 2.0), logits)
     assert (
-        generate.make_logits_processor(0.7, None, 1.0) is None
-        and generate.make_logits_processor(0.7, 0.0, 1.0) is None
+        engine.make_logits_processor(0.7, None, 1.0) is None
+        and engine.make_logits_processor(0.7, 0.0, 1.0) is None
     )
 
 
@@ -53,7 +54,7 @@ def test_the_likeliest_is_kept_at_temperature_zero():
 
 
 def test_the_penalty_comes_first():
-    adjust = generate.make_logits_processor(1.0, 1.0, 2.0)
+    adjust = engine.make_logits_processor(1.0, 1.0, 2.0)
     # 2 becomes 1, so that 1.5 is the likeliest, which alone is kept
     assert (adjust(torch.tensor([1]), LOGITS[0]) > -math.inf).nonzero().tolist() == [[3]]
 

@@ -148,6 +148,8 @@ class ExportConfig(RunOptions):
 
     out: str | None = None
     """Output folder, new or empty. None: exports/ and the name of the run."""
+    adapters: bool = False
+    """Write the adapters of a LoRA run alone, in the format of PEFT, and their base in base/."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class ImportConfig(option_types.Options):
     """Run directory to create, new or empty. None: runs/ and the name of the folder."""
     tokenizer: str | None = None
     """bytes, gpt2, a folder or a tokenizer.json, instead of the folder's tokenizer."""
+    adapters: str | None = None
+    """Folder with LoRA adapters saved by PEFT, which are merged into the weights."""
 
 
 @dataclass(frozen=True)

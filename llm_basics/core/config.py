@@ -227,6 +227,20 @@ class TrainConfig(option_types.Options):
 
 
 @dataclass(frozen=True)
+class LoRAConfig(option_types.Options):
+    """Low-rank adaptation: train small matrices beside those of a trained model (arXiv 2106.09685)."""
+
+    prefix: ClassVar[str] = "lora."
+
+    rank: option_types.Count | None = None
+    """Rank of the adapters of --init_from, the only weights trained. None: train all weights."""
+    alpha: option_types.Positive = 16.0
+    """Scale of the adapters, divided by the rank."""
+    targets: str = "all"
+    """Projections of the blocks to adapt, such as q_proj,v_proj; all adapts every one."""
+
+
+@dataclass(frozen=True)
 class Config(option_types.Options):
     """Train a language model, by default on the source code of Python's standard library."""
 
@@ -268,6 +282,7 @@ class Config(option_types.Options):
     """Log metrics to Weights & Biases as well; offline without an account."""
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,6 @@ step gets the same batches as an uninterrupted one.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -55,16 +54,6 @@ def check_length(n_tokens: int, context_length: int, what: str = "the text") -> 
             f"{what} must have more tokens than model.context_length {context_length}, got {n_tokens}; "
             "use more text, a smaller --model.context_length or another --val_fraction"
         )
-
-
-@runtime_checkable
-class BatchSource(Protocol):
-    """Training batches in an order that is a pure function of (seed, epoch, step)."""
-
-    shards: list[np.ndarray]
-
-    def starting_at(self, first: int) -> Batch:
-        """The batch that starts with row `first`, counted over all epochs."""
 
 
 def check_stride(stride: int | None, context_length: int) -> int:

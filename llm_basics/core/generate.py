@@ -63,15 +63,6 @@ class LogitsProcessor:
         return keep_likely(logits, self.min_p, self.temperature)
 
 
-def make_logits_processor(
-    temperature: float, min_p: float | None, repetition_penalty: float
-) -> LogitsProcessor | None:
-    """A `LogitsProcessor` with these settings; None if they change nothing."""
-    if not min_p and repetition_penalty == 1:
-        return None
-    return LogitsProcessor(temperature, min_p or 0.0, repetition_penalty)
-
-
 # --------------------------------------------------------------------------------------------------
 # Generating
 

@@ -85,7 +85,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     kernels, model, rows[chunk], flat_targets[chunk], z_loss
                 )
             dhidden[chunk] = dchunk
-            torch._foreach_add_(dparameters, dchunk_parameters)
+            if dparameters:  # adapted models have frozen ones
+                torch._foreach_add_(dparameters, dchunk_parameters)
             total += loss
         ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
         ctx.n_targets = (flat_targets != dataloader.IGNORE_INDEX).sum().clamp(min=1)
@@ -143,8 +144,8 @@ def kernels_for(
 
 
 def has_plain_head(model: models.TransformerLM) -> bool:
-    """Whether logits are one product of built-in pieces."""
-    is_reference = type(model.lm_head).__module__ == layers.__name__
+    """Whether logits are one product of built-in pieces, with a matrix that is trained."""
+    is_reference = type(model.lm_head).__module__ == layers.__name__ and model.lm_head.weight.requires_grad
     return is_reference and F.linear.__module__.startswith("llm_basics.")
 
 
@@ -163,7 +164,8 @@ def batch_loss(
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
         if targets.numel() > rows_per_chunk(targets.device, model.config.padded_vocab_size):
             hidden = model.hidden_states(inputs)
-            return _ChunkedLoss.apply(model, hidden, targets, z_loss, *model.lm_head.parameters())
+            trained = [parameter for parameter in model.lm_head.parameters() if parameter.requires_grad]
+            return _ChunkedLoss.apply(model, hidden, targets, z_loss, *trained)
     return trainer.compute_loss(model(inputs), targets, z_loss)
 
 

@@ -159,9 +159,7 @@ class ChatSession:
     def _reply_logits(self, prompt: Sequence[int]) -> generate.LogitsFunction:
         """The logits processor of a reply to `prompt`."""
         options, end = self.options, self._tokenizer.special_id(chat_template.END)
-        adjust = generate.make_logits_processor(
-            options.temperature, options.min_p, options.repetition_penalty
-        )
+        adjust = engine.make_logits_processor(options.temperature, options.min_p, options.repetition_penalty)
         device = self._model.token_embeddings.weight.device
         others = [self._tokenizer.special_id(special) for special in self._tokenizer.special_tokens]
         forbidden = torch.tensor([id for id in others if id != end], device=device)

@@ -1,8 +1,9 @@
 """Text generation with a trained model: one prompt as a stream, or several as a batch."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from llm_basics import swap
 from llm_basics.cli import commands, generation_options
-from llm_basics.core import config, presets
+from llm_basics.core import config, presets, vocabulary
 from llm_basics.core import device as devices
 from llm_basics.core import functional as F
 from llm_basics.core import generate as core_generate
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import tokenizer_formats
-from llm_basics.inference import detokenizer, quantized_model
+from llm_basics.inference import adapters, detokenizer, quantized_model
 from llm_basics.runs import checkpoint, process, run_dir
 
 # --------------------------------------------------------------------------------------------------
@@ -85,6 +86,15 @@ def generate_batch(
         model.train(was_training)
     new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     return [text[:-1] if text and text[-1] == stop_id else text for text in new]
+
+
+def make_logits_processor(
+    temperature: float, min_p: float | None, repetition_penalty: float
+) -> core_generate.LogitsProcessor | None:
+    """A logits processor with these settings; None if they change nothing."""
+    if not min_p and repetition_penalty == 1:
+        return None
+    return core_generate.LogitsProcessor(temperature, min_p or 0.0, repetition_penalty)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,12 +198,80 @@ def continue_batch(
 # Loading
 
 
+def initial_weights(
+    folder: str | Path, shape: config.ModelConfig, which: str = "latest"
+) -> dict[str, Tensor]:
+    """The weights of a run for a model of `shape`, whose new tokens have new rows in the embeddings."""
+    source, tokenizer = load_run(folder, which=which)
+    # the rows after these are padding, or were never trained
+    n_known = min(tokenizer.vocab_size, source.config.vocab_size)
+    weights = source.state_dict()
+    for name in weights:
+        if name.startswith(("token_embeddings.", "lm_head.")):
+            weights[name] = adapters.with_rows(weights[name][:n_known], shape.padded_vocab_size)
+    return weights
+
+
+def base_of(options: config.Config) -> dict[str, Any]:
+    """The base of a LoRA run: path of a checkpoint, SHA-256 of its weights, and the number of known tokens.
+
+    It is what the checkpoints of a resumed run name, and the newest checkpoint of --init_from for a new one.
+    """
+    if options.train.parallel == "fsdp2":
+        raise ValueError(
+            "--train.parallel must be ddp, none or auto with --lora.rank, got fsdp2; adapters are not sharded"
+        )
+    if options.resume is not None:
+        newest, _ = checkpoint.newest_valid(Path(options.resume) / run_dir.CHECKPOINTS)
+        return checkpoint.read_about(newest).get("base", {}) if newest else {}
+    if options.init_from is None:
+        raise ValueError("--lora.rank needs --init_from, the run whose weights are adapted, got none")
+    folder = options.init_from
+    options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
+    path = checkpoint.find(Path(folder) / run_dir.CHECKPOINTS)
+    n_known = min(tokenizer_formats.load(Path(folder) / "tokenizer").vocab_size, options.model.vocab_size)
+    return {"checkpoint": str(path), "sha256": checkpoint.weights_sha256(path), "vocab_size": n_known}
+
+
+def adapt(
+    model: models.TransformerLM, options: config.LoRAConfig, base: Mapping[str, Any]
+) -> adapters.Trained:
+    """Load the weights of `base` (`base_of`) into a plain model, and apply LoRA to it.
+
+    Raises ValueError unless the checkpoint of the base is there, with the weights it had.
+    """
+    with vocabulary.reading("a checkpoint of adapters must name its base"):
+        path, expected, n_known = Path(base["checkpoint"]), str(base["sha256"]), int(base["vocab_size"])
+    if (found := checkpoint.weights_sha256(path) if path.is_file() else "no such file") != expected:
+        raise ValueError(
+            f"{path} must have the base weights of these adapters, of SHA-256 {expected}, got {found}; put "
+            "that checkpoint back, or fine-tune again from --init_from"
+        )
+    step = str(checkpoint.read_about(path)["step"])
+    model.load_state_dict(initial_weights(path.parents[1], model.config, step))
+    adapters.apply(model, options, n_known)
+    return adapters.Trained(model, base)
+
+
+def load_adapted(
+    path: Path, options: config.Config, device: torch.device | str = "cpu"
+) -> models.TransformerLM:
+    """The model of a LoRA run at a checkpoint, with its adapters beside the weights of the base."""
+    model = models.TransformerLM(options.model, device=device)
+    trained: Any = adapt(model, options.lora, checkpoint.read_about(path).get("base", {}))
+    checkpoint.load_checkpoint(path, trained)
+    return model
+
+
 def load_run(
     folder: str | Path, device: torch.device | str = "cpu", which: str = "latest"
 ) -> tuple[models.TransformerLM, tokenizers.Tokenizer]:
     """Load the model of a run directory at checkpoint `which` (see `checkpoint.find`), and its tokenizer."""
     options = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
     path = checkpoint.find(Path(folder) / run_dir.CHECKPOINTS, which)
+    if options.lora.rank is not None:
+        model = adapters.merged(load_adapted(path, options, device))
+        return model, tokenizer_formats.load(Path(folder) / "tokenizer")
     # before a model of any size is allocated; weights have four bytes each
     if (size := path.stat().st_size) < 4 * options.model.n_parameters:
         raise ValueError(

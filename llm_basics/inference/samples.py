@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 def logits_processor(options: commands.GenerateConfig) -> generate.LogitsProcessor | None:
     """The logits processor applied before temperature, top-k and top-p."""
-    return generate.make_logits_processor(options.temperature, options.min_p, options.repetition_penalty)
+    return engine.make_logits_processor(options.temperature, options.min_p, options.repetition_penalty)
 
 
 def generate_texts(

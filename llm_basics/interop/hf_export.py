@@ -20,7 +20,7 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import chat_template, tokenizer_formats
 from llm_basics.inference import engine
-from llm_basics.interop import hf_config, hf_weights
+from llm_basics.interop import hf_config, hf_weights, peft_adapters
 from llm_basics.runs import checkpoint, run_dir
 
 EXPORTS = Path("exports")
@@ -64,6 +64,26 @@ def export(
     _write_json(folder / "tokenizer_config.json", tokenizer_options(tokenizer, shape.context_length))
     files.write(folder / "README.md", card)
     return layout
+
+
+def write_adapters(
+    path: Path,
+    options: config.Config,
+    tokenizer: tokenizers.Tokenizer,
+    folder: Path,
+    out: Path,
+    card: str,
+) -> None:
+    """Write the adapters of a checkpoint for PEFT to `folder`, which becomes `out`, and the base to base/.
+
+    The base has the trained rows of new tokens, which are no low-rank product.
+    """
+    if options.lora.rank is None:
+        raise ValueError(f"--adapters needs a run with --lora.rank, got {path}; export it without")
+    model = engine.load_adapted(path, options)
+    peft_adapters.write(folder, *peft_adapters.to_peft(model, options.lora, str(out / "base")))
+    files.create_folder(folder / "base")
+    export(peft_adapters.without_adapters(model), tokenizer, folder / "base", card)
 
 
 def tokenizer_options(tokenizer: tokenizers.Tokenizer, context_length: int) -> dict[str, Any]:
@@ -197,11 +217,15 @@ def main(options: commands.ExportConfig) -> int:
             print(f"warning: trained with your {pieces}; transformers uses its own code", file=sys.stderr)
         with run_dir.appearing(out) as temporary:
             card = model_card(name, model, tokenizer, trained, about, folder)
-            layout = export(model, tokenizer, temporary, card)
+            if options.adapters:
+                write_adapters(path, trained, tokenizer, temporary, out, card)
+            else:
+                export(model, tokenizer, temporary, card)
+        loader = "peft.AutoPeftModelForCausalLM" if options.adapters else "transformers.AutoModelForCausalLM"
         print(
             f"model     {model.n_parameters():,} parameters after step {about['step']:,}\n"
-            f"layout    {layout.architecture}\n"
+            f"layout    {hf_config.find(model.config).architecture}\n"
             f"written   {out}\n"
-            f'load      transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+            f'load      {loader}.from_pretrained("{out}")'
         )
     return 0

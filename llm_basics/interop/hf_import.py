@@ -16,7 +16,7 @@ from llm_basics.core import config, files, optim, vocabulary
 from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import prepare, tokenizer_formats
-from llm_basics.interop import hf_config, hf_weights
+from llm_basics.interop import hf_config, hf_weights, peft_adapters
 from llm_basics.runs import checkpoint, run_dir
 
 WEIGHTS = "model.safetensors"
@@ -59,15 +59,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must be a complete safetensors file; {error}") from None
 
 
-def read_model(folder: Path) -> tuple[models.TransformerLM, hf_config.Layout]:
-    """Read the model in a folder of transformers; returns it with its layout."""
+def read_model(folder: Path, adapters: str | None = None) -> tuple[models.TransformerLM, hf_config.Layout]:
+    """Read the model in a folder of transformers, with PEFT's adapters in another; returns its layout too."""
     path = folder / "config.json"
     with vocabulary.reading(f"{path} must describe a model"):
         options = files.read_json(path)
         if not isinstance(options, dict):
             raise ValueError(f"got {type(options).__name__}")
     layout, shape = hf_config.read_options(options, origin=str(path))
-    weights = hf_weights.from_hf(layout, shape, read_tensors(folder), origin=str(folder))
+    tensors = read_tensors(folder)
+    if adapters is not None:
+        tensors = peft_adapters.add(tensors, Path(adapters), _read_safetensors)
+    weights = hf_weights.from_hf(layout, shape, tensors, origin=str(folder))
     model = models.TransformerLM(shape)
     model.load_state_dict(weights)
     return model, layout
@@ -126,7 +129,7 @@ def main(options: commands.ImportConfig) -> int:
         name = folder.resolve().name
         out = Path(options.out) if options.out is not None else run_dir.RUNS / name
         with run_dir.appearing(out) as temporary:
-            model, layout = read_model(folder)
+            model, layout = read_model(folder, options.adapters)
             tokenizer = read_tokenizer(folder, options.tokenizer, model.config.vocab_size)
             write_run(model, tokenizer, temporary, out, name)
         print(

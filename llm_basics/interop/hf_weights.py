@@ -38,8 +38,8 @@ def to_hf(layout: hf_config.Layout, shape: config.ModelConfig, weights: Mapping[
         for kind in ("weight", "bias"):
             parts = [tensors[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in tensors]
             if parts:
-                if _is_rotated(names[0], shape):
-                    parts = [_permute_rope(part, shape.d_head) for part in parts]
+                if is_rotated(names[0], shape):
+                    parts = [permute_rope(part, shape.d_head) for part in parts]
                 rows = torch.cat(parts)
                 if names[0] in ("token_embeddings", "lm_head"):
                     rows = rows[: shape.vocab_size]  # without padding rows
@@ -67,7 +67,7 @@ def from_hf(
                 tensor = tensors[f"{hf_name}.{kind}"]
                 oriented = tensor.T if is_transposed and tensor.dim() == 2 else tensor
                 for name, rows in zip(names, oriented.chunk(len(names)), strict=True):
-                    rows = _unpermute_rope(rows, shape.d_head) if _is_rotated(name, shape) else rows
+                    rows = _unpermute_rope(rows, shape.d_head) if is_rotated(name, shape) else rows
                     weights[f"{name}.{kind}"] = rows.contiguous()
     if shape.tie_embeddings:
         weights["lm_head.weight"] = weights["token_embeddings.weight"]
@@ -109,16 +109,16 @@ def _skeleton(shape: config.ModelConfig) -> Tensors:
     return models.TransformerLM(shape, device="meta").state_dict()
 
 
-def _is_rotated(name: str, shape: config.ModelConfig) -> bool:
+def is_rotated(name: str, shape: config.ModelConfig) -> bool:
     """Whether RoPE rotates the output features of a module."""
     return shape.position == "rope" and name.endswith(("q_proj", "k_proj", "q_norm", "k_norm"))
 
 
-def _permute_rope(rows: Float[Tensor, "features ..."], d_head: int) -> Float[Tensor, "features ..."]:
+def permute_rope(rows: Float[Tensor, "features ..."], d_head: int) -> Float[Tensor, "features ..."]:
     """Reorder the features of each head from pairs (0, 1), (2, 3), ... to halves, as in transformers."""
     return rearrange(rows, "(heads half pair) ... -> (heads pair half) ...", pair=2, half=d_head // 2)
 
 
 def _unpermute_rope(rows: Float[Tensor, "features ..."], d_head: int) -> Float[Tensor, "features ..."]:
-    """Reorder the features of each head from halves to pairs: the inverse of `_permute_rope`."""
+    """Reorder the features of each head from halves to pairs: the inverse of `permute_rope`."""
     return rearrange(rows, "(heads pair half) ... -> (heads half pair) ...", pair=2, half=d_head // 2)

@@ -83,7 +83,7 @@ def _sample(
     lm, tokenizer = loaded.lm, loaded.tokenizer
     is_chat = request.messages is not None
     latest: list[Tensor] = []
-    adjust = generate.make_logits_processor(request.temperature, request.min_p, request.repetition_penalty)
+    adjust = engine.make_logits_processor(request.temperature, request.min_p, request.repetition_penalty)
     stop_id = tokenizer.special_id(chat_template.END) if is_chat else tokenizer.end_of_text_id
     others = [tokenizer.special_id(s) for s in tokenizer.special_tokens] if is_chat else []
     forbidden = torch.tensor([id for id in others if id != stop_id], dtype=torch.long)

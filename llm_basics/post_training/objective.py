@@ -97,6 +97,7 @@ def check(options: config.Config, command: str) -> None:
         ("packing", options.packing == "on"),
         ("train.compile", options.train.compile in ("on", "graphs")),
         ("train.stride", options.train.stride is not None),
+        ("lora.rank", options.lora.rank is not None),
     ):
         if is_used:
             raise ValueError(f"{command} has no --{name}; omit it")

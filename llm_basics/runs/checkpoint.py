@@ -211,7 +211,7 @@ def load_optimizer(
 
 def weights_sha256(source: nn.Module | Path) -> str:
     """The SHA-256 of the weights of a model, or of those in a checkpoint."""
-    if isinstance(source, nn.Module):
+    if not isinstance(source, Path):
         tensors, _ = _untie({f"model.{name}": tensor for name, tensor in source.state_dict().items()})
         return _digest(_separate(tensors), "")
     tensors, _ = read_checkpoint(source)

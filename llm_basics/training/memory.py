@@ -22,6 +22,7 @@ from torch.utils import _python_dispatch, _pytree
 from llm_basics.core import config, device
 from llm_basics.core import functional as F
 from llm_basics.core import model as models
+from llm_basics.inference import adapters
 from llm_basics.training import activation_checkpointing
 
 # --------------------------------------------------------------------------------------------------
@@ -156,6 +157,8 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
     # fake tensors report the device cpu, whatever the device: autocast needs that one
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
+        if options.lora.rank is not None:
+            adapters.apply(model, options.lora, options.model.padded_vocab_size)
         if train.activation_checkpointing:
             activation_checkpointing.apply(model)
         if chosen.type != "cpu" or train.compile == "on":
@@ -221,8 +224,8 @@ def check(options: config.Config, estimate: Callable[[config.Config], Estimate |
     """
     chosen = device.choose(options.train.device)
     model, free = options.model, available(chosen)
-    # the weights, their gradients and AdamW's two running means
-    weights = 16 * dataclasses.replace(model, vocab_size=1).n_parameters
+    # the weights and, unless they are frozen, their gradients and AdamW's two running means
+    weights = (16 if options.lora.rank is None else 4) * dataclasses.replace(model, vocab_size=1).n_parameters
     needed = weights + 4 * model.n_layers * options.train.batch_size * model.context_length * model.d_model
     if free is None or needed * FAR < free:
         return

@@ -41,7 +41,8 @@ def begin(
         return make(options)
     warm_start.check(options, options.init_from)
     training = make(options)
-    warm_start.load_initial_weights(training.model, options.init_from)
+    if training.adapters is None:
+        warm_start.load_initial_weights(training.model, options.init_from)
     return training
 
 
@@ -236,6 +237,7 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         f"model     {model.n_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"on {training.device}{', deterministic' if options.deterministic else ''}\n"
         + (f"weights   from {options.init_from}\n" if options.init_from else "")
+        + (f"adapters  {training.adapters.describe(options.lora)}\n" if training.adapters else "")
         + f"pieces    {swap.describe()}\n"
         + (f"blocks    {RECOMPUTED}\n" if options.train.activation_checkpointing else "")
         + f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"

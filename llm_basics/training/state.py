@@ -78,6 +78,10 @@ class TrainingState:
         # what training steps call: the model, or its wrapper in a job of several processes
         self.replica: nn.Module = self.model
         user_model.check_parameters(self.model, model)
+        # of a LoRA run: the weights that are trained and saved, instead of the model's
+        self.adapters: Any = None
+        if options.lora.rank is not None:
+            self.adapters = engine.adapt(self.model, options.lora, engine.base_of(options))
         of_one_shape = isinstance(self.batches, dataloader.Batches)
         how = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
         self.is_compiled, self.is_graph = how != "off", how == "graphs"
@@ -105,7 +109,7 @@ class TrainingState:
         # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
         self.is_same_as_replayed: bool | None = None
 
-    def read(self, prepared: prepare.Prepared) -> tuple[dataloader.BatchSource, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[shards.BatchSource, np.ndarray]:
         """The training batches, and the held-out tokens."""
         train, length = self.options.train, self.options.model.context_length
         texts = [shard.tokens for shard in prepared.train]
@@ -216,6 +220,8 @@ class TrainingState:
         used = self.model
         if self.is_sharded:
             self.model = parallel.whole_model(used, self.options.model, self.device)
+        elif self.adapters is not None and distributed.is_main():
+            self.model = self.adapters.merged()
         try:
             return distributed.on_main(function)
         finally:
@@ -230,7 +236,7 @@ class TrainingState:
             path = path.with_suffix(sharded_checkpoint.SUFFIX)
             self.writer.save(self.model, self.optimizer, self.step, path, **self.about())
         else:
-            saved = parallel.gathered(self.model), parallel.gathered(self.optimizer)
+            saved = self.adapters or parallel.gathered(self.model), parallel.gathered(self.optimizer)
             distributed.on_main(lambda: checkpoint.save_checkpoint(*saved, self.step, path, **self.about()))
         self.saved, self.saved_in = (self.step, self.val_loss), path
 
@@ -257,7 +263,7 @@ class TrainingState:
             "val_loss": self.val_loss,
             "best_loss": self.best_loss,
             "spikes": self.spikes.state(),
-        }
+        } | ({"base": self.adapters.base} if self.adapters else {})
 
     @property
     def is_saved(self) -> bool:
@@ -291,7 +297,7 @@ class TrainingState:
         saved = steering.at_step(saved, changes, metadata["step"])
         self.options = steering.at_step(self.options, changes, metadata["step"])
         now, then = dataclasses.asdict(self.options), dataclasses.asdict(saved)
-        differences = _differences(now["model"], then["model"])
+        differences = _differences(now["model"] | now["lora"], then["model"] | then["lora"])
         if differences:
             raise ValueError(f"{path} is of another model: {'; '.join(differences)}")
         if (optimizer := then["train"]["optimizer"]) != self.options.train.optimizer:
@@ -305,7 +311,7 @@ class TrainingState:
         elif path.is_dir():
             sharded_checkpoint.load(path, self.model, self.optimizer, restore_rng=True)
         else:
-            checkpoint.load_checkpoint(path, self.model, self.optimizer, restore_rng=True)
+            checkpoint.load_checkpoint(path, self.adapters or self.model, self.optimizer, restore_rng=True)
         self.step, self.sequences = metadata["step"], metadata["sequences"]
         self.evaluated = metadata["evaluated"]
         self.val_loss, self.best_loss = metadata["val_loss"], metadata["best_loss"]

@@ -95,7 +95,8 @@ class Steering:
     def _compare(self, expected: str) -> None:
         """Compare the weights with those of the replayed run, which have the SHA-256 `expected`."""
         step = self.state.step
-        digest = self.state.on_main(lambda: checkpoint.weights_sha256(self.state.model))
+        trained = self.state.adapters
+        digest = self.state.on_main(lambda: checkpoint.weights_sha256(trained or self.state.model))
         (found,) = distributed.from_main([digest or ""])
         self.state.is_same_as_replayed = found == expected
         self.output.event(step, "replayed", sha256=found, expected=expected)

@@ -3,10 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from llm_basics.cli import nested
 from llm_basics.core import config, presets
 from llm_basics.core import model as models
@@ -63,22 +59,4 @@ def load_initial_weights(model: models.TransformerLM, folder: str) -> None:
     and the predictions among these stay (Hewitt 2021, Initializing new word embeddings for pretrained
     language models); a randomly initialized row could take most of the probability, or none.
     """
-    source, tokenizer = engine.load_run(folder)
-    # the rows after these are padding, or were never trained
-    n_known = min(tokenizer.vocab_size, source.config.vocab_size)
-    weights = source.state_dict()
-    for name in weights:
-        if name.startswith(("token_embeddings.", "lm_head.")):
-            weights[name] = with_rows(weights[name][:n_known], model.config.padded_vocab_size)
-    model.load_state_dict(weights)
-
-
-def with_rows(known: Float[Tensor, "known d"], n_rows: int) -> Float[Tensor, "rows d"]:
-    """Append rows that are the mean of the known ones.
-
-    >>> with_rows(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 3)
-    tensor([[1., 2.],
-            [3., 6.],
-            [2., 4.]])
-    """
-    return torch.cat([known, known.mean(0, keepdim=True).expand(n_rows - len(known), -1)])
+    model.load_state_dict(engine.initial_weights(folder, model.config))
