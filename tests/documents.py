@@ -19,6 +19,7 @@ MADE = {
         "metrics.jsonl",
         "samples.jsonl",
         "events.jsonl",
+        "commands.jsonl",
         "rollouts.jsonl",
         "log.txt",
         "loss.png",
@@ -173,7 +174,7 @@ def _bound(node: ast.stmt) -> list[str]:
 
 
 # libraries and hosts whose names the pages mention
-OTHERS = {"torch", "numpy", "triton", "pytest", "semver", "ci", "e"}
+OTHERS = {"str", "sys", "time", "torch", "numpy", "triton", "pytest", "semver", "ci", "e"}
 
 
 def is_known_name(name: str) -> bool:
