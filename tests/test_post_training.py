@@ -184,14 +184,18 @@ class Ids:
         return list(map(int, text.split()))
 
 
-@pytest.mark.parametrize("program", ["rl", "dpo"])
-def test_a_resumed_run_equals_an_uninterrupted_one(home, monkeypatch, program):
-    """Weights, metrics and rollouts, after a signal and without the run that it started from."""
+@pytest.mark.parametrize(("program", "rank"), [("rl", None), ("dpo", None), ("rl", 2), ("dpo", 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(home, monkeypatch, program, rank):
+    """Weights, metrics and rollouts, after a signal and without the run that it started from.
+
+    That one is the base of adapters.
+    """
     main, make_options = {"rl": (rl.main, rl_options), "dpo": (dpo.main, dpo_options)}[program]
     changes = {"kl": 0.1, "updates": 2} if program == "rl" else {}
+    adapted = {"lora": config.LoRAConfig(rank=rank)}
     options = make_options(home, "whole", {"lr": 2e-3}, **changes)
-    assert main(options) == 0
-    options = dataclasses.replace(make_options(home, "stopped", {"lr": 2e-3}, **changes))
+    assert main(dataclasses.replace(options, **adapted)) == 0
+    options = dataclasses.replace(make_options(home, "stopped", {"lr": 2e-3}, **changes), **adapted)
     state = {"rl": rl.RlState, "dpo": dpo.DpoState}[program]
     next_batches = state.next_batches
 
@@ -203,7 +207,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(home, monkeypatch, program):
     with monkeypatch.context() as patch:
         patch.setattr(state, "next_batches", batches_and_stop)
         assert main(options) == 128 + signal.SIGTERM
-    (home / "chat").rename(home / "gone")
+    if rank is None:
+        (home / "chat").rename(home / "gone")
     defaults = type(options)()
     assert main(parse.train_options(["--resume", str(home / "stopped")], defaults=defaults)) == 0
     assert same(weights_of(home / "whole"), weights_of(home / "stopped"))

@@ -131,7 +131,7 @@ def make(options: config.Config) -> DpoState:
 
 def work(training: Any, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> int:
     """Train, and print the exact answers to held-out questions before and after."""
-    training.reference = objective.reference(training.model, output, training.step)
+    training.reference = objective.reference(training, output)
     output.log(
         f"dpo       {len(training.pairs):,} pairs, {len(training.held_out_pairs):,} held out, "
         f"{training.n_left_out:,} dropped (too long)"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_basics.core import config, device, optim, trainer
 from llm_basics.core import model as models
-from llm_basics.runs import checkpoint, run_dir, stopwatch
+from llm_basics.runs import checkpoint, process, run_dir, stopwatch
 from llm_basics.training import distributed, sft, state
 
 # weights of the initial model, in the run directory: a resumed run compares with the same ones
@@ -97,7 +97,7 @@ def check(options: config.Config, command: str) -> None:
         ("packing", options.packing == "on"),
         ("train.compile", options.train.compile in ("on", "graphs")),
         ("train.stride", options.train.stride is not None),
-        ("lora.rank", options.lora.rank is not None),
+        ("lora.rank", command == "distill" and options.lora.rank is not None),
     ):
         if is_used:
             raise ValueError(f"{command} has no --{name}; omit it")
@@ -111,15 +111,18 @@ def work(training: sft.SftState, output: run_dir.RunDir, clock: stopwatch.Stopwa
     return sft.work(training, output, clock)
 
 
-def reference(model: models.TransformerLM, output: run_dir.RunDir, step: int) -> models.TransformerLM:
-    """A frozen copy of `model` before its first step, kept in the run directory for a resume."""
+def reference(training: state.TrainingState, output: run_dir.RunDir) -> models.TransformerLM:
+    """A frozen copy of the model before the first step, kept in the run directory for a resume."""
     path = output.folder / REFERENCE
-    if step == 0:
-        checkpoint.save_checkpoint(model, optim.AdamW([nn.Parameter(torch.empty(0))]), step, path)
+    model = training.model if training.adapters is None else training.adapters.merged()
+    if training.step == 0:
+        checkpoint.save_checkpoint(model, optim.AdamW([nn.Parameter(torch.empty(0))]), training.step, path)
     if not path.exists():
         raise ValueError(
             f"{path} must hold the weights of the initial model, but is missing; put it back, or start again"
         )
-    frozen = models.TransformerLM(model.config, device=model.lm_head.weight.device)
+    random = process.random_state(training.device)
+    frozen = models.TransformerLM(model.config, device=training.device)
+    process.set_random_state(random, training.device)
     checkpoint.load_checkpoint(path, frozen)
     return frozen.eval().requires_grad_(False)

@@ -167,7 +167,7 @@ def work(training: Any, output: run_dir.RunDir, clock: stopwatch.Stopwatch) -> i
     """Train, and print the exact answers to held-out questions before and after."""
     training.output = output
     if training.options.rl.kl:
-        training.reference = objective.reference(training.model, output, training.step)
+        training.reference = objective.reference(training, output)
     output.log(
         f"rl        {len(training.prompts):,} prompts, {training.n_left_out:,} dropped (too long); "
         f"{training.sequences_per_step:,} responses a step in groups of {training.options.rl.group_size}"
