@@ -134,7 +134,8 @@ def _logits(
     model.eval()
     try:
         # keys and values are quantized as they enter the cache, whether in one pass or token by token
-        caches = model.make_kv_caches(len(tokens)) if quantized_model.has_int8_cache(model) else None
-        return model(tokens, caches=caches)
+        if quantized_model.has_int8_cache(model):
+            return model(tokens, caches=model.make_kv_caches(len(tokens)))
+        return model(tokens)
     finally:
         model.train(was_training)

@@ -68,6 +68,7 @@ def has_int8_cache(model: nn.Module) -> bool:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights, with the scales of quantized ones; a tied matrix counts once.
 
+    >>> import torch
     >>> linear = quantization.QuantizedLinear(torch.ones(3, 8), bits=4, group_size=4)
     >>> weight_bytes(linear)  # 3 rows of 4 bytes and 2 scales
     36
