@@ -144,7 +144,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, monkeypatch, fast):
         assert sft.main(options_of(base, "stopped", **settings)) == 128 + signal.SIGTERM
     resume = ["--resume", f"{base}/stopped"]
     with pytest.raises(SystemExit):
-        sft.main(parse.train_options([*resume, "--lora.rank", "3"], preset="sft"))
+        sft.main(parse.train_options([*resume, "--lora.alpha", "3"], preset="sft"))
     assert sft.main(parse.train_options(resume, preset="sft")) == 0
     one, other = (newest(base / name)[0] for name in ("chat", "stopped"))
     assert one.keys() == other.keys()

@@ -22,7 +22,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
 
 
 class NewRows(nn.Module):
-    """An embedding or output projection of which only the rows of new tokens are trained.
+    """A frozen embedding or output projection, but for the rows of new tokens, which are trained.
 
     A chat has tokens that its base has never seen. With one frozen row for all of them, the model could
     neither tell them apart nor end a reply.
@@ -30,7 +30,7 @@ class NewRows(nn.Module):
 
     def __init__(self, base: layers.Linear | layers.Embedding, n_known: int) -> None:
         super().__init__()
-        self.base, self.n_known = base.requires_grad_(False), n_known
+        self.base, self.n_known = base, n_known
         self.rows = nn.Parameter(base.weight.detach()[n_known:].clone())
 
     @property
