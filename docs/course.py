@@ -25,6 +25,13 @@ WIDTH = 120
 MARK = re.compile(r"^<!-- lesson: (\w+); mistake: (.+?) -->$", re.M)
 INDEX = re.compile(r"(?<=<!-- index of the course -->\n).*?(?=<!-- end of the index -->)", re.DOTALL)
 SECTIONS = re.compile(r"^(\*\*[^*\n]+:\*\*)\n", re.M)
+TITLES = [
+    "**Objective:**",
+    "**Actions & Command(s):**",
+    "**Observations & Results:**",
+    "**Analysis & Decisions:**",
+    "**Artifacts:**",
+]
 GENERATED = ("*   **Passed:**", "*   **Recognized:**", "*   **Why:**")
 
 # what a check says of a step with a mistake, by their names
@@ -143,6 +150,10 @@ def entry(name: str, mistake: str, text: str, report: Report | None) -> str:
     lesson = lessons.load(name)
     head, *parts = SECTIONS.split(text)
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    if list(sections) != TITLES:
+        raise ValueError(
+            f"the entry of {name} must have the sections {', '.join(TITLES)}, got {list(sections)}"
+        )
     shown = report(name, mistake) if report else present(sections["**Observations & Results:**"])
     sections["**Objective:**"] = objective(lesson)
     sections["**Actions & Command(s):**"] = actions(lesson)

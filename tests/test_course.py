@@ -93,5 +93,15 @@ def test_an_unknown_mistake_is_refused():
         course.run("silu", "no such")
 
 
+def test_a_new_entry_is_filled_in_and_one_without_a_section_is_refused():
+    blank = "\n\n".join(course.TITLES)
+    entry = f"#### Step 99: SiLU\n\n<!-- lesson: silu; mistake: sigmoid alone -->\n\n{blank}\n\n---\n"
+    after = course.filled(entry, lambda step, mistake: f"{step}: {mistake}")
+    assert "x * sigmoid(x)" in after and "    silu: sigmoid alone\n" in after and after.endswith("\n---\n")
+    assert course.filled(after) == after
+    with pytest.raises(ValueError, match="the entry of silu must have the sections"):
+        course.filled(entry.replace("**Artifacts:**", ""))
+
+
 def test_the_examples_of_the_program():
     assert doctest.testmod(course).failed == 0
