@@ -83,8 +83,9 @@ def sentences(text: str) -> list[str]:
 
 def objective(lesson: lessons.Lesson) -> str:
     """The idea, the formula and the paper."""
-    items = [wrapped(" ".join(sentences(lesson.idea)[:2]), "*   "), "", fenced(lesson.formula)]
-    return "\n".join([*items, *([wrapped(f"Paper: {lesson.paper}.", "*   ")] if lesson.paper else [])])
+    idea = wrapped(" ".join(sentences(lesson.idea)[:2]), "*   ")
+    paper = [wrapped(f"Paper: {lesson.paper}.", "*   ")] if lesson.paper else []
+    return joined([f"{idea}\n\n{fenced(lesson.formula)}", *paper])
 
 
 def actions(lesson: lessons.Lesson) -> str:
@@ -134,6 +135,11 @@ def items(section: str) -> list[str]:
     return [item.rstrip() for item in re.split(r"^(?=\*   )", section, flags=re.M) if item.strip()]
 
 
+def joined(items: list[str]) -> str:
+    """A list of items, with an empty line after code, which the site's Markdown needs."""
+    return "\n".join(f"{item}\n" if item.endswith("```") else item for item in items).rstrip("\n")
+
+
 def by_hand(section: str) -> list[str]:
     """The items that this program does not write."""
     return [item for item in items(section) if not item.startswith(GENERATED)]
@@ -161,7 +167,7 @@ def entry(name: str, mistake: str, text: str, report: Report | None) -> str:
         ("**Observations & Results:**", observed(lesson, shown)),
         ("**Analysis & Decisions:**", why(lesson)),
     ):
-        sections[title] = "\n".join([made, *by_hand(sections[title])])
+        sections[title] = joined([made, *by_hand(sections[title])])
     return (
         head
         + "\n\n".join(f"{title}\n{section.strip(chr(10))}" for title, section in sections.items())

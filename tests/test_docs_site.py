@@ -36,6 +36,9 @@ def test_lists_of_the_worklog_stand_apart(site):
     text = (site / "worklog.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\*\*Objective:\*\*\n\n\*   ", text, re.M)) > 40
     assert not re.findall(r"^\*\*.+:\*\*\n[*1]", text, re.M)
+    # nor does an item follow code without an empty line
+    assert len(re.findall(r"^    ```\n\n\*   ", text, re.M)) > 40
+    assert not re.findall(r"^ +```\n\*   ", text, re.M)
 
 
 def test_links_of_the_site_stay_in_it(site):
