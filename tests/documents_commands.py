@@ -248,4 +248,4 @@ def options() -> set[str]:
         source = path.read_text(encoding="utf-8")
         named = re.findall(r'"--([\w-]+)"', source) + re.findall(r"^    (\w+): ", source, re.M)
         found |= {documents.plain_option(f"--{name}") for name in named}
-    return found | {"--help", "--extra", "--group", "--sync", "--durations"}
+    return found | {"--help", "--extra", "--group", "--sync", "--durations", "--with", "--strict", "--nbmake"}
