@@ -94,8 +94,19 @@ def test_the_console_script_of_a_built_package_runs(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([str(site / "bin" / "llm-basics"), "--help"], env=environment, cwd=tmp_path, **run)
     assert done.stdout.startswith("usage: llm-basics COMMAND")
-    train = [str(site / "bin" / "llm-basics"), "train", "--tokenizer", "bytes", "--train.steps", "3"]
-    subprocess.run([*train, "--fast", "off", "--run_dir", "run"], env=environment, cwd=tmp_path, **run)
+    text = str(REPOSITORY / "README.md")
+    train = [
+        str(site / "bin" / "llm-basics"),
+        "train",
+        "--data",
+        text,
+        "--tokenizer",
+        "bytes",
+        "--fast",
+        "off",
+    ]
+    options = ["--train.steps", "3", "--run_dir", "run"]
+    subprocess.run([*train, *options], env=environment, cwd=tmp_path, **run)
     assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
 
 
