@@ -425,8 +425,8 @@ def test_preferences_are_learned_from_the_models_own_mistakes(home):
     options = dpo_options(home, "dpo", {"steps": 30, "lr": 1e-3, "eval_every": 100})
     assert dpo.main(options) == 0
     metrics = [entry for entry in run_dir.read_metrics(home / "dpo") if "margin" in entry]
-    assert metrics[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0]["margin"] == 0
-    assert metrics[-1]["train_loss"] < 0.65 and metrics[-1]["pair_accuracy"] > 0.8
+    assert metrics[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0]["margin"] == 0
+    assert metrics[-1]["dpo_loss"] < 0.65 and metrics[-1]["pair_accuracy"] > 0.8
     (path,) = (home / "data").glob("pairs-*.jsonl")
     records = [json.loads(line) for line in open(path)]
     held_out = {case.question for case in started_cases(home)}

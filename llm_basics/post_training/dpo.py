@@ -90,9 +90,11 @@ class DpoState(objective.ChatObjective):
         loss = losses.dpo_loss(
             policy[:n], policy[n:], known[:n], known[n:], options.beta, options.loss, options.label_smoothing
         )
+        likelihood = policy[:n].sum() / batch.response_mask[:n].sum()
         reward = options.beta * (policy - known).detach()
         margin = reward[:n] - reward[n:]
-        return loss.mean(), {
+        return loss.mean() - options.sft_weight * likelihood, {
+            "dpo_loss": loss.detach().mean().item(),
             "margin": margin.mean().item(),
             "pair_accuracy": (margin > 0).float().mean().item(),
             "chosen_log_prob": policy[:n].detach().mean().item(),

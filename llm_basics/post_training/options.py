@@ -64,6 +64,9 @@ class DpoOptions(option_types.Options):
     """How much a preference counts against staying close to the initial model."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """Loss of a pair: DPO (sigmoid), or IPO, which ends at a margin."""
+    sft_weight: option_types.NonNegative = 1.0
+    """Weight of the cross-entropy of the chosen responses in the loss, in nats per token: without it their
+    probability may fall, as long as that of the rejected ones falls faster (arXiv 2404.19733)."""
     label_smoothing: Annotated[float, option_types.Range(ge=0, lt=0.5)] = 0.0
     """Probability that a pair is the wrong way round (sigmoid only)."""
 
