@@ -7,6 +7,7 @@
     user_code      a Python file of yours with pieces
     systems        what runs beneath a model, written by hand: FlashAttention, parallel training
     alignment      post-training by hand: policy gradients, GRPO, DPO, LoRA
+    quality        data quality by hand: masks, Gopher rules, duplicate lines, MinHash
     fast           fast implementations of core's pieces: Numba on CPU, Triton on GPU
     cli            options of the commands and their parsing
     swap           puts one implementation of a piece in place of another: reference, fast, yours

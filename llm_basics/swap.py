@@ -1,9 +1,9 @@
 """The seam: puts one implementation of a piece in place of another: reference, fast, or yours.
 
 Every call goes through a module attribute, so replacing a piece is setting that attribute on its home module
-in `core`, `systems` or `alignment`. A fast implementation has the name, signature and results of its
-reference; your piece has the name and signature, and is what the tests check. Yours always wins over the fast
-one.
+in `core`, `systems`, `alignment` or `quality`. A fast implementation has the name, signature and results of
+its reference; your piece has the name and signature, and is what the tests check. Yours always wins over the
+fast one.
 
     >>> with using("fast", log=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -25,7 +25,7 @@ from llm_basics import user_code
 from llm_basics.runs import console
 
 CORE, FAST, SYSTEMS = "llm_basics.core", "llm_basics.fast", "llm_basics.systems"
-ALIGNMENT = "llm_basics.alignment"
+ALIGNMENT, QUALITY = "llm_basics.alignment", "llm_basics.quality"
 
 # modules of core that have fast implementations, in fast/ under the same file name
 WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
@@ -59,10 +59,19 @@ OF_ALIGNMENT = {
     "distillation": "kl_divergence distillation_loss",
 }
 
+# pieces of quality that user code can define, by their home module
+OF_QUALITY = {
+    "masking": "mask_emails mask_phone_numbers mask_ips",
+    "gopher": "mean_word_length ellipsis_fraction alphabetic_fraction gopher_quality_filter",
+    "deduplication": "exact_line_deduplication normalize_text word_ngrams jaccard_similarity "
+    "minhash_signature candidate_pairs connected_groups minhash_deduplication",
+}
+
 # home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone
 HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
 HOMES_OUTSIDE_CORE |= {home: f"{SYSTEMS}.{home}" for home in OF_SYSTEMS}
 HOMES_OUTSIDE_CORE |= {home: f"{ALIGNMENT}.{home}" for home in OF_ALIGNMENT}
+HOMES_OUTSIDE_CORE |= {home: f"{QUALITY}.{home}" for home in OF_QUALITY}
 
 # pieces that user code can define, by their home module
 PIECES = {
@@ -79,6 +88,7 @@ PIECES = {
     "trainer": "train_step make_optimizer compute_loss",
     **OF_SYSTEMS,
     **OF_ALIGNMENT,
+    **OF_QUALITY,
 }
 HOMES = {name: home for home, names in PIECES.items() for name in names.split()}
 

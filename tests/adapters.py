@@ -39,6 +39,7 @@ from llm_basics.core import (
     trainer,
 )
 from llm_basics.core import functional as F
+from llm_basics.quality import deduplication, gopher, masking
 from llm_basics.runs import checkpoint
 from llm_basics.systems import (
     activation_checkpointing,
@@ -784,3 +785,78 @@ def run_distillation_loss(
     **choices: Any,
 ) -> Float[Tensor, ""]:
     return distillation.distillation_loss(student_logits, teacher_logits, labels, mask, **choices)
+
+
+def run_mask_emails(text: str) -> tuple[str, int]:
+    return masking.mask_emails(text)
+
+
+def run_mask_phone_numbers(text: str) -> tuple[str, int]:
+    return masking.mask_phone_numbers(text)
+
+
+def run_mask_ips(text: str) -> tuple[str, int]:
+    return masking.mask_ips(text)
+
+
+def run_gopher_quality_filter(text: str) -> bool:
+    return gopher.gopher_quality_filter(text)
+
+
+def run_mean_word_length(words: list[str]) -> float:
+    return gopher.mean_word_length(words)
+
+
+def run_ellipsis_fraction(text: str) -> float:
+    return gopher.ellipsis_fraction(text)
+
+
+def run_alphabetic_fraction(words: list[str]) -> float:
+    return gopher.alphabetic_fraction(words)
+
+
+def run_exact_line_deduplication(
+    input_files: Sequence[str | os.PathLike[str]], output_directory: str | os.PathLike[str]
+) -> None:
+    deduplication.exact_line_deduplication(input_files, output_directory)
+
+
+def run_normalize_text(text: str) -> str:
+    return deduplication.normalize_text(text)
+
+
+def run_word_ngrams(text: str, n: int) -> set[str]:
+    return deduplication.word_ngrams(text, n)
+
+
+def run_jaccard_similarity(first: set[str], second: set[str]) -> float:
+    return deduplication.jaccard_similarity(first, second)
+
+
+def run_minhash_signature(
+    ngrams: set[str], coefficients: Int[np.ndarray, "two hashes"]
+) -> Int[np.ndarray, " hashes"]:
+    return deduplication.minhash_signature(ngrams, coefficients)
+
+
+def run_candidate_pairs(
+    signatures: Int[np.ndarray, "documents hashes"], num_bands: int
+) -> set[tuple[int, int]]:
+    return deduplication.candidate_pairs(signatures, num_bands)
+
+
+def run_connected_groups(n_documents: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    return deduplication.connected_groups(n_documents, pairs)
+
+
+def run_minhash_deduplication(
+    input_files: Sequence[str | os.PathLike[str]],
+    num_hashes: int,
+    num_bands: int,
+    ngrams: int,
+    jaccard_threshold: float,
+    output_directory: str | os.PathLike[str],
+) -> None:
+    deduplication.minhash_deduplication(
+        input_files, num_hashes, num_bands, ngrams, jaccard_threshold, output_directory
+    )

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # a wing imports only wings above it in this list
 WINGS = (
-    *("core", "runs", "user_code", "systems", "alignment", "fast", "cli", "swap", "data"),
+    *("core", "runs", "user_code", "systems", "alignment", "quality", "fast", "cli", "swap", "data"),
     *("inference", "interop", "evaluation", "analysis", "training", "post_training"),
     *("doctor", "learn", "lab"),
 )
@@ -35,6 +35,7 @@ CATALOGUE = PACKAGE / "learn" / "mistakes"
 HAND_WRITTEN = [f"core/{name}" for name in ("functional", "layers", "model", "optim", "bpe", "tokenizer")]
 HAND_WRITTEN += sorted(f"systems/{path.stem}" for path in (PACKAGE / "systems").glob("[!_]*.py"))
 HAND_WRITTEN += sorted(f"alignment/{path.stem}" for path in (PACKAGE / "alignment").glob("[!_]*.py"))
+HAND_WRITTEN += sorted(f"quality/{path.stem}" for path in (PACKAGE / "quality").glob("[!_]*.py"))
 READY_MADE = set(
     "linear embedding softmax log_softmax logsumexp silu gelu glu layer_norm rms_norm dropout cross_entropy "
     "nll_loss scaled_dot_product_attention clip_grad_norm_ clip_grad_value_".split()
