@@ -52,9 +52,9 @@ class _CurrentStep(_File):
 class List(_File, option_types.Options):
     """List the steps in learning order, with your progress."""
 
-    course: Literal["basics", "systems", "alignment"] | None = None
+    course: Literal["basics", "systems", "data", "alignment"] | None = None
     """List the steps of this course: basics, the model and its training; systems, what runs beneath it;
-    alignment, post-training. None: of all."""
+    data, what it reads; alignment, post-training. None: of all."""
 
 
 @dataclass(frozen=True)

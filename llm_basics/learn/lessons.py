@@ -11,7 +11,7 @@ from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: functions, modules composed of them, training; what runs beneath a model; post-training
+# in learning order: functions, modules composed of them, training; what runs beneath a model; data; post-training
 COURSES = {
     "basics": (
         "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention "
@@ -22,6 +22,7 @@ COURSES = {
         "online_softmax flash_attention flash_triton activation_checkpointing ring_all_reduce "
         "data_parallel sharded_optimizer fsdp tensor_parallel"
     ).split(),
+    "data": "masking gopher exact_lines minhash".split(),
     "alignment": (
         "response_log_probs rewards advantages policy_gradient grpo_step dpo distillation lora"
     ).split(),
