@@ -192,6 +192,30 @@ ADVICE = {
         "blank lines in the file",
         "an item after the last one",
     },
+    "masking": {
+        "a plus in the name",
+        "a hyphen in the domain",
+        "a long last label",
+        "dots in a number",
+        "a country code",
+        "parentheses around a number",
+        "a longer row of digits",
+        "decimals",
+        "numbers above 255",
+        "five numbers",
+    },
+    "gopher": {"Cyrillic"},
+    "exact_lines": {
+        "a last line without its line feed",
+        "line ends of Windows",
+        "a folder that does not exist yet",
+    },
+    "minhash": {
+        "the first of three copies",
+        "empty files",
+        "a similarity of exactly the threshold",
+        "a folder that does not exist yet",
+    },
     "checkpoint": {
         "a checkpoint that lacks one of the model's weights",
         "a checkpoint with a weight that the model does not have",
@@ -199,12 +223,13 @@ ADVICE = {
 }
 
 
-# steps of the public systems assignment that are trained on two ranks, and of the alignment assignment
+# steps of the public systems assignment that are trained on two ranks, and of the alignment and data assignments
 HABITS = dict.fromkeys(("data_parallel", "sharded_optimizer", "fsdp"), "systems.py")
 HABITS |= dict.fromkeys(
     ("response_log_probs", "rewards", "advantages", "policy_gradient", "grpo_step", "dpo"),
     "alignment.py",
 )
+HABITS |= dict.fromkeys(("masking", "gopher", "exact_lines", "minhash"), "quality.py")
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "flash_triton"])

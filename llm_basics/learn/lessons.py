@@ -11,7 +11,8 @@ from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: functions, modules composed of them, training; what runs beneath a model; data; post-training
+# in learning order: functions, modules composed of them, training; what runs beneath a model; data;
+# post-training
 COURSES = {
     "basics": (
         "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention "

@@ -285,7 +285,8 @@ mistake(
         IP,
     ),
     "shortest number first",
-    "The alternatives are tried in order, and with one or two digits first the last number is cut: 6 stays of "
+    "The alternatives are tried in order, and with one or two digits first the last number is cut: "
+    "6 stays of "
     "192.0.2.146. Put three digits first, and look ahead for a digit.",
 )
 mistake(
@@ -296,14 +297,16 @@ mistake(
         IP,
     ),
     "zero forgotten",
-    "0 is not a number here, so 10.0.0.1 is not found. Make the first of two digits optional, not the second: "
+    "0 is not a number here, so 10.0.0.1 is not found. Make the first of two digits optional, not "
+    "the second: "
     "[1-9]?\\d.",
 )
 mistake(
     IPS,
     by(rf"(?<![A-Za-z0-9])(?<!\d\.){OCTET}(?:\.{OCTET}){{3}}(?![A-Za-z0-9.])", IP),
     "no full stop behind",
-    "An address at the end of a sentence is not found, since no dot may follow. Only a dot with a digit behind "
+    "An address at the end of a sentence is not found, since no dot may follow. Only a dot with a "
+    "digit behind "
     "it makes the row longer: (?!\\.\\d).",
 )
 mistake(
@@ -317,6 +320,7 @@ mistake(
     IPS,
     by(rf"(?<![A-Za-z0-9])(?<!\d\.){OCTET}(?:\.{OCTET}){{3}}(?::\d+)?(?![A-Za-z0-9])(?!\.\d)", IP),
     "port taken",
-    "The port behind the address goes into the mask. It identifies no one, and the text loses what service it "
+    "The port behind the address goes into the mask. It identifies no one, and the text loses what "
+    "service it "
     "speaks of: end at the fourth number.",
 )

@@ -18,15 +18,22 @@ step = probes.Step("minhash")
 right = types.SimpleNamespace(**vars(deduplication))
 
 LICENSE = (
-    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
-    "documentation files, to deal in the software without restriction, including without limitation the rights to "
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software "
+    "and associated "
+    "documentation files, to deal in the software without restriction, including without limitation "
+    "the rights to "
     "use, copy, modify, merge, publish, distribute, sublicense, and sell copies of the software."
 )
 STORY = (
-    "Once upon a time there was a little boat that wanted to see the ocean. Every morning it asked the river how "
-    "far the ocean was, and every morning the river answered: not far for those who float, and very far for others."
+    "Once upon a time there was a little boat that wanted to see the ocean. Every morning it asked "
+    "the river how "
+    "far the ocean was, and every morning the river answered: not far for those who float, and very "
+    "far for others."
 )
-RECIPE = "Melt the butter, add flour and milk, and stir for ten minutes until the sauce is thick. Season with nutmeg."
+RECIPE = (
+    "Melt the butter, add flour and milk, and stir for ten minutes until the sauce is thick. Season "
+    "with nutmeg."
+)
 NEAR = LICENSE.replace("hereby granted", "hereby granted today")
 
 
@@ -46,7 +53,7 @@ def survivors(a, texts, threshold=0.8, folder="out", **choices):
 
 
 def kept(about, texts, numbers, is_free=False, beyond="", **choices):
-    """Which files are kept; which one of several is free for the assignment, so only their number is observed."""
+    """Which files are kept; the copy that is kept is free for the assignment, so only the number is."""
     found = [f"{i}.txt: {texts[i]}" for i in numbers]
     if is_free:
         step.value(about, lambda a: len(survivors(a, texts, **choices)), len(found), contract="minhash")
@@ -254,7 +261,8 @@ mistake(
         for i in range(len(right.normalize_text(text).split()) - n + 1)
     },
     "short texts empty",
-    "A text of fewer than n words has no row, so that short copies are never found. Let all its words be one row.",
+    "A text of fewer than n words has no row, so that short copies are never found. Let all its "
+    "words be one row.",
 )
 mistake(
     W,
@@ -263,7 +271,8 @@ mistake(
         for i in range(0, len(right.normalize_text(text).split()), n)
     },
     "rows side by side",
-    "The rows do not overlap, so one word more at the beginning changes all of them. Begin a row at every word.",
+    "The rows do not overlap, so one word more at the beginning changes all of them. Begin a row at "
+    "every word.",
 )
 mistake(
     W,
@@ -378,7 +387,8 @@ mistake(
         ),
     ),
     "big endian",
-    "The bytes are read from the most significant one. The piece says little-endian; signatures of two programs "
+    "The bytes are read from the most significant one. The piece says little-endian; signatures of "
+    "two programs "
     "agree only if both do the same.",
 )
 
@@ -494,7 +504,8 @@ mistake(
     G,
     lambda n, pairs: [each for each in right.connected_groups(n, pairs) if len(each) > 1],
     "single ones lost",
-    "Documents without a duplicate are in no group, so the whole good part of the data is dropped. Each document "
+    "Documents without a duplicate are in no group, so the whole good part of the data is dropped. "
+    "Each document "
     "is in one group.",
 )
 mistake(
