@@ -223,7 +223,7 @@ ADVICE = {
 }
 
 
-# steps of the public systems assignment that are trained on two ranks, and of the alignment and data assignments
+# steps of the public systems assignment that are trained on two ranks, and of those of alignment and data
 HABITS = dict.fromkeys(("data_parallel", "sharded_optimizer", "fsdp"), "systems.py")
 HABITS |= dict.fromkeys(
     ("response_log_probs", "rewards", "advantages", "policy_gradient", "grpo_step", "dpo"),
