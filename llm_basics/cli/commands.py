@@ -72,6 +72,9 @@ class PrepareConfig(FastOptions):
     """File format. auto: by file name; standard input is text."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """On invalid UTF-8: stop with the position, or replace the bytes with U+FFFD."""
+    clean: bool = False
+    """Drop repeated lines, documents that break Gopher's rules, and near duplicates; for languages with
+    spaces between words."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from typing import Any
 from llm_basics import swap
 from llm_basics.cli import commands, parse
 from llm_basics.core import bpe, config, files, option_types, tokenizer
-from llm_basics.data import documents, shard_builder, shards, sources, spool, tokenizer_formats
+from llm_basics.data import cleaning, documents, shard_builder, shards, sources, spool, tokenizer_formats
 from llm_basics.runs import console, signals
 
 # increased when the same text would give other token files
@@ -178,6 +178,7 @@ def build(options: commands.PrepareConfig, log: Callable[[str], None] = console.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out must be a folder that is new or empty, got {out}")
     source = sources.find(options.source, options.text_field, options.form, options.on_bad_utf8)
+    source = cleaning.CleanSource(source) if options.clean else source
     is_new = not work.exists()
     try:
         files.create_folder(work / shard_builder.PROGRESS)
@@ -200,8 +201,10 @@ def build(options: commands.PrepareConfig, log: Callable[[str], None] = console.
                 if not journal.state.is_begun:
                     shutil.rmtree(work, ignore_errors=True)
                 raise
-            duplicates = journal.state.position.n_duplicates
-            about = {"source": options.source, "stamp": journal.stamp, "duplicates": duplicates}
+            position = journal.state.position
+            about = {"source": options.source, "stamp": journal.stamp, "duplicates": position.n_duplicates}
+            if isinstance(source, cleaning.CleanSource):
+                about["dropped"] = source.dropped_before(position.n_documents)
             shard_builder.finish(work, about | {"settings": settings, "versions": _versions()})
     return shard_builder.publish(work, out)
 
@@ -321,6 +324,8 @@ def main(options: commands.PrepareConfig) -> int:
             console.print_line(f"stopped by {stop.name}; run the same command to resume")
             return stop.status
         n_documents, tokens, n_bytes = meta["documents"], meta["tokens"], meta["bytes"]
+        for rule, n_dropped in meta.get("dropped", {}).items():
+            console.print_line(f"dropped     {n_dropped:,}: {rule}")
         console.print_line(
             f"documents   {n_documents['train']:,} for training, {n_documents['val']:,} held out, "
             f"{meta['duplicates']:,} duplicates removed\n"

@@ -189,6 +189,8 @@ def storing(path: str | Path) -> Iterator[None]:
 
 def check_settings(given: dict[str, Any], recorded: dict[str, Any], folder: object) -> None:
     """Raise ValueError unless a folder was prepared with the given settings."""
+    # folders that were prepared before there was this option
+    recorded = {"clean": False} | recorded
     differences = [f"{k} was {recorded.get(k)}, now {v}" for k, v in given.items() if recorded.get(k) != v]
     if differences:
         raise ValueError(
