@@ -297,7 +297,9 @@ def test_a_killed_process_resumes(options, source):
     build(options("whole", **settings))
     again = options("killed", **settings)
     ledger = Path(again.out + ".partial", "progress", "ledger.sqlite")
-    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(again).items() if v is not None and k != "source"]
+    flags = [
+        f"--{k}={v}" for k, v in dataclasses.asdict(again).items() if v not in (None, False) and k != "source"
+    ]
     command = [sys.executable, "-m", "llm_basics.prepare", again.source, *flags]
     kills = 0
     for files in (3, 12):
