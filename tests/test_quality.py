@@ -122,6 +122,17 @@ def test_cleaning_resumes_after_a_kill(crawl, monkeypatch):
     assert contents(crawl.parent / "again") == contents(crawl.parent / "out")
 
 
+def test_counts_are_found_again_if_only_the_last_file_is_missing(crawl, monkeypatch):
+    def killed(work, about):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_builder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.build(config_of(crawl), lambda line: None)
+    assert prepare.build(config_of(crawl), lambda line: None)["dropped"] == DROPPED
+
+
 def test_other_options_are_refused(crawl):
     prepare.build(config_of(crawl, clean=False), lambda line: None)
     with pytest.raises(ValueError, match="clean was False, now True"):

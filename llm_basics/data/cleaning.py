@@ -53,9 +53,9 @@ class CleanSource(sources.Source):
             )
 
     def dropped_before(self, n_documents: int) -> dict[str, int]:
-        """What is left out before the end of the first documents that are kept; the source is read again."""
+        """What is left out up to the document after the first `n_documents`, reading again if need be."""
         if not self.dropped:
-            collections.deque(itertools.islice(self.documents(), n_documents), maxlen=0)
+            collections.deque(itertools.islice(self.documents(), n_documents + 1), maxlen=0)
         return dict(sorted(self.dropped.items()))
 
 
