@@ -14,10 +14,11 @@ def masked(about, kind, cases, **ground):
     """What becomes of each text, with the number of masks before it."""
 
     def observe(a):
-        mask = getattr(
-            a, {"emails": "run_mask_emails", "phones": "run_mask_phone_numbers"}.get(kind, "run_mask_ips")
-        )
-        return ["{1} in: {0}".format(*mask(text)) for text in cases]
+        if kind == "emails":
+            return ["{1} in: {0}".format(*a.run_mask_emails(text)) for text in cases]
+        if kind == "phones":
+            return ["{1} in: {0}".format(*a.run_mask_phone_numbers(text)) for text in cases]
+        return ["{1} in: {0}".format(*a.run_mask_ips(text)) for text in cases]
 
     step.value(about, observe, list(cases.values()), axes="text", **(ground or {"contract": f"mask_{kind}"}))
 
