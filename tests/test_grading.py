@@ -75,7 +75,7 @@ def test_every_probe_names_the_sentence_it_stands_on_or_says_why_it_is_asked(nam
 
 
 def test_the_contract_has_the_functions_of_the_public_assignment():
-    assert len(STEPS) == 33
+    assert len(STEPS) == 34
     assert len(grading.PUBLIC) == 50
     used = {name for step in judge.STEPS for name in grading.adapters_of(step)}
     assert used >= grading.PUBLIC
