@@ -258,9 +258,8 @@ def test_rollouts_record_what_was_trained_on(home):
         )
         ids = torch.tensor([prompt + line["tokens"]])
         scored = response_log_probs.get_response_log_probs(training.model, ids[:, :-1], ids[:, 1:])
-        assert line["log_probs"] == pytest.approx(
-            scored["log_probs"][0, len(prompt) - 1 :].tolist(), abs=1e-4
-        ), row
+        expected = scored["log_probs"][0, len(prompt) - 1 :].tolist()
+        assert line["log_probs"] == pytest.approx(expected, abs=1e-4)
     training.output.close()
 
 

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from llm_basics.core import bpe, dataloader, files
+from llm_basics.core import bpe, files
 from llm_basics.core import tokenizer as tokenizers
 
 MAGIC = b"LLMBASIC"
@@ -325,12 +325,3 @@ def _first_invalid_end(ends: np.ndarray, n_tokens: int) -> int | None:
 def _first(mask: np.ndarray) -> int | None:
     """The index of the first True, or None."""
     return int(np.argmax(mask)) if mask.any() else None
-
-
-class BatchSource(Protocol):
-    """Training batches in an order that is a pure function of (seed, epoch, step)."""
-
-    shards: list[np.ndarray]
-
-    def starting_at(self, first: int) -> dataloader.Batch:
-        """The batch that starts with row `first`, counted over all epochs."""

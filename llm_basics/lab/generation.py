@@ -12,7 +12,7 @@ from llm_basics.analysis import inspection
 from llm_basics.core import functional as F
 from llm_basics.core import generate
 from llm_basics.data import chat_template
-from llm_basics.inference import detokenizer
+from llm_basics.inference import detokenizer, engine
 from llm_basics.lab import model_schemas
 
 

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from llm_basics.core import config, dataloader, generate
-from llm_basics.data import chat_template, prepare, sft_dataset, shards, synthetic_qa, tokenizer_formats
+from llm_basics.data import (
+    batch_source,
+    chat_template,
+    prepare,
+    sft_dataset,
+    synthetic_qa,
+    tokenizer_formats,
+)
 from llm_basics.runs import run_dir, signals, stopwatch
 from llm_basics.training import distributed, job, state
 
@@ -44,7 +51,7 @@ def kinds() -> dict[str, str]:
 class SftState(state.TrainingState):
     """The state of a fine-tuning run on conversations."""
 
-    def read(self, prepared: prepare.Prepared) -> tuple[shards.BatchSource, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[batch_source.BatchSource, np.ndarray]:
         """The training batches, and the held-out tokens inside the loss mask."""
         train, length = self.options.train, self.options.model.context_length
         train_rows = sft_dataset.rows_of(prepared.train, self.tokenizer, length + 1)

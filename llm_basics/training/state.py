@@ -16,7 +16,7 @@ from llm_basics import swap, user_code
 from llm_basics.cli import nested
 from llm_basics.core import config, dataloader, device, evaluate, files, presets, trainer, vocabulary
 from llm_basics.core import model as models
-from llm_basics.data import prepare, shards
+from llm_basics.data import batch_source, prepare, shards
 from llm_basics.inference import engine
 from llm_basics.runs import checkpoint, process, sharded_checkpoint, signals, steering
 from llm_basics.training import compilation, diagnostics, distributed, held_out, parallel, user_model
@@ -109,7 +109,7 @@ class TrainingState:
         # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
         self.is_same_as_replayed: bool | None = None
 
-    def read(self, prepared: prepare.Prepared) -> tuple[shards.BatchSource, np.ndarray]:
+    def read(self, prepared: prepare.Prepared) -> tuple[batch_source.BatchSource, np.ndarray]:
         """The training batches, and the held-out tokens."""
         train, length = self.options.train, self.options.model.context_length
         texts = [shard.tokens for shard in prepared.train]
