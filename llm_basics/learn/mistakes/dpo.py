@@ -577,7 +577,7 @@ loss_mistake(
 loss_mistake(
     "unknown_type_is_sigmoid",
     """A loss_type that is not known falls back to sigmoid, without an error. A misspelled option then
-    changes the method and nobody sees it. Raise ValueError.""",
+    changes the method without a message. Raise ValueError.""",
     types_=(),
 )
 

@@ -813,7 +813,7 @@ step_mistake(
 )
 step_mistake(
     "clipped_to_one_if_none",
-    """Without max_grad_norm the gradient is clipped to 1, a default that nobody chose. None means no
+    """Without max_grad_norm the gradient is clipped to 1, a default that was not chosen. None means no
     clipping; compute the norm alone.""",
     clip=lambda parameters, norm: optim.clip_grad_norm_(parameters, 1.0 if norm is None else norm),
 )
