@@ -316,7 +316,7 @@ kl_mistake(
 )
 kl_mistake(
     "weights_left_out",
-    """The differences of the log-probabilities are summed without the weights p. A token that neither model would
+    """The differences of the log-probabilities are summed without the weights p. A token that no model would
     write counts as much as the likeliest. Multiply by exp(log p).""",
     each=lambda first, second: first - second,
 )
