@@ -39,7 +39,6 @@ from llm_basics.fast.cuda import (  # noqa: E402
     cross_entropy,
     cuda_graph,
     decode,
-    flash_attention,
     triton_jit,
 )
 
@@ -52,24 +51,7 @@ if triton_jit.INTERPRETED and OLD and np.lib.NumpyVersion(np.__version__) >= "2.
 HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
-# masked scores may overflow before they are set to 0
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 slow = pytest.mark.slow
-halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-class ReferenceCalled(Exception):
-    """Fail: the reference ran instead of a kernel."""
-
-
-@pytest.fixture(autouse=True)
-def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if attention falls back to the reference, which these tests compare with."""
-
-    def refuse(*args: Any) -> None:
-        raise ReferenceCalled
-
-    monkeypatch.setattr(flash_attention, "reference_attention", refuse)
 
 
 @pytest.fixture
@@ -77,26 +59,6 @@ def normal() -> Callable[..., Tensor]:
     """Seeded normal random numbers."""
     generator = torch.Generator().manual_seed(3)
     return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
-
-
-def run(function: Callable[..., Tensor], tensors: list[Tensor], **options: Any) -> list[Tensor]:
-    """The output, and the gradients of a random weighting of it."""
-    leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
-    out = function(*leaves, **options)
-    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, weighting.to(out))]
-
-
-def assert_right(kernel: Callable[..., Tensor], *tensors: Tensor, rtol: float, atol: float, **options: Any):
-    """Compare output and gradients with the function of that name in `functional`, in float64."""
-    wide = [t.double() if t.is_floating_point() else t for t in tensors]
-    actual = run(kernel, list(tensors), **options)
-    expected = run(getattr(F, kernel.__name__), wide, **options)
-    dtypes = [tensors[0].dtype, *(t.dtype for t in tensors if t.is_floating_point())]
-    for found, right, dtype in zip(actual, expected, dtypes, strict=True):
-        assert found.dtype == dtype and found.shape == right.shape
-        torch.testing.assert_close(found.double(), right, rtol=rtol, atol=atol, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,125 +191,6 @@ def test_a_kernel_can_be_tried_out(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention
-
-attention = flash_attention.scaled_dot_product_attention
-causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-
-
-@causal
-@pytest.mark.parametrize(
-    "queries, keys, d_head",
-    [(1, 1, 16), (40, 1, 16), (70, 70, 20), (33, 100, 8), (40, 40, 200)]
-    + [
-        pytest.param(*sizes, marks=slow)
-        for sizes in [(1, 40, 16), (64, 96, 64), (96, 64, 64), (100, 33, 16), (50, 50, 80), (45, 45, 128)]
-        + [(33, 33, 256)]
-    ],
-)
-def test_attention(normal, queries, keys, d_head, is_causal):
-    tensors = [normal(2, n, d_head) for n in (queries, keys, keys)]
-    assert_right(attention, *tensors, is_causal=is_causal, **EXACT)
-
-
-@causal
-@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 2)], ids=str)
-def test_attention_of_many_heads(normal, leading, is_causal):
-    tensors = [normal(*leading, n, 16) for n in (35, 50, 50)]
-    assert_right(attention, *tensors, is_causal=is_causal, **EXACT)
-
-
-@causal
-@halves
-@pytest.mark.parametrize(
-    "queries, keys, d_head",
-    [
-        (1, 1, 16),
-        (70, 140, 20),
-        *(pytest.param(*sizes, marks=slow) for sizes in [(300, 300, 20), (140, 270, 64), (150, 150, 128)]),
-    ],
-)
-def test_attention_in_half_precision(normal, queries, keys, d_head, is_causal, dtype):
-    if dtype == torch.bfloat16 and triton_jit.INTERPRETED:
-        pytest.skip("the interpreter multiplies matrices of bfloat16 as if they were whole numbers")
-    tensors = [normal(2, n, d_head).to(dtype) for n in (queries, keys, keys)]
-    tolerance = 2 * HALVES[dtype]
-    assert_right(attention, *tensors, is_causal=is_causal, rtol=tolerance, atol=tolerance)
-
-
-def test_attention_of_tensors_that_lie_scattered(normal):
-    def scattered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
-
-    def straight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        copies = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        return attention(*copies, is_causal=True).transpose(1, 2).contiguous()
-
-    tensors = [normal(2, 40, 3, 16) for _ in range(3)]
-    for found, right in zip(run(scattered, tensors), run(straight, tensors), strict=True):
-        assert torch.equal(found, right)
-
-
-@causal
-def test_attention_of_large_scores(normal, is_causal):
-    # scores up to about 1,000, with 4 decimals in float32
-    q, k, v = (scale * normal(2, 70, 16) for scale in (30, 30, 1))
-    assert_right(attention, q, k, v, is_causal=is_causal, rtol=1e-3, atol=1e-2)
-
-
-def test_no_gradient_comes_from_the_future(normal):
-    q, k, v = (normal(70, 16).requires_grad_() for _ in range(3))
-    out = attention(q, k, v, is_causal=True)
-    for query in (0, 31, 32, 40, 69):
-        gradients = torch.autograd.grad(out[query].sum(), (k, v), retain_graph=True)
-        for gradient in gradients:
-            assert not gradient[query + 1 :].any()
-        assert gradients[1][: query + 1].all()
-
-
-@causal
-def test_attention_gives_the_same_bits_again(normal, is_causal):
-    tensors = [normal(2, 70, 16) for _ in range(3)]
-    first, second = (run(attention, tensors, is_causal=is_causal) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_attention_leaves_the_rest_to_the_reference(normal):
-    q = normal(2, 5, 16)
-    mask = torch.ones(5, 5, dtype=torch.bool, device=DEVICE)
-    for args in (
-        (q, q, q, mask),
-        (q, q, q, None, True, 0.1),
-        (q.double(), q.double(), q.double()),
-        (q, q.half(), q.half()),
-        (q, q[0], q[0]),
-        (q, q, q[..., :8]),
-        (normal(5, 300),) * 3,
-        (q[:, :0], q, q),
-    ):
-        with pytest.raises(ReferenceCalled):
-            attention(*args)
-    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(ReferenceCalled):
-        attention(q, q, q)
-
-
-def test_gradients_may_lie_scattered(normal):
-    x = normal(6, 16).requires_grad_()
-    out = attention(x, x, x)
-    weighting = normal(*out.shape, 2)
-    scattered, straight = weighting[..., 0], weighting[..., 0].contiguous()
-    assert not scattered.is_contiguous()
-    found, right = (torch.autograd.grad(out, x, w, retain_graph=True)[0] for w in (scattered, straight))
-    assert torch.equal(found, right)
-
-
-def test_gradients_of_gradients_are_refused(normal):
-    x = normal(4, 16).requires_grad_()
-    with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(attention(x, x, x).sum(), x, create_graph=True)
-
-
-# --------------------------------------------------------------------------------------------------
 # Decoding
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -406,7 +249,7 @@ def test_the_likeliest_tokens_one_after_the_other(name, n, monkeypatch):
     lm = make_model(name)
     prompt = ids(50, 3)
     expected = list(generate.generate(lm, prompt, n, temperature=0.0))
-    monkeypatch.setattr(fast_generate, "Loops", reader_of)
+    monkeypatch.setattr(fast_generate, "CPUDecoder", reader_of)
     assert list(fast_generate.generate(lm, prompt, n, temperature=0.0)) == expected
     # the stop token is not yielded
     stop = expected[n // 2]
@@ -421,8 +264,8 @@ def test_equals_are_left_to_the_reference(monkeypatch):
         # each token has an equally likely one
         lm.lm_head.weight[25:] = lm.lm_head.weight[:25]
     expected = list(generate.generate(lm, prompt, 4, temperature=0.0))
-    monkeypatch.setattr(fast_generate, "Loops", reader_of)
-    assert reader_of(lm).likeliest_after(7, 0, 5) == []
+    monkeypatch.setattr(fast_generate, "CPUDecoder", reader_of)
+    assert reader_of(lm).greedy_tokens(7, 0, 5) == []
     assert list(fast_generate.generate(lm, prompt, 4, temperature=0.0)) == expected
 
 
@@ -461,7 +304,7 @@ def test_unsupported_models_use_their_modules():
         lm = model.TransformerLM(dataclasses.replace(SMALL, **changes)).to(DEVICE)
         assert not cuda_graph.is_supported(lm), changes
         reader = cuda_graph.StaticStep(lm)
-        assert reader.kernels is None and reader.likeliest_after(1, 0, 3) == []
+        assert reader.kernels is None and reader.greedy_tokens(1, 0, 3) == []
     assert not cuda_graph.is_supported(model.TransformerLM(SMALL, dtype=torch.bfloat16))
 
 
@@ -484,12 +327,6 @@ def test_on_a_card_as_torch_has_it(normal):
     found = cross_entropy.replace_by_gradient_(logits, targets, 50_257)
     torch.testing.assert_close(found, losses, **EXACT)
     torch.testing.assert_close(logits.float(), right, rtol=1.6e-2, atol=1.6e-2)
-    heads = [normal(4, 12, 1024, 64).bfloat16() for _ in range(3)]
-    ours, theirs = (
-        run(function, heads, is_causal=True) for function in (attention, tF.scaled_dot_product_attention)
-    )
-    for found, right in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, right, rtol=1.6e-2, atol=1.6e-2 * right.abs().max().item())
 
 
 @pytest.mark.gpu
