@@ -753,6 +753,17 @@ def test_a_batch_is_each_text(kind, make):
     assert model.encode_batch([]) == []
 
 
+def test_an_array_has_the_ids_of_the_list(kind, make, monkeypatch):
+    model = make(kind)
+    monkeypatch.setattr(fast, "CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr(fast, "PARALLEL_CHARACTERS", 1000)
+    texts = [*varied_texts(40, 18), "", END_OF_TEXT, "lone \ud800 surrogate", f"a word{END_OF_TEXT} " * 200]
+    for text in texts:
+        for n_threads in (None, 1, 3):
+            ids = model.encode_to_array(text, n_threads)
+            assert ids.dtype == np.int32 and ids.tolist() == model.encode(text)
+
+
 def test_many_threads_at_once_get_the_right_ids(make, tiktoken_of):
     rng = random.Random(17)
     texts = [

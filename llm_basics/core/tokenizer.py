@@ -128,8 +128,12 @@ class Tokenizer:
             ids += self._cached_merges(pretoken)
         return ids
 
+    def encode_to_array(self, text: str, n_threads: int | None = None) -> np.ndarray:
+        """`encode` as an int32 array. `n_threads` has no effect here, since Python code holds the GIL."""
+        return np.array(self.encode(text), np.int32)
+
     def encode_batch(self, texts: Sequence[str], n_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text. `n_threads` has no effect here, since Python code holds the GIL."""
+        """`encode` of each text. `n_threads` has no effect here."""
         return [self.encode(text) for text in texts]
 
     def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:

@@ -101,6 +101,16 @@ def eight_bytes(_context, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def trailing_zeros(_context, number):  # type: ignore[no-untyped-def]
+    """The number of zero bits below the lowest one of a uint64."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, 0))
+
+    return types.uint64(number), generate
+
+
+@intrinsic
 def floats_at(_context, address):  # type: ignore[no-untyped-def]
     """A pointer to the float32 numbers at an address, for `numba.carray`; their owner keeps them alive."""
 

@@ -3,6 +3,7 @@
 Pre-tokens and their ids are cached. Each thread has a `PretokenCache` for itself, without locks.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ MAX_SLOTS = 1 << 21
 
 # larger vocabularies have gaps in their ids, and Python integers are made on the fly
 MAX_CACHED_INTS = 1 << 22
+
+# shorter texts are encoded on one thread
+PARALLEL_CHARACTERS = 1 << 20
 
 # the end of a letter or number run, searched backward
 BOUNDARY = regex.compile(r"(?r)(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})")
@@ -103,24 +107,42 @@ class Tokenizer(tokenizer.Tokenizer):
         with ThreadPoolExecutor(n_threads or bpe.usable_cores()) as pool:
             return list(pool.map(self.encode, texts))
 
+    def encode_to_array(self, text: str, n_threads: int | None = None) -> np.ndarray:
+        if self._scanner is None:
+            return super().encode_to_array(text)
+        if n_threads is None:
+            n_threads = bpe.usable_cores() if len(text) >= PARALLEL_CHARACTERS else 1
+        parts = (
+            chunks.Chunk(0, part, *chunks.split(part, self._special_bytes))
+            for part in _chunks(text, self.special_tokens)
+        )
+        try:
+            return np.concatenate([ids for ids, _, _ in self._encode_chunks(parts, n_threads)])
+        except UnicodeEncodeError:
+            return self.encode_to_array(tokenizer.replace_surrogates(text), n_threads)
+
     def encode_file(
         self, path: str | os.PathLike[str], n_threads: int | None = None
     ) -> Iterator[tuple[np.ndarray, int, int]]:
         if self._scanner is None:
             yield from super().encode_file(path, n_threads)
             return
+        with open(path, "rb") as file:
+            checked = map(functools.partial(_checked, path), chunks.read(file, self._special_bytes))
+            yield from self._encode_chunks(checked, n_threads or bpe.usable_cores())
+
+    def _encode_chunks(
+        self, parts: Iterable[chunks.Chunk], n_threads: int
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
+        """The ids of each chunk, its offset and its number of bytes."""
 
         def encode(chunk: chunks.Chunk) -> tuple[np.ndarray, int, int]:
-            bpe.check_utf8(chunk.text, path, chunk.offset)
             cache = self._take_cache()
             ids = self._ids_of(cache, chunk.text, chunk.spans, chunk.specials).copy()
             self._idle.append(cache)
             return ids, chunk.offset, len(chunk.text)
 
-        with open(path, "rb") as file:
-            yield from chunks.in_order(
-                encode, chunks.read(file, self._special_bytes), n_threads or bpe.usable_cores()
-            )
+        return chunks.in_order(encode, parts, n_threads)
 
     def _encode_text(self, text: str, special_ids: Mapping[bytes, int]) -> list[int]:
         specials = self.special_tokens if special_ids else ()
@@ -203,6 +225,12 @@ def _chunks(text: str, special_tokens: Sequence[str]) -> Iterator[bytes]:
         # double the search range in an endless word, so that the total is linear
         end = max(start + CHUNK_CHARACTERS, end if boundary else start + 2 * (end - start))
     yield text[start:].encode("utf-8")
+
+
+def _checked(path: str | os.PathLike[str], chunk: chunks.Chunk) -> chunks.Chunk:
+    """The chunk of a file, if it is UTF-8."""
+    bpe.check_utf8(chunk.text, path, chunk.offset)
+    return chunk
 
 
 def _crosses(text: str, position: int, special: str) -> bool:

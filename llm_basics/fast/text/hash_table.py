@@ -90,8 +90,10 @@ def _slots(n: int) -> np.ndarray:
 
 @numba_jit.inlined
 def first_bytes(text: np.ndarray, i: int, n: int) -> np.uint64:
-    """1 <= `n` <= 8 bytes of the text from byte `i`, zero-padded to a word."""
-    return numba_jit.eight_bytes(text, i) & ((TWO << ((np.uint64(n) << BYTE_SHIFT) - ONE)) - ONE)
+    """0 <= `n` <= 8 bytes of the text from byte `i`, zero-padded to a word."""
+    # shifted twice, since a shift by all 64 bits is undefined
+    half = np.uint64(n) << TWO
+    return numba_jit.eight_bytes(text, i) & ((ONE << half << half) - ONE)
 
 
 @numba_jit.inlined
@@ -165,11 +167,11 @@ def rehash(old: np.ndarray, new: np.ndarray) -> None:
 @numba_jit.inlined
 def key_of(text: np.ndarray, start: int, n: int) -> tuple[np.uint64, np.uint64]:
     """The two words of the key of `n` bytes: the bytes themselves, or a hash if more than 16."""
-    if n <= 8:
-        return first_bytes(text, start, n), ZERO
-    if n <= MAX_INLINE:
-        return numba_jit.eight_bytes(text, start), first_bytes(text, start + 8, n - 8)
-    return hash_bytes(text, start, n), ZERO
+    if n > MAX_INLINE:
+        return hash_bytes(text, start, n), ZERO
+    # without a branch at eight bytes, which would be unpredictable
+    n_low = min(n, 8)
+    return first_bytes(text, start, n_low), first_bytes(text, start + 8, n - n_low)
 
 
 @numba_jit.jit
