@@ -106,6 +106,7 @@ def use(
 ) -> None:
     """Use the fast implementations ("fast"), or the pieces of a Python file, until the program ends.
 
+    Without torch, the modules of core that are loaded get their fast implementations, all others with it.
     `prepare` receives the module of the file before its pieces are taken from it. Raises ValueError, with
     nothing replaced, for a file that does not run or has a piece that does not fit.
     """
@@ -259,6 +260,13 @@ def prepare_model(model: Any, batch_size: int, seq: int) -> None:
         importlib.import_module(f"{FAST}.trainer").prepare_model(model, batch_size, seq)
 
 
+def is_faster_one_by_one(model: Any, n_texts: int) -> bool:
+    """Whether greedy texts take less time one after the other than as a batch: with CPU kernels."""
+    if "generate.generate" not in fast_pieces():
+        return False
+    return importlib.import_module(f"{FAST}.generate").is_faster_one_by_one(model, n_texts)
+
+
 def kernel_cache() -> str:
     """The folder of compiled CPU kernels; "" if none can be written."""
     return os.environ.get("NUMBA_CACHE_DIR") or importlib.import_module(f"{FAST}.kernel_cache").folder()
@@ -299,11 +307,10 @@ def _use_fast(log: Callable[[str], None]) -> None:
 
 
 def _fast_implementations() -> Iterator[tuple[str, object]]:
-    """Each piece of the loaded modules that has a fast implementation, and that implementation."""
-    for home in WITH_FAST:
+    """Each piece that has a fast implementation, and that implementation; see `use`."""
+    loaded = [home for home in WITH_FAST if f"{CORE}.{home}" in sys.modules]
+    for home in WITH_FAST if "torch" in sys.modules or not loaded else loaded:
         path = f"{FAST}.{home}"
-        if f"{CORE}.{home}" not in sys.modules:
-            continue
         # a fast class may inherit from its reference, so import it while no piece is replaced
         with contextlib.nullcontext() if path in sys.modules else reference_only():
             fast_module = importlib.import_module(path)

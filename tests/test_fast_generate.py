@@ -1,5 +1,6 @@
 """fast/generate.py against the reference. Alone: `uv run pytest tests/test_fast_generate.py`."""
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -14,7 +15,7 @@ from llm_basics import swap
 from llm_basics.core import config, generate, layers, model
 from llm_basics.fast import generate as fast
 from llm_basics.fast import numba_jit
-from llm_basics.fast.cpu import decode, threads, vectors, weights
+from llm_basics.fast.cpu import autotuner, decode, threads, vectors, weights
 from llm_basics.fast.cuda import cuda_graph
 from llm_basics.inference import engine
 
@@ -46,7 +47,7 @@ SHAPES = {
     "default sizes": {"d_model": 64, "d_ff": None, "n_layers": 4, "init": "gpt2", "dropout": 0.1},
 }
 TOLERANCE = 1e-4
-SAY_ONCE = fast.say_once
+PRINT_ONCE = fast.print_once
 
 
 def make(context_length=64, **options):
@@ -99,7 +100,7 @@ def both(lm, prompt, n, *settings, **options):
 def said(monkeypatch):
     """Lines logged once. A test fails on a fallback to the reference, unless it pops that line."""
     lines = []
-    monkeypatch.setattr(fast, "say_once", lambda line: None if line in lines else lines.append(line))
+    monkeypatch.setattr(fast, "print_once", lambda line: None if line in lines else lines.append(line))
     yield lines
     assert not [line for line in lines if "by the reference" in line]
 
@@ -116,7 +117,7 @@ def logits_by(reader, text, n_prompt):
 
 
 @pytest.mark.parametrize("n_prompt", [1, 40, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reader", [fast.Loops, cuda_graph.StaticStep])
+@pytest.mark.parametrize("reader", [fast.CPUDecoder, cuda_graph.StaticStep])
 def test_scores_of_each_token(lm, reader, n_prompt):
     text = torch.randint(lm.config.vocab_size, (64,)).tolist()
     found = logits_by(reader(lm), text, n_prompt)
@@ -134,12 +135,12 @@ def test_scores_that_would_overflow():
     text = torch.randint(61, (64,)).tolist()
     with torch.no_grad():
         expected = lm(torch.tensor(text))
-    torch.testing.assert_close(logits_by(fast.Loops(lm), text, 1), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(logits_by(fast.CPUDecoder(lm), text, 1), expected, rtol=0, atol=1e-2)
 
 
 def test_weights_are_no_copies():
     lm = make()
-    reader = fast.Loops(lm)
+    reader = fast.CPUDecoder(lm)
     logits_by(reader, [1, 2, 3], 1)
     with torch.no_grad():
         # weights that no cached key or value depends on
@@ -163,16 +164,16 @@ def n_threads():
 
 def only(size, has_drafts=False):
     """An autotuner with one config."""
-    return fast.Autotuner([fast.LoopConfig(size, has_drafts)])
+    return autotuner.Autotuner([autotuner.DecodingConfig(size, has_drafts)])
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_team_gives_the_same_bits(lm, n_threads, size):
     text = torch.randint(lm.config.vocab_size, (20,)).tolist()
-    alone = logits_by(fast.Loops(lm), text, 4)
+    alone = logits_by(fast.CPUDecoder(lm), text, 4)
     n_threads(size)
-    reader = fast.Loops(lm)
-    members = max(way.size for way in reader.reading.seconds)
+    reader = fast.CPUDecoder(lm)
+    members = max(way.n_threads for way in reader.reading.seconds)
     assert members == (1 if lm.config.d_head % 4 else min(size, reader.shape.n_kv_heads))
     reader.reading = only(members)
     assert torch.equal(logits_by(reader, text, 4), alone)
@@ -182,16 +183,16 @@ def test_a_team_gives_the_same_bits(lm, n_threads, size):
 def read_on(reader, token, position, n):
     text = [token]
     while len(text) <= n:
-        text += reader.likeliest_after(text[-1], position + len(text) - 1, n + 1 - len(text))
+        text += reader.greedy_tokens(text[-1], position + len(text) - 1, n + 1 - len(text))
     return text[1:]
 
 
 def test_a_team_writes_the_same_text(n_threads):
     lm = make(n_kv_heads=2)
-    alone = fast.Loops(lm)
+    alone = fast.CPUDecoder(lm)
     alone.read_prompt(torch.tensor([5, 6]))
     n_threads(2)
-    reader = fast.Loops(lm)
+    reader = fast.CPUDecoder(lm)
     alone.writing, reader.writing = only(1, True), only(2, True)
     reader.read_prompt(torch.tensor([5, 6]))
     assert read_on(reader, 7, 2, 40) == read_on(alone, 7, 2, 40)
@@ -201,18 +202,18 @@ def test_a_team_whose_size_changes_writes_the_same_text(n_threads):
     lm = make(n_kv_heads=2)
     expected = both(lm, [5, 6], 60, 0.0)[0]
     n_threads(2)
-    reader = fast.Loops(lm)
+    reader = fast.CPUDecoder(lm)
     text = [5, 6, expected[0]]
     reader.read_prompt(torch.tensor(text[:2]))
     for size in itertools.islice(itertools.cycle([1, 2]), 10):
         reader.writing = only(size, True)
         # all members share the state of the drafts
-        text += reader.likeliest_after(text[-1], len(text) - 1, 5)
+        text += reader.greedy_tokens(text[-1], len(text) - 1, 5)
     assert text[2:] == expected[:51]
 
 
 def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
-    team, arrived = fast.Team(), []
+    team, arrived = fast.ThreadTeam(), []
 
     def work(number, member):
         if number == 0:
@@ -223,7 +224,7 @@ def test_a_team_whose_first_member_is_interrupted_does_not_wait_for_it():
 
     with pytest.raises(KeyboardInterrupt):
         team.run(2, work)
-    threads.helpers(fast.MOST_THREADS - 1).submit(lambda: None).result(timeout=30)
+    threads.helpers(fast.MAX_THREADS - 1).submit(lambda: None).result(timeout=30)
     deadline = time.monotonic() + 30
     while not arrived and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -237,7 +238,7 @@ def test_errors_of_other_members_are_raised():
         return 1
 
     with pytest.raises(ZeroDivisionError):
-        fast.Team().run(2, work)
+        fast.ThreadTeam().run(2, work)
 
 
 @pytest.mark.parametrize("n_rows", [1, 4, 16, 17, 33, 61, 100])
@@ -248,14 +249,14 @@ def test_each_row_belongs_to_one_member(n_rows, size):
     assert all(len(part) >= min(n_rows, vectors.ROWS) for part in parts if len(part))
 
 
-@pytest.mark.parametrize("fastest", [fast.LoopConfig(2, True), fast.LoopConfig(1, False)])
+@pytest.mark.parametrize("fastest", [autotuner.DecodingConfig(2, True), autotuner.DecodingConfig(1, False)])
 def test_the_autotuner_keeps_the_fastest(fastest):
-    ways = [fast.LoopConfig(size, has_drafts) for size in (2, 1) for has_drafts in (True, False)]
-    pace, tried = fast.Autotuner(ways), []
+    ways = [autotuner.DecodingConfig(size, has_drafts) for size in (2, 1) for has_drafts in (True, False)]
+    pace, tried = autotuner.Autotuner(ways), []
     for _ in range(200):
-        way = pace.way()
+        way = pace.next_config()
         tried.append(way)
-        pace.note(way, 1.0 if way == fastest else 3.0)
+        pace.record(way, 1.0 if way == fastest else 3.0)
     # first all configs, then periodic retrials of the others
     assert tried[:4] == ways
     others = [(call, way) for call, way in enumerate(tried[4:], 5) if way != fastest]
@@ -264,12 +265,36 @@ def test_the_autotuner_keeps_the_fastest(fastest):
 
 
 def test_one_slow_call_is_forgiven_and_a_busy_core_is_not():
-    pace = fast.Autotuner([fast.LoopConfig(2), fast.LoopConfig(1)])
-    pace.note(fast.LoopConfig(2), 1.0), pace.note(fast.LoopConfig(1), 1.6)
-    pace.note(fast.LoopConfig(2), 2.5)
-    assert pace.way() == fast.LoopConfig(2)
-    pace.note(fast.LoopConfig(2), 20.0)
-    assert pace.way() == fast.LoopConfig(1)
+    pace = autotuner.Autotuner([autotuner.DecodingConfig(2), autotuner.DecodingConfig(1)])
+    pace.record(autotuner.DecodingConfig(2), 1.0), pace.record(autotuner.DecodingConfig(1), 1.6)
+    pace.record(autotuner.DecodingConfig(2), 2.5)
+    assert pace.next_config() == autotuner.DecodingConfig(2)
+    pace.record(autotuner.DecodingConfig(2), 20.0)
+    assert pace.next_config() == autotuner.DecodingConfig(1)
+
+
+def test_timings_are_kept_for_the_next_process(tmp_path):
+    path, (slow, quick) = tmp_path / "decoding.json", [autotuner.DecodingConfig(n) for n in (2, 1)]
+    tuner = autotuner.Autotuner([slow, quick], path)
+    tuner.record(slow, 3.0)
+    tuner.save()
+    assert not path.exists()  # one config is not measured yet
+    tuner.record(quick, 1.0)
+    tuner.save()
+    again = autotuner.Autotuner([slow, quick], path)
+    assert again.seconds == {slow: 3.0, quick: 1.0} and again.next_config() == quick
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "null", "5"])
+def test_damaged_timings_are_measured_again(tmp_path, content):
+    path, config_ = tmp_path / "decoding.json", autotuner.DecodingConfig(1)
+    path.write_text(content)
+    tuner = autotuner.Autotuner([config_], path)
+    assert tuner.seconds == {config_: 0.0}
+    tuner.record(config_, 2.0)
+    tuner.path = tmp_path / "missing" / "decoding.json"
+    tuner.saved = None
+    tuner.save()  # a folder that cannot be written is no error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,7 +303,7 @@ def test_one_slow_call_is_forgiven_and_a_busy_core_is_not():
 
 @pytest.mark.parametrize("has_drafts", [True, False])
 def test_the_likeliest_text(lm, has_drafts, monkeypatch):
-    monkeypatch.setattr(fast, "known_pace", lambda *_: only(1, has_drafts))
+    monkeypatch.setattr(autotuner, "for_model", lambda *_: only(1, has_drafts))
     expected, found = both(lm, [5, 6, 7], 60, 0.0)
     assert found == expected and len(found) == 60
     assert len(set(expected)) > 3
@@ -312,6 +337,30 @@ def test_the_same_text_with_all_fast_implementations(settings):
         prompts = [torch.tensor([5, 6, 7])] * 2
         texts += engine.generate_batch(lm, prompts, 60, *settings, generators=[seeded(), seeded()])
     assert texts == texts[:1] * 4
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_a_greedy_batch_of_a_small_model_is_decoded_one_by_one(is_small, monkeypatch):
+    lm, prompts = make(), [torch.tensor(prompt) for prompt in ([5, 6, 7], [1], [9] * 20)]
+    if not is_small:
+        monkeypatch.setattr(fast, "MAX_WEIGHTS_READ", 3 * lm.config.n_matmul_params - 1)
+    stop = engine.generate_batch(lm, prompts, 12, temperature=0.0)[1][7]
+    results, prompts_read = [], []
+    decoder = fast.CPUDecoder
+    monkeypatch.setattr(fast, "CPUDecoder", lambda lm: prompts_read.append(lm) or decoder(lm))
+    for what in ("reference", "fast"):
+        calls: dict[int, list[int]] = {0: [], 1: [], 2: []}
+
+        def ends_with(i, token, calls=calls):
+            calls[i].append(token)
+            return i == 2 and len(calls[i]) == 4
+
+        with swap.using("fast", lambda line: None) if what == "fast" else contextlib.nullcontext():
+            new = engine.generate_batch(lm, prompts, 12, 0.0, stop_id=stop, ends_with=ends_with)
+        results.append((new, calls))
+    assert results[0] == results[1]
+    assert stop not in results[0][0][1] and len(results[0][0][2]) == 4
+    assert len(prompts_read) == (3 if is_small else 0)
 
 
 @pytest.mark.parametrize("n_prompt", [1, 8, 9, 10, 25])
@@ -381,8 +430,8 @@ def test_empty_prompt_is_refused():
 
 def drafts_of(monkeypatch):
     """Record the number of tokens to draft next, after each kernel call."""
-    monkeypatch.setattr(fast, "MOST_AT_ONCE", 1)
-    monkeypatch.setattr(fast, "known_pace", lambda *_: only(1, True))
+    monkeypatch.setattr(autotuner, "MAX_TOKENS_PER_CALL", 1)
+    monkeypatch.setattr(autotuner, "for_model", lambda *_: only(1, True))
     counts, write = [], decode.write_likeliest
     monkeypatch.setattr(
         decode, "write_likeliest", lambda *args: [write(*args), counts.append(int(args[-2][0]))][0]
@@ -410,7 +459,7 @@ def wrong_drafts(monkeypatch):
 
     weights_rounded = weights.rounded
     monkeypatch.setattr(weights, "rounded", of_another_model)
-    monkeypatch.setattr(fast, "known_pace", lambda *_: only(1, True))
+    monkeypatch.setattr(autotuner, "for_model", lambda *_: only(1, True))
 
 
 def test_a_text_whose_drafts_are_wrong(lm, wrong_drafts):
@@ -425,7 +474,7 @@ def test_what_is_wrong_is_drafted_seldom(wrong_drafts, monkeypatch):
 
 
 def test_several_tokens_in_one_pass(lm):
-    text, reader, room = torch.randint(lm.config.vocab_size, (40,)), fast.Loops(lm), []
+    text, reader, room = torch.randint(lm.config.vocab_size, (40,)), fast.CPUDecoder(lm), []
     alone = decode.Member(0, 1, np.zeros(2, np.int64))
     for start, end in [(0, 16), (16, 17), (17, 19), (19, 26), (26, 40)]:
         given = reader.shape, reader.weights, reader.states[0], alone
@@ -655,7 +704,7 @@ def test_autocast_uses_the_reference(said):
 
 def test_lines_are_logged_once(capsys):
     for _ in range(2):
-        SAY_ONCE("a line of this test")
+        PRINT_ONCE("a line of this test")
     assert capsys.readouterr().err == "a line of this test\n"
 
 

@@ -288,16 +288,16 @@ def test_dropout_is_none_in_evaluation():
 def test_fewer_texts_than_threads_use_torch():
     lm = make()
     torch.set_num_threads(3)
-    assert "2 texts are too few for 3 threads" in cpu_trainer.unsupported(lm, random_batch(lm, 2)[0])
+    assert "the batch has 2 sequences for 3 threads" in cpu_trainer.unsupported(lm, random_batch(lm, 2)[0])
     assert not cpu_trainer.unsupported(lm, random_batch(lm, 3)[0])
 
 
 def test_is_left_to_torch_where_that_is_faster(monkeypatch):
     lm, wide = make(), make(d_model=400, n_layers=1, n_heads=25)
-    assert "400 wide" in cpu_trainer.unsupported(wide, random_batch(wide)[0])
+    assert "d_model 400" in cpu_trainer.unsupported(wide, random_batch(wide)[0])
     monkeypatch.setattr(cpu_trainer, "MOST_WEIGHTS_PER_TOKEN", lm.n_parameters() / 80)
     assert not cpu_trainer.unsupported(lm, random_batch(lm, 4, 20)[0])
-    assert "too many for 76 tokens" in cpu_trainer.unsupported(lm, random_batch(lm, 4, 19)[0])
+    assert "torch is faster for" in cpu_trainer.unsupported(lm, random_batch(lm, 4, 19)[0])
 
 
 def test_too_many_gradients_use_torch(monkeypatch):

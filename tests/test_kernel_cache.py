@@ -102,7 +102,7 @@ def test_text_is_generated_by_the_reference_while_kernels_are_pending(monkeypatc
     prompt = torch.tensor([1, 2])
     expected = list(generate.generate(lm, prompt, 8, temperature=0.0))
     monkeypatch.setattr(kernel_cache, "is_pending", lambda group: group == "decoding")
-    monkeypatch.setattr(fast_generate, "Loops", pytest.fail)
+    monkeypatch.setattr(fast_generate, "CPUDecoder", pytest.fail)
     assert list(fast_generate.generate(lm, prompt, 8, temperature=0.0)) == expected
 
 

@@ -19,6 +19,8 @@ from llm_basics.data import prepare
 from llm_basics.fast import numba_jit
 from llm_basics.training import user_model
 
+ROOT = Path(__file__).parent.parent
+
 FUNCTIONS = [
     *("linear", "embedding", "gelu", "silu", "swiglu", "relu2", "rms_norm", "layer_norm"),
     *("apply_rope", "scaled_dot_product_attention", "cross_entropy"),
@@ -53,6 +55,18 @@ def test_fast_implementations_are_used_within_the_block():
         assert type(tokenizer.Tokenizer.byte_level()).__module__ == "llm_basics.fast.tokenizer"
         raise RuntimeError("the block ends early")
     assert (bpe.train_bpe, tokenizer.Tokenizer) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import torch", "from llm_basics import swap"])
+def test_modules_loaded_later_are_fast_too(first):
+    program = f"""{first}
+from llm_basics import swap
+swap.use("fast", lambda line: None)
+from llm_basics.core import tokenizer, trainer
+print(trainer.train_step.__module__, tokenizer.Tokenizer.__module__)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["llm_basics.fast.trainer", "llm_basics.fast.tokenizer"], done.stderr
 
 
 def test_a_piece_that_somebody_put_there_stays(monkeypatch):

@@ -1,12 +1,11 @@
-"""Text generation: machine code on a CPU (`decoding`), a CUDA graph on a GPU (`static`)."""
+"""Text generation by CPU kernels (`cpu.decode`), or by a CUDA graph on a GPU (`cuda.cuda_graph`)."""
 
 import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,144 +14,96 @@ from torch import Tensor
 
 from llm_basics.core import config
 from llm_basics.core import functional as F
-from llm_basics.core import generate as core_generate
+from llm_basics.core import generate as reference
 from llm_basics.core import model as models
 from llm_basics.fast import kernel_cache, numba_jit
-from llm_basics.fast.cpu import decode, threads, vectors, weights
+from llm_basics.fast.cpu import autotuner, decode, threads, vectors, weights
 from llm_basics.fast.cuda import cuda_graph
 from llm_basics.systems import quantization
 
-# what is written before the first of it is given out: seconds, and tokens at most
-SECONDS_AT_ONCE, MOST_AT_ONCE = 0.02, 128
-
-# tokens of a prompt that the loops read faster than torch, which takes a millisecond for any
+# prompts up to this length are read by the kernels; torch takes a millisecond for any
 SHORT_PROMPT = 48
 
-# whether tokens are drafted with weights of 8 bits: of several choices the faster, measured while writing
+# whether to draft tokens with int8 weights; with several choices, the faster is measured during generation
 DRAFTS: tuple[bool, ...] = (True, False)
 
-# threads that read a token together at most, and how often it is tried at least whether as many pay
-MOST_THREADS, CALLS_TO_A_TRIAL = 8, 32
-ONE_TEAM = Lock()
+# texts times weights: beyond this, a batch by torch, which reads the weights once for all texts, is faster
+MAX_WEIGHTS_READ = 200_000_000
 
-# the reference, whose names may come to stand for what is defined here
-generate_with_model = core_generate.generate
-probabilities_by_sorting = core_generate.next_token_probabilities
+MAX_THREADS = 8
+TEAM_LOCK = Lock()
+
+# bound here because `swap` replaces the names in the reference module
+reference_generate = reference.generate
+probabilities_by_sorting = reference.next_token_probabilities
 
 
 @functools.cache
-def say_once(line: str) -> None:
-    """Say what is true of every text, beside the text."""
+def print_once(line: str) -> None:
+    """Print a line to standard error, once per process."""
     print(line, file=sys.stderr)
 
 
-class LoopConfig(NamedTuple):
-    """How to read or write tokens: on so many threads, with drafts or without."""
-
-    size: int
-    has_drafts: bool = False
-
-
-class Autotuner:
-    """Which of several ways is the fastest, measured while texts are written.
-
-    Threads lose where another program uses a core, drafts where weights are in the cache or drafts are often
-    wrong. So slower ways are tried again, more seldom with time.
-    """
-
-    def __init__(self, ways: Iterable[LoopConfig]) -> None:
-        # what a token took, those first that were not tried for long
-        self.seconds = dict.fromkeys(ways, 0.0)
-        self.calls = 0
-
-    def is_trial(self) -> bool:
-        """Whether the next call is to see if what was slower still is."""
-        call = self.calls + 1
-        is_time = call % CALLS_TO_A_TRIAL == 0 or call.bit_count() == 1
-        return is_time and call > len(self.seconds)
-
-    def tokens_at_once(self) -> int:
-        """How many tokens to write in the next call, whole drafts of them."""
-        draft, seconds = decode.MOST_DRAFTED + 1, min(self.seconds.values())
-        if self.is_trial() or not seconds:
-            return 2 * draft
-        return draft * max(1, min(int(SECONDS_AT_ONCE / seconds), MOST_AT_ONCE) // draft)
-
-    def way(self) -> LoopConfig:
-        """How to go on now."""
-        is_trial = self.is_trial()
-        self.calls += 1
-        fastest = min(self.seconds, key=lambda way: self.seconds[way])
-        return next((way for way in self.seconds if way != fastest), fastest) if is_trial else fastest
-
-    def note(self, way: LoopConfig, seconds: float) -> None:
-        """Remember what a token took. What is slower than before may be so by chance."""
-        before = self.seconds.pop(way) or seconds
-        self.seconds[way] = min(seconds, before + (seconds - before) / 4)
-
-
-# of as many parameters
-known_pace = functools.cache(lambda ways, n_parameters: Autotuner(ways))
-
-
-class Team:
-    """Runs loops on several threads. The result is the same as on one."""
+class ThreadTeam:
+    """Runs a kernel on several threads, with the same result as on one."""
 
     def __init__(self) -> None:
         self.meeting = np.zeros(2, np.int64)
 
     def run(self, size: int, work: Callable[[int, decode.Member], int]) -> int:
-        """What `work`, given a member and its number, returns: how many tokens it read."""
+        """`work(number, member)` on each thread; returns the result of the first."""
         members = [decode.Member(number, size, self.meeting) for number in range(size)]
-        # two teams that each had some of the helpers would wait for the others for ever
-        with ONE_TEAM if size > 1 else contextlib.nullcontext():
+        # two teams that each hold some threads of the pool would deadlock
+        with TEAM_LOCK if size > 1 else contextlib.nullcontext():
             try:
-                others = [threads.helpers(MOST_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
-                n_tokens = work(0, members[0])
+                others = [threads.helpers(MAX_THREADS - 1).submit(work, m.number, m) for m in members[1:]]
+                result = work(0, members[0])
             except BaseException:
-                # Ctrl-C, perhaps before this thread was there: the others are not to wait for it
+                # Ctrl-C, perhaps before this thread reached a barrier: release the others
                 self.meeting[1] = 1
                 raise
             for other in others:
                 other.result()
-        return n_tokens
+        return result
 
 
-class Loops:
-    """Reads a text token by token, in machine code. To be made anew when the model was trained."""
+class CPUDecoder:
+    """Decodes a text token by token with the CPU kernels. Invalid after the model was trained."""
 
     def __init__(self, model: models.TransformerLM) -> None:
         self.model = model
         self.shape, self.weights = weights.shape_of(model), weights.weights_of(model)
-        # the loops know addresses only: what is there stays, whatever becomes of the model
-        self.held = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+        # keeps tensors alive whose addresses the kernels hold
+        self.kept_alive = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.caches = model.make_kv_caches(batch=1)
         keys = torch.stack([cache.keys[0] for cache in self.caches])
         values = torch.stack([cache.values[0] for cache in self.caches])
-        # what the model stores for the prompt, the loops find in their place
+        # the model writes keys and values of the prompt where the kernels read them
         for block, cache in enumerate(self.caches):
             cache.keys, cache.values = keys[block, None], values[block, None]
-        # if threads parted among them what is summed in one go, the last bits would tell
+        # otherwise sums would be split among threads, and differ in the last bits
         is_even = keys.shape[-1] % vectors.ROWS == 0
-        most = min(MOST_THREADS, self.shape.n_kv_heads) if threads.CAN_MEET and is_even else 1
+        most = min(MAX_THREADS, self.shape.n_kv_heads) if threads.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
-        n_parameters = sum(held.numel() for held in self.held)
-        self.reading = known_pace((LoopConfig(size), LoopConfig(1)), n_parameters)
+        n_parameters = sum(tensor.numel() for tensor in self.kept_alive)
+        self.reading = autotuner.for_model(
+            (autotuner.DecodingConfig(size), autotuner.DecodingConfig(1)), n_parameters
+        )
         # int8 rows are multiplied by one token at a time, and drafts have no faster weights
         self.is_int8 = any(isinstance(m, quantization.QuantizedLinear) for m in model.modules())
         drafts = (False,) if self.is_int8 else DRAFTS
-        ways = tuple(LoopConfig(n, has_drafts) for n in (size, 1) for has_drafts in drafts)
-        self.writing = known_pace(ways, n_parameters)
-        self.team, self.has_begun = Team(), False
+        configs = tuple(autotuner.DecodingConfig(n, has_drafts) for n in (size, 1) for has_drafts in drafts)
+        self.writing = autotuner.for_model(configs, n_parameters)
+        self.team, self.is_warm = ThreadTeam(), False
         self.states = weights.states_for(self.weights, keys.numpy(), values.numpy(), size)
         self.logits = torch.from_numpy(self.states[0].logits[0])
         self.n_drafted = decode.MOST_DRAFTED
         if not numba_jit.used_before("decode"):
-            say_once("compiling CPU decoding kernels (about 10 s, cached; disable with --fast off)")
+            print_once("compiling CPU decoding kernels (about 10 s, cached; disable with --fast off)")
 
     @torch.no_grad()
     def read_prompt(self, tokens: Int[Tensor, " seq"]) -> Float[Tensor, " vocab"]:
-        """The scores of the token that follows a whole prompt."""
+        """The logits after a prompt."""
         if len(tokens) > SHORT_PROMPT:
             return self.model(tokens[None], caches=self.caches)[0, -1]
         at_a_time = 1 if self.is_int8 else decode.AT_A_TIME
@@ -161,61 +112,70 @@ class Loops:
         return self.model.postprocess_logits(self.logits)
 
     def read_token(self, token: int, position: int) -> Float[Tensor, " vocab"]:
-        """The scores of the token that follows `token`, in memory that the next call writes to again."""
+        """The logits after `token`, in a buffer that the next call overwrites."""
         self._read(np.array([token]), position)
         return self.model.postprocess_logits(self.logits)
 
     def _read(self, tokens: np.ndarray, position: int) -> None:
-        """Read tokens from `position` on; `self.logits` are the scores of the one that follows them."""
-        # machine code does not look where it writes
+        """Read tokens from `position`; writes the logits after the last to `self.logits`."""
+        # kernels do not check bounds
         assert 0 < len(tokens) <= decode.AT_A_TIME, tokens
         assert 0 <= position <= self.model.config.context_length - len(tokens), position
         assert 0 <= tokens.min() <= tokens.max() < len(self.weights.token_embeddings), tokens
 
         def work(number: int, member: decode.Member) -> int:
-            room = self.states[number], member
-            decode.read_tokens(tokens, position, False, self.shape, self.weights, *room)
+            arguments = position, False, self.shape, self.weights, self.states[number], member
+            decode.read_tokens(tokens, *arguments)
             return len(tokens)
 
-        way = self.reading.way()
+        used = self.reading.next_config()
         if len(tokens) == 1:
-            self._timed(self.reading, way, work)
+            self._timed(self.reading, used, work)
         else:
-            self.team.run(way.size, work)
+            self.team.run(used.n_threads, work)
 
-    def _timed(self, pace: Autotuner, way: LoopConfig, work: Callable[[int, decode.Member], int]) -> int:
-        """What `work` returns; `pace` is told how long each of as many tokens took."""
+    def _timed(
+        self,
+        tuner: autotuner.Autotuner,
+        used: autotuner.DecodingConfig,
+        work: Callable[[int, decode.Member], int],
+    ) -> int:
+        """The result of `work`, a number of tokens, whose time is recorded."""
         began = time.perf_counter()
-        n_tokens = self.team.run(way.size, work)
-        if self.has_begun:  # before, the threads that read the prompt may still be looking for more work
-            pace.note(way, (time.perf_counter() - began) / max(n_tokens, 1))
-        self.has_begun = True
+        n_tokens = self.team.run(used.n_threads, work)
+        if self.is_warm:  # torch's threads that read the prompt may still be spinning before
+            tuner.record(used, (time.perf_counter() - began) / max(n_tokens, 1))
+        self.is_warm = True
         return n_tokens
 
     @functools.cached_property
     def rounded(self) -> tuple[decode.Weights, list[np.ndarray]]:
-        """The weights of the draft, and their numbers, which are kept here."""
+        """The int8 weights of drafts, and the arrays that hold them."""
         return weights.rounded(self.weights)
 
-    def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
-        """Up to `n` tokens that follow `token`, each the likeliest, as many as take a moment; fewer where
-        rounding decides."""
+    def greedy_tokens(self, token: int, position: int, n: int) -> list[int]:
+        """Up to `n` greedy tokens after `token`: those of one kernel call, before any near tie."""
         assert 0 <= position <= self.model.config.context_length - n, (position, n)
         assert 0 <= token < len(self.weights.token_embeddings), token
-        n = min(n, self.writing.tokens_at_once())
-        way = self.writing.way()
-        drafting = self.rounded[0] if way.has_drafts else self.weights
-        found = np.empty((len(self.states), n), np.int64)
-        n_next = np.full((len(self.states), 1), self.n_drafted if way.has_drafts else decode.NEVER)
+        n = min(n, self.writing.tokens_per_call())
+        used = self.writing.next_config()
+        drafting = self.rounded[0] if used.has_drafts else self.weights
+        tokens = np.empty((len(self.states), n), np.int64)
+        n_next = np.full((len(self.states), 1), self.n_drafted if used.has_drafts else decode.NEVER)
 
         def work(number: int, member: decode.Member) -> int:
-            room = self.states[number], member, n_next[number], found[number]
-            return decode.write_likeliest(token, position, self.shape, self.weights, drafting, *room)
+            arguments = self.states[number], member, n_next[number], tokens[number]
+            return decode.write_likeliest(token, position, self.shape, self.weights, drafting, *arguments)
 
-        n_found = self._timed(self.writing, way, work)
-        if way.has_drafts:
+        n_tokens = self._timed(self.writing, used, work)
+        if used.has_drafts:
             self.n_drafted = n_next[0, 0]
-        return found[0, :n_found].tolist()
+        return tokens[0, :n_tokens].tolist()
+
+    def close(self) -> None:
+        """Keep what was measured for later processes."""
+        self.reading.save()
+        self.writing.save()
 
 
 def next_token_probabilities(
@@ -224,9 +184,9 @@ def next_token_probabilities(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Float[Tensor, "... vocab"]:
-    """`generate.next_token_probabilities`: the same numbers, from a search for the k likeliest.
+    """`generate.next_token_probabilities`, bit for bit, by a partial sort where `top_k` is given.
 
-    All that is summed is summed in the order in which the reference sums it, so that no bit is different.
+    Sums are in the order of the reference.
     """
     kept = 1 if temperature == 0 else top_k
     size = logits.shape[-1]
@@ -236,7 +196,7 @@ def next_token_probabilities(
     probabilities = F.softmax(shifted / (temperature or 1.0))
     likeliest, ids = probabilities.topk(kept + 1)
     if (likeliest[..., -2] == likeliest[..., -1]).any():
-        # of equals the lowest ids go first, which the search does not care about
+        # among equally likely tokens lower ids rank first, which topk does not guarantee
         return probabilities_by_sorting(logits, temperature, top_k, top_p)
     ids = ids[..., :kept].sort().values
     likeliest, order = probabilities.gather(-1, ids).sort(descending=True, stable=True)
@@ -260,56 +220,64 @@ def generate(
     top_p: float | None = None,
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
-    adjust: core_generate.LogitsFunction | None = None,
+    adjust: reference.LogitsFunction | None = None,
 ) -> Iterator[int]:
-    """`generate.generate` with CPU kernels or a CUDA graph: the same tokens.
+    """`generate.generate` by CPU kernels or a CUDA graph: the same tokens.
 
-    Models with unknown parts use the reference. At temperature 0 only the first token is from `generator`.
+    Models with unsupported parts use the reference. At temperature 0, `generator` draws the first only.
     """
     if reason := weights.supports(model):
-        say_once(f"text is generated by the reference, since {reason}")
-    # the reference takes less time than waiting for kernels that are being compiled
+        print_once(f"text is generated by the reference, since {reason}")
+    # the reference is faster than waiting for the compiler
     if reason or (not prompt.is_cuda and kernel_cache.is_pending("decoding")):
         settings = (temperature, top_k, top_p, stop_id, generator, adjust)
-        yield from generate_with_model(model, prompt, max_new_tokens, *settings)
+        yield from reference_generate(model, prompt, max_new_tokens, *settings)
         return
     if prompt.numel() == 0:
         raise ValueError("the prompt must have at least one token, got none")
     was_training, context_length, text = model.training, model.config.context_length, prompt.tolist()
     model.eval()
-    reader = cuda_graph.StaticStep(model) if prompt.is_cuda else Loops(model)
+    decoder = cuda_graph.StaticStep(model) if prompt.is_cuda else CPUDecoder(model)
     try:
         while (n_new := len(text) - prompt.numel()) < max_new_tokens:
-            certain: list[int] = []
-            room = context_length + 1 - len(text)
-            if temperature == 0 and adjust is None and n_new and room > 0:
-                n = min(max_new_tokens - n_new, room)
-                certain = reader.likeliest_after(text[-1], len(text) - 1, n)
-            for token in certain:
+            greedy: list[int] = []
+            n_free = context_length + 1 - len(text)
+            if temperature == 0 and adjust is None and n_new and n_free > 0:
+                n = min(max_new_tokens - n_new, n_free)
+                greedy = decoder.greedy_tokens(text[-1], len(text) - 1, n)
+            for token in greedy:
                 if token == stop_id:
                     return
                 text.append(token)
                 yield token
-            if certain:
+            if greedy:
                 continue
             if len(text) > context_length:
                 logits = model(torch.tensor([text[-context_length:]], device=prompt.device))[0, -1]
             elif n_new == 0:
-                logits = reader.read_prompt(prompt)
+                logits = decoder.read_prompt(prompt)
             else:
-                logits = reader.read_token(text[-1], len(text) - 1)
+                logits = decoder.read_token(text[-1], len(text) - 1)
             if adjust is not None:
                 logits = adjust(torch.tensor(text, device=prompt.device), logits)
             token = vectors.likeliest(_scores(logits)) if temperature == 0 and n_new else -1
             if token == -1:
-                probabilities = core_generate.next_token_probabilities(logits, temperature, top_k, top_p)
-                token = core_generate.sample(probabilities, generator)
+                probabilities = reference.next_token_probabilities(logits, temperature, top_k, top_p)
+                token = reference.sample(probabilities, generator)
             if token == stop_id:
                 return
             text.append(token)
             yield token
     finally:
+        decoder.close()
         model.train(was_training)
+
+
+def is_faster_one_by_one(model: models.TransformerLM, n_texts: int) -> bool:
+    """Whether `n_texts` greedy texts are decoded faster by the CPU kernels, one after the other."""
+    is_small = n_texts * model.config.n_matmul_params <= MAX_WEIGHTS_READ
+    is_ready = not model.lm_head.weight.is_cuda and not kernel_cache.is_pending("decoding")
+    return is_small and is_ready and not weights.supports(model)
 
 
 def compile_kernels() -> None:

@@ -42,20 +42,20 @@ def generate_batch(
     """Generate for a batch of prompts; each result equals that of `generate` with the same generator.
 
     The common length of the prompts is read at once; then every sequence advances by one token a step, a
-    longer prompt by its own next token: neither padding nor a mask. Finished sequences leave the batch.
-    `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last;
-    `record(i, log_probability)` before it: the model's, without `adjust` and temperature.
+    longer prompt by its own next token, without padding. Finished sequences leave the batch. `ends_with(i,
+    token)` is called with each new token of sequence `i`, and returns whether it is the last; before it
+    `record(i, log_probability)`: the model's, without `adjust` and temperature.
     """
-    if not all(prompt.numel() for prompt in prompts):
+    if not all(map(Tensor.numel, prompts)):
         raise ValueError("each prompt must have at least one token, got one with none")
+    if temperature == 0 and adjust is record is None and swap.is_faster_one_by_one(model, len(prompts)):
+        return _generate_one_by_one(model, prompts, max_new_tokens, stop_id, ends_with)
     texts = [prompt.tolist() for prompt in prompts]
-    finished: set[int] = set()
-    active = list(range(len(texts))) if max_new_tokens else []
+    finished, active = set[int](), list(range(len(texts))) if max_new_tokens else []
     length = min(map(len, texts), default=0)
     context_length, device = model.config.context_length, model.token_embeddings.weight.device
-    was_training = model.training
+    was_training, caches = model.training, model.make_kv_caches(batch=len(texts))
     model.eval()
-    caches = model.make_kv_caches(batch=len(texts))
     try:
         while active:
             is_cached = length <= context_length
@@ -86,6 +86,23 @@ def generate_batch(
         model.train(was_training)
     new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     return [text[:-1] if text and text[-1] == stop_id else text for text in new]
+
+
+def _generate_one_by_one(
+    model: models.TransformerLM,
+    prompts: Sequence[Int[Tensor, " _"]],
+    max_new_tokens: int,
+    stop_id: int | None,
+    ends_with: Callable[[int, int], bool],
+) -> list[list[int]]:
+    """`generate_batch` at temperature 0, one sequence after the other."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        for token in core_generate.generate(model, prompt, max_new_tokens, 0.0, stop_id=stop_id):
+            text.append(token)
+            if ends_with(i, token):
+                break
+    return texts
 
 
 def make_logits_processor(

@@ -1,7 +1,7 @@
-"""Loss and gradients of a batch in machine code, each thread with texts and gradient sums of its own.
+"""Loss and gradients of a batch by the CPU training kernels: data parallelism over threads.
 
-Threads meet once a step, when the gradients are added up. A thread takes a few texts at a time forward and
-back, so that its work stays in its core's cache.
+Each thread has its own sequences and gradients, which are summed once a step. A thread runs a few sequences
+at a time forward and backward, so that activations stay in its core's cache.
 """
 
 import functools
@@ -18,27 +18,27 @@ from llm_basics.core import model as models
 from llm_basics.fast import numba_jit
 from llm_basics.fast.cpu import interpreter, matmul, muon, tape, threads, weights
 
-# tokens that are taken forward and back at a time, if texts are not longer
+# tokens of one forward and backward pass, unless a sequence is longer
 TOKENS = 128
 
-# what was measured to be no slower than torch: wide models spend their time in products, which MKL makes
-# better use of all caches for; and gradients of each thread must be added up, however few the tokens are
+# beyond these, torch was measured to be faster: wide models spend their time in matrix products, where MKL
+# uses the caches better, and the sum of all threads' gradients costs the same for any number of tokens
 WIDEST, MOST_WEIGHTS_PER_TOKEN = 384, 10_000
 
-# float32 numbers in a vector, as AVX has; others were not measured
+# float32 numbers per vector (AVX); narrower ones were not measured
 LEAST_VECTOR = 8
 
-# gradients of all threads together: 1 GB of them
+# gradients of all threads together: 1 GB
 MOST_GRADIENTS = 1 << 28
 
-# of each model that has learned here, as long as there is the model
+# by model, as long as the model exists
 _LEARNERS: weakref.WeakKeyDictionary[nn.Module, "Learner"] = weakref.WeakKeyDictionary()
 
 
 def learner_for(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
 ) -> "Learner | None":
-    """What finds loss and gradients of a batch by loops; None where that is for torch to do."""
+    """The `Learner` of a model for this batch; None if the kernels do not support it or torch is faster."""
     if not isinstance(model, models.TransformerLM) or unsupported(model, inputs):
         return None
     has_data = tape.has_data(inputs)
@@ -54,27 +54,27 @@ def learner_for(
 
 @functools.cache
 def log_if_compiling() -> None:
-    """Announce the compilation that the first step waits for."""
+    """Print that the first step waits for the compiler."""
     if not numba_jit.used_before("interpreter"):
         print("compiling CPU training kernels (about 10 s, cached; disable with --fast off)", file=sys.stderr)
 
 
 def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -> str:
-    """Why the loops cannot learn from a batch, or are not known to be faster; "" if they can."""
+    """Why the kernels do not support a model and batch, or torch is faster; "" if they are used."""
     c, n_threads = model.config, torch.get_num_threads()
     is_known_kind = type(inputs).__name__ in ("Tensor", "FakeTensor")
     if not is_known_kind or {inputs.device.type, model.lm_head.weight.device.type} != {"cpu"}:
         return "model and tokens must be on the CPU"
     if matmul.VECTOR < LEAST_VECTOR:
-        return "the processor has no wide vectors"
+        return "the processor has no vectors of 8 floats (AVX2)"
     if reason := weights.supports(model):
         return reason
     if "hidden_states" in vars(model):
         return "the model is compiled"
     if c.norm_placement != "pre":
-        return "norms after sublayers are not known to them"
+        return "post-norm is not supported"
     if c.dropout and model.training:
-        return f"the model has a dropout of {c.dropout}"
+        return f"dropout is {c.dropout}, and must be 0"
     for name, size in (("d_model / n_heads", c.d_head), ("d_ff", c.d_hidden)):
         if size % matmul.VECTOR:
             return f"{name} must be a multiple of {matmul.VECTOR}, got {size}"
@@ -82,10 +82,10 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
     if not all(p.requires_grad and not hasattr(p, "to_local") for p in parameters):
         return "some weights are frozen or sharded"
     if len(inputs) < n_threads:
-        return f"{len(inputs)} texts are too few for {n_threads} threads"
+        return f"the batch has {len(inputs)} sequences for {n_threads} threads"
     n_parameters = sum(parameter.numel() for parameter in parameters)
     if c.d_model > WIDEST or n_parameters > MOST_WEIGHTS_PER_TOKEN * inputs.numel():
-        return f"{n_parameters:,} weights, {c.d_model} wide, are too many for {inputs.numel()} tokens"
+        return f"torch is faster for {n_parameters:,} weights, d_model {c.d_model}, {inputs.numel()} tokens"
     if n_threads * n_parameters > MOST_GRADIENTS:
         return f"gradients of {n_threads} threads would take too much memory"
     return ""
@@ -94,7 +94,7 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
 def are_known(
     shape: config.ModelConfig, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
 ) -> bool:
-    """Whether texts and tokens are such as the model has: for others a loop would look anywhere."""
+    """Whether shapes and ids fit the model; the kernels do not check bounds."""
     if inputs.shape != targets.shape or not 0 < inputs.shape[1] <= shape.context_length:
         return False
     tokens, answers = inputs.numpy(), targets.numpy()
@@ -104,7 +104,7 @@ def are_known(
 
 
 class Learner:
-    """Finds loss and gradients of one model on a number of threads."""
+    """Computes loss and gradients of one model on a number of threads."""
 
     def __init__(self, model: models.TransformerLM, n_threads: int) -> None:
         self.parameters = list(model.parameters())
@@ -120,7 +120,7 @@ class Learner:
         self.programs = [tape.Program(model, self.packed, self.most) for _ in range(n_threads)]
 
     def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
-        """Whether the model still has the weights that the programs know the addresses of."""
+        """Whether the programs hold the addresses of the model's current weights."""
         self.parameters = list(model.parameters())
         addresses = [tape.address(parameter) for parameter in self.parameters]
         return addresses == self.addresses and n_threads == len(self.programs)
@@ -128,9 +128,9 @@ class Learner:
     def learn(
         self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
     ) -> tuple[float, list[Tensor]]:
-        """The mean loss over the targets that count, and its gradients in the order of the parameters.
+        """The mean loss over targets that are not ignored, and its gradients in the order of the parameters.
 
-        Of tensors without data, with which memory is estimated, the loss is 0.
+        The loss of fake tensors, with which memory is estimated, is 0.
         """
         loss = self._run(inputs, targets, z_loss) if tape.has_data(inputs) else 0.0
         first, *rows = [own.row for own in self.programs]
@@ -156,7 +156,7 @@ class Learner:
 
         def work(number: int) -> float:
             own, texts = self.programs[number], slice(ends[number], ends[number + 1])
-            # not by torch, which would give this thread a team of its own, more than there are cores for
+            # torch would start OpenMP threads for this thread, more than there are cores
             own.row.numpy().fill(0)
             return interpreter.learn(
                 own.table,

@@ -57,7 +57,7 @@ class StaticStep:
         return self.logits
 
     @torch.no_grad()
-    def likeliest_after(self, token: int, position: int, n: int) -> list[int]:
+    def greedy_tokens(self, token: int, position: int, n: int) -> list[int]:
         """Up to `n` greedy tokens after `token`, before any near tie; none without Triton kernels."""
         if self.kernels is None:
             return []
@@ -68,6 +68,9 @@ class StaticStep:
             self._run()
         tokens = self.generated[position + 1 : position + 1 + n].tolist()
         return list(itertools.takewhile(lambda token: token >= 0, tokens))
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
     def _run(self) -> None:
         """Decode `self.token`, and write the next token's logits to `self.logits`."""
