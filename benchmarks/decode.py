@@ -22,6 +22,7 @@ together are as large as the weights; the table shows the fraction of it that ea
 import argparse
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -53,6 +54,9 @@ OPTIONS = (
 )
 PROMPT = "    def read(self, path, encoding=None):\n        with open(path, encoding=encoding) as file:\n"
 N_PROMPT = 16
+
+# texts are generated for at least so long in a round
+MIN_SECONDS = 1.0
 
 
 def main() -> None:
@@ -122,7 +126,8 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
         for name in [*options.only, "read"]
     }
     read = per_second("read", best["read"])
-    theirs = per_second("transformers", best["transformers"]) if "transformers" in best else float("nan")
+    # by the number of texts
+    theirs = {CONTENDERS[n][1]: per_second(n, best[n]) for n in best if n.startswith("transformers")}
     n_bytes = results["read", best["read"]][0]["bytes"]
     print(f"\n**{folder.name}**, {n_bytes / 1e6:.1f} MB of weights a token, {read / 1e9:.0f} GB/s\n")
     print("| contender | tokens/s (all rounds) | threads | times transformers | of bandwidth | text |")
@@ -132,9 +137,10 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
         middle, every = statistics.median(rates), " ".join(f"{rate:,.0f}" for rate in rates)
         texts = "/".join(sorted({r["text"] for r in results[name, n_threads]}))
         # several texts share a pass over the weights
-        passes = middle / CONTENDERS[name][1]
+        n_texts = CONTENDERS[name][1]
+        passes, ratio = middle / n_texts, middle / theirs.get(n_texts, math.nan)
         print(
-            f"| {name} | {middle:,.0f} ({every}) | {n_threads} | {middle / theirs:.1f} "
+            f"| {name} | {middle:,.0f} ({every}) | {n_threads} | {ratio:.1f} "
             f"| {passes * n_bytes / read:.0%} | {texts} |"
         )
 
@@ -158,12 +164,15 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--tokens must be at most {longest} after the prompt, got {n_tokens}")
     write = make(model, tokenizer, prompt, n_texts)
     write(n_tokens)
-    start = time.perf_counter()
-    ids = write(n_tokens)
-    seconds = time.perf_counter() - start
+    seconds, n_written = 0.0, 0
+    while seconds < MIN_SECONDS:
+        start = time.perf_counter()
+        ids = write(n_tokens)
+        seconds += time.perf_counter() - start
+        n_written += n_texts * len(ids)
     assert len(ids) == n_tokens
     text = hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
-    return {"per_second": n_texts * n_tokens / seconds, "text": text}
+    return {"per_second": n_written / seconds, "text": text}
 
 
 def bytes_per_second(n_bytes: int, place: str) -> float:
@@ -191,13 +200,13 @@ def reference(model: models.TransformerLM, _: Any, prompt: torch.Tensor, n_texts
     return lambda n: list(generate.generate(model, prompt, n, temperature=0.0))
 
 
-def with_drafts(*ways: bool) -> Make:
+def with_drafts(*choices: bool) -> Make:
     """Ours with drafts, without, or (both given) with the faster."""
 
     def make(model: models.TransformerLM, tokenizer: Any, prompt: torch.Tensor, n_texts: int) -> Write:
         from llm_basics.fast import generate as fast
 
-        fast.DRAFTS = ways
+        fast.DRAFTS = choices
         return reference(model, tokenizer, prompt, n_texts)
 
     return make
@@ -234,8 +243,10 @@ CONTENDERS: dict[str, tuple[Make, int]] = {
     "ours, no drafts": (with_drafts(False), 1),
     "reference": (reference, 1),
     "transformers": (transformers, 1),
-    "reference, 8 texts": (at_once, 8),
-    "reference, 32 texts": (at_once, 32),
+    "ours, 8 texts": (at_once, 8),
+    "transformers, 8 texts": (transformers, 8),
+    "ours, 32 texts": (at_once, 32),
+    "transformers, 32 texts": (transformers, 32),
 }
 
 if __name__ == "__main__":

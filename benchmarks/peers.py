@@ -1,5 +1,6 @@
-"""Baselines for the benchmarks: models of transformers with the same weights and training step."""
+"""Baselines for the benchmarks: models of transformers and of torch's layers, with the same weights."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as tF
 
 from llm_basics.core import config, dataloader, device
 from llm_basics.core import model as models
@@ -105,14 +107,14 @@ def gpt2_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> dic
         for i in range(shape.n_layers):
             block, our_block = f"transformer.h.{i}", f"layers.{i}"
             for name, our_name in GPT2_NAMES.items():
-                ours[f"{our_block}.{our_name}.{kind}"] = _turned(theirs[f"{block}.{name}.{kind}"])
-            rows = _turned(theirs[f"{block}.attn.c_attn.{kind}"]).chunk(3)
+                ours[f"{our_block}.{our_name}.{kind}"] = _transposed(theirs[f"{block}.{name}.{kind}"])
+            rows = _transposed(theirs[f"{block}.attn.c_attn.{kind}"]).chunk(3)
             for part, its_rows in zip("qkv", rows, strict=True):
                 ours[f"{our_block}.attn.{part}_proj.{kind}"] = its_rows
     return ours
 
 
-def _turned(weight: Tensor) -> Tensor:
+def _transposed(weight: Tensor) -> Tensor:
     return weight.T if weight.dim() == 2 else weight
 
 
@@ -137,13 +139,65 @@ def llama_weights(theirs: Mapping[str, Tensor], shape: config.ModelConfig) -> di
     return ours
 
 
-def make_step(
-    folder: Path, chosen: torch.device, train: config.TrainConfig, is_compiled: bool
-) -> Callable[[dataloader.Batch], Tensor]:
-    """A function that runs one training step with transformers and torch, and returns the loss."""
-    transformers = _transformers()
+class TorchBlock(nn.Module):
+    """A block of `TorchGPT`."""
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.ln1, self.ln2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.output_proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.w1, self.w2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(
+            self.qkv(self.ln1(x)),
+            "batch seq (three heads d_head) -> three batch heads seq d_head",
+            three=3,
+            heads=self.n_heads,
+        )
+        heads = tF.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.output_proj(rearrange(heads, "batch heads seq d_head -> batch seq (heads d_head)"))
+        return x + self.w2(tF.gelu(self.w1(self.ln2(x)), approximate="tanh"))
+
+
+class TorchGPT(nn.Module):
+    """A GPT-2 of torch's layers and attention, one product for queries, keys and values, as in nanoGPT."""
+
+    def __init__(self, shape: config.ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.token_embeddings = nn.Embedding(shape.padded_vocab_size, shape.d_model)
+        self.position_embeddings = nn.Embedding(shape.context_length, shape.d_model)
+        self.layers = nn.ModuleList(TorchBlock(shape.d_model, shape.n_heads) for _ in range(shape.n_layers))
+        self.ln_final = nn.LayerNorm(shape.d_model)
+        renamed = {name.replace(".attn.", ".").replace(".ffn.", "."): w for name, w in weights.items()}
+        for i, kind in itertools.product(range(shape.n_layers), ("weight", "bias")):
+            parts = [renamed.pop(f"layers.{i}.{part}_proj.{kind}") for part in "qkv"]
+            renamed[f"layers.{i}.qkv.{kind}"] = torch.cat(parts)
+        # tied to the token embeddings
+        renamed.pop("lm_head.weight")
+        self.load_state_dict(renamed)
+        self.vocab_size = shape.vocab_size
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        x = self.token_embeddings(inputs) + self.position_embeddings(positions)
+        for layer in self.layers:
+            x = layer(x)
+        logits = tF.linear(self.ln_final(x), self.token_embeddings.weight)[..., : self.vocab_size]
+        return tF.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def make_step(
+    name: str, folder: Path, chosen: torch.device, shape: config.ModelConfig, train: config.TrainConfig
+) -> Callable[[dataloader.Batch], Tensor]:
+    """A function that runs one training step of a contender, and returns the loss."""
+    is_torch, is_compiled = name.startswith("torch.nn"), name.endswith("compiled")
+    model: Any
+    if is_torch:
+        model = TorchGPT(shape, safetensors.torch.load_file(folder / OURS))
+    else:
+        model = _transformers().AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     model.to(chosen).train()
     trained: Any = torch.compile(model) if is_compiled else model
     parameters = list(model.parameters())
@@ -157,8 +211,11 @@ def make_step(
         inputs, targets = batch
         optimizer.zero_grad()
         with device.precision(chosen, train.dtype):
-            # targets are already shifted; `labels` alone would be shifted again
-            loss = trained(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+            if is_torch:
+                loss = trained(inputs, targets)
+            else:
+                # targets are already shifted; `labels` alone would be shifted again
+                loss = trained(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         optimizer.step()

@@ -216,6 +216,11 @@ def encode_ours(path: Path, _: int) -> dict[str, Any]:
     return measured(lambda: chosen.encode_ordinary(text), digest)
 
 
+def encode_ours_to_array(path: Path, _: int, n_threads: int) -> dict[str, Any]:
+    chosen, text = gpt2(), path.read_bytes().decode("utf-8")
+    return measured(lambda: chosen.encode_to_array(text, n_threads), lambda ids: digest(ids.tolist()))
+
+
 def encode_ours_batch(path: Path, _: int, n_threads: int) -> dict[str, Any]:
     chosen, parts = gpt2(), parts_of(path)
     return measured(lambda: chosen.encode_batch(parts, n_threads), digest)
@@ -237,6 +242,16 @@ def encode_tiktoken(path: Path, _: int) -> dict[str, Any]:
     theirs, text = tiktoken.get_encoding("gpt2"), path.read_bytes().decode("utf-8")
     theirs.encode_ordinary("a few words")
     return measured(lambda: theirs.encode_ordinary(text), digest)
+
+
+def encode_tiktoken_to_array(path: Path, _: int) -> dict[str, Any]:
+    import tiktoken
+
+    theirs, text = tiktoken.get_encoding("gpt2"), path.read_bytes().decode("utf-8")
+    theirs.encode_ordinary("a few words")
+    return measured(
+        lambda: theirs.encode_to_numpy(text, allowed_special="all"), lambda ids: digest(ids.tolist())
+    )
 
 
 def encode_tiktoken_batch(path: Path, _: int) -> dict[str, Any]:
@@ -267,6 +282,9 @@ CONTENDERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "train Hugging Face, by documents": train_hugging_face_documents,
     "encode ours": encode_ours,
     "encode tiktoken": encode_tiktoken,
+    "encode ours, to array, 1 thread": functools.partial(encode_ours_to_array, n_threads=1),
+    "encode ours, to array, 2 threads": functools.partial(encode_ours_to_array, n_threads=2),
+    "encode tiktoken, to array": encode_tiktoken_to_array,
     "encode Hugging Face, 64 parts, 2 threads": encode_hugging_face,
     "encode ours, 64 parts, 1 thread": functools.partial(encode_ours_batch, n_threads=1),
     "encode ours, 64 parts, 2 threads": functools.partial(encode_ours_batch, n_threads=2),

@@ -1,4 +1,4 @@
-"""Benchmarks training throughput in tokens per second against transformers.
+"""Benchmarks training throughput in tokens per second against transformers and torch's layers.
 
 uv run --group benchmark python benchmarks/train.py                        a small GPT-2, on the CPU
 uv run --group benchmark python benchmarks/train.py --shape llama --threads 1 2
@@ -7,7 +7,8 @@ uv run --group benchmark python benchmarks/train.py --shape gpt2 --device cuda
 All contenders have the same initial weights, random tokens, batch size, precision, loss, AdamW and gradient
 clipping; their first losses must agree. Data loading, evaluation and checkpoints are excluded. Ours runs what
 `python -m llm_basics.train` runs, with its process settings. transformers runs with its defaults, without
-dropout and cache; its model computes the loss, so that torch.compile includes it.
+dropout and cache; its model computes the loss, so that torch.compile includes it. "torch.nn" is a GPT-2 of
+torch's layers and fused attention, as in nanoGPT.
 
 Each contender runs in a separate process, which sleeps while others are measured, in blocks of steps by
 turns. The figure of a block is the median step, or on CUDA, where steps overlap, the mean. The peak rate of
@@ -53,7 +54,7 @@ SHAPES = {
     "llama-large": (LARGE, 64),
 }
 OURS = ("reference", "fast", "reference compiled", "fast compiled", "fast graphs")
-THEIRS = ("transformers eager", "transformers compiled")
+THEIRS = ("transformers eager", "transformers compiled", "torch.nn eager", "torch.nn compiled")
 PEAK = "products"
 
 # a contender and its number of threads (0: torch's default)
@@ -101,7 +102,12 @@ class Options:
     def contenders(self) -> list[str]:
         """The contenders in `only` that this device supports."""
         on_cuda = device.choose(self.device).type == "cuda"
-        return [name for name in self.only if on_cuda or not name.endswith("graphs")]
+        is_gpt2 = self.model.position == "learned"
+        return [
+            name
+            for name in self.only
+            if (on_cuda or not name.endswith("graphs")) and (is_gpt2 or not name.startswith("torch.nn"))
+        ]
 
     @property
     def model(self) -> config.ModelConfig:
@@ -178,13 +184,13 @@ def report(results: dict[Key, list[dict[str, float]]], options: Options) -> None
     if len(options.threads) > 1:
         print("tokens/s:", ", ".join(f"{name} x{n} {speed:,.0f}" for (name, n), speed in speeds.items()))
     print(
-        "\n| contender | threads | thousand tokens/s (all rounds) | times eager | times compiled "
-        "| utilization | peak memory | compile |\n|---|---|---|---|---|---|---|---|"
+        f"\n| contender | threads | thousand tokens/s (all rounds) | {' | '.join(f'/ {t}' for t in THEIRS)} "
+        "| utilization | peak memory | compile |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     best = {name: key for key in sorted(speeds, key=speeds.__getitem__) for name in key[:1]}
     for name in options.contenders:
         if (key := best.get(name)) is None:
-            print(f"| {name} | | out of memory | | | | | |")
+            print(f"| {name} | | out of memory | | | | | | | |")
             continue
         start, *blocks = results[key]
         every = " ".join(f"{r:.1f}" for r in sorted(n_tokens / b["seconds"] / 1000 for b in blocks))
@@ -241,7 +247,7 @@ def measured_blocks(name: str, options: Options, folder: Path) -> Iterator[dict[
     if name in OURS:
         step = our_step(name, options, folder)
     else:
-        step = peers.make_step(folder, chosen, train, name.endswith("compiled"))
+        step = peers.make_step(name, folder, chosen, options.model, train)
     start = time.perf_counter()
     loss = step(next(batches)).item()
     for _ in range(options.warmup):
