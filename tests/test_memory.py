@@ -79,11 +79,15 @@ def two_threads():
     [
         ({}, {}),
         pytest.param({"vocab_size": 5000}, {"z_loss": 1e-4}, marks=pytest.mark.slow),
-        ({"n_kv_heads": 2, "qk_norm": True, "ffn": "relu2", "norm_placement": "post"}, {}),
+        pytest.param(
+            {"n_kv_heads": 2, "qk_norm": True, "ffn": "relu2", "norm_placement": "post"},
+            {},
+            marks=pytest.mark.slow,
+        ),
         ({**GPT2, "dropout": 0.1}, {"grad_accumulation_steps": 3}),
         pytest.param({"d_model": 512}, {"batch_size": 1}, marks=pytest.mark.slow),
         pytest.param({"vocab_size": 5000}, {"dtype": "bfloat16"}, marks=pytest.mark.slow),
-        ({"zero_init": True}, {"optimizer": "muon"}),
+        pytest.param({"zero_init": True}, {"optimizer": "muon"}, marks=pytest.mark.slow),
         ({"n_kv_heads": 2, "qk_norm": True}, {"fast": True}),
         pytest.param({**GPT2}, {"fast": True, "grad_accumulation_steps": 3}, marks=pytest.mark.slow),
     ],
