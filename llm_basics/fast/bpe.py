@@ -20,7 +20,7 @@ from llm_basics.fast.text import chunks, merge, scanner
 # bound here because `swap` replaces the name in the reference module
 count_with_regex = reference.count_pretokens
 
-# merges between two progress reports
+# merges per progress report
 REPORT_EVERY = 1000
 
 
@@ -114,7 +114,7 @@ def _make_merger(
     text, lengths, frequencies = pretokens
     n = len(text) + len(lengths) + 1
     if n >= 2**31:
-        raise ValueError(f"the distinct pre-tokens must have less than 2**31 bytes in all, got {n}")
+        raise ValueError(f"the distinct pre-tokens must have fewer than 2**31 bytes in total, got {n}")
     symbol_of = np.empty(256, np.int32)
     symbol_of[[byte[0] for byte in alphabet]] = np.arange(256)
     symbols, word_at = np.full(n, merge.BORDER, np.int32), np.zeros(n, np.int32)
@@ -145,7 +145,7 @@ def _make_merger(
 
 
 def _grow(m: merge.Merger) -> merge.Merger:
-    """The same state, with every array enlarged that the next merge might overflow."""
+    """The same state, with every array enlarged that the next merge could overflow."""
     larger = {}
     for name, n in zip(merge.GROWABLE, merge.required_lengths(m), strict=True):
         array = getattr(m, name)

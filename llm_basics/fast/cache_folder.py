@@ -6,14 +6,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# why kernels could not be cached
+# reasons why kernels could not be cached
 uncached: list[str] = []
 
 
 def find(beside: Path, version: str) -> str:
-    """The first folder for this version that can be written, created if missing; "" if there is none.
+    """The first writable cache folder for this version, created if missing; "" if there is none.
 
-    The last choice is a temporary folder, which must be the user's own: its files are executed.
+    The last candidate is a temporary folder, which the user must own: its files are executed.
     """
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "llm_basics"
     for parent in (beside / "__pycache__", user):
@@ -28,7 +28,7 @@ def find(beside: Path, version: str) -> str:
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
     if not is_own or not _is_writable(own / version):
         return ""
-    print(f"warning: {beside} and {user} cannot be written; CPU kernels are cached in {own}", file=sys.stderr)
+    print(f"warning: {beside} and {user} are not writable; CPU kernels are cached in {own}", file=sys.stderr)
     return str(own / version)
 
 
@@ -41,7 +41,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def warn_uncached(reason: str) -> None:
-    """Say once why each program compiles kernels again."""
+    """Warn once that kernels are not cached, and record the reason."""
     if not uncached:
         print(f"warning: compiled CPU kernels are not cached ({reason})", file=sys.stderr)
     uncached.append(reason)

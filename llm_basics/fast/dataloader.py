@@ -17,7 +17,7 @@ from llm_basics.core import dataloader as reference
 # bound here because `swap` replaces the name in the reference module
 ReferenceBatches = reference.Batches
 
-# the part of free GPU memory that tokens may take; activations need the rest
+# maximum fraction of free GPU memory for resident tokens; the rest is for activations
 RESIDENT_FRACTION = 1 / 16
 
 

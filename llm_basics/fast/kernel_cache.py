@@ -18,22 +18,22 @@ from pathlib import Path
 
 from llm_basics.fast import cache_folder
 
-# groups of kernels in the order of compilation, and about how many seconds each takes; the two chains share
-# no kernel and are compiled side by side
+# groups of kernels in the order of compilation, with the approximate compile time in seconds; the two chains
+# share no kernel and are compiled in parallel
 CHAINS = ({"tokenizer": 8, "vocabulary": 8}, {"training": 12, "decoding": 12})
 
 POLL_SECONDS = 0.05
 
 
-# the processes that compile for this one, by group
+# compiler processes started by this one, by group
 _compilers: dict[str, subprocess.Popen[bytes]] = {}
 
 
 @functools.cache
 def folder() -> str:
-    """The cache folder of this version of the source; "" for NUMBA_CACHE_DIR, or where none can be written.
+    """The cache folder of this version of the source; "" with NUMBA_CACHE_DIR or without a writable folder.
 
-    Numba checks the file of a function only, and would miss changes in what was inlined from other files.
+    Numba checks only the file of a function, and would miss changes in code inlined from other files.
     """
     here = Path(__file__).parent
     if os.environ.get("NUMBA_CACHE_DIR"):
@@ -48,17 +48,17 @@ def marker(group: str) -> Path:
 
 
 def is_compiled(group: str) -> bool:
-    """Whether all kernels of a group are in the cache; without a cache folder, Numba takes care of it."""
+    """Whether all kernels of a group are in the cache; True without a cache folder of this package."""
     return not folder() or marker(group).exists()
 
 
 def is_pending(group: str) -> bool:
-    """Whether a group is being compiled for this process."""
+    """Whether a process started by this one is compiling the group."""
     return group in _compilers and _compilers[group].poll() is None and not is_compiled(group)
 
 
 def start_compiling(*groups: str) -> None:
-    """Compile the groups that are missing, in a process for each chain; returns at once."""
+    """Compile missing groups in the background, with one process per chain."""
     chains = [[group for group in chain if group in groups and not is_compiled(group)] for chain in CHAINS]
     missing = [group for chain in chains for group in chain]
     if not missing or any(map(is_pending, missing)):
@@ -71,7 +71,7 @@ def start_compiling(*groups: str) -> None:
     )
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     for chain in filter(None, chains):
-        # where this process fails, the program compiles for itself and shows the error
+        # if this process fails, the caller compiles the kernels itself and reports the error
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.precompile", *chain],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -83,24 +83,24 @@ def start_compiling(*groups: str) -> None:
 
 
 def start_for_training(tokenizer: str, device: str) -> None:
-    """Compile what a training run with these options needs."""
+    """Compile the groups for a training run with these options, in the background."""
     text = ("tokenizer", "vocabulary") if tokenizer == "bpe" else ("tokenizer",)
     start_compiling(*text, *(("training", "decoding") if device in ("auto", "cpu") else ()))
 
 
 def wait(group: str) -> None:
-    """Wait until a pending group is compiled, or its compiler has failed."""
+    """Wait until a pending group is compiled or its compiler process has failed."""
     while is_pending(group):
         time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def locked(group: str) -> Iterator[None]:
-    """Exclude other compilers of the group's chain; the system releases the lock of a process that dies."""
+    """Lock the group's chain against other compiler processes; the system releases a dead process's lock."""
     first = next(name for chain in CHAINS if group in chain for name in chain)
     Path(folder()).mkdir(parents=True, exist_ok=True)
     with open(Path(folder()) / f"{first}.lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows: without a lock, two programs compile the same
+        with contextlib.suppress(ImportError):  # Windows: no lock, so two processes may compile the same
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)

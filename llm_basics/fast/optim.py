@@ -19,7 +19,7 @@ from llm_basics.fast.cpu import matmul, muon, threads
 clip_of_reference, muon_of_reference = reference.clip_grad_norm_, reference.muon_step_
 orthogonalize_of_reference = reference.orthogonalize
 
-# matrices with longer sides exceed a core's cache, and torch is as fast
+# larger matrices exceed a core's cache, where torch is as fast
 MAX_ROWS = 512
 
 
@@ -48,7 +48,7 @@ def clip_grad_norm_(
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that is in this process; any other tensor as it is."""
+    """The local shard of a DTensor; any other tensor unchanged."""
     # DTensor takes a second to import
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -81,9 +81,9 @@ class _Skip:
 
 @contextlib.contextmanager
 def skip_if(flag: Float[Tensor, ""]) -> Iterator[None]:
-    """Inside the context, optimizer steps change no weights or running means if `flag` is 1 (0 otherwise).
+    """Within the context, an optimizer step leaves weights and moments unchanged if `flag` is 1, not 0.
 
-    `flag` is on the parameters' device. Skipped steps still count.
+    `flag` is on the parameters' device. A skipped step still increments the step count.
     """
     _Skip.flag = flag
     try:
@@ -144,7 +144,7 @@ def muon_step_(
     weight_decay: float,
     dtype: torch.dtype,
 ) -> None:
-    """`optim.muon_step_`; on a CPU by compiled kernels, the matrices divided among threads."""
+    """`optim.muon_step_`; on a CPU by compiled kernels, with the matrices distributed over threads."""
     (rows, cols), n_threads = parameters[0].shape, torch.get_num_threads()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for parameter, state in zip(parameters, states, strict=True):
@@ -183,7 +183,7 @@ def muon_step_(
 def orthogonalize(
     matrices: Float[Tensor, "... rows cols"], steps: int = 5, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "... rows cols"]:
-    """`optim.orthogonalize`; on a GPU by fused multiply-adds of matrices."""
+    """`optim.orthogonalize`; on a GPU by fused matrix multiply-adds."""
     if not matrices.is_cuda:
         return orthogonalize_of_reference(matrices, steps, dtype)
     return orthogonalize_fused(matrices, steps, dtype)

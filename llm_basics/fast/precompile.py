@@ -1,6 +1,6 @@
 """Compile groups of CPU kernels into the cache: `python -m llm_basics.fast.precompile GROUP ...`.
 
-Each group is compiled by using its functions once, on as little as calls all kernels.
+Each group is compiled by calling its functions on a minimal input that reaches all kernels.
 """
 
 import os
@@ -12,12 +12,12 @@ from llm_basics.fast import cache_folder, kernel_cache
 
 TEXT = "The 12 cats' paws, 3 dogs and l'\u00e9t\u00e9;\n\n  it's low, lower, lowest.\n<|end|>"
 
-# above that of the program, which generates by the reference meanwhile
+# lower priority than the main process, which generates with the reference implementation meanwhile
 NICENESS = 10
 
 
 def tokenizer() -> None:
-    """Kernels that encode text."""
+    """Compile the kernels for encoding text."""
     from llm_basics.core import bpe
     from llm_basics.fast import tokenizer
     from llm_basics.fast.text import chunks, scanner
@@ -30,7 +30,7 @@ def tokenizer() -> None:
 
 
 def vocabulary() -> None:
-    """Kernels that count pre-tokens and learn merges."""
+    """Compile the kernels for counting pre-tokens and BPE merging."""
     from llm_basics.fast import bpe
 
     with tempfile.TemporaryDirectory() as folder:
@@ -40,14 +40,14 @@ def vocabulary() -> None:
 
 
 def training() -> None:
-    """Kernels of training steps."""
+    """Compile the kernels for training steps."""
     from llm_basics.fast.cpu import trainer
 
     trainer.compile_kernels()
 
 
 def decoding() -> None:
-    """Kernels that generate text."""
+    """Compile the kernels for text generation."""
     from llm_basics.fast import generate
 
     if hasattr(os, "nice"):
@@ -59,7 +59,7 @@ GROUPS = {function.__name__: function for function in (tokenizer, vocabulary, tr
 
 
 def main(groups: list[str]) -> None:
-    """Compile the groups that no other process has compiled by then."""
+    """Compile the groups that are not yet in the cache."""
     for group in groups:
         with kernel_cache.locked(group):
             if not kernel_cache.is_compiled(group):

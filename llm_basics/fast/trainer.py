@@ -25,8 +25,8 @@ from llm_basics.fast import optim as fast_optim
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.fast.cuda import availability
 
-# logits per chunk: on a CPU they fit its cache, on a GPU they take a GB. MIN_ROWS: adding a chunk to the
-# gradient of the output projection costs as much as a product with some hundred rows
+# logits per chunk: a CPU's cache, or 1 GB on a GPU. MIN_ROWS: adding a chunk to the gradient of the output
+# projection costs as much as a product with some hundred rows
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 MIN_ROWS = 512
 
@@ -35,7 +35,7 @@ KERNEL_LOGITS_FACTOR = 4
 
 
 def prepare_model(model: nn.Module, batch_size: int, seq: int) -> None:
-    """Compile the CPU kernels of training steps, unless they are in the cache, or wait for them."""
+    """Compile the CPU kernels of training steps and wait for them, if the model uses them."""
     tokens = torch.zeros(batch_size, seq, dtype=torch.long)
     if isinstance(model, models.TransformerLM) and not cpu_trainer.unsupported(model, tokens):
         kernel_cache.start_compiling("training")
@@ -46,8 +46,8 @@ class _CPULoss(torch.autograd.Function):
     """Mean loss by the CPU training kernels, which compute the gradients in the forward pass."""
 
     @staticmethod
-    def forward(ctx, learner, inputs, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
-        loss, ctx.gradients = learner.learn(inputs, targets, z_loss)
+    def forward(ctx, kernels, inputs, targets, z_loss, *parameters):  # type: ignore[no-untyped-def]
+        loss, ctx.gradients = kernels.learn(inputs, targets, z_loss)
         return torch.tensor(loss, dtype=torch.float32)
 
     @staticmethod
@@ -85,7 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     kernels, model, rows[chunk], flat_targets[chunk], z_loss
                 )
             dhidden[chunk] = dchunk
-            if dparameters:  # adapted models have frozen ones
+            if dparameters:  # models with adapters freeze the output projection
                 torch._foreach_add_(dparameters, dchunk_parameters)
             total += loss
         ctx.gradients = [dhidden.view(hidden.shape), *dparameters]
@@ -135,7 +135,7 @@ def _chunk_by_kernels(
 def kernels_for(
     model: models.TransformerLM, rows: Float[Tensor, "tokens d_model"]
 ) -> types.ModuleType | None:
-    """The loss kernels for this model; None if autograd must compute its output layer."""
+    """The loss kernels for this model; None if its output projection requires autograd."""
     if not rows.is_cuda or not has_plain_head(model) or not availability.has_triton(rows.device):
         return None
     from llm_basics.fast.cuda import cross_entropy  # only where Triton is installed
@@ -144,7 +144,7 @@ def kernels_for(
 
 
 def has_plain_head(model: models.TransformerLM) -> bool:
-    """Whether logits are one product of built-in pieces, with a matrix that is trained."""
+    """Whether the output projection is a built-in, trainable linear layer."""
     is_reference = type(model.lm_head).__module__ == layers.__name__ and model.lm_head.weight.requires_grad
     return is_reference and F.linear.__module__.startswith("llm_basics.")
 
@@ -157,9 +157,9 @@ def rows_per_chunk(device: torch.device, n_logits: int) -> int:
 def batch_loss(
     model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
 ) -> Float[Tensor, ""]:
-    """`trainer.batch_loss` by the CPU training kernels; else chunk by chunk if the logits are many."""
-    if torch.is_grad_enabled() and (learner := cpu_trainer.learner_for(model, inputs, targets)):
-        return _CPULoss.apply(learner, inputs, targets, z_loss, *learner.parameters)
+    """`trainer.batch_loss` by the CPU training kernels, else in chunks for large logits."""
+    if torch.is_grad_enabled() and (kernels := cpu_trainer.learner_for(model, inputs, targets)):
+        return _CPULoss.apply(kernels, inputs, targets, z_loss, *kernels.parameters)
     # user models need not have hidden_states and logits
     if isinstance(model, models.TransformerLM) and type(model).__module__ == models.__name__:
         if targets.numel() > rows_per_chunk(targets.device, model.config.padded_vocab_size):

@@ -136,7 +136,7 @@ def attend(q: int, k: int, v: int, statistics: int, shape: Heads, workspace: Wor
                 d_head,
                 workspace,
             )
-            # row by row in each loop: independent rows can overlap in the pipeline
+            # one loop over rows per operation: independent rows overlap in the pipeline
             for t in range(first, end):
                 _mask_row(workspace, t - first, t, width)
                 maxima[t] = (
@@ -266,6 +266,6 @@ def _accumulate_grads(
     out: int,
     d_out: int,
 ) -> None:
-    """`out += weights^T rows`: add to each key's row the weighted sum over the queries of a block."""
+    """`out += weights^T rows`: accumulate a key gradient over a block of queries."""
     to, columns = matmul.rows_at(out, d_out), matmul.transposed_at(weights, width)
     matmul.product(columns, matmul.columns_at(rows, d_rows), to, to, n_keys, d_head, n)

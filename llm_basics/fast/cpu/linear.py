@@ -9,7 +9,7 @@ import torch.nn.functional as tF
 from jaxtyping import Float
 from torch import Tensor
 
-# merging copies the weights, which costs about as much as a product with a few rows
+# merging copies the weights, at about the cost of a product with a few rows
 MIN_ROWS = 64
 
 
@@ -25,7 +25,7 @@ def prefers_onednn() -> bool:
 
 
 def is_intel() -> bool:
-    """Whether the CPU is made by Intel; False if unknown."""
+    """Whether the CPU's vendor is Intel; False if unknown."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -79,7 +79,7 @@ def linear(
 
 
 def should_merge(x: Float[Tensor, "... d_in"]) -> bool:
-    """Whether `x` has enough rows for a merged product to pay for copying the weights."""
+    """Whether `x` has enough rows for a merged product to outweigh copying the weights."""
     return x.shape[:-1].numel() >= MIN_ROWS
 
 

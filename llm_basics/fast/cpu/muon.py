@@ -1,6 +1,6 @@
 """Muon's update (`optim.muon_step_`) in machine code, one matrix at a time.
 
-Orthogonalization is fifteen products that fit a core's cache, so matrices are distributed over threads.
+Orthogonalization is fifteen matrix products that fit a core's cache, so each thread processes whole matrices.
 """
 
 import math
@@ -107,8 +107,8 @@ def _divide_by_norm(x: np.ndarray) -> None:
 @numba_jit.summing
 def _combine(gram: np.ndarray, square: np.ndarray, a: float, b: float, c: float) -> None:
     """`square <- a I + b gram + c square`."""
-    a_term, gram_rows, square_rows = np.float32(a), np.float32(b), np.float32(c)
+    a_f32, b_f32, c_f32 = np.float32(a), np.float32(b), np.float32(c)
     for row in range(len(gram)):
         for column in range(len(gram)):
-            square[row, column] = gram_rows * gram[row, column] + square_rows * square[row, column]
-        square[row, row] += a_term
+            square[row, column] = b_f32 * gram[row, column] + c_f32 * square[row, column]
+        square[row, row] += a_f32

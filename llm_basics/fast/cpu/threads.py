@@ -14,8 +14,8 @@ from llm_basics.fast import numba_jit
 
 @functools.cache
 def helpers(n: int) -> concurrent.futures.ThreadPoolExecutor:
-    """The pool of `n` threads beside the calling one."""
-    return concurrent.futures.ThreadPoolExecutor(n, "loops")
+    """A pool of `n` worker threads, in addition to the calling thread."""
+    return concurrent.futures.ThreadPoolExecutor(n, "kernels")
 
 
 def parallel_map(work: Callable[[int], Any], n_threads: int) -> list[Any]:
@@ -32,10 +32,10 @@ def parallel_map(work: Callable[[int], Any], n_threads: int) -> list[Any]:
 
 
 if hasattr(os, "register_at_fork"):
-    # a forked process has a single thread
+    # threads do not survive a fork
     os.register_at_fork(after_in_child=helpers.cache_clear)
 
-# some microseconds of spinning before a thread yields its core
+# a thread spins for some microseconds before it yields its core
 MAX_SPINS = 10_000
 
 # POSIX only

@@ -74,7 +74,7 @@ def multiply(
 def multiply_one(matrix: int, x: np.ndarray, bias: np.ndarray, out: np.ndarray, start: int, end: int) -> None:
     """Four rows at a time, which share each load of `x`.
 
-    The last four may overlap those before, so that equal rows have equal sums wherever they are.
+    The last four may overlap the previous four, so that equal rows have equal sums at any index.
     """
     n = len(x)
     weight = numba_jit.array(matrix, (len(out), n))
@@ -129,7 +129,7 @@ def multiply_bytes(
     stride, scale = len(quantized), numba_jit.array(matrix[1], (len(out),))
     for row in range(start, end, 4):
         rows = matrix[0] + row * stride
-        # the last four may pass the end, where the matrix is padded
+        # the last four may exceed the end, where the matrix is padded
         sums = numba_jit.four_sums(rows, stride, quantized.ctypes.data)
         for i in range(min(4, end - row)):
             out[row + i] = np.float32(sums[i]) * (unit * scale[row + i]) + bias[row + i]
@@ -257,7 +257,7 @@ def weighted_sum(
 
 @numba_jit.summing
 def likeliest(logits: np.ndarray) -> int:
-    """The index of the maximum; -1 if rounding could decide between near ties, or if any score is not finite.
+    """The index of the maximum; -1 for near ties within rounding, or if any score is not finite.
 
     >>> likeliest(np.array([1.0, 3.0, 2.0], np.float32)), likeliest(np.ones(2, np.float32))
     (1, -1)

@@ -1,6 +1,6 @@
 """A model's weights as arrays for `decode`, and the check that the kernels support the model.
 
-Modules, parameters and config must all be known; anything else falls back to the reference.
+Models with an unknown module, parameter or option fall back to the reference.
 """
 
 import functools
@@ -19,14 +19,14 @@ from llm_basics.fast import layers as fast_layers
 from llm_basics.fast.cpu import decode, vectors
 from llm_basics.systems import quantization
 
-# options of the model's config; any other option must be unset (None, False, 0, "")
+# options of the model's config; all others must be unset (None, False, 0, "")
 SUPPORTED_OPTIONS = set(
     "vocab_size context_length d_model n_layers n_heads n_kv_heads d_ff norm norm_eps norm_placement "
     "position rope_theta ffn qk_norm tie_embeddings bias dropout init zero_init vocab_multiple".split()
 )
 SUPPORTED_VALUES = {"norm": ["rms", "layer"], "norm_placement": ["pre", "post"], "ffn": list(vectors.FFN)}
 
-# parameters and buffers; those of blocks without `layers.N.`
+# parameters and buffers; in blocks, without the prefix `layers.N.`
 SUPPORTED_NAMES = set(
     "token_embeddings.weight position_embeddings.weight lm_head.weight lm_head.bias ln_final.weight "
     "ln_final.bias ln1.weight ln1.bias ln2.weight ln2.bias attn.q_proj.weight attn.q_proj.bias "
@@ -70,7 +70,7 @@ def unsupported_part(model: models.TransformerLM) -> str:
 
 
 def supports(model: models.TransformerLM) -> str:
-    """Why neither the CPU kernels nor the CUDA graph support a model; "" if one of them does."""
+    """The reason why neither the CPU kernels nor the CUDA graph support a model; "" if one of them does."""
     if reason := unsupported_part(model):
         return reason
     # one walk over modules: named_parameters and named_buffers would take longer than decoding a token
@@ -99,7 +99,7 @@ def _is_supported(name: str) -> bool:
 
 
 def shape_of(model: models.TransformerLM) -> decode.Shape:
-    """The options of the model's config as numbers."""
+    """The sizes and options of the model's config."""
     c = model.config
     return decode.Shape(
         vocab_size=c.vocab_size,
@@ -114,7 +114,7 @@ def shape_of(model: models.TransformerLM) -> decode.Shape:
 
 
 def weights_of(model: models.TransformerLM) -> decode.Weights:
-    """Addresses of the matrices, and copies of the current vectors; neutral values for absent parts."""
+    """Addresses of the matrices, and copies of the vectors; identity values for absent parameters."""
     c = model.config
     # a ModuleList is not generic
     blocks: list[Any] = list(model.layers)
@@ -157,10 +157,10 @@ def weights_of(model: models.TransformerLM) -> decode.Weights:
     )
 
 
-def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_members: int) -> list[decode.State]:
-    """A State for each member of a team; `keys` and `values` are (block, head, position, feature).
+def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_threads: int) -> list[decode.State]:
+    """A State for each thread; `keys` and `values` are (block, head, position, feature).
 
-    Arrays that members write in parts are shared, the others private.
+    Arrays of which each thread writes a slice are shared, the others private.
     """
     shared_like = {
         "added": w.ln_final,
@@ -183,7 +183,7 @@ def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_member
             scores=np.zeros(keys.shape[2], np.float32),
             tokens=np.zeros(decode.AT_A_TIME, np.int64),
         )
-        for _ in range(n_members)
+        for _ in range(n_threads)
     ]
 
 
@@ -195,7 +195,7 @@ def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
     """The weights with int8 matrices, and the arrays to keep alive."""
     buffers = []
 
-    def rounded_matrices(matrices: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
+    def quantized(matrices: np.ndarray, d_out: int, d_in: int) -> np.ndarray:
         addresses = np.empty_like(matrices)
         for i, (address, _) in enumerate(matrices):
             # rows padded to a multiple of four
@@ -217,7 +217,7 @@ def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
         "down": (d_model, d_hidden),
         "lm_head": (len(w.lm_head_bias), d_model),
     }
-    matrices = {name: rounded_matrices(getattr(w, name), *size) for name, size in sizes.items()}
+    matrices = {name: quantized(getattr(w, name), *size) for name, size in sizes.items()}
     return w._replace(**matrices), buffers
 
 
@@ -227,7 +227,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
-    """Addresses of float32 weights, or of int8 numbers and scales, after a check of their shapes."""
+    """Addresses of float32 weights, or of int8 weights and scales; checks their shapes."""
     addresses = []
     for linear in linears:
         if isinstance(linear, quantization.QuantizedLinear):
@@ -241,7 +241,7 @@ def _matrices(linears: Sequence[Any], d_out: int, d_in: int) -> np.ndarray:
 
 
 def _pad_rows_(linear: quantization.QuantizedLinear) -> None:
-    """Move int8 numbers once to memory padded as in `rounded`; the layer keeps a view of it."""
+    """Move int8 weights, once, to memory padded as in `rounded`; the layer keeps a view of it."""
     (d_out, d_in), stride = linear.numbers.shape, vectors.padded(linear.in_features)
     size = -(-d_out // 4) * 4 * stride
     if linear.numbers.stride(0) != stride or linear.numbers.untyped_storage().nbytes() < size:

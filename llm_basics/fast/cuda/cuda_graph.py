@@ -85,7 +85,7 @@ class StaticStep:
             self.graph.replay()
 
     def _record(self) -> None:
-        # kernels overwrite token and position by the next ones
+        # each step overwrites token and position
         token, position = self.token.clone(), self.position.clone()
         # warmup on a side stream, as torch's documentation requires: libraries select algorithms; each step
         # writes the same keys and values to the same position
@@ -200,7 +200,7 @@ def is_supported(model: models.TransformerLM) -> bool:
 
 
 def kernel_norm(kernels: types.ModuleType, norm: nn.Module, eps: float) -> tuple:
-    """The kernels' description of a norm; `eps` is for the heads if the norm is nn.Identity."""
+    """A norm as the kernels' `Norm`; `eps` is that of the heads if the norm is nn.Identity."""
     if isinstance(norm, nn.Identity):
         return kernels.Norm("none", None, None, eps)
     assert isinstance(norm, layers.RMSNorm | layers.LayerNorm), f"the norm is a {type(norm)}"

@@ -64,7 +64,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-# unannotated: Triton cannot resolve this file's names in annotations
+# not annotated: Triton cannot resolve this file's names in annotations
 @kernel
 def _add_one(number):  # type: ignore[no-untyped-def]
     tl.store(number, tl.load(number) + 1)

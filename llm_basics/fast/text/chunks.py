@@ -68,7 +68,7 @@ def read(file: BinaryIO, special_ids: Mapping[bytes, int], n_bytes: int = CHUNK_
     while block := file.read(n_bytes):
         pending += block
         if len(pending) < 2 * n_searched:
-            continue  # searching after every block of an endless word would be quadratic
+            continue  # searching after every block would be quadratic for text without a boundary
         spans, specials = split(pending, special_ids)
         end = safe_cut(pending, spans, max(CHARACTER_BYTES, *map(len, special_ids), 0))
         n_searched = 0 if end else len(pending)

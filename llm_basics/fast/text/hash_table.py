@@ -135,7 +135,7 @@ def find(
     high: np.uint64,
 ) -> int:
     """The slot of the pre-token at `start`, or the empty one where it belongs."""
-    # all unsigned: mixed-sign comparisons would take longer than everything else
+    # all unsigned: mixed-sign comparisons would dominate the run time
     mask, length = np.uint64(len(slots) - 1), np.uint64(n)
     slot = mix(low, high) & mask
     while True:
