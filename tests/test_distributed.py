@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_in_one_process_updates_none(trainers, tmp_pat
     (tmp_path / "mine.py").write_text(NAN_LOSS)
     settings = SAME | {"mine": tmp_path / "mine.py", "train.parallel": how, "train.checkpoint_every": 1}
     assert trainers.train(tmp_path / "stop", settings, ranks=2) == parse.NOT_FINITE, trainers.output
-    origin = "rank 1: the loss is nan" if how == "ddp" else "is not searched among shards"
+    origin = "rank 1: the loss is nan" if how == "ddp" else "is unknown with sharded weights"
     assert trainers.output.count("step 5: loss nan") == 1 and origin in trainers.output
     assert checkpoint.verify(run_dir.checkpoints(tmp_path / "stop")[0])["step"] == 4
     settings["train.on_nonfinite"] = "skip"

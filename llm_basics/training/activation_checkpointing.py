@@ -1,7 +1,7 @@
-"""Activation checkpointing: keep the input of each block, and compute its activations again for the backward
+"""Activation checkpointing: save only the input of each block, and recompute its activations in the backward
 pass (arXiv 1604.06174).
 
-The losses and gradients stay the same. A step takes about a third more operations.
+Losses and gradients are unchanged. A step takes about a third more operations.
 """
 
 import functools
@@ -19,7 +19,7 @@ def apply(model: nn.Module) -> None:
     """Recompute each block of `model` in the backward pass.
 
     The wrapper is an instance attribute `forward`: names of modules and weights do not change, and kernels
-    that would bypass the blocks are not used. Raises ValueError for a user's model that does not call them.
+    that would bypass the blocks are disabled. Raises ValueError for a user model that does not call them.
     """
     blocks = list(getattr(model, "layers", []))
     if type(model).__module__ != models.__name__ and not (blocks and _is_called(blocks[0], model)):
@@ -32,14 +32,14 @@ def apply(model: nn.Module) -> None:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward`, run again in the backward pass, if there is one, with the same random numbers of torch."""
+    """`forward`, recomputed in the backward pass with the same random state of torch."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _is_called(block: nn.Module, model: nn.Module) -> bool:
-    """Whether `model` runs the forward method of `block`, which is the identity meanwhile."""
+    """Whether `model` runs the forward method of `block`, tested with an identity in its place."""
     calls: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:

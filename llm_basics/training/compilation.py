@@ -1,4 +1,4 @@
-"""What of a model is recomputed in the backward pass, and what torch.compile compiles."""
+"""Applies activation checkpointing and torch.compile to a model."""
 
 import torch
 from torch import nn
@@ -8,20 +8,20 @@ from llm_basics.core import config
 from llm_basics.core import model as models
 from llm_basics.training import activation_checkpointing
 
-# most floating-point operations of a step for which launching kernels dominates, so that CUDA graphs help: at
-# 1.2 * 10^12 a step took an H200 8 to 11 ms with graphs, 17 to 20 ms without
+# maximum FLOPs of a step that is bound by kernel launches, so that CUDA graphs help: at 1.2 * 10^12 FLOPs, a
+# step on an H200 took 8 to 11 ms with graphs, 17 to 20 ms without
 MAX_GRAPH_FLOPS = 2e12
 
 
-def mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
+def mode(requested: str, device: torch.device, n_flops: int, can_be_graph: bool) -> str:
     """Resolve `train.compile` for `device` and steps of `n_flops`: off, on or graphs.
 
     Raises ValueError for graphs on a device without them.
     """
-    if how == "graphs" and device.type != "cuda":
+    if requested == "graphs" and device.type != "cuda":
         raise ValueError(f"train.compile graphs needs CUDA, got the device {device}; try on or auto")
-    if how != "auto":
-        return how
+    if requested != "auto":
+        return requested
     if device.type != "cuda":
         return "off"
     return "graphs" if can_be_graph and n_flops <= MAX_GRAPH_FLOPS else "on"
@@ -30,29 +30,29 @@ def mode(how: str, device: torch.device, n_flops: int, can_be_graph: bool) -> st
 def apply(
     model: nn.Module, options: config.Config, device: torch.device, of_one_shape: bool, by_block: bool
 ) -> str:
-    """Let a model recompute activations and compile as `options` ask for. Returns the resolved mode.
+    """Apply activation checkpointing and compilation by `options`. Returns the resolved compile mode.
 
-    `of_one_shape`: whether all batches have one shape.
+    `of_one_shape`: whether all batches have the same shape.
     """
     train, shape = options.train, options.model
     if train.activation_checkpointing:
         activation_checkpointing.apply(model)
-    # a CUDA graph needs batches of one shape, and cannot read a value on the host as user code may
+    # a CUDA graph requires static shapes, and no reads of values on the host, as in user code
     can_be_graph = train.grad_accumulation_steps == 1 and of_one_shape and not swap.user_pieces()
     n_flops = shape.flops_per_token * train.batch_size * shape.context_length
-    how = mode(train.compile, device, n_flops, can_be_graph)
-    if how != "off":
-        compile_model(model, how == "graphs", by_block)
-    return how
+    resolved = mode(train.compile, device, n_flops, can_be_graph)
+    if resolved != "off":
+        compile_model(model, resolved == "graphs", by_block)
+    return resolved
 
 
 def compile_model(model: nn.Module, is_graph: bool, by_block: bool) -> None:
-    """Let a model compile in its first step: whole, or block by block, if weights are gathered between."""
+    """Compile a model at its first step: whole, or block by block if weights are gathered per block."""
     if by_block:
         for block in _blocks(model):
             block.compile(dynamic=False)
         return
-    # a user's model need not have hidden_states
+    # user models need not have hidden_states
     part = "forward" if "model.TransformerLM" in swap.user_pieces() else "hidden_states"
     mode = "reduce-overhead" if is_graph else None
     vars(model)[part] = torch.compile(getattr(model, part), dynamic=False, mode=mode)

@@ -31,23 +31,23 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=window)
 
     def z_score(self, loss: float) -> float:
-        """The robust z-score of `loss` among the last `window` losses, which it then joins.
+        """The robust z-score of `loss` relative to the last `window` losses; then records `loss`.
 
         `(loss - median) / (1.4826 * median absolute deviation)`: 1.4826 makes it the usual z-score for
-        normally distributed losses, and spikes among them hardly move a median. 0 while fewer than `least`
-        losses are recorded; then infinity for a non-finite loss, which is never recorded.
+        normally distributed losses, and a median is robust to spikes. 0 while fewer than `least` losses are
+        recorded; then infinity for a non-finite loss, which is never recorded.
         """
         score = 0.0
         if len(self.losses) >= self.least:
             recorded = np.array(self.losses)
             median = float(np.median(recorded))
             deviation = 1.4826 * float(np.median(np.abs(recorded - median)))
-            # a change of a few thousandths of the loss is noise, however flat the losses before
+            # a change of a few thousandths of the loss is noise, even after constant losses
             deviation = max(deviation, 1e-3 * abs(median), 1e-6)
             score = (loss - median) / deviation if math.isfinite(loss) else math.inf
         if math.isfinite(loss):
-            # spikes too: without them, a lasting jump by 1 counts as a spike at all 5,000 steps after it, not
-            # at 52; single spikes are found either way, 50 of 50 in each of 70 series
+            # spikes are recorded too: otherwise a permanent jump by 1 is a spike at all 5,000 later steps,
+            # instead of 52; single spikes are found in both cases, 50 of 50 in each of 70 series
             self.losses.append(loss)
         return score
 
@@ -68,10 +68,10 @@ NONE = "a second pass had finite values only"
 
 @torch.no_grad()
 def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Describe in one line where the first non-finite value comes from.
+    """Describe the origin of the first non-finite value in one line.
 
-    Checks the weights; then the output of every module in a second pass, `forward()`, which returns the
-    loss, and this loss; then the gradients. All state that a pass changes is restored.
+    Checks the weights; then the outputs of all modules and the loss in a second pass, `forward()`, which
+    returns the loss; then the gradients. Restores all state that a pass changes.
 
     >>> layer = nn.Linear(2, 3)
     >>> find_nonfinite(layer, lambda: layer(torch.ones(2)).sum() * math.nan)
@@ -85,11 +85,11 @@ def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
     if created:
         return created[0]
     if _kinds(loss):
-        # only now: where the loss is finite, a propagated value is no fault, such as a mask of -inf
+        # only for a non-finite loss: propagated values such as a mask of -inf can be valid
         if propagated:
             return propagated[0]
         return f"the loss is {_kinds(loss)}, although all module outputs are finite"
-    # the backward pass begins at the output
+    # the backward pass starts at the output
     for name, weight in reversed(list(model.named_parameters())):
         if _kinds(weight.grad):
             return f"the gradient of {_plain(name)} has {_count(weight.grad)}, the first in the backward pass"
@@ -98,7 +98,7 @@ def find_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
 
 @contextlib.contextmanager
 def _output_checks(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
-    """Collect modules with non-finite outputs: first those with finite inputs, then all others.
+    """Collect modules with non-finite outputs: one list for finite inputs, one for non-finite inputs.
 
     Inner modules return first, so they are listed before the modules that contain them.
     """
@@ -107,7 +107,7 @@ def _output_checks(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
     created: list[str] = []
     propagated: list[str] = []
 
-    # checked before the module runs, which may change its inputs in place
+    # checked before the forward pass, which may modify the inputs in place
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs[module] = _kinds((args, kwargs))
 

@@ -1,9 +1,9 @@
-"""Several processes that train one model, as torchrun starts them: environment, process group, failures.
+"""Distributed training under torchrun: environment, process group, collectives.
 
     uv run torchrun --nproc_per_node 2 -m llm_basics.train
 
-In a single process every function here is the identity. No other module reads torchrun's environment.
-Tensors on a CPU are exchanged through gloo, those on GPUs through NCCL.
+In a single process every function of this module is the identity. No other module reads torchrun's
+environment. Tensors on a CPU are exchanged through gloo, those on GPUs through NCCL.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from llm_basics.training import rendezvous
 
 T = TypeVar("T")
 
-# for work of one process alone while the others wait: preparing data, compiling, sampling, saving
+# timeout for work of a single process while the others wait: preparing data, compiling, sampling, saving
 PATIENCE = datetime.timedelta(hours=2)
 
-# what a failed collective says when another process has ended, or did not take part in time
+# parts of the error message of a collective if another process has ended, or after a timeout
 LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket")
 LATE = ("timed out", "timeout")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a job, and which one this is; rank 0, the main process, logs and saves."""
+    """Size of the job and rank of this process; rank 0, the main process, logs and saves."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +43,7 @@ class World:
     """Rank among the processes of this machine."""
     local_size: int = 1
     restarts: int = 0
-    """How often torchrun has restarted the job."""
+    """Number of restarts by torchrun."""
     max_restarts: int = 0
 
     @property
@@ -52,7 +52,7 @@ class World:
 
 
 def world() -> World:
-    """The job that torchrun describes in the environment; alone without it."""
+    """The job from torchrun's environment variables; a single process without them."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     defaults |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
     try:
@@ -63,43 +63,41 @@ def world() -> World:
 
 def strategy(train: config.TrainConfig) -> str:
     """Resolve `train.parallel`: none, ddp, fsdp2 or mine."""
-    here = world()
-    if train.parallel == "none" and here.size > 1:
+    n_processes = world().size
+    if train.parallel == "none" and n_processes > 1:
         raise ValueError(
-            f"train.parallel must be ddp or fsdp2 in a job of {here.size} processes, got none; start one "
+            f"train.parallel must be ddp or fsdp2 in a job of {n_processes} processes, got none; start one "
             "process without torchrun instead"
         )
     if train.parallel == "auto":
-        return "ddp" if here.size > 1 else "none"
+        return "ddp" if n_processes > 1 else "none"
     return train.parallel
 
 
 def check(options: config.Config) -> None:
     """Raise ValueError for options that do not work in this job."""
-    train, here = options.train, world()
-    how = strategy(train)
-    if train.batch_size % here.size:
+    train, job = options.train, world()
+    resolved = strategy(train)
+    if train.batch_size % job.size:
         raise ValueError(
             f"train.batch_size must be divisible by the number of processes, got {train.batch_size} and "
-            f"{here.size}; it counts the sequences of all processes together"
+            f"{job.size}; it is the number of sequences of all processes together"
         )
-    if train.sharded_checkpoints != "off" and how != "fsdp2":
+    if train.sharded_checkpoints != "off" and resolved != "fsdp2":
         raise ValueError("--train.sharded_checkpoints needs --train.parallel fsdp2")
-    if train.offload and (how != "fsdp2" or choose_device(train.device).type != "cuda"):
+    if train.offload and (resolved != "fsdp2" or choose_device(train.device).type != "cuda"):
         raise ValueError("--train.offload needs --train.parallel fsdp2 and a GPU")
-    if how == "none":
+    if resolved == "none":
         return
     choose_device(train.device)
     if options.find_lr:
         raise ValueError("--find_lr must run in one process; start it without torchrun")
     if train.compile == "graphs":
         raise ValueError("train.compile graphs must run in one process; try train.compile on")
-    if how == "mine" and options.mine is None:
+    if resolved == "mine" and options.mine is None:
         raise ValueError("--train.parallel mine needs --mine FILE with a class DistributedDataParallel")
-    if here.max_restarts and options.run_dir is None and options.resume is None:
-        raise ValueError(
-            "torchrun --max-restarts needs --run_dir: a restarted job finds its checkpoints there"
-        )
+    if job.max_restarts and options.run_dir is None and options.resume is None:
+        raise ValueError("torchrun --max-restarts needs --run_dir, to find the checkpoints after a restart")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,21 +105,21 @@ def check(options: config.Config) -> None:
 
 
 class _Job:
-    """Groups of a joined job, on the CPU; `pids` of the processes on this machine."""
+    """The CPU process groups of a joined job; `pids` are the processes on this machine."""
 
     is_restarted = False
 
     patient: Any = None
-    """Waits PATIENCE."""
+    """Group with the timeout PATIENCE."""
     saving: Any = None
-    """For threads that write checkpoints."""
+    """Group for threads that write checkpoints."""
     seconds = PATIENCE.total_seconds()
-    """Limit of a collective."""
+    """Timeout of a collective."""
     pids: list[int] = []
 
 
 def size() -> int:
-    """Number of processes that have joined."""
+    """Number of processes in the job."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -136,7 +134,7 @@ def is_restarted() -> bool:
 
 
 def local_pids() -> list[int]:
-    """The processes of the job on this machine."""
+    """The process ids of the job on this machine."""
     return _Job.pids
 
 
@@ -146,92 +144,92 @@ def saving_group() -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """`device.choose`; of several GPUs, the one of this process."""
+    """`device.choose`; with several GPUs, the one of this process."""
     chosen = device.choose(name)
-    here = world()
-    if chosen.type != "cuda" or chosen.index is not None or here.local_size == 1:
+    job = world()
+    if chosen.type != "cuda" or chosen.index is not None or job.local_size == 1:
         return chosen
     n_gpus = torch.cuda.device_count()
-    if here.local_size > n_gpus:
+    if job.local_size > n_gpus:
         raise ValueError(
-            f"each process needs a GPU, got {here.local_size} processes and {n_gpus} GPUs on this machine; "
+            f"each process needs a GPU, got {job.local_size} processes and {n_gpus} GPUs on this machine; "
             f"use torchrun --nproc_per_node {n_gpus}, or --train.device cpu"
         )
-    return torch.device("cuda", here.local_rank)
+    return torch.device("cuda", job.local_rank)
 
 
 @contextlib.contextmanager
 def joined(train: config.TrainConfig) -> Iterator[None]:
-    """Join the other processes of the job for the block."""
-    here = world()
+    """Initialize the process group within the context."""
+    job = world()
     if strategy(train) == "none":
         yield
         return
     signals.expect_launcher()
-    share_threads(here)
+    share_threads(job)
     chosen = choose_device(train.device)
     settings: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         settings["backend"] = "cpu:gloo,cuda:nccl"
-    alone = dist.HashStore(), 0, 1  # a single process without torchrun
-    store, rank, n = rendezvous.meet(PATIENCE) if "RANK" in os.environ else alone
+    single = dist.HashStore(), 0, 1  # a single process without torchrun
+    store, rank, n = rendezvous.meet(PATIENCE) if "RANK" in os.environ else single
     dist.init_process_group(**settings, store=store, rank=rank, world_size=n)
     try:
         _Job.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         _Job.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
-        everyone: list[Any] = [None] * here.size
-        mine = socket.gethostname(), os.getpid(), here.restarts
-        dist.all_gather_object(everyone, mine, group=_Job.patient)
-        _Job.pids = [pid for host, pid, _ in everyone if host == socket.gethostname()]
-        # each machine counts those that began on it
-        _Job.is_restarted = any(restarts for *_, restarts in everyone)
+        processes: list[Any] = [None] * job.size
+        this_process = socket.gethostname(), os.getpid(), job.restarts
+        dist.all_gather_object(processes, this_process, group=_Job.patient)
+        _Job.pids = [pid for host, pid, _ in processes if host == socket.gethostname()]
+        # each machine counts its own restarts
+        _Job.is_restarted = any(restarts for *_, restarts in processes)
         yield
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
-def share_threads(here: World) -> None:
-    """Divide the cores among the processes of this machine: torchrun gives each a single thread."""
-    if here.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+def share_threads(job: World) -> None:
+    """Divide the cores among the processes of this machine; torchrun's default is one thread each."""
+    if job.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         affinity = getattr(os, "sched_getaffinity", None)
         n_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        torch.set_num_threads(max(1, n_cores // here.local_size))
+        torch.set_num_threads(max(1, n_cores // job.local_size))
 
 
 def expect_steps(seconds: float) -> None:
-    """Let collectives fail after `seconds` from now on: the first step, which may compile, is over."""
+    """Set the timeout of collectives to `seconds`, after the first step, which may compile."""
     if size() > 1 and seconds != _Job.seconds:
         _Job.seconds = seconds
-        # before torch 2.15 it has another name
+        # the private name is that before torch 2.15
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         set_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def describe() -> dict[str, Any]:
-    """What bitwise results depend on: the number of processes, over which sums are divided."""
+    """Properties that bitwise results depend on: the number of processes, which changes the order of sums."""
     return {"processes": size()}
 
 
 ALONE = {"processes": 1}
 
 
-def seed(of_run: int, step: int, chosen: torch.device) -> None:
-    """Make the random numbers of a step a function of run, step and process: a resume repeats them."""
+def seed(run_seed: int, step: int, chosen: torch.device) -> None:
+    """Seed the generators by run, step and rank, so that a resumed run repeats the random numbers."""
     if size() > 1:
-        drawn = int(np.random.SeedSequence((of_run, step, world().rank)).generate_state(1)[0])
-        torch.default_generator.manual_seed(drawn)
+        step_seed = int(np.random.SeedSequence((run_seed, step, world().rank)).generate_state(1)[0])
+        torch.default_generator.manual_seed(step_seed)
         if chosen.type == "cuda":
-            torch.cuda.default_generators[chosen.index or 0].manual_seed(drawn)
+            torch.cuda.default_generators[chosen.index or 0].manual_seed(step_seed)
 
 
 # --------------------------------------------------------------------------------------------------
-# Exchange
+# Collectives
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over all processes of a tensor."""
+    """The mean of a tensor over all processes."""
     if size() == 1:
         return value
     total = value.detach().clone()
@@ -240,7 +238,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def sums(values: list[float]) -> list[float]:
-    """The sum over all processes of each number, in float64."""
+    """The sum of each number over all processes, in float64."""
     if size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -249,9 +247,9 @@ def sums(values: list[float]) -> list[float]:
 
 
 def rows(batch: dataloader.Batch) -> dataloader.Batch:
-    """The rows of a global batch that this process works on, a contiguous part.
+    """The rows of a global batch for this process, a contiguous part.
 
-    Without a row for each process, the first row, with all its targets ignored, stands in for none.
+    An empty part is replaced by the first row with all targets ignored.
     """
     n_processes, rank = size(), world().rank
     if n_processes == 1:
@@ -264,7 +262,7 @@ def rows(batch: dataloader.Batch) -> dataloader.Batch:
 
 
 def from_main(values: list[str]) -> list[str]:
-    """The list that the main process gives; its length is sent first, since it is empty before most steps."""
+    """Broadcast a list from the main process; its length first, since it is empty at most steps."""
     if size() == 1:
         return values
     n_values = torch.tensor([len(values)])
@@ -277,7 +275,7 @@ def from_main(values: list[str]) -> list[str]:
 
 
 def first_found(text: str, none: str) -> str:
-    """The text of the first process that has another one than `none`, with its rank."""
+    """The text of the first process whose text is not `none`, with its rank."""
     if size() == 1:
         return text
     texts: list[Any] = [None] * size()
@@ -289,7 +287,7 @@ def first_found(text: str, none: str) -> str:
 def on_main(function: Callable[[], T]) -> T | None:
     """Run `function` in the main process while the others wait.
 
-    Returns its result there, None elsewhere. A signal and the errors of files and data are raised in all.
+    Returns its result there, None elsewhere. Signals and errors of files or data are raised in all processes.
     """
     if size() == 1:
         return function()
@@ -306,26 +304,26 @@ def on_main(function: Callable[[], T]) -> T | None:
 def main_first(function: Callable[[], T]) -> T:
     """The result of `function`, run first by the main process, which fills the caches that others read.
 
-    Then by one process of each machine, which may have other disks. An error of any is raised in all.
+    Next is one process per machine, which may have its own disk. Errors are raised in all processes.
     """
     if size() == 1:
         return function()
-    here, result = world(), None
-    turn = 0 if here.is_main else 1 if here.local_rank == 0 else 2
-    for now in range(3):
+    job, result = world(), None
+    own_phase = 0 if job.is_main else 1 if job.local_rank == 0 else 2
+    for phase in range(3):
         error: BaseException | None = None
-        if turn == now:
+        if phase == own_phase:
             result, error = _attempt(function)
-        errors: list[Any] = [None] * here.size
+        errors: list[Any] = [None] * job.size
         dist.all_gather_object(errors, error, group=_Job.patient)
         for each in filter(None, errors):
             raise each
-    assert result is not None, "every process had its turn"
+    assert result is not None, "every process runs the function in one phase"
     return result
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Any]:
-    """The result of `function`, or its error if it is one that all processes shall raise."""
+    """The result of `function`, or an error to raise in all processes."""
     try:
         return function(), None
     except (signals.Stopped, ValueError, OSError, FloatingPointError) as error:
@@ -334,7 +332,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Any]:
 
 @contextlib.contextmanager
 def sharing_signals() -> Iterator[None]:
-    """Inside the block `signals.poll` is collective: a signal to one process stops all at the same step."""
+    """Within the context `signals.poll` is collective: a signal to one process stops all at the same step."""
     if size() == 1:
         yield
         return

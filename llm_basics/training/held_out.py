@@ -7,13 +7,13 @@ import numpy as np
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import documents
 
-# characters of the held-out text that its hash depends on
+# number of characters of the held-out text that are hashed
 DIGEST_CHARACTERS = 2**18
 
 
 def digest(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, n_bytes: int) -> str:
-    """A hash of a text of `n_bytes`, whatever its tokenizer; of a long text, the beginning is hashed."""
-    # a token has at least a byte, a character at most four: all tokenizers reach this many characters
+    """A hash of a text of `n_bytes`, independent of the tokenizer; for a long text, of its beginning."""
+    # a token has at least one byte, a character at most four, so the slice is long enough for any tokenizer
     text = tokenizer.decode(tokens[: 4 * DIGEST_CHARACTERS].tolist())[:DIGEST_CHARACTERS]
     return hashlib.sha256(f"{n_bytes} {text}".encode("utf-8", "replace")).hexdigest()
 

@@ -11,7 +11,7 @@ from llm_basics.data import chat_template
 from llm_basics.runs import console, process, run_dir, signals, stopwatch
 from llm_basics.training import distributed, job_errors, loop, lr_finder, memory, setup, state
 
-# time for loggers to finish after a request to stop
+# timeout for loggers to finish after a stop signal
 CLOSE_SECONDS = 2.0
 
 # exit statuses besides 0, those of signals and those of `parse.exit_on_error`
@@ -88,13 +88,13 @@ def run(
     make: Callable[[config.Config], state.TrainingState],
     work: Callable[[state.TrainingState, run_dir.RunDir, stopwatch.Stopwatch], int],
 ) -> int:
-    """`main` in a process that has joined the others."""
+    """`main` within the process group."""
     clock = stopwatch.Stopwatch()
-    # before the model is allocated, whose weights profit too
+    # before the model is allocated, so that its weights benefit
     process.tune_allocator()
     with signals.listening(), swap.restored():
         try:
-            # a run goes on without its output
+            # a run continues if its standard output is closed
             with parse.exit_on_error(flush=False), signals.anywhere():
                 training, output = setup.start(options, make)
         except signals.Stopped as stop:
@@ -121,7 +121,7 @@ def run(
             return parse.NOT_SAVED
         except (RuntimeError, MemoryError) as error:
             if not process.is_out_of_memory(error):
-                raise  # in a job of several processes, perhaps since another one has failed
+                raise  # possibly since another process of the job has failed
             needs = setup.estimate(training.options)
             advice = memory.describe(needs, training.options) if needs else setup.NOT_ESTIMATED
             print(f"error: out of memory\n{advice}", file=sys.stderr)

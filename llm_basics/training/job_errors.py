@@ -1,9 +1,9 @@
-"""How a job of several processes ends when one fails: everywhere, soon, and with the first error last.
+"""Error handling for jobs of several processes: if one fails, all end, and the first error is printed last.
 
-A process that fails claims the first error in the store that all share, prints it and exits; torchrun then
-ends the others, which print nothing. Others notice a lost process since its connections close. A process that
-hangs is late for a collective: after `train.timeout_seconds` those that wait end the job, and the one that
-hangs prints where.
+A process that fails claims the first error in the shared store, prints it and exits; torchrun then ends the
+others, which print nothing. A lost process closes its connections, which is an error in the others. If a
+process hangs, the others end the job when a collective exceeds `train.timeout_seconds`, and the process that
+hangs prints its stack.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from llm_basics.training import distributed
 # exit status of a process that ends because another one has failed
 OTHER_FAILED = 6
 
-# the main process, if it fails as well, has this time to print the error that all share
+# head start of the main process in printing an error common to all processes
 PRECEDENCE_SECONDS = 1.0
 
-# between two looks at whether the job is over; for processes that hang to print where; for torchrun to end us
-LOOK_SECONDS, PRINT_SECONDS, LINGER_SECONDS = 0.25, 1.0, 3.0
+# polling interval for the end of the job; grace periods for hanging processes to print, and for torchrun
+POLL_SECONDS, PRINT_SECONDS, EXIT_SECONDS = 0.25, 1.0, 3.0
 
 CLAIM, OVER = "llm_basics/first_error", "llm_basics/over"
 
 TOO_LATE = (
-    "a process has waited for another one longer than train.timeout_seconds; the other one prints where it "
-    "is, unless it was stopped. If it is only slow, raise --train.timeout_seconds"
+    "a process has waited for another one longer than train.timeout_seconds; the other one prints its stack, "
+    "unless it was stopped. If it is only slow, raise --train.timeout_seconds"
 )
-ENDED = "another process of the job has ended; it was killed, or its own error says why"
+ENDED = "another process of the job has ended; it was killed, or has printed its own error"
 
 # modules whose functions wait for other processes
 WAITING = (os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
 
 
 def run(work: Callable[[], int]) -> int:
-    """The exit status of `work`, which runs in each process of a job.
+    """Run `work` in each process of a job, and return its exit status.
 
     Only the main process writes to the terminal, unless another one is the first to fail.
     """
@@ -64,12 +64,12 @@ def run(work: Callable[[], int]) -> int:
 
 
 def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> int:
-    """Print the error if it is the first of the job; if not, leave time for torchrun to end this process."""
+    """Print the error if it is the first of the job; if not, wait for torchrun to end this process."""
     reason = _reason(error)
     if not distributed.is_main() and not reason:
         time.sleep(PRECEDENCE_SECONDS)
     if not _claim():
-        _linger()
+        _wait_for_torchrun()
         return OTHER_FAILED
     message = terminal.error
     if error is not None:
@@ -77,26 +77,26 @@ def _fail(status: int, terminal: "_Terminal", error: BaseException | None) -> in
     if error is not None or not distributed.is_main():
         print(message, file=sys.stderr, flush=True)
     if reason == ENDED:
-        # torchrun has not seen the other one's end yet, which shall be the first that it reports
-        _linger()
+        # torchrun must first detect and report the end of the other process
+        _wait_for_torchrun()
         return OTHER_FAILED
     from torch.distributed.elastic.multiprocessing import errors
 
     try:
         raise RuntimeError(message) if error is None or reason else error
     except Exception as recorded:
-        # torchrun prints it last
+        # torchrun prints it at the end
         errors.get_error_handler().record_exception(recorded)
     if reason == TOO_LATE:
         _end_all()
-        os._exit(OTHER_FAILED)  # the end of an interpreter takes seconds on a busy machine
+        os._exit(OTHER_FAILED)  # the shutdown of an interpreter takes seconds on a busy machine
     return status
 
 
-def _linger() -> None:
-    """Leave time for torchrun to end this process."""
+def _wait_for_torchrun() -> None:
+    """Wait for torchrun to end this process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(LINGER_SECONDS)
+    time.sleep(EXIT_SECONDS)
 
 
 def _claim() -> bool:
@@ -104,7 +104,7 @@ def _claim() -> bool:
     try:
         return _store().add(CLAIM, 1) == 1
     except RuntimeError:
-        return False  # the process that holds the store has ended
+        return False  # the process that hosts the store has ended
 
 
 def _store() -> dist.Store:
@@ -112,7 +112,7 @@ def _store() -> dist.Store:
 
 
 def _reason(error: BaseException | None) -> str:
-    """What happened, if an error is of a collective with a process that is late or lost; else ""."""
+    """The reason if an error is that of a collective with a late or lost process; else ""."""
     text = str(error).lower()
     if not isinstance(error, RuntimeError):
         return ""
@@ -127,16 +127,16 @@ def _reason(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def _watching() -> Iterator[None]:
-    """Inside the block a thread ends this process when the job is over, and prints where it hangs."""
+    """Within the context a thread ends this process when the job is over, with its stack if it hangs."""
     main, done = threading.main_thread().ident, threading.Event()
     terminal = sys.__stderr__
 
     def watch() -> None:
-        while not done.wait(LOOK_SECONDS):
+        while not done.wait(POLL_SECONDS):
             try:
                 is_over = _store().check([OVER])
             except RuntimeError:
-                return  # the process that holds the store has ended: the connections of this one close
+                return  # the process that hosts the store has ended: the connections of this one close
             if is_over:
                 frame = sys._current_frames().get(main or 0)
                 if frame is not None and terminal is not None and not _is_waiting(frame):
@@ -160,7 +160,7 @@ def _is_waiting(frame: types.FrameType) -> bool:
 
 
 def _end_all() -> None:
-    """End the other processes; those of this machine that do not answer are killed."""
+    """End the other processes; those on this machine are killed if they do not exit in time."""
     with contextlib.suppress(RuntimeError):
         _store().set(OVER, "1")
     time.sleep(PRINT_SECONDS)
@@ -175,7 +175,7 @@ def _end_all() -> None:
 
 
 class _Terminal(io.TextIOBase):
-    """Standard error of one process of several: only the main process writes; the last error is kept."""
+    """Standard error of a process of a job: only the main process writes; the last error is recorded."""
 
     def __init__(self) -> None:
         self.stream = sys.stderr
@@ -199,8 +199,8 @@ class _Terminal(io.TextIOBase):
         return self.stream.fileno()
 
 
-class _Nowhere(io.TextIOBase):
-    """Ignores what is written to it."""
+class _NullStream(io.TextIOBase):
+    """Discards all text."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -208,10 +208,10 @@ class _Nowhere(io.TextIOBase):
 
 @contextlib.contextmanager
 def main_writes(terminal: io.TextIOBase | None = None) -> Iterator[None]:
-    """Inside the block only the main process writes to the terminal; `terminal` has its standard error."""
+    """Within the context only the main process writes to the terminal; `terminal` replaces standard error."""
     with contextlib.ExitStack() as stack:
         if terminal is not None or not distributed.is_main():
-            stack.enter_context(contextlib.redirect_stderr(terminal or _Nowhere()))
+            stack.enter_context(contextlib.redirect_stderr(terminal or _NullStream()))
         if not distributed.is_main():
-            stack.enter_context(contextlib.redirect_stdout(_Nowhere()))
+            stack.enter_context(contextlib.redirect_stdout(_NullStream()))
         yield

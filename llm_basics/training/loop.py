@@ -14,15 +14,15 @@ from llm_basics.training import state as training_state
 
 
 def fit(state: training_state.TrainingState, output: run_dir.RunDir) -> None:
-    """Train to the last step; evaluate, sample and save on the way.
+    """Train to the last step, with evaluation, samples and checkpoints.
 
-    Raises signals.Stopped after saving, when a signal requests it; FloatingPointError and files.WriteError
-    unless the options skip or warn.
+    Raises signals.Stopped, after saving, on a stop signal; FloatingPointError and files.WriteError unless the
+    options skip or warn.
     """
     monitor, commands = monitors.Monitor(state, output), steering.Steering(state, output)
     state.model.train()
     with saved_on_exit(state, output, monitor):  # at the end, on a signal, on an error
-        between_steps(state, output, monitor, commands)  # what was due when the run stopped
+        between_steps(state, output, monitor, commands)  # work that was due when the run stopped
         while state.step < state.options.train.steps:
             signals.poll()
             step, batches, options = state.step + 1, state.next_batches(), state.options.train
@@ -81,7 +81,7 @@ def saved_on_exit(
     except (FloatingPointError, OSError) as error:
         with contextlib.suppress(FloatingPointError, OSError):
             monitor.flush()
-        # the cause of the error may be in the weights, or prevent saving
+        # the error may be caused by the weights, or prevent saving
         if all(torch.isfinite(p).all() for p in state.model.parameters()):
             with contextlib.suppress(OSError):
                 save(state, output, wait=True)
@@ -99,9 +99,9 @@ def is_best(state: training_state.TrainingState, output: run_dir.RunDir, val_los
 
 
 def save(state: training_state.TrainingState, output: run_dir.RunDir, wait: bool = False) -> None:
-    """Write a checkpoint unless there is one of this step, and delete old ones.
+    """Write a checkpoint unless this step has one, and delete old ones.
 
-    With `wait`, one that is written in the background is complete afterwards.
+    With `wait`, returns after a checkpoint written in the background is complete.
     """
     options = state.options.train
     is_saved = state.saved == (state.step, state.val_loss)

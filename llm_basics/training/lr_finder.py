@@ -1,9 +1,9 @@
-"""The learning-rate range test: one short run through all learning rates, which suggests one.
+"""The learning-rate range test: one short run over all learning rates, which suggests one.
 
-The learning rate rises by a constant factor per step. While it is too small the loss hardly moves, then it
-falls, and where it is too large it rises again (arXiv 1506.01186). Good learning rates are somewhat below
-the one with the lowest loss: a step that is right once is too large for thousands in a row. The suggestion
-holds for this model, batch and optimizer, within a factor of two or three.
+The learning rate increases by a constant factor per step. While it is too small the loss hardly changes, then
+it falls, and where it is too large it rises again (arXiv 1506.01186). Good learning rates are somewhat below
+the one with the lowest loss: an optimal single step is too large for thousands of steps. The suggestion is
+valid for this model, batch and optimizer, within a factor of two or three.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Estimate the memory of training before the first step, without allocating it.
 
-The real model is trained for two steps, evaluated and saved on fake tensors, which have shapes but no
-content; a ledger records when each storage would be allocated and freed.
+The real model is trained for two steps, evaluated and saved on fake tensors, which have shapes but no data; a
+ledger records when each storage would be allocated and freed.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from llm_basics.training import activation_checkpointing
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes allocated at the peak, by kind; a kind not allocated at that moment is 0."""
+    """Bytes allocated at the peak, by kind."""
 
     parameters: int
     gradients: int
@@ -39,9 +39,9 @@ class Estimate:
     activations: int
     """All other tensors: those saved for the backward pass, and temporaries."""
     checkpoint: int = 0
-    """Copies of weights and optimizer that are written to a file."""
+    """Copies of weights and optimizer state that are written to a file."""
     heap: float = 1.0
-    """Memory of the process for each byte of tensors, with the holes that the allocator leaves."""
+    """Resident memory per byte of tensors, due to fragmentation of the heap."""
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -55,21 +55,21 @@ class Estimate:
 
     @property
     def resident(self) -> int:
-        """Bytes of memory that the process grows by."""
+        """Bytes of resident memory."""
         return round(self.heap * self.total)
 
 
-# of all weights and optimizer states when a checkpoint is written: as bytes of each tensor, and of the file
+# copies of weights and optimizer states in writing a checkpoint: as bytes of each tensor, and of the file
 COPIES = 2
 
 # `heap` on a CPU: on six shapes 1.08 to 1.35 with CPU training kernels, which keep their buffers, and 1.25 to
 # 1.89 with torch (glibc)
 HEAP_OF_KERNELS, HEAP_OF_TORCH = 1.18, 1.55
 
-# so that an estimate on a CPU is right within this factor
+# the error factor of an estimate on a CPU
 ERROR = 1.25
 
-# a lower bound this far below the available memory needs no estimate to be sure
+# no estimate is needed if the lower bound is below the available memory by this factor
 FAR = 300
 
 OptimizerMaker = Callable[[models.TransformerLM, config.TrainConfig], torch.optim.Optimizer]
@@ -89,8 +89,8 @@ class Ledger(_python_dispatch.TorchDispatchMode):
         self.entries: list[tuple[int, int]] = []  # storage number and bytes, negative when freed
         self.pending: list[tuple[int, int]] = []
         self.kinds: dict[int, str] = {}
-        self.phases: dict[str, tuple[int, int]] = {}  # the entries of each
-        self.numbers: dict[int, int] = {}  # of the allocated storages, by id()
+        self.phases: dict[str, tuple[int, int]] = {}  # range of entries of each
+        self.numbers: dict[int, int] = {}  # numbers of the allocated storages, by id()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,7 +120,7 @@ class Ledger(_python_dispatch.TorchDispatchMode):
         self.pending = []
 
     def end_phase(self, name: str) -> None:
-        """The entries since the last phase are of phase `name`."""
+        """Assign the entries since the last phase to phase `name`."""
         self._settle()
         begun = max((end for _, end in self.phases.values()), default=0)
         self.phases[name] = begun, len(self.entries)
@@ -132,7 +132,7 @@ class Ledger(_python_dispatch.TorchDispatchMode):
                 self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
     def peak(self, phase: str | None = None) -> Estimate:
-        """The sizes at the moment of the largest total, of a phase or of all."""
+        """The sizes at the peak of the total, within one phase or all."""
         first, end = self.phases[phase] if phase else (0, len(self.entries))
         live: Counter[str] = Counter()
         most: dict[str, int] = {}
@@ -148,13 +148,12 @@ class Ledger(_python_dispatch.TorchDispatchMode):
 def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: LossOfBatch) -> Ledger:
     """The ledger of two training steps, an evaluation and a checkpoint.
 
-    The second step starts with an optimizer that has its state. Raises ValueError if the device cannot be
-    used.
+    In the second step the optimizer state exists. Raises ValueError if the device is not available.
     """
     train = options.train
     chosen = device.choose(train.device)
     half = isinstance(device.precision(chosen, train.dtype), torch.autocast)
-    # fake tensors report the device cpu, whatever the device: autocast needs that one
+    # fake tensors are on the device cpu, so autocast must be, too
     with fake_tensor.FakeTensorMode(), Ledger() as ledger:
         model = models.TransformerLM(options.model)
         if options.lora.rank is not None:
@@ -162,7 +161,7 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
         if train.activation_checkpointing:
             activation_checkpointing.apply(model)
         if chosen.type != "cpu" or train.compile == "on":
-            # as in a compiled model, which the CPU kernels leave to torch
+            # as in a compiled model, which does not use the CPU kernels
             vars(model)["hidden_states"] = getattr(model, "hidden_states", None)
         optimizer = make_optimizer(model, train)
         ledger.label("parameters", model.parameters())
@@ -170,7 +169,7 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
         targets = torch.zeros_like(inputs)
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
-            # the second batch accumulates into existing gradients, and later ones do the same
+            # the second batch accumulates into existing gradients, as do all later ones
             for _ in range(min(train.grad_accumulation_steps, 2)):
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):  # as trainer.accumulate_gradients
                     loss = batch_loss(model, inputs, targets, train.z_loss) * 1.0
@@ -178,7 +177,7 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
                 loss.backward()
                 ledger.label("gradients", [p.grad for p in model.parameters()])
             optimizer.step()
-            # a named list would keep these tensors alive
+            # a variable would keep these tensors alive
             ledger.label("optimizer", _tensors_of(optimizer))
         del loss
         ledger.end_phase("training")
@@ -206,21 +205,21 @@ def estimate(options: config.Config, make_optimizer: OptimizerMaker, batch_loss:
 
     `make_optimizer` and `batch_loss` are those of `trainer`.
 
-    Counts tensors and, on a CPU, the holes between them: not the program, torch and the CUDA context. Raises
-    ValueError if the device cannot be used.
+    Counts tensors and, on a CPU, heap fragmentation; excludes the program, torch and the CUDA context. Raises
+    ValueError if the device is not available.
     """
     return trial(options, make_optimizer, batch_loss).peak()
 
 
 class NotEnoughMemory(Exception):
-    """A run that cannot fit is refused."""
+    """Raised for a run that exceeds the available memory."""
 
 
 def check(options: config.Config, estimate: Callable[[config.Config], Estimate | None]) -> None:
-    """Raise NotEnoughMemory where a run certainly takes more than there is, whatever its vocabulary.
+    """Raise NotEnoughMemory if a run certainly exceeds the available memory, for any vocabulary.
 
-    The weights, and one tensor per block, are a lower bound that takes no time. Where it is not far below the
-    available memory, an estimate on a CPU, less its error, is a better one.
+    The weights, and one tensor per block, are an immediate lower bound. If it is not far below the available
+    memory, an estimate on a CPU, divided by its error factor, is a better one.
     """
     chosen = device.choose(options.train.device)
     model, free = options.model, available(chosen)
@@ -236,7 +235,7 @@ def check(options: config.Config, estimate: Callable[[config.Config], Estimate |
 
 
 def refusal(needed: int, weights: int, free: int) -> str:
-    """Why a run that needs `needed` bytes, of which `weights` are not for activations, is refused."""
+    """The error message for a run that needs `needed` bytes, of which `weights` are not for activations."""
     flags = "--model.d_model or --model.n_layers" if 2 * weights > needed else "--train.batch_size"
     return (
         f"training needs at least {needed / 1e9:,.1f} GB of memory ({weights / 1e9:,.1f} for weights, "
@@ -245,10 +244,10 @@ def refusal(needed: int, weights: int, free: int) -> str:
 
 
 def _of_few_blocks(options: config.Config, estimate: Callable[[config.Config], Estimate | None]) -> int:
-    """A lower bound of the estimate that takes no longer for many blocks, with a vocabulary of 1.
+    """A lower bound of the estimate with a vocabulary of 1, extrapolated from few blocks.
 
-    A maximum of sums that are linear in the number of blocks is convex: beyond two points, it is above their
-    line.
+    A maximum of sums that are linear in the number of blocks is convex, so extrapolation from two points
+    underestimates it.
     """
     n, totals = options.model.n_layers, []
     for n_layers in (min(n, 2), min(n, 3)):
@@ -259,7 +258,7 @@ def _of_few_blocks(options: config.Config, estimate: Callable[[config.Config], E
 
 
 def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -> str:
-    """The estimate by kind; if it may exceed `free` bytes, the options that reduce it as well.
+    """The estimate by kind; if it may exceed `free` bytes, also the options that reduce it.
 
     One option per line, the most effective first.
 
@@ -294,7 +293,7 @@ def describe(estimate: Estimate, options: config.Config, free: int | None = 0) -
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process can still allocate on `device`; None where unknown.
+    """Bytes that this process can still allocate on `device`; None if unknown.
 
     On a CPU the minimum of the machine's available memory, its control groups' limits (containers) and
     `ulimit -v`; on CUDA the free memory, plus what torch's allocator holds unused.

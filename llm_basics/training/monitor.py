@@ -22,7 +22,7 @@ MAX_SKIPPED = 10
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A step whose metrics are not read yet; `read` waits for loss and gradient norm."""
+    """A step with metrics on the device; `read` waits for loss and gradient norm."""
 
     step: int
     batches: Sequence[dataloader.Batch]
@@ -68,7 +68,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Record the pending step, and exclude the time inside from that of steps."""
+        """Record the pending step, and exclude the time within the context from step times."""
         self.flush()
         with self.clock.paused():
             yield
@@ -79,8 +79,8 @@ class Monitor:
     ) -> trainer.StepResult:
         """The result to record for a non-finite step, which left the weights unchanged.
 
-        Restores the random state from before the step. Raises FloatingPointError, naming the origin of the
-        first non-finite value, unless `on_nonfinite` is "skip" and skipping helps.
+        Restores the random state from before the step. Raises FloatingPointError with the origin of the first
+        non-finite value, unless `on_nonfinite` is "skip" and few consecutive steps were skipped.
         """
         process.set_random_state(self.random_state, self.state.device)
         self._warn(step, self.random_state, batches, error)
@@ -95,7 +95,7 @@ class Monitor:
             try:
                 trainer.check_finite(step, result.lr, loss, norm)
             except FloatingPointError as error:
-                # the device left the weights unchanged, but the next step may be running
+                # the weights are unchanged, but the next step may be running
                 self._warn(step, pending.random_state, pending.batches, error)
                 result, loss, norm = dataclasses.replace(result, updated=False), math.nan, math.nan
             if result.updated and self.accept is None:
@@ -141,7 +141,7 @@ class Monitor:
         )
         return True
 
-    # -- steps that are not finite ----------------------------------------------------------------
+    # -- non-finite steps -------------------------------------------------------------------------
 
     def _warn(
         self,
@@ -150,7 +150,7 @@ class Monitor:
         batches: Sequence[dataloader.Batch],
         error: FloatingPointError,
     ) -> None:
-        """Warn of a skipped step; raise FloatingPointError if training must stop."""
+        """Warn about a skipped step; raise FloatingPointError if training must stop."""
         model, options = self.state.model, self.state.options.train
         self.n_skipped += 1
         reason = f"{error}; {distributed.first_found(self._origin(random_state, batches), diagnostics.NONE)}"
@@ -168,7 +168,7 @@ class Monitor:
         """The origin of the first non-finite value in this process, found by repeating the step."""
         state, options = self.state, self.state.options.train
         if state.is_sharded:
-            return "its origin is not searched among shards; try --train.parallel ddp"
+            return "its origin is unknown with sharded weights; try --train.parallel ddp"
         now = process.random_state(state.device)
 
         def losses() -> Tensor:

@@ -1,8 +1,8 @@
-"""Data parallelism: each process computes the gradients of its rows of the global batch, and all average.
+"""Data parallelism: each process computes the gradients of its rows of the global batch, and averages them.
 
-The model, its pieces and the training step know nothing of it. `parallelize` wraps the model for the training
-step; a wrapper of torch does the communication: DistributedDataParallel (ddp, arXiv 2006.15704), fully_shard
-(fsdp2, arXiv 2304.11277), or a learner's own (mine).
+The model, its pieces and the training step are independent of it. `parallelize` wraps the model for the
+training step; a wrapper does the communication: torch's DistributedDataParallel (ddp, arXiv 2006.15704) or
+fully_shard (fsdp2, arXiv 2304.11277), or a class of the user (mine).
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from llm_basics.core import model as models
 from llm_basics.runs import process
 from llm_basics.training import distributed
 
-# the piece of a learner's that train.parallel mine uses
+# the piece of user code for train.parallel mine
 OWN = "data_parallel.DistributedDataParallel"
 
 
 class Objective(nn.Module):
-    """A model whose forward pass returns the loss if it is given targets, and the logits if not.
+    """A model whose forward pass returns the loss if targets are passed, and the logits if not.
 
-    A wrapper of a module acts in its forward pass; this one includes the loss, whose fast implementations
-    do not call the model's own.
+    Wrappers act in the forward pass of their module, so it must include the loss: fast implementations of the
+    loss do not call the model's forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,28 +47,28 @@ class Objective(nn.Module):
 
 
 class Replica:
-    """What the training step calls in place of the model, and when its gradients are averaged."""
+    """The wrapped model of training steps, and the schedule of gradient averaging."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.n_left = 0
-        """Backward passes of this step that are to come; gradients are averaged in the last."""
+        """Remaining backward passes of this step; gradients are averaged in the last."""
         self.weight: Tensor | float = 1.0
-        """Number of targets of this process over the mean number of all: means of means weigh them so."""
+        """The weight of this process's loss: its number of targets divided by the mean of all processes."""
 
     def synchronize(self, is_last: bool) -> None:
-        """Average gradients in the next backward pass, or only add them up."""
+        """Average gradients in the next backward pass if it is the last, else only accumulate them."""
         if hasattr(self.module, "set_requires_gradient_sync"):
             self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         else:
             self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
 
     def finish(self) -> None:
-        """Wait for the averages; torch's wrappers do so in the backward pass."""
+        """Wait for gradient averaging; torch's wrappers do so in the backward pass."""
 
 
 class OwnReplica(Replica):
-    """A learner's data parallelism, with the interface of `systems.data_parallel`."""
+    """Data parallelism by user code, with the interface of `systems.data_parallel`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -86,27 +86,27 @@ class OwnReplica(Replica):
 def parallelize(model: nn.Module, options: config.TrainConfig, chosen: torch.device) -> Replica | None:
     """Distribute `model` over the processes of the job; None in a single process.
 
-    The weights of all processes become those of the main process (ddp, mine), or shards of their own
-    (fsdp2), which `model` then has in place of its parameters.
+    The weights of all processes become those of the main process (ddp, mine), or the parameters of `model`
+    are replaced by shards (fsdp2).
     """
-    how = distributed.strategy(options)
-    if how == "none":
+    strategy = distributed.strategy(options)
+    if strategy == "none":
         return None
     objective = Objective(model)
-    if how == "fsdp2":
+    if strategy == "fsdp2":
         shard(objective, options, chosen)
         replica = Replica(objective)
-    elif how == "ddp":
-        # parameters without a gradient occur only in code of the user's
-        is_own = bool(swap.user_pieces())
+    elif strategy == "ddp":
+        # only user code has parameters without a gradient
+        has_user_code = bool(swap.user_pieces())
         ddp = nn.parallel.DistributedDataParallel
-        # before torch 2.15 it has another name; buffers are constant
-        known = inspect.signature(ddp).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # broadcast_buffers before torch 2.15; buffers are constant
+        names = inspect.signature(ddp).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         settings: dict[str, Any] = {
             sync: False,
             "gradient_as_bucket_view": True,
-            "find_unused_parameters": is_own,
+            "find_unused_parameters": has_user_code,
         }
         wrapped = ddp(objective, **settings)
         replica = Replica(wrapped)
@@ -117,7 +117,7 @@ def parallelize(model: nn.Module, options: config.TrainConfig, chosen: torch.dev
 
 
 def shard(objective: nn.Module, options: config.TrainConfig, chosen: torch.device) -> None:
-    """Replace the parameters by shards: those of a block are gathered while it runs, the others at the start.
+    """Replace the parameters by shards: those of a block are gathered while it runs, others at the start.
 
     On a GPU the gathered weights are in the dtype of the forward pass; gradients are averaged in float32.
     """
@@ -136,7 +136,7 @@ def shard(objective: nn.Module, options: config.TrainConfig, chosen: torch.devic
 
 
 def use(replica: Replica) -> None:
-    """Let training steps on `replica` average gradients over all targets of all processes."""
+    """Make training steps on `replica` average gradients over all targets of all processes."""
     loss_of, accumulate = trainer.batch_loss, trainer.accumulate_gradients
 
     def batch_loss(model: nn.Module, inputs: Tensor, targets: Tensor, z_loss: float) -> Tensor:
@@ -172,12 +172,12 @@ def use(replica: Replica) -> None:
 def evaluate_rows(
     model: nn.Module, batches: Iterable[dataloader.Batch], token_bytes: Float[Tensor, " vocab"]
 ) -> dict[str, float]:
-    """`evaluate.evaluate`, where each process works on its rows of each batch."""
+    """`evaluate.evaluate`, with the rows of each batch divided among the processes."""
     if distributed.size() == 1:
         return evaluate.evaluate(model, batches, token_bytes)
     n_targets = n_bytes = 0.0
 
-    def own() -> Iterator[dataloader.Batch]:
+    def local_rows() -> Iterator[dataloader.Batch]:
         nonlocal n_targets, n_bytes
         for batch in batches:
             inputs, targets = distributed.rows(batch)
@@ -185,9 +185,9 @@ def evaluate_rows(
             n_targets, n_bytes = n_targets + counted.numel(), n_bytes + token_bytes[counted].sum().item()
             yield inputs, targets
 
-    found = evaluate.evaluate(model, own(), token_bytes)
+    local = evaluate.evaluate(model, local_rows(), token_bytes)
     loss, correct, n_targets, n_bytes = distributed.sums(
-        [found["val_loss"] * n_targets, found["accuracy"] * n_targets, n_targets, n_bytes]
+        [local["val_loss"] * n_targets, local["accuracy"] * n_targets, n_targets, n_bytes]
     )
     mean = loss / n_targets
     return {
@@ -208,12 +208,12 @@ def is_shard(tensor: Any) -> bool:
 
 
 def whole(tensor: Any) -> Any:
-    """The whole tensor of a shard, gathered by all processes together; anything else as it is."""
+    """The full tensor of a shard, gathered collectively; other values unchanged."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def like(tensor: Any, parameter: Any) -> Any:
-    """The shard of `tensor` that this process holds of `parameter`; anything else as it is."""
+    """The local shard of `tensor`, sharded as `parameter`; other values unchanged."""
     if not is_shard(parameter) or not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed import tensor as distributed_tensor
@@ -225,7 +225,7 @@ def like(tensor: Any, parameter: Any) -> Any:
 
 
 def reshard_optimizer(optimizer: torch.optim.Optimizer, sharded: torch.optim.Optimizer) -> None:
-    """Copy the state of `optimizer` to `sharded`, made in the same way of the same parameters, now shards."""
+    """Copy the state of `optimizer` to `sharded`, an equal optimizer of the sharded parameters."""
     for old, new in zip(optimizer.param_groups, sharded.param_groups, strict=True):
         new |= {name: value for name, value in old.items() if name != "params"}
         for before, parameter in zip(old["params"], new["params"], strict=True):
@@ -235,9 +235,9 @@ def reshard_optimizer(optimizer: torch.optim.Optimizer, sharded: torch.optim.Opt
 
 
 class Gathered:
-    """The state dict of a sharded model or optimizer with whole tensors, as `checkpoint` saves it.
+    """The state dict of a sharded model or optimizer with full tensors, as `checkpoint` saves it.
 
-    All processes gather; the main process keeps the tensors, in CPU memory.
+    Gathering is collective; only the main process keeps the tensors, in CPU memory.
     """
 
     def __init__(self, source: nn.Module | torch.optim.Optimizer) -> None:
@@ -264,7 +264,7 @@ class Gathered:
 
 
 def gathered(source: Any) -> Any:
-    """`source` itself, or what gathers its state if it is sharded; collective then."""
+    """`source` itself, or if it is sharded, its gathered state; collective then."""
     parameters = source.parameters() if isinstance(source, nn.Module) else source.param_groups[0]["params"]
     return Gathered(source) if any(map(is_shard, parameters)) else source
 
@@ -272,7 +272,7 @@ def gathered(source: Any) -> Any:
 def whole_model(
     model: models.TransformerLM, shape: config.ModelConfig, chosen: torch.device
 ) -> models.TransformerLM:
-    """A whole copy of a sharded model in the main process; elsewhere the model itself."""
+    """An unsharded copy of a sharded model in the main process; elsewhere the model itself."""
     gathered = Gathered(model)
     if not distributed.is_main():
         return model

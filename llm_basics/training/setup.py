@@ -15,7 +15,7 @@ from llm_basics.runs import checkpoint, console, loggers, process, run_dir, shar
 from llm_basics.training import distributed, memory, parallel, warm_start
 from llm_basics.training import state as training_state
 
-# printed where there is no estimate
+# printed instead of an estimate
 NOT_ESTIMATED = (
     "memory    not estimated: your code reads tensor values, and the estimate runs on fake tensors"
 )
@@ -27,7 +27,7 @@ def of_text(options: config.Config) -> training_state.TrainingState:
     """The state of a run on plain text (pretraining)."""
     prepared = distributed.main_first(lambda: prepare.prepare(options))
     if options.resume is None and prepared.folder == Path(options.data):
-        # a prepared folder has its own tokenizer
+        # a prepared folder contains its tokenizer
         options = dataclasses.replace(options, tokenizer=str(prepared.folder / "tokenizer"))
     model = dataclasses.replace(options.model, vocab_size=prepared.tokenizer.vocab_size)
     return training_state.TrainingState(dataclasses.replace(options, model=model), prepared)
@@ -36,7 +36,7 @@ def of_text(options: config.Config) -> training_state.TrainingState:
 def begin(
     options: config.Config, make: Callable[[config.Config], training_state.TrainingState]
 ) -> training_state.TrainingState:
-    """The state that `make` returns, with the weights of --init_from if a new run is given one."""
+    """The state from `make`, with the weights of --init_from for a new run."""
     if options.init_from is None or options.resume is not None:
         return make(options)
     warm_start.check(options, options.init_from)
@@ -57,7 +57,7 @@ def start(
     distributed.on_main(lambda: check_folder(options))
     if options.mine is not None:
         if options.resume and not Path(options.mine).exists():
-            # the run directory has a copy
+            # the run directory contains a copy
             options = dataclasses.replace(options, mine=str(Path(options.resume) / "mine.py"))
         swap.use(str(options.mine))
     if distributed.strategy(options.train) == "mine" and parallel.OWN not in swap.user_pieces():
@@ -66,15 +66,15 @@ def start(
         )
     if options.fast != "off":
         swap.use("fast")
-    memory.check(options, estimate)  # fails now, not after minutes of data preparation
+    memory.check(options, estimate)  # before minutes of data preparation
     training = begin(options, make)
     (folder,) = distributed.from_main([str(distributed.on_main(lambda: choose_folder(options)))])
     training.options = dataclasses.replace(training.options, run_dir=folder)
     output = distributed.main_first(lambda: open_folder(folder, options))
     try:
         if not training.is_compiled:
-            ours = training.options
-            swap.prepare_model(training.model, ours.train.batch_size, ours.model.context_length)
+            sizes = training.options
+            swap.prepare_model(training.model, sizes.train.batch_size, sizes.model.context_length)
         if options.resume is not None:
             resume_latest(training, output)
         elif options.replay is not None:
@@ -108,7 +108,7 @@ def start(
 
 
 def restarted(options: config.Config) -> config.Config:
-    """The options to resume with, if torchrun has restarted a job that has saved a checkpoint."""
+    """The options to resume with if torchrun has restarted a job with a checkpoint; else unchanged."""
     folder = options.resume or options.run_dir
     if not distributed.is_restarted() or folder is None or not _checkpoints(folder):
         return options
@@ -117,7 +117,7 @@ def restarted(options: config.Config) -> config.Config:
 
 
 def check_folder(options: config.Config) -> None:
-    """Raise ValueError unless a new run has a new folder, and a resumed one a checkpoint."""
+    """Raise ValueError unless a new run has an empty folder, and a resumed run a checkpoint."""
     given = Path(options.run_dir or "")
     is_used = options.run_dir and not options.resume and given.is_dir() and any(given.iterdir())
     # a restarted job may have failed before its first checkpoint
@@ -135,7 +135,7 @@ def _checkpoints(folder: str | Path) -> list[Path]:
 
 
 def choose_folder(options: config.Config) -> str:
-    """The run directory; a new one is made unless the options name it."""
+    """The run directory; created unless set in the options."""
     return str(options.resume or options.run_dir or run_dir.make_folder(Path(options.config).stem))
 
 
@@ -162,7 +162,7 @@ def compile_model(training: training_state.TrainingState) -> None:
             training.optimizer.zero_grad(set_to_none=True)
             trainer.accumulate_gradients(training.replica, [batch], train)
     except Exception as error:
-        # a missing compiler, or an error in any of those it calls
+        # a missing compiler, or any error of the toolchain
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         console.print_line(f"warning: the model could not be compiled ({reason}); training uncompiled")
         training.uncompile()
@@ -171,11 +171,11 @@ def compile_model(training: training_state.TrainingState) -> None:
 
 
 def resume_latest(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
-    """Resume from the newest valid checkpoint of this run, and print what differs from then."""
+    """Resume from the newest valid checkpoint of this run, and print changed options and environment."""
     unused = {}
     found = None
     before = run_dir.load_options(output.folder, type(training.options)())
-    # given on the command line: they replace what was recorded
+    # options on the command line take precedence over recorded changes
     given = nested.differences(dataclasses.asdict(before), dataclasses.asdict(training.options))
     changes = [change for change in steering.read_changes(output.folder) if change.name not in given]
     changes = [change for change in changes if change.name in steering.REPLAYABLE]
@@ -212,7 +212,7 @@ def start_replay(training: training_state.TrainingState, output: run_dir.RunDir,
 
 
 def quarantine(path: Path) -> None:
-    """Rename an invalid checkpoint so that it no longer counts as one; it stays for inspection."""
+    """Rename an invalid checkpoint, so that it is ignored and kept for inspection."""
     names = (path.with_name(f"{path.name}.unused-{number}") for number in itertools.count(1))
     with contextlib.suppress(OSError):
         path.rename(next(name for name in names if not name.exists()))
@@ -226,7 +226,7 @@ def n_training_tokens(training: training_state.TrainingState) -> int:
 def print_summary(training: training_state.TrainingState, output: run_dir.RunDir) -> None:
     """Print data, model and memory of a run, with warnings if memory or disk space is short.
 
-    Raises NotEnoughMemory if memory is short beyond doubt, WriteError if there is no space for a checkpoint.
+    Raises NotEnoughMemory if memory is certainly insufficient, WriteError without space for a checkpoint.
     """
     options, model = training.options, training.model
     n_tokens = n_training_tokens(training)
@@ -243,7 +243,7 @@ def print_summary(training: training_state.TrainingState, output: run_dir.RunDir
         + f"{memory.describe(needs, options, available) if needs else NOT_ESTIMATED}\n"
         f"run       {output.folder}" + (f", from step {training.step}" if training.step else "")
     )
-    more = needs.resident - needs.parameters if needs else 0  # the weights are there
+    more = needs.resident - needs.parameters if needs else 0  # the weights are already allocated
     if needs and available is not None and more * memory.ERROR > available:
         if training.device.type == "cpu" and more > available * memory.ERROR:
             weights = needs.gradients + needs.optimizer
@@ -271,7 +271,7 @@ def estimate(options: config.Config) -> memory.Estimate | None:
         options = dataclasses.replace(options, train=train)
         return memory.estimate(options, trainer.make_optimizer, trainer.batch_loss)
     except Exception:
-        # user code may raise anything
+        # user code may raise any exception
         if not swap.user_pieces():
             raise
         return None

@@ -23,7 +23,7 @@ from llm_basics.data import (
 from llm_basics.runs import run_dir, signals, stopwatch
 from llm_basics.training import distributed, job, state
 
-# held-out conversations printed before and after training, and those scored for accuracy
+# number of held-out conversations printed before and after training, and scored for accuracy
 N_PRINTED, N_SCORED = 12, 500
 
 # longest text printed on a line
@@ -97,7 +97,7 @@ class SftState(state.TrainingState):
         end, most = self.tokenizer.special_id(chat_template.END), self.options.train.sample_tokens
         prompt = torch.tensor(case.ids, device=self.device)
         with self._eager():
-            # even a greedy reply draws numbers, and those of training must not depend on when replies are due
+            # generation advances the random state, on which training must not depend
             own = torch.Generator()
             tokens = generate.generate(self.model, prompt, most, 0.0, stop_id=end, generator=own)
             ids = list(signals.polled(tokens))
@@ -140,7 +140,7 @@ def work(training: state.TrainingState, output: run_dir.RunDir, clock: stopwatch
     output.log(
         f"chat      {len(rows.rows):,} conversations in {training.n_rows:,} rows, "
         f"{len(training.held_out_rows.rows):,} held out; {rows.n_cut:,} truncated to the context, "
-        f"{rows.n_left_out:,} dropped (no room for a reply)"
+        f"{rows.n_left_out:,} dropped (no space for a reply)"
     )
     if training.step == 0 and not training.options.find_lr:
         output.metrics(0, **training.evaluate(training.options.train.eval_batches))
@@ -173,7 +173,7 @@ def print_replies(training: SftState, output: run_dir.RunDir, cases: Sequence[Te
 
 
 def print_accuracy(training: SftState, output: run_dir.RunDir) -> None:
-    """Print and record the exact matches on held-out questions by kind, and how many replies end."""
+    """Print and record exact matches on held-out questions by kind, and the number of complete replies."""
     counts: dict[str, Counter[str]] = {}
     for case in training.test_cases(N_SCORED):
         text = training.reply(case)

@@ -31,13 +31,13 @@ NO_EFFECT_ON_WEIGHTS = {
     *(f"train.{name}" for name in ("keep_checkpoints", "on_save_error", "on_nonfinite")),
 }
 
-# options besides those of train whose change on a resume is recorded
+# options outside of train whose change on a resume is recorded
 RECORDED = {"fast", "deterministic"}
 
 # size of the random state and the metadata in a checkpoint
 METADATA_BYTES = 32_000
 
-# metadata keys of older checkpoints -> keys now
+# metadata keys of older checkpoints -> current keys
 RENAMED = {"looked": "evaluated", "windows": "sequences"}
 
 # metadata that every checkpoint of a training run has
@@ -67,24 +67,24 @@ class TrainingState:
             "tokenizer": self.tokenizer.fingerprint(),
         }
         self.token_bytes = evaluate.token_lengths(self.tokenizer, model.vocab_size).to(self.device)
-        # our code draws from torch alone; user code may draw from the others
+        # this package uses torch's generator alone; user code may use the others
         random.seed(train.seed)
         np.random.seed(train.seed)
         torch.manual_seed(train.seed)
-        # weights that will be sharded need not fit on one GPU
+        # weights to be sharded need not fit on one GPU
         self.is_sharded = distributed.strategy(train) == "fsdp2"
         self.model = models.TransformerLM(model)
         self.model.to(torch.device("cpu") if self.is_sharded else self.device)
-        # what training steps call: the model, or its wrapper in a job of several processes
+        # the module of training steps: the model, or its wrapper in a job of several processes
         self.replica: nn.Module = self.model
         user_model.check_parameters(self.model, model)
-        # of a LoRA run: the weights that are trained and saved, instead of the model's
+        # adapters of a LoRA run, which are trained and saved instead of the model's weights
         self.adapters: Any = None
         if options.lora.rank is not None:
             self.adapters = engine.adapt(self.model, options.lora, engine.base_of(options))
         of_one_shape = isinstance(self.batches, dataloader.Batches)
-        how = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
-        self.is_compiled, self.is_graph = how != "off", how == "graphs"
+        mode = compilation.apply(self.model, options, self.device, of_one_shape, by_block=self.is_sharded)
+        self.is_compiled, self.is_graph = mode != "off", mode == "graphs"
         self.optimizer = trainer.make_optimizer(self.model, train)
         self.prepared_in = prepared.folder.name
         self.step = 0
@@ -92,21 +92,21 @@ class TrainingState:
         self.sequences = 0
         # whether the evaluation and the sample due after `step` are done
         self.evaluated = True
-        # of the current weights, and the lowest so far; None: not measured
+        # validation loss of the current weights, and the lowest so far; None: not measured
         self.val_loss: float | None = None
         self.best_loss: float | None = None
         # step and validation loss of the last checkpoint
         self.saved: tuple[int, float | None] | None = None
         self.saved_in: Path | None = None
         self.spikes = diagnostics.SpikeDetector()
-        # metrics of the last step beside its loss
+        # metrics of the last step except its loss
         self.observed: dict[str, float] = {}
-        # writes sharded checkpoints, if any; the one that was resumed from, to be loaded by shards
+        # writer of sharded checkpoints, if any; the sharded checkpoint to resume from
         self.writer: sharded_checkpoint.Writer | None = None
         self.shards: Path | None = None
         # old and new values of options that changed on the resume
         self.changed: dict[str, list[Any]] = {}
-        # whether the weights equalled those of the replayed run at its last checkpoint; None: not compared
+        # whether the weights equal those of the replayed run at its last checkpoint; None: not compared
         self.is_same_as_replayed: bool | None = None
 
     def read(self, prepared: prepare.Prepared) -> tuple[batch_source.BatchSource, np.ndarray]:
@@ -119,12 +119,12 @@ class TrainingState:
         return batches, prepared.val.tokens
 
     def use_shards(self) -> None:
-        """Load the sharded checkpoint resumed from, and write such ones, if the options ask for it."""
+        """Load a sharded checkpoint to resume from; create the writer of sharded checkpoints if enabled."""
         group = distributed.saving_group()
         if self.shards is not None:
             sharded_checkpoint.load(self.shards, self.model, self.optimizer, group, restore_rng=True)
-        if (how := self.options.train.sharded_checkpoints) != "off":
-            self.writer = sharded_checkpoint.Writer(distributed.is_main(), group, how == "async")
+        if (mode := self.options.train.sharded_checkpoints) != "off":
+            self.writer = sharded_checkpoint.Writer(distributed.is_main(), group, mode == "async")
 
     def uncompile(self) -> None:
         """Run the model uncompiled."""
@@ -146,11 +146,11 @@ class TrainingState:
             distributed.seed(self.options.train.seed, self.step, self.device)
 
     def _eager(self) -> contextlib.AbstractContextManager[None]:
-        """Run eagerly inside: compiled code is for training batches of one shape."""
+        """Disable compiled code within the context; it is specialized to the shape of training batches."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
     def next_batches(self) -> list[dataloader.Batch]:
-        """The batches whose gradients make up the next step."""
+        """The batches of the next step, over which gradients are accumulated."""
         train = self.options.train
         firsts = range(self.sequences, self.sequences + self.sequences_per_step, train.batch_size)
         return [distributed.rows(self.batches.starting_at(first)) for first in firsts]
@@ -216,7 +216,7 @@ class TrainingState:
             return prompt, "".join(signals.polled(pieces))
 
     def on_main(self, function: Callable[[], T]) -> T | None:
-        """Run `function` in the main process, where `self.model` is whole meanwhile."""
+        """Run `function` in the main process, with an unsharded, merged `self.model`."""
         used = self.model
         if self.is_sharded:
             self.model = parallel.whole_model(used, self.options.model, self.device)
@@ -250,7 +250,7 @@ class TrainingState:
                 raise
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint stores beside tensors and step."""
+        """The metadata of a checkpoint, except the step."""
         return {
             "config": dataclasses.asdict(self.options),
             "data": self.prepared_in,
@@ -281,7 +281,7 @@ class TrainingState:
     def resume(self, path: Path, changes: Sequence[steering.Change] = ()) -> list[str]:
         """Resume from a checkpoint. Returns the differences that may change the last bit of the result.
 
-        Options that `changes` has get their value at the checkpoint's step.
+        Options in `changes` are set to their value at the checkpoint's step.
 
         Raises ValueError if the checkpoint is damaged, or of another model or other data.
         """
@@ -292,7 +292,7 @@ class TrainingState:
             raise ValueError(
                 f"{path} must be a checkpoint of a training run, but lacks {', '.join(sorted(missing))}"
             )
-        # an option newer than the checkpoint has its default
+        # options newer than the checkpoint are set to their defaults
         saved = presets.update(type(self.options)(), metadata["config"], origin=str(path))
         saved = steering.at_step(saved, changes, metadata["step"])
         self.options = steering.at_step(self.options, changes, metadata["step"])
@@ -307,7 +307,7 @@ class TrainingState:
         if metadata["data"] != self.prepared_in:
             raise ValueError(f"{path} was trained on {metadata['data']}, now the data is {self.prepared_in}")
         if path.is_dir() and self.is_sharded:
-            self.shards = path  # for `parallelize`: each process loads its own
+            self.shards = path  # `parallelize` loads the shard of each process
         elif path.is_dir():
             sharded_checkpoint.load(path, self.model, self.optimizer, restore_rng=True)
         else:
@@ -334,8 +334,8 @@ class TrainingState:
             for piece, origin in now_used.items()
             if not user_code.same_code(origin, before.get(piece, ""))
         ]
-        here = process.describe(self.device) | distributed.describe()
-        return settings + _differences(here, distributed.ALONE | metadata["environment"])
+        environment = process.describe(self.device) | distributed.describe()
+        return settings + _differences(environment, distributed.ALONE | metadata["environment"])
 
 
 def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:

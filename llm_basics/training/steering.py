@@ -1,4 +1,4 @@
-"""Between two steps: recorded changes that are due, commands to the run, and the check of a replay."""
+"""Between two steps: replays recorded changes, executes commands, compares weights with a replayed run."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ class Steering:
 
     def __init__(self, state: training_state.TrainingState, output: run_dir.RunDir) -> None:
         self.state, self.output = state, output
-        # of a replay, or of an attempt that was killed after the checkpoint resumed from
+        # changes to replay: of another run, or of this one after the checkpoint that it resumes from
         self.due = [
             change
             for change in steering.read_changes(output.folder)
@@ -38,11 +38,11 @@ class Steering:
             self._compare(self.compared[1])
         actions: set[str] = set()
         for line in distributed.from_main(self.output.inbox.lines()):
-            actions |= self._obey(line)
+            actions |= self._execute(line)
         return actions
 
     def _repeat(self) -> None:
-        """Apply the recorded changes that are due, all at once, as they were."""
+        """Apply all recorded changes that are due."""
         step = self.state.step
         values = {change.name: change.value for change in self.due if change.step <= step}
         self.due = [change for change in self.due if change.step > step]
@@ -56,8 +56,8 @@ class Steering:
         if changed:
             self.output.log(f"step {step}: {steering.describe({'changed': changed})}, as recorded")
 
-    def _obey(self, line: str) -> set[str]:
-        """Carry out a command, or refuse it. Returns its actions."""
+    def _execute(self, line: str) -> set[str]:
+        """Execute a command, or refuse it. Returns its actions."""
         step, command = self.state.step, {}
         try:
             command = files.parse_json(line, inbox.COMMANDS)
@@ -81,7 +81,7 @@ class Steering:
         return set(actions)
 
     def _set(self, options: Any) -> dict[str, list[Any]]:
-        """Use `options` from the next step on. Returns the old and the new value of each that differs."""
+        """Set the options from the next step. Returns the old and new values of changed options."""
         before, self.state.options = self.state.options, options
         changed = {
             name: [steering.value_of(before, name), steering.value_of(options, name)]
@@ -93,7 +93,7 @@ class Steering:
         return changed
 
     def _compare(self, expected: str) -> None:
-        """Compare the weights with those of the replayed run, which have the SHA-256 `expected`."""
+        """Compare the SHA-256 of the weights with `expected`, that of the replayed run."""
         step = self.state.step
         trained = self.state.adapters
         digest = self.state.on_main(lambda: checkpoint.weights_sha256(trained or self.state.model))

@@ -1,4 +1,4 @@
-"""A model of user code: its parameters must be those of the reference, for checkpoints and warm starts."""
+"""Check of user models: checkpoints and warm starts require the parameters of the reference model."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from llm_basics.core import model as models
 
 
 def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
-    """Raise ValueError if user code made other parameters than those of the model config."""
+    """Raise ValueError if the parameters of a user model do not match the model config."""
     if not swap.user_pieces():
         return
     with swap.reference_only():

@@ -1,4 +1,4 @@
-"""Warm start: initial weights from another run, or an imported model, which is a run directory too."""
+"""Warm start: initial weights from another run or an imported model."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from llm_basics.data import prepare, tokenizer_formats
 from llm_basics.inference import engine
 from llm_basics.runs import run_dir
 
-# model options that may differ from the run's: they change no weight, or only the number of embedding rows
+# model options that may differ from the run's: they affect no weight, or only the number of embedding rows
 MAY_DIFFER = {"vocab_size", "vocab_multiple", "dropout", "init", "zero_init"}
 
 # number of merges of GPT-2's tokenizer
@@ -30,7 +30,7 @@ def check(options: config.Config, folder: str) -> None:
     if differences:
         raise ValueError(f"the model must match --init_from {folder}, but {'; '.join(differences)}")
     known = tokenizer_formats.load(Path(folder) / "tokenizer")
-    # without downloading GPT-2's
+    # avoids downloading GPT-2's tokenizer
     is_other = options.tokenizer == "gpt2" and len(known.merges) != GPT2_MERGES
     if (
         options.tokenizer == "bpe"
@@ -56,7 +56,7 @@ def load_initial_weights(model: models.TransformerLM, folder: str) -> None:
     """Load the weights of a run's newest checkpoint; new tokens get new rows in the embeddings.
 
     A new row is the mean of the old ones, so a new token has at most the mean probability of the old ones,
-    and the predictions among these stay (Hewitt 2021, Initializing new word embeddings for pretrained
-    language models); a randomly initialized row could take most of the probability, or none.
+    whose relative probabilities are unchanged (Hewitt 2021, Initializing new word embeddings for pretrained
+    language models); a randomly initialized row could have most of the probability, or none.
     """
     model.load_state_dict(engine.initial_weights(folder, model.config))
