@@ -301,7 +301,7 @@ def test_a_broken_line_within_a_file_is_a_warning(folder, capfd):
     lines = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
     Path("run/metrics.jsonl").write_text(lines[0] + '{"step: 3}\n' * 2 + "".join(lines[1:]))
     run_lines._warn.cache_clear()
-    warnings = [f"warning: run/metrics.jsonl:{number} is no JSON and is left out\n" for number in (2, 3)]
+    warnings = [f"warning: run/metrics.jsonl:{number} is not JSON and is skipped\n" for number in (2, 3)]
     assert run("compare", capfd) == (0, "".join(warnings))
 
 

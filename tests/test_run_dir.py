@@ -82,7 +82,7 @@ def test_a_broken_line_elsewhere_is_left_out_with_one_warning(tmp_path, capsys):
     path.write_text(path.read_text().replace('{"step": 2', "\n{step: 2"))
     for _ in range(2):
         assert [m["step"] for m in run_dir.read_metrics(tmp_path)] == [1, 3]
-    assert capsys.readouterr().err == f"warning: {path}:3 is no JSON and is left out\n"
+    assert capsys.readouterr().err == f"warning: {path}:3 is not JSON and is skipped\n"
 
 
 def test_a_log_that_cannot_be_written_is_a_warning_if_tolerant(tmp_path, capsys):

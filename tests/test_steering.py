@@ -331,7 +331,7 @@ def test_the_command_prints_the_answer_of_the_run(tmp_path, monkeypatch, capsys)
         == "error: train.lr must be at least 0 and finite, got inf; nothing was changed\n"
     )
     steer(tmp_path, "save", wait_seconds=0.0)
-    assert "has not answered within 0 s" in capsys.readouterr().out
+    assert "within 0 s, see events.jsonl" in capsys.readouterr().out
     output.inbox.lines()
     with pytest.raises(SystemExit):
         steer(tmp_path, "save")

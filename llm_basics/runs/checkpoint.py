@@ -25,11 +25,11 @@ from llm_basics.runs import process
 
 SCHEMA = 2
 
-# entries of the state, besides those of the program that saves
+# types of the entries of every checkpoint's state
 KINDS: dict[str, Any] = {"step": int, "tied": dict, "optimizer": dict, "random": dict, "origins": dict}
 KINDS["val_loss"] = int | float | None
 
-# what `collect` stores besides
+# entries of the state that `collect` adds
 COLLECTED = {"schema", "step", "tied", "optimizer", "random"}
 
 PATTERN = "step_*.safetensors"
@@ -61,7 +61,7 @@ def save_checkpoint(
 def collect(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, **state: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint stores: the tensors, and the rest as JSON (`COLLECTED` and `state`)."""
+    """The contents of a checkpoint: tensors, and a JSON-serializable state (`COLLECTED` and `state`)."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     saved = optimizer.state_dict()
     numbers: dict[str, dict[str, Any]] = {}
@@ -84,7 +84,7 @@ def collect(
 
 
 def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors without tied ones, and for each tied name the name that is stored."""
+    """The tensors without duplicates of tied ones, and a map from each tied name to the stored name."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
@@ -143,7 +143,7 @@ def read_checkpoint(src: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def parse_about(described: str, name: object) -> dict[str, Any]:
-    """The state in the metadata of a file. Raises ValueError for one that no program has written."""
+    """The state in the metadata of a file. Raises ValueError if it is invalid."""
     about = file_io.parse_json(described, name)
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
         found = about.get("schema") if isinstance(about, dict) else type(about).__name__
@@ -162,7 +162,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint into `model` and `optimizer`, and return the state with its `step`.
 
-    Names and shapes must match the model's. Nothing is changed otherwise.
+    Names and shapes must match the model's; otherwise raises ValueError and changes nothing.
     """
     tensors, about = read_checkpoint(src)
     name = src if isinstance(src, str | os.PathLike) else "the checkpoint"
@@ -197,7 +197,7 @@ def read_about(path: Path) -> dict[str, Any]:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any]
 ) -> None:
-    """Load the state of an optimizer from the tensors and the JSON of a checkpoint."""
+    """Load an optimizer's state from the tensors and the JSON state of a checkpoint."""
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["state"].items()}
     for name, tensor in _section(tensors, "optimizer.").items():
         index, _, key = name.partition(".")
@@ -276,7 +276,7 @@ def newest_valid(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]
 
 
 def best(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint with the lowest validation loss; of equals, the oldest. None if none has one."""
+    """The checkpoint with the lowest validation loss, the oldest in a tie; None without validation losses."""
     losses = {}
     for path in reversed(files(folder)):
         with contextlib.suppress(ValueError):
@@ -331,5 +331,5 @@ def delete_partial(folder: str | os.PathLike[str]) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with all that is in it, if there is one."""
+    """Delete a folder and its contents, if it exists."""
     shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 LINE_SECONDS = 10.0  # between progress lines without a terminal
 
-# widest lines of prose, and of numbers, which are hard to read when wrapped
+# maximum line widths of prose and of numbers, which are hard to read when wrapped
 PROSE, NUMBERS = 100, 114
 
 

@@ -1,6 +1,6 @@
-"""What was appended to the files of a run since a position: for programs that watch runs.
+"""Records appended to the files of a run since a position, for programs that watch runs.
 
-A position is the offset in each file, in bytes. It is all that a reader needs to go on after an interruption.
+A position is the offset in each file, in bytes, and suffices to resume reading after an interruption.
 """
 
 import os
@@ -10,10 +10,10 @@ from typing import Any
 
 from llm_basics.runs import run_dir, tail
 
-# files that are followed, by the name of their records
+# watched files, by the name of their records
 FILES = {"metrics": run_dir.METRICS, "samples": run_dir.SAMPLES, "events": run_dir.EVENTS}
 
-# a reader that is further behind does better to read the files anew
+# beyond this distance, rereading the files is cheaper than following them
 MAX_BEHIND_BYTES = 4 << 20
 MAX_RECORDS = 2000
 
@@ -26,9 +26,9 @@ def end_of(folder: Path) -> Position:
 
 
 def appended(folder: Path, position: Position) -> Iterator[tuple[str, list[dict[str, Any]] | None, Position]]:
-    """Names and records of the lines after `position`, each time with the position after them.
+    """Names and records of the lines after `position`, each with the position after them.
 
-    The records are None where a file was replaced or has grown too much: it must be read anew.
+    The records are None if a file was replaced or has grown too much, and must be reread.
     """
     offsets = list(position)
     for number, (name, file) in enumerate(FILES.items()):
@@ -48,7 +48,7 @@ def appended(folder: Path, position: Position) -> Iterator[tuple[str, list[dict[
 
 
 def parse(text: str) -> dict[str, Position]:
-    """The positions in `ID:METRICS:SAMPLES:EVENTS;...`; parts that are none are left out.
+    """The positions in `ID:METRICS:SAMPLES:EVENTS;...`; invalid parts are skipped.
 
     >>> parse("a:1:2:3;b:1;c:4:5:6")
     {'a': (1, 2, 3), 'c': (4, 5, 6)}
@@ -74,7 +74,7 @@ def _size(path: Path) -> int:
 
 
 def _last_line_end(path: Path, size: int) -> int:
-    """The offset after the last newline; where the last lines are torn and long, the end of the file."""
+    """The offset after the last newline; the end of the file if the last line is torn and long."""
     try:
         with open(path, "rb") as file:
             start = max(0, size - tail.CHUNK_BYTES)

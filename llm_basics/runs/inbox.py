@@ -1,7 +1,7 @@
-"""commands.jsonl in a run directory: requests to the process that trains, one JSON object per line.
+"""commands.jsonl in a run directory: requests to the training process, one JSON object per line.
 
-Any process may append to it (`send`); the training process reads what is new between steps, for the price of
-one `stat` where there is nothing.
+Any process may append to it (`send`); the training process reads new lines between steps, at the cost of one
+`stat` if there are none.
 """
 
 import json
@@ -13,19 +13,19 @@ from llm_basics.core import files
 
 COMMANDS = "commands.jsonl"
 
-# most bytes that are read between two steps
+# maximum number of bytes read between two steps
 MAX_BYTES = 65_536
 
 
 class Inbox:
-    """The lines that are appended to commands.jsonl after this object was made."""
+    """The lines appended to commands.jsonl after the creation of this object."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / COMMANDS
         self.offset = self._size()
 
     def lines(self) -> list[str]:
-        """The complete lines since the last call, without blank ones."""
+        """The complete, non-blank lines since the last call."""
         size = self._size()
         if size == self.offset:
             return []
@@ -52,5 +52,5 @@ class Inbox:
 def send(folder: str | os.PathLike[str], command: dict[str, Any]) -> None:
     """Append a command. Raises WriteError if that fails."""
     with files.open_output(Path(folder) / COMMANDS, "ab") as file:
-        # a line that another process left torn ends here
+        # the leading newline ends a torn line of another process
         file.write(f"\n{json.dumps(command)}\n".encode())

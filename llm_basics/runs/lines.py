@@ -1,7 +1,7 @@
-"""The lines of a run's files: JSON objects, as a run writes them.
+"""The JSON-lines files of a run.
 
-A line that is no JSON is left out: silently where an attempt ends, since it was torn when a process or a
-machine stopped, elsewhere with a warning. JSON of another kind was edited: an error names its line.
+A line that is not JSON is skipped: silently at the end of an attempt, where a stopped process leaves a torn
+line, elsewhere with a warning. Invalid JSON objects, as after editing, are an error with the line number.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read(path: Path, check: Callable[[dict[str, Any]], None]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, without torn lines. `check` raises ValueError for any other."""
+    """The objects of a JSON-lines file, without torn lines. `check` raises ValueError for invalid objects."""
     if not path.exists():
         return
     broken, attempt = 0, 1
@@ -44,28 +44,28 @@ def read(path: Path, check: Callable[[dict[str, Any]], None]) -> Iterator[dict[s
 
 @functools.cache
 def _warn(path: Path, number: int) -> None:
-    """Warn of a line that is left out, once in a process."""
-    print(f"warning: {path}:{number} is no JSON and is left out", file=sys.stderr)
+    """Warn about a skipped line, once per process."""
+    print(f"warning: {path}:{number} is not JSON and is skipped", file=sys.stderr)
 
 
 def check_metrics(entry: dict[str, Any]) -> None:
-    """Raise ValueError for a line that is not of metrics."""
+    """Raise ValueError unless `entry` is a line of metrics."""
     _check_steps(entry)
     for name, value in entry.items():
-        # null: not finite; sums of larger numbers may overflow
+        # null: a non-finite value; sums of larger numbers may overflow
         is_valid = value is None or (isinstance(value, int | float) and abs(value) < 1e100)
         if not is_valid and name != "nonfinite":
             raise ValueError(f"must have a number as {name}, got {value!r:.60}")
 
 
 def check_sample(entry: dict[str, Any]) -> None:
-    """Raise ValueError for a line that is not of a sample."""
+    """Raise ValueError unless `entry` is a sample."""
     _check_steps(entry)
     _check_texts(entry, "prompt", "text")
 
 
 def check_event(entry: dict[str, Any]) -> None:
-    """Raise ValueError for a line that is not of an event."""
+    """Raise ValueError unless `entry` is an event."""
     _check_steps(entry)
     _check_texts(entry, "event")
 

@@ -18,8 +18,8 @@ except ImportError:  # Windows has no flock: run directories are not locked
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a run directory; raises ValueError if another process holds it.
 
-    The file `lock` holds the process id and is removed at the end. One that a killed process left behind
-    locks nothing.
+    The file `lock` contains the process id and is removed at the end. The system releases the lock of a
+    killed process.
     """
     path = Path(folder) / "lock"
     with _open_locked(path) as file:
@@ -41,7 +41,7 @@ def owner(folder: str | os.PathLike[str]) -> int | None:
             pid = int(file.read(32) or 0)
             if fcntl is None:
                 return pid or None
-            # this lock must not meet that of a run that begins: it is tried only where the process lives
+            # only if the process exists: this lock could collide with that of a starting run
             if pid < 1 or not _is_alive(pid):
                 return None
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ def owner(folder: str | os.PathLike[str]) -> int | None:
 def _open_locked(path: Path) -> io.FileIO:
     while True:
         with files.writing(path):
-            # unbuffered: nothing is left to write where it is closed on a full disk
+            # unbuffered: closing the file on a full disk must not write
             file = io.FileIO(path, "a+")
         if fcntl is None:
             return file
@@ -66,7 +66,7 @@ def _open_locked(path: Path) -> io.FileIO:
                 file.seek(0)
                 owner = file.read().decode().strip()
             raise ValueError(f"{path.parent} is locked by pid {owner}, which is writing to it") from None
-        # the process that held the lock may have removed the file since it was opened here
+        # the previous owner of the lock may have removed the file since it was opened
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file

@@ -12,8 +12,8 @@ from typing import Any
 
 from llm_basics.runs import console
 
-CLOSE_SECONDS = 10.0  # limit for wandb at the end of a run
-QUEUE_LINES = 10_000  # queue limit; further lines are dropped
+CLOSE_SECONDS = 10.0  # timeout for wandb at the end of a run
+QUEUE_LINES = 10_000  # maximum queue length; further lines are dropped
 
 
 class Logger:

@@ -1,4 +1,4 @@
-"""Metrics of a run as columns, and as buckets of steps that keep every spike at any zoom."""
+"""Metrics of a run as columns, and as buckets of steps that preserve spikes at any zoom."""
 
 import math
 import threading
@@ -17,7 +17,7 @@ NOT_METRICS = {"step", "attempt", "nonfinite", "resumed"}
 
 MAX_COLUMNS = 64
 
-# seconds that one request reads a file; the next request goes on from there
+# maximum reading time per request; the next request continues from there
 READ_SECONDS = 0.7
 
 
@@ -51,11 +51,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Buckets:
-    """A metric in ranges of steps: entry i has the steps from `first_step[i]` to `last_step[i]`.
+    """A metric in ranges of steps: entry i covers the steps from `first_step[i]` to `last_step[i]`.
 
-    `min`, `max` and `mean` are of the finite values; None where there is none, and for a `last` that is not
-    finite. `count` counts all values, `nonfinite` those that are not finite. `seconds` is the training time
-    up to `last_step`.
+    `min`, `max` and `mean` are of the finite values, None without any; `last` is None if not finite. `count`
+    counts all values, `nonfinite` the non-finite ones. `seconds` is the training time up to `last_step`.
     """
 
     first_step: list[int]
@@ -70,7 +69,7 @@ class Buckets:
 
 
 class Table:
-    """The metrics in a file, read as it grows. A missing value is NaN, one that is not finite is infinity."""
+    """The metrics in a file, read as it grows. Missing values are NaN, non-finite values infinity."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +97,7 @@ class Table:
         return list(self._columns)
 
     def update(self, seconds: float = READ_SECONDS) -> None:
-        """Read what was appended, for about `seconds` at most; `is_complete` tells whether that was all."""
+        """Read appended lines for at most about `seconds`, and set `is_complete` if all were read."""
         end = time.monotonic() + seconds
         self.is_complete = False
         while not self.is_complete and time.monotonic() < end:
@@ -119,7 +118,7 @@ class Table:
             if "resumed" in entry:
                 self._add(rows)
                 rows = []
-                # a resumed run replaces what an earlier attempt did after this step
+                # a resumed run replaces the later steps of an earlier attempt
                 self._keep(self.steps <= step)
             else:
                 rows.append(entry)
@@ -144,7 +143,7 @@ class Table:
             self._keep(np.argsort(self.steps, kind="stable"))
 
     def _keep(self, rows: np.ndarray) -> None:
-        """Keep these rows: a mask, or their positions."""
+        """Keep only `rows`, a mask or indices."""
         kept = {name: self.column(name)[rows] for name in self._columns}
         steps = self.steps[rows]
         self.n_rows = len(steps)
@@ -157,8 +156,8 @@ class Table:
     def buckets(self, name: str, first: int, last: int, most: int) -> Buckets:
         """The metric `name` from step `first` to `last` in at most about `most` buckets.
 
-        The width of a bucket is a power of 2 and its start a multiple of it, so that buckets that are
-        complete stay as they are while the run goes on.
+        The width of a bucket is a power of 2 and its start a multiple of it, so that complete buckets do not
+        change while the run continues.
         """
         begin, end = np.searchsorted(self.steps, [first, last + 1])
         values, steps = self.column(name)[begin:end], self.steps[begin:end]
@@ -200,7 +199,7 @@ class Table:
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
-    """Values of a column as floats: what is null is infinity, what is not a number is NaN."""
+    """Values of a column as floats: null becomes infinity, any other non-number NaN."""
     try:
         if None not in values:
             return np.array(values, float)
@@ -227,5 +226,5 @@ def _resized(column: np.ndarray, size: int) -> np.ndarray:
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
-    """The values as a list, with None for those that are not finite."""
+    """The values as a list, with None for non-finite values."""
     return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""A process that trains or generates: what it runs on, determinism, memory and garbage collection."""
+"""Settings of a training or generation process: hardware, determinism, memory and garbage collection."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# parameters of glibc's mallopt: size from which memory is mapped, and free memory kept at the top of the heap
+# parameters of glibc's mallopt: minimum size of mapped memory, and free memory kept at the top of the heap
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 # Linux's MADV_HUGEPAGE, the size of a large page, and the bytes to be backed by large pages
@@ -47,11 +47,11 @@ def make_deterministic() -> None:
 def tune_allocator() -> None:
     """Make glibc keep freed memory instead of returning it to the system, and use large pages.
 
-    Each step allocates and frees the same megabytes, and memory from the system must be mapped and zeroed
-    again: without that, GELU and its gradient took half the time (768 x 512 numbers, 2 cores).
+    Each step allocates and frees the same megabytes, and memory from the system is mapped and zeroed again:
+    keeping it halves the time of GELU and its gradient (768 x 512 elements, 2 cores).
 
     A TLB has entries for a few thousand pages: with 4 KB each it misses most of a small model, with 2 MB it
-    covers all of it. Decoding that reads 49 MB per token became 8% quicker.
+    covers all of it. Decoding that reads 49 MB per token became 8% faster.
     """
     if sys.platform.startswith("linux"):
         # other C libraries lack mallopt
@@ -60,7 +60,7 @@ def tune_allocator() -> None:
             libc.mallopt(MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
             libc.malloc.restype = ctypes.c_void_p
-            # untouched memory costs nothing; once freed, it is allocated first
+            # untouched memory is free of cost; after it is freed, it is allocated first
             if reserved := libc.malloc(ctypes.c_size_t(RESERVED_BYTES)):
                 first = -(-reserved // PAGE_BYTES) * PAGE_BYTES
                 length = (reserved + RESERVED_BYTES - first) // PAGE_BYTES * PAGE_BYTES
@@ -83,7 +83,7 @@ def gc_frozen() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of insufficient memory; on a CPU torch raises a plain RuntimeError for it."""
+    """Whether an error is an out-of-memory error; on a CPU torch raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
@@ -100,7 +100,7 @@ def set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
 
 
 def all_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of every random generator used in training: tensors, and JSON for the rest."""
+    """The states of all random generators used in training: tensors, and JSON values for Python and NumPy."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {
@@ -116,7 +116,7 @@ def all_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_all_random_states(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Restore the random generators from the tensors and the JSON of a checkpoint."""
+    """Restore the random generators from the tensors and JSON values of a checkpoint."""
     torch.set_rng_state(tensors["rng.torch"])
     version, gauss = rest["python"]
     random.setstate((version, tuple(tensors["rng.python"].tolist()), gauss))

@@ -1,8 +1,8 @@
-"""Gloo processes with one thread each, started with the first task and reused, in which a hang is found.
+"""A pool of reused gloo processes with one thread each, and detection of deadlocks.
 
-Every rank runs the same task. If all that have not ended are idle, without CPU time and without a thread that
-is ready to run, they wait for each other and never end: the result says where each waits, and the workers are
-replaced. A busy machine is no hang: a process that waits for a processor is not idle.
+Every rank runs the same task. If all unfinished ranks are idle, without CPU time and without a thread that is
+ready to run, they are deadlocked: the result is the position of each, and the workers are replaced. On a busy
+machine, a process that waits for a processor does not count as idle.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-# idle reports (rank_worker.TICK_SECONDS) after which ranks hang: all of them, or the others when some ended
+# idle reports (rank_worker.TICK_SECONDS) of a deadlock: of all ranks, or of the others after some have ended
 ALL_IDLE, OTHERS_IDLE = 10, 5
 
-# elsewhere libraries start threads that a fork would lose
+# on other systems, libraries start threads that a fork would lose
 FORKS = sys.platform == "linux"
 
-# the beginning of what a worker process runs; one line of input describes it
+# the start of a worker's program, which reads its parameters from one line of input
 START = "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start['path']; "
 HIDDEN = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
@@ -43,14 +43,14 @@ class Pool:
         self._numbers = itertools.count()
         self._channels: list[Any] = []
         self._pids: list[int] = []
-        # forks workers, so that each need not import torch
+        # a process that forks workers, to import torch only once
         self._nursery: Any = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self, task: dict[str, Any], world_size: int, name: str, cpu_seconds: float) -> list[Any]:
-        """Kind and value of each rank's result for a task, or why there is none: hangs, stopped, crashed.
+        """Kind and value of each rank's result for a task; the kinds hangs, stopped and crashed are failures.
 
-        Workers that are missing are started, and prepare for `name`.
+        Starts missing workers, which prepare for `name`.
         """
         while len(self._channels) < world_size:
             self._start(len(self._channels), name)
@@ -100,7 +100,7 @@ class Pool:
         return results
 
     def _ended(self, results: list[Any], positions: list[str]) -> list[Any]:
-        """The results when some ranks do not end; the workers are replaced."""
+        """The results if some ranks did not finish; the workers are replaced."""
         self.stop()
         missing = [rank for rank, result in enumerate(results) if result is None]
         ended = [rank for rank in range(len(results)) if rank not in missing]
@@ -114,7 +114,7 @@ class Pool:
     # -- processes --------------------------------------------------------------------------------
 
     def _start(self, rank: int, name: str) -> None:
-        """Start the worker of a rank: forked from a process that has imported torch, or a new one."""
+        """Start the worker of a rank, forked from a process that has imported torch if possible."""
         if FORKS:
             if self._nursery is None:
                 self._nursery, _ = self._launch(None)
@@ -131,11 +131,11 @@ class Pool:
         environment = os.environ | threads | HIDDEN
         if loopback:
             environment["GLOO_SOCKET_IFNAME"] = loopback
-        # a session of its own: Ctrl-C ends this process, and workers end with it
+        # a new session: Ctrl-C ends only this process, and workers exit with it
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", START + self._program],
             stdin=subprocess.PIPE,
-            # gloo ends a process with a message to it
+            # gloo prints a message when it ends a process
             stderr=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
@@ -148,7 +148,7 @@ class Pool:
         return self._accept(process)
 
     def _accept(self, process: "subprocess.Popen[bytes]") -> tuple[Any, int]:
-        """The connection of the worker that is starting, and its process id."""
+        """The connection of the starting worker, and its process id."""
         found: list[Any] = []
 
         def accept() -> None:
@@ -167,7 +167,7 @@ class Pool:
         return found[0], pid
 
     def stop(self) -> None:
-        """End the workers; the next probe starts others."""
+        """End the workers; the next task starts new ones."""
         for channel, pid in zip(self._channels, self._pids, strict=True):
             channel.close()
             with contextlib.suppress(OSError):

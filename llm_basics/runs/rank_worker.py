@@ -1,7 +1,7 @@
 """A worker process of `rank_pool`: one rank of a gloo process group, with one thread.
 
-The main thread computes. One thread receives messages, and ends the process when the parent is gone; one
-reports, during a task, for how long the process has been idle and what it waits for.
+The main thread runs the tasks. One thread receives messages, and ends the process when the parent has ended;
+one reports, during a task, the idle time of the process and its current position.
 """
 
 import contextlib
@@ -20,30 +20,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# a kind and a value from a task; they are sent to the parent
+# runs a task and returns the kind and the value of its result, which are sent to the parent
 Run = Callable[[dict[str, Any]], tuple[str, Any]]
 
-# between two reports, and the CPU time below which a process has waited
+# reporting interval, and the maximum CPU time of an idle process within it
 TICK_SECONDS, IDLE_SECONDS = 0.1, 0.005
 
-# after which a collective raises; a hang is found much earlier
+# timeout of a collective; deadlocks are detected much earlier
 GLOO_SECONDS = 120.0
 
 
 def main(start: dict[str, Any], run: Run, prepare: Callable[[str], None]) -> None:
-    """Serve as a rank or, without one, fork a rank for each number that is received.
+    """Run a worker or, without a rank, fork a worker for each received rank.
 
-    `prepare` gets a name before each fork, to import what the first task needs.
+    Before each fork, `prepare` receives a name, to import the modules of the first task.
     """
     torch.set_num_threads(1)
     try:
         channel = connection.Client(start["address"], authkey=bytes.fromhex(start["key"]))
     except OSError:
-        os._exit(1)  # the parent is gone
+        os._exit(1)  # the parent has ended
     channel.send((start["rank"], os.getpid()))
     if start["rank"] is not None:
         Worker(channel, start["rank"], run).serve()
-    # children are not waited for
+    # child processes are reaped by the system
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -65,16 +65,16 @@ class Worker:
         self.sending = threading.Lock()
         self.main_thread = threading.get_ident()
         self.store: Any = None
-        # of the task that is running, and its CPU time at the start
+        # number of the current task, and CPU time at its start
         self.number, self.began = -1, 0.0
 
     def serve(self) -> None:
-        """Run tasks until the parent is gone."""
+        """Run tasks until the parent ends."""
         for target in (self._receive, self._report):
             threading.Thread(target=target, daemon=True).start()
         while True:
             task = self.received.get()
-            assert task is not None, "a task follows the end of another"
+            assert task is not None, "the end of a task is followed by another task"
             with self._group(task):
                 self.number, self.began = task["number"], time.process_time()
                 self.is_running.set()
@@ -85,9 +85,9 @@ class Worker:
 
     @contextlib.contextmanager
     def _group(self, task: dict[str, Any]) -> Iterator[None]:
-        """A process group of its own, so that no message of an earlier task arrives in this one."""
+        """A new process group per task, isolated from messages of earlier tasks."""
         if self.store is None:
-            # libuv is missing in builds for Windows
+            # builds for Windows lack libuv
             self.store = dist.TCPStore("127.0.0.1", task["port"], is_master=False, use_libuv=False)
         store = dist.PrefixStore(str(task["number"]), self.store)
         dist.init_process_group(
@@ -102,7 +102,7 @@ class Worker:
         finally:
             dist.destroy_process_group()
 
-    # -- the other threads ------------------------------------------------------------------------
+    # -- background threads -----------------------------------------------------------------------
 
     def _send(self, message: tuple[Any, ...]) -> None:
         with self.sending, contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ class Worker:
         os._exit(0)
 
     def _report(self) -> None:
-        """Report idle ticks, the CPU time of the task and where it waits."""
+        """Report idle ticks, the CPU time of the task and its position."""
         while self.is_running.wait():
             number, n_idle, before = self.number, 0, self.began
             while self.is_running.is_set() and self.number == number:
@@ -126,7 +126,7 @@ class Worker:
                 self._send(("tick", number, n_idle, now - self.began, self._position()))
 
     def _position(self) -> str:
-        """The innermost line of the main thread outside of libraries, and the name of what it calls."""
+        """The innermost line of the main thread outside of libraries, and the function called there."""
         frame = sys._current_frames().get(self.main_thread)
         called = ""
         while frame is not None and "site-packages" in frame.f_code.co_filename:
@@ -140,9 +140,9 @@ class Worker:
 
 
 def _others_sleep() -> bool:
-    """Whether no other thread of this process is ready to run; on a busy machine it may wait for long.
+    """Whether no other thread of this process is ready to run or running.
 
-    Known on Linux alone; elsewhere CPU time has to tell.
+    Always True on systems other than Linux, where only CPU time is measured.
     """
     tasks = Path("/proc/self/task")
     with contextlib.suppress(OSError):

@@ -3,9 +3,9 @@
     config.json         every option, resolved
     metrics.jsonl       one flat object per line, append-only; `attempt` counts starts and resumes
     samples.jsonl       generated texts
-    events.jsonl        what happened after which step: resumed, checkpoint, spike, skipped, steered, refused,
+    events.jsonl        events by step: resumed, checkpoint, spike, skipped, steered, refused,
                         stopped, failed, replayed, accuracy (sft, dpo, rl), finding (rl)
-    commands.jsonl      requests to a run that trains (`runs.inbox`)
+    commands.jsonl      requests to the training process (`runs.inbox`)
     log.txt             messages on the terminal
     tokenizer/          vocab.json, merges.txt
     checkpoints/        step_00000500.safetensors
@@ -45,13 +45,13 @@ EVENTS = "events.jsonl"
 LR_FINDER = "lr_finder.jsonl"
 ROLLOUTS = "rollouts.jsonl"
 
-# keys in config.json, beside the options: the origin of each user piece, what losses are measured on, losses
-# to compare with, in nats, and the number of tokens of the training text
+# keys in config.json beside the options: the origin of each user piece, the identity of the held-out text,
+# baseline losses in nats, and the number of tokens of the training text
 ORIGINS = "origins"
 HELD_OUT = "held_out"
 BASELINES = "baselines"
 TRAINING_TOKENS = "training_tokens"
-# groups of options that one program has, and which programs
+# groups of options of a single program, by its name
 PROGRAM_OPTIONS = ("rl", "dpo", "distill")
 BESIDE_OPTIONS = (ORIGINS, HELD_OUT, BASELINES, TRAINING_TOKENS, *PROGRAM_OPTIONS)
 
@@ -77,14 +77,14 @@ class RunDir:
         self.attempt = 1 + max((entry.get("attempt", 1) for entry in earlier), default=0)
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(locks.locked(self.folder))
-        # commands from now on; older ones were for earlier attempts
+        # reads commands from now on; older ones were for earlier attempts
         self.inbox = inbox.Inbox(self.folder)
         self.config: dict[str, Any] = {}
         # files whose last line may be torn: the next line starts with a newline
         self._maybe_torn = {METRICS, LR_FINDER, SAMPLES, EVENTS, ROLLOUTS, "log.txt"}
 
     def write_config(self, options: dict[str, Any]) -> None:
-        """Write the resolved options to config.json; what it held besides is kept."""
+        """Write the resolved options to config.json, and keep its other entries."""
         self.config |= options
         with self._tolerating(self.folder / "config.json"):
             files.write(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
@@ -95,7 +95,7 @@ class RunDir:
         self.event(step, "resumed", **values)
 
     def event(self, step: int, event: str, **values: Any) -> None:
-        """Record what happened after `step` updates."""
+        """Record an event after `step` updates."""
         entry = {"step": step, "attempt": self.attempt, "event": event, **values}
         self._append(EVENTS, json.dumps(as_json(entry), ensure_ascii=False, allow_nan=False))
 
@@ -146,7 +146,7 @@ class RunDir:
     def _append(self, name: str, line: str) -> None:
         path = self.folder / name
         with self._tolerating(path):
-            # a torn line is ended first; if this write fails, the next one checks again
+            # ends a torn line first; if this write fails, the next one checks again
             is_torn = name in self._maybe_torn and _is_torn(path)
             self._maybe_torn.add(name)
             with files.open_output(path, "ab") as file:
@@ -167,7 +167,7 @@ class RunDir:
 
 
 class ReadOnly(RunDir):
-    """The run directory of a job of several processes, in those that do not write to it."""
+    """The run directory in processes of a job other than the main process, which do not write to it."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -179,7 +179,7 @@ class ReadOnly(RunDir):
         self._lock = contextlib.ExitStack()
 
     def write_config(self, options: dict[str, Any]) -> None:
-        """Nothing; the main process writes."""
+        """Do nothing; the main process writes."""
 
     def _append(self, name: str, line: str) -> None:
         pass
@@ -236,12 +236,12 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of the run in `folder` that every training run has."""
+    """The options in `folder` that are common to all training runs."""
     return {name: value for name, value in _read_config(folder).items() if name not in BESIDE_OPTIONS}
 
 
 def load_options(folder: str | os.PathLike[str], defaults: C) -> C:
-    """The options of the run in `folder`, to go on with it.
+    """The options of the run in `folder`, to resume it.
 
     Raises ValueError if the run is of another program than `defaults`.
     """
@@ -257,15 +257,12 @@ def load_options(folder: str | os.PathLike[str], defaults: C) -> C:
 
 
 def read_recorded(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What config.json has beside the options, by BESIDE_OPTIONS; an old run lacks some."""
+    """The entries of config.json in BESIDE_OPTIONS, some of which old runs lack."""
     return {name: value for name, value in _read_config(folder).items() if name in BESIDE_OPTIONS}
 
 
 def read_held_out(folder: str | os.PathLike[str]) -> dict[str, str] | None:
-    """What the losses of a run are measured on: hashes of its held-out `text` and `tokenizer`.
-
-    None for a run that did not record them.
-    """
+    """The identity of a run's held-out text: hashes of `text` and `tokenizer`; None if not recorded."""
     found = read_recorded(folder).get(HELD_OUT)
     return found if isinstance(found, dict) and found.keys() >= {"text", "tokenizer"} else None
 
@@ -283,14 +280,14 @@ def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The metrics of a run, one entry per step: that of the last attempt.
 
-    Lines that are no JSON, and metrics after a step from which a later attempt resumed, are left out. Raises
-    ValueError for a line that was edited and is not what a run writes.
+    Skips lines that are not JSON, and metrics after a step from which a later attempt resumed. Raises
+    ValueError for an invalid line.
     """
     return deduplicate_steps(lines.read(Path(folder) / METRICS, lines.check_metrics))
 
 
 def deduplicate_steps(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that no later attempt has replaced."""
+    """The lines of metrics.jsonl that are not replaced by a later attempt."""
     valid: dict[tuple[int, bool], dict[str, Any]] = {}
     for entry in entries:
         if "resumed" in entry:

@@ -3,9 +3,9 @@
     checkpoints/step_00000500.sharded/     about.json, .metadata, __0_0.distcp, __1_0.distcp, ...
 
 `torch.distributed.checkpoint` (DCP) writes and reads only the shards of each process, for any number of
-processes. The folder has another name until it is complete. Its `.metadata` is a pickle: load only folders
-that you trust. `merge` makes a checkpoint of one file of it, which `checkpoint` verifies, and `split` the
-reverse.
+processes. The folder has a temporary name until it is complete. Its `.metadata` is a pickle: load only
+folders that you trust. `merge` converts it to a checkpoint of one file, which `checkpoint` verifies; `split`
+is the reverse.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ ABOUT = "about.json"
 class Writer:
     """Writes the sharded checkpoints of a run, one at a time; with `in_background` while training continues.
 
-    All processes call each method together. `group` is theirs alone, on the CPU; None: a single process.
+    All methods are collective. `group` is a CPU process group for this purpose alone; None: a single process.
     """
 
     def __init__(self, is_main: bool, group: Any, in_background: bool = False) -> None:
@@ -42,9 +42,9 @@ class Writer:
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path, **state: Any
     ) -> None:
-        """Write a checkpoint; in the background, wait for the previous one only.
+        """Write a checkpoint; in the background, only wait for the previous one.
 
-        Raises WriteError if that fails.
+        Raises WriteError on failure.
         """
         from torch.distributed import checkpoint as dcp
 
@@ -64,7 +64,7 @@ class Writer:
         self._complete(folder, about)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. Raises WriteError if it failed."""
+        """Wait for the pending checkpoint. Raises WriteError if it failed."""
         if self.pending is not None:
             (folder, about, future), self.pending = self.pending, None
             with files.writing(folder):
@@ -72,7 +72,7 @@ class Writer:
             self._complete(folder, about)
 
     def _complete(self, folder: Path, about: dict[str, Any]) -> None:
-        """Record what belongs to the tensors, and rename the folder: now the checkpoint counts."""
+        """Write the state, and rename the folder, which makes the checkpoint valid."""
         if self.is_main:
             partial = folder.with_name(folder.name + INCOMPLETE)
             sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
@@ -84,7 +84,7 @@ class Writer:
 
 @contextlib.contextmanager
 def _single_process_allowed() -> Iterator[None]:
-    """Without DCP's warning that there is no process group."""
+    """Suppress DCP's warning about a missing process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
@@ -96,7 +96,7 @@ def _future(found: Any) -> futures.Future[Any]:
 
 
 def _attempt(write: Any) -> None:
-    """`write`, with DCP's error of several processes as the error of the disk that it is."""
+    """Call `write`, and convert DCP's error of several processes to an OSError."""
     try:
         write()
     except OSError:
@@ -115,7 +115,7 @@ def folders(home: Path) -> list[Path]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What belongs to the tensors. Raises ValueError unless all files are there, of the recorded size."""
+    """The state beside the tensors. Raises ValueError unless all files exist with the recorded size."""
     about = checkpoint.parse_about(files.read_text(folder / ABOUT), folder / ABOUT)
     for name, size in about.get("files", {}).items():
         path = folder / name
@@ -152,9 +152,9 @@ def load(
     group: Any = None,
     restore_rng: bool = False,
 ) -> dict[str, Any]:
-    """Load a checkpoint into a model and its optimizer, sharded over any number of processes, or whole.
+    """Load a checkpoint into a model and its optimizer, sharded over any number of processes or unsharded.
 
-    Returns what belongs to the tensors. Raises ValueError if the folder does not fit the model.
+    Returns the state beside the tensors. Raises ValueError if the folder does not match the model.
     """
     from torch.distributed import checkpoint as dcp
 
@@ -193,7 +193,7 @@ def _objects(about: dict[str, Any], origin: object) -> tuple[nn.Module, torch.op
 
 
 def _state(about: dict[str, Any]) -> dict[str, Any]:
-    """What a program has stored beside that of `checkpoint.collect`."""
+    """The entries of the state that `checkpoint.collect` does not add."""
     return {name: value for name, value in about.items() if name not in checkpoint.COLLECTED | {"files"}}
 
 

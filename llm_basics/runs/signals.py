@@ -1,9 +1,9 @@
-"""How programs end on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (a scheduler's early warning) and SIGHUP.
+"""Handling of SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (a scheduler's early warning) and SIGHUP.
 
-Every command calls `end_at_once` before its imports and hands its program to `run`: a signal then ends it in
-one line, with 128 plus the signal number as exit status. Training must not lose its weights, so inside
-`listening` a signal only sets a flag, which `poll` raises as `Stopped` at safe points. A second Ctrl-C ends
-the process immediately.
+Every command calls `end_at_once` before its imports and runs its program by `run`: a signal then ends it with
+a message of one line and the exit status 128 plus the signal number. Training must not lose its weights, so
+within `listening` a signal only sets a flag, which `poll` raises as `Stopped` at safe points. A second Ctrl-C
+ends the process immediately.
 
     with listening():
         for batch in polled(batches):
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 
-# torchrun repeats a SIGINT that the terminal has delivered to all processes; within this time it is the same
+# torchrun repeats a SIGINT that the terminal has sent to all processes; repeats within this time are ignored
 LAUNCHER_SECONDS = 0.5
 
 
@@ -37,25 +37,25 @@ class Stopped(BaseException):
         super().__init__(self.name)
 
     def __reduce__(self) -> tuple[type["Stopped"], tuple[int]]:
-        # an exception is pickled with its message alone
+        # by default an exception is pickled with its message only
         return Stopped, (self.status - 128,)
 
 
 class Response(enum.Enum):
-    """What a signal does."""
+    """The effect of a signal."""
 
     EXIT = enum.auto()
-    """End the process: nothing has to be cleaned up."""
+    """End the process, without cleanup."""
     RAISE = enum.auto()
     """Raise `Stopped` immediately."""
     FLAG = enum.auto()
     """Set the flag for `poll`."""
     NONE = enum.auto()
-    """Nothing: `Stopped` was raised, and cleaning up must not be interrupted."""
+    """Ignore the signal: `Stopped` was raised, and its cleanup must not be interrupted."""
 
 
 class _State:
-    """The first signal received and when, the response to the next one, and the exchange of `shared`."""
+    """The first signal and its time, the response to the next one, and the reduction of `shared`."""
 
     number: int | None = None
     seconds = 0.0
@@ -69,13 +69,13 @@ class _State:
 
 
 def end_at_once() -> None:
-    """Let a signal end this process in one line until `run`: importing torch takes seconds."""
+    """End the process on a signal, with a message of one line, until `run`: importing torch takes seconds."""
     _install()
     _State.response = Response.EXIT
 
 
 def run(main: Callable[[T], int | None], options: T) -> NoReturn:
-    """Exit with the status of `main(options)`, or after a signal, in one line, with 128 plus its number."""
+    """Exit with the status of `main(options)`, or after a signal, with a message and 128 plus its number."""
     status = None
     with _handling(), _responding(Response.RAISE):
         try:
@@ -98,7 +98,7 @@ def run(main: Callable[[T], int | None], options: T) -> NoReturn:
 
 @contextlib.contextmanager
 def interactive() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt inside the block, as often as it is pressed."""
+    """Raise KeyboardInterrupt at each Ctrl-C within the context."""
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -113,7 +113,7 @@ def interactive() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Signals set the flag inside the block; the previous handlers and response are restored after it."""
+    """Within the context signals set the flag of `poll`; then restores the previous handlers and response."""
     with _handling(), _responding(Response.FLAG):
         yield
 
@@ -133,9 +133,9 @@ def poll() -> None:
 
 @contextlib.contextmanager
 def shared(agree: Callable[[int], int] | None) -> Iterator[None]:
-    """Inside the block `poll` raises for the number that `agree` returns, given the pending one or 0.
+    """Within the context `poll` raises for the signal number `agree(pending)`; 0 is no signal.
 
-    Several processes agree on one number, so that all stop at the same poll.
+    `agree` is a collective reduction over several processes, so that all stop at the same poll.
     """
     before, _State.agree = _State.agree, agree
     try:
@@ -145,12 +145,12 @@ def shared(agree: Callable[[int], int] | None) -> Iterator[None]:
 
 
 def expect_launcher() -> None:
-    """A launcher has started this process, and passes signals on."""
+    """Set that a launcher has started this process, and forwards signals."""
     _State.is_launched = True
 
 
 def unshared() -> contextlib.AbstractContextManager[None]:
-    """Inside the block `poll` raises for signals to this process alone."""
+    """Within the context `poll` raises only for signals to this process."""
     return shared(None)
 
 
@@ -163,7 +163,7 @@ def polled(items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def anywhere() -> Iterator[None]:
-    """Signals raise `Stopped` immediately inside the block, for long work without partial results."""
+    """Within the context signals raise `Stopped` immediately, for long work without partial results."""
     with _responding(Response.RAISE):
         poll()
         yield
@@ -174,7 +174,7 @@ def anywhere() -> Iterator[None]:
 
 
 def _install() -> dict[int, Any]:
-    """Install the handlers and return the previous ones; outside the main thread Python allows none."""
+    """Install the handlers and return the previous ones; none outside of the main thread."""
     before = {}
     with contextlib.suppress(ValueError):
         for number in SIGNALS:
@@ -186,7 +186,7 @@ def _install() -> dict[int, Any]:
 
 @contextlib.contextmanager
 def _handling() -> Iterator[None]:
-    """Install the handlers for the block, at whose end signals are forgotten."""
+    """Install the handlers within the context; then clear any pending signal."""
     before = _install()
     try:
         yield
@@ -219,7 +219,7 @@ def _receive(number: int, frame: types.FrameType | None) -> None:
     if _State.response is Response.RAISE:
         _State.response = Response.NONE
         raise Stopped(number)
-    # a launcher ends the other processes of a job by SIGTERM after one has failed, whose error shall be last
+    # after one process of a job fails, a launcher ends the others by SIGTERM; the error must be printed last
     if _State.response is Response.FLAG and not (_State.is_launched and number == signal.SIGTERM):
         _write("stopping after the next save; press Ctrl-C again to exit immediately")
 
@@ -229,6 +229,6 @@ def _print_stopped(number: int) -> None:
 
 
 def _write(line: str) -> None:
-    """Write a line to standard error, after the ^C of a terminal; no print, which a signal may interrupt."""
+    """Write a line to standard error, after a terminal's ^C; os.write, since a signal may interrupt print."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())

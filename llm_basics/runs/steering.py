@@ -1,7 +1,7 @@
-"""Options that change while a run trains: which ones, how they are requested, and what changed when.
+"""Changes of options during training: steerable options, requests, and recorded changes.
 
 A change is recorded in events.jsonl, as `"changed": {"train.lr": [0.003, 0.001]}` of an event after the step
-where it took effect. From these the options at any step follow, for resuming and for `train --replay`.
+where it took effect. These events determine the options at any step, for resuming and for `train --replay`.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from llm_basics.runs import inbox, locks, run_dir
 _EVERY = "log_every eval_every eval_batches sample_every checkpoint_every keep_checkpoints"
 STEERABLE = tuple(f"train.{name}" for name in f"lr min_lr max_grad_norm {_EVERY}".split())
 
-# done once: evaluate, sample, save a checkpoint; stop saves too
+# actions that run once; stop also saves a checkpoint
 ACTIONS = ("evaluate", "sample", "save", "stop")
 
-# options whose change on a resume can be repeated within one process; others are built into data or optimizer
+# options whose change on a resume can be replayed in one process; others affect data or optimizer at setup
 _ON_RESUME = (
     "steps warmup_steps schedule decay_fraction sample_tokens sample_prompt on_nonfinite on_save_error"
 )
 REPLAYABLE = {*STEERABLE, *(f"train.{name}" for name in _ON_RESUME.split())}
 
-# seconds between two looks for an answer
-LOOK_SECONDS = 0.1
+# polling interval for the response
+POLL_SECONDS = 0.1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def parse(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def check(values: object, actions: object) -> None:
-    """Raise ValueError unless these may be requested from a run."""
+    """Raise ValueError unless all values and actions are valid for a command."""
     if not isinstance(values, dict) or not isinstance(actions, list) or not (values or actions):
         raise ValueError(
             f"a command must set an option (train.lr=1e-3) or name an action ({', '.join(ACTIONS)}), got none"
@@ -75,15 +75,15 @@ def check(values: object, actions: object) -> None:
 
 
 def send(folder: str | os.PathLike[str], values: Mapping[str, Any], actions: Sequence[str] = ()) -> str:
-    """Request changes and actions from the run that trains in `folder`. Returns the id of the answer.
+    """Request changes and actions from the training run in `folder`. Returns the id of the command.
 
-    Raises ValueError if no run does, or if it may not be asked for these.
+    Raises ValueError for an invalid command, or if the run is not training.
     """
     check(dict(values), list(actions))
     if locks.owner(folder) is None:
         raise ValueError(
-            f"a run must be training to be steered, got {folder}; resume it with --resume {folder}, and "
-            "give changed options there"
+            f"a run must be training to be steered, got {folder}; resume it with --resume {folder} and the "
+            "changed options"
         )
     command_id = uuid.uuid4().hex[:12]
     inbox.send(folder, {"id": command_id, "set": dict(values), "do": list(actions)})
@@ -91,9 +91,9 @@ def send(folder: str | os.PathLike[str], values: Mapping[str, Any], actions: Seq
 
 
 def answer(folder: str | os.PathLike[str], command_id: str, seconds: float) -> dict[str, Any] | None:
-    """The event that answers a command: `steered` or `refused`, the latter with its `reason`.
+    """Wait for the response to a command: an event `steered` or `refused`, the latter with a `reason`.
 
-    None after `seconds`. Raises ValueError if the run ends without an answer.
+    None after a timeout of `seconds`. Raises ValueError if the run ends without a response.
     """
     end = time.monotonic() + seconds
     while True:
@@ -105,7 +105,7 @@ def answer(folder: str | os.PathLike[str], command_id: str, seconds: float) -> d
             raise ValueError(f"{folder} ended before it read the command; nothing was changed")
         if time.monotonic() >= end:
             return None
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Change:
 
 
 def read_changes(folder: str | os.PathLike[str]) -> list[Change]:
-    """The recorded changes of a run by step, without those that a later one at an earlier step replaced."""
+    """The recorded changes of a run by step, without those replaced by a later attempt."""
     kept: list[Change] = []
     for event in run_dir.read_events(folder):
         try:
@@ -154,7 +154,7 @@ def value_of(options: config.Config, name: str) -> Any:
 
 
 def with_values(options: config.Config, values: Mapping[str, Any], origin: str) -> config.Config:
-    """`options` with values by dotted names, checked as if given at the start.
+    """`options` with values by dotted names, validated as at the start of a run.
 
     >>> with_values(config.Config(), {"train.lr": "1e-2"}, "here").train.lr
     0.01
@@ -167,7 +167,7 @@ def with_values(options: config.Config, values: Mapping[str, Any], origin: str) 
 
 
 def at_step(options: config.Config, changes: Iterable[Change], step: int) -> config.Config:
-    """The options after `step` updates: of each name that changed, its value then."""
+    """The options in effect after `step` updates."""
     values: dict[str, Any] = {}
     for change in changes:
         if change.step <= step:
@@ -178,7 +178,7 @@ def at_step(options: config.Config, changes: Iterable[Change], step: int) -> con
 
 
 def original(options: config.Config, folder: str | os.PathLike[str]) -> config.Config:
-    """The options with which the run in `folder` started; `options` are its current ones.
+    """The initial options of the run in `folder`; `options` are its current ones.
 
     Raises ValueError if a change on a resume cannot be repeated by `train --replay`.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Measures laps and the total, from its creation on."""
+    """Measures laps and the total time since its creation."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
@@ -23,7 +23,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the block from the lap."""
+        """Exclude the time within the context from the lap."""
         began = time.perf_counter()
         yield
         self.last += time.perf_counter() - began

@@ -1,7 +1,7 @@
-"""Read the growing JSON-lines files of a run directory, from a position on: for programs that watch a run.
+"""Read the growing JSON-lines files of a run directory from an offset, for programs that watch a run.
 
-A line counts once its newline is written, so a torn last line is read when it is complete. The content is
-untrusted: what is not an object of JSON is left out.
+A line is read once its newline is written, so a torn last line is read when it is complete. The content is
+untrusted: lines that are not JSON objects are skipped.
 """
 
 import json
@@ -11,22 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# most bytes read at once; a longer line is left out
+# maximum number of bytes per read; longer lines are skipped
 CHUNK_BYTES = 1 << 20
 
-# most bytes of a file whose records are listed, and of the end of a text
+# maximum bytes of a file whose records are listed, and of the end of a text file
 MAX_BYTES = 64 << 20
 TEXT_BYTES = 1 << 16
 
-# whole numbers beyond this are not exact in JSON readers that use doubles
+# larger integers are not exact in JSON readers that use doubles
 MAX_EXACT = 2**53
 
 
 def read(path: Path, offset: int = 0, n_bytes: int = CHUNK_BYTES) -> tuple[list[dict[str, Any]], int]:
-    """The objects on complete lines from `offset` on, and the offset after them.
+    """The objects on complete lines from `offset`, and the offset after them.
 
-    The returned offset is 0 if the file is shorter than `offset`: it was replaced. Non-finite literals become
-    infinity.
+    The returned offset is 0 if the file is shorter than `offset`, since it was replaced. Non-finite literals
+    become infinity.
     """
     try:
         with open(path, "rb") as file:
@@ -62,7 +62,7 @@ def _loads(content: bytes) -> Any:
 
 
 def sample(path: Path, n_lines: int) -> list[dict[str, Any]]:
-    """The objects of about `n_lines` lines, evenly spaced and with the last one, whatever the file's size."""
+    """The objects of about `n_lines` evenly spaced lines and the last one, in constant time."""
     try:
         size = path.stat().st_size
         if size <= n_lines * 512:
@@ -82,7 +82,7 @@ def sample(path: Path, n_lines: int) -> list[dict[str, Any]]:
 
 
 def records(path: Path, skip: int, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """`limit` objects after the first `skip`, and how many there are in the first MAX_BYTES of a file."""
+    """`limit` objects after the first `skip`, and the number of objects in the first MAX_BYTES of a file."""
     found: list[dict[str, Any]] = []
     offset = 0
     while offset < MAX_BYTES:
@@ -105,7 +105,7 @@ def last_lines(path: Path, n_lines: int) -> list[str]:
 
 
 def clean(value: Any, depth: int = 8) -> Any:
-    """`value` as JSON that every reader accepts: no NaN, no infinity, no lone surrogate, no deep nesting.
+    """`value` as strictly valid JSON: without NaN, infinity, lone surrogates or deep nesting.
 
     >>> clean({"loss": math.inf, "text": "\\ud800", "step": 3})
     {'loss': None, 'text': '?', 'step': 3}
