@@ -10,7 +10,7 @@
     quality        data quality by hand: masks, Gopher rules, duplicate lines, MinHash
     fast           fast implementations of core's pieces: Numba on CPU, Triton on GPU
     cli            options of the commands and their parsing
-    swap           puts one implementation of a piece in place of another: reference, fast, yours
+    swap           selects the implementation of each piece: reference, fast, yours
     data           text to token files, conversations to examples
     inference      generating text
     interop        Hugging Face transformers

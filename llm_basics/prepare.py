@@ -1,4 +1,4 @@
-"""Tokenize a corpus once, so that training starts at once.
+"""Tokenize a corpus once, so that training starts immediately.
 
 uv run python -m llm_basics.prepare book.txt --out data/book
 uv run python -m llm_basics.prepare tinystories --max_tokens 10000000 --out data/stories

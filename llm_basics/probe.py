@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
     options = parse.command_options(commands.ProbeConfig())
 
-    from llm_basics.learn import probe_tasks  # without torch: an unknown task is refused at once
+    from llm_basics.learn import probe_tasks  # without torch: an unknown task is an immediate error
 
     with parse.exit_on_error():
         probe_tasks.task_names(options.task)

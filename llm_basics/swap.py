@@ -1,9 +1,9 @@
-"""The seam: puts one implementation of a piece in place of another: reference, fast, or yours.
+"""Selects the implementation of each piece: reference, fast, or yours.
 
 Every call goes through a module attribute, so replacing a piece is setting that attribute on its home module
 in `core`, `systems`, `alignment` or `quality`. A fast implementation has the name, signature and results of
-its reference; your piece has the name and signature, and is what the tests check. Yours always wins over the
-fast one.
+its reference; your piece has the name and signature, and the tests check its results. Yours has precedence
+over the fast one.
 
     >>> with using("fast", log=lambda line: None):
     ...     origins()["bpe.train_bpe"]
@@ -67,7 +67,7 @@ OF_QUALITY = {
     "minhash_signature candidate_pairs connected_groups minhash_deduplication",
 }
 
-# home modules outside of core; functions of `checkpoint` are replaced by the catalogue of mistakes alone
+# home modules outside of core; functions of `checkpoint` are replaced only by the catalogue of mistakes
 HOMES_OUTSIDE_CORE = {"checkpoint": "llm_basics.runs.checkpoint"}
 HOMES_OUTSIDE_CORE |= {home: f"{SYSTEMS}.{home}" for home in OF_SYSTEMS}
 HOMES_OUTSIDE_CORE |= {home: f"{ALIGNMENT}.{home}" for home in OF_ALIGNMENT}
@@ -138,7 +138,7 @@ def _load(
 ) -> dict[str, Any]:
     """The pieces of a Python file, checked against the reference: `functional.softmax` -> the function.
 
-    While the file runs, the reference versions of what it defines are withheld.
+    While the file runs, placeholders replace the reference versions of the pieces that it defines.
     """
     defined = {name: f"{HOMES[name]}.{name}" for name in user_code.names(path) if name in HOMES}
     references = {piece: reference(piece) for piece in defined.values()}
@@ -152,7 +152,7 @@ def _load(
     for name, piece in defined.items():
         own = getattr(module, name, None)
         if isinstance(own, types.ModuleType):
-            continue  # named like a piece in it
+            continue  # a module with the name of one of its pieces
         if not callable(own):
             log(f"{name} of {path} is not used: it is neither a function nor a class")
             continue
@@ -177,7 +177,7 @@ def piece(key: str) -> str:
 
 
 def reference(piece: str) -> Any:
-    """The reference version of `functional.softmax`, whatever is in use."""
+    """The reference version of a piece such as `functional.softmax`."""
     return _REFERENCE.get(piece) or current(piece)
 
 
@@ -192,7 +192,7 @@ def set_piece(piece: str, replacement: Any) -> None:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Restore, at the end of the block, the pieces that were in use at its beginning."""
+    """Restore the current pieces at the end of the context."""
     before = {piece: current(piece) for piece in _REFERENCE}
     try:
         yield
@@ -203,7 +203,7 @@ def restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
-    """Replace `pieces` within the block."""
+    """Replace `pieces` within the context."""
     with restored():
         for piece, replacement in pieces.items():
             set_piece(piece, replacement)
@@ -211,13 +211,13 @@ def replaced(pieces: Mapping[str, Any]) -> Iterator[None]:
 
 
 def reference_only() -> contextlib.AbstractContextManager[None]:
-    """Use reference code alone within the block."""
+    """Use only reference code within the context."""
     return replaced(dict(_REFERENCE))
 
 
 @contextlib.contextmanager
 def using(what: str | Path, log: Callable[[str], None] = console.print_line) -> Iterator[None]:
-    """`use` within the block."""
+    """`use` within the context."""
     with restored():
         use(what, log)
         yield
@@ -268,12 +268,12 @@ def is_faster_one_by_one(model: Any, n_texts: int) -> bool:
 
 
 def kernel_cache() -> str:
-    """The folder of compiled CPU kernels; "" if none can be written."""
+    """The folder of compiled CPU kernels; "" if none is writable."""
     return os.environ.get("NUMBA_CACHE_DIR") or importlib.import_module(f"{FAST}.kernel_cache").folder()
 
 
 def current(piece: str) -> Any:
-    """The version of `functional.softmax` that is in use."""
+    """The version in use of a piece such as `functional.softmax`."""
     home, name = piece.split(".")
     return getattr(_module(home), name)
 
@@ -301,7 +301,7 @@ def _use_fast(log: Callable[[str], None]) -> None:
         if bypassed - {piece}:
             names = ", ".join(sorted(bypassed))
             log(f"{piece.split('.')[1]}: reference code is used, a fast kernel would bypass your {names}")
-        # user code, or a piece set by a test, wins
+        # user code, or a piece set by a test, has precedence
         elif current(piece).__module__ == _module(piece.split(".")[0]).__name__ or piece in fast_pieces():
             set_piece(piece, fast)
 
@@ -321,7 +321,7 @@ def _fast_implementations() -> Iterator[tuple[str, object]]:
 
 
 def _bypassed(piece: str) -> set[str]:
-    """The pieces that the fast implementation of `piece` does not call, where its reference does."""
+    """The pieces that the reference of `piece` calls, but not its fast implementation."""
     return _needs(piece) - STILL_CALLED.get(piece, set())
 
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# parameters that change no result, so that a piece without them may ignore their values
+# parameters that do not affect results, so that a piece without them may ignore their values
 IGNORABLE_PARAMETERS = {"progress", "n_workers"}
 
-# modules in the folder of the last executed file that it imported
+# modules that the last executed file imported from its folder
 _HELPERS: list[str] = []
 
 # file name and digest of each module of user code
@@ -28,7 +28,7 @@ _FILES: dict[str, str] = {}
 
 
 def names(path: str | Path) -> list[str]:
-    """The public names that a file binds at module level, in order.
+    """The public names that a file defines at module level, in order.
 
     Raises ValueError if it is not a Python file.
     """
@@ -62,7 +62,7 @@ def execute(path: str | Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, path, loader=_UncachedLoader(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # before execution: dataclasses and pickle look modules up by name
+    # before execution: dataclasses and pickle find modules by name
     sys.modules[name] = module
     # appended, so that no file of its folder shadows a library
     if str(path.parent) not in sys.path:
@@ -94,7 +94,7 @@ def execute(path: str | Path) -> types.ModuleType:
 
 
 class _UncachedLoader(importlib.machinery.SourceFileLoader):
-    """Always compiles: cached bytecode is stale for a change within a second that keeps the size."""
+    """Ignores cached bytecode, which is stale after a change within a second that keeps the size."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
@@ -111,7 +111,7 @@ def line_in(path: str | Path, traceback: types.TracebackType | None) -> int:
 
 
 def withheld(piece: str, is_class: bool, path: str | Path) -> Callable[..., Any]:
-    """A placeholder for a reference while a file that defines the same piece is executed."""
+    """A placeholder for a reference piece during the execution of a file that defines the same piece."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError(f"{path} calls the reference {piece}; implement {piece.split('.')[1]} itself")
@@ -148,7 +148,7 @@ def file_origin(module: types.ModuleType) -> str:
 
 
 def same_code(origin: str, other: str) -> bool:
-    """Whether two origins have the same digest, whatever their file names."""
+    """Whether two origins have the same digest, regardless of file names."""
     return origin.split(" (")[-1] == other.split(" (")[-1]
 
 
@@ -182,7 +182,7 @@ def fit(name: str, own: Any, reference: Any, path: str | Path) -> Any:
 
 
 def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], path: str | Path) -> Any:
-    """`own`, wrapped to raise ValueError for arguments that it has no parameter for."""
+    """`own`, wrapped to raise ValueError for arguments without a parameter."""
     signature = inspect.signature(reference)
     ours = list(signature.parameters.values())
     given = list(inspect.signature(own).parameters.values())
@@ -219,7 +219,7 @@ def _accept(name: str, own: Callable[..., Any], reference: Callable[..., Any], p
 
 
 def _recompute(own: Callable[..., Any], cache: Any, x: Any, token_positions: Any = None, **rest: Any) -> Any:
-    """The result for `x` of a causal layer without a parameter `cache`: from a call on all tokens so far.
+    """The result for `x` of a causal layer without a parameter `cache`, recomputed from all tokens so far.
 
     The cache stores their inputs and positions in place of keys and values.
     """
@@ -253,14 +253,14 @@ def _header(name: str, parameters: list[inspect.Parameter]) -> str:
 
 
 def _tokenizer(own: type, reference: type, path: str | Path) -> type:
-    """A reference tokenizer that delegates to the methods of `own`, and keeps its own for files.
+    """A subclass of the reference tokenizer that delegates to the methods of `own`, except for files.
 
-    For `encode_ordinary` there is a second instance of `own` without special tokens.
+    `encode_ordinary` uses a second instance of `own` without special tokens.
     """
     methods = {
         name: _accept(f"Tokenizer.{name}", method, getattr(reference, name), path)
         for name in dir(own)
-        # methods of its bases as well, decorated or not
+        # including methods of its bases and decorated methods
         for method in [inspect.getattr_static(own, name)]
         if callable(method) and (name == "__init__" or not name.startswith("_"))
         if hasattr(reference, name) and method is not object.__init__
@@ -286,7 +286,7 @@ def _tokenizer(own: type, reference: type, path: str | Path) -> type:
         body.setdefault("encode_batch", lambda self, texts, n_threads=None: [self.encode(t) for t in texts])
     complete = type(own.__name__, (reference,), {"__init__": __init__, **body})
     complete.__module__, complete.__doc__ = own.__module__, own.__doc__
-    # pickle looks it up there
+    # pickle finds the class by this name
     setattr(sys.modules[own.__module__], own.__name__, complete)
     return complete
 
@@ -304,7 +304,7 @@ def parameters(module: Any) -> set[str]:
 def mentioned(piece: Any) -> set[str]:
     """Every global and attribute name in the code of a function, or of all methods of a class."""
     if inspect.isclass(piece):
-        # no classes: an autograd.Function and that of its backward pass refer to each other
+        # without classes: an autograd.Function and that of its backward pass refer to each other
         parts = [part for part in vars(piece).values() if not inspect.isclass(part)]
         return set().union(*map(mentioned, parts))
     piece = inspect.unwrap(getattr(piece, "__func__", piece)) if callable(piece) else piece

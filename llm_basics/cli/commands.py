@@ -1,4 +1,4 @@
-"""Options of the commands: names, defaults and meanings. Those of training are in core.config."""
+"""Options of the commands: names, defaults and descriptions. Training options are in core.config."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -93,8 +93,8 @@ class GenerateConfig(
     """Generate text with a trained model."""
 
     prompt: str = ""
-    """Text to continue, printed before its continuation: bold on a terminal, as one text in a pipe; --out has
-    them apart. Empty: start a new document."""
+    """Text to continue, printed before its continuation: bold on a terminal, as one text in a pipe; separate
+    fields with --out. Empty: start a new document."""
     prompts: str | None = None
     """File with one prompt per line; .jsonl: the "prompt" field of each line."""
     out: str | None = None
@@ -184,20 +184,20 @@ class EvaluateConfig(
     on_bad_utf8: Literal["error", "replace"] = "error"
     """On invalid UTF-8 in data: stop with the position, or replace the bytes with U+FFFD."""
     stride: option_types.Count | None = None
-    """Tokens between window starts: fewer give each token more context and take longer. None: the context
-    length, windows side by side."""
+    """Tokens between window starts: a smaller stride gives each token more context and takes longer. None:
+    the context length, disjoint windows."""
     choices: str | None = None
     """File of multiple-choice questions, one JSON object per line: prompt (or question), choices, and the
     index of the answer, counted from 0."""
     delimiter: str = " "
     """Separator between prompt and choice, unless the text has white space there."""
     answers: str | None = None
-    """Exact answers of a chat model to a file of conversations, as for sft, or to those held_out in its run:
-    greedy, and with --best_of and --majority."""
+    """Measure exact answers of a chat model to a file of conversations, as for sft, or to the held_out ones
+    of its run: greedy, and with --best_of and --majority."""
     max_new_tokens: Annotated[int, option_types.Range(ge=1, most=10**6)] = 64
     """Maximum number of tokens in an answer."""
     temperature: option_types.NonNegative = 0.7
-    """Of the samples for best_of and majority."""
+    """Temperature of the samples for best_of and majority."""
     seed: option_types.Seed = 0
     """Random seed of the samples."""
     batch_size: generation_options.BatchSize = 8
@@ -214,13 +214,13 @@ class EvaluateConfig(
             )
 
     def sampling(self, max_new_tokens: int) -> generation_options.SamplingOptions:
-        """How answers are sampled."""
+        """Sampling options of the answers."""
         return generation_options.SamplingOptions(
             max_new_tokens, temperature=self.temperature, seed=self.seed
         )
 
     def each_selection(self) -> list[tuple[str, generation_options.SelectionOptions]]:
-        """The choices among samples, each on its own, by name."""
+        """Each enabled selection method alone, by name."""
         best = generation_options.SelectionOptions(best_of=self.best_of, reward=self.reward)
         vote = generation_options.SelectionOptions(majority=self.majority)
         return [(name, each) for name, each in (("best_of", best), ("majority", vote)) if each.n_candidates]
@@ -312,7 +312,7 @@ class SteerConfig(option_types.Options):
     changes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Options, as in train.lr=1e-3 train.eval_every=50, and actions: evaluate, sample, save, stop."""
     wait_seconds: option_types.NonNegative = 60.0
-    """Time to wait for the run's answer, which comes after its current step or evaluation."""
+    """Timeout for the run's response, which follows its current step or evaluation."""
 
 
 @dataclass(frozen=True)
@@ -324,13 +324,13 @@ class ProbeConfig(option_types.Options):
     mine: str | None = None
     """Python file with your pieces, used instead of the reference's."""
     steps: option_types.Count | None = None
-    """Maximum number of optimizer steps. None: the task's default, or what a minute allows."""
+    """Maximum number of optimizer steps. None: the task's default, or one minute of training."""
     seed: option_types.Seed = 0
     """Random seed of initial weights, training sequences and held-out sequences."""
     out: str = "probes"
     """Folder for the figures."""
     record: bool = False
-    """Also write a run directory under runs/, which the lab shows with the losses that are known."""
+    """Also write a run directory under runs/, which the lab shows with the known optimal losses."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Shell completion of `llm-basics`, from what the commands themselves print with --help."""
+"""Shell completion of `llm-basics`, from the output of --help."""
 
 from llm_basics.cli import commands, parse
 
-# bash's own names: the words of the line, and the place of the one to complete
+# COMP_WORDS and COMP_CWORD are bash's: the words of the line, and the index of the one to complete
 SCRIPT = r"""
 _llm_basics() {
     local word="${COMP_WORDS[COMP_CWORD]}" words
@@ -19,7 +19,7 @@ complete -o default -F _llm_basics llm-basics
 
 
 def script(shell: str) -> str:
-    """The completion script for a shell; zsh reads bash's.
+    """The completion script for a shell; zsh loads that of bash.
 
     >>> script("zsh").startswith("autoload -Uz bashcompinit && bashcompinit")
     True

@@ -1,17 +1,17 @@
-"""Options of generating text that several commands share: sampling, choosing, storing in fewer bits."""
+"""Options of text generation shared by several commands: sampling, selection, quantization."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from llm_basics.core import option_types
 
-# sequences in one forward pass, and generated at once: they must fit into memory
+# maximum sequences per forward pass, and generated in parallel: they must fit into memory
 BatchSize = Annotated[int, option_types.Range(ge=1, most=10**5)]
 
 
 @dataclass(frozen=True)
 class SamplingOptions(option_types.Options):
-    """How tokens are sampled from the model's distribution."""
+    """Sampling from the model's distribution."""
 
     max_new_tokens: option_types.Length = 200
     """Maximum number of new tokens; the end of the document stops earlier."""
@@ -31,7 +31,7 @@ class SamplingOptions(option_types.Options):
 
 @dataclass(frozen=True)
 class SelectionOptions(option_types.Options):
-    """How one of several samples is chosen (inference-time scaling)."""
+    """Selection among several samples (inference-time scaling)."""
 
     best_of: BatchSize | None = None
     """Keep the best of this many samples, by log-probability per token or by --reward."""
@@ -43,11 +43,11 @@ class SelectionOptions(option_types.Options):
 
     @property
     def n_candidates(self) -> int:
-        """Samples from which one is chosen; 0 if none is."""
+        """Number of samples to select from; 0 without selection."""
         return max(self.best_of or 0, self.majority or 0)
 
     def check_selection(self, temperature: float) -> None:
-        """Raise ValueError for options that exclude each other."""
+        """Raise ValueError for incompatible options."""
         if self.reward is not None and self.best_of is None:
             raise ValueError(f"reward needs best_of, the number of samples to score, got only {self.reward}")
         if self.n_candidates > 1 and temperature == 0:
@@ -56,7 +56,7 @@ class SelectionOptions(option_types.Options):
             )
 
     def check_one_selection(self) -> None:
-        """Raise ValueError if two texts would be chosen."""
+        """Raise ValueError if two selection methods are enabled."""
         if self.best_of is not None and self.majority is not None:
             raise ValueError(
                 f"best_of cannot be combined with majority, got {self.best_of} and {self.majority}; omit one"
@@ -65,7 +65,7 @@ class SelectionOptions(option_types.Options):
 
 @dataclass(frozen=True)
 class QuantizationOptions(option_types.Options):
-    """In how many bits weights and the key-value cache are stored."""
+    """Quantization of weights and the key-value cache."""
 
     quantize: Literal["none", "int8", "int4"] = "none"
     """Store the weights of linear layers in 8 or 4 bits, with scales; embeddings and norms stay float32."""

@@ -13,19 +13,19 @@ from typing import Any
 from llm_basics.cli import nested
 from llm_basics.core import config, presets
 
-# options besides model.* and train.* that may be overridden by name: none of them names a file
+# options besides model.* and train.* that may be overridden by name; none of them is a path
 OTHERS = ("fast", "deterministic", "val_fraction", "max_tokens", "on_bad_utf8", "tokenizer")
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 
 
 def preset_names() -> list[str]:
-    """The presets that `train` has, the default first."""
+    """The presets of `train`, the default first."""
     names = [path.stem for path in presets.PRESETS.glob("*.yaml") if path.stem not in ("sft", "rl", "dpo")]
     return sorted(names, key=lambda name: (name != config.Config.config, name))
 
 
 def resolve(preset: str, changes: Mapping[str, Any]) -> config.Config:
-    """The options of a preset with overrides by name. Raises ValueError for those that may not be set.
+    """The options of a preset with overrides by name. Raises ValueError for other options of `train`.
 
     >>> resolve("tiny", {"train.steps": 5}).train.steps
     5
@@ -91,7 +91,7 @@ def _options(prefix: str, kind: Any) -> list[Option]:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The documentation of each field of a class: the string after it."""
+    """The documentation of each field of a class: the string literal after it."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     pairs = itertools.pairwise(definition.body)

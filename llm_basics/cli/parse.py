@@ -25,13 +25,13 @@ from llm_basics.runs import run_dir, steering
 
 T = TypeVar("T")
 
-# exit statuses of a program whose numbers are not finite, whose result could not be saved, or without memory
+# exit statuses for non-finite values, results that could not be saved, and insufficient memory
 NOT_FINITE, NOT_SAVED, NO_MEMORY = 1, 3, 4
 
-# the longest error, which may quote a value of a file
+# maximum length of an error message, which may quote a value of a file
 MESSAGE_LETTERS = 2000
 
-# errors of the disk, and of a path that was given wrongly
+# errors of the disk, and of an invalid path
 DISK = {*files.FULL, errno.EROFS, errno.EIO}
 WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
@@ -49,13 +49,13 @@ def command_options(options: Any) -> Any:
 def train_command_options(
     preset: str = config.Config.config, defaults: config.Config | None = None
 ) -> config.Config:
-    """`command_options` for a command that trains, with the options of `preset` over `defaults`."""
+    """`command_options` for a training command, with the options of `preset` over `defaults`."""
     set_up_process()
     return train_options(sys.argv[1:], _program(), preset, _title(), defaults)
 
 
 def _program() -> str:
-    """The running command as usage lines show it: `python -m llm_basics.train`."""
+    """The running command in usage lines: `python -m llm_basics.train`."""
     return f"python -m llm_basics.{Path(sys.argv[0]).stem}"
 
 
@@ -110,7 +110,7 @@ def train_options(
 def _defaults_of_new_run(arguments: Sequence[str], preset: str, base: config.Config) -> config.Config:
     """Defaults for the command line of a new run: --config or `preset`, over the run of --init_from.
 
-    That run contributes its model options and tokenizer, and an implicit preset does not override its model.
+    That run provides model options and tokenizer, and an implicit preset does not override its model.
     """
     explicit = _value_of("--config", arguments)
     options = presets.read_yaml(explicit or preset)
@@ -126,7 +126,7 @@ def _defaults_of_new_run(arguments: Sequence[str], preset: str, base: config.Con
 
 
 def _options_to_replay(name: str, defaults: config.Config) -> config.Config:
-    """The options with which a run started, for a new run directory."""
+    """The initial options of a run, for a new run directory."""
     folder = run_dir.resolve(name)
     options = run_dir.load_options(folder, defaults)
     options = steering.original(options, folder)
@@ -196,10 +196,10 @@ def _tyro_errors_as_value_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_error(flush: bool = True) -> Iterator[None]:
-    """Print a ValueError or OSError as one line and exit with status 2, or NOT_SAVED if it is the disk's.
+    """Print a ValueError or OSError as one line and exit with status 2, or NOT_SAVED for errors of the disk.
 
-    Numbers that are not finite exit with NOT_FINITE, too little memory with NO_MEMORY, a closed output pipe
-    with 0. With `flush`, output is complete at the end, or an error.
+    Non-finite values exit with NOT_FINITE, insufficient memory with NO_MEMORY, a closed output pipe with 0.
+    With `flush`, standard output is flushed at the end, which may raise.
     """
     try:
         yield
@@ -217,7 +217,7 @@ def exit_on_error(flush: bool = True) -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(NOT_FINITE)
     except (RuntimeError, MemoryError) as error:
-        from llm_basics.runs import process  # imports torch, as what raised the error did
+        from llm_basics.runs import process  # imports torch, which has raised the error
 
         if not process.is_out_of_memory(error):
             raise
@@ -226,7 +226,7 @@ def exit_on_error(flush: bool = True) -> Iterator[None]:
 
 
 def message(error: Exception) -> str:
-    """An error as printable text, without the number that Python shows of an OSError."""
+    """An error as printable text, without the error number of an OSError."""
     if is_of_output(error):
         return f"the output could not be written ({error.strerror})"
     if not isinstance(error, OSError) or isinstance(error, files.WriteError) or error.strerror is None:
@@ -239,19 +239,19 @@ def message(error: Exception) -> str:
 
 
 def is_of_disk(error: Exception) -> bool:
-    """Whether a result could not be saved where it should be: a full or read-only disk, no permission."""
+    """Whether an error is of saving a result: a full or read-only disk, no permission."""
     number = error.errno if isinstance(error, OSError) else None
     return number in DISK or (isinstance(error, files.WriteError) and number not in WRONG_PATH)
 
 
 def is_of_output(error: Exception) -> TypeGuard[OSError]:
-    """Whether standard output could not be written; errors of all other writes name their file."""
+    """Whether an error is of writing to standard output; errors of all other writes have a file name."""
     is_named = isinstance(error, files.WriteError) or getattr(error, "filename", None) is not None
     return getattr(error, "errno", None) in files.FULL and not is_named
 
 
 def _discard_output() -> None:
-    """At its exit Python flushes standard output, which must not fail again."""
+    """Redirect standard output to the null device, so that Python's flush at exit does not fail again."""
     with contextlib.suppress(io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -290,7 +290,7 @@ def _flags(cls: Any, prefix: str = "--") -> list[str]:
 
 
 def _message_in_frame(frame: str) -> str:
-    """The message in a frame of tyro's as one line: the text between the title and the next rule."""
+    """The message in tyro's frame as one line: the text between the title and the next rule."""
     words: list[str] = []
     for line in frame.splitlines()[1:]:
         content = line.strip("\u2502\u2570\u256f ")

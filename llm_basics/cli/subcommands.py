@@ -11,7 +11,7 @@ from llm_basics.core import option_types
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(commands.FastOptions):
-    """Which text is tokenized."""
+    """The text to tokenize."""
 
     data: str = "stdlib"
     """Text file, a folder or a glob of such files; stdlib: the source code of Python's standard library."""
@@ -30,7 +30,7 @@ class TokenizerTrain(TextOptions):
     pattern: Literal["gpt2", "cl100k"] = "gpt2"
     """Pre-tokenization pattern: that of GPT-2, or of GPT-4 (cl100k: at most three digits per pre-token)."""
     ties: Literal["greatest", "lowest-id"] = "greatest"
-    """Which of two equally frequent pairs is merged first; lowest-id is Hugging Face's rule."""
+    """Order of equally frequent pairs; lowest-id is the rule of Hugging Face tokenizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
