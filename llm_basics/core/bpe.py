@@ -1,8 +1,8 @@
-"""Byte-pair encoding: learn a vocabulary by merging the most frequent pair of neighbors, again and again.
+"""Byte-pair encoding: learn a vocabulary by repeatedly merging the most frequent pair of neighbors.
 
-The text is cut at special tokens, then into pre-tokens (words with their leading space, numbers,
-punctuation, runs of white space), across which nothing ever merges; each pre-token starts as a sequence of
-bytes, and merges make longer tokens (Sennrich et al., arXiv 1508.07909; on bytes: Radford et al. 2019).
+The text is split at special tokens, then into pre-tokens (words with their leading space, numbers,
+punctuation, runs of white space), which merges never cross; each pre-token starts as a sequence of bytes, and
+merges form longer tokens (Sennrich et al., arXiv 1508.07909; on bytes: Radford et al. 2019).
 
     >>> vocab, merges = learn_merges(Counter({b"low": 5, b"lower": 2}), vocab_size=258, special_tokens=[])
     >>> merges
@@ -24,22 +24,22 @@ from llm_basics.core import workers
 
 T = TypeVar("T", int, bytes)
 
-# GPT-2's pattern: contractions; letters, digits or other signs, each with one leading space; white space,
-# whose last character is left to the following word
+# GPT-2's pattern: contractions; letters, digits or punctuation, each with one leading space; white space,
+# whose last character belongs to the following word
 SPLIT_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# cl100k_base, as written in tiktoken: contractions in any case, at most three digits; a sign
-# in front of a word joins it, line ends join the signs before them
+# cl100k_base, as written in tiktoken: contractions in any case, at most three digits; a punctuation
+# character before a word joins it, line ends join the punctuation before them
 CL100K_PATTERN = regex.compile(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-# which of equally frequent pairs is merged first: the lexicographically greater pair of byte strings, or, as
-# in Hugging Face's trainer, the lower pair of ids, where bytes have GPT-2's ids
+# tie-breaking of equally frequent pairs: the lexicographically greater pair of byte strings first, or, as in
+# Hugging Face's trainer, the lower pair of ids, where bytes have GPT-2's ids
 GREATEST, LOWEST_ID = "greatest", "lowest-id"
 
-# below this size, starting processes costs more than they save
+# below this size, starting processes takes longer than they save
 PARALLEL_BYTES = 32_000_000
 
 
@@ -52,7 +52,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def special_pattern(special_tokens: Sequence[str]) -> regex.Pattern:
-    """A pattern that matches any special token; of two that begin together, the longer.
+    """A pattern that matches any special token; the longer one if two start at the same character.
 
     >>> special_pattern(["<a>", "<a><b>"]).findall("<a><b>")
     ['<a><b>']
@@ -82,7 +82,7 @@ def count_pretokens(
     pattern: regex.Pattern = SPLIT_PATTERN,
     progress: Callable[[str, int, int], None] = silent,
 ) -> Counter[bytes]:
-    """How often each pre-token occurs in a UTF-8 file.
+    """Count the pre-tokens of a UTF-8 file.
 
     The file is cut at special tokens into parts that `n_workers` processes count; None means one process per
     core, at most 8, for large files, else none. Programs that use processes need an
@@ -116,9 +116,9 @@ def usable_cores(most: int = 8) -> int:
 def chunk_boundaries(
     input_path: str | os.PathLike[str], special_tokens: Sequence[str], n_chunks: int
 ) -> list[int]:
-    """Byte offsets that cut a file into at most `n_chunks` parts, each at a special token.
+    """Byte offsets that split a file into at most `n_chunks` parts, each at a special token.
 
-    If no special token is a safe delimiter (one may be part of another, or overlap it), the file stays whole.
+    If no special token is a safe delimiter (one may be part of another, or overlap it), the file is one part.
     """
     size = Path(input_path).stat().st_size
     delimiter = _clean_delimiter([token.encode() for token in special_tokens])
@@ -215,7 +215,7 @@ def train_bpe(
 
 
 def check_special_tokens(special_tokens: Sequence[str]) -> list[str]:
-    """The special tokens without duplicates. Raises ValueError for one of less than two bytes."""
+    """The special tokens without duplicates. Raises ValueError for a token of fewer than two bytes."""
     if isinstance(special_tokens, str):
         raise ValueError(f"special tokens must be a list of texts, got the text {special_tokens!r}")
     for special in special_tokens:
@@ -225,7 +225,7 @@ def check_special_tokens(special_tokens: Sequence[str]) -> list[str]:
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
-    """Raise ValueError unless `vocab_size` has room for the 256 bytes and the special tokens."""
+    """Raise ValueError unless `vocab_size` includes the 256 bytes and the special tokens."""
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(
@@ -262,7 +262,7 @@ def learn_merges(
 
 
 class PairCounts:
-    """How often each pair of neighboring tokens occurs in the words, kept up to date while pairs merge."""
+    """Counts of the pairs of neighboring tokens in all words, updated by each merge."""
 
     def __init__(
         self, words: list[list[int]], frequencies: list[int], vocab: Mapping[int, bytes], ties: str = GREATEST
@@ -276,7 +276,7 @@ class PairCounts:
         for index, word in enumerate(words):
             for pair in pairwise(word):
                 self.add(pair, index, frequencies[index])
-        # entries may be out of date; `most_frequent` looks the count up again
+        # entries may be stale; `most_frequent` compares them with the current count
         self.heap = [self._entry(pair) for pair in self.counts]
         heapq.heapify(self.heap)
 
@@ -293,7 +293,7 @@ class PairCounts:
             count = self.counts[pair]
             if 0 < count == -negative_count:
                 return pair
-            # the count has fallen since the entry was made: push an updated one
+            # the count has decreased since the entry was pushed: push an updated one
             heapq.heappop(self.heap)
             if count > 0:
                 heapq.heappush(self.heap, self._entry(pair))
@@ -306,7 +306,7 @@ class PairCounts:
             old = self.words[index]
             new = merge_pair(old, pair, new_id)
             if len(new) == len(old):
-                continue  # an earlier merge consumed the pair here
+                continue  # an earlier merge removed the pair from this word
             frequency = self.frequencies[index]
             for neighbors in pairwise(old):
                 self.add(neighbors, index, -frequency)

@@ -1,4 +1,4 @@
-"""Every option of a run: its name, type with limits, default and meaning."""
+"""Every option of a run: name, type with limits, default and description."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -161,7 +161,7 @@ class TrainConfig(option_types.Options):
     weight_decay: option_types.NonNegative = 0.1
     """Decoupled weight decay of matrices and embeddings. Norms and biases are not decayed."""
     betas: tuple[option_types.Decay, option_types.Decay] = (0.9, 0.95)
-    """option_types.Decay rates of AdamW's running means of the gradient and its square."""
+    """Decay rates of AdamW's running means of the gradient and its square."""
     eps: option_types.Fraction = 1e-8
     """Added to AdamW's denominator, for numerical stability."""
     max_grad_norm: option_types.Positive = 1.0

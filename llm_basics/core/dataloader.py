@@ -28,7 +28,7 @@ def get_batch(
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     """Inputs and targets: random windows of `tokens`, and the same windows shifted by one token.
 
-    Every start with room for a window and its last target is equally likely. Reads only the windows.
+    All starts of complete windows with a last target are equally likely. Reads only the windows.
 
     >>> inputs, targets = get_batch(np.arange(5), batch_size=1, context_length=4)
     >>> inputs, targets
@@ -48,7 +48,7 @@ def _to_batch(
 
 
 def check_length(n_tokens: int, context_length: int, what: str = "the text") -> None:
-    """Raise ValueError unless `n_tokens` has room for a window of `context_length` and its last target."""
+    """Raise ValueError unless `n_tokens` suffices for a window of `context_length` and its last target."""
     if n_tokens < context_length + 1:
         raise ValueError(
             f"{what} must have more tokens than model.context_length {context_length}, got {n_tokens}; "

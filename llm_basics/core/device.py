@@ -4,14 +4,14 @@ import contextlib
 
 import torch
 
-# devices that run asynchronously, whose results are read a step later
+# asynchronous devices, whose results are read a step later
 ASYNCHRONOUS = {"cuda"}
 
 
 def choose(name: str) -> torch.device:
     """The device `name`; for "auto" the first available of cuda, mps and cpu.
 
-    Raises ValueError if it cannot be used.
+    Raises ValueError if it is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -61,7 +61,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class WriteError(OSError):
-    """A file could not be written; its text names the file, the reason, and the bytes needed and free."""
+    """A failed write; the message has the file, the reason, and the bytes needed and free."""
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -84,7 +84,7 @@ def writing(path: str | os.PathLike[str], n_bytes: int = 0, n_done: int = 0) -> 
 
 
 def free_bytes(path: Path) -> int:
-    """Free disk space where `path` is, or will be."""
+    """Free space on the disk of `path`, which need not exist."""
     return shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.is_dir())).free
 
 
@@ -103,7 +103,7 @@ class _Output(io.FileIO):
 
 
 def open_output(path: str | os.PathLike[str], mode: str = "wb") -> BinaryIO:
-    """Open a log or a temporary file; what a user keeps is written by `replacing`."""
+    """Open a log or a temporary file; all other files are written by `replacing`."""
     return io.BufferedWriter(_Output(path, mode))
 
 
@@ -114,7 +114,7 @@ def create_folder(path: str | os.PathLike[str]) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where this process writes what becomes `path`."""
+    """The path of the temporary file that becomes `path`."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
@@ -122,8 +122,8 @@ def temporary(path: Path) -> Path:
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a temporary file that replaces `path` on success; after an error `path` is unchanged.
 
-    If the process or the machine stops, `path` has all of the old content or all of the new. It keeps its
-    permissions, a link remains one, and a device or a pipe is written directly.
+    If the process or the machine stops, `path` has either the old or the new content. Permissions and links
+    are preserved, and devices and pipes are written directly.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         with open_output(path) as file:
@@ -147,7 +147,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-    # the new name must reach the disk as well, unless a network file system cannot do that
+    # sync the directory entry as well, which some network file systems do not support
     with contextlib.suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -162,7 +162,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def write_all(contents: Mapping[Path, str | bytes]) -> None:
-    """`write` files that belong together: all are on the disk before the first replaces an old one."""
+    """`write` several files: all new contents are on the disk before the first file is replaced."""
     with contextlib.ExitStack() as stack:
         for path, content in contents.items():
             file = stack.enter_context(replacing(path))

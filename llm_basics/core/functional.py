@@ -1,8 +1,8 @@
 """The mathematics of a language model, as pure functions of tensors.
 
-Everything here is built from tensor arithmetic and autograd alone. Functions are ordered so that each builds
-on those before it; none keeps state, none changes its input. Operations that would lose precision in float16
-and bfloat16 (softmax, norms, GELU, cross-entropy) compute in float32 and return the input's dtype.
+Functions use only tensor arithmetic and autograd, ordered so that each builds on those before it. They
+are stateless and do not modify their inputs. Operations that would lose precision in float16 and bfloat16
+(softmax, norms, GELU, cross-entropy) compute in float32 and return the input's dtype.
 
     >>> softmax(torch.tensor([0.0, math.log(3.0)]), dim=0)
     tensor([0.2500, 0.7500])
@@ -64,7 +64,7 @@ def embedding(
 def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """Turn scores into probabilities along `dim`: `exp(x_i) / sum_j exp(x_j)`.
 
-    Subtracting the maximum of each row changes nothing in the quotient and keeps `exp` finite.
+    Subtracting the maximum of each row leaves the quotient unchanged and keeps `exp` finite.
 
     >>> softmax(torch.tensor([1000.0, 1000.0]))
     tensor([0.5000, 0.5000])
@@ -75,7 +75,7 @@ def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
 
 
 def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
-    """The logarithm of softmax, without ever taking the logarithm of a rounded-off zero.
+    """The logarithm of softmax, without the logarithm of probabilities that underflow to 0.
 
     `log softmax(x)_i = x_i - log sum_j exp(x_j)`
 
@@ -89,7 +89,7 @@ def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
 def _shifted_and_log_sum(
     x: Float[Tensor, "..."], dim: int
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """`x - max(x)` along `dim`, and `log sum_j exp` of it: small numbers, which lose no precision."""
+    """`x - max(x)` along `dim`, and `log sum_j exp` of it: small values, which preserve precision."""
     shifted = x - x.amax(dim, keepdim=True).detach()
     return shifted, shifted.exp().sum(dim, keepdim=True).log()
 
@@ -191,7 +191,7 @@ def layer_norm(
     bias: Float[Tensor, " d_model"] | None = None,
     eps: float = 1e-5,
 ) -> Float[Tensor, "... d_model"]:
-    """Bring each vector to mean 0 and variance 1, then scale and shift (arXiv 1607.06450).
+    """Normalize each vector to mean 0 and variance 1, then scale and shift (arXiv 1607.06450).
 
     `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, the variance divided by d_model.
 
@@ -272,10 +272,10 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "... queries d_v"]:
-    """For each query, the mean of the values weighted by how well their keys match it.
+    """For each query, the mean of the values weighted by the similarity of their keys to it.
 
-    `softmax(Q K^T / sqrt(d_k)) V` (arXiv 1706.03762). `mask` is True where a query may attend; a query
-    without any key yields zeros and passes no gradient. `is_causal` lets query i attend to the keys 0 to i,
+    `softmax(Q K^T / sqrt(d_k)) V` (arXiv 1706.03762). `mask` is True where a query may attend; the output of
+    a query without any key is zero and has no gradient. With `is_causal`, query i attends to the keys 0 to i,
     as in `torch.nn.functional`.
 
     >>> q, k = torch.tensor([[0.0]]), torch.tensor([[1.0], [2.0]])
@@ -290,7 +290,7 @@ def scaled_dot_product_attention(
     if mask is None:
         probabilities = softmax(scores)
     else:
-        # softmax of a row of -inf is 0/0: a query without keys gets scores of 0, then probabilities of 0
+        # softmax of a row of -inf is 0/0: set the scores of a query without keys to 0, then its probabilities
         unmatched = ~mask.any(-1, keepdim=True)
         scores = scores.masked_fill(~mask, -math.inf).masked_fill(unmatched, 0.0)
         probabilities = softmax(scores).masked_fill(unmatched, 0.0)
@@ -308,9 +308,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    """How surprised the model is by the targets, in nats: `-log softmax(logits)[target]`.
+    """Cross-entropy of the targets under the model, in nats: `-log softmax(logits)[target]`.
 
-    Targets equal to `ignore_index` count neither in the sum nor in the mean, which is 0 without any target.
+    Targets equal to `ignore_index` are excluded from sum and mean, which are 0 without any other target.
     `z_loss` adds `z_loss * logsumexp(logits)^2`, which keeps logits from drifting (arXiv 2204.02311).
     `reduction` is "mean" or "sum" over all targets, or "none" for one loss per target.
 

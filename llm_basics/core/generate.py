@@ -90,7 +90,7 @@ def next_token_probabilities(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    # with the maximum at 0, a tiny temperature cannot overflow it
+    # with a maximum of 0, a tiny temperature cannot cause overflow
     shifted = logits.float() - logits.float().amax(-1, keepdim=True)
     probabilities = F.softmax(shifted / temperature)
     if top_k is None and top_p is None:
@@ -107,7 +107,7 @@ def next_token_probabilities(
 
 
 def sample(probabilities: Float[Tensor, " vocab"], generator: torch.Generator | None = None) -> int:
-    """Draw a token id, on the CPU, where a seed gives the same result on every machine."""
+    """Sample a token id, on the CPU, where a seed determines the result on every machine."""
     probabilities = probabilities.cpu()
     try:
         return int(torch.multinomial(probabilities, 1, generator=generator))
@@ -130,8 +130,8 @@ def generate(
     """Continue `prompt` token by token, until `stop_id`, which is not yielded, or `max_new_tokens`.
 
     Keys and values of earlier tokens are cached. Once the sequence is longer than the context, the last
-    `context_length` tokens are recomputed for each new one. `adjust` is a logits processor: it gets all ids
-    and the logits of the next token, and returns the logits to sample from.
+    `context_length` tokens are recomputed for each new one. `adjust` is a logits processor, which maps all
+    ids and the logits of the next token to the logits to sample from.
     """
     if prompt.numel() == 0:
         raise ValueError("the prompt must have at least one token, got none")

@@ -68,7 +68,7 @@ class Embedding(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zero a share `p` of the elements in training; the identity in evaluation."""
+    """Zero elements with probability `p` in training; the identity in evaluation."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         return self.w2(self._activate(self.w1(x)))
 
     def _activate(self, x: Float[Tensor, "... d_ff"]) -> Float[Tensor, "... d_ff"]:
-        # looked up at each call, so that replacing `functional.gelu` replaces it here
+        # attribute access at each call, so that a replaced `functional.gelu` takes effect
         match self.activation:
             case "gelu":
                 return F.gelu(x)
@@ -209,7 +209,7 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         cos, sin = F.rope_tables(d_head, context_length, theta, device)
-        # recomputed from the config, never stored: a state dict holds only learned weights
+        # not persistent: recomputed from the config, so that a state dict has only learned weights
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

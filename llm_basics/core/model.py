@@ -1,4 +1,4 @@
-"""The language model: token ids in, a score for every possible next token out.
+"""The language model: maps token ids to a score for every possible next token.
 
 One class is both Llama (RMSNorm, RoPE, SwiGLU) and GPT-2 (LayerNorm, learned positions, GELU, biases): the
 config selects which. A decoder-only transformer, arXiv 1706.03762 as changed by GPT-2 (Radford et al. 2019)
@@ -63,7 +63,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """Embed the tokens, refine them block by block, and score the vocabulary at each position.
+    """Embed the tokens, apply all blocks, and score the vocabulary at each position.
 
     >>> tiny = config.ModelConfig(vocab_size=50, context_length=8, d_model=16, n_layers=1, n_heads=2)
     >>> TransformerLM(tiny)(torch.tensor([[3, 1, 4]])).shape
@@ -97,7 +97,7 @@ class TransformerLM(nn.Module):
         self.ln_final = make_norm(config, device, dtype)
         self.lm_head = layers.Linear(config.d_model, config.padded_vocab_size, device=device, dtype=dtype)
         if config.tie_embeddings:
-            # initialized as an output projection: with std 1 the first loss would be far above ln V
+            # initialized as an output projection: with std 1 the initial loss would be far above ln V
             self.token_embeddings.weight = self.lm_head.weight
         if config.init == "gpt2":
             init_gpt2_(self)
@@ -201,8 +201,8 @@ def make_ffn(
 def init_gpt2_(model: TransformerLM) -> None:
     """Initialize as GPT-2: normal of std 0.02, biases 0.
 
-    Projections back to the residual stream are scaled by `1 / sqrt(2 n_layers)`, since `2 n_layers`
-    contributions add up in it (Radford et al. 2019, section 2.3).
+    Projections back to the residual stream are scaled by `1 / sqrt(2 n_layers)`, since it is the sum of
+    `2 n_layers` contributions (Radford et al. 2019, section 2.3).
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
@@ -215,7 +215,7 @@ def init_gpt2_(model: TransformerLM) -> None:
 def init_zero_(model: TransformerLM) -> None:
     """Initialize the projections back to the residual stream to zero.
 
-    Each block starts as the identity, whatever the depth (as in Fixup, arXiv 1901.09321).
+    Each block starts as the identity, at any depth (as in Fixup, arXiv 1901.09321).
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):

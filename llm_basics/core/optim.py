@@ -1,4 +1,4 @@
-"""From gradients to better weights: AdamW, Muon, gradient clipping and learning-rate schedules.
+"""Optimizers: AdamW, Muon, gradient clipping and learning-rate schedules.
 
 Update rules are pure functions (`adamw_update`, `muon_update`), schedules pure functions of the step. The
 optimizer classes keep one state per parameter and use the settings of its group.
@@ -106,7 +106,7 @@ def adamw_update(
     """One AdamW step: the new parameter and the new running means of gradient and squared gradient.
 
     Adam (arXiv 1412.6980) with decoupled weight decay (arXiv 1711.05101). `step` counts from 1. Both means
-    start at 0; dividing them by `1 - beta^step` corrects for that.
+    start at 0; dividing them by `1 - beta^step` corrects this bias.
 
         exp_avg    = beta1 * exp_avg    + (1 - beta1) * gradient
         exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient^2
@@ -163,7 +163,7 @@ class AdamW(torch.optim.Optimizer):
     >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
     >>> (3 * weight).backward()
     >>> optimizer.step()
-    >>> weight.data  # the first step has length lr, whatever the gradient
+    >>> weight.data  # the first step has length lr, for any gradient
     tensor([0.9000])
     """
 
@@ -202,8 +202,8 @@ class AdamW(torch.optim.Optimizer):
 # --------------------------------------------------------------------------------------------------
 # Muon
 
-# coefficients of a x + b x^3 + c x^5, chosen for the steepest slope at 0 for which iteration still brings
-# every x in (0, 1] near 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+# coefficients of a x + b x^3 + c x^5, with the steepest slope at 0 for which iteration still maps every x in
+# (0, 1] close to 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -212,10 +212,10 @@ def orthogonalize(
 ) -> Float[Tensor, "... rows cols"]:
     """The nearest matrices with orthonormal rows (or columns, if there are fewer), approximately.
 
-    Of the singular value decomposition `U S V^T` this is `U V^T`: all directions get the same length. A
+    For the singular value decomposition `U S V^T` this is `U V^T`, with equal singular values. A
     Newton-Schulz step, `X <- a X + b (X X^T) X + c (X X^T)^2 X`, keeps U and V and applies a polynomial to S.
-    Five steps bring singular values above 1/500 of the norm to between 0.68 and 1.21, which is accurate
-    enough for an update direction; so is bfloat16 as `dtype`.
+    Five steps map singular values above 1/500 of the norm to between 0.68 and 1.21, which is accurate enough
+    for an update direction; so is bfloat16 as `dtype`.
 
     >>> orthogonalize(torch.diag(torch.tensor([5.0, 0.5]))).diag().round(decimals=1)
     tensor([0.7000, 0.7000])
@@ -242,9 +242,9 @@ def muon_update(
 ) -> tuple[Float[Tensor, "... rows cols"], Float[Tensor, "... rows cols"]]:
     """One Muon step for matrices of one shape: the new parameters and the new running means of the gradient.
 
-    The step is the orthogonalized running mean with the gradient mixed in once more (Nesterov): rare
-    directions count as much as frequent ones (Jordan et al. 2024). Scaled by `0.2 sqrt(max(rows, cols))`, its
-    elements are as large as AdamW's usually are, so that one learning rate serves both (arXiv 2502.16982).
+    The step is the orthogonalized Nesterov momentum: rare directions have the same weight as frequent ones
+    (Jordan et al. 2024). Scaled by `0.2 sqrt(max(rows, cols))`, its elements have about the magnitude of
+    AdamW's, so that both use the same learning rate (arXiv 2502.16982).
 
         momentum_buffer = momentum * momentum_buffer + (1 - momentum) * gradient
         direction = orthogonalize(momentum * momentum_buffer + (1 - momentum) * gradient)

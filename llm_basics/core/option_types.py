@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_arg
 
 
 class Range(NamedTuple):
-    """Limits of a number: at least `ge`, above `gt`, at most `le`, below `lt`; over `most` it has no use."""
+    """Limits of a number: at least `ge`, above `gt`, at most `le`, below `lt`; `most` is a sanity limit."""
 
     ge: int | float = -math.inf
     gt: int | float = -math.inf
@@ -17,7 +17,7 @@ class Range(NamedTuple):
     most: int | float = math.inf
 
     def fault(self, value: int | float) -> str:
-        """What `value` must be and is not; "" if it is within the limits."""
+        """The violated limits, as text; "" if `value` is within them."""
         if self.ge <= value <= self.le and self.gt < value < self.lt:
             return f"at most {self.most:,}" if value > self.most else ""
         low = f"at least {self.ge:,}" if self.ge > -math.inf else f"above {self.gt:,}"
@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 MOST = 10**15  # no text has as many tokens
-LIMITS = {int: Range(ge=0, most=MOST), float: Range()}  # of types without limits of their own
+LIMITS = {int: Range(ge=0, most=MOST), float: Range()}  # default limits by type
 
 Count = Annotated[int, Range(ge=1, most=MOST)]
 VocabSize = Annotated[int, Range(ge=1, most=2**31 - 1)]
@@ -42,7 +42,7 @@ Decay = Annotated[float, Range(ge=0, lt=1)]
 
 
 def fault(value: Any, hint: Any) -> str:
-    """What an option of the declared type `hint` must be, if `value` is not; "" if it is.
+    """The requirement of the declared type `hint` that `value` violates, as text; "" if it is valid.
 
     >>> fault(0, Count | None), fault(2.5, int), fault(math.nan, NonNegative), fault(2, Decay)
     ('at least 1', 'int', 'at least 0 and finite', 'at least 0 and below 1')
@@ -76,7 +76,7 @@ def declared(cls: type) -> dict[str, Any]:
 
 
 class Options:
-    """Base of the dataclasses of options: every value must be of its declared type, within its limits."""
+    """Base of the dataclasses of options; checks the type and limits of every value."""
 
     prefix: ClassVar[str] = ""
 

@@ -16,7 +16,7 @@ from llm_basics.core import config, files, option_types
 
 PRESETS = Path(__file__).parents[1] / "configs"
 
-# removed options, each with the only value that a stored config may have
+# removed options, with the only value allowed in a stored config
 REMOVED = {"model.value_embeddings": False, "model.x0_skips": False, "model.logit_softcap": None}
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def _fields(hint: Any) -> tuple[Any, ...]:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """A value of a YAML file as type `hint`, as far as it can be: YAML reads 1e-3 as text, on as true."""
+    """A value of a YAML file converted to type `hint` if possible: YAML parses 1e-3 as text, on as true."""
     while typing.get_origin(hint) in (typing.Annotated, typing.Union, types.UnionType):
         hint = typing.get_args(hint)[0]
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with a vocabulary learned by `bpe`.
+"""Converts text to token ids and back, with a vocabulary learned by `bpe`.
 
 Encoding repeats the steps of training: split the text at special tokens and into pre-tokens, then apply the
 merges to each pre-token in the order of learning. Any text can be encoded, and decoding its ids restores it.
@@ -29,10 +29,10 @@ END_OF_TEXT = "<|endoftext|>"
 # number of pre-tokens whose ids are cached
 CACHE_SIZE = 1 << 18
 
-# bytes of a file that are encoded at once
+# bytes of a file encoded per call
 PART_BYTES = 1 << 24
 
-# positions where a pre-token ends whatever follows, searched from the end; other patterns have none
+# positions where a pre-token ends for any following text, searched from the end; other patterns have none
 BOUNDARIES = {
     bpe.SPLIT_PATTERN: regex.compile(r"(?r)(?<=\S)(?=\s)"),
     bpe.CL100K_PATTERN: regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=\s)"),
@@ -139,8 +139,8 @@ class Tokenizer:
     def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
         """The ids of the concatenated texts, read lazily: for a file larger than memory.
 
-        A token may continue in the next text, so the end of a text is held back until a boundary that no
-        token crosses.
+        A token may continue in the next text, so the end of a text is buffered up to a boundary that no token
+        crosses.
 
         >>> list(Tokenizer.byte_level().encode_iterable(["on", "e <|end", "oftext|>"]))
         [111, 110, 101, 32, 256]
@@ -158,9 +158,9 @@ class Tokenizer:
         yield from self.encode(pending)
 
     def _safe_cut(self, text: str) -> int:
-        """An offset in `text` where a token ends, whatever follows; 0 if there is none.
+        """An offset in `text` where a token ends for any following text; 0 if there is none.
 
-        The last characters may be the beginning of a special token, so they are not searched.
+        The last characters may be the start of a special token, so they are not searched.
         """
         known = len(text) - max(map(len, self.special_tokens), default=0)
         boundary = BOUNDARIES.get(self.pattern, NO_BOUNDARY).search(text, endpos=max(known, 0))
@@ -279,7 +279,7 @@ def replace_surrogates(text: str) -> str:
 def _check(
     ids: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], special_tokens: Sequence[str]
 ) -> None:
-    """Raise ValueError unless each token is a byte, a special token, or what earlier tokens merge to."""
+    """Raise ValueError unless each token is a byte, a special token, or the merge of earlier tokens."""
     missing = [bytes([b]) for b in range(256) if bytes([b]) not in ids]
     missing += [left + right for left, right in merges if left + right not in ids]
     if missing:

@@ -1,4 +1,4 @@
-"""One optimizer step, `train_step`, and the class `Trainer`, which runs such steps on batches of yours.
+"""One optimizer step, `train_step`, and the class `Trainer`, which runs such steps on your batches.
 
 A step is: learning rate, zero_grad, forward, loss, backward, clip, optimizer step.
 """
@@ -104,7 +104,7 @@ def accumulate_gradients(
 
     Each batch is weighted by its number of targets: a mean of means would favor targets of short batches.
     """
-    # kept on the device: reading them would synchronize
+    # stay on the device: reading them would synchronize
     counts = [(targets != dataloader.IGNORE_INDEX).sum() for _, targets in batches]
     n_targets = torch.stack(counts).sum().clamp(min=1)
     train_loss = torch.zeros((), device=batches[0][0].device)
@@ -199,7 +199,7 @@ class Trainer:
         batches: Any = [tuple(batch)] if isinstance(batch[0], Tensor) else batch
         step = self.step + 1
         result = train_step(self.model, self.optimizer, batches, step, self.config)
-        # on a GPU, an implementation of `train_step` may leave this check to its caller
+        # on a GPU, an implementation of `train_step` may require this check from its caller
         check_finite(step, result.lr, result.train_loss, result.grad_norm)
         self.step = step
         self.losses.append(float(result.train_loss))

@@ -22,7 +22,7 @@ import regex
 
 from llm_basics.core import bpe, files
 
-# other spellings of GPT-2's pattern that split every text alike
+# other spellings of GPT-2's pattern that split every text identically
 SAME_AS_GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -72,7 +72,7 @@ def text_of(pattern: regex.Pattern) -> str:
 
 @contextlib.contextmanager
 def reading(must: str) -> Iterator[None]:
-    """Raise any error of reading a file as ValueError, with what `must` hold."""
+    """Convert errors of reading a file to ValueError, with the message `must`, the requirement."""
     try:
         yield
     except OSError as error:
@@ -204,7 +204,7 @@ def bytes_to_unicode(token: bytes) -> str:
 
 
 def unicode_to_bytes(spelling: str) -> bytes:
-    """The bytes of a spelling; with other characters, as in special tokens, those of UTF-8."""
+    """The bytes of a spelling; its UTF-8 bytes if it has other characters, as in special tokens."""
     byte_of = _bytes()
     if all(character in byte_of for character in spelling):
         return bytes(byte_of[character] for character in spelling)

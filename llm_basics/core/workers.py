@@ -1,4 +1,4 @@
-"""Worker processes that end with this one on a signal, without a word of their own."""
+"""Worker processes that end with this one on a signal, without printing tracebacks."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +18,7 @@ def mapped(work: Callable[[Any], R], items: Sequence[Any], n_workers: int) -> It
     `if __name__ == "__main__"` guard.
     """
     others = multiprocessing.active_children()
-    # fork would copy the locks of torch's threads in whatever state they are in
+    # fork would copy the locks of torch's threads in an undefined state
     with ProcessPoolExecutor(n_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             with _interrupts_blocked():
@@ -33,7 +33,7 @@ def mapped(work: Callable[[Any], R], items: Sequence[Any], n_workers: int) -> It
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Hold back Ctrl-C. Processes started in the block never receive it: a terminal sends it to them too."""
+    """Block Ctrl-C, which a terminal sends to all processes, in processes started within the context."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
