@@ -344,7 +344,7 @@ def test_a_source_that_has_changed_is_refused(options, source, monkeypatch):
     given = make_documents(300)
     for changed in (["new", *given], given[:3]):
         write_lines(source, changed)
-        with pytest.raises(ValueError, match="must be what they were when its preparation began"):
+        with pytest.raises(ValueError, match="must be unchanged since the start of the preparation"):
             build(options("out"))
     write_lines(source, given)
     build(options("out"))

@@ -1,4 +1,4 @@
-"""What a training run takes its batches from: a text or conversations."""
+"""Interface of the sources of training batches: text or conversations."""
 
 from typing import Protocol
 

@@ -3,8 +3,8 @@
     <|system|> Be brief. <|end|> <|user|> 2 + 2? <|end|> <|assistant|> 4 <|end|>
                                                                        ^^^^^^^^^ loss
 
-Special tokens are inserted as ids, never as text to be encoded, so the content of a message is ordinary text
-and can neither end its turn nor begin another.
+Special tokens are inserted as ids, never encoded from text, so the content of a message is ordinary text and
+can neither end its turn nor start another.
 
     >>> tokens = with_specials(tokenizers.Tokenizer.byte_level())
     >>> ids, loss_mask = render(tokens, [Message("user", "2+2?"), Message("assistant", "4")])
@@ -36,7 +36,7 @@ FORMATS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 
 @dataclass(frozen=True)
 class Message:
-    """A message of a role: system, user or assistant. Raises ValueError for another role."""
+    """A message with its role: system, user or assistant. Raises ValueError for another role."""
 
     role: str
     content: str
@@ -57,7 +57,7 @@ def with_specials(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def is_chat(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether the tokenizer has the special tokens of the chat template, and so its model is a chat model."""
+    """Whether the tokenizer has the special tokens of the chat template, as those of chat models."""
     return set(SPECIALS) <= set(tokenizer.special_tokens)
 
 

@@ -1,10 +1,10 @@
 """A source without repeated lines, bad documents and near duplicates (`prepare --clean`).
 
-Documents are cleaned one after the other, in the order of the source, so the same source gives the same
-documents and an interrupted preparation resumes by reading it again. Of copies the first is kept: which lines
-occur once in all is only known at the end, when the first documents are written already.
+Documents are cleaned one by one in the order of the source: the result is deterministic, and an interrupted
+preparation resumes by reading the source again. The first of several copies is kept: which lines occur only
+once is not known before the end, when the first documents are already written.
 
-Gopher's rules count words between spaces, so that they drop text in Chinese or Thai.
+Gopher's rules count words between spaces, so they drop text in Chinese or Thai.
 """
 
 import collections
@@ -16,12 +16,12 @@ import numpy as np
 from llm_basics.data import documents, sources
 from llm_basics.quality import deduplication, gopher
 
-# 20 bands of 5 hashes find documents of similarity 0.8 with a chance of 0.9996
+# 20 bands of 5 hashes find documents of similarity 0.8 with a probability of 0.9996
 NUM_HASHES, NUM_BANDS, NGRAMS, JACCARD_THRESHOLD = 100, 20, 5, 0.8
 
 
 class CleanSource(sources.Source):
-    """Another source, cleaned; `dropped` counts what was left out by each rule since the last beginning."""
+    """Another source, cleaned; `dropped` counts the removed items by rule since the last start."""
 
     def __init__(self, source: sources.Source) -> None:
         super().__init__(source.name, source.text_field)
@@ -53,7 +53,7 @@ class CleanSource(sources.Source):
             )
 
     def dropped_before(self, n_documents: int) -> dict[str, int]:
-        """What is left out up to the document after the first `n_documents`, reading again if need be."""
+        """The dropped items up to the document after the first `n_documents`; reads the source if needed."""
         if not self.dropped:
             collections.deque(itertools.islice(self.documents(), n_documents + 1), maxlen=0)
         return dict(sorted(self.dropped.items()))
@@ -66,7 +66,7 @@ class _Lines:
         self.seen: set[bytes] = set()
 
     def without_repeated(self, text: str) -> tuple[str, int]:
-        """The lines of a text that are new, or blank, and the number of the others."""
+        """The new and blank lines of a text, and the number of repeated ones."""
         kept, split = [], deduplication.split_lines(text)
         for line in split:
             digest = deduplication.line_hash(line)
@@ -85,10 +85,10 @@ class _NearDuplicates:
         self.buckets: dict[tuple[int, bytes], list[int]] = collections.defaultdict(list)
 
     def has(self, text: str) -> bool:
-        """Whether a text is similar to one before it; if not, it is remembered.
+        """Whether a text is similar to an earlier one; if not, records its signature.
 
         Similarity is the fraction of equal hashes, with a standard error of 0.04 at the threshold: signatures
-        fit into memory where the n-grams of all documents would not.
+        fit into memory, unlike the n-grams of all documents.
         """
         ngrams = deduplication.word_ngrams(text, NGRAMS)
         signature = deduplication.minhash_signature(ngrams, self.coefficients).astype(np.uint32)

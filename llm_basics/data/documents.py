@@ -14,19 +14,19 @@ from pathlib import Path
 
 from llm_basics.core import files
 
-# between the documents of a file, as in GPT-2 and many later data sets
+# separator of the documents in a file, as in GPT-2 and many later data sets
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 # read size
 BLOCK_BYTES = 1 << 20
 
-# how far `split_ahead` looks for documents on both sides of the split
+# maximum number of characters that `split_ahead` reads to find documents on both sides of the split
 AHEAD_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from."""
+    """A text and its origin."""
 
     name: str
     text: str
@@ -74,7 +74,7 @@ def read_documents(paths: Iterable[Path], on_bad_utf8: str | None = None) -> lis
 def stream_documents(
     name: object, content: io.BufferedIOBase, on_bad_utf8: str | None = None
 ) -> Iterator[Document]:
-    """The documents of UTF-8 text, separated by `<|endoftext|>`, one by one; blank ones are skipped."""
+    """Stream the documents of UTF-8 text, separated by `<|endoftext|>`; blank ones are skipped."""
     separator = DOCUMENT_SEPARATOR.encode()
     buffer, searched, offset, line, number = bytearray(), 0, 0, 1, 0
     while True:
@@ -119,13 +119,13 @@ def digest(text: str) -> bytes:
 class Split:
     """Holds out documents by their `digest` alone.
 
-    Adding documents moves none to the other side, and duplicates are on the same side.
+    Adding documents does not move others to the other side, and duplicates are on the same side.
     """
 
     threshold: float
     """A document is held out if its digest, as a fraction of all digests, is at most this."""
     tail: bytes | None = None
-    """Digest of a document that is held out in any case: the tail of a single document."""
+    """Digest of a document that is always held out: the tail of a single document."""
 
     def holds_out(self, digest: bytes) -> bool:
         """Whether the document with this digest is held out."""
@@ -133,7 +133,7 @@ class Split:
 
 
 class SplitStats:
-    """What `split` needs to know of all documents."""
+    """Statistics of all documents for `split`."""
 
     def __init__(self) -> None:
         self.n_documents = self.n_characters = 0
@@ -149,7 +149,7 @@ class SplitStats:
         self.highest = max(self.highest, _fraction(digest))
 
     def is_split_by(self, val_fraction: float) -> bool:
-        """Whether both sides have a document already."""
+        """Whether both sides have a document."""
         return self.lowest <= val_fraction < self.highest
 
     def split(self, val_fraction: float) -> Split:
@@ -169,10 +169,10 @@ class SplitStats:
 def split_ahead(
     documents: Iterator[Document], val_fraction: float
 ) -> tuple[Split, Iterator[Document] | tuple[Document, ...]]:
-    """The split of a stream of which only the beginning is read, and the whole stream again.
+    """The split of a stream, determined from its beginning, and the complete stream.
 
-    A short stream is split as by `SplitStats.split`. A single document comes in two parts, its tail first,
-    since a token limit may stop after the other.
+    A short stream is split as by `SplitStats.split`. A single document is split in two, its tail first, since
+    a token limit may stop after the other part.
     """
     head, stats = [], SplitStats()
     for document in documents:
@@ -187,7 +187,7 @@ def split_ahead(
 
 
 def split_tail(document: Document, val_fraction: float) -> tuple[Document, Document]:
-    """Cut a document in two near its end, after a line break if there is one.
+    """Split a document in two near its end, after a line break if there is one.
 
     >>> [part.text for part in split_tail(Document("a", "one\\ntwo\\n"), val_fraction=0.5)]
     ['one\\n', 'two\\n']

@@ -3,7 +3,7 @@
 uv run python -m llm_basics.prepare book.txt --out data/book
 uv run python -m llm_basics.prepare tinystories --max_tokens 10000000 --out data/stories
 
-Training prepares its text by itself and caches the result under `data/`, in a folder named by a hash of
+Training prepares its text automatically and caches the result under `data/`, in a folder named by a hash of
 everything that determines its content.
 """
 
@@ -28,7 +28,7 @@ from llm_basics.core import bpe, config, files, option_types, tokenizer
 from llm_basics.data import cleaning, documents, shard_builder, shards, sources, spool, tokenizer_formats
 from llm_basics.runs import console, signals
 
-# increased when the same text would give other token files
+# incremented when the token files of the same text change
 VERSION = 2
 
 PARTIAL_SUFFIX = ".partial"
@@ -111,7 +111,7 @@ def _prepare_local(options: config.Config, source: sources.Source, log: Callable
 def _load_prepared(options: config.Config, log: Callable[[str], None]) -> Prepared:
     """Open the prepared folder `options.data`. Raises ValueError if it was made by another tokenizer."""
     found = load(options.data)
-    # bpe, the default, means the tokenizer in the folder
+    # bpe, the default, selects the tokenizer in the folder
     if options.tokenizer != "bpe":
         given = _gapless(options.tokenizer)
         if given.fingerprint() != found.tokenizer.fingerprint():
@@ -131,7 +131,7 @@ def _settings(options: config.Config) -> list[Any]:
         settings.append(options.model.vocab_size)
     elif Path(options.tokenizer).exists():
         settings.append(tokenizer_formats.load(options.tokenizer).fingerprint())
-    # user code for these pieces may give other ids
+    # user code for these pieces may change the ids
     settings += [
         origin for piece, origin in swap.user_pieces().items() if piece.startswith(("bpe.", "tokenizer."))
     ]
@@ -216,7 +216,7 @@ def _write_shards(
     journal: shard_builder.Journal,
     log: Callable[[str], None],
 ) -> None:
-    """Write the remaining token files; train or load the tokenizer first if there is none yet."""
+    """Write the remaining token files; first train or load the tokenizer if necessary."""
     pieces, state = iter(reader), journal.state
     with swap.using("fast", log) if options.fast == "on" else contextlib.nullcontext():
         if state.is_begun:
@@ -238,13 +238,13 @@ def _write_shards(
 
 
 def _documents(source: sources.Source) -> Iterator[documents.Document]:
-    """The documents of a source with lone surrogates replaced: JSON can hold them, UTF-8 cannot."""
+    """The documents of a source with lone surrogates replaced, which JSON allows and UTF-8 does not."""
     for document in source.documents():
         yield documents.Document(document.name, tokenizer.replace_surrogates(document.text))
 
 
 def _versions() -> dict[str, str]:
-    """Versions of the packages that determine tokenization; a package that is not installed has none."""
+    """Versions of the installed packages that determine tokenization."""
     packages = (p for name in ("llm_basics", "regex") for p in importlib.metadata.distributions(name=name))
     return {p.name: p.version for p in packages} | {"python": platform.python_version()}
 
@@ -260,7 +260,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, log: Callable[[str], None]
         with console.progress_bar() as progress:
             vocab, merges = bpe.train_bpe(path, vocab_size, specials, progress=progress)
     if len(vocab) < vocab_size:
-        log(f"the text gives {len(vocab):,} tokens: no pair of them is left to merge")
+        log(f"the vocabulary has {len(vocab):,} tokens: no pair is left to merge in this text")
     return tokenizer.Tokenizer(vocab, merges, specials)
 
 

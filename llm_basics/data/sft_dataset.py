@@ -26,7 +26,7 @@ from llm_basics.core import tokenizer as tokenizers
 from llm_basics.data import chat_template, documents, prepare, shards, synthetic_qa
 from llm_basics.runs import console
 
-# increased when the same conversations would give other token files
+# incremented when the token files of the same conversations change
 VERSION = 1
 
 # batches are padded to a multiple of this, to limit the number of shapes
@@ -67,7 +67,7 @@ def prepare_conversations(
             )
             shards.write_shards(folder, name, rendered, tokenizer.vocab_size, tokenizer.fingerprint(), size)
         tokenizer.save(folder / "tokenizer")
-        # written last: an interrupted folder has none and is written again
+        # written last: an interrupted folder lacks this file and is written again
         about = {"data": options.data, "conversations": len(conversations)}
         files.write(folder / "meta.json", json.dumps(about) + "\n")
     return prepare.load(folder)
@@ -122,7 +122,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Rows:
-    """Conversations as rows, and how many were truncated or left out to fit the context."""
+    """Conversations as rows, and the numbers of truncated and dropped conversations."""
 
     rows: list[Example]
     n_cut: int
@@ -130,7 +130,7 @@ class Rows:
 
 
 def rows_of(parts: Sequence[shards.Shard], tokenizer: tokenizers.Tokenizer, most: int) -> Rows:
-    """The conversations of token files, each truncated to `most` ids, or left out if no loss would remain."""
+    """The conversations of token files, each truncated to `most` ids, or dropped if no loss would remain."""
     rows, n_cut, n_left_out = [], 0, 0
     for part in parts:
         for start, end in zip([0, *part.document_ends[:-1]], part.document_ends, strict=True):
@@ -159,8 +159,8 @@ def message_starts(ids: Int[np.ndarray, " n"], tokenizer: tokenizers.Tokenizer) 
 def truncate(row: Example, tokenizer: tokenizers.Tokenizer, most: int) -> Example | None:
     """The row with at most `most` ids; None if the loss mask would be empty.
 
-    The oldest messages are dropped first. If the last prompt and its answer are still too long, the answer
-    is cut at the end, with its `<|end|>`.
+    The oldest messages are dropped first. If the last prompt and its answer are still too long, the answer is
+    truncated at its end, without `<|end|>`.
     """
     last = int(np.flatnonzero(row.loss_mask)[-1]) + 1
     starts = np.flatnonzero(message_starts(row.ids, tokenizer)).tolist()
@@ -201,7 +201,7 @@ class Batches:
     """Batches of rows; the order is a pure function of (seed, epoch, step).
 
     Each epoch shuffles the rows, sorts groups of batches by length to reduce padding, and shuffles the
-    batches. Rows that do not fill a last batch are left out of the epoch.
+    batches. Rows that do not fill the last batch are dropped in this epoch.
     """
 
     def __init__(

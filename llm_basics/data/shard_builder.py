@@ -1,7 +1,7 @@
-"""Documents to token files, resumable after a kill.
+"""Converts documents to token files, resumable after a kill.
 
 Files are written to `out.partial`, which is renamed to `out` at the end. Whenever a file is full, the state
-is committed to a journal; a later run reads the source again up to there and resumes with the next document.
+is committed to a journal; a later run reads the source up to this position and resumes after it.
 Files after the last commit are deleted and written again, identically.
 
     out.partial/train_0000.bin     as in `out`
@@ -28,7 +28,7 @@ from llm_basics.data import documents, shards, sources
 META = "meta.json"
 PROGRESS = "progress"
 
-# bytes of text between two progress updates
+# bytes of text per progress update
 PROGRESS_BYTES = 1 << 18
 
 DISK_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
@@ -39,7 +39,7 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True)
 class SourcePosition:
-    """How much of a source was read: documents, duplicates among them, and a hash chain over all of them."""
+    """Position in a source: number of documents and of duplicates, and a hash chain over all documents."""
 
     n_documents: int = 0
     n_duplicates: int = 0
@@ -73,7 +73,7 @@ class State:
 
 @dataclass
 class Reader:
-    """The pieces after the position `start`, without duplicates, which `is_new` finds by digest and number.
+    """The pieces after the position `start`, without duplicates, which `is_new` detects by digest and number.
 
     Raises ValueError if the documents up to `start` have changed.
     """
@@ -105,16 +105,16 @@ class Reader:
 
     def _refuse(self) -> None:
         raise ValueError(
-            f"the first {self.start.n_documents} documents of {self.source.name} must be what they were when "
-            "its preparation began, but some have changed; delete what was prepared and begin again"
+            f"the first {self.start.n_documents} documents of {self.source.name} must be unchanged since the "
+            "start of the preparation, but some have changed; delete the prepared files and start again"
         )
 
 
 class Journal:
     """The committed state of a preparation in `work`, and the digests of all documents so far, on disk.
 
-    Raises ValueError if another process holds it, or if it was begun with other `settings`. In memory where
-    `work` is None. `stamp` identifies the files of the source when they were last read.
+    Raises ValueError if another process has locked it, or if it was started with other `settings`. In memory
+    if `work` is None. `stamp` identifies the files of the source when they were last read.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Journal:
         with storing(path):
             self.database = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
-            # the lock is held until the database is closed or the process ends
+            # locked until the database is closed or the process ends
             self._execute("PRAGMA locking_mode = EXCLUSIVE")
             self._execute("BEGIN EXCLUSIVE")
             self._open(work)
@@ -178,7 +178,7 @@ class Journal:
 
 @contextlib.contextmanager
 def storing(path: str | Path) -> Iterator[None]:
-    """Raise errors of SQLite that are the disk's as WriteError."""
+    """Convert disk errors of SQLite to WriteError."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -189,13 +189,13 @@ def storing(path: str | Path) -> Iterator[None]:
 
 def check_settings(given: dict[str, Any], recorded: dict[str, Any], folder: object) -> None:
     """Raise ValueError unless a folder was prepared with the given settings."""
-    # folders that were prepared before there was this option
+    # default for folders that were prepared before this option existed
     recorded = {"clean": False} | recorded
     differences = [f"{k} was {recorded.get(k)}, now {v}" for k, v in given.items() if recorded.get(k) != v]
     if differences:
         raise ValueError(
             f"{folder} was prepared with other options, which must be the same: {'; '.join(differences)}; "
-            "delete it to begin again, or choose another --out"
+            "delete it to start again, or choose another --out"
         )
 
 
@@ -219,7 +219,7 @@ def read_meta(out: Path, settings: dict[str, Any], stamp: dict[str, Any] | None)
             f"{stamp['files']:,} with {stamp['bytes']:,} now); choose another --out, or delete {out} to "
             "prepare it again"
         )
-    # a kill in `publish` can leave it
+    # left over if the process was killed in `publish`
     shutil.rmtree(out / PROGRESS, ignore_errors=True)
     return meta
 
@@ -230,7 +230,7 @@ def read_meta(out: Path, settings: dict[str, Any], stamp: dict[str, Any] | None)
 
 @dataclass(frozen=True)
 class Packer:
-    """Writes pieces to token files of about `shard_tokens` in `work`, up to `max_tokens` in all."""
+    """Writes pieces to token files of about `shard_tokens` in `work`, up to `max_tokens` in total."""
 
     work: Path
     tokenizer: tokenizer.Tokenizer
@@ -286,7 +286,7 @@ class Packer:
                 fraction = reader.source.fraction * piece.position.n_documents / reader.position.n_documents
                 fraction = max(fraction, n_tokens / self.max_tokens if self.max_tokens else 0.0)
                 first_fraction = fraction if first_fraction is None else first_fraction
-                # extrapolated from the rate so far
+                # extrapolated from the progress so far
                 gained = fraction - first_fraction
                 left = done * (1 - fraction) / gained if gained > 0 else 0
                 self.progress("encoding", done, done + int(left) if left else 0)

@@ -88,7 +88,7 @@ class ShardWriter:
                 if self._file is not None:
                     self._finish()
         except BaseException:
-            # incomplete output must not look complete
+            # an incomplete file must not be renamed into place
             for path in self.paths:
                 path.unlink()
             raise

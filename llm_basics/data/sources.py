@@ -1,6 +1,6 @@
 """Sources of documents: text files, JSON lines, Parquet, standard input, data sets at Hugging Face.
 
-A source streams its documents in a fixed order and is never in memory as a whole.
+A source streams its documents in a fixed order and is never completely in memory.
 
 >>> [document.text for document in json_lines("a.jsonl", [b'{"text": "one"}', b'{"text": "two"}'])]
 ['one', 'two']
@@ -49,7 +49,7 @@ PRESETS = {
 def find(source: str, text_field: str = "text", form: str = "auto", on_bad_utf8: str = "error") -> "Source":
     """The source with this name, not read yet. Raises ValueError for an unknown name.
 
-    `form` is the format of files: text, jsonl or parquet; auto goes by the file name.
+    `form` is the format of files: text, jsonl or parquet; auto infers it from the file name.
     """
     if source == "-":
         return Pipe("standard input", text_field, form, on_bad_utf8)
@@ -94,7 +94,7 @@ class Source:
 
     name: str
     text_field: str
-    # how much of it was read; 0 if unknown
+    # fraction of the source read so far; 0 if unknown
     fraction: float = field(default=0.0, init=False)
 
     def documents(self) -> Iterator[corpus.Document]:
@@ -102,7 +102,7 @@ class Source:
         yield from ()
 
     def about(self) -> str:
-        """Name and size, to be printed."""
+        """Name and size, for messages."""
         return self.name
 
 
@@ -155,7 +155,7 @@ class Files(Pipe):
 
 
 class Hub(Source):
-    """A data set at Hugging Face, streamed: only what is read is fetched.
+    """A data set at Hugging Face, streamed: only the documents that are read are fetched.
 
     `arguments` go to `datasets.load_dataset`: the name of a configuration, or data files.
     """
@@ -175,7 +175,7 @@ class Hub(Source):
         try:
             yield from datasets.load_dataset(self.path, split="train", streaming=True, **self.arguments)
         except Exception as error:
-            # `datasets` raises many types for a failing network, a wrong name or a broken data set
+            # `datasets` raises many types of errors for network failures, wrong names and broken data sets
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{self.about()} must be fetched from huggingface.co, which failed "

@@ -1,4 +1,4 @@
-"""The pieces that were read ahead to learn a tokenizer, in a file until they are encoded."""
+"""A temporary file of the pieces that were read to train a tokenizer, until they are encoded."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from llm_basics.data import shard_builder
 
 
 def write(pieces: Iterator[shard_builder.Piece], n_bytes: int, path: Path) -> Iterator[str]:
-    """The training texts of the next pieces, up to `n_bytes`; the pieces go to a file for `read`."""
+    """Yield the training texts of the next pieces, up to `n_bytes`; write the pieces to a file for `read`."""
     with files.open_output(path) as file:
         for piece in pieces:
             file.write((json.dumps(dataclasses.asdict(piece)) + "\n").encode())
@@ -22,7 +22,7 @@ def write(pieces: Iterator[shard_builder.Piece], n_bytes: int, path: Path) -> It
 
 
 def read(path: Path) -> Iterator[shard_builder.Piece]:
-    """The pieces that `write` wrote."""
+    """The pieces in a file written by `write`."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             fields = json.loads(line)

@@ -31,7 +31,7 @@ OPPOSITES = """
 
 NUMBERS = range(20)
 
-# largest number of questions of a kind, and of new ones to train and to test on
+# maximum number of questions of a kind, and of new ones for training and testing
 PER_KIND = 500
 NEW_TRAIN, NEW_TEST = 1_000, 400
 
@@ -121,7 +121,7 @@ KINDS: dict[str, Generator] = {generator.__name__[1:]: generator for generator i
 
 
 def all_pairs() -> list[QAPair]:
-    """All pairs, with distinct questions, kind by kind, the same each time.
+    """All pairs, with distinct questions, kind by kind; deterministic.
 
     >>> next(pair for pair in all_pairs() if pair.kind == "plus")
     QAPair(kind='plus', question='What is 2 plus 10?', answer='12')

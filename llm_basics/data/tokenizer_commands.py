@@ -102,7 +102,7 @@ def inspect(chosen: tokenizer.Tokenizer, content: str) -> None:
 
 
 def compare(options: subcommands.TokenizerCompare) -> None:
-    """Print how many tokens two tokenizers need for the same text, and how they split a sample of it."""
+    """Print the number of tokens of two tokenizers for the same text, and their tokens of a sample."""
     rows = table.Table(box=box.SIMPLE)
     for title in ("", "vocabulary", "tokens", "bytes per token", "unused tokens"):
         rows.add_column(title, justify="left" if not title else "right", overflow="fold")

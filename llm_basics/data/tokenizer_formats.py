@@ -1,7 +1,7 @@
 """Other tokenizer formats: Hugging Face's `tokenizer.json`, tiktoken's ranks and `tiktoken.Encoding`.
 
-A file is refused unless it gives the ids of its own library (a post-processor aside). Regex engines differ: a
-custom pattern should match every character and use only syntax that all engines share.
+Files are supported only if the ids equal those of their library (except for a post-processor). Regex engines
+differ: a custom pattern should match every character and use only syntax common to all engines.
 
     >>> low = from_ranks({b"l": 0, b"o": 1, b"w": 2, b"lo": 3, b"low": 4}, special_ids={})
     >>> low.merges
@@ -168,7 +168,7 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any] | None) -> regex.Pattern:
 def from_ranks(
     ranks: Mapping[bytes, int], special_ids: Mapping[str, int], pattern: regex.Pattern = bpe.SPLIT_PATTERN
 ) -> vocabulary.Vocabulary:
-    """A vocabulary from tiktoken's ranks; the merge of a token is what earlier merges leave of its bytes."""
+    """A vocabulary from tiktoken's ranks; a token's merge is the pair left of its bytes by earlier merges."""
     vocab = {id: token for token, id in ranks.items()}
     specials = {id: special.encode("utf-8") for special, id in special_ids.items()}
     if len(vocab | specials) < len(ranks) + len(special_ids):
@@ -185,7 +185,7 @@ def read_ranks(
     special_ids: Mapping[str, int],
     pattern: regex.Pattern = bpe.SPLIT_PATTERN,
 ) -> vocabulary.Vocabulary:
-    """A vocabulary from a file of ranks, a base64 token and its rank per line; the rest must be given."""
+    """A vocabulary from a file of ranks, with a base64 token and its rank per line."""
     ranks: dict[bytes, int] = {}
     seen: set[int] = set()
     with vocabulary.reading(f"{path} must be a file of ranks"):
