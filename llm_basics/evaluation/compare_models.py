@@ -1,4 +1,4 @@
-"""The program of `evaluate`: models side by side, on text and on multiple-choice questions."""
+"""The program of `evaluate`: compares models on text and on multiple-choice questions."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def evaluate_run(
     progress: Callable[[str, int, int], None],
     reward: user_reward.UserReward | None = None,
 ) -> Evaluation:
-    """Load a run and evaluate it on text, on multiple-choice questions, by exact answers, or several."""
+    """Load a run and evaluate it on text, multiple-choice questions or exact answers, as selected."""
     folder = run_dir.resolve(name)
     path = checkpoint.find(folder / run_dir.CHECKPOINTS, options.checkpoint)
     model, tokenizer = engine.load_run(folder, device.choose(options.device), options.checkpoint)

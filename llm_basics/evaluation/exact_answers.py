@@ -1,7 +1,7 @@
 """Exact answers of a chat model: greedy, one sample, best of n, and the majority of n samples.
 
-An answer is right if the whole reply is the expected one and ends. `any` is the share of questions with a
-right answer among the samples: no choice among them can do better.
+An answer is correct if the whole reply is the expected one and ends. `any` is the share of questions with a
+correct answer among the samples: an upper bound for any selection.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Results:
-    """Shares of right answers; None for a choice that was not asked for.
+    """Shares of correct answers; None for a method that was not selected.
 
-    `sample` is the mean over all samples, `any` is of as many samples as the larger of n.
+    `sample` is the mean over all samples, `any` uses as many samples as the larger n.
     """
 
     n_questions: int
@@ -84,7 +84,7 @@ def evaluate(
     reward: user_reward.UserReward | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Results:
-    """Answer each question greedily and by samples, the same for all choices. Seeds of samples all differ."""
+    """Generate greedy answers and samples with distinct seeds; all selection methods use the same samples."""
     end, n = tokenizer.special_id(chat_template.END), options.n_candidates
     right: dict[str, list[float]] = {"greedy": [], "sample": [], "best_of": [], "majority": [], "any": []}
     for number, question in enumerate(questions):

@@ -1,4 +1,4 @@
-"""Adapter for EleutherAI's lm-evaluation-harness, which has the benchmarks that papers report.
+"""Adapter for EleutherAI's lm-evaluation-harness, with the benchmarks reported in papers.
 
 The harness has the tasks, prompts and metrics; `HarnessModel` computes log-likelihoods and texts. In Python:
 
@@ -24,7 +24,7 @@ from llm_basics.evaluation import log_likelihood
 from llm_basics.inference import engine
 from llm_basics.runs import run_dir as run_dirs
 
-# for tasks that set no max_gen_toks
+# default for tasks without max_gen_toks
 MAX_NEW_TOKENS = 256
 
 
@@ -55,7 +55,7 @@ class HarnessModel(harness.TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations that the harness has encoded."""
+        """Log-likelihoods of continuations encoded by the harness."""
         pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
         return log_likelihood.score_continuations(self.model, pairs, self.batch_size)
 

@@ -84,8 +84,8 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """The log-probability of each continuation after its context, and whether it is the greedy one.
 
-    A context that is too long is truncated from the left. Shorter pairs are padded on the right, which
-    causal attention does not see. Raises FloatingPointError if a score is NaN.
+    A context that is too long is truncated from the left. Shorter pairs are padded on the right, which causal
+    attention ignores. Raises FloatingPointError if a score is NaN.
     """
     limit = model.config.context_length
     if longest := max((len(tokens) for _, tokens in pairs if len(tokens) > limit), default=0):
@@ -133,7 +133,7 @@ def _logits(
     was_training = model.training
     model.eval()
     try:
-        # keys and values are quantized as they enter the cache, whether in one pass or token by token
+        # keys and values are quantized when they are cached, in one pass or token by token
         if quantized_model.has_int8_cache(model):
             return model(tokens, caches=model.make_kv_caches(len(tokens)))
         return model(tokens)

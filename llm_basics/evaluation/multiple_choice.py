@@ -1,11 +1,11 @@
-"""Multiple-choice questions, answered by the choice of the highest log-probability.
+"""Multiple-choice questions; the prediction is the choice with the highest log-probability.
 
 A file has one JSON object per line:
 
     {"prompt": "The capital of France is", "choices": ["Lyon", "Paris"], "answer": 1}
 
-A longer choice is less likely for its length alone, so there are two scores of a choice: the sum of the
-log-probabilities of its tokens, and that sum per byte (`acc` and `acc_bytes` of lm-evaluation-harness).
+Longer choices have lower probabilities, so each choice has two scores: the sum of the log-probabilities of
+its tokens, and that sum per byte (`acc` and `acc_bytes` of lm-evaluation-harness).
 """
 
 import io

@@ -1,7 +1,7 @@
-"""Models whose adapters alone are trained (LoRA): low-rank products beside the projections of another run.
+"""LoRA models, of which only adapters are trained: low-rank products beside the projections of a base model.
 
-A checkpoint of such a run has the adapters and the rows of new tokens; the weights of the base are named by
-path and SHA-256. Programs that only read the model get a plain one, with the products merged.
+A checkpoint contains the adapters and the rows of new tokens, and identifies the weights of the base by path
+and SHA-256. For inference the products are merged into a plain model.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
 
 
 class NewRows(nn.Module):
-    """A frozen embedding or output projection, but for the rows of new tokens, which are trained.
+    """An embedding or output projection that is frozen except for the rows of new tokens.
 
-    A chat has tokens that its base has never seen. With one frozen row for all of them, the model could
-    neither tell them apart nor end a reply.
+    A chat model has tokens that its base lacks. With the same frozen row for all of them, the model could not
+    distinguish them or end a reply.
     """
 
     def __init__(self, base: layers.Linear | layers.Embedding, n_known: int) -> None:
@@ -39,18 +39,18 @@ class NewRows(nn.Module):
         return torch.cat([self.base.weight[: self.n_known], self.rows])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embeddings of token ids, or logits of hidden states: tied weights are both."""
+        """Embeddings of token ids, or logits of hidden states; tied weights are used for both."""
         return F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight)
 
 
 class Trained:
-    """The trained weights of an adapted model, as `checkpoint` saves and loads them, and what its base is."""
+    """The trained weights of an adapted model, as `checkpoint` saves and loads them, and its base."""
 
     def __init__(self, model: models.TransformerLM, base: Mapping[str, Any]) -> None:
         self.model, self.base = model, base
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights that are trained, by name."""
+        """The trained weights by name."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -66,12 +66,12 @@ class Trained:
     def describe(self, options: config.LoRAConfig) -> str:
         """Rank, scale and number of the trained weights."""
         n_trained, n_all = lora.trainable_parameters(self.model)
-        how = f"rank {options.rank}, alpha {options.alpha:g}"
-        return f"{how}: {n_trained:,} of {n_all:,} parameters trained"
+        scale = f"rank {options.rank}, alpha {options.alpha:g}"
+        return f"{scale}: {n_trained:,} of {n_all:,} parameters trained"
 
 
 def apply(model: models.TransformerLM, options: config.LoRAConfig, n_known: int) -> None:
-    """Freeze a model but for adapters by `options`, and for the rows of tokens from id `n_known` on."""
+    """Freeze a model, and add trainable adapters by `options` and rows of tokens from id `n_known`."""
     assert options.rank is not None, "checked by the caller"
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = [name for name in PROJECTIONS if name in found]
@@ -89,7 +89,7 @@ def apply(model: models.TransformerLM, options: config.LoRAConfig, n_known: int)
 
 
 def merged(model: models.TransformerLM) -> models.TransformerLM:
-    """A plain model with the same outputs, whose weights are those of the base and of the adapters."""
+    """A plain model with the same outputs, with the adapters merged into the weights of the base."""
     chosen = model.lm_head.weight.device
     random = process.random_state(chosen)
     plain = models.TransformerLM(model.config, device=chosen)

@@ -83,8 +83,8 @@ class ChatSession:
     def reply(self, message: str, write: Callable[[str], None]) -> None:
         """Append a user message and stream the reply to `write`.
 
-        An interrupted reply is kept up to that point. Raises ValueError, and leaves the conversation as it
-        was, if the message does not fit into the context.
+        The part before an interruption is kept. Raises ValueError, with the conversation unchanged, if the
+        message does not fit into the context.
         """
         turns = [*self.turns, chat_template.Message("user", message)]
         prompt = self._prompt(turns)
@@ -100,18 +100,18 @@ class ChatSession:
                 self.turns = [*turns, chat_template.Message("assistant", "".join(pieces))]
 
     def _prompt(self, turns: Sequence[chat_template.Message]) -> list[int]:
-        """Encode the conversation, without the oldest turns if the context has no room for a reply."""
+        """Encode the conversation, without the oldest turns if the context leaves no space for a reply."""
         context_length = self._model.config.context_length
-        room = context_length - min(self.options.max_new_tokens, context_length // 2)
+        limit = context_length - min(self.options.max_new_tokens, context_length // 2)
         system = self.messages[: len(self.messages) - len(self.turns)]
         # a user message is dropped together with its reply
         for n_dropped in range(0, len(turns), 2):
             ids = chat_template.render_prompt(self._tokenizer, [*system, *turns[n_dropped:]])
-            if len(ids) <= room:
+            if len(ids) <= limit:
                 break
         else:
             raise ValueError(
-                f"a message and the system message must have at most {room} tokens, got {len(ids)} "
+                f"a message and the system message must have at most {limit} tokens, got {len(ids)} "
                 f"(context of {context_length}); shorten it, or lower --max_new_tokens"
             )
         if n_dropped > self._n_dropped:
@@ -135,13 +135,13 @@ class ChatSession:
         return detokenizer.detokenize(self._tokenizer, ids)
 
     def _choose(self, prompt: Sequence[int], message: str) -> Iterator[str]:
-        """A reply chosen from several, as one piece, with a note why."""
+        """A reply selected from several, as one piece, with a note of its score."""
         options, n = self._fitting(prompt), self.options.n_candidates
         candidates = selection.sample(
             self._model,
             self._tokenizer,
             torch.tensor(prompt, device=self._model.token_embeddings.weight.device),
-            # other seeds for each reply of a conversation
+            # different seeds for each reply of a conversation
             selection.seeds_of(options, n, number=len(self.turns) // 2),
             options,
             self._tokenizer.special_id(chat_template.END),
@@ -153,8 +153,8 @@ class ChatSession:
 
     def _fitting(self, prompt: Sequence[int]) -> commands.ChatConfig:
         """The options with a maximum length that fits into the context."""
-        room = self._model.config.context_length - len(prompt)
-        return dataclasses.replace(self.options, max_new_tokens=min(self.options.max_new_tokens, room))
+        limit = self._model.config.context_length - len(prompt)
+        return dataclasses.replace(self.options, max_new_tokens=min(self.options.max_new_tokens, limit))
 
     def _reply_logits(self, prompt: Sequence[int]) -> generate.LogitsFunction:
         """The logits processor of a reply to `prompt`."""
@@ -200,7 +200,7 @@ def converse(session: ChatSession, is_terminal: bool) -> int:
     if is_terminal:
         _note("/help lists commands; Ctrl-D quits")
         with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # gives input() line editing
+            importlib.import_module("readline")  # enables line editing in input()
     for number, line in enumerate(_lines(is_terminal), start=1):
         try:
             if line.startswith("/"):

@@ -26,7 +26,7 @@ class Detokenizer:
         self._buffer = ""
 
     def read(self, id: int) -> str:
-        """The text that `id` completes. `is_over` is set at a stop string; call it no more after that."""
+        """The text that `id` completes. Sets `is_over` at a stop string; must not be called after that."""
         return self._flush(self._decoder.decode(self._tokenizer.decode_bytes([id])), is_last=False)
 
     def close(self) -> str:

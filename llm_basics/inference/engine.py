@@ -41,10 +41,10 @@ def generate_batch(
 ) -> list[list[int]]:
     """Generate for a batch of prompts; each result equals that of `generate` with the same generator.
 
-    The common length of the prompts is read at once; then every sequence advances by one token a step, a
-    longer prompt by its own next token, without padding. Finished sequences leave the batch. `ends_with(i,
-    token)` is called with each new token of sequence `i`, and returns whether it is the last; before it
-    `record(i, log_probability)`: the model's, without `adjust` and temperature.
+    The common length of the prompts is one forward pass; then every sequence advances by one token per step,
+    in longer prompts by the next prompt token, without padding. Finished sequences leave the batch.
+    `ends_with(i, token)` is called with each new token of sequence `i`, and returns whether it is the last;
+    `record(i, log_probability)` before it, with the model's value, without `adjust` and temperature.
     """
     if not all(map(Tensor.numel, prompts)):
         raise ValueError("each prompt must have at least one token, got one with none")
@@ -108,7 +108,7 @@ def _generate_one_by_one(
 def make_logits_processor(
     temperature: float, min_p: float | None, repetition_penalty: float
 ) -> core_generate.LogitsProcessor | None:
-    """A logits processor with these settings; None if they change nothing."""
+    """A logits processor with these settings; None if all are off."""
     if not min_p and repetition_penalty == 1:
         return None
     return core_generate.LogitsProcessor(temperature, min_p or 0.0, repetition_penalty)
@@ -218,7 +218,7 @@ def continue_batch(
 def initial_weights(
     folder: str | Path, shape: config.ModelConfig, which: str = "latest"
 ) -> dict[str, Tensor]:
-    """The weights of a run for a model of `shape`, whose new tokens have new rows in the embeddings."""
+    """The weights of a run for a model of `shape`, with new rows in the embeddings for new tokens."""
     source, tokenizer = load_run(folder, which=which)
     # the rows after these are padding, or were never trained
     n_known = min(tokenizer.vocab_size, source.config.vocab_size)
@@ -232,7 +232,7 @@ def initial_weights(
 def base_of(options: config.Config) -> dict[str, Any]:
     """The base of a LoRA run: path of a checkpoint, SHA-256 of its weights, and the number of known tokens.
 
-    It is what the checkpoints of a resumed run name, and the newest checkpoint of --init_from for a new one.
+    A resumed run has the base recorded in its checkpoints, a new run the newest checkpoint of --init_from.
     """
     if options.train.parallel == "fsdp2":
         raise ValueError(
@@ -255,7 +255,7 @@ def adapt(
 ) -> adapters.Trained:
     """Load the weights of `base` (`base_of`) into a plain model, and apply LoRA to it.
 
-    Raises ValueError unless the checkpoint of the base is there, with the weights it had.
+    Raises ValueError unless the checkpoint of the base exists, with unchanged weights.
     """
     with vocabulary.reading("a checkpoint of adapters must name its base"):
         path, expected, n_known = Path(base["checkpoint"]), str(base["sha256"]), int(base["vocab_size"])
@@ -273,7 +273,7 @@ def adapt(
 def load_adapted(
     path: Path, options: config.Config, device: torch.device | str = "cpu"
 ) -> models.TransformerLM:
-    """The model of a LoRA run at a checkpoint, with its adapters beside the weights of the base."""
+    """The model of a LoRA run at a checkpoint, with separate adapters and base weights."""
     model = models.TransformerLM(options.model, device=device)
     trained: Any = adapt(model, options.lora, checkpoint.read_about(path).get("base", {}))
     checkpoint.load_checkpoint(path, trained)
@@ -289,7 +289,7 @@ def load_run(
     if options.lora.rank is not None:
         model = adapters.merged(load_adapted(path, options, device))
         return model, tokenizer_formats.load(Path(folder) / "tokenizer")
-    # before a model of any size is allocated; weights have four bytes each
+    # checked before the model is allocated; weights have four bytes each
     if (size := path.stat().st_size) < 4 * options.model.n_parameters:
         raise ValueError(
             f"{path} must hold the {options.model.n_parameters:,} weights of the model in "
@@ -315,7 +315,7 @@ def open_run(
 def quantize_for_command(
     model: models.TransformerLM, options: generation_options.QuantizationOptions
 ) -> None:
-    """Apply a command's options `--quantize` and `--kv_cache`; the memory goes to standard error."""
+    """Apply a command's options `--quantize` and `--kv_cache`; prints the memory to standard error."""
     quantized_model.quantize_(model, options.quantize, options.kv_cache)
     if options.quantize != "none" or options.kv_cache != "float32":
         print(f"memory    {quantized_model.describe(model)}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """A trained model with quantized weights or an int8 key-value cache, for text generation and evaluation.
 
 Linear layers are quantized (`systems.quantization`), the output projection to int8 in both widths: in int4 it
-costs as much perplexity as all blocks. Embeddings, norms and biases stay float32. The cache is quantized as
-tokens are appended.
+increases perplexity as much as all blocks. Embeddings, norms and biases stay float32. The cache is quantized
+as tokens are appended.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from llm_basics.systems import quantization
 # names of the linear layers of a block
 BLOCK_LINEARS = {"q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3"}
 
-# bits and group size: whole rows are accurate enough for int8, and what the CPU kernels decode
+# bits and group size: one scale per row is accurate enough for int8, and supported by the CPU kernels
 WIDTHS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 32)}
 HEAD, HEAD_WIDTH = "lm_head", WIDTHS["int8"]
 
 
 def quantize_(model: models.TransformerLM, quantize: str = "none", kv_cache: str = "float32") -> None:
-    """Quantize the weights to `int8` or `int4`, and the caches that the model makes to `int8`.
+    """Quantize the weights to `int8` or `int4`, and the KV caches to `int8`.
 
     Raises ValueError for weights that are not finite.
     """
@@ -36,7 +36,7 @@ def quantize_(model: models.TransformerLM, quantize: str = "none", kv_cache: str
                 raise ValueError(f"{error} (from {name}.weight)") from None
             setattr(model.get_submodule(parent), last, layer)
     if kv_cache == "int8":
-        # nn.Module stores it as an attribute, which comes before the method of the class
+        # an instance attribute has precedence over the method of the class
         setattr(model, "make_kv_caches", lambda batch: make_int8_caches(model, batch))  # noqa: B010
 
 

@@ -20,7 +20,7 @@ from llm_basics.core import functional as F
 from llm_basics.data import jsonl
 from llm_basics.inference import detokenizer, engine, selection
 
-# texts of one batch: their key-value caches must fit into memory
+# maximum texts per batch: their key-value caches must fit into memory
 BATCH_SIZE = 16
 
 # alternatives shown for each token by --show_probs
@@ -81,7 +81,7 @@ def generate_texts(
     """Generate a text for each prompt and seed: one is streamed, several are generated in batches."""
     settings = (options.max_new_tokens, options.temperature, options.top_k, options.top_p)
     adjust = logits_processor(options)
-    # a `generate` of user code takes one prompt at a time
+    # a `generate` of user code accepts one prompt at a time
     if len(requests) == 1 or "generate.generate" in swap.user_pieces():
         for prompt, seed in requests:
             yield engine.complete(lm, chosen, prompt, *settings, seed, options.stop, adjust)
@@ -98,7 +98,7 @@ def choose_texts(
     prompts: Sequence[dict[str, Any]],
     options: commands.GenerateConfig,
 ) -> Iterator[selection.Choice]:
-    """Generate `options.samples` texts for each prompt, each chosen from several candidates."""
+    """Generate `options.samples` texts for each prompt, each selected from several candidates."""
     reward = selection.load_reward(options)
     for entry, number in itertools.product(prompts, range(options.samples)):
         candidates = selection.sample(
@@ -152,7 +152,7 @@ def write_to_terminal(
 
 
 def print_prompt(prompt: str) -> None:
-    """Print a prompt without a line break: styled on a terminal, as it is in a pipe."""
+    """Print a prompt without a line break: styled on a terminal, plain in a pipe."""
     if sys.stdout.isatty():
         console.Console().print(text.Text(prompt), style=PROMPT_STYLE, end="", soft_wrap=True)
     else:
@@ -168,7 +168,7 @@ def write_to_file(
 ) -> None:
     """Write a JSON line for each text: the fields of its prompt, the seed and the generated text.
 
-    A text that was chosen has the figures that decided as well.
+    A text selected from several candidates also has its score.
     """
     seeds = range(options.seed, options.seed + options.samples)
     entries = [{**entry, "seed": seed} for entry in prompts for seed in seeds]

@@ -1,4 +1,4 @@
-"""Inference-time scaling: several samples of a prompt, of which one is kept.
+"""Inference-time scaling: selects one of several samples of a prompt.
 
 Best of n keeps the sample with the highest mean log-probability per token, or the highest reward (arXiv
 2110.14168 with a trained verifier). Self-consistency keeps the most frequent answer (arXiv 2203.11171).
@@ -18,7 +18,7 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.inference import engine, user_reward
 
-# samples of one batch: their key-value caches must fit into memory
+# maximum samples per batch: their key-value caches must fit into memory
 BATCH_SIZE = 16
 
 
@@ -26,8 +26,8 @@ BATCH_SIZE = 16
 class Candidate:
     """A sample of a prompt.
 
-    `mean_log_probability` is of a token, with the stop token, in the model's own distribution, before
-    temperature and truncation. `is_finished`: it was not cut off by the maximum length.
+    `mean_log_probability` is per token, including the stop token, in the model's distribution before
+    temperature and truncation. `is_finished`: not truncated by the maximum length.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that is kept, and the figures that decided: `best_of` n with its score, or `majority`."""
+    """The selected candidate, and the figures of the selection: `best_of` n with its score, or `majority`."""
 
     candidate: Candidate
     figures: dict[str, int | float]
@@ -63,9 +63,9 @@ def highest(scores: Sequence[float]) -> int:
 
 
 def majority(answers: Sequence[str]) -> tuple[int, float]:
-    """Index of the first of the most frequent answers, and their share. Outer spaces do not count.
+    """Index of the first of the most frequent answers, and their share. Outer spaces are ignored.
 
-    Of equally frequent answers it is the one that came first.
+    Ties are resolved in favor of the earliest answer.
 
     >>> majority(["6", "8", " 8"])
     (1, 0.6666666666666666)
@@ -82,9 +82,9 @@ def choose(
     prompt: str = "",
     expected: str | None = None,
 ) -> Choice:
-    """The candidate that `options.best_of` or `options.majority` keeps.
+    """The candidate selected by `options.best_of` or `options.majority`.
 
-    `reward`, if any, gets the prompt and the right answer.
+    `reward`, if any, is called with the prompt and the expected answer.
     """
     if options.majority is not None:
         index, share = majority([each.text for each in candidates])
@@ -142,8 +142,8 @@ def sample(
 
 
 def seeds_of(options: generation_options.SamplingOptions, n: int, number: int = 0) -> list[int]:
-    """The seeds of the `n` candidates of text `number`: all different, and for the first text those of `n`
-    separate samples.
+    """The seeds of the `n` candidates of text `number`: all different, and for the first text equal to those
+    of `n` separate samples.
 
     >>> seeds_of(generation_options.SamplingOptions(seed=5), n=3, number=1)
     [8, 9, 10]

@@ -1,9 +1,9 @@
-"""Reward functions of the user's: `my_reward.py:score`, a function of a Python file.
+"""User-defined reward functions: `my_reward.py:score`, a function of a Python file.
 
     def score(prompt: str, response: str, expected: str | None) -> float:
         return float(response.strip() == expected)
 
-`expected` is the right answer, or None where there is none. Higher rewards are better.
+`expected` is the correct answer, or None if there is none. Higher rewards are better.
 """
 
 import inspect
@@ -22,7 +22,7 @@ PARAMETERS = ("prompt", "response", "expected")
 class UserReward:
     """A reward function of a file, whose result is checked at every call.
 
-    `origin` has the name of the file and a digest of its content, to be recorded with a run.
+    `origin` has the file name and a digest of its content, and is recorded with a run.
     """
 
     function: Callable[[str, str, str | None], Any]
@@ -40,7 +40,7 @@ class UserReward:
                 f"{self.path}:{line} failed in {self.name}: {type(error).__name__}: {error} "
                 f"(for the response {response!r:.60})"
             ) from error
-        # numbers of NumPy and tensors of one element as well; text and None are no rewards
+        # accepts NumPy numbers and tensors of one element, but not text or None
         is_number = hasattr(value, "__float__") and not isinstance(value, str)
         try:
             reward = float(value) if is_number else math.nan

@@ -1,6 +1,6 @@
-"""The queue for what computes: one thread, which advances the requests in turn, a token each.
+"""A queue of computations: one thread advances the requests in turn, by a token each.
 
-The thread yields to other programs (niceness), so that generating text does not slow a training run.
+The thread has low priority (niceness), so that generating text does not slow down a training run.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class Job:
 
 
 class Worker:
-    """Runs jobs in a thread of its own, which starts with the first one."""
+    """Runs jobs in a thread, which is started with the first job."""
 
     def __init__(self, max_jobs: int = MAX_JOBS) -> None:
         self.max_jobs = max_jobs
@@ -65,23 +65,23 @@ class Worker:
 
     @property
     def n_jobs(self) -> int:
-        """Number of jobs that wait or run."""
+        """Number of waiting and running jobs."""
         return len(self._jobs)
 
     def stream(self, items: Iterator[T]) -> Iterator[T]:
         """Compute an iterator in the queue, and yield its items; closing the result cancels it.
 
-        Raises Busy if the queue is full, and what `items` raises.
+        Raises Busy if the queue is full, and exceptions of `items`.
         """
         return self._results(self._put(Job(items)))
 
     def call(self, compute: Callable[[], T]) -> T:
         """The result of `compute`, called in the queue."""
 
-        def only() -> Iterator[T]:
+        def single() -> Iterator[T]:
             yield compute()
 
-        (result,) = self.stream(only())
+        (result,) = self.stream(single())
         return result
 
     def _put(self, job: Job) -> Job:
@@ -109,17 +109,17 @@ class Worker:
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            # on Linux the niceness of this thread alone, not of training runs that are started
+            # on Linux niceness can be set for this thread alone, not for the training runs that it starts
             if os.uname().sysname == "Linux":
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs))
                 job = self._jobs[0]
-            goes_on = job.advance()
-            if not goes_on:
+            is_unfinished = job.advance()
+            if not is_unfinished:
                 job.close()
             with self._changed:
                 self._jobs.popleft()
-                if goes_on:
+                if is_unfinished:
                     self._jobs.append(job)

@@ -1,7 +1,7 @@
-"""Layouts: how transformers names the options and modules of our models, and which architectures fit.
+"""Layouts: the names of the options and modules of our models in transformers, and matching architectures.
 
 A layout is a table used for export and import: options in this file, tensors in `hf_weights`. Dropout only
-matters in training and is left out. Checked against transformers 4.57 and 5.24.
+affects training and is omitted. Checked against transformers 4.57 and 5.24.
 
     >>> find(config.ModelConfig(qk_norm=True)).architecture
     'Qwen3ForCausalLM'
@@ -52,7 +52,7 @@ class Layout:
     hf_options: dict[str, Any] = field(default_factory=dict)
     """Values required of options of transformers."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Values of options that config.json may leave out."""
+    """Default values of options that config.json may omit."""
     export_only: dict[str, Any] = field(default_factory=dict)
     """Options written to config.json and ignored on import."""
 
@@ -221,7 +221,7 @@ LAYOUTS = (GPT2, LLAMA, QWEN3, ARCEE, APERTUS, STARCODER2, MISTRAL)
 
 
 def find(shape: config.ModelConfig) -> Layout:
-    """The layout that fits a model. Raises ValueError with the misfits of the nearest layout."""
+    """The layout that matches a model. Raises ValueError with the differences to the nearest layout."""
     layout, reasons = min(((each, _misfits(each, shape)) for each in LAYOUTS), key=lambda pair: len(pair[1]))
     if reasons:
         raise ValueError(

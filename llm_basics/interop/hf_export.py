@@ -76,7 +76,7 @@ def write_adapters(
 ) -> None:
     """Write the adapters of a checkpoint for PEFT to `folder`, which becomes `out`, and the base to base/.
 
-    The base has the trained rows of new tokens, which are no low-rank product.
+    The base includes the trained rows of new tokens, which are not low-rank products.
     """
     if options.lora.rank is None:
         raise ValueError(f"--adapters needs a run with --lora.rank, got {path}; export it without")
@@ -176,7 +176,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 
 def _history(options: config.Config, about: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Rows of the model card on the training up to a checkpoint; local paths are left out."""
+    """Rows of the model card about the training up to a checkpoint, without local paths."""
     if "imported" in about:
         return {"imported from": about["imported"]}
     step = about["step"]

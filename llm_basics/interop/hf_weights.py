@@ -52,7 +52,7 @@ def from_hf(
     layout: hf_config.Layout, shape: config.ModelConfig, found: Mapping[str, Tensor], origin: str
 ) -> Tensors:
     """Our weights from those of transformers. Raises ValueError for missing and unexpected tensors."""
-    if shape.n_layers > len(found):  # before that many are created to compare with
+    if shape.n_layers > len(found):  # before as many expected tensors are created
         raise ValueError(
             f"{origin} must hold {shape.n_layers} blocks (config.json), got {len(found)} tensors"
         )

@@ -1,8 +1,8 @@
 """Adapters in the file format of PEFT: adapter_model.safetensors and adapter_config.json.
 
-PEFT multiplies A and B by `lora_alpha / r`, as we do; its matrices have the names and the row order of
-transformers. Where a layout has several of our projections in one, A has the rows of all of them and B is
-block-diagonal, with a rank of its own. Checked against PEFT 0.21.
+PEFT scales the product of A and B by `lora_alpha / r`, as we do; its matrices have the names and row order of
+transformers. If a layout concatenates several of our projections, A has the rows of all of them and B is
+block-diagonal, with the sum of their ranks. Checked against PEFT 0.21.
 """
 
 import json
@@ -23,11 +23,11 @@ from llm_basics.interop import hf_config, hf_weights
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# before the name of a module of transformers
+# prefix of the names of modules of transformers
 PREFIX = "base_model.model."
 
-# options of PEFT that change what is added to a weight, with the values that are read, the default first;
-# other ways to initialize change the base as well
+# options of PEFT that affect merged weights, with the supported values, the default first; other
+# initializations change the base as well
 PLAIN: dict[str, list[Any]] = {"peft_type": ["LORA"], "use_dora": [False], "bias": ["none"]}
 PLAIN |= {"modules_to_save": [None, []], "lora_bias": [False], "layer_replication": [None]}
 PLAIN |= {"init_lora_weights": [True, False, "gaussian"]}
@@ -36,7 +36,7 @@ PLAIN |= {"init_lora_weights": [True, False, "gaussian"]}
 def to_peft(
     model: models.TransformerLM, options: config.LoRAConfig, base: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config of the adapters of a model; `base` is the model that PEFT adds them to."""
+    """The tensors and the config of the adapters of a model; `base` is the base model for PEFT."""
     shape, found = model.config, dict(lora.lora_layers(model))
     layout = hf_config.find(shape)
     tensors: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def to_peft(
 
 
 def _matrices(model: models.TransformerLM, name: str, layer: lora.LoRALinear | None) -> tuple[Tensor, Tensor]:
-    """A and B of a projection, the rows of B in the order of transformers; of rank 0 if it has none."""
+    """A and B of a projection, the rows of B in the order of transformers; of rank 0 without an adapter."""
     if layer is None:
         d_out, d_in = model.get_parameter(f"{name}.weight").shape
         return torch.zeros(0, d_in), torch.zeros(d_out, 0)
@@ -92,7 +92,7 @@ def without_adapters(model: models.TransformerLM) -> models.TransformerLM:
 def add(tensors: dict[str, Tensor], folder: Path, read: Any) -> dict[str, Tensor]:
     """The weights of a model of transformers with PEFT's adapters in `folder` merged into them.
 
-    `read` reads a safetensors file. Raises ValueError for adapters that are not plain LoRA, or do not fit.
+    `read` reads a safetensors file. Raises ValueError for adapters that are not plain LoRA or do not match.
     """
     with vocabulary.reading(f"{folder / CONFIG} must describe adapters of PEFT"):
         options = files.read_json(folder / CONFIG)
@@ -124,7 +124,7 @@ def add(tensors: dict[str, Tensor], folder: Path, read: Any) -> dict[str, Tensor
 
 
 def _of(name: str, pattern: dict[str, Any], default: Any) -> Any:
-    """The value of a layer: that of the first name in `pattern` that it ends with, or the default."""
+    """The value of a layer: that of the first suffix of its name in `pattern`, or the default."""
     return next((v for key, v in pattern.items() if name == key or name.endswith(f".{key}")), default)
 
 
