@@ -20,18 +20,18 @@ from llm_basics.analysis import figures, run_data
 from llm_basics.cli import commands, nested, parse
 from llm_basics.core import files
 
-# characters per line, where there is no terminal, and of a sample beside others
+# characters per line without a terminal, and of samples side by side
 PIPE_WIDTH = 200
 PAGE_WIDTH = 160
 SAMPLE_WIDTH = 36
 
-# characters of a sample that are shown
+# maximum number of characters of a sample
 SAMPLE_LETTERS = 600
 
-# options that name a run and change no result
+# options that identify a run and do not affect results
 UNCOMPARED = ("config", "run_dir", "resume")
 
-# options that decide the held-out text and the tokenizer of a run that did not record them
+# options that determine the held-out text and the tokenizer of a run that did not record them
 DATA_OPTIONS = ("data", "val_fraction", "max_tokens")
 TOKENIZER_OPTIONS = ("tokenizer", "model.vocab_size")
 
@@ -50,7 +50,7 @@ COLUMNS = {
     "tokens_per_second": "tokens/s",
 }
 
-# names of runs and samples are untrusted text: besides their escaping, the page may load and run nothing
+# names of runs and samples are untrusted text: in addition to escaping, the page cannot load or run anything
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = "body { font-family: sans-serif; margin: 2rem } pre { overflow-x: auto } img { max-width: 100% }"
 
@@ -95,7 +95,7 @@ class Group:
 
 
 def groups(runs: Sequence[run_data.Record]) -> list[Group]:
-    """The runs by their held-out text: its recorded hash, or the options of the data where one has none."""
+    """The runs by their held-out text: its recorded hash, or the data options of runs without one."""
     recorded = all(record.held_out for record in runs)
     found: dict[Any, list[tuple[run_data.Record, Any]]] = {}
     for record in runs:
@@ -169,7 +169,7 @@ def print_report(runs: Sequence[run_data.Record], screen: console.Console) -> No
 def print_groups(
     screen: console.Console, found: Sequence[Group], tables: Sequence[tuple[list[str], list[list[str]]]]
 ) -> None:
-    """Print a table per group, and what of it cannot be compared."""
+    """Print a table per group, with notes on results that are not comparable."""
     for group, (titles, rows) in zip(found, tables, strict=True):
         if len(found) > 1 or group.by != "val_loss":
             screen.print(plain_text(group.title))
@@ -189,7 +189,7 @@ def print_table(screen: console.Console, titles: Sequence[str], rows: Sequence[S
 
 
 def plain_text(content: str) -> text.Text:
-    """Text without markup, control characters and marks that reverse the direction of writing."""
+    """Text without markup, control characters and marks of bidirectional text."""
     return text.Text(
         "".join(c if c.isprintable() or c == "\n" else "    " if c == "\t" else "\ufffd" for c in content)
     )

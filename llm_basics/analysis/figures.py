@@ -24,7 +24,7 @@ from llm_basics.cli import commands, parse
 from llm_basics.core import files
 from llm_basics.runs import run_dir
 
-# colorblind-safe (Okabe and Ito 2008), in an order that suits lines on white
+# colorblind-safe (Okabe and Ito 2008), in an order for lines on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GRAY, PALE = "#8a8a8a", "#d0d0d0"
 
@@ -45,7 +45,7 @@ AXIS_LABELS = {
     "tokens_per_second": "tokens per second",
 }
 
-# characters of a run's name in a figure
+# maximum number of characters of a run's name in a figure
 NAME_LENGTH = 34
 
 
@@ -62,7 +62,7 @@ def draw(
     smooth: int = 1,
     levels: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw the metrics of `runs` over each other, and return the path of the figure.
+    """Draw the metrics of `runs` in the same axes, and return the path of the figure.
 
     Losses share a panel, with the `levels` as horizontal lines. With more runs than colors, the best runs are
     colored and the others gray.
@@ -137,7 +137,7 @@ def _draw_curve(
 
 
 def _end(record: run_data.Record, names: Sequence[str]) -> float:
-    """The last finite value of the last of `names` that a run has measured; NaN without any."""
+    """The last finite value of the last metric of `names` that a run has; NaN if it has none."""
     for name in reversed(names):
         _, values = record.curve(name)
         if np.isfinite(values).any():
@@ -146,7 +146,7 @@ def _end(record: run_data.Record, names: Sequence[str]) -> float:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """The moving average over `window` values, without those that are not finite.
+    """The moving average over `window` values, ignoring non-finite values.
 
     >>> smoothed(np.array([1.0, 2.0, np.nan, 4.0]), 3).tolist()
     [1.5, 1.5, 3.0, 4.0]
@@ -173,14 +173,14 @@ def new_figure(panels: int = 1, height: float = 4.6) -> tuple[figure.Figure, lis
 
 
 def dress(axes: mpl_axes.Axes) -> None:
-    """Set a light grid, and the left and bottom spines alone."""
+    """Set a light grid, and only the left and bottom spines."""
     axes.grid(alpha=0.25, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def add_legend(axes: mpl_axes.Axes, outside: bool = False) -> None:
-    """Add a legend, inside or to the right, of two labels or more; they are text, not mathtext."""
+    """Add a legend, inside or to the right, for two or more labels, as text without mathtext."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         position: dict[str, Any] = (
@@ -191,7 +191,7 @@ def add_legend(axes: mpl_axes.Axes, outside: bool = False) -> None:
 
 
 def leave_out_beginning(axes: mpl_axes.Axes) -> None:
-    """Set y limits without the first 5% of each curve, whose steep fall would flatten the rest."""
+    """Set y limits without the first 5% of each curve, whose steep descent would flatten the rest."""
     drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
     values = np.concatenate([np.empty(0), *(values[len(values) // 20 :] for values in drawn)])
     values = values[np.isfinite(values)]
@@ -224,7 +224,7 @@ def short(count: int | float) -> str:
 def readable(name: str) -> str:
     """A name on one line, shortened to fit a legend."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in name)
-    # a legend leaves out labels that begin with an underscore
+    # a legend omits labels that start with an underscore
     clean = f" {clean}" if clean.startswith("_") else clean
     return clean if len(clean) <= NAME_LENGTH else f"{clean[: NAME_LENGTH - 11]}...{clean[-8:]}"
 

@@ -1,4 +1,4 @@
-"""Look inside a model: attention weights, logit lens, neighbors of an embedding."""
+"""Inspection of a model: attention weights, logit lens, neighbors of an embedding."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from llm_basics.core import model as models
 from llm_basics.core import tokenizer as tokenizers
 from llm_basics.core import vocabulary
 
-# most numbers of one answer: heads x tokens x tokens of attention, layers x tokens of the lens
+# maximum number of values per response: heads x tokens x tokens of attention, layers x tokens of the lens
 MAX_WEIGHTS = 1_000_000
 MAX_CELLS = 8192
 
@@ -28,7 +28,7 @@ class Alternative:
 
     id: int
     token: str
-    """As text; bytes that are not UTF-8 in hexadecimal, `<e2 82>`."""
+    """Text of the token; bytes that are not UTF-8 in hexadecimal, `<e2 82>`."""
     probability: float
 
 
@@ -43,18 +43,18 @@ class Attention:
     n_heads: int
     heads: list[int]
     weights: list[list[list[float]]]
-    """`weights[head][query]` has the weights of the keys 0 to query."""
+    """`weights[head][query]` has the weights of keys 0 to `query`."""
 
 
 @dataclass(frozen=True)
 class LensCell:
-    """The prediction after a layer at a position."""
+    """The prediction at a position after a layer."""
 
     top: list[Alternative]
     entropy: float
-    """In nats."""
+    """Entropy of the prediction in nats."""
     target_probability: float | None
-    """Of the token that follows in the text; None at the end."""
+    """Probability of the next token in the text; None at the end."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def attention(loaded: LoadedModel, ids: list[int], layer: int = 0, head: int | N
 
 @torch.no_grad()
 def lens(loaded: LoadedModel, ids: list[int], top: int = 3) -> Lens:
-    """What the output projection predicts from the residual stream after each layer (nostalgebraist 2020)."""
+    """Predictions of the output projection from the residual stream at each layer (nostalgebraist 2020)."""
     lm = loaded.lm
     check_length(loaded, ids)
     if (lm.config.n_layers + 1) * len(ids) > MAX_CELLS:
@@ -227,7 +227,7 @@ def neighbors(loaded: LoadedModel, id: int, count: int = 10) -> Neighbors:
 
 @contextlib.contextmanager
 def residual_streams(lm: nn.Module) -> Iterator[list[Tensor]]:
-    """The residual stream before the first block and after each, of a forward pass inside the block."""
+    """Record the residual stream before the first block and after each block within the context."""
     streams: list[Tensor] = []
     blocks: Any = lm.layers
 
@@ -247,7 +247,7 @@ def residual_streams(lm: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def check_length(loaded: LoadedModel, ids: list[int]) -> None:
-    """Raise ValueError for a text that does not fit into the context."""
+    """Raise ValueError for a text longer than the context."""
     if len(ids) > loaded.lm.config.context_length:
         raise ValueError(
             f"the text must fit into the context of {loaded.lm.config.context_length} tokens, got {len(ids)}"

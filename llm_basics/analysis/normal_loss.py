@@ -1,4 +1,4 @@
-"""The normal band of the training loss: where that of most runs of a preset lies, by step.
+"""The normal band of the training loss: the range of most runs of a preset, by step.
 
 The bands in normal_loss.json were measured by benchmarks/normal_loss.py, on several seeds each.
 """
@@ -19,13 +19,13 @@ BANDS = Path(__file__).with_suffix(".json")
 # share of the losses within the band
 SHARE = 0.95
 
-# losses of nearby steps count for a step: a single one per seed says little about the spread
+# losses of nearby steps are included for each step, since one per seed is too few to estimate the spread
 WINDOW = 0.06
 
-# steps at which a band is given: every one at first, then ever fewer
+# steps of a band: every step at first, then increasingly sparse
 GROWTH = 1.04
 
-# options that change no loss of a step, or only as another seed does
+# options that do not affect the losses of steps, or only as another seed does
 _FREE = "seed sample_every sample_tokens sample_prompt checkpoint_every keep_checkpoints log_every eval_every"
 FREE = {f"train.{name}" for name in f"{_FREE} eval_batches on_save_error on_spike on_nonfinite".split()}
 FREE |= {"train.device", "train.compile"}
@@ -33,13 +33,13 @@ FREE |= {"train.device", "train.compile"}
 
 @dataclass(frozen=True)
 class Band:
-    """Between `low` and `high` lie SHARE of the losses at each of `steps`."""
+    """`low` and `high` contain a fraction SHARE of the losses at each of `steps`."""
 
     preset: str
     data: str
     seeds: list[int]
     python: str
-    """Version of the Python whose library is the text of stdlib."""
+    """Version of Python, whose standard library is the text of stdlib."""
     steps: list[int]
     low: list[float]
     median: list[float]
@@ -47,7 +47,7 @@ class Band:
 
 
 def of_losses(losses: Sequence[Sequence[float]]) -> dict[str, list[Any]]:
-    """Steps, low, median and high of the losses of several runs, whose first is that of step 1.
+    """Steps, low, median and high of the losses of several runs from step 1.
 
     >>> of_losses([[4, 3, 2], [5, 4, 3]])["median"]
     [4.5, 3.5, 2.5]
@@ -73,15 +73,15 @@ def bands() -> list[Band]:
 
 
 def of_run(options: Mapping[str, Any]) -> Band | None:
-    """The band for a run by its options (`train.lr`): one of a run with the same model, training and data."""
+    """The band for a run by its options (`train.lr`): that of runs with the same model, training and data."""
     return next((band for band in bands() if is_of(band, options)), None)
 
 
 def is_of(band: Band, options: Mapping[str, Any]) -> bool:
-    """Whether a run has the options that the band was measured with, but for those that change no loss."""
+    """Whether a run has the options of the band's runs, except for those that do not affect losses."""
     wanted = nested.flat(dataclasses.asdict(presets.load(band.preset)))
     parts = {name for name in wanted if name.startswith(("model.", "train."))} - FREE
-    # a model's vocab_size is that of its tokenizer, which may have learned fewer tokens than wanted
+    # a model's vocab_size is that of its tokenizer, which may have fewer tokens than requested
     parts -= {"model.vocab_size"}
     names = (*sorted(parts), "tokenizer", "val_fraction", "max_tokens")
     return options.get("data") == band.data and all(
@@ -90,5 +90,5 @@ def is_of(band: Band, options: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
+    """`value` with tuples converted to lists, as by JSON."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""How large the weights, the activations and the gradients of a model are, layer by layer, on a text."""
+"""Norms of the weights, activations and gradients of a model on a text, by layer."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -15,17 +15,17 @@ from llm_basics.core import model as models
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Root mean squares of a block: of its weights, of what it adds to the residual stream, of the sum."""
+    """Root mean squares of a block: its weights, its outputs added to the residual stream, and the sum."""
 
     layer: int
-    """-1 for what is outside of the blocks, where the activation is the input of the first block."""
+    """-1 for weights outside of the blocks, where the activation is the input of the first block."""
     weights: Mapping[str, float | None]
     attention: float | None
-    """Of the output of attention; None outside of the blocks."""
+    """RMS of the output of attention; None outside of the blocks."""
     ffn: float | None
-    """Of the output of the feed-forward network."""
+    """RMS of the output of the feed-forward network."""
     activation: float | None
-    """Of the residual stream after the block."""
+    """RMS of the residual stream after the block."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Norms:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Lengths of gradients in a block: of its weights, each and together, and of the residual stream."""
+    """Norms of the gradients of a block: each weight, all weights, and the residual stream."""
 
     layer: int
-    """As in `LayerNorms`."""
+    """-1 for weights outside of the blocks, as in `LayerNorms`."""
     weights: Mapping[str, float | None]
     total: float | None
     activation: float | None
-    """Of the residual stream after the block, at all positions together."""
+    """Norm for the residual stream after the block, over all positions."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Gradients:
     loss: float | None
     """Mean cross-entropy of its tokens but the first, in nats."""
     total: float | None
-    """Length of the gradient of all weights."""
+    """Norm of the gradient of all weights."""
     layers: list[LayerGradients]
 
 
@@ -82,7 +82,7 @@ def norms(loaded: inspection.LoadedModel, ids: list[int]) -> Norms:
 
 
 def gradients(loaded: inspection.LoadedModel, ids: list[int]) -> Gradients:
-    """How the gradient of the loss of a text flows back through the layers."""
+    """The norms of the gradients of the loss of a text, by layer."""
     lm = loaded.lm
     inspection.check_length(loaded, ids)
     if len(ids) < 2:
@@ -113,7 +113,7 @@ def gradients(loaded: inspection.LoadedModel, ids: list[int]) -> Gradients:
 
 
 def parameters_by_part(shape: config.ModelConfig) -> dict[str, int]:
-    """Number of weights by what they are for, computed without a model; a tied matrix is an embedding.
+    """Number of weights by component, computed without a model; a tied matrix is an embedding.
 
     >>> parameters_by_part(config.ModelConfig(vocab_size=100, d_model=8, n_layers=1, n_heads=2, d_ff=16))
     {'embeddings': 800, 'attention': 256, 'feed-forward': 384, 'norms': 24, 'output': 800}
@@ -134,7 +134,7 @@ def parameters_by_part(shape: config.ModelConfig) -> dict[str, int]:
 
 
 def _by_layer(lm: models.TransformerLM, values: Mapping[str, float]) -> dict[int, dict[str, float]]:
-    """Values of parameters by layer and name within it; those outside of the blocks are at -1."""
+    """Values of parameters by layer and by name in the layer; -1 for those outside of the blocks."""
     layers: dict[int, dict[str, float]] = {layer: {} for layer in range(-1, lm.config.n_layers)}
     for name, value in values.items():
         if name.startswith("layers."):
@@ -147,7 +147,7 @@ def _by_layer(lm: models.TransformerLM, values: Mapping[str, float]) -> dict[int
 
 @contextlib.contextmanager
 def _outputs(lm: models.TransformerLM) -> Iterator[dict[str, list[Tensor]]]:
-    """What attention and feed-forward network return in each block, of a forward pass inside the block."""
+    """Record the outputs of attention and feed-forward network of each block within the context."""
     found: dict[str, list[Tensor]] = {"attn": [], "ffn": []}
 
     def keep(name: str) -> Any:
@@ -166,7 +166,7 @@ def _outputs(lm: models.TransformerLM) -> Iterator[dict[str, list[Tensor]]]:
 
 @contextlib.contextmanager
 def _trainable(lm: nn.Module) -> Iterator[None]:
-    """Record gradients of a model that is only looked at."""
+    """Enable gradients of a model loaded for inspection within the context."""
     lm.requires_grad_(True)
     try:
         yield

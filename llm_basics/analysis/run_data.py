@@ -1,4 +1,4 @@
-"""A run directory as data: options, curves, samples and a summary, of a finished run or a running one."""
+"""A run directory as data: options, curves, samples and a summary, of a finished or a running run."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ class Record:
 
     name: str
     options: dict[str, Any]
-    """By their names on the command line: `train.lr`."""
+    """Options by their names on the command line, as in `train.lr`."""
     metrics: list[dict[str, Any]]
     """The lines of metrics.jsonl, each step once."""
     samples: list[dict[str, Any]]
@@ -30,14 +30,14 @@ class Record:
     """Hashes of the held-out `text` and of the `tokenizer`; None: not recorded."""
 
     def curve(self, y: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Positions on the axis `x` (step, tokens or time) and values of `y`; NaN for a value not finite."""
+        """Positions on the axis `x` (step, tokens or time) and values of `y`; NaN for non-finite values."""
         found = [(m["step"], m[y]) for m in self.metrics if y in m]
         steps = np.array([step for step, _ in found], dtype=float)
         values = np.array([math.nan if value is None else value for _, value in found], dtype=float)
         return self.position(steps, x), values
 
     def position(self, steps: np.ndarray, x: str) -> np.ndarray:
-        """Steps in the unit of an axis: step, tokens, or time, in seconds without evaluation and saving."""
+        """Steps in the unit of an axis: step, tokens, or time in seconds without evaluation and saving."""
         if x == "step":
             return steps
         at, speed = self.curve("tokens_per_second")
@@ -79,7 +79,7 @@ class Record:
         return max((m["step"] for m in self.metrics), default=0)
 
     def summary(self) -> dict[str, int | float]:
-        """Final and best results; NaN for a value not finite, no entry for an unknown one."""
+        """Final and best results; NaN for non-finite values, no entry for unknown ones."""
         found: dict[str, int | float] = {}
         for name in ("val_loss", "perplexity", "bits_per_byte", "accuracy", "train_loss"):
             _, values = self.curve(name)

@@ -1,6 +1,6 @@
-"""A run directory at a glance, while it is written: its row in a list, its details, its checkpoints.
+"""Summary of a run directory, also while it is written: row in a list, details, checkpoints.
 
-The files are untrusted, and may be torn or of another version: what cannot be read is left out.
+The files are untrusted, and may be torn or of another version: unreadable entries are skipped.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from llm_basics.cli import nested
 from llm_basics.core import config, files, presets
 from llm_basics.runs import checkpoint, run_dir, tail
 
-# most values of a sparkline
+# maximum number of values of a sparkline
 SPARKLINE = 48
 
 
@@ -45,25 +45,25 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What does not fit into a row."""
+    """Details of a run beside its row in a list."""
 
     folder: str
     is_chat: bool
     options: dict[str, Any]
-    """By their names on the command line: `train.lr`."""
+    """Options by their names on the command line, as in `train.lr`."""
     origins: dict[str, Any]
-    """Pieces of the user's code that were in use, and their file."""
+    """Pieces of user code in use, and their file."""
     parameters: int | None
     """Number of trained weights."""
     flops_per_token: int | None
-    """Floating-point operations of a training step for each of its tokens."""
+    """Floating-point operations per token of a training step."""
     tokens_per_step: int | None
     baselines: dict[str, float]
-    """Losses to compare with, in nats: `unigram entropy`, `entropy rate`."""
+    """Baseline losses in nats: `unigram entropy`, `entropy rate`."""
     training_tokens: int | None
     """Tokens of the training text: an epoch."""
     normal: normal_loss.Band | None
-    """Where the training loss of most runs with these options lies."""
+    """The range of the training loss of most runs with these options."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Checkpoint:
     is_latest: bool
     is_best: bool
     error: str | None = None
-    """Why it cannot be read."""
+    """The error if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An option that differs between runs, and its value in each of them."""
+    """An option that differs between runs, and its values."""
 
     option: str
     values: list[Any]
@@ -109,7 +109,7 @@ def shape(folder: Path) -> config.ModelConfig | None:
 
 
 def differences(folders: Sequence[Path]) -> list[Difference]:
-    """The options that are not the same in all of these runs."""
+    """The options that differ between these runs."""
     found = nested.differences(*map(options, folders))
     return [Difference(option, list(values)) for option, values in found.items()]
 
@@ -119,16 +119,16 @@ def differences(folders: Sequence[Path]) -> list[Difference]:
 
 
 def stamp(folder: Path) -> tuple[tuple[int, int] | None, ...]:
-    """Sizes and times of the files that a summary depends on: as long as they are equal, so is it."""
+    """Sizes and times of the files that determine a summary, as the key of a cache."""
     return tuple(_stamp(folder / name) for name in (run_dir.METRICS, "config.json", run_dir.CHECKPOINTS))
 
 
 def summarize(folder: Path) -> Summary:
-    """A run as a row of a list; for the price of a sample of its metrics, however many there are."""
+    """A run as a row of a list, from a sample of its metrics, in constant time."""
     chosen = options(folder)
     entries = [e for e in tail.sample(folder / run_dir.METRICS, SPARKLINE) if _is_step(e.get("step"))]
     kept: list[dict[str, Any]] = []
-    for entry in reversed(entries):  # without what a resumed run replaced
+    for entry in reversed(entries):  # without entries replaced by a resumed run
         if not kept or entry["step"] <= kept[-1]["step"]:
             kept.append(entry)
     kept.reverse()
@@ -157,7 +157,7 @@ def summarize(folder: Path) -> Summary:
 
 
 def details(folder: Path) -> Details:
-    """What a summary lacks."""
+    """The details of a run."""
     model, chosen = shape(folder), options(folder)
     recorded = _recorded(folder)
     n_tokens, origins = recorded.get(run_dir.TRAINING_TOKENS), recorded.get(run_dir.ORIGINS)
@@ -203,7 +203,7 @@ def find_checkpoint(folder: Path, which: str) -> Path | None:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint; -1 if it has none.
+    """The step in the name of a checkpoint; -1 without a step.
 
     >>> step_of(Path("checkpoints/step_00000500.safetensors"))
     500

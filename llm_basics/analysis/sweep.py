@@ -32,13 +32,13 @@ from llm_basics.runs import console, locks, run_dir, signals
 
 TRAIN = (sys.executable, "-m", "llm_basics.train")
 
-# limit for all training runs together
+# maximum number of threads of all training runs together
 MOST_THREADS = 1024
 
 # interval between polls of the training processes
 POLL_SECONDS = 0.2
 
-# bytes at the end of a log that are searched for the error
+# number of bytes at the end of a log to search for the error
 TAIL_BYTES = 4000
 
 
@@ -164,7 +164,7 @@ def start(trial_run: TrialRun, jobs: int) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
-            # only this program forwards Ctrl-C, once
+            # only this program receives Ctrl-C, and forwards it once
             start_new_session=True,
         )
 

@@ -13,13 +13,13 @@ from matplotlib import colormaps, colors, figure, ticker
 
 from llm_basics.analysis import figures
 
-# ratio of the largest to the smallest value from which an axis is logarithmic
+# minimum ratio of the largest to the smallest value for a logarithmic axis
 LOG_SCALE_RATIO = 20
 
 # labels of the metrics that rank settings
 MEASURES = {"val_loss": "validation loss (nats per token)", "bits_per_byte": "bits per byte"}
 
-# values that fit on an axis as ticks
+# maximum number of values used as ticks of an axis
 MOST_TICKS = 8
 
 
@@ -102,7 +102,7 @@ def _draw_lines(outcomes: Sequence[Outcome], name: str, path: Path) -> Path:
 
 
 def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Draw bars of differences from the first setting, since bars of losses would look the same."""
+    """Draw bars of differences from the first setting, since bars of losses would be indistinguishable."""
     canvas, (axes,) = figures.new_figure(height=1.4 + 0.45 * len(outcomes))
     first, ordered = outcomes[0], sorted(outcomes, key=lambda outcome: -outcome.mean)
     beside = [outcome.mean - first.mean for outcome in ordered]

@@ -1,4 +1,4 @@
-"""A sweep file -> the training runs (trials) of the sweep.
+"""Parses a sweep file into the training runs (trials) of the sweep.
 
 base: shakespeare                  a preset, or options as in a file for --config
 grid:                              every combination of these values
@@ -56,7 +56,7 @@ class Sweep:
     figure: str
 
 
-# characters of a run directory's name
+# maximum number of characters of a run directory's name
 LONGEST_NAME = 100
 
 # the entry in a trial's setting, and the options to set
@@ -97,7 +97,7 @@ def parse(content: dict[str, Any], name: str, origin: str) -> Sweep:
             raise ValueError(f"{taken[0]} is set by the sweep; remove it ({origin})")
         for seed in seeds:
             options = set_options(base, {**changed, "train.seed": seed}, origin)
-            # values of the config, because YAML reads 1e-3 as text
+            # values of the config, because YAML parses 1e-3 as text
             setting = {
                 key: get_option(options, key) if value is None else value
                 for setting, _ in choices
@@ -164,7 +164,7 @@ def _mapping(content: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
 
 
 def _name(setting: dict[str, Any], seed: int, others: Sequence[Trial]) -> str:
-    """A unique directory name made of the setting and the seed."""
+    """A unique directory name from the setting and the seed."""
     words = [str(v) if k == VARIANT else f"{k.rpartition('.')[2]}={v}" for k, v in setting.items()]
     words = [re.sub(r"[^\w.=+-]+", "-", word).lstrip(".") for word in [*words, f"seed={seed}"]]
     taken = {trial.name for trial in others}

@@ -1,4 +1,4 @@
-"""Terms in one line each, from the documentation of options, fields and functions: for hovering in a page."""
+"""Definitions of terms in one line, from the documentation of options, fields and functions, for tooltips."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ from llm_basics.core import config, evaluate, optim
 from llm_basics.core import functional as F
 from llm_basics.runs import metric_table
 
-# terms that are the name of a function or of a class; its first sentence explains it
+# terms defined by the first sentence of the docstring of a function or class
 NAMED = {
     "attention": F.scaled_dot_product_attention,
     "checkpoint": run_summary.Checkpoint,
@@ -24,7 +24,7 @@ NAMED = {
 
 @functools.cache
 def known() -> dict[str, str]:
-    """Each term and its line: options by their names on the command line, metrics as in metrics.jsonl."""
+    """Definitions by term: options by their names on the command line, metrics as in metrics.jsonl."""
     found: dict[str, str] = {}
     for kind in (commands.GenerateConfig, run_summary.Details, run_summary.Summary, metric_table.Line):
         for each in reversed(kind.__mro__[:-1]):
@@ -35,7 +35,7 @@ def known() -> dict[str, str]:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a documentation.
+    """The first sentence of a docstring.
 
     >>> first_sentence("Softmax along the last axis.\\n\\nSubtracts the maximum first.")
     'Softmax along the last axis.'

@@ -1,4 +1,4 @@
-"""How a tokenizer splits a text: tokens with their offsets, and every merge, step by step."""
+"""Tokenization of a text: tokens with their offsets, and every merge, step by step."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from llm_basics.analysis import inspection
 from llm_basics.core import bpe
 
-# most characters whose merges are replayed, and most merges of a page
+# maximum number of characters whose merges are replayed, and of merges per page
 MAX_REPLAYED = 2000
 MAX_MERGES = 1000
 
@@ -25,7 +25,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pretoken:
-    """A pre-token and how its bytes were merged: `steps[0]` are the bytes, each later step is one merge."""
+    """A pre-token and the merges of its bytes: `steps[0]` are the bytes, each later step is one merge."""
 
     text: str
     steps: list[list[str]]
@@ -44,7 +44,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Merges:
-    """The merges that a text needs, pre-token by pre-token, each pre-token once."""
+    """The merges of a text, by distinct pre-token."""
 
     pretokens: list[Pretoken]
 
@@ -101,7 +101,7 @@ def merges(loaded: inspection.LoadedModel, text: str) -> Merges:
 
 
 def learned_merges(loaded: inspection.LoadedModel, first: int, count: int) -> LearnedMerges:
-    """`count` merges from rank `first` on, in the order of learning."""
+    """`count` merges from rank `first`, in the order of learning."""
     ids = {token: id for id, token in loaded.tokenizer.vocab.items()}
     chosen = loaded.tokenizer.merges[first - 1 : first - 1 + min(count, MAX_MERGES)]
     return LearnedMerges(
