@@ -28,8 +28,8 @@ T = TypeVar("T", int, bytes)
 # whose last character belongs to the following word
 SPLIT_PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# cl100k_base, as written in tiktoken: contractions in any case, at most three digits; a punctuation
-# character before a word joins it, line ends join the punctuation before them
+# cl100k_base, as written in tiktoken: contractions in any case, at most three digits; one other character
+# before a word joins it, line ends join the punctuation before them
 CL100K_PATTERN = regex.compile(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"

@@ -19,7 +19,7 @@ from llm_basics.fast.cpu import matmul, muon, threads
 clip_of_reference, muon_of_reference = reference.clip_grad_norm_, reference.muon_step_
 orthogonalize_of_reference = reference.orthogonalize
 
-# larger matrices exceed a core's cache, where torch is as fast
+# larger matrices exceed a core's cache, and torch is as fast
 MAX_ROWS = 512
 
 

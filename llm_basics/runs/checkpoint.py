@@ -25,7 +25,7 @@ from llm_basics.runs import process
 
 SCHEMA = 2
 
-# types of the entries of every checkpoint's state
+# types of the common entries of the state
 KINDS: dict[str, Any] = {"step": int, "tied": dict, "optimizer": dict, "random": dict, "origins": dict}
 KINDS["val_loss"] = int | float | None
 
