@@ -1,1 +1,1 @@
-"""The `doctor` command: is this machine fit for training, and what fits on another."""
+"""The `doctor` command: checks of this machine for training, and plans of runs on other hardware."""

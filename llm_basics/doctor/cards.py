@@ -10,7 +10,7 @@ import torch
 from llm_basics.cli import parse
 from llm_basics.training import memory
 
-# GB/s of a link between cards that are not known: PCIe 4
+# GB/s of the link between unknown cards: PCIe 4
 LINK = 32.0
 
 
@@ -45,7 +45,7 @@ CARDS = {
 
 
 def chosen(name: str | None, gigabytes: float | None, tflops: float | None) -> tuple[Card, str]:
-    """The card `name`, with other figures if given, and how it is printed. Raises ValueError if not known.
+    """The card `name`, with figures replaced if given, and its description. Raises ValueError if unknown.
 
     >>> chosen("l4", 20, None)[1]
     'L4 of 20 GB'
@@ -67,13 +67,13 @@ def measured_cpu() -> tuple[Card, str]:
     bandwidth = 2 * source.nbytes / best_seconds(source.clone) / 1e9
     free = memory.available(torch.device("cpu"))
     if free is None:
-        raise ValueError("--gpu_memory must be given, the free memory of this system is not known")
+        raise ValueError("--gpu_memory must be given, since the free memory of this system is unknown")
     name = f"this CPU, {tflops:.2f} TFLOP/s and {bandwidth:.1f} GB/s measured, {free / 1e9:.1f} GB free"
     return Card(free / 1e9, tflops, bandwidth, LINK, bfloat16=False), name
 
 
 def best_seconds(work: Callable[[], object], rounds: int = 5) -> float:
-    """The shortest time of some rounds."""
+    """The minimum time over several rounds."""
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()

@@ -7,7 +7,7 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 
 @dataclass(frozen=True)
 class Check:
-    """What was found, and what to do about it.
+    """The level, the finding and the advice of a check.
 
     >>> print(Check("disk", WARNING, "3 MB/s", "write runs to a local disk"))
     warning  disk         3 MB/s; write runs to a local disk

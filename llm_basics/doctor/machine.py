@@ -1,4 +1,4 @@
-"""Versions, processor, memory, disk and files: what a training run depends on, and known-bad combinations."""
+"""Checks of versions, processor, memory, disk and files for training, and of known-bad combinations."""
 
 import hashlib
 import importlib.metadata
@@ -30,13 +30,13 @@ OLDEST_TORCH_ON_MPS = (2, 4)
 # compute capability of the first GPUs with bfloat16 (Ampere)
 BFLOAT16_CAPABILITY = (8, 0)
 
-# file systems of other machines: locks may be missing, and fsync is slow
+# network file systems, which may lack locks and have a slow fsync
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs"}
 
-# bytes written to measure a disk, free bytes below which a run is at risk, and bytes per second
+# bytes written to measure a disk; minimum free bytes, and minimum bytes per second
 SAMPLE_BYTES, LEAST_FREE, LEAST_SPEED = 1 << 24, 1 << 30, 10e6
 
-# NCCL and dataloaders of several processes share memory through /dev/shm; containers have 64 MB by default
+# NCCL and dataloaders with several processes share memory through /dev/shm; 64 MB by default in containers
 LEAST_SHARED = 1 << 28
 
 # files of GPT-2's tokenizer in tiktoken's cache
@@ -45,7 +45,7 @@ GPT2_FILES = ("vocab.bpe", "encoder.json")
 
 
 def check(options: subcommands.DoctorCheck) -> Iterator[checks.Check]:
-    """All checks of the machine; raises ValueError if the device cannot be used."""
+    """All checks of the machine; raises ValueError if the device is not available."""
     yield from versions(torch.__version__)
     yield from accelerator(device.choose(options.device), torch.__version__)
     yield kernels()
@@ -120,14 +120,14 @@ def kernels() -> checks.Check:
 
 
 def threads(n_cores: int, wanted: str) -> checks.Check:
-    """Threads of torch against cores."""
+    """The number of torch's threads relative to cores."""
     number = int(wanted) if wanted.isdigit() else torch.get_num_threads()
     advice = f"set OMP_NUM_THREADS to at most {n_cores}: threads that share a core wait for each other"
     return checks.check("threads", f"{number} for {n_cores} cores", advice, number > n_cores)
 
 
 def load(n_cores: int, average: float) -> checks.Check:
-    """Other busy programs."""
+    """The load by other programs."""
     advice = "other programs use the cores: training will be slower, and measured times are not comparable"
     return checks.check("load", f"{average:.1f} for {n_cores} cores", advice, average > n_cores / 2)
 
@@ -156,7 +156,7 @@ def shared_memory(folder: Path) -> Iterator[checks.Check]:
 
 
 def disk(folder: Path) -> Iterator[checks.Check]:
-    """Space, speed and kind of the disk that runs are written to."""
+    """Free space, speed and file system of the disk of run directories."""
     free = files.free_bytes(folder)
     parent = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     found = f"{free / 1e9:.1f} GB free for {folder}/"
@@ -175,7 +175,7 @@ def disk(folder: Path) -> Iterator[checks.Check]:
 
 
 def write_speed(folder: Path) -> float:
-    """Bytes per second of a file that is written to `folder` and synchronized."""
+    """Bytes per second of writing a file to `folder` with fsync."""
     content = os.urandom(SAMPLE_BYTES)
     with tempfile.TemporaryFile(dir=folder) as file:
         start = time.perf_counter()
@@ -197,8 +197,8 @@ def file_system(path: Path, mounts: str) -> str:
 
 
 def caches(folder: str, temporary: str) -> checks.Check:
-    """Where compiled CPU kernels are kept."""
-    advice = "set NUMBA_CACHE_DIR to a folder that lasts: kernels are compiled again, about 10 s a program"
+    """The cache folder of compiled CPU kernels."""
+    advice = "set NUMBA_CACHE_DIR to a permanent folder: each program compiles kernels again, for about 10 s"
     is_source_temporary = Path(__file__).is_relative_to(temporary)
     is_bad = not folder or (Path(folder).is_relative_to(temporary) and not is_source_temporary)
     return checks.check("caches", folder or "no folder for kernels", advice, is_bad)
@@ -217,7 +217,7 @@ def tokenizer_files(environment: os._Environ[str] | dict[str, str]) -> checks.Ch
     names = [hashlib.sha1(f"{GPT2_URL}{name}".encode()).hexdigest() for name in GPT2_FILES]
     is_there = all((folder / name).is_file() for name in names)
     found = f"gpt2 {'is' if is_there else 'is not'} in {folder}"
-    # a download is fine, except where a folder without it was chosen on purpose
+    # tiktoken downloads missing files, unless a folder without them was set explicitly
     is_bad = not is_there and bool(environment.get("TIKTOKEN_CACHE_DIR"))
     advice = "copy tiktoken's files there, or unset TIKTOKEN_CACHE_DIR to download them"
     return checks.check("tokenizers", found, advice, is_bad)

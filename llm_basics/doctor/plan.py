@@ -1,7 +1,7 @@
 """Plan a run on other hardware: memory by component and strategy, the batch that fits, speed, command.
 
-Weights, gradients, optimizer and activations of one device come from `training.memory`, which trains two and
-three blocks on fake tensors; more blocks are linear. Shards, communication and speed are arithmetic.
+Weights, gradients, optimizer and activations of one device are estimated by `training.memory` with two and
+three blocks on fake tensors, and extrapolated to more. Shards, communication and speed are computed.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from llm_basics.data import prepare
 from llm_basics.doctor import cards
 from llm_basics.training import memory
 
-# share of a GPU's memory that tensors can fill: the rest is the CUDA context and holes between them
+# usable fraction of a GPU's memory: the rest is the CUDA context and fragmentation
 USABLE = 0.9
 
-# share of the peak that training reaches: 0.59 measured for GPT-2 124M on an H200 (benchmarks/README.md)
+# fraction of the peak FLOP/s in training: 0.59 measured for GPT-2 124M on an H200 (benchmarks/README.md)
 UTILIZATION = 0.5
 
-# most tokens of a batch in an estimate
+# maximum number of tokens per batch in an estimate
 TOKENS = 8192
 
-# logits in bfloat16 that the kernels of a GPU compute at once (fast/trainer.py); fake tensors take the CPU's
+# bfloat16 logits per chunk of the GPU kernels (fast/trainer.py); estimates on fake tensors use the CPU's size
 GPU_LOGITS_BYTES = 2 << 30
 
 # bytes per weight that AdamW reads and writes in a step, in float32
@@ -39,7 +39,7 @@ ARITHMETIC = "shards, communication, offload, tokens/s"
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a model is spread over devices: options of `train`."""
+    """Distribution of a model over devices, as options of `train`."""
 
     parallel: str
     activation_checkpointing: bool
@@ -47,7 +47,7 @@ class Strategy:
 
     @property
     def flags(self) -> str:
-        """The options on a command line."""
+        """The options as command-line arguments."""
         given = [f"--train.parallel {self.parallel}"] if self.parallel != "none" else []
         given += ["--train.activation_checkpointing"] if self.activation_checkpointing else []
         return " ".join(given + (["--train.offload"] if self.offload else []))
@@ -63,13 +63,13 @@ class Need:
     activations: int
     """All other tensors, with the logits."""
     logits: int
-    """What the vocabulary adds to activations."""
+    """Activations that depend on the vocabulary."""
     evaluation: int
-    """Activations of an evaluation, when those of a step are freed."""
+    """Activations of an evaluation, in which those of a step are freed."""
     communication: int = 0
     """Buckets of gradients (ddp), or gathered blocks and their gradients (fsdp2)."""
     host: int = 0
-    """Memory of the host for each device, by offload."""
+    """Host memory per device, with offload."""
 
     @property
     def total(self) -> int:
@@ -91,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned for, and a row for each strategy."""
+    """The model and devices of a plan, and a row for each strategy."""
 
     model: str
     device: str
@@ -132,7 +132,7 @@ def make(options: subcommands.DoctorPlan) -> Plan:
 
 
 def with_vocabulary(options: config.Config) -> config.Config:
-    """Options with the vocabulary size of a tokenizer that has a fixed one."""
+    """Options with the vocabulary size of the tokenizer, if that is fixed."""
     if options.tokenizer == "bpe":
         return options
     # GPT-2's is known without a download
@@ -146,7 +146,7 @@ def with_vocabulary(options: config.Config) -> config.Config:
 
 def needs(options: config.Config, is_recomputed: bool) -> Callable[[int], Need]:
     """The memory of one device as a function of its batch, from estimates of few blocks and two batches."""
-    # more tokens take the estimate longer, and their memory is linear
+    # memory is linear in the number of tokens, and estimates with few are faster
     high = max(2, min(options.train.batch_size, TOKENS // options.model.context_length))
     batches = (high // 2, high)
     found = {n: of_blocks(options, is_recomputed, n, options.model.vocab_size) for n in batches}
@@ -182,7 +182,7 @@ def more_logits(options: config.Config, batch: int) -> int:
 def of_blocks(
     options: config.Config, is_recomputed: bool, batch_size: int, vocab_size: int
 ) -> dict[str, int]:
-    """Bytes of each kind for a batch: estimates of two and three blocks, and the line through them."""
+    """Bytes of each kind for a batch, extrapolated from estimates of two and three blocks."""
     n, found = options.model.n_layers, []
     train = dataclasses.replace(options.train, activation_checkpointing=is_recomputed, batch_size=batch_size)
     for n_layers in sorted({min(n, 2), min(n, 3)}):
@@ -196,7 +196,7 @@ def of_blocks(
 
 
 def strategies(n_gpus: int, is_cpu: bool) -> list[Strategy]:
-    """The strategies that make sense for a number of devices."""
+    """The strategies for a number of devices."""
     kinds = ("none",) if is_cpu or n_gpus == 1 else ("ddp", "fsdp2")
     found = [Strategy(kind, on) for kind in kinds for on in (False, True)]
     return found if is_cpu else found + [Strategy("fsdp2", on, offload=True) for on in (False, True)]
@@ -238,7 +238,7 @@ def sizes(options: config.Config) -> tuple[int, int, int]:
 
 
 def largest_batch(total: Callable[[int], int], usable: int) -> int:
-    """The largest batch whose total is at most `usable`, for a total that grows; 0 if none is."""
+    """The largest batch whose total is at most `usable`, for an increasing total; 0 if there is none."""
     if total(1) > usable:
         return 0
     high = 1
@@ -258,9 +258,9 @@ def largest_batch(total: Callable[[int], int], usable: int) -> int:
 def tokens_per_second(
     options: config.Config, strategy: Strategy, n_gpus: int, batch: int, card: cards.Card
 ) -> float | None:
-    """Expected tokens/s of all devices; None if the peak is not known or nothing fits.
+    """Expected tokens/s of all devices; None if the peak is unknown or no batch fits.
 
-    Communication overlaps with products; the optimizer and offload do not.
+    Communication overlaps with matrix products; the optimizer and offload do not.
     """
     if not batch or not card.tflops:
         return None
@@ -283,7 +283,7 @@ def tokens_per_second(
 
 
 def command(options: subcommands.DoctorPlan, chosen: config.Config, strategy: Strategy, largest: int) -> str:
-    """The command that trains with the config's tokens per step, in batches that fit; "" if none does."""
+    """The training command with the config's tokens per step in batches that fit; "" if none fits."""
     if not largest:
         return ""
     train = chosen.train

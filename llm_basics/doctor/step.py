@@ -17,14 +17,14 @@ from llm_basics.doctor import checks
 SHAPE = config.ModelConfig(vocab_size=256, context_length=32, d_model=64, n_layers=2, n_heads=4)
 TRAIN = config.TrainConfig(batch_size=8, warmup_steps=0, dtype="float32")
 
-# of the loss, and of gradients relative to the largest of each tensor
+# maximum difference of the loss, and of gradients relative to the largest of each tensor
 LIMIT = 1e-3
 
 Result = tuple[list[float], dict[str, Tensor]]
 
 
 def check(name: str) -> Iterator[checks.Check]:
-    """The comparisons that this machine allows; `name` is that of the device."""
+    """The comparisons available on this machine; `name` is the device."""
     cpu, chosen = torch.device("cpu"), device.choose(name)
     with swap.reference_only():
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def check(name: str) -> Iterator[checks.Check]:
 
 
 def quietly_fast() -> contextlib.AbstractContextManager[None]:
-    """Fast kernels within the block."""
+    """Use fast kernels, without messages, within the context."""
     return swap.using("fast", log=lambda line: None)
 
 
@@ -79,7 +79,7 @@ def steps(weights: dict[str, Tensor], chosen: torch.device) -> Result:
 
 
 def difference(found: Tensor | float, expected: Tensor | float) -> float:
-    """The largest absolute difference; infinite if it is not a number.
+    """The largest absolute difference; infinity instead of NaN.
 
     >>> difference(math.nan, 1.0)
     inf
