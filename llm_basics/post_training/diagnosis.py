@@ -1,22 +1,22 @@
-"""What keeps a run of reinforcement learning from learning, in words, from its rollouts."""
+"""Diagnoses of failing reinforcement learning from rollouts, as text."""
 
 from collections import deque
 from collections.abc import Sequence
 
 from llm_basics.post_training import rollouts
 
-# steps over which findings are averaged; after which one is repeated
+# number of steps over which findings are averaged, and after which a finding is repeated
 WINDOW, REPEATED_AFTER = 20, 100
 
-# shares above which a finding is reported: of groups of equal rewards or responses, of responses cut off
+# thresholds of findings: share of groups with equal rewards, with equal responses, and of truncated responses
 FLAT, IDENTICAL, CUT = 0.9, 0.5, 0.3
 
-# changes of the mean reward and of the share of exact answers between two windows that contradict each other
+# contradicting changes between two windows: of the mean reward, and of the share of exact answers
 RISE, FALL = 0.05, 0.05
 
 
 class Diagnosis:
-    """Looks at the rollouts of each step; a finding is reported when it appears, and every 100 steps."""
+    """Analyzes the rollouts of each step; a finding is reported when it appears, and every 100 steps."""
 
     def __init__(self, group_size: int, max_new_tokens: int) -> None:
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
@@ -35,7 +35,7 @@ class Diagnosis:
         if mean["identical"] > IDENTICAL:
             findings["identical"] = (
                 f"the {size} responses of a group are identical in {mean['identical']:.0%} of the groups: "
-                "they cannot be compared; the model has become certain, so stop, or use other prompts"
+                "they cannot be compared; the policy is deterministic, so stop, or use other prompts"
             )
         elif mean["zero_variance"] > FLAT:
             n_flat = round(self.steps[-1]["zero_variance"] * len(groups))
@@ -54,7 +54,7 @@ class Diagnosis:
         return [text for name, text in findings.items() if self._is_due(name, step)]
 
     def _contradiction(self, found: Sequence[rollouts.Rollout]) -> str:
-        """The finding that rewards rise while exact answers fall; "" if they do not."""
+        """The finding that rewards increase while exact answers decrease; "" if they do not."""
         steps = list(self.steps)
         before, after = steps[:WINDOW], steps[WINDOW:]
         rise, fall = (
@@ -67,7 +67,7 @@ class Diagnosis:
         listed = "; ".join(f"{r.text!r} for {r.case.question!r}" for r in rewarded)
         return (
             f"the reward rose by {rise:.2f} and the share of exact answers fell by {-fall:.2f} within "
-            f"{2 * WINDOW} steps: the reward is earned by something else; look at {listed}"
+            f"{2 * WINDOW} steps: wrong responses are rewarded, such as {listed}"
         )
 
     def _is_due(self, name: str, step: int) -> bool:

@@ -18,7 +18,7 @@ from llm_basics.training import job
 
 
 class Batch(NamedTuple):
-    """Text, and the share of these sequences in those of a step."""
+    """Text, and its fraction of the sequences of a step."""
 
     inputs: Int[Tensor, "batch seq"]
     targets: Int[Tensor, "batch seq"]
@@ -46,7 +46,7 @@ class DistillState(objective.Objective):
                 f"got {options.model.context_length}"
             )
         self.teacher = teacher.eval().requires_grad_(False)
-        # a checkpoint is resumed with the same teacher only
+        # a checkpoint can only be resumed with the same teacher
         digest = checkpoint.weights_sha256(self.teacher)
         self.prepared_in = f"{prepared.folder.name}, teacher {digest[:12]}"
 

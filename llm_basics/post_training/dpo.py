@@ -1,6 +1,6 @@
 """Direct preference optimization: train on pairs of responses, of which one is preferred (arXiv 2305.18290).
 
-The preferred response becomes likelier and the other less likely, each compared with the initial model.
+The probability of the preferred response increases relative to the other, compared with the initial model.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "batch seq"]
     response_mask: Bool[Tensor, "batch seq"]
     weight: float
-    """Share of these pairs in those of a step."""
+    """Fraction of the pairs of a step."""
 
 
 class DpoState(objective.ChatObjective):
@@ -54,7 +54,7 @@ class DpoState(objective.ChatObjective):
                 f"{path} must hold pairs to train on, but of {len(found):,} {self.n_left_out:,} are longer "
                 f"than model.context_length {options.model.context_length}, and the others are held out"
             )
-        # a checkpoint is resumed with the same pairs only
+        # a checkpoint can only be resumed with the same pairs
         self.prepared_in = f"{prepared.folder.name}, {path.name}"
         self._order = functools.lru_cache(maxsize=2)(self._arrange)
 

@@ -1,6 +1,6 @@
-"""A training run with a loss of its own: the step of `core.trainer`, with that loss in its place.
+"""Training runs with another loss, in the step of `core.trainer`.
 
-The promises of a training run hold for it (resume, signals, non-finite losses). But: it runs in one process.
+Resuming, signals and non-finite losses are handled as in a training run, but only in a single process.
 """
 
 import abc
@@ -16,10 +16,10 @@ from llm_basics.core import model as models
 from llm_basics.runs import checkpoint, process, run_dir, stopwatch
 from llm_basics.training import distributed, sft, state
 
-# weights of the initial model, in the run directory: a resumed run compares with the same ones
+# file of the initial weights in the run directory, with which a resumed run compares
 REFERENCE = "reference.safetensors"
 
-# held-out prompts whose greedy replies are compared in an evaluation
+# number of held-out prompts whose greedy replies are scored in an evaluation
 N_EXACT = 200
 
 
@@ -29,7 +29,7 @@ class Objective(state.TrainingState):
     n_updates = 1
     """Optimizer updates in a step."""
     has_dropout = False
-    """Whether dropout is on in an update; responses were sampled without, and compared probabilities too."""
+    """Whether dropout is enabled in updates; off for losses on samples, which are generated without it."""
 
     @abc.abstractmethod
     def loss_of(self, batch: Any) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -59,7 +59,7 @@ class Objective(state.TrainingState):
     ) -> trainer.StepResult:
         """`trainer.train_step` with the gradients of `accumulate_gradients`, `n_updates` times.
 
-        A loss that is not finite in a later update leaves the weights after the update before.
+        A non-finite loss in a later update leaves the weights of the previous update.
         """
         self.model.train(self.has_dropout)
         step, options = self.step + 1, self.options.train
@@ -78,7 +78,7 @@ class Objective(state.TrainingState):
 
 
 class ChatObjective(Objective, sft.SftState):
-    """The state of such a run on conversations."""
+    """The state of a run with another loss on conversations."""
 
     def evaluate(self, max_batches: int) -> dict[str, float]:
         """The metrics of fine-tuning, and the share of exact replies to held-out prompts."""
@@ -88,7 +88,7 @@ class ChatObjective(Objective, sft.SftState):
 
 
 def check(options: config.Config, command: str) -> None:
-    """Raise ValueError for options of a training run that `command` does not have."""
+    """Raise ValueError for options of a training run that `command` does not support."""
     if distributed.world().size > 1:
         raise ValueError(f"{command} must run in one process, got {distributed.world().size}; omit torchrun")
     for name, is_used in (
@@ -112,7 +112,7 @@ def work(training: sft.SftState, output: run_dir.RunDir, clock: stopwatch.Stopwa
 
 
 def reference(training: state.TrainingState, output: run_dir.RunDir) -> models.TransformerLM:
-    """A frozen copy of the model before the first step, kept in the run directory for a resume."""
+    """A frozen copy of the initial model, saved in the run directory for resuming."""
     path = output.folder / REFERENCE
     model = training.model if training.adapters is None else training.adapters.merged()
     if training.step == 0:

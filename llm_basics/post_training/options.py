@@ -1,4 +1,4 @@
-"""Options of the programs of post-training, beside those of every training run."""
+"""Options of the post-training programs, in addition to those of every training run."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -19,18 +19,18 @@ class RlOptions(option_types.Options):
     tagged (the answer in <answer></answer> is), or FILE.py:FUNCTION of (prompt, response, expected)."""
     prompts: str = "auto"
     """Prompts to train on: a file of conversations as --data, or auto: those of --data, and for demo new
-    synthetic questions. Prompts that --data holds out are left out."""
+    synthetic questions. Held-out prompts of --data are excluded."""
     group_size: Size = 16
-    """Responses to each prompt, which are compared with each other."""
+    """Number of responses per prompt, which are compared with each other."""
     max_new_tokens: option_types.Count = 24
-    """Longest response in tokens; one that is cut off has the reward 0."""
+    """Maximum response length in tokens; truncated responses have the reward 0."""
     temperature: option_types.Positive = 1.0
     """Divides the logits, in sampling and in the loss; above 1 responses of a group differ more."""
     method: Literal["none", "noclip", "grpo", "gspo"] = "grpo"
     """Loss of a token: -A log p (none), or with the importance ratio, of the token (noclip, and clipped
     grpo) or of the response (gspo)."""
     baseline: Literal["mean", "none"] = "mean"
-    """Subtracted from the rewards of a group: their mean, or nothing."""
+    """Baseline subtracted from the rewards of a group: their mean, or none."""
     normalizer: Literal["std", "mean", "none"] = "std"
     """Advantages of a group are divided by its standard deviation (GRPO), its mean (MaxRL), or nothing."""
     normalization: Literal["sequence", "constant"] = "sequence"
@@ -55,20 +55,20 @@ class DpoOptions(option_types.Options):
     """JSONL file of prompt, chosen, rejected. None: --data if it has them, else pairs made of the model's own
     responses to the prompts of --data, by comparing with the expected ones."""
     samples: Size = 8
-    """Responses to each prompt from which pairs are made."""
+    """Number of responses per prompt from which pairs are made."""
     prompts: option_types.Count = 1000
-    """Number of prompts to which they are sampled."""
+    """Number of prompts to which responses are sampled."""
     max_new_tokens: option_types.Count = 24
-    """Longest of these responses in tokens."""
+    """Maximum length of these responses in tokens."""
     beta: option_types.Positive = 0.1
-    """How much a preference counts against staying close to the initial model."""
+    """Weight of the KL divergence from the initial model: larger values keep the model closer to it."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """Loss of a pair: DPO (sigmoid), or IPO, which ends at a margin."""
+    """Loss of a pair: DPO (sigmoid), or IPO, which has its minimum at a finite margin."""
     sft_weight: option_types.NonNegative = 1.0
     """Weight of the cross-entropy of the chosen responses in the loss, in nats per token: without it their
     probability may fall, as long as that of the rejected ones falls faster (arXiv 2404.19733)."""
     label_smoothing: Annotated[float, option_types.Range(ge=0, lt=0.5)] = 0.0
-    """Probability that a pair is the wrong way round (sigmoid only)."""
+    """Label smoothing: probability that a preference label is wrong (sigmoid only)."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class DistillOptions(option_types.Options):
     prefix: ClassVar[str] = "distill."
 
     teacher: str = ""
-    """Run directory of the teacher, whose tokenizer the student gets."""
+    """Run directory of the teacher; the student uses its tokenizer."""
     direction: Literal["forward", "reverse"] = "forward"
-    """KL divergence of teacher and student: forward covers all that the teacher would write, reverse leaves
-    out what the student cannot model."""
+    """KL divergence of teacher and student: forward is mode-covering, reverse is mode-seeking and may ignore
+    texts that the student cannot model."""
     temperature: option_types.Positive = 1.0
     """Divides the logits of both; above 1 the probabilities are softer."""
     hard_weight: option_types.Fraction = 0.5

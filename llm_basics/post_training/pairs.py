@@ -23,7 +23,7 @@ from llm_basics.training import sft
 
 FIELDS = ("prompt", "chosen", "rejected")
 
-# responses that are sampled at once
+# number of responses sampled per batch
 SAMPLED_AT_ONCE = 128
 
 
@@ -50,7 +50,7 @@ def is_pairs(path: str) -> bool:
 
 
 def read(path: str, tokenizer: tokenizers.Tokenizer) -> Iterator[Pair]:
-    """The pairs of a file. Raises ValueError, with the line, for a record that is none."""
+    """The pairs of a file. Raises ValueError, with the line, for an invalid record."""
     end = tokenizer.special_id(chat_template.END)
     with open(path, "rb") as file:
         for position, record in jsonl.read(path, file):
@@ -77,9 +77,9 @@ def read(path: str, tokenizer: tokenizers.Tokenizer) -> Iterator[Pair]:
 def from_model(options: post_options.DpoConfig, prepared: prepare.Prepared) -> Path:
     """The file of pairs of responses of the initial model, sampled unless there is one.
 
-    For each of some training prompts `dpo.samples` responses are compared with the expected one. The chosen
-    response is one that equals it, or if there is none the expected one; the rejected one differs. A prompt
-    whose responses are all right gives no pair.
+    For some training prompts, `dpo.samples` responses are compared with the expected one. The chosen response
+    equals it, or is the expected one if none does; the rejected one differs. A prompt with only correct
+    responses yields no pair.
     """
     assert options.init_from is not None, "checked by sft.prepared"
     where = Path(options.init_from) / run_dir.CHECKPOINTS
@@ -120,7 +120,7 @@ def _sample_pairs(options: post_options.DpoConfig, cases: Sequence[sft.TestCase]
         found = rollouts.sample(model, tokenizer, some, options.dpo.max_new_tokens, seeds, reward)
         for i in range(0, len(found), n):
             group = found[i : i + n]
-            # one that was cut off would teach that a response ends there
+            # training on a truncated response would teach the model to stop there
             wrong = [r.text for r in group if r.ended and not r.is_exact and r.text.strip()]
             right = [r.text for r in group if r.is_exact]
             if wrong:

@@ -1,7 +1,7 @@
 """Reinforcement learning from rewards of groups of responses (GRPO and relatives, arXiv 2402.03300).
 
-A step samples several responses to each of some prompts, rewards them, and raises the probability of those
-that are better than the others of their group.
+A step samples a group of responses to each of several prompts, rewards them, and increases the probability of
+responses with rewards above the mean of their group.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class RlState(objective.ChatObjective):
                 f"rl.max_new_tokens {options.rl.max_new_tokens}, but none of {len(cases):,} does"
             )
         self.diagnosis = diagnosis.Diagnosis(options.rl.group_size, options.rl.max_new_tokens)
-        # in batches of similar lengths: the decoder is most efficient for these
+        # sorted into batches of similar lengths, for efficient decoding
         size = self.sequences_per_step // options.rl.group_size
         rows = [sft_dataset.Example(np.array(case.ids), np.array([True])) for case in self.prompts]
         self.sampler = sft_dataset.Batches(rows, size, options.model.context_length, options.train.seed)
@@ -57,7 +57,7 @@ class RlState(objective.ChatObjective):
         elif self.options.data != "demo":
             found = trained
         else:
-            # the model knows the answers to the others from its fine-tuning
+            # the answers to the others were in the fine-tuning data
             new = synthetic_qa.new_pairs()
             kinds = {pair.kind for pair in new}
             found = [self.case_of(sft_dataset.as_messages(pair), pair.kind) for pair in new]
@@ -71,7 +71,7 @@ class RlState(objective.ChatObjective):
         return sft.TestCase(ids, question, messages[-1].content + chat_template.END, kind)
 
     def next_cases(self) -> list[sft.TestCase]:
-        """The prompts of the next step, each as often as its group is large."""
+        """The prompts of the next step, each repeated for its group."""
         size = self.options.rl.group_size
         return [
             self.prompts[i] for i in self.sampler.indices_from(self.sequences // size) for _ in range(size)
@@ -92,7 +92,7 @@ class RlState(objective.ChatObjective):
         )
         found = rollouts.with_advantages(found, options)
         self.observed = rollouts.statistics(found, options.group_size)
-        # without a penalty the gradient of the others is 0
+        # without a KL penalty the gradient of the others is 0
         kept = [rollout for rollout in found if rollout.advantage != 0 or options.kl] or found[:1]
         size, length = train.batch_size, self.options.model.context_length
         self.model.eval()
@@ -140,7 +140,7 @@ class RlState(objective.ChatObjective):
 
 
 def rows_of(batch: rollouts.Batch) -> list[list[float]]:
-    """The log-probability of each token of each response, when it was sampled."""
+    """The log-probability of each token of each response under the sampling policy."""
     rows = zip(batch.old_log_probs, batch.response_mask, strict=True)
     return [log_probs[mask].tolist() for log_probs, mask in rows]
 

@@ -1,7 +1,7 @@
-"""Rollouts: responses that a model samples to prompts, with their rewards and advantages.
+"""Rollouts: responses sampled by a model, with their rewards and advantages.
 
-Each response has a seed of its own, so that the responses of a group differ, and a resumed run draws the same
-ones. The ids that were sampled are those that are trained on: text that is encoded again may have others.
+Each response has its own seed, so that the responses of a group differ, and a resumed run samples the same
+ones. Training uses the sampled ids, since encoding the decoded text may give others.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ Reward = Callable[[str, str, str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response to a prompt. `ids` end with `<|end|>` unless the response was cut off."""
+    """A response to a prompt. `ids` end with `<|end|>` unless the response was truncated."""
 
     case: sft.TestCase
     ids: list[int]
@@ -55,7 +55,7 @@ class Rollout:
 class Batch(NamedTuple):
     """Rows of rollouts for a forward pass.
 
-    `labels` are the next tokens of the last positions of `inputs`: those before have no token of a response.
+    `labels` are the next tokens of the last positions of `inputs`; earlier positions have no response tokens.
     """
 
     inputs: Int[Tensor, "batch seq"]
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     response_mask: Bool[Tensor, "batch last"]
     advantages: Float[Tensor, " batch"]
     weight: float
-    """Share of these rows in the responses of a step."""
+    """Fraction of the responses of a step."""
     old_log_probs: Float[Tensor, "batch last"]
 
 
@@ -119,7 +119,7 @@ def sample(
 def score(
     case: sft.TestCase, ids: list[int], ended: bool, tokenizer: tokenizers.Tokenizer, reward: Reward
 ) -> Rollout:
-    """A response with its reward: 0 if it was cut off, which has no answer yet."""
+    """A response with its reward; 0 for a truncated response, which lacks an answer."""
     text, expected = tokenizer.decode(ids), case.expected.removesuffix(chat_template.END)
     parts = reward(case.question, text, expected)
     if not ended:
@@ -131,7 +131,7 @@ def score(
 
 
 def with_advantages(found: Sequence[Rollout], options: post_options.RlOptions) -> list[Rollout]:
-    """The rollouts, whose groups stand in a row, with their advantages."""
+    """The rollouts, ordered by group, with their advantages."""
     values, _ = advantages.compute_group_normalized_rewards(
         torch.tensor([rollout.reward for rollout in found]),
         options.group_size,
@@ -168,7 +168,7 @@ def collate(
 def log_probs_of(
     model: models.TransformerLM, batch: Batch, temperature: float = 1.0, with_entropy: bool = False
 ) -> dict[str, Float[Tensor, "batch last"]]:
-    """`get_response_log_probs` of the last positions: most of its work is one logit for each id."""
+    """`get_response_log_probs` of the last positions only, since logits dominate its cost."""
     n = batch.labels.shape[1]
     return response_log_probs.get_response_log_probs(
         lambda inputs: model.logits(model.hidden_states(inputs)[:, -n:]) / temperature,
@@ -179,8 +179,8 @@ def log_probs_of(
 
 
 def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
-    """Means over the rollouts of a step: rewards and their parts, exact answers, lengths, and the share of
-    groups whose rewards are all equal."""
+    """Means over the rollouts of a step: rewards and their parts, exact answers, lengths, and the fraction of
+    groups with equal rewards."""
     metrics = {name: fmean([r.parts[name] for r in found]) for name in found[0].parts}
     groups = [found[i : i + group_size] for i in range(0, len(found), group_size)]
     return metrics | {
@@ -192,7 +192,7 @@ def statistics(found: Sequence[Rollout], group_size: int) -> dict[str, float]:
 
 
 def as_record(rollout: Rollout, group: int, log_probs: Sequence[float] | None) -> dict[str, Any]:
-    """A line of rollouts.jsonl, with the log-probability of each token unless the rollout was left out."""
+    """A line of rollouts.jsonl, with the log-probability of each token if the rollout was trained on."""
     return {
         "group": group,
         "prompt": rollout.case.question,
