@@ -25,8 +25,8 @@ from llm_basics.fast import optim as fast_optim
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.fast.cuda import availability
 
-# logits per chunk: the size of a CPU's cache, or 1 GB on a GPU. MIN_ROWS: adding a chunk to the gradient of the output
-# projection costs as much as a product with some hundred rows
+# logits per chunk: the size of a CPU's cache, or 1 GB on a GPU. MIN_ROWS: adding a chunk to the gradient of
+# the output projection costs as much as a product with some hundred rows
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 MIN_ROWS = 512
 
