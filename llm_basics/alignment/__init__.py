@@ -1,1 +1,1 @@
-"""Post-training by hand: from a model that continues text to one that is rewarded for right answers."""
+"""Post-training by hand: policy gradients, preference optimization, distillation and LoRA."""

@@ -1,8 +1,8 @@
-"""Advantages: how much better a response is than the others to the same prompt.
+"""Advantages: rewards of responses relative to the other responses to the same prompt.
 
-A policy gradient multiplies the log-probability of each response by a number. With the reward itself, all
-responses of an easy prompt are pushed up alike; less the mean of its group, the better half goes up and the
-worse half down. Four methods are cases of one function:
+A policy gradient weights the log-probability of each response. With the reward as the weight, all responses
+to an easy prompt are reinforced equally; with the mean of the group subtracted, responses above it are
+reinforced and those below it suppressed. Four methods are cases of one function:
 
 | method | baseline | normalizer | |
 |---|---|---|---|

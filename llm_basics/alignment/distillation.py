@@ -1,9 +1,9 @@
 """Knowledge distillation: a small model learns the next-token probabilities of a large one.
 
-A text shows one next token; the teacher's probabilities also show which others would have been nearly as
-good. A temperature makes them softer (arXiv 1503.02531). The forward divergence makes a student cover all
-that the teacher would write; the reverse one lets it leave out what it cannot model (MiniLLM, arXiv
-2306.08543). But: both models must have the same tokens.
+A text has one next token; the teacher's probabilities also contain those of all others. A temperature makes
+them softer (arXiv 1503.02531). The forward divergence is mode-covering: the student assigns probability to
+all texts of the teacher; the reverse one is mode-seeking: it may ignore texts that it cannot model (MiniLLM,
+arXiv 2306.08543). But: both models must have the same tokens.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.9, 0.1]]))
     >>> kl_divergence(student, teacher), kl_divergence(student, teacher, "reverse")
@@ -27,7 +27,7 @@ def kl_divergence(
     """The divergence of the next-token probabilities p of the teacher and q of the student, at temperature T.
 
     `forward`: `T^2 sum_v p_v (log p_v - log q_v)`; `reverse`: `T^2 sum_v q_v (log q_v - log p_v)`, where p
-    and q are the softmax of logits / T. Gradients shrink with 1 / T^2, which the factor makes up for. The
+    and q are the softmax of logits / T. The factor compensates for gradients that scale with 1 / T^2. The
     teacher has no gradient. Half precision is computed in float32.
 
     >>> kl_divergence(torch.tensor([0.0, 2.0]), torch.tensor([2.0, 0.0]), temperature=2.0)
@@ -45,7 +45,7 @@ def kl_divergence(
     log_q = F.log_softmax(F.to_float32(student_logits) / temperature)
     log_p = F.log_softmax(F.to_float32(teacher_logits.detach()) / temperature)
     first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    # a token of probability 0 adds nothing: the limit of p log p, which would be 0 times infinity here
+    # a token of probability 0 adds 0, the limit of p log p, instead of 0 times infinity
     is_impossible = first == -torch.inf
     difference = first.masked_fill(is_impossible, 0.0) - second.masked_fill(is_impossible, 0.0)
     return temperature**2 * (first.exp() * difference).sum(-1)
@@ -72,7 +72,7 @@ def distillation_loss(
     tensor(0.5306)
     """
     soft = kl_divergence(student_logits, teacher_logits, direction, temperature)
-    # a label that is masked may be -100, which is no token
+    # a masked label may be -100, which is not a token
     tokens = labels.masked_fill(mask == 0, 0)
     log_probs = F.log_softmax(F.to_float32(student_logits)).gather(-1, tokens[..., None]).squeeze(-1)
     each = soft if hard_weight == 0 else (1 - hard_weight) * soft - hard_weight * log_probs

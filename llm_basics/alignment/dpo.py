@@ -1,8 +1,8 @@
 """Direct preference optimization: learn from pairs of responses, one preferred, without a reward model.
 
-How much likelier the policy makes a response than the reference does is taken as its reward; the loss is the
-logistic loss of the difference of the two rewards (DPO, arXiv 2305.18290). At the start policy and reference
-are equal, and the loss is log 2.
+The reward of a response is its log-probability ratio between policy and reference; the loss is the logistic
+loss of the difference of the two rewards (DPO, arXiv 2305.18290). Initially policy and reference are equal,
+and the loss is log 2.
 
     >>> start = torch.tensor([-5.0])
     >>> dpo_loss(start, start, start, start, beta=0.1)
@@ -24,7 +24,7 @@ def negative_log_sigmoid(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     >>> negative_log_sigmoid(torch.tensor([-1000.0])), negative_log_sigmoid(torch.tensor([0.0]))
     (tensor([1000.]), tensor([0.6931]))
     """
-    # not a clamp and an absolute value, whose gradients at x = 0, where training starts, are not -1/2
+    # without a clamp or an absolute value, whose gradients at x = 0, where training starts, are not -1/2
     return torch.logaddexp(-x, torch.zeros_like(x))
 
 
@@ -41,8 +41,8 @@ def dpo_loss(
 
     With the margin `h = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected)`:
     `sigmoid`: `-log sigmoid(beta h)`, or with label smoothing e, for pairs that are wrong with probability
-    e, `-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`; `ipo`: `(h - 1 / (2 beta))^2`, which ends at
-    a margin, where sigmoid goes on for ever (arXiv 2310.12036).
+    e, `-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`; `ipo`: `(h - 1 / (2 beta))^2`, which has its
+    minimum at a finite margin, unlike sigmoid (arXiv 2310.12036).
 
     >>> two, one = torch.tensor([-2.0]), torch.tensor([-1.0])
     >>> dpo_loss(one, two, two, two, beta=0.5), dpo_loss(one, two, two, two, beta=0.5, loss_type="ipo")

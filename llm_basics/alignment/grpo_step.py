@@ -1,8 +1,8 @@
 """One step of reinforcement learning from rewards of groups of responses (GRPO, arXiv 2402.03300).
 
-Rewards of sampled responses become advantages within each group, and one gradient step raises the
-probability of the better ones. The batch is computed in microbatches that fit into memory; the gradient is
-that of the whole batch. But: the responses are sampled elsewhere.
+Rewards of sampled responses are converted to advantages within each group, and one gradient step increases
+the probability of responses with positive advantages. The batch is computed in microbatches that fit into
+memory; the gradient is that of the whole batch. But: it does not sample the responses.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,9 +82,9 @@ def grpo_train_step(
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """One update of the model from the responses to each prompt: rewards, advantages, gradient, step.
 
-    The responses of a prompt stand in a row, `group_size` of them. The gradient is clipped to
-    `max_grad_norm`, if given. Returns the loss before the update, and statistics: the means of the rewards
-    and their parts, `zero_variance`, `token_entropy`, `clip_fraction`, `grad_norm` before clipping.
+    The `group_size` responses to a prompt are consecutive. The gradient is clipped to `max_grad_norm`, if
+    given. Returns the loss before the update, and statistics: the means of the rewards and their parts,
+    `zero_variance`, `token_entropy`, `clip_fraction`, `grad_norm` before clipping.
     Gradients are None before and after.
     """
     device = next(model.parameters()).device

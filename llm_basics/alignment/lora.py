@@ -4,9 +4,9 @@ The pretrained `W` (d_out, d_in) is frozen, and `A` (r, d_in) and `B` (d_out, r)
 
     y = x W^T + b + alpha / r (x A^T) B^T
 
-B starts at zero, so that training starts from the pretrained model. Because of the factor `alpha / r` the
-learning rate need not change with the rank. After training, `W + alpha / r B A` is a plain matrix again: a
-merged model costs nothing more.
+B is initialized to zero, so that training starts from the pretrained model. Because of the factor `alpha / r`
+the learning rate need not change with the rank. After training, `W + alpha / r B A` is a plain matrix: a
+merged model has no overhead.
 
     >>> layer = LoRALinear(layers.Linear(64, 64), rank=2, alpha=4.0)
     >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
@@ -27,10 +27,10 @@ from llm_basics.core import layers
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base`, and the matrices `a` and `b` that are trained in its place.
+    """A frozen linear layer `base`, and trainable matrices `a` and `b`.
 
     `scale` is alpha / r. `dropout` zeroes elements of the input of `a` in training. `merged`: the product is
-    part of the base weight, and not added again.
+    included in the base weight.
     """
 
     def __init__(self, base: layers.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The matrix that this layer multiplies by, for functions that take the weights of layers."""
+        """The effective weight, for functions that use the weights of layers."""
         return self.base.weight if self.merged else self.base.weight + lora_delta(self)
 
     @property
@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
 
 
 def lora_delta(layer: LoRALinear) -> Float[Tensor, "d_out d_in"]:
-    """What training has added to a weight: `alpha / r B A`, of rank r at most."""
+    """The learned change of a weight: `alpha / r B A`, of rank at most r."""
     return layer.scale * (layer.b @ layer.a)
 
 
@@ -83,7 +83,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def apply_lora(
     model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> list[str]:
-    """Freeze a model, and put a LoRALinear in place of each layer whose last name is in `targets`.
+    """Freeze a model, and replace each layer whose last name is in `targets` by a LoRALinear.
 
     Returns the full names of these layers. Raises ValueError for a target that no layer has.
     """
@@ -105,7 +105,7 @@ def apply_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add each product to its base weight, in place: `W <- W + alpha / r B A`. Merged layers stay."""
+    """Add each product to its base weight in place: `W <- W + alpha / r B A`. Skips merged layers."""
     for _, layer in lora_layers(model):
         if not layer.merged:
             layer.base.weight.add_(lora_delta(layer))
@@ -114,7 +114,7 @@ def merge_lora(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
-    """Subtract the products again, up to the rounding of one addition. Unmerged layers stay."""
+    """Subtract the products, up to the rounding of one addition. Skips layers that are not merged."""
     for _, layer in lora_layers(model):
         if layer.merged:
             layer.base.weight.sub_(lora_delta(layer))
@@ -122,7 +122,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of weights that are trained, and of all weights."""
+    """The number of trainable weights, and of all weights."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
@@ -132,7 +132,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """All `a` and `b` of a model by name, `q_proj.a`: what to save of an adapted model."""
+    """All `a` and `b` of a model by name, as in `q_proj.a`, for saving."""
     return {
         f"{name}.{matrix}": getattr(layer, matrix).detach()
         for name, layer in lora_layers(model)
@@ -144,7 +144,7 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the adapters of a model with the same targets and rank.
 
-    Raises ValueError, with nothing changed, unless names and shapes are those of `lora_state`.
+    Raises ValueError, without changing anything, unless names and shapes are those of `lora_state`.
     """
     own = lora_state(model)
     shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, tensors)]

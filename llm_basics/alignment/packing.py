@@ -1,6 +1,6 @@
-"""Instruction data in sequences of one length: documents one after the other, cut without regard to them.
+"""Instruction data packed into sequences of equal length, regardless of document boundaries.
 
-No token is padding, so none is wasted; the price is that a sequence may begin in the middle of a document.
+There is no padding, but a sequence may start in the middle of a document.
 
     >>> format_instruction("Say red twice.").splitlines()[-1]
     '### Response:'
@@ -19,7 +19,7 @@ from torch import Tensor
 from llm_basics.alignment import response_log_probs
 from llm_basics.core import tokenizer as tokenizers
 
-# of Stanford Alpaca, which the public assignment uses
+# the template of Stanford Alpaca, as in the public assignment
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -27,7 +27,7 @@ ALPACA = (
 
 
 def format_instruction(prompt: str) -> str:
-    """The prompt as an instruction, up to where the response begins.
+    """The prompt as an instruction, up to the start of the response.
 
     >>> format_instruction("Add 1 and 2.")[-45:]
     '### Instruction:\\nAdd 1 and 2.\\n\\n### Response:\\n'
@@ -45,7 +45,7 @@ class PackedSFTDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Sequences of `seq_length` tokens from a JSONL file with a `prompt` and a `response` in each line.
 
     Each line becomes an instruction, its response and the end token; all are concatenated. Item i has
-    `input_ids`, the tokens from `i * seq_length`, and `labels`, the same one token later. What is left at
+    `input_ids`, the tokens from `i * seq_length`, and `labels`, shifted by one token. The incomplete rest at
     the end is dropped. `shuffle` permutes the lines first.
     """
 

@@ -1,8 +1,8 @@
-"""The policy gradient: losses whose gradient raises the probability of responses with an advantage.
+"""The policy gradient: losses whose gradient increases the probability of responses with positive advantages.
 
-The loss of a token is not to be read as a number that should fall: only its gradient means something. With
-samples of an older policy, each token is weighted by the ratio of probabilities now and then, and the ratio
-is clipped, so that several steps on the same samples do not run away (PPO, arXiv 1707.06347).
+The value of the loss is not a measure of progress: only its gradient is meaningful. With samples of an older
+policy, each token is weighted by the ratio of its current and its old probability, and the ratio is clipped,
+so that several steps on the same samples stay close to the old policy (PPO, arXiv 1707.06347).
 
     >>> log_probs = torch.log(torch.tensor([[0.5, 0.9]]))
     >>> old = torch.log(torch.tensor([[0.5, 0.6]]))
@@ -26,7 +26,7 @@ def importance_ratio(
     | Int[Tensor, "batch seq"]
     | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """How much likelier a token is than for the policy that sampled it: `exp(log p - log p_old)`.
+    """The ratio of a token's probability to that of the sampling policy: `exp(log p - log p_old)`.
 
     With `gspo` the sequence has one ratio, the geometric mean over the tokens of its response (arXiv
     2507.18071).
@@ -63,7 +63,7 @@ def compute_policy_gradient_loss(
 
     With advantage A, ratio `w = exp(log p - log p_old)` of a token, or of the sequence for `gspo`:
     `none`: `-A log p`; `noclip`: `-A w`; `grpo` and `gspo`: `-min(A w, A clip(w, 1 - c, 1 + c))`. The
-    minimum is taken after multiplying by A, so that a step that makes things worse is never clipped away.
+    minimum is taken after multiplying by A, so that clipping never hides a decrease of the objective.
 
     >>> loss, _ = compute_policy_gradient_loss(torch.tensor([2.0]), torch.tensor([[-1.0, -3.0]]))
     >>> loss
@@ -118,11 +118,11 @@ def aggregate_loss_across_microbatch(
     loss_normalization: str = "sequence",
     normalization_constant: int | float | None = None,
 ) -> Float[Tensor, ""]:
-    """One number from the losses of the tokens where `mask` is 1.
+    """Reduce the losses of the tokens where `mask` is 1 to a scalar.
 
-    `sequence`: the mean over each response, then over the responses (GRPO); a token of a long response
-    counts less. `constant`: the sum of all, divided by the constant (Dr. GRPO), so that each token counts
-    the same.
+    `sequence`: the mean over each response, then over the responses (GRPO); tokens of long responses have
+    smaller weights. `constant`: the sum of all, divided by the constant (Dr. GRPO), with equal weights for
+    all tokens.
 
     >>> losses, mask = torch.tensor([[1.0, 3.0], [8.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
     >>> aggregate_loss_across_microbatch(losses, mask)

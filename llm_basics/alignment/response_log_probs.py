@@ -1,10 +1,10 @@
-"""The probability that a model gives to a response: tokens with a mask, log-probabilities, masked means.
+"""The probability of a response under a model: tokens with a mask, log-probabilities, masked means.
 
 Every method of post-training compares log-probabilities of responses. Prompt and response are one sequence;
 the model predicts each of its tokens from those before it, and `response_mask` marks the predictions that
-belong to the response. Padding stands at the end, where a causal model does not see it.
+belong to the response. Padding is at the end, where a causal model ignores it.
 
-Models return logits, or an object with `logits` (Hugging Face); tokenizers are this package's or theirs.
+Models return logits, or an object with `logits`; tokenizers are of this package or of Hugging Face.
 
     >>> uniform = lambda tokens: torch.zeros(*tokens.shape, 4)
     >>> tokens = torch.tensor([[0, 1, 2]])
@@ -23,7 +23,7 @@ from llm_basics.core import functional as F
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of `text` as a part of a sequence, without a token that marks its beginning or end.
+    """The ids of `text` as a part of a sequence, without tokens that mark its start or end.
 
     >>> from llm_basics.core import tokenizer
     >>> encode(tokenizer.Tokenizer.byte_level(), "Hi")
@@ -38,7 +38,7 @@ def tokenize_prompt_and_output(
 ) -> dict[str, Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]]:
     """Each prompt followed by its output, as `input_ids`, `labels` (the next token) and `response_mask`.
 
-    Both are encoded alone, so that the border between them is a border of tokens. The mask is True where the
+    Both are encoded separately, so that no token spans the boundary between them. The mask is True where the
     label is a token of the output. Shorter sequences are padded at the end.
 
     >>> from llm_basics.core import tokenizer
@@ -54,7 +54,7 @@ def tokenize_prompt_and_output(
     outputs = [encode(tokenizer, text) for text in output_strs]
     sequences = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     longest = max(map(len, sequences))
-    # any id will do, since no mask is True there; a tokenizer may have none for it
+    # any id is valid, since the mask is False there, and a tokenizer may lack a padding token
     padding = getattr(tokenizer, "pad_token_id", None) or 0
     tokens = torch.full((len(sequences), longest), padding)
     is_response = torch.zeros(len(sequences), longest, dtype=torch.bool)
@@ -65,7 +65,7 @@ def tokenize_prompt_and_output(
 
 
 def compute_entropy(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
-    """How undecided the model is about the next token, in nats: `-sum_v p_v log p_v`.
+    """The entropy of the next-token distribution in nats: `-sum_v p_v log p_v`.
 
     >>> compute_entropy(torch.tensor([0.0, 0.0]))  # log 2
     tensor(0.6931)
@@ -80,10 +80,10 @@ def get_response_log_probs(
     labels: Int[Tensor, "batch seq"],
     return_token_entropy: bool = False,
 ) -> dict[str, Float[Tensor, "batch seq"]]:
-    """`log_probs`, `log p(label_t | input_ids up to t)` of each token, and `token_entropy` if wanted.
+    """`log_probs`, `log p(label_t | input_ids up to t)` of each token, and `token_entropy` if requested.
 
-    Prompt and padding are not masked here: who sums does that. Half precision is computed in float32.
-    The model stays in its mode: dropout that was off in the rollout must be off here.
+    Prompt and padding are not masked; the caller masks them. Half precision is computed in float32. The
+    model's mode is unchanged: dropout must be off if it was off in the rollout.
     """
     output = model(input_ids)
     logits = F.to_float32(getattr(output, "logits", output))
@@ -101,7 +101,7 @@ def masked_normalize(
 ) -> Float[Tensor, "..."]:
     """The sum of the elements where `mask` is 1, along `dim` or of all, divided by a constant.
 
-    An element that is masked may be infinite or NaN.
+    Masked elements may be infinite or NaN.
 
     >>> masked_normalize(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1, 1, 0]]), 1, normalize_constant=4)
     tensor([0.7500])
@@ -115,11 +115,11 @@ def masked_mean(
     mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | Int[Tensor, "..."],
     dim: int | None = None,
 ) -> Float[Tensor, "..."]:
-    """The mean of the elements where `mask` is 1, along `dim` or of all; 0 where there is none.
+    """The mean of the elements where `mask` is 1, along `dim` or of all; 0 without such elements.
 
     >>> masked_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]), dim=1)
     tensor([2.])
     """
     counts = (mask != 0).sum() if dim is None else (mask != 0).sum(dim)
-    # of an empty response, 0 instead of NaN, which would be that of the whole batch
+    # 0 for an empty response, instead of NaN, which would propagate to the whole batch
     return masked_normalize(tensor, mask, dim) / counts.clamp(min=1)

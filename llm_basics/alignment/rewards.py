@@ -1,8 +1,8 @@
 """Rewards that a program can compute: an exact answer, a format, a number, a letter.
 
-A reward function gets a response and the right answer, and returns `reward`, what is trained on, with its
-parts `format_reward` and `answer_reward`. A response that is cut off before its end has no answer: rewarded,
-it would teach the model not to end.
+A reward function maps a response and the correct answer to `reward`, which training maximizes, and its parts
+`format_reward` and `answer_reward`. A truncated response has no answer: rewarding it would teach the model
+not to end.
 
     >>> number_reward("6 boxes of 3 are 18.0", "18")["reward"], number_reward("about 6 boxes", "18")["reward"]
     (1.0, 0.0)
@@ -35,8 +35,8 @@ def parse_gsm8k_response(model_output: str) -> str | None:
 def parse_mmlu_response(mmlu_example: dict[str, Any], model_output: str) -> str | None:
     """The letter of a multiple-choice answer, or None.
 
-    It follows "answer is", if that occurs; else it is the only letter that stands alone. "A" as a word of the
-    text is not an answer.
+    It follows "answer is", if that occurs; else it is the only isolated letter. "A" as a word of the text is
+    not an answer.
 
     >>> options = {"options": ["1", "2", "3", "4"]}
     >>> [parse_mmlu_response(options, text) for text in ("The correct answer is (B).", "C. 3", "A guess?")]
@@ -51,7 +51,7 @@ def parse_mmlu_response(mmlu_example: dict[str, Any], model_output: str) -> str 
 
 
 def same_answer(answer: str | None, ground_truth: str) -> bool:
-    """Whether two answers are equal: as numbers where both are numbers, else as text without outer spaces.
+    """Whether two answers are equal: as numbers if both are numbers, else as text without outer spaces.
 
     >>> same_answer("18.0", "18"), same_answer("1,000", "1000"), same_answer("Paris ", "paris")
     (True, True, False)
@@ -65,7 +65,7 @@ def same_answer(answer: str | None, ground_truth: str) -> bool:
 
 
 def exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """1 if the whole response is the answer. Any response has the format.
+    """1 if the whole response is the answer. The format is always valid.
 
     >>> exact_match_reward(" red\\n", "red")
     {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
@@ -75,7 +75,7 @@ def exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
 
 
 def number_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """1 if the last number of the response equals the answer. A response has the format if it has a number.
+    """1 if the last number of the response equals the answer. The format is valid if there is a number.
 
     >>> number_reward("She has 3 + 4 = 7 apples.", "7.0")
     {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
@@ -86,9 +86,9 @@ def number_reward(response: str, ground_truth: str) -> dict[str, float]:
 
 
 def tagged_answer_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """1 if the response ends with `<answer>...</answer>`, once, and the answer in it is right.
+    """1 if the response ends with a single `<answer>...</answer>` with the correct answer.
 
-    The format is rewarded by 0 alone: else a model learns to write tags around anything.
+    The reward of the format alone is 0: otherwise a model learns to write tags around any text.
 
     >>> tagged_answer_reward("3 + 4 <answer>7</answer>", "7")["reward"]
     1.0

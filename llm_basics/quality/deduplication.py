@@ -1,9 +1,9 @@
 """Duplicates: lines that occur more than once, and documents that are almost the same.
 
-A text that occurs often is learned by heart instead of being learned from (arXiv 2107.06499). Lines are
-compared exactly, by a hash. Documents are compared by MinHash: the chance that two sets have the same minimum
-of a random hash function is their Jaccard similarity, so that short signatures stand for the sets, and only
-documents whose signatures agree in a whole band are compared.
+Models memorize text that occurs often (arXiv 2107.06499). Lines are compared exactly, by a hash. Documents
+are compared by MinHash: the probability that two sets have the same minimum of a random hash function is
+their Jaccard similarity, so that short signatures represent the sets, and only documents whose signatures
+agree in a whole band are compared.
 
 On the resemblance and containment of documents (Broder, 1997). Bands: Mining of Massive Datasets, chapter 3.
 """
@@ -36,7 +36,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def line_hash(line: str) -> bytes:
-    """A hash of a line without its end: 16 bytes, however long the line is.
+    """A hash of a line without its end, of 16 bytes.
 
     >>> line_hash("a line\\r\\n") == line_hash("a line"), len(line_hash("a line"))
     (True, 16)
@@ -92,12 +92,12 @@ def _distinct(input_files: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def normalize_text(text: str) -> str:
-    """Lower case without accents and punctuation, with single spaces: what copies of a text have in common.
+    """Normalize a text to lower case without accents and punctuation, with single spaces.
 
     >>> normalize_text("  The Caf\\u00e9,\\n(closed)! ")
     'the cafe closed'
     """
-    # NFD writes an accent as a character of its own, of category M; punctuation and symbols are P and S
+    # NFD encodes an accent as a separate character of category M; punctuation and symbols are P and S
     decomposed = unicodedata.normalize("NFD", text.lower())
     kept = (" " if unicodedata.category(c)[0] in "PS" else c for c in decomposed)
     return " ".join("".join(c for c in kept if unicodedata.category(c)[0] != "M").split())
@@ -116,7 +116,7 @@ def word_ngrams(text: str, n: int) -> set[str]:
 
 
 def jaccard_similarity(first: set[str], second: set[str]) -> float:
-    """What two sets have in common, as a fraction of what they have in all; 0 if both are empty.
+    """The size of the intersection of two sets divided by that of their union; 0 if both are empty.
 
     J(A, B) = |A and B| / |A or B|
 
@@ -139,7 +139,7 @@ def hash_coefficients(num_hashes: int, seed: int = 0) -> Int[np.ndarray, "two ha
 def minhash_signature(
     ngrams: set[str], coefficients: Int[np.ndarray, "two hashes"]
 ) -> Int[np.ndarray, " hashes"]:
-    """The minimum of each hash function over a set; PRIME, which is no remainder, for the empty set.
+    """The minimum of each hash function over a set; PRIME, which is not a hash value, for the empty set.
 
     signature[i] = min over x in ngrams of (a[i] h(x) + b[i]) mod PRIME
 
@@ -160,7 +160,7 @@ def minhash_signature(
 
 
 def candidate_pairs(signatures: Int[np.ndarray, "documents hashes"], num_bands: int) -> set[tuple[int, int]]:
-    """The pairs of documents whose signatures agree in one of `num_bands` bands of equal length, or in more.
+    """The pairs of documents whose signatures agree in at least one of `num_bands` bands of equal length.
 
     P(pair) = 1 - (1 - J^r)^bands, with r = hashes / bands
 
@@ -186,7 +186,7 @@ def candidate_pairs(signatures: Int[np.ndarray, "documents hashes"], num_bands: 
 
 
 def connected_groups(n_documents: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The documents in groups: two are in one if a chain of pairs joins them.
+    """The connected components of the graph of documents with the given pairs as edges.
 
     >>> connected_groups(5, [(0, 3), (3, 4)])
     [[0, 3, 4], [1], [2]]

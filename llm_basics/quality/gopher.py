@@ -1,7 +1,7 @@
-"""Quality rules of Gopher: documents that do not look like running text are dropped.
+"""Quality rules of Gopher, which drop documents unlike running text.
 
-The rules count words and lines and understand neither. They were made for English web pages; a text without
-spaces between words, such as Chinese, has too few and too long words for them.
+The rules are statistics of words and lines. They were made for English web pages; text without spaces between
+words, such as Chinese, has too few and too long words.
 
 Scaling Language Models (Gopher), arXiv 2112.11446, appendix A.1.1. Its rules about symbols, bullets and stop
 words are not used here: the first four need no list for each language.
@@ -26,7 +26,7 @@ def mean_word_length(words: list[str]) -> float:
 
 
 def ellipsis_fraction(text: str) -> float:
-    """The fraction of lines that end with an ellipsis; blank lines do not count.
+    """The fraction of lines that end with an ellipsis, without blank lines.
 
     >>> ellipsis_fraction("Read more...\\n\\nThe end.")
     0.5
@@ -45,7 +45,7 @@ def alphabetic_fraction(words: list[str]) -> float:
 
 
 def broken_rule(text: str) -> str | None:
-    """The first rule that a document breaks, or None; words are what stands between spaces.
+    """The first rule that a document violates, or None; words are separated by white space.
 
     50 <= words <= 100,000, 3 <= mean length <= 10, lines with ellipsis <= 30%, words with a letter >= 80%
 

@@ -1,7 +1,7 @@
 """Masks for personal data: email addresses, phone numbers and IPv4 addresses.
 
-A model repeats what it has read, so what identifies a person is replaced before training by a fixed text.
-Only forms that a regular expression can find are here: names and postal addresses need a trained tagger, and
+Models reproduce training text, so personal identifiers are replaced by a fixed text before training. Only
+forms that a regular expression can match are supported: names and postal addresses need a trained tagger, and
 phone numbers outside the North American plan have no common form.
 
 The forms are those of Dolma's rules (arXiv 2402.00159, section 5.3.3).
@@ -11,14 +11,14 @@ import re
 
 EMAIL_MASK, PHONE_MASK, IP_MASK = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
 
-# at most 64 characters before the @ (RFC 5321), 63 between two dots (RFC 1035): this keeps the search linear
+# at most 64 characters before the @ (RFC 5321), 63 between two dots (RFC 1035): limits keep the search linear
 EMAIL = re.compile(
     r"(?<![a-z0-9_%+-])[a-z0-9_%+-][a-z0-9_.%+-]{0,63}"
     r"@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}(?![a-z0-9])",
     re.IGNORECASE | re.ASCII,
 )
 
-# neither inside a word or a longer number, nor the decimals of one
+# not within a word or a longer number, nor the decimals of a number
 PHONE = re.compile(
     r"(?<![A-Za-z0-9])(?<!\d[.-])(?:\+?1[-. ]?)?(?:\(\d{3}\)[-. ]{0,2}|\d{3}[-. ]?)\d{3}[-. ]?\d{4}"
     r"(?![A-Za-z0-9])(?![.-]\d)",

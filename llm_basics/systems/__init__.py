@@ -1,1 +1,1 @@
-"""What runs beneath a model, written by hand: attention in tiles, and training on several ranks."""
+"""Systems beneath a model, written by hand: attention in tiles, and distributed training."""

@@ -1,9 +1,9 @@
-"""Activation checkpointing: memory for time (arXiv 1604.06174).
+"""Activation checkpointing: trades computation for memory (arXiv 1604.06174).
 
-A layer keeps its activations from the forward pass for the backward pass. `checkpoint` keeps only its
-arguments: it runs the layer without a graph, and again with one when the gradient arrives. The second run
-must repeat the first, so the state of the random numbers is restored for it: otherwise dropout would drop
-other units. But: it does not restore autocast, as `torch.utils.checkpoint` does.
+Normally a layer saves its activations for the backward pass. `checkpoint` saves only its arguments: it runs
+the layer without a graph, and again with one in the backward pass. The second run must repeat the first, so
+the random state is restored for it: otherwise dropout would zero other units. But: it does not restore
+autocast, as `torch.utils.checkpoint` does.
 
     >>> x = torch.tensor([3.0], requires_grad=True)
     >>> checkpoint(torch.square, x).backward()
@@ -34,7 +34,7 @@ def random_states() -> list[Tensor]:
 
 @contextlib.contextmanager
 def restored_random_states(states: list[Tensor]) -> Iterator[None]:
-    """Draw random numbers from `states` in the block, and go on afterwards as if there had been none."""
+    """Set the random states within the context; then restore the previous ones."""
     before = random_states()
 
     def restore(wanted: list[Tensor]) -> None:
@@ -54,9 +54,9 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """The output. Saves the arguments and the random states alone."""
+        """The output. Saves only the arguments and the random states."""
         ctx.function, ctx.random_states = function, random_states()
-        # tensors through save_for_backward, which finds out when one is changed in place
+        # save_for_backward detects tensors that are modified in place
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
         ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
         ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
@@ -65,7 +65,7 @@ class Checkpoint(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """Runs the function again, from the same random numbers, and its backward pass."""
+        """Recomputes the function with the same random states, and runs its backward pass."""
         saved, args = iter(ctx.saved_tensors), list(ctx.others)
         for i, is_tensor in enumerate(ctx.is_tensor):
             if is_tensor:
@@ -73,16 +73,16 @@ class Checkpoint(torch.autograd.Function):
                 args[i] = tensor.detach().requires_grad_(tensor.requires_grad)
         with torch.enable_grad(), restored_random_states(ctx.random_states):
             output = ctx.function(*args)
-        # not autograd.grad: parameters of the function get their gradients too
+        # not autograd.grad, since gradients also accumulate in the function's parameters
         torch.autograd.backward(output, grad_output)
         return (None, *(arg.grad if isinstance(arg, Tensor) else None for arg in args))
 
 
 def checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, of which only the arguments are kept for the backward pass, not the activations.
+    """`function(*args)`, with only the arguments saved for the backward pass, not the activations.
 
-    Gradients reach the arguments and the parameters of the function, as without. Raises ValueError if no
-    argument requires a gradient, since the output would have none, and the parameters would not learn.
+    Gradients of the arguments and of the function's parameters are unchanged. Raises ValueError if no
+    argument requires a gradient, since the output and the parameters would then have none.
 
     >>> x = torch.ones(2, requires_grad=True)
     >>> checkpoint(lambda x, factor: (factor * x).exp().sum(), x, 2.0).backward()

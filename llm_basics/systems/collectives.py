@@ -1,8 +1,8 @@
-"""Collective communication from send and receive: the ring.
+"""Collective communication by send and receive: ring algorithms.
 
 Every rank sends to its right neighbor and receives from its left one, a chunk at a time, so all links are
-busy and no rank is a bottleneck. An all-reduce of n numbers costs each rank `2 (world - 1) / world` times n,
-whatever the number of ranks (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms").
+busy and no rank is a bottleneck. In an all-reduce of n numbers each rank sends `2 (world - 1) / world` times
+n, for any number of ranks (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms").
 """
 
 import torch
@@ -33,10 +33,10 @@ def exchange(outgoing: Float[Tensor, " sent"], incoming: Float[Tensor, " receive
 
 
 def ring_reduce_scatter(tensor: Float[Tensor, " n"]) -> Float[Tensor, " chunk"]:
-    """This rank's chunk of the sum of `tensor` over all ranks: rank r gets chunk r of `chunk_sizes`.
+    """This rank's chunk of the sum of `tensor` over all ranks: chunk r of `chunk_sizes` for rank r.
 
-    In step s, rank r sends its partial sum of chunk `r - s - 1` and adds its own numbers to the partial sum
-    of chunk `r - s - 2` that arrives. After `world - 1` steps, chunk r has passed through every rank.
+    In step s, rank r sends its partial sum of chunk `r - s - 1` and adds its own numbers to the received
+    partial sum of chunk `r - s - 2`. After `world - 1` steps, chunk r has passed through every rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     own = tensor.split(chunk_sizes(len(tensor), world_size))
@@ -50,9 +50,9 @@ def ring_reduce_scatter(tensor: Float[Tensor, " n"]) -> Float[Tensor, " chunk"]:
 
 
 def ring_all_gather(chunk: Float[Tensor, " chunk"], n: int) -> Float[Tensor, " n"]:
-    """The n numbers of which each rank has one chunk of `chunk_sizes`, on every rank.
+    """The concatenation of all chunks on every rank; `n` is the total number of elements.
 
-    In step s, rank r passes on chunk `r - s`, which arrived in the step before.
+    In step s, rank r forwards chunk `r - s`, received in the previous step.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     whole = chunk.new_empty(n)

@@ -1,11 +1,11 @@
-"""Data parallelism: every rank has the whole model and a share of the batch, and gradients are averaged.
+"""Data parallelism: every rank has the whole model and a part of the batch, and gradients are averaged.
 
-With equal shares, the mean over ranks of gradients of mean losses is the gradient of the whole batch, so
-training equals that of one process. Three ways to average, each faster than the one before:
+With equal parts, the mean over ranks of gradients of mean losses is the gradient of the whole batch, so
+training equals that of one process. Three methods to average gradients, in increasing order of speed:
 
 - `average_gradients_`: after backward, one all-reduce per parameter: many small messages
 - `average_flat_gradients_`: after backward, one all-reduce of all gradients: one long message
-- `DistributedDataParallel`: each gradient is on its way while backward computes the next (arXiv 2006.15704)
+- `DistributedDataParallel`: all-reduces overlap with the backward pass (arXiv 2006.15704)
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def average_gradients_(parameters: Iterable[Tensor]) -> None:
 def average_flat_gradients_(parameters: Iterable[Tensor]) -> None:
     """`average_gradients_` by one all-reduce of all gradients, concatenated, per dtype.
 
-    A message costs a fixed latency, so one long message is faster than many short ones.
+    Each message has a fixed latency, so one long message is faster than many short ones.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
@@ -59,9 +59,9 @@ class DistributedDataParallel(nn.Module):
 
     Every rank starts with the weights and buffers of rank 0. A hook on each parameter starts an asynchronous
     all-reduce as soon as its gradient is complete; `finish_gradient_synchronization`, between backward and
-    the optimizer step, waits for them. Collectives match by their order, so all-reduces start in one order on
-    every rank, the reverse of `parameters()`, which is about that of backward: a gradient that is ready early
-    waits for those before it. Training on `world` shares of a batch equals training on the whole batch.
+    the optimizer step, waits for them. Collectives match by their order, so all ranks start all-reduces in
+    the same order, the reverse of `parameters()`, which is about that of backward: a gradient that is ready
+    early waits for those before it. Training on `world` parts of a batch equals training on the whole batch.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -86,7 +86,7 @@ class DistributedDataParallel(nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally in the block: for every batch of a step but the last."""
+        """Accumulate gradients locally within the context, for all batches of a step except the last."""
         before, self._synchronizes = self._synchronizes, False
         try:
             yield
@@ -96,8 +96,8 @@ class DistributedDataParallel(nn.Module):
     def finish_gradient_synchronization(self) -> None:
         """Wait until every gradient is the mean over all ranks.
 
-        A parameter without a gradient on this rank contributes zeros, since other ranks may have one; without
-        a gradient on any rank it stays without.
+        A parameter without a gradient on this rank contributes zeros, since other ranks may have one; if no
+        rank has one, its gradient stays None.
         """
         flags = [int(parameter.grad is not None) for parameter in self._order]
         has_gradient = torch.tensor(flags, device=self._order[0].device)

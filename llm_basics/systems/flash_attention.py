@@ -1,13 +1,13 @@
 """FlashAttention: exact attention in tiles, without a matrix of queries x keys (arXiv 2205.14135).
 
-The forward pass is an online softmax over tiles of keys. It keeps the output `O` and one number per query,
-the log-sum-exp `L` of its scores `S = Q K^T / sqrt(d)`. From that the backward pass recomputes each tile of
+The forward pass is an online softmax over tiles of keys. It saves the output `O` and one number per query,
+the log-sum-exp `L` of its scores `S = Q K^T / sqrt(d)`, from which the backward pass recomputes each tile of
 probabilities, `P = exp(S - L)`. With `dO` the gradient of the output,
 
     dV = P^T dO     dP = dO V^T     dS = P (dP - D)     where D = sum of dO O over d_head
     dQ = dS K / sqrt(d)             dK = dS^T Q / sqrt(d)
 
-Memory grows with queries + keys, and the arithmetic is that of attention, with the scores computed twice.
+Memory is linear in queries + keys; the arithmetic is that of attention, with the scores computed twice.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_basics.core import functional as F
 from llm_basics.systems import online_softmax
 
-# queries and keys of a tile
+# number of queries and of keys per tile
 TILE = 32
 
 

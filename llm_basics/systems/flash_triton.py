@@ -2,9 +2,9 @@
 
 Many instances of a kernel, its programs, run at once, each on one tile. The forward kernel and the kernel of
 dQ own a tile of queries and loop over tiles of keys; the kernel of dK and dV owns a tile of keys and loops
-over tiles of queries. Each result is written by one program, so no sums are atomic. Tiles that the causal
-mask hides are never loaded. Triton compiles the kernels for a GPU; with TRITON_INTERPRET=1, set before Triton
-is imported, NumPy runs them on a CPU (arXiv 2205.14135, 2307.08691).
+over tiles of queries. Each result is written by one program, without atomic sums. Fully masked tiles are
+never loaded. Triton compiles the kernels for a GPU; with TRITON_INTERPRET=1, set before Triton is imported,
+NumPy runs them on a CPU (arXiv 2205.14135, 2307.08691).
 """
 
 import inspect
@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
-# queries and keys of a tile, which fit into the 99 KB of shared memory of consumer GPUs with 64 float32 or
-# 128 bfloat16 numbers a row; the fastest for a GPU are found by benchmarks/flash_attention.py --tune
+# number of queries and of keys per tile, limited by the 99 KB of shared memory of consumer GPUs with 64
+# float32 or 128 bfloat16 numbers per row; benchmarks/flash_attention.py --tune finds the fastest for a GPU
 QUERIES, KEYS = 64, 32
 
 
@@ -32,7 +32,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 @kernel
 def visible_scores(q, k, queries, keys, n_keys, scale, IS_CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """`Q K^T / sqrt(d)` of a tile, -inf for keys past the end and keys after their query."""
-    # "ieee": float32 as it is, not rounded to the 11 bits of TF32
+    # "ieee": float32 without rounding to the 11 bits of TF32
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     visible = keys[None, :] < n_keys
     if IS_CAUSAL:
@@ -78,7 +78,7 @@ def attend(  # type: ignore[no-untyped-def]
         k = load_rows(key + batch * n_keys * D_HEAD, keys, n_keys, D_HEAD, WIDTH)
         v = load_rows(value + batch * n_keys * D_HEAD, keys, n_keys, D_HEAD, WIDTH)
         scores = visible_scores(q, k, queries, keys, n_keys, scale, IS_CAUSAL)
-        # every query sees key 0, in the first tile, so the peak is finite
+        # key 0, in the first tile, is never masked, so the peak is finite
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         correction = tl.exp(peak - new_peak)
         weights = tl.exp(scores - new_peak[:, None])

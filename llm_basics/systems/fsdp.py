@@ -1,9 +1,9 @@
 """Fully sharded data parallelism: weights, gradients and optimizer state are sharded over the ranks.
 
-Each rank stores a `world`-th of every weight. Reading a weight gathers it from all ranks, for as long as a
-layer computes with it; backward gathers it again, and reduces its gradient so that each rank gets the part
-of its own shard (ZeRO stage 3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A weight is a property that
-gathers, as in SimpleFSDP (arXiv 2411.00284), so the code of the module is unchanged.
+Each rank stores a `world`-th of every weight. Reading a weight gathers it from all ranks, while a layer
+computes with it; backward gathers it again, and reduce-scatters its gradient to the shards (ZeRO stage 3,
+arXiv 1910.02054; FSDP, arXiv 2304.11277). A weight is a property that gathers, as in SimpleFSDP (arXiv
+2411.00284), so the code of the module is unchanged.
 """
 
 import math
@@ -26,7 +26,7 @@ def shard(tensor: Float[Tensor, "..."]) -> Float[Tensor, " shard"]:
 
 
 def unshard(part: Float[Tensor, " shard"], shape: torch.Size) -> Float[Tensor, "..."]:
-    """The whole tensor, of which each rank has a shard: gathered, without the padding."""
+    """The full tensor, gathered from the shards of all ranks, without padding."""
     whole = torch.empty(len(part) * dist.get_world_size(), dtype=part.dtype, device=part.device)
     dist.all_gather_into_tensor(whole, part)
     return whole[: math.prod(shape)].view(shape)
@@ -35,7 +35,7 @@ def unshard(part: Float[Tensor, " shard"], shape: torch.Size) -> Float[Tensor, "
 class GatherWeight(torch.autograd.Function):
     """Forward: gather a weight in the compute dtype. Backward: the mean gradient of this rank's shard.
 
-    Gradients are reduced in the dtype of the shard (float32), where small ones are not lost in a sum.
+    Gradients are reduced in the dtype of the shard (float32), so that sums do not lose small ones.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class GatherWeight(torch.autograd.Function):
 
 
 class SavedWeight(NamedTuple):
-    """What autograd keeps of a view of a gathered weight: the shard to gather it from, and the view."""
+    """A view of a gathered weight as saved by autograd: the shard to gather it from, and the view."""
 
     part: Tensor
     shape: torch.Size
@@ -68,11 +68,11 @@ class SavedWeight(NamedTuple):
 
 
 class FullyShardedDataParallel(nn.Module):
-    """Wrap a module so that each rank stores a shard of every weight and trains on its share of the batch.
+    """Wrap a module so that each rank stores a shard of every weight and trains on its part of the batch.
 
-    The parameters become flat float32 shards, of which the optimizer makes its state. With `compute_dtype`,
-    weights and floating-point inputs are converted to it, while shards and the reduction of gradients stay
-    in float32. `module` is changed in place; every rank starts with the weights of rank 0.
+    The parameters become flat float32 shards, as does the optimizer state. With `compute_dtype`, weights and
+    floating-point inputs are converted to it, while shards and the reduction of gradients stay in float32.
+    `module` is changed in place; every rank starts with the weights of rank 0.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
@@ -82,7 +82,7 @@ class FullyShardedDataParallel(nn.Module):
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
         self._shapes: dict[nn.Parameter, torch.Size] = {}
-        # by the address of their memory, while they exist
+        # live gathered weights by the address of their memory
         self._gathered: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._parts: dict[int, nn.Parameter] = {}
         # a tied weight has one shard
@@ -99,7 +99,7 @@ class FullyShardedDataParallel(nn.Module):
                 owner.__class__ = type(f"Sharded{type(owner).__name__}", (type(owner),), properties)
 
     def _weight(self, name: str) -> property:
-        """The property that is in the place of a weight: the gathered one."""
+        """The property that replaces a weight by the gathered one."""
         return property(lambda owner: self._gather(owner._parameters[name]))
 
     def _gather(self, part: nn.Parameter) -> Tensor:
@@ -109,7 +109,7 @@ class FullyShardedDataParallel(nn.Module):
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; of gathered weights, autograd saves only where they come from."""
+        """Call the module; autograd saves references to shards instead of gathered weights."""
         if self.compute_dtype is not None:
             args = tuple(self._converted(value) for value in args)
             kwargs = {name: self._converted(value) for name, value in kwargs.items()}

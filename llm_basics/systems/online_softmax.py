@@ -1,8 +1,8 @@
-"""Softmax of a row that arrives in tiles, without ever holding the row (arXiv 1805.02867).
+"""Softmax of a row in tiles, without storing the row (arXiv 1805.02867).
 
 Softmax needs the maximum of a row before its first exponential, and the sum of all exponentials before its
-first quotient. Both can be kept up to date tile by tile: when a larger maximum arrives, the sum so far is
-multiplied by `exp(old maximum - new maximum)`. FlashAttention is this, with a matrix of values.
+first quotient. Both can be updated tile by tile: at a larger maximum, the sum so far is multiplied by
+`exp(old maximum - new maximum)`. FlashAttention is this algorithm with a matrix of values.
 
     >>> scores, values = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([[1.0], [0.0], [0.0]])
     >>> online_weighted_sum(scores.split(2), values.split(2)), torch.softmax(scores, 0)[:1]
@@ -25,7 +25,7 @@ def online_softmax(
     """The maximum `m` of a row, and `l = sum_j exp(s_j - m)`, from tiles of its scores `s`.
 
     `m' = max(m, max s)` and `l' = l exp(m - m') + sum exp(s - m')`; half precision is summed in float32. A
-    score of -inf is masked: it adds nothing, also where a whole tile is masked.
+    score of -inf is masked and adds nothing, even if a whole tile is masked.
 
     >>> online_softmax([torch.tensor([0.0, 0.0]), torch.tensor([math.log(3.0)])])
     (tensor(1.0986), tensor(1.6667))
@@ -52,7 +52,7 @@ def rescale(
 
 
 def log_sum_exp(tiles: Iterable[Float[Tensor, "... _"]]) -> Float[Tensor, "..."]:
-    """`L = log sum_j exp(s_j) = m + log l`: the one number per row from which softmax can be recomputed.
+    """`L = log sum_j exp(s_j) = m + log l`: one number per row, from which softmax can be recomputed.
 
     `softmax(s)_j = exp(s_j - L)`. It is -inf for a row whose scores are all masked.
 

@@ -1,10 +1,10 @@
-"""Weights and key-value caches in 8 or 4 bits: group-wise, symmetric, rounded to the nearest.
+"""Quantization of weights and key-value caches to 8 or 4 bits: group-wise, symmetric, round to nearest.
 
 A group of neighboring weights of a row shares a scale, so that the largest is 127 (int8) or 7 (int4):
 
     scale = max |w| / most,   number = round(w / scale),   |w - scale * number| <= scale / 2
 
-Products are computed in floating point with dequantized weights: what is saved is memory, not arithmetic. Not
+Products are computed in floating point with dequantized weights, which saves memory, but not arithmetic. Not
 for training. Sources: round to nearest as the baseline of GPTQ (arXiv 2210.17323); a scale for each row and
 each token (LLM.int8(), arXiv 2208.07339).
 """
@@ -20,7 +20,7 @@ from llm_basics.core import layers
 # largest number of each width; symmetric, so that -128 and -8 are not used
 MOST = {8: 127, 4: 7}
 
-# smallest |w| of a group that its scale resolves; below, all numbers are 0
+# minimum |w| of a group for a representable scale; below, all numbers are 0
 TINY = 2.0**-100
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def unpack_int4(packed: UInt8[Tensor, "rows half"], columns: int) -> Int8[Tensor
 
 
 class QuantizedLinear(nn.Module):
-    """`y = x W^T + b` with the quantized weights of a linear layer; `b` stays as it is.
+    """`y = x W^T + b` with the quantized weights of a linear layer; `b` is unchanged.
 
     `weight` is dequantized at each use, for layers that read it, such as SwiGLU.
     """
@@ -207,7 +207,7 @@ class QuantizedKVCache(layers.KVCache):
 
     @property
     def keys(self) -> Tensor:
-        """Raises ValueError: what reads or replaces the tensors of a cache cannot use this one."""
+        """Raises ValueError, since code that reads or replaces the tensors of a cache cannot use this one."""
         raise ValueError(
             "an int8 KV cache is filled by `append`, but the attention in use reads or replaces its keys (a "
             "MultiHeadSelfAttention of user code without a parameter `cache`); use --kv_cache float32"

@@ -1,7 +1,7 @@
-"""A sharded optimizer: each rank updates a share of the parameters and keeps the state of that share alone.
+"""A sharded optimizer: each rank updates a part of the parameters and stores only the state of that part.
 
-AdamW's state is twice the size of the weights; over `world` ranks each holds a `world`-th of it. The price is
-a broadcast of the new weights (ZeRO stage 1, arXiv 1910.02054).
+AdamW's state is twice the size of the weights; each of `world` ranks stores a `world`-th of it, at the cost
+of broadcasting the new weights (ZeRO stage 1, arXiv 1910.02054).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Wrap the optimizer class `optimizer_cls`: `step` updates this rank's parameters, then shares them.
+    """Wrap the optimizer class `optimizer_cls`: `step` updates this rank's parameters, then broadcasts them.
 
-    Each parameter belongs to the rank with the fewest numbers so far. `kwargs` go to `optimizer_cls`. The
-    settings in `param_groups` (a learning-rate schedule sets them) apply; `state` and `state_dict` hold this
-    rank's share.
+    Each parameter is assigned to the rank with the fewest elements so far. `kwargs` are passed to
+    `optimizer_cls`. Settings in `param_groups` (as of a learning-rate schedule) apply; `state` and
+    `state_dict` have this rank's part.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state = self._local.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, each of which gets an owner; this rank optimizes those that it owns."""
+        """Add parameters and assign each to an owner; this rank optimizes those that it owns."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -68,7 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's share."""
+        """Load this rank's part."""
         assert self._local is not None, "made by the first group"
         super().load_state_dict(state_dict)
         self._local.state = self.state

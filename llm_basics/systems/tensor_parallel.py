@@ -1,8 +1,8 @@
 """Tensor parallelism of one MLP: every rank computes with a slice of each matrix, on the whole batch.
 
 The first matrices are split by columns of `x W^T` (each rank has some hidden units), the last by rows (each
-rank has the inputs of its hidden units), so one all-reduce in forward and one in backward are all that ranks
-exchange (Megatron-LM, arXiv 1909.08053).
+rank has the inputs of its hidden units), so the only communication is one all-reduce in forward and one in
+backward (Megatron-LM, arXiv 1909.08053).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Each rank has the part of the gradient that comes through its hidden units."""
+        """Sum the contributions to the gradient from the hidden units of all ranks."""
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
@@ -37,14 +37,14 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Every rank has a part of the sum over hidden units."""
+        """Sum the contributions of the hidden units of all ranks."""
         total = x.contiguous().clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Each part counts once in the sum."""
+        """The gradient itself, since each contribution occurs once in the sum."""
         return gradient
 
 
@@ -80,7 +80,7 @@ class RowParallelLinear(nn.Module):
 
 
 class TensorParallelSwiGLU(nn.Module):
-    """A SwiGLU network whose hidden units are shared out over the ranks: `W2 (silu(W1 x) * W3 x)`."""
+    """A SwiGLU network whose hidden units are divided among the ranks: `W2 (silu(W1 x) * W3 x)`."""
 
     def __init__(self, ffn: layers.SwiGLU) -> None:
         super().__init__()
