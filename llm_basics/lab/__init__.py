@@ -1,1 +1,1 @@
-"""The lab: a local web server over run directories, to watch runs, generate text and look inside models."""
+"""The lab: a local web server over run directories, to watch runs, generate text and inspect models."""

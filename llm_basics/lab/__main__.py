@@ -1,4 +1,4 @@
-"""Watch runs, generate text and look inside models in the browser.
+"""Watch runs, generate text and inspect models in the browser.
 
 uv run --extra lab python -m llm_basics.lab
 uv run --extra lab python -m llm_basics.lab --runs runs --data book.txt --port 8100 --no-browser
@@ -39,17 +39,17 @@ class LabConfig:
     mine: str = "mine.py"
     """Python file with your pieces, whose progress the page shows."""
     device: str = "cpu"
-    """Device of the models that are looked at: cuda, mps or cpu. A training run may need the GPU."""
+    """Device of inspected models: cuda, mps or cpu. A training run may need the GPU."""
     threads: int = 1
-    """Number of threads of what computes, which does not compete with a training run."""
+    """Number of threads for computations, which have lower priority than a training run."""
     host: str = "127.0.0.1"
-    """Address to listen on. Others than this machine's need --token."""
+    """Address to listen on. Non-loopback addresses need --token."""
     port: int = 8100
     """Port to listen on. 0: a free one."""
     token: str | None = None
-    """Token of at least 16 characters. None: a new one, which is part of the printed address."""
+    """Token of at least 16 characters. None: a random one, which is part of the printed address."""
     allow_host: tuple[str, ...] = ()
-    """Further names of this server, as a browser's address has them."""
+    """Additional host names of this server, as in a browser's address."""
     browser: bool = True
     """Open the page in the browser."""
 
@@ -63,7 +63,7 @@ class LabConfig:
 
 
 def is_plain(token: str) -> bool:
-    """Whether a token may stand in an address and in a cookie."""
+    """Whether a token is valid in an address and in a cookie."""
     return token.isascii() and token.replace("-", "").replace("_", "").isalnum()
 
 
@@ -99,11 +99,11 @@ def main(options: LabConfig) -> int:
 
         class Server(uvicorn.Server):
             def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
-                """Live streams have no end of their own, and would be cut off with a traceback."""
+                """End live streams, which would otherwise be cancelled with a traceback."""
                 lab.is_closing.set()
                 super().handle_exit(sig, frame)
 
-        # no access log: an address holds the token
+        # no access log, since addresses contain the token
         settings = uvicorn.Config(
             guarded,
             access_log=False,
@@ -122,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
     try:
         listener.bind((host.strip("[]"), port))
-        # the browser may come before the server is ready
+        # the browser may connect before the server is ready
         listener.listen()
     except OSError as error:
         listener.close()
@@ -132,12 +132,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def shown(host: str) -> str:
-    """The host of the printed address."""
+    """The host in the printed address."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
 def own_name(host: str) -> tuple[str, ...]:
-    """The host as an allowed name, unless it means every address."""
+    """The host as an allowed name, unless it is a wildcard address."""
     return () if host in ("0.0.0.0", "::") else (shown(host),)
 
 

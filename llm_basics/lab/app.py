@@ -1,12 +1,12 @@
-"""The application: a page, and an API over run directories that the page and other programs use.
+"""The application: a page, and an API over run directories for the page and other programs.
 
-**Access.** Every path but `/`, `/static/*`, `/api/health` and `/openapi.json` needs the token: the cookie
-that `GET /?token=TOKEN` sets, or `Authorization: Bearer TOKEN`. A browser sends `Origin` with all that
-changes or computes; it must be this server. Bodies are JSON, 1 MiB at most. Errors are `{"detail": TEXT}`
-with a text for people; below `/v1` `{"error": {"message": TEXT}}`. 401 no token, 403 wrong origin, 404
-missing, 409 the state does not allow it (training, name taken, last valid checkpoint), 413 too long, 422
-wrong field, 503 the queue is full (`Retry-After`), 507 disk. A run is named by its `id` (12 hex digits, made
-from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers are null.
+**Access.** Every path except `/`, `/static/*`, `/api/health` and `/openapi.json` needs the token: the cookie
+set by `GET /?token=TOKEN`, or `Authorization: Bearer TOKEN`. A browser sends `Origin` with all requests that
+change or compute; it must be this server. Bodies are JSON, 1 MiB at most. Errors are `{"detail": TEXT}` with
+a readable text; below `/v1` `{"error": {"message": TEXT}}`. 401 no token, 403 wrong origin, 404 missing, 409
+conflict with the state (training, name taken, last valid checkpoint), 413 too long, 422 invalid field, 503
+queue full (`Retry-After`), 507 disk. A run is identified by its `id` (12 hex digits, a hash of its name), a
+checkpoint by `latest`, `best` or its step. Non-finite numbers are null.
 
 **Runs** (fields: `run_schemas`, `analysis/run_summary.py`, `analysis/metric_table.py`)
 
@@ -27,7 +27,7 @@ from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers
     GET    /api/runs/ID/metrics               ?name=train_loss&name=val_loss&first=0&last=1000&buckets=500:
                                               {series: {NAME: {first_step last_step min max mean last count
                                               nonfinite seconds}}, names, first_step, last_step, is_complete,
-                                              position}; is_complete false: ask again
+                                              position}; is_complete false: repeat the request
     GET    /api/runs/ID/samples|events        ?skip=0&limit=200: {records, n_total}
     GET    /api/runs/ID/log                   ?lines=200: {log, output}
     GET    /api/runs/ID/findings              [{sign, cause}]
@@ -42,10 +42,10 @@ from its name), a checkpoint by `latest`, `best` or its step. Non-finite numbers
                                               flops memory_bytes kv_cache_bytes}
 
 **Live** `GET /api/stream?run=ID&run=ID&position=P`, server-sent events: `metrics`, `samples`, `events` with
-{run, records} (lines of the file as they are; a line of metrics with `resumed` replaces all later steps),
-`run` with a RunSummary that changed, `gone` {run}, and `reset` {run, of}: too much has changed, get the
-metrics again. `position` is that of the metrics, so that nothing is missing between; an EventSource goes on
-by `Last-Event-ID`. Without `run`: changes of the whole list.
+{run, records} (unmodified lines of the file; a line of metrics with `resumed` replaces all later steps),
+`run` with a changed RunSummary, `gone` {run}, and `reset` {run, of}: too many changes, fetch the metrics
+again. `position` is that of the metrics response, so that no events are lost; an EventSource resumes by
+`Last-Event-ID`. Without `run`: changes of the whole list.
 
 **Models** (fields: `model_schemas`, `generation`, `analysis/inspection.py`, `analysis/tokenization.py`);
 every body but that of /memory has `run` and `checkpoint`
@@ -54,7 +54,7 @@ every body but that of /memory has `run` and `checkpoint`
                                   top_p min_p repetition_penalty seed stop samples alternatives; events:
                                   `token` {sample index id token text probability alternatives: [{id token
                                   probability}]}, `finished` {sample reason text n_prompt n_new}, `end`,
-                                  `error` {detail}. To go on from an alternative: kept_ids.
+                                  `error` {detail}. To continue from an alternative: kept_ids.
     POST   /api/tokenize          text: {tokens: [{id token start end is_special}], n_bytes, vocab_size}
     POST   /api/merges            text: {pretokens: [{text, steps, ranks}]}
     POST   /api/merges/learned    first, count: {merges: [{rank left right token id}], n_total}
@@ -111,7 +111,7 @@ STATUS: dict[type[Exception], int] = {
 
 
 def create(lab: service.Lab, token: str, port: int, hosts: tuple[str, ...] = ()) -> security.Guard:
-    """The application with its guard."""
+    """The application, wrapped by its guard."""
     app = FastAPI(title="llm_basics lab", version=version(), docs_url=None, redoc_url=None)
     app.state.lab = lab
     for router in (run_routes.router, model_routes.router, learn_routes.router, openai_routes.router):
@@ -134,7 +134,7 @@ def version() -> str:
 
 
 def health(request: Request) -> run_schemas.Health:
-    """The server answers."""
+    """The status of the server."""
     return run_schemas.Health(version=version(), n_jobs=service.of(request).worker.n_jobs)
 
 
@@ -144,7 +144,7 @@ def page() -> Response:
 
 
 def static(name: str) -> Response:
-    """A file of the page, by its name in a list: no path is made of what a client sends."""
+    """A file of the page, by its name in a fixed list: request text is never used as a path."""
     found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
     if name not in found:
         return JSONResponse({"detail": "there is no such file"}, 404)
@@ -162,7 +162,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """A field that is wrong, in a line; what was sent is not repeated."""
+    """Describe an invalid field in one line, without its value."""
     if any(each["loc"] == ("path", "id") for each in error.errors()):
         return _error(request, 404, "there is no such run")  # no run has such an id
     found = [

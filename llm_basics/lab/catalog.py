@@ -1,4 +1,4 @@
-"""The runs of a folder, by ids. A client names a run by its id, never by a path."""
+"""The runs of a folder, by id. Clients identify a run by its id, never by a path."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from llm_basics.runs import checkpoint, locks, metric_table, run_dir, tail
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED = {"newest", "auto"}
 
-# tables of metrics that are kept in memory
+# maximum number of metric tables in memory
 MAX_TABLES = 16
 
 
 class Missing(LookupError):
-    """There is no such thing."""
+    """Raised for a missing run, checkpoint or step."""
 
 
 class Conflict(Exception):
-    """The state of a run does not allow this."""
+    """Raised for a request that conflicts with the state of a run."""
 
 
 def id_of(folder: Path) -> str:
@@ -35,7 +35,7 @@ def id_of(folder: Path) -> str:
 
 
 def check_name(name: str) -> str:
-    """`name` if a new run may have it."""
+    """`name` if it is valid for a new run; else raises ValueError."""
     if not NAME.fullmatch(name) or name in RESERVED:
         raise ValueError(
             "a name must have letters, digits, dots, dashes and underscores, start with a letter or a digit, "
@@ -78,7 +78,7 @@ class Catalog:
         raise Missing(f"there is no run {name!r}")
 
     def table(self, id: str) -> metric_table.Table:
-        """The metrics of a run, as far as they are read."""
+        """The metrics of a run, read incrementally."""
         path = self.folder(id) / run_dir.METRICS
         try:
             key = (id, path.stat().st_ino)
@@ -94,7 +94,7 @@ class Catalog:
     # -- one run ----------------------------------------------------------------------------------
 
     def summary(self, id: str, folder: Path) -> run_summary.Summary:
-        """A row of the list, but for what only the jobs know (`state`)."""
+        """A row of the list, without the fields from the jobs (`state`)."""
         stamp, known = run_summary.stamp(folder), self._summaries.get(id)
         if known is None or known[0] != stamp:
             known = self._summaries[id] = stamp, run_summary.summarize(folder)
@@ -117,7 +117,7 @@ class Catalog:
                 raise Conflict(f"there is already a run {name}")
             with files.writing(target):
                 folder.rename(target)
-            # the lock moves with the folder
+            # the lock is moved with the folder
             (target / "lock").unlink(missing_ok=True)
         return id_of(target)
 
@@ -131,7 +131,7 @@ class Catalog:
         self._summaries.pop(id, None)
 
     def delete_checkpoint(self, id: str, step: int) -> None:
-        """Delete a checkpoint, but not the last valid one."""
+        """Delete a checkpoint, except the last valid one."""
         path = self.checkpoint(id, str(step))
         with _unused(self.folder(id)):
             others = [other for other in checkpoint.files(path.parent) if other != path]
@@ -143,7 +143,7 @@ class Catalog:
 
 @contextlib.contextmanager
 def _unused(folder: Path) -> Any:
-    """Hold the lock of a run; raises Conflict if it is training."""
+    """Lock a run within the context; raises Conflict if it is training."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locks.locked(folder))

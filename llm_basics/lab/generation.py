@@ -1,4 +1,4 @@
-"""Text generation that reports the probability of each token, and likely alternatives."""
+"""Text generation with the probability of each token, and likely alternatives."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from llm_basics.lab import model_schemas
 
 @dataclasses.dataclass(frozen=True)
 class Token(inspection.Alternative):
-    """A generated token; `text` are the whole characters that it completes."""
+    """A generated token; `text` has the characters that it completes."""
 
     sample: int
     index: int
@@ -34,13 +34,13 @@ class Finished:
     reason: str
     """stop or length."""
     text: str
-    """What was held back."""
+    """Remaining buffered text."""
     n_prompt: int
     n_new: int
 
 
 def prompt_ids(loaded: inspection.LoadedModel, request: model_schemas.Generate) -> list[int]:
-    """The ids of the prompt of a request, without those that are kept of an answer."""
+    """The ids of the prompt of a request, without `kept_ids`."""
     given = [request.prompt_ids is not None, request.messages is not None, bool(request.prompt)]
     if sum(given) > 1:
         raise ValueError("give one of prompt, prompt_ids and messages, got more than one")
@@ -62,7 +62,7 @@ def prompt_ids(loaded: inspection.LoadedModel, request: model_schemas.Generate) 
 
 
 def samples(loaded: inspection.LoadedModel, request: model_schemas.Generate) -> Iterator[Token | Finished]:
-    """Generate the samples of a request, a token of each in turn."""
+    """Generate the samples of a request, interleaved token by token."""
     ids = prompt_ids(loaded, request)
     active = [_sample(loaded, request, ids, number) for number in range(request.samples)]
     try:

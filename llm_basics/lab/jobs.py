@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: start, pause, resume, stop. None of them depends on the server."""
+"""Training runs as separate processes: start, pause, resume, stop. They are independent of the server."""
 
 import contextlib
 import datetime
@@ -18,16 +18,16 @@ from llm_basics.runs import locks, run_dir, steering, tail
 
 TRAIN = [sys.executable, "-m", "llm_basics.train"]
 
-# folder of the output of the processes, beside the runs
+# folder of process output, beside the runs
 OUTPUT = ".lab"
 
-# pause is a stop after which the run is expected to go on
+# a pause is a stop after which the run is expected to be resumed
 PAUSE = getattr(signal, "SIGUSR1", signal.SIGTERM)
 STOPPED = {0, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, PAUSE))}
 
 
 class Jobs:
-    """The processes that train, among them those that were not started here."""
+    """The training processes, including those not started by this server."""
 
     def __init__(self, runs: catalog.Catalog, data: Sequence[str] = ()) -> None:
         self.runs = runs
@@ -69,7 +69,7 @@ class Jobs:
         )
 
     def summaries(self) -> list[run_schemas.RunSummary]:
-        """All runs, newest first; first those that were started and have no run directory yet."""
+        """All runs, newest first, after started ones without a run directory."""
         folders = self.runs.folders()
         found = [self._row(id, folder) for id, folder in folders.items()]
         found.sort(key=lambda run: (run.updated, run.name), reverse=True)
@@ -88,7 +88,7 @@ class Jobs:
         )
 
     def _status(self, id: str) -> str:
-        """Of the process that was started here: running, ended, failed, or none."""
+        """Status of the process started by this server: running, ended, failed, or none."""
         process = self._processes.get(id)
         if process is None:
             return "none"
@@ -96,7 +96,7 @@ class Jobs:
         return "running" if status is None else "ended" if status in STOPPED else "failed"
 
     def output(self, id: str, n_lines: int = 200) -> list[str]:
-        """The last lines that the process of a run has printed."""
+        """The last lines of output of a run's process."""
         name = self._names.get(id) or self.runs.folders().get(id, Path()).name
         return self._output(name, n_lines) if name else []
 
@@ -122,7 +122,7 @@ class Jobs:
             return self._spawn(folder, [*arguments, f"--run_dir={folder}"])
 
     def resume(self, id: str) -> None:
-        """Go on with a run from its newest checkpoint, to the last bit as if it had never stopped."""
+        """Resume a run from its newest checkpoint, bitwise equal to an uninterrupted run."""
         folder = self.runs.folder(id)
         with self._lock:
             if locks.owner(folder) is not None or self._status(id) == "running":
@@ -133,7 +133,7 @@ class Jobs:
             self._spawn(folder, [f"--resume={folder}"])
 
     def stop(self, id: str, pauses: bool = False) -> None:
-        """Stop a training run, wherever it was started, after a save; a pause is meant to be resumed."""
+        """Stop a training run after saving, even if started elsewhere; a pause is to be resumed."""
         process = self._processes.get(id)
         pid = locks.owner(self.runs.folder(id)) if id in self.runs.folders() else None
         if pid is None and process is not None and process.poll() is None:
@@ -156,7 +156,7 @@ class Jobs:
         return steering.send(folder, request.options, request.actions)
 
     def forget(self, id: str) -> None:
-        """Forget the process of a run that is deleted or renamed."""
+        """Remove the process of a deleted or renamed run from the records."""
         if self._status(id) == "running":
             raise catalog.Conflict("the run must not be training; stop it first")
         self._processes.pop(id, None)

@@ -12,7 +12,7 @@ from llm_basics.lab import catalog, service
 from llm_basics.learn import lessons, overview, progress
 from llm_basics.runs import run_dir
 
-# options that differ between a learner's run and its reference
+# options that differ between a run with user pieces and its reference
 OWN = ("mine", "run_dir")
 
 router = APIRouter(prefix="/api/learn", tags=["learn"])
@@ -21,7 +21,7 @@ Lab = Annotated[service.Lab, Depends(service.of)]
 
 
 class Course(pydantic.BaseModel):
-    """Where the learner stands with the file of `--mine`."""
+    """Progress of the file of `--mine`."""
 
     mine: str
     steps: list[overview.Step]
@@ -30,7 +30,7 @@ class Course(pydantic.BaseModel):
 
 
 class Page(pydantic.BaseModel):
-    """The lesson of a step, with the hints that the learner has asked for."""
+    """The lesson of a step, with the requested hints."""
 
     name: str
     title: str
@@ -45,7 +45,7 @@ class Page(pydantic.BaseModel):
 
 
 class Race(pydantic.BaseModel):
-    """A run with pieces of a user's, and the newest with the same options and without any."""
+    """A run with user pieces, and the newest run with the same options and none."""
 
     yours: str
     reference: str | None
@@ -70,7 +70,7 @@ def lesson(step: str, lab: Lab) -> Page:
 
 @router.get("/races")
 def races(lab: Lab) -> list[Race]:
-    """The runs with pieces of a user's, newest first."""
+    """The runs with user pieces, newest first."""
     folders = lab.runs.folders()
     rows = sorted(folders, key=lambda id: lab.runs.summary(id, folders[id]).updated, reverse=True)
     own = [id for id in rows if _has_own_pieces(folders[id])]

@@ -1,4 +1,4 @@
-"""The live stream: what was appended to the files of runs, as server-sent events."""
+"""The live stream: lines appended to the files of runs, as server-sent events."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class Event:
 
 
 class Follower:
-    """Follows some runs from the positions in `position` on (`runs.follow`), or from their ends."""
+    """Follows runs from the positions in `position` (`runs.follow`), or from the ends of their files."""
 
     def __init__(self, of_jobs: jobs.Jobs, ids: Sequence[str], position: str | None = None) -> None:
         self.jobs = of_jobs
@@ -31,11 +31,11 @@ class Follower:
 
     @property
     def position(self) -> str:
-        """Where the next events begin."""
+        """The position of the next events."""
         return follow.format(self.positions)
 
     def poll(self) -> Iterator[Event]:
-        """What has happened since the last call."""
+        """The events since the last call."""
         for id in list(self.positions):
             try:
                 folder = self.jobs.runs.folder(id)
@@ -50,7 +50,7 @@ class Follower:
         yield from self._changed()
 
     def _changed(self) -> Iterator[Event]:
-        """Rows of the list of runs that have changed."""
+        """The changed rows of the list of runs."""
         if self.is_list:
             runs = self.jobs.summaries()
         else:
@@ -71,7 +71,7 @@ class Follower:
 
 
 def end_of(runs: catalog.Catalog, id: str) -> follow.Position:
-    """The position after the last complete lines of a run, the beginning of one that is not there yet."""
+    """The position after the last complete lines of a run; the start if its directory does not exist yet."""
     try:
         return follow.end_of(runs.folder(id))
     except catalog.Missing:

@@ -1,4 +1,4 @@
-"""Routes of models: generate, tokenize, look inside, estimate memory. All of them compute, in the queue."""
+"""Routes of models: generate, tokenize, inspect, estimate memory. All computations run in the queue."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from llm_basics.training import memory as memory_estimate
 
 T = TypeVar("T")
 
-# most of a model whose memory is estimated, which takes a minute for that many layers
+# limits of memory estimates, which take a minute for that many layers
 MAX_LAYERS, MAX_PARAMETERS, MAX_TOKENS = 64, 10**12, 10**9
 
 router = APIRouter(prefix="/api", tags=["models"])
@@ -94,7 +94,7 @@ def norms(request: model_schemas.TextRequest, lab: Lab) -> layer_norms.Norms:
 
 @router.post("/gradients")
 def gradients(request: model_schemas.TextRequest, lab: Lab) -> layer_norms.Gradients:
-    """Lengths of the gradients of the loss of a text by layer."""
+    """Norms of the gradients of the loss of a text by layer."""
     return _compute(lab, request, lambda loaded: layer_norms.gradients(loaded, _ids(loaded, request)))
 
 
@@ -106,7 +106,7 @@ def neighbors(request: model_schemas.NeighborsRequest, lab: Lab) -> inspection.N
 
 @router.post("/memory")
 def memory(request: run_schemas.Start, lab: Lab) -> model_schemas.Memory:
-    """Memory of a training step of what `POST /api/runs` would train; takes seconds for a large model."""
+    """Memory of a training step for the body of `POST /api/runs`; takes seconds for a large model."""
     options = overrides.resolve(request.preset, request.options)
     model, n_tokens = options.model, options.train.batch_size * options.model.context_length
     if model.n_layers > MAX_LAYERS or model.n_parameters > MAX_PARAMETERS or n_tokens > MAX_TOKENS:

@@ -1,4 +1,4 @@
-"""Requests to models, and answers that only the server has: the source of /openapi.json."""
+"""Requests to models, and responses specific to the server: the source of /openapi.json."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ Which = Annotated[str, Field(pattern=r"^(latest|best|[0-9]{1,12})$")]
 
 
 class ModelRequest(run_schemas.Request):
-    """Which weights."""
+    """A run and a checkpoint."""
 
     run: run_schemas.RunId
     checkpoint: Which = "latest"
@@ -26,7 +26,7 @@ class ModelRequest(run_schemas.Request):
 
 
 class TextRequest(ModelRequest):
-    """Weights and a text."""
+    """A model and a text."""
 
     text: Text = ""
     ids: Ids | None = None
@@ -34,7 +34,7 @@ class TextRequest(ModelRequest):
 
 
 class Sampling(run_schemas.Request):
-    """How tokens are sampled; see `llm-basics generate --help`."""
+    """Sampling options; see `llm-basics generate --help`."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 200
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
@@ -62,7 +62,7 @@ class Generate(Sampling, ModelRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=200)] | None = None
     """A conversation in place of `prompt`, for a chat model."""
     kept_ids: Ids = []
-    """Token ids that the answer begins with: to go on from an alternative, those before it and its own."""
+    """Token ids at the start of the response: to continue from an alternative, those before it and its id."""
     samples: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     alternatives: Annotated[int, Field(ge=0, le=20)] = 4
     """Number of likely tokens to report beside each token."""
@@ -102,11 +102,11 @@ class Memory(pydantic.BaseModel):
     gradients: int
     optimizer: int
     activations: int
-    """Those saved for the backward pass, and temporaries."""
+    """Tensors saved for the backward pass, and temporaries."""
     checkpoint: int
-    """Copies that are written to a file."""
+    """Copies written to a file."""
     total: int
     resident: int
-    """Bytes that the process grows by, with the holes between tensors."""
+    """Resident memory, including heap fragmentation."""
     free: int | None
-    """Bytes that a run can use at present; null where unknown."""
+    """Bytes currently available to a run; null if unknown."""

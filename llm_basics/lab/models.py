@@ -1,4 +1,4 @@
-"""Loaded checkpoints, of which the last few are kept in memory."""
+"""A cache of the last few loaded checkpoints."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +13,7 @@ MAX_MODELS = 3
 
 
 class Models:
-    """The models of runs; used by the worker's thread alone."""
+    """The models of runs; used only by the worker thread."""
 
     def __init__(self, runs: catalog.Catalog, device: str = "cpu") -> None:
         self.runs = runs

@@ -109,7 +109,7 @@ def _respond(answer: "_Completion") -> Any:
 
 
 class _Completion:
-    """Makes the answer to /v1/completions."""
+    """Builds the response to /v1/completions."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
@@ -124,9 +124,9 @@ class _Completion:
         self.n_prompt = self.n_new = 0
 
     def start(self) -> Iterator[tuple[int, Any]]:
-        """Queue the requests; yields the index of the choice and a token or the end of it."""
+        """Queue the requests; yields the index of the choice, and a token or its end."""
         first = self.requests[0]
-        # raises before an answer begins
+        # raises before the response starts
         self.lab.runs.checkpoint(first.run, first.checkpoint)
 
         def work() -> Iterator[tuple[int, Any]]:
@@ -143,13 +143,13 @@ class _Completion:
                     yield number * request.samples + item.sample, item
 
         items = self.lab.worker.stream(work())
-        next(items)  # so that what is wrong with a prompt is an error with a status
+        next(items)  # errors in a prompt are raised here, as a response with a status
         return items
 
     # -- answers ----------------------------------------------------------------------------------
 
     def whole(self, items: Iterator[tuple[int, Any]]) -> dict[str, Any]:
-        """The answer when all is generated."""
+        """The complete response."""
         n_choices = sum(request.samples for request in self.requests)
         texts = ["" for _ in range(n_choices)]
         tokens: list[list[generation.Token]] = [[] for _ in range(n_choices)]
@@ -166,7 +166,7 @@ class _Completion:
         return self._answer(self.kind, choices) | {"usage": self.usage}
 
     def stream(self, items: Iterator[tuple[int, Any]]) -> Iterator[bytes]:
-        """The answer token by token."""
+        """The response as a stream of tokens."""
         options = self.request.stream_options
         try:
             for index, item in items:
@@ -194,7 +194,7 @@ class _Completion:
     delta = choice
 
     def logprobs(self, tokens: list[generation.Token]) -> dict[str, Any]:
-        """Log-probabilities as /v1/completions has them."""
+        """Log-probabilities in the format of /v1/completions."""
         offsets, end = [], 0
         for token in tokens:
             offsets.append(end)
@@ -233,7 +233,7 @@ class _Completion:
 
 
 class _ChatCompletion(_Completion):
-    """Makes the answer to /v1/chat/completions."""
+    """Builds the response to /v1/chat/completions."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -257,7 +257,7 @@ class _ChatCompletion(_Completion):
         return found | {"delta": {name: message[name] for name in ("role", "content")}}
 
     def logprobs(self, tokens: list[generation.Token]) -> dict[str, Any]:
-        """Log-probabilities as /v1/chat/completions has them."""
+        """Log-probabilities in the format of /v1/chat/completions."""
 
         def entry(each: inspection.Alternative) -> dict[str, Any]:
             content = list(each.token.encode())
@@ -272,7 +272,7 @@ class _ChatCompletion(_Completion):
 
 
 def error_body(message: str, kind: str) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error in the format of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -1,4 +1,4 @@
-"""The part of OpenAI's API that a small model can answer, as pydantic models. Unknown fields are ignored."""
+"""The supported part of OpenAI's API as pydantic models. Unknown fields are ignored."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ class StreamOptions(pydantic.BaseModel):
 
 
 class CreateRequest(pydantic.BaseModel):
-    """What completions and chat completions share; min_p, top_k and repetition_penalty are ours."""
+    """Common fields of completions and chat completions; min_p, top_k and repetition_penalty are ours."""
 
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ class Completion(CreateRequest):
 
 
 class Part(pydantic.BaseModel):
-    """A part of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: model_schemas.Text
@@ -66,7 +66,7 @@ class ChatMessage(pydantic.BaseModel):
     content: model_schemas.Text | Annotated[list[Part], Field(max_length=100)]
 
     def to_message(self) -> model_schemas.Message:
-        """The message as our requests have it."""
+        """The message in the format of our requests."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return model_schemas.Message(role="system" if self.role == "developer" else self.role, content=text)

@@ -18,7 +18,7 @@ from llm_basics.runs import checkpoint, follow, run_dir, tail
 
 router = APIRouter(prefix="/api", tags=["runs"])
 
-# seconds between two looks at the files
+# polling interval of the files in seconds
 POLL_SECONDS = 0.5
 
 Lab = Annotated[service.Lab, Depends(service.of)]
@@ -37,7 +37,7 @@ def list_runs(lab: Lab) -> list[run_schemas.RunSummary]:
 
 @router.post("/runs", status_code=201)
 def start_run(request: run_schemas.Start, lab: Lab) -> dict[str, str]:
-    """Start a run in a process of its own; `id` is that of the run, which appears in the list."""
+    """Start a run in a new process; `id` is that of the run in the list."""
     return {"id": lab.jobs.start(request)}
 
 
@@ -58,21 +58,21 @@ def rename_run(id: Id, request: run_schemas.Rename, lab: Lab) -> dict[str, str]:
 
 @router.delete("/runs/{id}", status_code=204)
 def delete_run(id: Id, lab: Lab) -> None:
-    """Delete a run that is not training, with all of its files."""
+    """Delete a run that is not training, with all its files."""
     lab.jobs.forget(id)
     lab.runs.delete(id)
 
 
 @router.post("/runs/{id}/pause", status_code=202)
 def pause_run(id: Id, lab: Lab) -> dict[str, str]:
-    """Save and stop; `resume` goes on to the last bit as if it had never stopped."""
+    """Save and stop; a resumed run is bitwise equal to an uninterrupted one."""
     lab.jobs.stop(id, pauses=True)
     return {"id": id}
 
 
 @router.post("/runs/{id}/resume", status_code=202)
 def resume_run(id: Id, lab: Lab) -> dict[str, str]:
-    """Go on from the newest checkpoint."""
+    """Resume from the newest checkpoint."""
     lab.jobs.resume(id)
     return {"id": id}
 
@@ -86,7 +86,7 @@ def stop_run(id: Id, lab: Lab) -> dict[str, str]:
 
 @router.post("/runs/{id}/steer", status_code=202)
 def steer_run(id: Id, request: run_schemas.Steer, lab: Lab) -> dict[str, str]:
-    """Request changes from a training run; `id` is that of the event `steered` or `refused` that answers."""
+    """Request changes from a training run; `id` is that of the resulting event `steered` or `refused`."""
     return {"id": lab.jobs.steer(id, request)}
 
 
@@ -133,7 +133,7 @@ async def stream(
     position: Annotated[str | None, Query(max_length=4096)] = None,
     last_event_id: Annotated[str | None, Header(max_length=4096)] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Live events of these runs, deltas only; without `run`, changes of the list of runs."""
+    """Live events of runs, only changes; without `run`, changes of the list of runs."""
     follower = await run_in_threadpool(live.Follower, lab.jobs, run, last_event_id or position)
     while not lab.is_closing.is_set():
         for event in await run_in_threadpool(lambda: list(follower.poll())):
@@ -150,7 +150,7 @@ def get_samples(id: Id, lab: Lab, skip: Skip = 0, limit: Count = 200) -> run_sch
 
 @router.get("/runs/{id}/events")
 def get_events(id: Id, lab: Lab, skip: Skip = 0, limit: Count = 200) -> run_schemas.Records:
-    """What happened at which step."""
+    """Events by step."""
     records, n_total = tail.records(lab.runs.folder(id) / run_dir.EVENTS, skip, limit)
     return run_schemas.Records(records=records, n_total=n_total)
 
@@ -165,7 +165,7 @@ def get_log(id: Id, lab: Lab, lines: Count = 200) -> run_schemas.LogLines:
 
 @router.get("/runs/{id}/findings")
 def get_findings(id: Id, lab: Lab) -> list[run_schemas.Finding]:
-    """What went wrong, in words: signs of mistakes in the metrics."""
+    """Signs of mistakes in the metrics, as text."""
     found = log_checks.of_run(lab.runs.folder(id))
     return [run_schemas.Finding(sign=sign, cause=cause) for sign, cause in found]
 
@@ -197,7 +197,7 @@ def verify_checkpoint(id: Id, step: Step, lab: Lab) -> run_schemas.Verified:
 
 @router.delete("/runs/{id}/checkpoints/{step}", status_code=204)
 def delete_checkpoint(id: Id, step: Step, lab: Lab) -> None:
-    """Delete a checkpoint of a run that is not training, but not the last valid one."""
+    """Delete a checkpoint of a run that is not training, except the last valid one."""
     lab.runs.delete_checkpoint(id, step)
 
 
@@ -215,13 +215,13 @@ def list_presets(lab: Lab) -> run_schemas.Presets:
 
 @router.get("/terms")
 def list_terms() -> dict[str, str]:
-    """Terms of the page in one line each: options, metrics and others."""
+    """Definitions of terms in one line: options, metrics and others."""
     return terms.known()
 
 
 @router.post("/estimate")
 def estimate(request: run_schemas.Start) -> run_schemas.Estimate:
-    """Size and cost of what `POST /api/runs` would train."""
+    """Size and cost of a run for the body of `POST /api/runs`."""
     options: config.Config = overrides.resolve(request.preset, request.options)
     shape, train = options.model, options.train
     tokens = train.steps * train.batch_size * train.grad_accumulation_steps * shape.context_length

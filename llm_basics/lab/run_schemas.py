@@ -1,4 +1,4 @@
-"""Runs as pydantic models, what the server reads and answers: the source of /openapi.json."""
+"""Requests and responses about runs as pydantic models: the source of /openapi.json."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -17,18 +17,18 @@ State = Literal["starting", "training", "stopping", "paused", "stopped", "finish
 
 
 class Request(pydantic.BaseModel):
-    """A body; unknown fields and non-finite numbers are errors."""
+    """A request body; unknown fields and non-finite numbers are errors."""
 
     model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Health(pydantic.BaseModel):
-    """The server answers."""
+    """Status of the server."""
 
     status: Literal["ok"] = "ok"
     version: str
     n_jobs: int
-    """Requests in the queue of what computes."""
+    """Requests in the queue of computations."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class RunSummary(run_summary.Summary):
     state: State
     can_resume: bool
     reason: str | None = None
-    """Why a run that was started here has failed."""
+    """The error of a failed run that was started by this server."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunDetails(RunSummary, run_summary.Details):
-    """All about a run but its metrics."""
+    """Details of a run, without its metrics."""
 
 
 class Verified(pydantic.BaseModel):
@@ -64,20 +64,20 @@ class Metrics(pydantic.BaseModel):
     first_step: int
     last_step: int
     is_complete: bool
-    """False: a long file is still being read; ask again for more."""
+    """False: a long file is still being read; repeat the request for the rest."""
     position: str
-    """Where the live stream goes on: `/api/stream?position=...`."""
+    """Start position of the live stream: `/api/stream?position=...`."""
 
 
 class Records(pydantic.BaseModel):
-    """Lines of samples.jsonl or events.jsonl, the oldest first, as they are in the file."""
+    """Unmodified lines of samples.jsonl or events.jsonl, the oldest first."""
 
     records: list[dict[str, Any]]
     n_total: int
 
 
 class LogLines(pydantic.BaseModel):
-    """The last lines of the log, and of the output of a process that was started here."""
+    """The last lines of the log, and of the output of a process started by this server."""
 
     log: list[str]
     output: list[str]
@@ -95,17 +95,17 @@ class Preset(pydantic.BaseModel):
 
     name: str
     options: dict[str, Any]
-    """What it sets, by the names on the command line."""
+    """The options that it sets, by their names on the command line."""
     parameters: int
 
 
 class Presets(pydantic.BaseModel):
-    """What a run can be started from."""
+    """Presets, options and training texts for starting a run."""
 
     presets: list[Preset]
     options: list[overrides.Option]
     data: list[str]
-    """Names of the training texts that the server was started with."""
+    """Names of the server's training texts."""
 
 
 class Start(Request):
@@ -127,7 +127,7 @@ class Steer(Request):
     options: Annotated[
         dict[str, int | float | Annotated[str, Field(max_length=100)] | None], Field(max_length=20)
     ] = {}
-    """By name: `train.lr`. Which can be changed: `runs.steering.STEERABLE`."""
+    """Values by option name, as in `train.lr`; the options are `runs.steering.STEERABLE`."""
     actions: Annotated[list[Annotated[str, Field(max_length=20)]], Field(max_length=10)] = []
     """`evaluate`, `sample`, `save`: once, after the step."""
 
@@ -143,12 +143,12 @@ class Estimate(pydantic.BaseModel):
 
     parameters: int
     parts: dict[str, int]
-    """Parameters by what they are for."""
+    """Number of parameters by component."""
     flops_per_token: int
     tokens: int
-    """Tokens that all steps train on."""
+    """Total number of training tokens."""
     flops: float
     memory_bytes: int
-    """Weights, gradients and AdamW's two means; activations come on top."""
+    """Weights, gradients and AdamW's two means, without activations."""
     kv_cache_bytes: int
     """Keys and values of a full context, in float32."""

@@ -1,8 +1,8 @@
-"""Who may ask the server what: hosts, origins, a token, and the size of bodies. An ASGI middleware.
+"""Access control as an ASGI middleware: hosts, origins, a token, and the size of bodies.
 
-A page of another site can send requests to 127.0.0.1, by its address or by a name of its own that resolves to
-it (DNS rebinding). The host allowlist refuses the second, `Origin` and the SameSite cookie the first. The
-token keeps out other users of the machine.
+A page of another site can send requests to 127.0.0.1, by its address or by a host name that resolves to it
+(DNS rebinding). The host allowlist blocks the second, `Origin` and the SameSite cookie the first. The token
+blocks other users of the machine.
 """
 
 import ipaddress
@@ -22,11 +22,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 MAX_BODY_BYTES = 1 << 20
 
-# readable without the token: nothing of a run
+# paths without the token, which expose no run
 OPEN_PATHS = ("/", "/api/health", "/openapi.json", "/favicon.ico")
 OPEN_PREFIX = "/static/"
 
-# methods that neither change nor compute
+# methods without side effects and computations
 SAFE = ("GET", "HEAD")
 
 HEADERS = {
@@ -49,11 +49,11 @@ class Guard:
         self.app, self.token, self.port = app, token, port
         names = [*LOCAL, *(host.lower() for host in hosts)]
         self.hosts = {*names, *(f"{name}:{port}" for name in names)}
-        # cookies do not differ by port
+        # cookies are not separated by port
         self.cookie = f"lab_{port}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse or pass on a request."""
+        """Respond to, refuse or forward a request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -76,7 +76,7 @@ class Guard:
             await _respond(send_protected, error.status_code, body, {"content-type": "application/json"})
 
     def _check(self, scope: Scope) -> str | None:
-        """Raise HTTPException unless the request is allowed; the address to go on at after a login."""
+        """Raise HTTPException unless the request is allowed. Returns the redirect address after a login."""
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -102,7 +102,7 @@ class Guard:
             raise exceptions.HTTPException(
                 401, "open the address that the server has printed, or send its token as a Bearer"
             )
-        # a browser sends Origin with everything that changes
+        # a browser sends Origin with every request that changes state
         if not is_bearer and method not in SAFE and "origin" not in headers:
             raise exceptions.HTTPException(403, "the Origin header is missing")
         return None
@@ -126,7 +126,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine can reach an address."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -134,7 +134,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _bounded(scope: Scope, receive: Receive) -> Receive:
-    """`receive`, which refuses a body that is longer than allowed, whatever its headers claim."""
+    """`receive` with a limit of the actual body length, independent of the headers."""
     n_bytes = 0
 
     async def bounded() -> MutableMapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What the routes share: runs, jobs, models and the queue."""
+"""The state shared by all routes: runs, jobs, models and the queue."""
 
 import dataclasses
 import threading
@@ -25,13 +25,13 @@ class Lab:
     models: models.Models
     worker: worker.Worker
     mine: str = "mine.py"
-    """File of a learner's pieces."""
+    """File of user pieces."""
     is_closing: threading.Event = dataclasses.field(default_factory=threading.Event)
-    """The server is about to end, and so must live streams."""
+    """Set when the server shuts down, to end live streams."""
 
     def with_model(self, run: str, checkpoint: str, compute: Callable[[inspection.LoadedModel], T]) -> T:
         """The result of `compute` on a model, called in the queue."""
-        # what is missing is refused before the queue
+        # a missing checkpoint is an error before the request is queued
         self.runs.checkpoint(run, checkpoint)
         return self.worker.call(lambda: compute(self.models.load(run, checkpoint)))
 
