@@ -53,8 +53,8 @@ class List(_File, option_types.Options):
     """List the steps in learning order, with your progress."""
 
     course: Literal["basics", "systems", "data", "alignment"] | None = None
-    """List the steps of this course: basics, the model and its training; systems, what runs beneath it;
-    data, what it reads; alignment, post-training. None: of all."""
+    """List the steps of this course: basics (model and training), systems (kernels and parallelism), data
+    (quality) or alignment (post-training). None: all courses."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Check(_File):
     """Check the pieces in your file and name mistakes. Exit status 1 if a step does not pass."""
 
     step: tyro.conf.Positional[str | None] = None
-    """Check this step only. None: every step that your file has pieces of."""
+    """Check this step only. None: every step with pieces in your file."""
     watch: bool = False
     """Check again on every save, until Ctrl-C."""
 
@@ -100,7 +100,7 @@ class Predict(_CurrentStep, option_types.Options):
     """Predict a result before running the code of a step."""
 
     answer: int | None = None
-    """Number of your answer, of which the first is stored. None: print the question."""
+    """Number of your answer; the first one is stored. None: print the question."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Dojo(option_types.Options):
 
 @dataclass(frozen=True)
 class Mistakes:
-    """Plug in every known mistake and print how many are caught and named per step."""
+    """Test every known mistake, and print the numbers caught and named per step."""
 
     step: tyro.conf.Positional[str | None] = None
     """Run this step only, and list its mistakes."""
@@ -126,7 +126,7 @@ class Read:
     """Check the metrics of a training run for signs of mistakes."""
 
     run_dir: tyro.conf.Positional[str] = "newest"
-    """Run directory; newest is the one under runs/ written to last."""
+    """Run directory; newest: the most recently written under runs/."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def check(options: Check) -> int:
         wanted = f"one of {', '.join(lesson.pieces)}" if lesson else "a piece of a step"
         stubs = f"add stubs: {PROGRAM} start {lesson.name}" if lesson else f"list them: {PROGRAM} list"
         raise ValueError(f"{options.mine} must define {wanted}; {stubs}")
-    # before torch is imported, which takes seconds
+    # before the import of torch, which takes seconds
     print(console.wrap(f"checking {options.mine}: {', '.join(steps)}"), file=sys.stderr, flush=True)
     from llm_basics.learn import checks
 
@@ -338,6 +338,6 @@ def more(options: Dojo | Mistakes | Read | Race) -> int:
 
 
 if __name__ == "__main__":
-    # messages may quote any character of a user's file
+    # messages may quote any character of user code
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     signals.run(main, sys.argv[1:])

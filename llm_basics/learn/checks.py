@@ -1,4 +1,4 @@
-"""Checks of a user's file: which steps pass, and which mistake the others make."""
+"""Checks of a file of user code: the status of each step, and the mistake in failed ones."""
 
 import inspect
 import sys
@@ -14,13 +14,13 @@ from llm_basics import swap, user_code
 from llm_basics.cli import parse
 from llm_basics.learn import judge, lessons, messages, sandbox, sockets
 
-# for executing a file, before any piece in it is called
+# time limit for executing a file, before its pieces are called
 LOAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a step. `text` is for the learner."""
+    """Result of a step. `text` is the message for the user."""
 
     step: str
     status: str
@@ -29,10 +29,10 @@ class Result:
 
 
 def check(path: str | Path, only: str | None = None, log: Callable[[str], None] = print) -> Iterator[Result]:
-    """Check each step that the file has pieces of, or `only` this one, in learning order.
+    """Check each step with pieces in the file, or `only` this one, in learning order.
 
-    `log` receives warnings about the file. Raises ValueError if the file does not run, or if a signature does
-    not match the reference.
+    `log` is called with warnings about the file. Raises ValueError if the file fails to run, or if a
+    signature does not match the reference.
     """
     torch.set_num_threads(1)
     sandbox.interpret_triton()
@@ -73,7 +73,7 @@ def check(path: str | Path, only: str | None = None, log: Callable[[str], None] 
 
 
 def _second_stage(lesson: lessons.Lesson) -> Iterator[str]:
-    """A line that names the parameters that a second stage of the step adds and the file lacks, if any."""
+    """A line with the parameters of the step's second stage that are missing in the file, if any."""
     if lesson.later:
         piece = f"{swap.HOMES[lesson.pieces[0]]}.{lesson.pieces[0]}"
         missing = user_code.parameters(swap.reference(piece)) - user_code.parameters(swap.current(piece))
@@ -83,13 +83,13 @@ def _second_stage(lesson: lessons.Lesson) -> Iterator[str]:
 
 
 def _is_required(piece: str, written: set[str]) -> bool:
-    """Whether a step needs a piece besides those written: not if a class does the work itself."""
+    """Whether a step needs another piece beside those written: not if a class implements it itself."""
     classes = [name for name in written if name[0].isupper()]
     return not classes or any(piece in _used_by(name) for name in classes)
 
 
 def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The pieces that a piece calls, directly or through others."""
+    """The pieces that a piece calls, directly or indirectly."""
     found = _used_by(piece) & swap.HOMES.keys()
     for name in found - seen:
         found = found | _all_used_by(name, seen | found | {piece})
@@ -97,7 +97,7 @@ def _all_used_by(piece: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 def _wrong_among(pieces: set[str]) -> set[str]:
-    """Those of a user's pieces whose steps do not pass."""
+    """The user pieces whose steps do not pass."""
     steps = {step for piece in pieces if (step := lessons.of_piece(piece))}
     verdicts = [judge.judge(judge.load(step), sockets.own()) for step in sorted(steps)]
     failed = {verdict.step for verdict in verdicts if verdict.status != "passed"}
@@ -110,7 +110,7 @@ def _used_by(piece: str) -> set[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Beyond the probes: shapes and custom backward passes
+# Checks beside the probes: shapes and custom backward passes
 
 
 def check_shapes(module: ModuleType) -> None:
@@ -124,7 +124,7 @@ def check_shapes(module: ModuleType) -> None:
 
     def _checked(function: Any) -> Any:
         if inspect.isgeneratorfunction(inspect.unwrap(function)):
-            return function  # contextlib.contextmanager returns no iterator, as its function is annotated
+            return function  # contextlib.contextmanager returns another type than the annotated iterator
         try:
             return checked(function)
         except Exception:
@@ -148,7 +148,7 @@ def _is_autograd(value: Any) -> bool:
 def _backward_errors(name: str, path: str | Path) -> Iterator[str]:
     """Compare custom backward passes with finite differences in float64.
 
-    Not for a step whose piece is one, since its probes compare gradients of hundreds of numbers.
+    Skips steps whose piece is a custom backward pass, since their probes compare hundreds of gradients.
     """
     if any(_is_autograd(swap.current(f"{swap.HOMES[piece]}.{piece}")) for piece in lessons.load(name).pieces):
         return
@@ -167,7 +167,7 @@ def _backward_errors(name: str, path: str | Path) -> Iterator[str]:
 
 
 def print_mistakes(only: str | None = None) -> int:
-    """Plug in every known mistake, and print how many are caught and named."""
+    """Test every known mistake, and print the numbers of caught and named ones."""
     if only is not None and only not in judge.STEPS:
         raise ValueError(parse.unknown_name("step", only, judge.STEPS))
     torch.set_num_threads(1)

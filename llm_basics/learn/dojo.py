@@ -20,13 +20,13 @@ from llm_basics.learn import judge, log_checks, probe_tasks
 PROGRAM = "uv run python -m llm_basics.learn"
 MODEL_CONFIG = config.ModelConfig(vocab_size=16, context_length=32, d_model=32, n_layers=2, n_heads=2)
 STEPS = 120
-# a mistake is hidden only if it shows by then; many edge cases never show in this run
+# steps within which a hidden mistake must have an effect; many edge cases have none in this run
 FIRST_STEPS = 20
 TRAIN_CONFIG = config.TrainConfig(
     steps=STEPS, batch_size=16, lr=1e-2, warmup_steps=10, grad_accumulation_steps=2, dtype="float32"
 )
 
-# lessons whose mistakes can show in the training of a model
+# lessons whose mistakes can affect the training of a model
 LESSON_STEPS = (
     "linear softmax cross_entropy swiglu rms_norm rope attention multi_head block transformer adamw clipping "
     "schedule train_step"
@@ -36,7 +36,7 @@ N_OPTIONS = 5
 
 @dataclass(frozen=True)
 class Evidence:
-    """Metrics of a training run, and probes of the trained model."""
+    """Metrics of a training run, and tests of the trained model."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -48,7 +48,7 @@ class Evidence:
     lrs: list[float]
 
     def summary(self) -> tuple[object, ...]:
-        """Rounded values, equal for runs that look the same."""
+        """Rounded values, equal for indistinguishable runs."""
         rounded = tuple(round(loss, 2) for loss in self.losses[::10])
         norms = tuple(round(norm, 1) for norm in self.grad_norms[::10])
         without_gradient = tuple(name for name, norm in self.gradients.items() if not norm > 0)
@@ -65,7 +65,7 @@ def source() -> tuple[np.ndarray, float]:
 
 
 def train(n_steps: int = STEPS) -> Evidence:
-    """Train with the pieces in use, as far as step `n_steps` of the whole run."""
+    """Train with the pieces in use up to step `n_steps` of the whole run."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     text, _ = source()
@@ -153,12 +153,12 @@ def _hide(seed: int) -> tuple[Any, Evidence]:
                     continue
                 return mistake, train()
         except Exception:
-            continue  # a mistake that raises needs no search
+            continue  # a mistake that raises is trivial to find
     raise AssertionError("no mistake of the catalogue changes the run")
 
 
 def describe(evidence: Evidence) -> Iterator[str]:
-    """The evidence as lines, beside that of a healthy run."""
+    """The evidence as lines of text, next to that of a healthy run."""
     usual, rate = healthy(), source()[1]
     yield f"A model of {MODEL_CONFIG.n_layers} blocks trains on a Markov source, with one mistake."
     yield f"entropy rate {rate:.3f}, uniform guess {np.log(MODEL_CONFIG.vocab_size):.3f} nats per token\n"

@@ -1,7 +1,7 @@
-"""Mistakes with a parameter (an epsilon fixed at 1e-3, a mean over axis 0), found from what was observed.
+"""Mistakes with a parameter (an epsilon fixed at 1e-3, a mean over axis 0), inferred from observations.
 
-A number is searched on a grid, refined, and rounded to as few digits as observations allow; of axes, dtypes
-and groups all are tried. The value is stated only if the observations determine it.
+Numbers are searched on a grid, refined, and rounded to as few digits as the observations allow; axes, dtypes
+and groups are enumerated. The value is reported only if the observations determine it.
 """
 
 import functools
@@ -15,13 +15,13 @@ from torch import Tensor
 from llm_basics import swap
 from llm_basics.learn import probes, sandbox, sockets
 
-# of a probe, in tolerances: as far as anything can be off
+# maximum difference of a probe, in tolerances
 FARTHEST = 1e6
 
-# each divides the interval by 1.6
+# number of refinements, each of which divides the interval by 1.6
 REFINEMENTS = 20
 
-# probes whose numbers are compared in the search; the value found is verified on all
+# number of probes compared in the search; the value found is verified on all
 COMPARED = 3
 
 Equal = Callable[[int, probes.Observation], bool]
@@ -64,7 +64,7 @@ def find(
 
 
 def fit(family: probes.Family, best: float, miss: Callable[[float], float]) -> float:
-    """The value of least `miss` near the best of the grid, with as few digits as do not make it worse."""
+    """The value of minimal `miss` near the best of the grid, with the fewest digits of equal `miss`."""
     grid = family.values
     k = grid.index(best)
     best = min(best, _refined(grid[max(0, k - 1)], grid[min(k + 1, len(grid) - 1)], miss), key=miss)
@@ -96,13 +96,13 @@ def _refined(low: float, high: float, miss: Callable[[float], float]) -> float:
 
 
 def is_determined(value: float, miss: Callable[[float], float]) -> bool:
-    """Whether other values fit worse: the number may be stated."""
+    """Whether other values fit worse, so that the number can be reported."""
     near = [value * 1.02, value / 1.02] if value else [1e-3, -1e-3]
     return all(miss(other) > 2 * miss(value) + 1e-2 for other in near)
 
 
 def distance(probe: probes.Probe, one: probes.Observation, other: probes.Observation) -> float:
-    """How far two observations are apart: mean logarithms of 1 + the difference in tolerances."""
+    """The distance of two observations: mean logarithms of 1 + the difference in tolerances."""
     farthest = math.log1p(FARTHEST)
     if "error" in other:
         return farthest
@@ -120,7 +120,7 @@ def distance(probe: probes.Probe, one: probes.Observation, other: probes.Observa
 
 
 def numbers(value: Any) -> Tensor | None:
-    """All numbers in a tensor, a number, or lists and dicts of them; None if there is anything else."""
+    """All numbers in a tensor, a number, or lists and dicts of them; None for other values."""
     if isinstance(value, Tensor):
         return value.detach().cpu().double().flatten()
     if isinstance(value, bool):

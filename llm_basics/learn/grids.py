@@ -1,11 +1,11 @@
-"""The values of a mistake with a parameter among which the search begins, and how a message states them."""
+"""Grids of initial values for mistakes with a parameter, and their format in messages."""
 
 import itertools
 import math
 
 import torch
 
-# of a reduction, and of a table or weights: values of families
+# values of families: dtypes of a reduction, and of a table or weights
 AXES = {f"axis {axis}": axis for axis in range(-3, 3)} | {
     f"axes {axes}": axes for ends in (range(-3, 0), range(3)) for axes in itertools.combinations(ends, 2)
 }
@@ -19,7 +19,7 @@ def powers(low: float, high: float, per_decade: int = 3) -> list[float]:
 
 
 def short(value: float | str) -> str:
-    """A number as one writes it in code: 0.25, 1e-3, 500000."""
+    """A number in source code format: 0.25, 1e-3, 500000."""
     if isinstance(value, str):
         return value
     text = f"{value:.6g}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.5e}"

@@ -1,8 +1,8 @@
-"""The verdict on a step: passed, or the known mistake that it makes.
+"""The verdict on a step: passed, or the known mistake that explains the failure.
 
-A step passes if every probe observes the results of an independent implementation. If not, the mistake of the
-catalogue with exactly the same observations is named, or the one that has them with some value of its number,
-or the pair of mistakes that gives them together.
+A step passes if every probe observes the results of an independent implementation. If not, the diagnosis is
+the mistake of the catalogue with the same observations, a mistake with a fitted parameter, or a pair of
+mistakes.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ from torch import Tensor
 from llm_basics import swap
 from llm_basics.learn import families, lessons, messages, mistakes, pairs, probes, sandbox, sockets
 
-# packages that not every system has, by the step that needs one
+# optional packages, by the step that requires them
 NEEDS = {"flash_triton": "triton"}
 
-# in learning order, those that can run on this system
+# the steps that can run on this system, in learning order
 STEPS = [
     name for name in [*lessons.ORDER, "checkpoint"] if importlib.util.find_spec(NEEDS.get(name, "torch"))
 ]
 
 
-# errors of names and imports, and time limits, whose class is their meaning
+# errors of names and imports, and time limits, which are identified by their class
 SLIPS = {"NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "stopped"}
 
 
 @functools.cache
 def load(name: str) -> probes.Step:
-    """A step of the catalogue. Its wrong classes derive from the reference, whatever is in use."""
+    """A step of the catalogue. Its wrong classes derive from the reference, not from the pieces in use."""
     with swap.reference_only():
         return importlib.import_module(f"{mistakes.__name__}.{name}").step
 
 
 @functools.cache
 def expected(step: str, index: int) -> probes.Observation:
-    """The right observation of one probe."""
+    """The expected observation of a probe."""
     torch.manual_seed(0)
     with sandbox.unchanged_state():
         return load(step).probes[index].expected()
@@ -51,7 +51,7 @@ def expected(step: str, index: int) -> probes.Observation:
 
 @functools.cache
 def observation_of(step: str, mistake: str, index: int) -> probes.Observation:
-    """The observation of one probe on the reference with one mistake in it."""
+    """The observation of a probe on the reference with one mistake."""
     with swap.reference_only(), sandbox.unchecked_shapes():
         made = next(m for m in load(step).mistakes if m.name == mistake)
         with swap.replaced({made.piece: made.wrong}):
@@ -60,7 +60,7 @@ def observation_of(step: str, mistake: str, index: int) -> probes.Observation:
 
 @dataclass(frozen=True)
 class Finding:
-    """A probe that an implementation does not pass."""
+    """A failed probe of an implementation."""
 
     probe: str
     difference: tuple[str, ...]
@@ -73,25 +73,25 @@ class Verdict:
 
     step: str
     status: str
-    """passed, failed, timed out (and nothing else wrong) or not started."""
+    """passed, failed, timed out (without other failures) or not started."""
     failures: tuple[Finding, ...] = ()
     n_passed: int = 0
-    """Of the probes that ran."""
+    """Number of the probes that ran."""
     n_probes: int = 0
     mistake: probes.Mistake | None = None
     also: probes.Mistake | None = None
-    """The second one of a pair."""
+    """The second mistake of a pair."""
     sure: bool = False
     """Whether the mistake, or the pair, explains every probe."""
     left: tuple[Finding, ...] = ()
-    """What it does not explain."""
+    """The failures that it does not explain."""
     stub: str = ""
     """The message of the stub, if it is not started."""
     seconds: float = 0.0
 
 
 def judge(step: probes.Step, adapters: Any) -> Verdict:
-    """Run the probes of a step on an implementation, and find the mistake that it makes."""
+    """Run the probes of a step on an implementation, and diagnose its mistake."""
     started = time.perf_counter()
     seen: dict[int, probes.Observation] = {}
     for i, probe in enumerate(step.probes):
@@ -100,18 +100,18 @@ def judge(step: probes.Step, adapters: Any) -> Verdict:
         except NotImplementedError as stub:
             return Verdict(step.name, "not started", stub=str(stub))
         except sockets.MissingAdapter:
-            continue  # of a second stage that is not begun
+            continue  # an adapter of a second stage that is not started
         if probes.timed_out(seen[i]) or probes.kind(seen[i]) == "hangs":
-            break  # the other probes would time out too
+            break  # the other probes would also time out
     seconds = time.perf_counter() - started
     return dataclasses.replace(conclude(step, seen), seconds=seconds)
 
 
 def verdict_on(step: probes.Step, mistake: probes.Mistake) -> Verdict:
-    """The verdict on the reference with one mistake in it."""
+    """The verdict on the reference with one mistake."""
     seen: dict[int, probes.Observation] = {}
     for i in range(len(step.probes)):
-        with contextlib.suppress(sockets.MissingAdapter):  # of a second stage
+        with contextlib.suppress(sockets.MissingAdapter):  # adapters of a second stage
             seen[i] = observation_of(step.name, mistake.name, i)
             if probes.kind(seen[i]) == "hangs":
                 break
@@ -119,7 +119,7 @@ def verdict_on(step: probes.Step, mistake: probes.Mistake) -> Verdict:
 
 
 def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Verdict:
-    """The verdict on observations, by the number of the probe."""
+    """The verdict on observations by the index of their probe."""
     wrong = [i for i in seen if probes.differing(step.probes[i], seen[i], expected(step.name, i))]
     found = {i: finding(step, i, seen[i]) for i in wrong}
     mistake, also, open_probes = find_mistake(step, seen, wrong) if wrong else NOTHING
@@ -137,19 +137,19 @@ def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Verdict:
 
 
 def finding(step: probes.Step, i: int, seen: probes.Observation) -> Finding:
-    """What is wrong in the observation of a probe."""
+    """The finding for a wrong observation of a probe."""
     lines = messages.differences(step.probes[i], expected(step.name, i), seen)
     escaped = tuple(line.replace("\r", "\\r").replace("\n", "\\n") for line in lines)
     return Finding(step.probes[i].about, escaped, probes.timed_out(seen))
 
 
 def status_of(failures: Sequence[Finding]) -> str:
-    """The status of a step that does not pass these probes."""
+    """The status of a step with these failures."""
     wrong = "timed out" if all(failure.timed_out for failure in failures) else "failed"
     return wrong if failures else "passed"
 
 
-# a mistake, the second one of a pair, and the probes that they do not explain
+# a mistake, the second mistake of a pair, and the indices of unexplained probes
 Diagnosis = tuple[probes.Mistake | None, probes.Mistake | None, tuple[int, ...]]
 NOTHING: Diagnosis = (None, None, ())
 
@@ -157,8 +157,8 @@ NOTHING: Diagnosis = (None, None, ())
 def find_mistake(step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]) -> Diagnosis:
     """The mistake with the same observations, or with another number or error, or two that explain them.
 
-    If there is none, the one that explains most, at least half, and passes what the implementation passes:
-    it may be one of two mistakes.
+    If there is none, the one that explains most of them, at least half, and passes all probes that the
+    implementation passes, since it may be one of two mistakes.
     """
 
     def equals(i: int, known: probes.Observation) -> bool:
@@ -186,7 +186,7 @@ def find_mistake(step: probes.Step, seen: dict[int, probes.Observation], wrong: 
     if pair:
         return *pair, ()
     best: Diagnosis = NOTHING
-    # one that explains less than half is weak evidence, and so are errors alone
+    # explaining fewer than half, or only errors, is weak evidence
     fewest = len(wrong) // 2 + 1
     for mistake in step.mistakes:
         if all(is_equal(mistake, i) for i in seen if i not in wrong):
@@ -202,7 +202,7 @@ def with_another_error(
 ) -> probes.Mistake | None:
     """The only mistake that raises in the same probes, with another class, and agrees elsewhere."""
     kinds = {probes.kind(seen[i]) for i in wrong} - {""}
-    # without a result to compare, and for slips that any code may have, an error is no evidence
+    # without a result to compare, and for errors unrelated to the step, an error is not evidence
     if not kinds or kinds & SLIPS or all("error" in seen[i] for i in seen):
         return None
     order = [*wrong, *(i for i in seen if i not in wrong)]
@@ -218,7 +218,7 @@ def with_another_error(
 
 
 def gradient_error(probe: probes.Probe) -> str:
-    """How the gradients of a probe differ from finite differences in float64, or ""."""
+    """The difference between the gradients of a probe and finite differences in float64; "" if none."""
     floats = {k: t.double() for k, t in probe.tensors.items() if t.is_floating_point()}
     if probe.function is None or not probe.gradients or not floats:
         return ""

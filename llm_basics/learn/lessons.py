@@ -11,7 +11,7 @@ from llm_basics.cli import parse
 
 FOLDER = Path(__file__).parent / "lessons"
 
-# in learning order: functions, modules composed of them, training; what runs beneath a model; data;
+# in learning order: functions, modules composed of them, training; systems beneath a model; data;
 # post-training
 COURSES = {
     "basics": (
@@ -50,7 +50,7 @@ class Lesson:
     pieces: list[str]
     """Names of the pieces to implement, the most important first."""
     optional: list[str]
-    """Those of `pieces` for which the reference may be used."""
+    """Pieces for which the reference may be used."""
     idea: str
     formula: str
     shapes: str
@@ -60,7 +60,7 @@ class Lesson:
     hints: list[str]
     predict: Question
     later: dict[str, str] = field(default_factory=dict)
-    """What a second stage of the step adds: parameters of the pieces, or options, with an explanation."""
+    """Additions of a second stage of the step: parameters of the pieces, or options, with an explanation."""
 
     @property
     def needed(self) -> list[str]:

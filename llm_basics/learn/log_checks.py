@@ -1,7 +1,7 @@
-"""Signs in the metrics of a run of mistakes that raise no error.
+"""Signs of mistakes without errors in the metrics of a run.
 
-Each check is a bound that no correct run on ordinary text crosses: a least number of bits per byte, a first
-loss near that of a uniform guess, a gradient norm well above zero.
+Each check is a bound for all correct runs on ordinary text: a minimum of bits per byte, an initial loss near
+that of a uniform guess, a gradient norm well above zero.
 """
 
 import math
@@ -12,19 +12,19 @@ from typing import Any
 
 from llm_basics.runs import locks, run_dir, tail
 
-# the best compressors of text are still above 0.6, small models above 1
+# the best text compressors have more than 0.6, small models more than 1
 MIN_BITS_PER_BYTE = 0.4
 
-# as fractions of ln(vocab_size), the loss of a uniform guess
+# fractions of ln(vocab_size), the loss of a uniform guess
 MAX_FIRST_LOSS, MIN_FIRST_LOSS = 1.35, 0.9
 
 # shorter runs may still be in warmup
 MIN_STEPS = 50
 
-# models that learn stay above this
+# minimum gradient norm of models that learn
 TINY_GRAD_NORM = 0.05
 
-# events that are read of a run
+# maximum number of events to read
 MAX_EVENTS = 5000
 
 Finding = tuple[str, str]
@@ -33,7 +33,7 @@ Finding = tuple[str, str]
 def findings(
     metrics: Sequence[Mapping[str, Any]], vocab_size: int, entropy_rate: float | None = None
 ) -> Iterator[Finding]:
-    """Each sign and its probable cause. `entropy_rate`, where it is known, is in nats per token."""
+    """Each sign and its probable cause. `entropy_rate`, if known, is in nats per token."""
     train = [m for m in metrics if m.get("train_loss") is not None]
     if not train:
         yield "no training loss recorded", "the run ended before its first step"
@@ -78,7 +78,7 @@ def findings(
 
 
 def of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """What the events of a run report: a failure, spikes of the loss, steps that were not finite.
+    """Findings in the events of a run: a failure, loss spikes, non-finite steps.
 
     >>> list(of_events([{"step": 7, "event": "failed", "reason": "the loss is nan"}]))
     [('the run failed after step 7', 'the loss is nan')]
@@ -137,11 +137,11 @@ def _merged(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_run(folder: Path) -> list[Finding]:
-    """The findings of a run that may still be writing: from a sample of its metrics, without torn lines."""
+    """The findings of a run, possibly a running one, from a sample of its metrics without torn lines."""
     known = [entry for entry in tail.sample(folder / run_dir.METRICS, 5000) if type(entry.get("step")) is int]
     events, _ = tail.records(folder / run_dir.EVENTS, 0, MAX_EVENTS)
     if not known and locks.owner(folder) is not None:
-        return []  # it is starting
+        return []  # the run is starting
     try:
         vocab_size = run_dir.read_config(folder)["model"]["vocab_size"]
         rate = run_dir.read_recorded(folder).get(run_dir.BASELINES, {}).get("entropy rate")

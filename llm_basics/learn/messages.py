@@ -17,18 +17,18 @@ from torch import Tensor
 
 WIDTH = 100
 
-# lines of numbers, which are hard to read when wrapped
+# width of lines of numbers, which are hard to read when wrapped
 LINE = 114
 
-# of a whole message, and of the differences in it
+# maximum number of lines of a message, and of its differences
 MAX_LINES, MAX_DIFFERENCES = 12, 5
 
-# characters of a value, and of the text of an error
+# maximum number of characters of a value, and of the text of an error
 SHOWN, ERROR = 60, 180
 
 
 def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
-    """Whether two results are equal, numbers within a tolerance and NaN like NaN."""
+    """Whether two results are equal, numbers within a tolerance and with NaN equal to NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
             return False
@@ -48,7 +48,7 @@ def same(a: Any, b: Any, rtol: float, atol: float) -> bool:
 
 
 def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[str]:
-    """How `actual` differs from `expected`, most informative first."""
+    """Descriptions of the differences between `actual` and `expected`, the most informative first."""
     if "error" in actual:
         error = actual["error"]
         yield error if error.startswith(("stopped: ", "hangs: ", "mismatch: ")) else f"it raised {error}"
@@ -63,7 +63,7 @@ def differences(probe: Any, expected: dict[str, Any], actual: dict[str, Any]) ->
         if facet in ("output", "result") and probe.words is not None:
             try:
                 yield probe.words(right, found)
-            except Exception:  # foreign code may return anything
+            except Exception:  # foreign code may return any value
                 yield _first_difference(right, found, probe, ())
         elif facet == "changed":
             yield f"it modifies its input {', '.join(found)} in place"
@@ -95,7 +95,7 @@ def reason(error: BaseException) -> str:
     if found:
         text = f"{found[1]} must be {found[3]}, got {found[2]}"
     frames = traceback.extract_tb(error.__traceback__)
-    # in user code, not in a library that it calls
+    # the innermost line of user code, not of a library
     frame = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])
     text = textwrap.shorten(text, ERROR, placeholder=" ...") or "no message"
     return f"{text} ({Path(frame.filename).name}:{frame.lineno})"
@@ -109,21 +109,21 @@ def message(verdict: Any, next_step: str) -> str:
     lines = [f"{verdict.step}: {first.probe} ({verdict.n_passed} of {verdict.n_probes} probes passed)"]
     for line in first.difference[:3]:
         wrapped = textwrap.wrap(line, LINE, initial_indent="  ", subsequent_indent="    ")
-        # whole or not at all
+        # only complete descriptions
         if len(lines) == 1 or len(lines) + len(wrapped) <= MAX_DIFFERENCES + 1:
             lines += wrapped
     return "\n".join([*lines, *_named(verdict)][: MAX_LINES - 1] + [f"  {next_step}"])
 
 
 def _named(verdict: Any) -> Iterator[str]:
-    """The lines on the known mistake, on the second one of a pair, and on the one probe that is left."""
+    """The lines on the known mistake, the second one of a pair, and a single unexplained probe."""
     if verdict.mistake is None:
         yield "  no known mistake gives this result"
         return
     name = verdict.mistake.name.upper()
     is_open = not verdict.sure and len(verdict.left) > 1
     yield f"  here it matches: {name} (is there a second mistake?)" if is_open else f"  mistake: {name}"
-    # of two mistakes, the fault of each
+    # for two mistakes, only the first sentence of each
     text = verdict.mistake.explanation if verdict.also is None else _fault(verdict.mistake.explanation)
     yield from textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     if verdict.also is not None:
@@ -185,7 +185,7 @@ def _number(value: Any) -> str:
 
 
 def _pair(right: Any, found: Any) -> str:
-    """Both values; long ones from shortly before the first character in which they differ."""
+    """Both values; long ones are cut to start shortly before their first difference."""
     texts = [_number(value) if isinstance(value, float) else repr(value) for value in (right, found)]
     start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 3) if max(map(len, texts)) > SHOWN else 0
     right, found = (

@@ -1,4 +1,4 @@
-"""Where a learner stands: the steps with their status, and the command to run next."""
+"""Progress of a learner: the steps with their status, and the next command."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ PROGRAM = "uv run python -m llm_basics.learn"
 
 @dataclass(frozen=True)
 class Step:
-    """A step and what is known of it."""
+    """A step and its state."""
 
     course: str
     name: str
@@ -19,7 +19,7 @@ class Step:
     is_current: bool
     """False if the code was changed since."""
     message: str
-    """What the last check printed; empty before the first."""
+    """Message of the last check; empty before the first."""
 
 
 def steps(known: progress.Progress) -> list[Step]:
@@ -37,7 +37,7 @@ def steps(known: progress.Progress) -> list[Step]:
 
 
 def advice(known: progress.Progress, course: str | None = None) -> str:
-    """The command to run next, in a course if it is given."""
+    """The next command, optionally within a course."""
     name = known.next_step(course)
     if name is None:
         return f"train the default model with your pieces: {PROGRAM} race --mine {known.file}"

@@ -1,7 +1,7 @@
-"""Two mistakes of one step at once, found from what each of them gives alone.
+"""Pairs of mistakes in one step, inferred from the observations of each alone.
 
-Where neither shows, the observation must be right; where one shows, it must be that one's; where both show,
-that of the two composed: run together, or by sum or product of their deviations. Both must be evident.
+A probe affected by neither must have the correct observation; by one, that one's; by both, that of their
+composition: both run together, or the sum or product of their deviations. Both must be evident.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_basics import swap
 from llm_basics.learn import families, messages, probes, sandbox, sockets
 
-# pairs that are run together on one probe, in search of one that gives what was observed
+# maximum number of pairs to run together, to reproduce the observations
 MOST_RUN = 400
 
 Pair = tuple[probes.Mistake, probes.Mistake]
@@ -50,7 +50,7 @@ def find(
             evident = [count + is_evident for count, is_evident in zip(evident, share[0], strict=True)]
             n_open += share[1]
         else:
-            # each in a probe, and in as many as are open
+            # each is evident in a probe, and in as many as are open
             if min(evident) >= max(n_open, 1):
                 found.append((n_open, pair))
     found.sort(key=lambda each: each[0])
@@ -106,8 +106,8 @@ def explained(
 def mixed(probe: probes.Probe, *values: Tensor | None) -> tuple[bool, bool, bool]:
     """Whether each of two mistakes is evident in numbers that both change, and whether the result is open.
 
-    Where one shows, the number is its own; where both show, it deviates by the product or the sum. A sum is
-    no evidence: others may give the same.
+    A number changed by one mistake must equal that one's; if changed by both, it must deviate by their
+    product or sum. A sum is not evidence, since other pairs may give the same.
     """
     right, seen, one, other = (torch.zeros(0) if value is None else value for value in values)
     if not right.numel() or not right.shape == seen.shape == one.shape == other.shape:
@@ -117,7 +117,7 @@ def mixed(probe: probes.Probe, *values: Tensor | None) -> tuple[bool, bool, bool
         return torch.isclose(x, y, rtol=probe.rtol, atol=probe.atol, equal_nan=True)
 
     off = [~is_close(value, right) for value in (one, other)]
-    # any two NaN are equal
+    # NaN equals NaN
     finite = seen.isfinite()
     both = off[0] & off[1]
     alone = torch.where(off[0], one, torch.where(off[1], other, right))
@@ -135,7 +135,7 @@ def mixed(probe: probes.Probe, *values: Tensor | None) -> tuple[bool, bool, bool
 def is_given_by(
     step: probes.Step, seen: dict[int, probes.Observation], order: Sequence[int], pair: Pair
 ) -> bool:
-    """Whether two mistakes that run together, if they can, give all observations."""
+    """Whether two mistakes, run together if possible, reproduce all observations."""
     for pieces in together(*pair):
         for i in order:
             with swap.reference_only(), sandbox.unchecked_shapes(), swap.replaced(pieces):
@@ -150,7 +150,7 @@ def is_given_by(
 
 
 def together(one: probes.Mistake, other: probes.Mistake) -> Iterator[dict[str, Any]]:
-    """Pieces that make two mistakes, of two pieces, two classes, or a function that calls the right one."""
+    """Pieces with both mistakes: of two pieces, two classes, or a function that calls the correct one."""
     if one.piece != other.piece:
         yield {one.piece: one.wrong, other.piece: other.wrong}
         return

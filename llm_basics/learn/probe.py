@@ -1,4 +1,4 @@
-"""Train a small model on a task with known answers and judge the result, in a minute per task at most."""
+"""Train a small model on a task with known answers and judge the result, within a minute per task."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ from llm_basics.core import model as models
 from llm_basics.learn import probe_tasks
 from llm_basics.runs import run_dir, stopwatch
 
-# measurements during training, and their number of held-out sequences; the last one uses all
+# number of measurements during training, and of their held-out sequences; the last one uses all
 N_MEASUREMENTS, N_SEQUENCES = 20, 100
 
 # training ends after this many passed measurements in a row, and after about this many seconds
 N_PASSED, MOST_SECONDS = 3, 60.0
 
-# largest gap to the entropy rate, in nats
+# maximum gap to the entropy rate, in nats
 LOSS_TOLERANCE = 0.03
 
 # rounding of equal logits changes the answers of fewer sequences than this fraction
@@ -63,7 +63,7 @@ class Measurement:
     exact: float = math.nan
     """Fraction of sequences with all answers correct, decoded one token at a time."""
     leak: float = 0.0
-    """How much larger this fraction is, without the last answer, if the answers are in the input."""
+    """Increase of this fraction, without the last answer, if the answers are in the input."""
     noise: float = 0.0
     """Four standard errors of the loss."""
 
@@ -125,7 +125,7 @@ def judge(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
 
 
 def judge_answers(task: probe_tasks.Task, last: Measurement) -> tuple[bool, str]:
-    """Passed if every held-out sequence is exact, or as many as the task requires.
+    """Passed if every held-out sequence is exact, or the fraction that the task requires.
 
     A causal model gives the same answers whether or not they are in its input, so a difference is a leak.
     """
@@ -200,7 +200,7 @@ class Outcome:
 
     @property
     def label(self) -> str:
-        """What the verdict explains."""
+        """The result in one word."""
         return "passed" if self.passed else "undecided" if self.out_of_time else "failed"
 
 
@@ -209,8 +209,8 @@ def learn(
 ) -> Outcome:
     """Train a new model on a task and judge it.
 
-    Training ends early once the answers are right. On a slow machine it has fewer steps, with a schedule of
-    that length, unless `steps` is given.
+    Training stops early when the answers are correct. On a slow machine it has fewer steps, with a schedule
+    of that length, unless `steps` is given.
     """
     planned = steps or task.train.steps
     options = dataclasses.replace(

@@ -1,7 +1,7 @@
 """Small tasks with known answers, to test whether a stack of pieces can learn.
 
-A task draws sequences of tokens and lists the positions that hold answers. Only answers count in the loss, so
-that unpredictable tokens, such as the letters to be reversed, do not add noise.
+A task samples sequences of tokens and lists the positions of answers. Only answers are in the loss, so that
+unpredictable tokens, such as the letters to be reversed, do not add noise.
 
     reverse      [BOS] c a t [SEP] t a c      attention to varying distances: needs positions
     invert       [BOS] c a t [SEP] x z g      attention to a fixed distance, and a mapping of letters
@@ -38,9 +38,9 @@ class Task:
     symbols: tuple[str, ...]
     """Token strings, by token id."""
     draw: Draw
-    """Draws the given number of sequences."""
+    """Samples the given number of sequences."""
     answers: tuple[int, ...]
-    """Positions of a sequence that hold answers."""
+    """Positions of the answers in a sequence."""
     chance: float
     """Accuracy of guessing."""
     losses: dict[str, float]
@@ -52,7 +52,7 @@ class Task:
     n_held_out: int = 500
     """Number of sequences for evaluation, never trained on."""
     needed: float = 1.0
-    """Fraction of these that must be exact."""
+    """Required fraction of exact ones."""
     source: "Source | None" = None
     """Source of the tokens, for a task with a known entropy rate instead of answers."""
 
@@ -71,7 +71,7 @@ class Task:
 
 
 def hold_out(task: Task, seed: int) -> Int[np.ndarray, "n length"]:
-    """Distinct sequences for evaluation."""
+    """Distinct held-out sequences for evaluation."""
     rng = np.random.default_rng((seed, 0))
     rows: dict[tuple[int, ...], list[int]] = {}
     while len(rows) < task.n_held_out:
@@ -83,7 +83,7 @@ def hold_out(task: Task, seed: int) -> Int[np.ndarray, "n length"]:
 def fresh(
     task: Task, held_out: Int[np.ndarray, "n length"], seed: int
 ) -> Iterator[Int[np.ndarray, "batch length"]]:
-    """Endless batches of training sequences, without those held out."""
+    """Infinite batches of training sequences, without held-out ones."""
     rng = np.random.default_rng((seed, 1))
     excluded = {task.key(row) for row in held_out.tolist()}
     while True:
@@ -146,7 +146,7 @@ def copy(seed: int) -> Task:
 def addition(seed: int) -> Task:
     """`[BOS] a b [SEP] c`, c = (a + b) mod p, with held-out pairs (arXiv 2201.02177).
 
-    b + a is held out with a + b, which would reveal its answer.
+    b + a is held out with a + b, since it would leak the answer.
     """
     p = 31
     bos, sep = p, p + 1
@@ -177,8 +177,8 @@ def addition(seed: int) -> Task:
 def induction(seed: int) -> Task:
     """Pairs of letters, then the same pairs in another order.
 
-    It takes an induction head (arXiv 2209.11895): one layer attends to the previous token, the next to the
-    position after an earlier occurrence of the current token.
+    This requires an induction head (arXiv 2209.11895): one layer attends to the previous token, the next to
+    the position after an earlier occurrence of the current token.
     """
     n_pairs = 8
     half = 2 * n_pairs

@@ -1,6 +1,6 @@
-"""Probes of a step: inputs on which an implementation is observed, and the expected observation.
+"""Probes of a step: inputs for an implementation, and the expected observation.
 
-An observation holds the output, its dtype, gradients and the inputs modified in place, or the error.
+An observation consists of the output, its dtype, gradients and the inputs modified in place, or of the error.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-# what the first gradient imports, before the time limit of a probe starts
+# imported by the first gradient; here, so that it does not count in the time limit of a probe
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch import Tensor
 
 from llm_basics import swap
 from llm_basics.learn import grids, messages, sandbox
 
-# of CPU time for one probe; the slowest takes a fraction
+# limit of CPU time per probe; the slowest takes a fraction
 LIMIT_SECONDS = 10.0
 
-# how the error of a probe that timed out begins
+# start of the error of a probe that timed out
 TIMEOUT = "stopped: not finished after"
 
 # "output", "dtype", "gradient of x", "changed", ... or "error"
@@ -43,24 +43,24 @@ class Probe:
     atol: float
     axes: tuple[str, ...] = ()
     words: Callable[[Any, Any], str] | None = None
-    # if tensors are compared: called with the adapters and `tensors`, and with `tensors` alone
+    # to compare tensors: called with the adapters and `tensors`, and with `tensors` alone
     function: Callable[..., Tensor] | None = None
     right: Callable[..., Tensor] | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    # whether gradients of `tensors` are compared besides the output
+    # whether gradients of `tensors` are also compared
     gradients: bool = False
     contract: str = ""
-    """Key of the sentence of the public assignment (contract.yaml) that it stands on, without which it is
+    """Key of the sentence of the public assignment (contract.yaml) that requires it; without one, it is
     advice for foreign adapters."""
     beyond: str = ""
-    """Why it is asked, if no sentence promises it; not needed for functions that the assignment lacks."""
+    """Reason for a probe that no sentence requires; omitted for functions that the assignment lacks."""
     on_rank: Callable[[Any], Observation] | None = None
-    """What each rank runs, if the probe needs several (`ranks`, which finds a hang itself)."""
+    """The function of each rank, for probes on several (`ranks`, with its own detection of deadlocks)."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong version of a piece. `explanation`: the fault, why it matters, where to look."""
+    """A wrong version of a piece. `explanation`: the fault, its effect, and a hint at its location."""
 
     name: str
     piece: str
@@ -74,8 +74,8 @@ class Mistake:
 class Family:
     """A mistake with a parameter: `make(value)` is the wrong version of the piece.
 
-    `values` is the grid of the search: floats in ascending order of size, between which the value may be, or
-    whole numbers or names (`axis -2`), the only ones possible. `explanation` has `{value}` in it.
+    `values` is the grid of the search: floats in ascending order, between which the value may be, or a
+    complete list of integers or names (`axis -2`). `explanation` contains `{value}`.
     """
 
     name: str
@@ -84,15 +84,15 @@ class Family:
     values: tuple[Any, ...]
     explanation: str
     unknown: str
-    """Stands for a value that the probes do not determine."""
+    """Placeholder for a value that the probes do not determine."""
 
     @property
     def is_listed(self) -> bool:
-        """Whether only the values of the grid are possible."""
+        """Whether the grid is a complete list of values."""
         return not any(isinstance(value, float) for value in self.values)
 
     def mistake(self, value: Any, is_determined: bool = True) -> Mistake:
-        """The mistake with this value, which is stated only if the probes determine it."""
+        """The mistake with this value, which is reported only if the probes determine it."""
         text = self.explanation.format(value=grids.short(value) if is_determined else self.unknown)
         return Mistake(self.name, self.piece, self.make(value), text, "found by search")
 
@@ -125,8 +125,8 @@ class Step:
 
         Compares output, dtype, gradients of all floating-point tensors, and in-place changes of inputs.
         Gradients of `weights` are not compared for foreign adapters, which may copy weights into layers.
-        `axes` names the axes of the output; `words` describes the first difference of the output; `ground` is
-        `contract` or `beyond`, the sentence or the reason for foreign adapters.
+        `axes` are the names of the axes of the output; `words` describes the first difference of the output;
+        `ground` is `contract` or `beyond`, the sentence or the reason for foreign adapters.
         """
         weights = weights or {}
         tensors = inputs | weights
@@ -149,7 +149,7 @@ class Step:
         inputs: dict[str, Tensor],
         weights: dict[str, Tensor],
     ) -> None:
-        """Check the gradients that arrive at the parameters of a layer, foreign layers included."""
+        """Check the gradients of the parameters of a layer, including foreign layers."""
         beyond = "the public tests do not train a layer, but its weights learn from their gradients alone"
 
         def observe(adapters: Any) -> Observation:
@@ -194,7 +194,7 @@ class Step:
     ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
         """Register a function from a value to a wrong version; its docstring is the explanation.
 
-        Values that are no numbers (axes, dtypes) have names, which the message states.
+        Values other than numbers (axes, dtypes) have names for the message.
         """
 
         def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -223,13 +223,13 @@ def _spaced(name: str) -> str:
 
 
 def numbers(seed: int) -> Callable[..., Tensor]:
-    """A generator of normal random tensors in float32, the same in every run."""
+    """A deterministic generator of normal random tensors in float32."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------------
-# Observing
+# Observations
 
 
 def observe_tensors(
@@ -240,7 +240,7 @@ def observe_tensors(
     The gradients are those of a random weighting of the output.
     """
     leaves = {k: t.clone().requires_grad_(k in wanted and t.is_floating_point()) for k, t in tensors.items()}
-    # torch forbids in-place changes of leaves, but not of these
+    # torch forbids in-place changes of leaves, but not of these copies
     arguments = {name: leaf * 1 if leaf.requires_grad else leaf for name, leaf in leaves.items()}
     output = function(**arguments)
     if not isinstance(output, Tensor):
@@ -265,9 +265,9 @@ def observe_tensors(
 def observe_weights(
     function: Callable[..., Tensor], inputs: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> Observation:
-    """Gradients of the weights of a layer, wherever it keeps them: given as they are, copied, or transposed.
+    """Gradients of the weights of a layer that stores them unchanged, copied, or transposed.
 
-    Parameters are found by value among the leaves of the graph; several stored in one are not observed.
+    Parameters are found by value among the leaves of the graph; concatenated ones are not observed.
     """
     given = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     output = function(**{name: tensor.clone() for name, tensor in inputs.items()}, **given)
@@ -290,7 +290,7 @@ def observe_weights(
 
 
 def graph_leaves(node: Any) -> list[Tensor]:
-    """The tensors at which the gradients of a graph arrive."""
+    """The leaf tensors of a graph."""
     leaves: list[Tensor] = []
     waiting, known = [node], {None}
     while waiting:
@@ -303,11 +303,11 @@ def graph_leaves(node: Any) -> list[Tensor]:
 
 
 def observe(probe: Probe, adapters: Any, seconds: float | None = None) -> Observation:
-    """The observation of a probe. Errors are part of it, except of missing adapters and of stubs."""
+    """The observation of a probe. It includes errors, except those of missing adapters and of stubs."""
     seconds = seconds or LIMIT_SECONDS
     random.seed(0)
     np.random.seed(0)
-    # torch.manual_seed also records a traceback for each kind of device: a quarter of the time of a check
+    # torch.manual_seed also records a traceback per kind of device: a quarter of the time of a check
     torch.default_generator.manual_seed(0)
     try:
         limit = contextlib.nullcontext() if probe.on_rank else sandbox.time_limit(seconds)
@@ -324,7 +324,7 @@ def observe(probe: Probe, adapters: Any, seconds: float | None = None) -> Observ
 
 
 def differing(probe: Probe, one: Observation, other: Observation) -> list[str]:
-    """The facets in which two observations differ, of those that both have. Any two errors are equal."""
+    """The common facets in which two observations differ. Any two errors are equal."""
     if "error" in one or "error" in other:
         return [] if "error" in one and "error" in other else ["error"]
     shared = [facet for facet in one if facet in other]
@@ -342,7 +342,7 @@ def timed_out(seen: Observation) -> bool:
 
 
 def is_stub(error: NotImplementedError) -> bool:
-    """Whether a line of user code raised it; torch does too, for a module without `forward`."""
+    """Whether user code raised the error, and not torch, as for a module without `forward`."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     by_torch = "torch" in Path(frame.filename).parts
     return (frame.line or "").startswith("raise NotImplementedError") and not by_torch

@@ -1,4 +1,4 @@
-"""Progress of a learner, in a JSON file beside theirs; derived from checks, so it can be deleted."""
+"""Progress of a learner, in a JSON file beside the pieces; derived from checks, so it can be deleted."""
 
 import ast
 import hashlib
@@ -14,7 +14,7 @@ STATUSES = {"passed", "failed", "timed out", "not started"}
 
 
 class Progress:
-    """Results and messages of the last check of `path`, a file of pieces, and the hints used."""
+    """Results and messages of the last check of `path`, a file of pieces, and the number of hints used."""
 
     def __init__(self, path: str | Path) -> None:
         self.file = Path(path)
@@ -22,9 +22,9 @@ class Progress:
         self.steps: dict[str, str] = {}
         """One of STATUSES."""
         self.checked: dict[str, str] = {}
-        """Digest of the file for each step at that time."""
+        """Digest of the checked file for each step."""
         self.messages: dict[str, str] = {}
-        """What the last check of a step printed."""
+        """Message of the last check of each step."""
         self.hints: dict[str, int] = {}
         self.predicted: dict[str, bool] = {}
         if self.path.exists():
@@ -32,7 +32,7 @@ class Progress:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))
                 self.steps, self.checked = dict(stored["steps"]), dict(stored["checked"])
                 self.hints, self.predicted = dict(stored["hints"]), dict(stored["predicted"])
-                # not in a file of an earlier version
+                # missing in files of earlier versions
                 self.messages = dict(stored.get("messages", {}))
                 if not set(self.steps.values()) <= STATUSES or not all(n >= 0 for n in self.hints.values()):
                     raise ValueError("invalid status or number of hints")
@@ -44,14 +44,14 @@ class Progress:
         self.steps[step], self.checked[step], self.messages[step] = status, self.digest(step), message
 
     def begun(self) -> list[str]:
-        """The steps that the file has a piece of."""
+        """The steps with a piece in the file."""
         defined = set(user_code.names(self.file)) if self.file.exists() else set()
         return [name for name in lessons.ORDER if defined & set(lessons.load(name).pieces)]
 
     def next_step(self, course: str | None = None) -> str | None:
-        """The first step in the file that is not passed, else of the courses begun, else of all, if any.
+        """The first step that is not passed: in the file, else in the started courses, else in all.
 
-        With `course`, of that course only.
+        With `course`, only in that course. None if all steps are passed.
         """
         begun = self.begun()
         courses = [steps for steps in lessons.COURSES.values() if set(steps) & set(begun)]

@@ -1,4 +1,4 @@
-"""The default run without QK-norm, with user pieces and with the reference; both curves in one figure."""
+"""Training with user pieces and with the reference (the default run without QK-norm), in one figure."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ from llm_basics.runs import run_dir
 
 
 def run_both(mine: str, data: str, steps: int, out: Path) -> int:
-    """Train in two processes, one after the other; plot both and print the difference in validation loss."""
+    """Train in two processes, one by one; plot both and print the difference in validation loss."""
     folders = {"yours": out / "yours", "reference": out / "reference"}
     for name, folder in folders.items():
         print(f"--- {name}", flush=True)
         command = [sys.executable, "-m", "llm_basics.train", "--data", data, "--train.steps", str(steps)]
-        # QK-norm belongs to the second stage of a step
+        # QK-norm is in the second stage of a step
         command += ["--model.no-qk_norm", "--run_dir", str(folder)]
         command += ["--mine", mine] if name == "yours" else []
         status = subprocess.run(command).returncode

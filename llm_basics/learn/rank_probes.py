@@ -1,4 +1,4 @@
-"""What each rank does for a probe: puts the pieces of the parent in place and runs the probe's function."""
+"""The worker of probes on several ranks: sets up the pieces of the parent and runs a probe's function."""
 
 import contextlib
 import random
@@ -15,18 +15,18 @@ from llm_basics import swap
 from llm_basics.learn import checks, judge, messages, probes, sockets
 from llm_basics.runs import rank_worker
 
-# by path: modification time, and what was loaded
+# by path: modification time, and the loaded object
 _LOADED: dict[str, tuple[int, Any]] = {}
 
 
 def main(start: dict[str, Any]) -> None:
-    """Serve as a worker of a `rank_pool.Pool`."""
+    """Run a worker of a `rank_pool.Pool`."""
     rank_worker.main(start, run, prepare)
 
 
 def prepare(step: str) -> None:
-    """Import what workers need, before they are forked: the catalogue of a step, the adapters."""
-    # what the first optimizer imports, a second and more
+    """Import the catalogue of a step and the adapters, before workers are forked."""
+    # imported by the first optimizer, in a second or more
     import torch._dynamo  # noqa: F401
 
     sockets.own()
@@ -55,7 +55,7 @@ def run(task: dict[str, Any]) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _pieces(task: dict[str, Any]) -> Iterator[None]:
-    """Put the pieces of the parent in place: of files, and mistakes by step and name."""
+    """Use the pieces of the parent within the context: from files, and mistakes by step and name."""
     pieces: dict[str, Any] = {}
     for path, names in task["files"].items():
         found = _cached(path, _pieces_of_file)
@@ -74,7 +74,7 @@ def _pieces_of_file(path: str) -> dict[str, Any]:
 
 
 def _function(step: str, name: str) -> Any:
-    """What a probe of a step runs, or a function of a Python file."""
+    """The function of a probe of a step, or of a Python file."""
     if step not in judge.STEPS:
         return getattr(_cached(step, lambda path: sockets.run_file(Path(path), Path(path).stem)), name)
     return next(probe.on_rank for probe in judge.load(step).probes if probe.about == name)
@@ -91,7 +91,7 @@ def _foreign_adapters(path: str) -> sockets.Adapters:
 
 
 def _cached(path: str, load: Any) -> Any:
-    """What was loaded from a file, until the file changes."""
+    """The object loaded from a file, cached until the file changes."""
     changed = Path(path).stat().st_mtime_ns
     if path not in _LOADED or _LOADED[path][0] != changed:
         _LOADED[path] = (changed, load(path))
@@ -99,7 +99,7 @@ def _cached(path: str, load: Any) -> Any:
 
 
 def to_arrays(value: Any) -> Any:
-    """`value` with arrays in the place of tensors, which are sent as copies, not as shared memory."""
+    """`value` with tensors converted to arrays, which are sent as copies, not as shared memory."""
     if isinstance(value, Tensor):
         return value.detach().numpy().copy()
     if isinstance(value, dict):

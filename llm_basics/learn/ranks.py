@@ -1,7 +1,7 @@
-"""Probes on several ranks: the same function runs on each, and is observed on all.
+"""Probes on several ranks: each runs the same function, and all are observed.
 
-Workers (`rank_pool`) are sent a description of the pieces in use (paths of files, mistakes by name), no code.
-Ranks that wait for each other give the error "hangs", with the lines at which they wait.
+Workers (`rank_pool`) receive a description of the pieces in use (paths of files, mistakes by name), not code.
+A deadlock of ranks is the error "hangs", with the lines at which they wait.
 """
 
 import atexit
@@ -32,9 +32,9 @@ def probe(
     atol: float = 1e-6,
     **ground: Any,
 ) -> None:
-    """Check that `function(adapters)` gives `expected(rank)` on every rank.
+    """Check that `function(adapters)` returns `expected(rank)` on every rank.
 
-    `needs` names the adapters that it calls; `ground` is `contract` or `beyond`, as for other probes.
+    `needs` are the adapters that it calls; `ground` is `contract` or `beyond`, as in other probes.
     """
 
     def seen(adapters: Any) -> probes.Observation:
@@ -49,7 +49,7 @@ def probe(
 
 
 def by_rank(seen: list[probes.Observation]) -> probes.Observation:
-    """The observations of all ranks as one."""
+    """Merge the observations of all ranks."""
     return {f"{facet}, rank {rank}": value for rank, each in enumerate(seen) for facet, value in each.items()}
 
 
@@ -61,14 +61,14 @@ def _pool_of(process: int) -> rank_pool.Pool:
 
 
 def pool() -> rank_pool.Pool:
-    """The workers of this process; one that was forked has its own."""
+    """The workers of this process; forked processes have their own."""
     return _pool_of(os.getpid())
 
 
 def observe(function: tuple[str, str], adapters: Any, world_size: int = 2) -> probes.Observation:
-    """What a function gives on all ranks; errors are part of it.
+    """The observation of a function on all ranks, including errors.
 
-    The function is given by a step and its probe, or by the path of a Python file and a name in it.
+    `function` is a step and its probe, or the path of a Python file and the name of a function in it.
     """
     task = describe(adapters) | {"function": function}
     return _concluded(pool().run(task, world_size, function[0], probes.LIMIT_SECONDS))
@@ -90,7 +90,7 @@ def _concluded(results: list[Any]) -> probes.Observation:
         stopped = [f"{probes.TIMEOUT} {text}" for text in of_kind.get("stopped", [])]
         return {"error": [*errors, *stopped][0]}
     if of_gloo or "crashed" in of_kind:
-        # gloo ends the process for a message of another size than expected
+        # gloo ends the process if a message has an unexpected size
         text = [*of_kind.get("hangs", []), *of_kind.get("crashed", []), *of_gloo][0]
         return {"error": f"mismatch: ranks call different collectives, or with different sizes; {text}"}
     if "hangs" in of_kind:
@@ -99,11 +99,11 @@ def _concluded(results: list[Any]) -> probes.Observation:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is in use
+# Pieces in use
 
 
 def describe(adapters: Any) -> dict[str, Any]:
-    """The adapters and the pieces in use, as what a worker needs to have the same ones."""
+    """A description of the adapters and the pieces in use, for a worker to set up the same ones."""
     files: dict[str, list[str]] = {}
     wrong: dict[str, list[tuple[str, str]]] = {}
     for piece, origin in swap.origins().items():
@@ -121,7 +121,7 @@ def describe(adapters: Any) -> dict[str, Any]:
 
 
 def _names_of(wrong: Any) -> list[tuple[str, str]]:
-    """Step and name of a mistake of the catalogue, or of the two that a class derives from."""
+    """Step and name of a mistake of the catalogue, or of the two mistakes that are bases of a class."""
     for step in judge.STEPS:
         if f"{mistakes.__name__}.{step}" in sys.modules:
             for mistake in judge.load(step).mistakes:

@@ -13,23 +13,23 @@ from typing import Any
 import jaxtyping
 import torch
 
-# from the limit until the whole process exits
+# time from the limit until the whole process exits
 GRACE_SECONDS = 5.0
 
 
 class TimedOut(BaseException):
-    """Raised in a block that exceeds its time limit."""
+    """Raised in code that exceeds its time limit."""
 
 
 def slowdown() -> float:
-    """Wall time of a busy loop over its CPU time: 1 on a quiet machine, 2 beside a program on its core."""
+    """Wall time divided by CPU time of a busy loop: 1 on an idle machine, 2 with a program on its core."""
     wall, cpu = time.perf_counter(), time.thread_time()
     while time.thread_time() - cpu < 0.05:
         pass
     return max(1.0, (time.perf_counter() - wall) / 0.05)
 
 
-# of the blocks with a limit in the main thread, the innermost last: whether it is exceeded
+# whether the limit is exceeded, for each active context in the main thread, the innermost last
 _EXPIRED: list[threading.Event] = []
 
 
@@ -40,17 +40,17 @@ def _on_alarm(*_: Any) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimedOut in the block after `seconds` of CPU time, repeatedly until the block ends.
+    """Raise TimedOut within the context after `seconds` of CPU time, repeatedly until the context ends.
 
-    A block may wait for `seconds` besides on a quiet machine, and longer by the `slowdown` of a busy one.
-    Signals, where the platform has them, also interrupt a sleep; elsewhere the exception is raised at the
-    next line of Python. If the block still runs after a grace period, the process exits.
+    Waiting is limited to another `seconds` on an idle machine, multiplied by the `slowdown` of a busy one.
+    Signals, if available, also interrupt a sleep; otherwise the exception is raised at the next line of
+    Python. If the code still runs after a grace period, the process exits.
     """
     over, expired, thread = threading.Event(), threading.Event(), threading.get_ident()
     by_signal = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
 
     def watch() -> None:
-        # of waiting, what passed while this thread ran: a stopped process does not wait
+        # waiting is counted only while this thread runs: a stopped process does not wait
         waited, factor, before = 0.0, 0.0, time.process_time()
         while (cpu := time.process_time() - before) < seconds and not over.wait(0.05):
             waited += 0.05
@@ -72,7 +72,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         os._exit(1)
 
     if by_signal:
-        # it stays: a late signal would end the process if the default handler were back
+        # not restored afterwards: with the default handler, a late signal would end the process
         signal.signal(signal.SIGALRM, _on_alarm)
         _EXPIRED.append(expired)
     threading.Thread(target=watch, daemon=True).start()
@@ -86,14 +86,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def interpret_triton() -> None:
-    """Let NumPy run Triton's kernels where there is no GPU. Triton reads this when it is imported."""
+    """Interpret Triton's kernels with NumPy if there is no GPU. Must be called before Triton is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @contextlib.contextmanager
 def unchanged_state() -> Iterator[None]:
-    """Use torch's default dtype and gradient mode in the block, and restore both afterwards."""
+    """Use torch's default dtype and gradient mode within the context, and restore both afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -105,7 +105,7 @@ def unchanged_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchecked_shapes() -> Iterator[None]:
-    """Disable shape checks, which would stop a mistake early, and in tests only."""
+    """Disable shape checks, which would detect mistakes early, but only in tests."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

@@ -1,6 +1,6 @@
-"""Adapters: the functions of `adapters.py`, through which checks call every piece.
+"""Adapters: the functions of `adapters.py`, by which checks call every piece.
 
-The file is in `tests/`, where teachers read and copy it; a wheel has a copy of it in this folder.
+The file is in `tests/`, for reading and copying by teachers; a wheel has a copy in this folder.
 """
 
 import functools
@@ -14,18 +14,18 @@ from llm_basics import swap, user_code
 
 FOLDER = Path(__file__).resolve().parent
 
-# how the names of adapters begin
+# prefixes of the names of adapters
 PREFIXES = ("run_", "get_", "ddp_", "fsdp_")
 
 
 class MissingAdapter(BaseException):
-    """An adapters file has no function of this name."""
+    """Raised if an adapters file lacks a function."""
 
 
 class Adapters:
     """The functions of an adapters file."""
 
-    # foreign adapters may copy weights into layers, and then no gradient reaches them
+    # foreign adapters may copy weights into layers, so that the given ones have no gradients
     is_foreign = False
 
     def __init__(self, module: ModuleType) -> None:
@@ -42,7 +42,7 @@ class Adapters:
 
 
 def _is_later(adapter: str) -> bool:
-    """Whether an adapter needs the second stage of a step, and the piece in use is of the first."""
+    """Whether an adapter needs the second stage of a step, but the piece in use is of the first."""
     own = swap.current("layers.MultiHeadSelfAttention")
     return adapter == "run_grouped_query_attention" and "n_kv_heads" not in user_code.parameters(own)
 

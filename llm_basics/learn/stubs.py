@@ -28,7 +28,7 @@ IMPORTS = {name: f"import {name}" for name in ("contextlib", "math", "os", "rege
 IMPORTS |= {name: f"from {module} import {name}" for module, names in FROM.items() for name in names.split()}
 IMPORTS |= {"np": "import numpy as np"}
 
-# methods of a class stub, those that training and tests call; the others are inherited from the reference
+# methods of a class stub, called by training and tests; others are inherited from the reference
 METHODS = {
     "Tokenizer": ["__init__", "encode", "encode_iterable", "decode"],
     "PackedSFTDataset": ["__init__", "__len__", "__getitem__"],
@@ -65,7 +65,7 @@ def start(name: str, path: str | Path) -> list[str]:
 
 
 def stub(piece: str) -> str:
-    """The source of a reference without its body, and without what a second stage of the step adds.
+    """The source of a reference without its body and without the additions of a second stage of the step.
 
     >>> lines = stub("silu").splitlines()
     >>> lines[0], lines[-1]
@@ -168,7 +168,7 @@ def _with_imports(source: str, stubs: list[str], wanted: list[str]) -> str:
     if existing == _sorted_imports([ast.unparse(node) for node in imports]):
         block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
     else:
-        # formatted differently: keep the existing lines as they are
+        # formatted differently: keep the existing lines unchanged
         bound = {alias.asname or alias.name for node in imports for alias in node.names}
         new = [line for line in dict.fromkeys(wanted) if line.split()[-1] not in bound]
         block = "\n".join(part for part in (existing, _sorted_imports(new)) if part)
