@@ -337,8 +337,8 @@ class GradientOfTheOutputIgnored(Parts):
 
 @mistake("public implementations of checkpointing")
 class ParametersGetNoGradient(Parts):
-    """torch.autograd.grad is asked for the gradients of the arguments only, so the parameters of the
-    function never get theirs and do not learn. torch.autograd.backward reaches both."""
+    """torch.autograd.grad is called for the gradients of the arguments only, so the parameters of the
+    function have none and do not learn. torch.autograd.backward computes both."""
 
     def backward(self, output, grad_output, leaves):
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]

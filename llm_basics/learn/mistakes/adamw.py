@@ -195,7 +195,7 @@ step.value(
     beyond="norms and biases form a group without weight decay; the public test has one group",
 )
 
-# a group of several weights, and a decay for each group, by which each can be told apart
+# a group of several weights, and a different decay for each group to identify it
 FOUR = [[draw(2, 3), draw(4), draw(2, 2), draw(3, 2), draw(6)], [draw(6)], [draw(6)], [draw(6)]]
 DECAYS = [0.1, 0.4, 0.2, 0.3]
 

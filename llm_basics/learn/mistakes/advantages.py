@@ -232,7 +232,7 @@ def eps_fixed(raw_rewards, group_size, baseline="mean", advantage_eps=1e-6, adva
 def always_normalized_by_std(
     raw_rewards, group_size, baseline="mean", advantage_eps=1e-6, advantage_normalizer="std"
 ):
-    """The normalizer is not looked at: it is always the standard deviation. Dr. GRPO leaves it out, since
+    """The argument is ignored: the normalizer is always the standard deviation. Dr. GRPO leaves it out, since
     it favors prompts that are very easy or very hard."""
     return right.compute_group_normalized_rewards(raw_rewards, group_size, baseline, advantage_eps, "std")
 

@@ -1,4 +1,4 @@
-"""Attention: `softmax(Q K^T / sqrt(d_k)) V`, where a mask says which query may see which key."""
+"""Attention: `softmax(Q K^T / sqrt(d_k)) V`, with a mask of the visible keys of each query."""
 
 import math
 
@@ -219,12 +219,12 @@ def scores_of(query, key):
 
 
 def mask_of(query, key, mask, is_causal):
-    """The mask that is meant, or None."""
+    """The effective mask, or None."""
     return F.causal_mask(query.shape[-2], key.shape[-2], device=query.device) if is_causal else mask
 
 
 def weigh(scores, value, mask, dim=-1):
-    """All that comes after the scores, as it should be."""
+    """The correct computation after the scores."""
     if mask is None:
         return F.softmax(scores, dim) @ value
     unmatched = ~mask.any(-1, keepdim=True)

@@ -25,7 +25,7 @@ def draws(a):
     batches = calls(a)
     inputs, targets = (torch.stack(rows).long() for rows in zip(*batches, strict=True))
     if inputs.shape != (250, 8, CONTEXT) or (inputs == inputs[0]).all():
-        raise ValueError("there are no 250 batches to look at")
+        raise ValueError("there must be 250 different batches")
     return inputs, targets
 
 
@@ -34,7 +34,7 @@ def places_of(a):
 
 
 def by_column(differences):
-    """The different numbers that come in each place of a window."""
+    """The distinct numbers at each position of a window."""
     return [column.unique().tolist() for column in differences.unbind(-1)]
 
 
@@ -86,7 +86,7 @@ def target_shift(a):
     return by_column(targets - inputs)
 
 
-def say_shift(right, found):
+def describe_shift(right, found):
     if all(column == found[0] and len(column) == 1 for column in found):
         shift = found[0][0]
         wrong = f"the token at offset {shift:+d}" if shift else "the token itself"
@@ -99,22 +99,22 @@ step.value(
     "targets are the inputs shifted by one token",
     target_shift,
     [[1]] * 4,
-    words=say_shift,
+    words=describe_shift,
     contract="batches",
 )
 
 
-def say_places(right, found):
+def describe_places(right, found):
     missing, extra = sorted(set(right) - set(found)), sorted(set(found) - set(right))
-    told = [f"never start at {missing}"] * bool(missing) + [f"also start at {extra}"] * bool(extra)
-    return f"windows of 4 of 13 tokens must start at positions 0 to 8, but {' and '.join(told)}"
+    texts = [f"never start at {missing}"] * bool(missing) + [f"also start at {extra}"] * bool(extra)
+    return f"windows of 4 of 13 tokens must start at positions 0 to 8, but {' and '.join(texts)}"
 
 
 step.value(
     "sequences start at every valid position, including the first and the last",
     lambda a: places_of(a).unique().tolist(),
     list(range(PLACES)),
-    words=say_places,
+    words=describe_places,
     contract="batches",
 )
 

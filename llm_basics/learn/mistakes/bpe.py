@@ -19,17 +19,17 @@ PUBLIC = "public solutions of CS336"
 PASSES = "public solutions of CS336; passes its suite"
 OWN = "written for this catalogue"
 
-# as it stands in GPT-2's encoder.py
+# as in GPT-2's encoder.py
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|end|>"
 
 
 # --------------------------------------------------------------------------------------------------
-# The slowest way, which is right
+# The simplest correct implementation
 
 
 def segments(text, special_tokens):
-    """The stretches between special tokens: at each place it is looked whether one begins."""
+    """The text between special tokens, which are searched at each position."""
     found, start, i = [], 0, 0
     while i < len(text):
         here = max((s for s in special_tokens if text.startswith(s, i)), key=len, default="")
@@ -100,7 +100,7 @@ def learn_all(pretokens, vocab_size, special_tokens, **wrong):
 
 
 def lines(**frequencies):
-    """Each word on lines of its own, as often as it says, so that no word has a neighbor."""
+    """Each word repeated by its frequency, on separate lines, so that no word has a neighbor."""
     return "".join(f"{word}\n" * frequency for word, frequency in frequencies.items())
 
 
@@ -822,7 +822,7 @@ def ends_of_tokens_merged(pretokens, vocab_size, special_tokens, ties="greatest"
 
 
 def update_counts(pretokens, n_merges, lower, raise_):
-    """Merges by counts that are kept; `lower` and `raise_` say which pairs of a changed word are renewed."""
+    """Merges by cached counts; `lower` and `raise_` select the pairs of a changed word to update."""
     words = [(as_bytes(word), frequency) for word, frequency in pretokens.items()]
     counts = count_pairs(dict(words))
     merges = []
@@ -1016,7 +1016,7 @@ def specials_after_the_bytes(pretokens, vocab_size, special_tokens, ties="greate
 def ids_in_the_order_of_the_bytes(
     pretokens, vocab_size, special_tokens, ties="greatest", progress=bpe.silent
 ):
-    """The ids are given to the sorted tokens, or to those of a set, so they say nothing about the order of
+    """The ids are assigned to the sorted tokens, or to those of a set, so they are unrelated to the order of
     learning. Add each token with the next id when it is made."""
     vocab, merges = learn_all(pretokens, vocab_size, special_tokens)
     return dict(enumerate(sorted(vocab.values()))), merges

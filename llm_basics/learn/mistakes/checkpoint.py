@@ -261,7 +261,7 @@ for about, saved, loaded in (
 
 
 def model_with(state):
-    """A model as far as save_checkpoint looks at it."""
+    """A minimal model for save_checkpoint."""
     model = nn.Module()
     model.state_dict = lambda: state
     return model
@@ -374,7 +374,7 @@ def weights_in(src):
 
 
 def load_optimizer(content, names, optimizer):
-    """Load the optimizer alone, into which a model of any shapes stands beside it."""
+    """Load only the optimizer, with a placeholder for the model."""
     model = nn.Module()
     model.state_dict = lambda: names
     model.load_state_dict = lambda weights: None
@@ -470,7 +470,7 @@ def model_frozen_after_loading(src, model, optimizer=None, restore_rng=False):
 
 @step.mistake("checkpoint.load_checkpoint", source="written for this catalogue")
 def model_in_evaluation_mode_after_loading(src, model, optimizer=None, restore_rng=False):
-    """model.eval() is called in loading, so training that resumes goes on without dropout, without an error.
+    """model.eval() is called in loading, so training resumes without dropout, and without an error.
     Loading must not change the mode; call eval() where the model is evaluated."""
     about = load_checkpoint(src, model, optimizer)
     model.eval()

@@ -16,7 +16,7 @@ clip_grad_norm_ = swap.reference("optim.clip_grad_norm_")
 # of three shapes and sizes; together 14.7 long, the longest alone 13.9
 GRADIENTS = [draw(3, 4), 6 * draw(5), 0.1 * draw(2, 3)]
 SHORT = [0.01 * g for g in GRADIENTS]
-# so many that no two ways of leaving some out leave out the same
+# all subsets have different norms, so that it is evident which gradients are omitted
 FIVE = [*GRADIENTS, 3 * draw(2, 2), 4 * draw(4)]
 
 
@@ -118,9 +118,9 @@ def weights_afterwards(a):
 
 def in_place(a):
     weights = weights_with(GRADIENTS)
-    held = [w.grad.detach() for w in weights]
+    gradients_before = [w.grad.detach() for w in weights]
     a.run_gradient_clipping(weights, 2.0)
-    return all(torch.equal(w.grad, h) for w, h in zip(weights, held, strict=True))
+    return all(torch.equal(w.grad, h) for w, h in zip(weights, gradients_before, strict=True))
 
 
 step.value(

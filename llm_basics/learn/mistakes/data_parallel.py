@@ -254,13 +254,13 @@ def given_gradients(rank):
 def averaged(name):
     def on_rank(a):
         module = given_gradients(dist.get_rank())
-        held = module.vector.grad
+        gradient_before = module.vector.grad
         with traffic() as seen:
             getattr(a, name)(p for p in module.parameters())
         n_calls = len([each for each in seen if each[0] == "all_reduce"])
         return {
             "gradients": gradients_of(module),
-            "in place": module.vector.grad is held,
+            "in place": module.vector.grad is gradient_before,
             "all-reduces": n_calls,
             "numbers reduced": sum(n for _, n, _ in seen),
         }
@@ -492,8 +492,8 @@ class BuffersOnlyAtTheStart(DDP):
 
 @step.mistake("data_parallel.DistributedDataParallel", source="written for this catalogue")
 class BuffersAlsoInEvaluation(DDP):
-    """Buffers are broadcast in evaluation as well, so an evaluation on one rank waits for the others for
-    ever. Broadcast only in training."""
+    """Buffers are broadcast in evaluation as well, so an evaluation on one rank waits for the others and
+    hangs. Broadcast only in training."""
 
     def forward(self, *args, **kwargs):
         data_parallel.broadcast_from_rank_0(self.module.buffers())

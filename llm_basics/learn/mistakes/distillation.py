@@ -222,7 +222,7 @@ kl_mistake(
 kl_mistake(
     "temperature_of_the_teacher_alone",
     """Only the teacher's logits are divided by the temperature. The student then learns the softened
-    probabilities as its own, and writes at that temperature for ever. Divide both.""",
+    probabilities as its own, and always generates at that temperature. Divide both.""",
     student_temperature=lambda t: 1.0,
 )
 kl_mistake(
@@ -254,20 +254,20 @@ kl_mistake(
 )
 kl_mistake(
     "always_forward",
-    """The direction is not looked at: it is always forward. A run that asks for reverse, to leave out what a
-    small model cannot learn, does not get it.""",
+    """The argument is ignored: the direction is always forward. A run with reverse, to ignore texts that a
+    small model cannot learn, trains on the other divergence.""",
     direction=lambda direction: "forward",
 )
 kl_mistake(
     "always_reverse",
-    """The direction is not looked at: it is always reverse. A student then learns the likeliest answers of
-    the teacher and drops the others.""",
+    """The argument is ignored: the direction is always reverse. A student then learns the likeliest answers
+    of the teacher and drops the others.""",
     direction=lambda direction: "reverse",
 )
 kl_mistake(
     "mean_of_both_directions",
     """The mean of both divergences is computed, whatever the direction. That is Jeffreys' divergence,
-    another method. Compute the one that is asked for.""",
+    another method. Compute the one of `direction`.""",
     each=lambda first, second: (terms(first, second) + terms(second, first)) / 2,
 )
 kl_mistake(

@@ -533,8 +533,8 @@ loss_mistake(
 )
 loss_mistake(
     "mean_over_the_pairs",
-    """The losses are averaged over the pairs. This function returns one loss for each pair; the mean is that
-    of the caller, who may weight them or look at the worst.""",
+    """The losses are averaged over the pairs. This function returns one loss for each pair, since a caller
+    may weight them or inspect the largest; the caller averages.""",
     result=lambda loss: loss.mean(),
 )
 loss_mistake(
@@ -551,8 +551,8 @@ loss_mistake(
 )
 loss_mistake(
     "ipo_target_without_the_half",
-    """The target of IPO is 1 / beta, without the half: the policy goes twice as far from the reference as
-    beta asks for. It is 1 / (2 beta).""",
+    """The target of IPO is 1 / beta, without the half: the margin is twice as large as that of beta. It is
+    1 / (2 beta).""",
     ipo=lambda h, beta: (h - 1 / beta).square(),
 )
 loss_mistake(
@@ -569,8 +569,8 @@ loss_mistake(
 )
 loss_mistake(
     "ipo_not_implemented",
-    """loss_type is not looked at, the loss is always that of the sigmoid. A run that asks for ipo reports
-    numbers of another method. Select by loss_type.""",
+    """loss_type is ignored, and the loss is always that of the sigmoid. A run with ipo reports numbers of
+    another method. Select by loss_type.""",
     ipo=lambda h, beta: soft(beta * h),
     types_=(),
 )
@@ -723,8 +723,8 @@ pair_mistake(
 )
 pair_mistake(
     "policy_as_its_own_reference",
-    """The reference is the policy itself, so the margin is always 0 and the loss log 2. The gradient is that
-    of the start for ever. Evaluate lm_ref.""",
+    """The reference is the policy itself, so the margin is always 0 and the loss log 2, with the gradient of
+    the first step. Evaluate lm_ref.""",
     models=lambda lm, lm_ref: (lm, lm),
 )
 pair_mistake(
@@ -755,8 +755,8 @@ pair_mistake(
 )
 pair_mistake(
     "end_token_of_the_prompt",
-    """An end token stands between prompt and response too. The model has learned that nothing follows it
-    that belongs to what was before. It ends the response alone.""",
+    """There is an end token between prompt and response, too. The model has learned that the text after it
+    is unrelated to the text before it. Only the response ends with it.""",
     format_=lambda prompt: packing.format_instruction(prompt) + texts.Words.eos_token,
 )
 pair_mistake(
@@ -868,7 +868,7 @@ packed_mistake(
 )
 packed_mistake(
     "no_end_between_documents",
-    """No end token stands between the documents. The model learns to go on from an answer to another
+    """There is no end token between the documents. The model learns to continue an answer with another
     instruction, and never to stop. Append it to each.""",
     __init__=filled(lambda tokenizer, pair: document(tokenizer, pair, end=False)),
 )
@@ -882,14 +882,14 @@ packed_mistake(
 )
 packed_mistake(
     "responses_alone",
-    """The documents are the responses, without their prompts. That is language modeling on answers; what
-    they answer to is not seen. Format the prompt before each.""",
+    """The documents are the responses, without their prompts. That is language modeling on answers without
+    the questions. Format the prompt before each.""",
     __init__=filled(lambda tokenizer, pair: pair["response"] + packing.end_token(tokenizer)),
 )
 packed_mistake(
     "newline_after_each_document",
     """A newline of the file follows each response, since the line was not stripped or the template ends with
-    one. The model learns to end every answer with it. Nothing stands before the end token.""",
+    one. The model learns to end every answer with it. The end token directly follows the response.""",
     __init__=filled(
         lambda tokenizer, pair: document(tokenizer, pair, end=False) + "\n" + packing.end_token(tokenizer)
     ),
@@ -902,8 +902,8 @@ packed_mistake(
 )
 packed_mistake(
     "documents_always_shuffled",
-    """The documents are shuffled whether it is asked for or not. An evaluation in the order of the file is
-    then not repeatable. Look at shuffle.""",
+    """The documents are always shuffled, without regard to `shuffle`. An evaluation in the order of the file
+    is then not repeatable.""",
     __init__=filled(document, lambda pairs, shuffle: right_order(pairs, True)),
 )
 packed_mistake(
@@ -1002,8 +1002,8 @@ for name, explanation, changes in (
     ),
     (
         "items_always_shuffled",
-        """The items are shuffled whether it is asked for or not, so an evaluation is not in the order of the
-        dataset. Look at shuffle.""",
+        """The items are always shuffled, without regard to `shuffle`, so an evaluation is not in the order of
+        the dataset.""",
         {"order": lambda n, shuffle: torch.randperm(n)},
     ),
     (

@@ -26,7 +26,7 @@ def compare(about, ids, weight, axes, **more):
     )
 
 
-# a square table lets a lookup along the wrong axis through, which then gives numbers that can be told
+# a square table accepts a lookup along the wrong axis, whose result can then be identified
 compare(
     "7 ids with 7 features",
     [[3, 5, 1], [4, 2, 6]],
@@ -297,7 +297,7 @@ class StartsWithAFixedStd(Started):
 
 @step.mistake("layers.Embedding", source="written for this catalogue")
 class StartsAtZero(Started):
-    """All vectors are initialized to zero, so the model cannot tell tokens apart at first. Draw them from a
+    """All vectors are initialized to zero, so the model cannot distinguish tokens at first. Draw them from a
     normal distribution with std 1."""
 
     start = staticmethod(nn.init.zeros_)

@@ -152,8 +152,8 @@ def summed(logits, targets):
 
 
 def add_up(model, batches, token_bytes, **instead):
-    """The sums of each batch, in whatever mode the model is; `instead` has other ways to count."""
-    ways = {
+    """The sums of each batch, in the model's current mode; `instead` replaces some of the functions."""
+    functions = {
         "loss": lambda logits, inputs, targets: summed(logits, targets),
         "tokens": lambda logits, inputs, targets: targets.numel(),
         "n_bytes": lambda logits, inputs, targets: token_bytes[targets].sum().item(),
@@ -161,7 +161,7 @@ def add_up(model, batches, token_bytes, **instead):
     } | instead
     for inputs, targets in batches:
         logits = model(inputs)
-        yield {name: way(logits, inputs, targets) for name, way in ways.items()}
+        yield {name: function(logits, inputs, targets) for name, function in functions.items()}
 
 
 @torch.no_grad()

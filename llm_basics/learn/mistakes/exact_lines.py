@@ -89,11 +89,11 @@ def mistake(name, text, count=None, kept=None, write=None):
         for path in paths:
             parts = split(path)
             texts[path] = [part + "\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
-        alike = count or key
-        counts = collections.Counter(alike(line) for each in texts.values() for line in each)
+        key_of = count or key
+        counts = collections.Counter(key_of(line) for each in texts.values() for line in each)
         seen = set()
         for path, each in texts.items():
-            chosen = kept(each, counts, seen) if kept else [x for x in each if counts[alike(x)] == 1]
+            chosen = kept(each, counts, seen) if kept else [x for x in each if counts[key_of(x)] == 1]
             (write or (lambda out, path, chosen: (out / path.name).write_bytes("".join(chosen).encode())))(
                 out, path, chosen
             )
@@ -147,7 +147,7 @@ def one_more_feed(out, path, chosen):
 
 
 def pieces(lines, counts, seen):
-    """Cut at every separator that str.splitlines knows, each part with its end."""
+    """Split at every separator of str.splitlines, each part with its end."""
     parts = [part for line in lines for part in line.splitlines(keepends=True)]
     own = collections.Counter(part.rstrip("\r\n\u2028") for part in parts)
     return [x for x in parts if own[x.rstrip("\r\n\u2028")] == 1 and counts[x.rstrip("\r\n")] < 2]
@@ -220,8 +220,8 @@ mistake(
 )
 mistake(
     "names by number",
-    "The outputs are numbered instead of named as the inputs are, so no one can tell what "
-    "belongs to what. Use the name of the input.",
+    "The outputs are numbered instead of named as the inputs, so they cannot be assigned "
+    "to their inputs. Use the name of the input.",
     write=by_number,
 )
 mistake(

@@ -73,7 +73,7 @@ step.value(
 
 
 def rules(text, length=None):
-    """Whether each of the rules holds."""
+    """The statistics of the rules."""
     words = text.split()
     mean = right.mean_word_length(words) if length is None else length
     dots, letters = right.ellipsis_fraction(text), right.alphabetic_fraction(words)
@@ -94,9 +94,9 @@ def filtered(number, rule, name, text):
 
     def wrong(text):
         found = rules(text)
-        held = judged(*found)
-        held[number] = rule(*found)
-        return all(held)
+        passed = judged(*found)
+        passed[number] = rule(*found)
+        return all(passed)
 
     mistake("gopher_quality_filter", wrong, name, text)
 
@@ -170,13 +170,13 @@ filtered(
     5,
     lambda n, mean, dots, letters: letters > 0.8,
     "eighty percent is too little",
-    "Exactly 80% of words with a letter is dropped. The rule asks for 80% or more.",
+    "Exactly 80% of words with a letter is dropped. The rule requires 80% or more.",
 )
 filtered(
     5,
     lambda n, mean, dots, letters: True,
     "letters ignored",
-    "Tables of numbers pass, where most words have no letter. Ask for a letter in 80% of the words.",
+    "Tables of numbers pass, where most words have no letter. Require a letter in 80% of the words.",
 )
 filtered(
     5,
@@ -189,7 +189,7 @@ mistake(
     "gopher_quality_filter",
     lambda text: not all(judged(*rules(text))),
     "answer inverted",
-    "True is returned for texts to be dropped. The filter says whether a text is good: True keeps it.",
+    "True is returned for texts to be dropped. The filter returns True for texts to be kept.",
 )
 mistake(
     "gopher_quality_filter",
@@ -277,7 +277,7 @@ mistake(
     ),
     "latin letters alone",
     "Only a to z are letters here, which drops every text "
-    "in Cyrillic, Greek or Chinese. str.isalpha knows all alphabets.",
+    "in Cyrillic, Greek or Chinese. str.isalpha supports all alphabets.",
 )
 mistake(
     "alphabetic_fraction",

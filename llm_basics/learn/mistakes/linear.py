@@ -25,7 +25,7 @@ def compare(about, x, weight, axes, **more):
     )
 
 
-# a square matrix lets a forgotten transposition through, which then gives numbers that can be told
+# a square matrix accepts a missing transposition, whose result can then be identified
 compare("5 features in, 5 out", draw(2, 3, 5), draw(5, 5), "batch row feature", contract="linear")
 compare("6 features in, 4 out", draw(2, 7, 6), draw(4, 6), "batch row feature", contract="linear")
 compare(
@@ -84,7 +84,7 @@ step.value(
 
 
 def initial_weights(weight, std):
-    """How they are spread; 3.5 stands for no cut-off, since the largest of so many is then past it."""
+    """Statistics of the weights; a largest of 3.5 means no truncation, since the largest is then above it."""
     own = weight.detach().float()
     return {
         "mean": round((own.mean() / own.std()).item(), 1),
@@ -97,14 +97,14 @@ def initial_weights(weight, std):
 KEPT = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
 
 
-def differ_in_spread(expected, actual, asked="as configured", unit=" times that"):
+def differ_in_spread(expected, actual, configured="as configured", unit=" times that"):
     mean, std, largest = actual.values()
     if std == 0:
         return "the weights must be random, but all are the same"
     if mean:
         return f"the mean of the weights must be 0, but is {mean} standard deviations"
     if not math.isclose(std, KEPT, rel_tol=0.05):
-        return f"the standard deviation of the weights must be {asked}, but is {std:.2g}{unit}"
+        return f"the standard deviation of the weights must be {configured}, but is {std:.2g}{unit}"
     end = "not truncated" if largest >= 3.5 else f"truncated at {largest:.1f}"
     return f"the weights must be normal, truncated at 3.0 standard deviations, but are {end}"
 

@@ -522,8 +522,8 @@ def target_matched_by_its_ending(model, targets, rank, alpha, dropout=0.0):
 
 @mistake("apply_lora")
 def first_block_only(model, targets, rank, alpha, dropout=0.0):
-    """Only the first layer of each name is adapted, such as q_proj of the first block. The search must go on
-    after a target is found: every block has one."""
+    """Only the first layer of each name is adapted, such as q_proj of the first block. The search must
+    continue after a target is found: every block has one."""
     names, found = checked(model, targets), {}
     for name in names:
         found.setdefault(name.rpartition(".")[2], name)
@@ -534,7 +534,7 @@ def first_block_only(model, targets, rank, alpha, dropout=0.0):
 @mistake("apply_lora")
 def unknown_target_ignored(model, targets, rank, alpha, dropout=0.0):
     """A target that no layer has is ignored. With a name of another architecture fewer layers are adapted
-    than asked for, or none, without a word. Raise ValueError with the names there are."""
+    than requested, or none, without an error. Raise ValueError with the names of layers."""
     model.requires_grad_(False)
     return put(model, with_last_name(model, targets), rank, alpha, dropout)
 
@@ -586,7 +586,7 @@ def merge_subtracts(model):
 
 @mistake("merge_lora")
 def merged_twice(model):
-    """Each call adds the product, also to a layer that is merged already. Look at `merged` first."""
+    """Each call adds the product, also to a layer that is merged already. Check `merged` first."""
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             layer.base.weight += layer.scale * (layer.b @ layer.a)
@@ -629,7 +629,7 @@ def unmerge_forgets_the_scale(model):
 @mistake("unmerge_lora")
 def unmerged_without_having_been_merged(model):
     """The product is subtracted from every layer, also from one that is not merged. A second call damages the
-    base. Look at `merged` first."""
+    base. Check `merged` first."""
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             layer.base.weight -= layer.scale * (layer.b @ layer.a)

@@ -180,7 +180,7 @@ mistake(
     by(START + CODE + r"(?:\(\d{3}\)[-. ]{1,2}|\d{3}[-. ])\d{3}[-. ]\d{4}" + END, PHONE),
     "separators needed",
     "Ten digits without anything between them are not found. Make each separator "
-    "optional, and look at the neighbors of the number instead.",
+    "optional, and check the characters around the number instead.",
 )
 mistake(
     P,
@@ -229,7 +229,7 @@ mistake(
     by(START + CODE + f"{AREA}?" + REST + END, PHONE),
     "area code optional",
     "Seven digits are masked, such as "
-    "the part number 182-3829. Without its area code a number identifies nobody.",
+    "the part number 182-3829. Without an area code a number identifies no person.",
 )
 mistake(
     P,
@@ -321,7 +321,7 @@ mistake(
     IPS,
     by(rf"(?<![A-Za-z0-9])(?<!\d\.){OCTET}(?:\.{OCTET}){{3}}(?::\d+)?(?![A-Za-z0-9])(?!\.\d)", IP),
     "port taken",
-    "The port behind the address goes into the mask. It identifies no one, and the text loses what "
-    "service it "
-    "speaks of: end at the fourth number.",
+    "The port after the address is masked, too. It identifies no person, and the text loses the "
+    "service that "
+    "it mentions: end at the fourth number.",
 )

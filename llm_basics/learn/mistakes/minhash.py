@@ -367,7 +367,7 @@ mistake(
     functools.partial(signature, same=True),
     "one function",
     "All values come from the first hash function, so "
-    "the signature knows no more than one value. Use each column of the coefficients.",
+    "the signature has no more information than one value. Use each column of the coefficients.",
 )
 mistake(
     S,
@@ -392,7 +392,7 @@ mistake(
         ),
     ),
     "big endian",
-    "The bytes are read from the most significant one. The piece says little-endian; signatures of "
+    "The bytes are read from the most significant one. The piece is little-endian; signatures of "
     "two programs "
     "agree only if both do the same.",
 )

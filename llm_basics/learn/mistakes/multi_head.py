@@ -46,14 +46,14 @@ def weights(d_model=D_MODEL, d_kv=None):
     return {name: draw(n, d_model) * 1.7 / math.sqrt(d_model) for name, n in rows.items()}
 
 
-def who_sees_whom(expected, actual):
-    """The first place in which two tables of [who sees, what is seen] differ, as a sentence."""
+def visibility_difference(expected, actual):
+    """The first difference of two visibility tables [query, key], as a sentence."""
     if actual.shape != expected.shape:
         return f"expected results for {len(expected)} positions, got {len(actual)}"
-    who, whom = (expected != actual).nonzero()[0].tolist()
-    if expected[who, whom]:
-        return f"position {who} does not see {'itself' if who == whom else f'position {whom}'}"
-    return f"position {who} sees position {whom}, which is in its future"
+    query, key = (expected != actual).nonzero()[0].tolist()
+    if expected[query, key]:
+        return f"position {query} does not see {'itself' if query == key else f'position {key}'}"
+    return f"position {query} sees position {key}, which is in its future"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ step.value(
     ),
     torch.ones(8, 8, dtype=torch.bool).tril(),
     axes="position seen",
-    words=who_sees_whom,
+    words=visibility_difference,
     contract="multi_head",
 )
 
@@ -274,7 +274,7 @@ class InParts(layers.MultiHeadSelfAttention):
         return math.asin(self.rope.sin[1, 1]) ** -(self.d_head / 2)
 
 
-# who sees whom
+# causal masks
 
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
@@ -706,7 +706,7 @@ class SharedHeadsTiled(InParts):
 
 @step.mistake("layers.MultiHeadSelfAttention", source="public solutions of CS336")
 class KvHeadsIgnored(InParts):
-    """n_kv_heads has no effect: keys and values get n_heads heads, whatever is asked. k_proj and v_proj must
+    """n_kv_heads has no effect: keys and values always have n_heads heads. k_proj and v_proj must
     have n_kv_heads * d_head rows and be split into n_kv_heads heads, each repeated for its group of query
     heads."""
 

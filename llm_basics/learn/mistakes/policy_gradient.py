@@ -238,16 +238,15 @@ register(
     "clipped_on_both_sides",
     "compute_policy_gradient_loss",
     losses_by(lambda a, w, c: a * w.clamp(1 - c, 1 + c)),
-    """The clipped ratio is used alone, without the minimum. A response whose probability went the wrong way
-    then has no gradient, and is never corrected. Take the minimum with the unclipped product.""",
+    """The clipped ratio is used alone, without the minimum. A response whose probability changed in the wrong
+    direction then has no gradient, and is never corrected. Take the minimum with the unclipped product.""",
 )
 register(
     "maximum_instead_of_minimum",
     "compute_policy_gradient_loss",
     losses_by(lambda a, w, c: torch.maximum(a * w, a * w.clamp(1 - c, 1 + c))),
-    """The maximum of the two products is the objective, which clips just where the policy went too far the
-    wrong way, and never where it went too far the right way. Take the minimum, then the minus of a
-    loss.""",
+    """The maximum of the two products is the objective, which clips changes of the policy in the wrong
+    direction, and never those in the right direction. Take the minimum, then the minus of a loss.""",
 )
 register(
     "never_clipped",
@@ -505,8 +504,8 @@ def kl_of_the_wrong_direction(policy_log_probs, ref_log_probs, estimator="k3"):
 
 @mistake("kl_penalty")
 def k1_for_all(policy_log_probs, ref_log_probs, estimator="k3"):
-    """The estimator is not looked at: it is always the difference. k1 is often negative, and its gradient
-    has an expectation of 0: as a loss it does not hold the policy at all."""
+    """The argument is ignored: the estimator is always the difference. k1 is often negative, and its gradient
+    has an expectation of 0: as a loss it does not constrain the policy at all."""
     return right.kl_penalty(policy_log_probs, ref_log_probs, "k1")
 
 

@@ -329,7 +329,7 @@ def prompt_in_the_mask(prompt_strs, output_strs, tokenizer):
 
 @mistake("tokenize_prompt_and_output")
 def padding_in_the_mask(prompt_strs, output_strs, tokenizer):
-    """The mask goes on to the end of the row and covers the padding. The model is trained to write padding,
+    """The mask extends to the end of the row and covers the padding. The model is trained to write padding,
     and a short response counts as a long one. End the mask with the response."""
     found = right.tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer)
     return {**found, "response_mask": found["response_mask"].cummax(1).values}
@@ -347,8 +347,8 @@ def last_token_not_in_the_mask(prompt_strs, output_strs, tokenizer):
 
 @mistake("tokenize_prompt_and_output", source="generation pads so, and the code is shared")
 def padded_on_the_left(prompt_strs, output_strs, tokenizer):
-    """The padding stands at the beginning, as for generation. Without an attention mask the model sees it,
-    and positions are shifted, so the log-probabilities are not those of the rollout. Pad at the end."""
+    """The padding is at the start, as for generation. Without an attention mask the model attends to it, and
+    positions are shifted, so the log-probabilities are not those of the rollout. Pad at the end."""
     return shifted(*build(prompt_strs, output_strs, tokenizer, pad="left"))
 
 
@@ -377,7 +377,7 @@ def a_space_between(prompt_strs, output_strs, tokenizer):
 
 @mistake("tokenize_prompt_and_output", source="public issues of tokenizers that prepend BOS")
 def beginning_before_the_response(prompt_strs, output_strs, tokenizer):
-    """The tokenizer adds its beginning-of-text token to the response too, so it stands in the middle. The
+    """The tokenizer adds its beginning-of-text token to the response too, so it is in the middle. The
     model never saw it there. Encode both parts with add_special_tokens=False."""
 
     class Adding:
@@ -427,8 +427,8 @@ def log_probs_shifted_by_one(model, input_ids, labels, return_token_entropy=Fals
 
 @mistake("get_response_log_probs")
 def log_probs_of_the_inputs(model, input_ids, labels, return_token_entropy=False):
-    """The log-probabilities of the input tokens are gathered, not of the labels. The model is asked for
-    what it was given. Gather with labels."""
+    """The log-probabilities of the input tokens are gathered, not of the labels. These are tokens that the
+    model has as input. Gather with labels."""
     return scored(
         model,
         input_ids,

@@ -190,24 +190,24 @@ def zero_without_a_number(model_output):
 
 @mistake("parse_mmlu_response")
 def first_capital_letter(mmlu_example, model_output):
-    """The first letter from A to D is taken, wherever it stands. A sentence that begins with "A" or a word
-    such as "Correct" is then an answer. The letter must stand alone."""
+    """The first letter from A to D is taken, even within a word. A sentence that begins with "A" or a word
+    such as "Correct" is then an answer. The letter must be isolated."""
     found = re.search(r"[A-D]", model_output)
     return found[0] if found else None
 
 
 @mistake("parse_mmlu_response")
 def any_letter_alone(mmlu_example, model_output):
-    """Any letter that stands alone is the answer, also the article A. A model that writes "A good question"
-    has answered nothing. Look for "answer is" first."""
+    """Any isolated letter is the answer, also the article A. The text "A good question" contains no answer.
+    Search for "answer is" first."""
     found = re.search(r"\b([A-D])\b", model_output)
     return found[1] if found else None
 
 
 @mistake("parse_mmlu_response")
 def only_the_phrase(mmlu_example, model_output):
-    """Only "the answer is" is understood. A model that writes the letter alone, as it is asked to, has no
-    answer. Accept a letter that stands alone too."""
+    """Only "the answer is" is recognized. A model that writes only the letter, as in the instructions, has no
+    answer. Accept an isolated letter, too."""
     found = re.search(r"answer is \(?([A-D])\b", model_output)
     return found[1] if found else None
 
@@ -293,8 +293,8 @@ def last_of_several_answers(response, ground_truth):
 
 @mistake("tagged_answer_reward", source="a public review of a solution: the wrong stop word")
 def text_behind_the_answer(response, ground_truth):
-    """What follows the closing tag is not looked at. The model goes on writing until its limit, and every
-    response is cut. The response must end with the tag."""
+    """Text after the closing tag is ignored. The model learns to continue until the length limit, and every
+    response is truncated. The response must end with the tag."""
     head, tag, rest = response.rpartition("</answer>")
     return right.tagged_answer_reward(
         head + tag if tag and "<answer>" not in rest else response, ground_truth
@@ -303,8 +303,8 @@ def text_behind_the_answer(response, ground_truth):
 
 @mistake("tagged_answer_reward")
 def format_counts_as_reward(response, ground_truth):
-    """The format is worth half the reward. A model learns to write tags around anything, and the group of
-    wrong answers has an advantage over cut ones for ever. Reward what is right."""
+    """The format is worth half the reward. A model learns to write tags around any text, and wrong answers
+    keep an advantage over truncated ones. Reward only correct answers."""
     found = right.tagged_answer_reward(response, ground_truth)
     return {**found, "reward": 0.5 * found["format_reward"] + 0.5 * found["answer_reward"]}
 

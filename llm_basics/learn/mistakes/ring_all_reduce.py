@@ -201,8 +201,8 @@ def reduced(tensor):
 
 @step.mistake("collectives.ring_reduce_scatter", source="written for this catalogue")
 def received_numbers_replace_the_partial_sum(tensor):
-    """What arrives from the left is passed on without this rank's own numbers, so the result is the chunk of
-    one rank. Add the own chunk to each partial sum that arrives."""
+    """The chunk received from the left is forwarded without this rank's own numbers, so the result is the
+    chunk of one rank. Add the own chunk to each received partial sum."""
     return scatter_with(add=lambda received, chunk: received)(tensor)
 
 
@@ -301,22 +301,22 @@ def every_rank_receives_first(tensor):
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def own_chunk_sent_again(chunk, n):
-    """Every step sends the own chunk instead of passing on the one that arrived, so chunks of distant ranks
-    are wrong. Send in step s the chunk that arrived in step s - 1."""
+    """Every step sends the own chunk instead of forwarding the received one, so chunks of distant ranks are
+    wrong. Send in step s the chunk received in step s - 1."""
     return gather_with(passes_on=False)(chunk, n)
 
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def last_step_left_out(chunk, n):
     """The loop ends one step early, so the chunk of the right neighbor is missing on every rank. A chunk
-    needs world - 1 steps to reach everyone."""
+    needs world - 1 steps to reach all ranks."""
     return gather_with(steps=-2)(chunk, n)
 
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def chunks_in_the_order_of_arrival(chunk, n):
-    """Chunks are concatenated in the order in which they arrive, which differs by rank: own chunk first.
-    Write each to the position of the rank that it comes from."""
+    """Chunks are concatenated in the order of receiving, which differs by rank: own chunk first. Write each
+    to the position of its source rank."""
     rank, world_size = around()
     whole = right_gather(chunk, n)
     chunks = whole.split(collectives.chunk_sizes(n, world_size))
@@ -325,8 +325,8 @@ def chunks_in_the_order_of_arrival(chunk, n):
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def chunks_placed_one_rank_off(chunk, n):
-    """What arrives in step s comes from rank r - s - 1, but is stored as chunk r - s + 1: the direction of
-    the ring is taken the wrong way round. Count backward for what comes from the left."""
+    """The chunk received in step s is that of rank r - s - 1, but is stored as chunk r - s + 1: the direction
+    of the ring is reversed. Count backward for chunks received from the left."""
     rank, world_size = around()
     whole = right_gather(chunk, n)
     chunks = list(whole.split(collectives.chunk_sizes(n, world_size)))
@@ -337,7 +337,7 @@ def chunks_placed_one_rank_off(chunk, n):
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def own_chunk_forgotten(chunk, n):
-    """Only what arrives is written, and the own part of the result stays zero. Copy the own chunk to its
+    """Only received chunks are written, and the own part of the result stays zero. Copy the own chunk to its
     position first."""
     rank, world_size = around()
     whole = right_gather(chunk, n)
@@ -347,8 +347,8 @@ def own_chunk_forgotten(chunk, n):
 
 @step.mistake("collectives.ring_all_gather", source="written for this catalogue")
 def chunks_added_up(chunk, n):
-    """What arrives is added to what was there, as in the reduce-scatter, and the loop runs a step longer than
-    needed. The all-gather only copies: chunks are final."""
+    """Received chunks are added to the present values, as in the reduce-scatter, and the loop runs a step
+    longer than needed. The all-gather only copies: chunks are final."""
     rank, world_size = around()
     whole = right_gather(chunk, n)
     whole.split(collectives.chunk_sizes(n, world_size))[rank].mul_(2)

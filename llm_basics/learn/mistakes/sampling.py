@@ -72,7 +72,7 @@ def n_kept(a):
 
 step.value("top-k of 3 among equals", n_kept, {"tokens kept": [3, 3], "sum": torch.ones(2)})
 
-# in no order, and sums that no threshold below comes near
+# unsorted, with cumulative sums far from all thresholds below
 NUCLEUS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.02, 0.03, 0.9, 0.01, 0.04]]).log()
 
 check("top-p of 0.6", NUCLEUS, top_p=0.6)
@@ -88,7 +88,7 @@ MANY = (3 * draw(2, 1000)).bfloat16()
 
 
 def share_kept(probabilities):
-    """Equals stand where the sum crosses p, so that rounding decides about a few of them."""
+    """Equal probabilities are at the threshold p, so that rounding determines a few of them."""
     return {"share of tokens kept": (probabilities > 0).float().mean(-1), "dtype": str(probabilities.dtype)}
 
 
@@ -675,8 +675,8 @@ def settings_not_checked(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 @torch.no_grad()
-def tell(model, prompt, n, settings, stop_id, generator, read=None, choose=None):
-    """Generate without a cache; `read` gives the last logits of a text, `choose` draws from
+def emit(model, prompt, n, settings, stop_id, generator, read=None, choose=None):
+    """Generate without a cache; `read` returns the last logits of a text, `choose` samples from
     probabilities."""
     context = model.config.context_length
     read = read or (lambda tokens: model(tokens[-context:])[-1])
@@ -705,7 +705,7 @@ def only_the_last_token_read(
     """Each step passes only the newest token to the model, without a cache of the earlier ones, so every
     token is predicted as if the text had just begun. Pass the whole sequence, or use a key-value cache."""
     settings = (temperature, top_k, top_p)
-    return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-1:])[-1])
+    return emit(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-1:])[-1])
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -716,7 +716,7 @@ def new_tokens_not_appended(
     bare prompt. Append each token before the next step."""
     context, n = model.config.context_length, len(prompt)
     settings = (temperature, top_k, top_p)
-    return tell(
+    return emit(
         model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[:n][-context:])[-1]
     )
 
@@ -728,7 +728,7 @@ def logits_of_the_first_position(
     """The next token is sampled from the logits of the first position. The last position predicts what
     follows the sequence: logits[..., -1, :]."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
-    return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-context:])[0])
+    return emit(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[-context:])[0])
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -738,7 +738,7 @@ def text_not_cut_at_the_context(
     """The whole sequence is passed to the model even if it is longer than the context, which raises an error.
     Pass the last context_length tokens."""
     settings = (temperature, top_k, top_p)
-    return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t)[-1])
+    return emit(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t)[-1])
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -748,7 +748,7 @@ def text_cut_at_the_wrong_end(
     """A sequence longer than the context is truncated to its first tokens, so new tokens are never seen, and
     every step predicts the same. Keep the last ones: tokens[-context_length:]."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
-    return tell(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[:context])[-1])
+    return emit(model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[:context])[-1])
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -758,7 +758,7 @@ def context_one_token_too_short(
     """The sequence is truncated to one token less than the context, so predictions are slightly worse than
     they could be. The last context_length tokens fit."""
     context, settings = model.config.context_length, (temperature, top_k, top_p)
-    return tell(
+    return emit(
         model, prompt, max_new_tokens, settings, stop_id, generator, lambda t: model(t[1 - context :])[-1]
     )
 
@@ -770,7 +770,7 @@ def ends_with_the_context(
     """Generation stops when the context is full, although more tokens were requested. Continue with the last
     context_length tokens."""
     n = max(0, min(max_new_tokens, model.config.context_length - len(prompt)))
-    return tell(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
+    return emit(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -779,7 +779,7 @@ def one_token_too_many(
 ):
     """One token more than max_new_tokens is yielded, since the count is checked after sampling. Use
     range(max_new_tokens)."""
-    return tell(model, prompt, max_new_tokens + 1, (temperature, top_k, top_p), stop_id, generator)
+    return emit(model, prompt, max_new_tokens + 1, (temperature, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -789,7 +789,7 @@ def prompt_counted_as_new(
     """max_new_tokens is used as the total length, so a long prompt leaves few or no new tokens. Count sampled
     tokens only."""
     n = max(0, max_new_tokens - len(prompt))
-    return tell(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
+    return emit(model, prompt, n, (temperature, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -799,7 +799,7 @@ def prompt_given_out_too(
     """The prompt is yielded before the new tokens, so a caller that appends the output has it twice. Yield
     only sampled tokens."""
     yield from prompt.tolist()
-    yield from tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
+    yield from emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="public solutions of CS336")
@@ -814,7 +814,7 @@ def positions_restart_at_zero(
         new = min(len(tokens), model.config.context_length) - caches[0].length
         return read_with_cache(model, caches, tokens, new, torch.arange(new))
 
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
 
 
 @step.mistake("generate.generate", source="public solutions of CS336")
@@ -833,7 +833,7 @@ def cache_not_cut_at_the_context(
         new = len(tokens) - len(prompt) or min(len(prompt), context)
         return model(tokens[None, -min(new, 1) if caches[0].length else -new :], caches=caches)[0, -1]
 
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -847,7 +847,7 @@ def text_read_into_the_cache_again(
     def read(tokens):
         return read_with_cache(model, caches, tokens, len(tokens))
 
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -863,7 +863,7 @@ def prompt_not_in_the_cache(
             return model(tokens[-model.config.context_length :])[-1]
         return read_with_cache(model, caches, tokens, 1)
 
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -881,7 +881,7 @@ def last_token_of_the_prompt_read_twice(
             return model(tokens[-context:])[-1]
         return read_with_cache(model, caches, tokens, 1)
 
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator, read)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -891,7 +891,7 @@ def always_the_likeliest(
     """The next token is always the most likely one, whatever the temperature, so texts repeat themselves and
     all samples are identical. Sample with torch.multinomial."""
     settings = (temperature, top_k, top_p)
-    return tell(
+    return emit(
         model, prompt, max_new_tokens, settings, stop_id, generator, choose=lambda p: p.argmax().item()
     )
 
@@ -902,7 +902,7 @@ def all_tokens_drawn_alike(
 ):
     """The token is drawn uniformly from those that are possible, regardless of their probabilities. Pass the
     probabilities to torch.multinomial."""
-    return tell(
+    return emit(
         model,
         prompt,
         max_new_tokens,
@@ -919,7 +919,7 @@ def softmax_of_the_probabilities_drawn_from(
 ):
     """The probabilities go through a second softmax before sampling, which makes all tokens almost equally
     likely, removed ones included. Sample from the result of next_token_probabilities."""
-    return tell(
+    return emit(
         model,
         prompt,
         max_new_tokens,
@@ -936,7 +936,7 @@ def temperature_not_passed_on(
 ):
     """generate does not pass its temperature to next_token_probabilities, so the argument has no effect. Pass
     it on."""
-    return tell(model, prompt, max_new_tokens, (1.0, top_k, top_p), stop_id, generator)
+    return emit(model, prompt, max_new_tokens, (1.0, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -945,7 +945,7 @@ def top_k_not_passed_on(
 ):
     """generate does not pass its top_k to next_token_probabilities, so the argument has no effect. Pass it
     on."""
-    return tell(model, prompt, max_new_tokens, (temperature, None, top_p), stop_id, generator)
+    return emit(model, prompt, max_new_tokens, (temperature, None, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -954,7 +954,7 @@ def top_p_not_passed_on(
 ):
     """generate does not pass its top_p to next_token_probabilities, so the argument has no effect. Pass it
     on."""
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, None), stop_id, generator)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, None), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="public solutions of CS336")
@@ -963,7 +963,7 @@ def generator_ignored(
 ):
     """Sampling does not use the given generator, so the seed does not determine the text, and results cannot
     be reproduced. Pass generator=generator to torch.multinomial."""
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, None)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, None)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -979,7 +979,7 @@ def generator_seeded_for_each_token(
         return torch.multinomial(p, 1, generator=generator).item()
 
     settings = (temperature, top_k, top_p)
-    return tell(model, prompt, max_new_tokens, settings, stop_id, generator, choose=choose)
+    return emit(model, prompt, max_new_tokens, settings, stop_id, generator, choose=choose)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -990,7 +990,7 @@ def generator_seeded_for_each_text(
     its state to the caller."""
     if generator is not None:
         generator.manual_seed(generator.initial_seed())
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, generator)
 
 
 @step.mistake("generate.generate", source="written for this catalogue")
@@ -1000,4 +1000,4 @@ def seed_fixed(
     """A seed is set inside generate, so every call returns the same text, whatever generator is given. Leave
     seeding to the caller."""
     fixed = torch.Generator().manual_seed(0)
-    return tell(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, fixed)
+    return emit(model, prompt, max_new_tokens, (temperature, top_k, top_p), stop_id, fixed)

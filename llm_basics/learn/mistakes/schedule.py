@@ -16,8 +16,8 @@ def rates(steps, *settings):
     return lambda a: [float(a.run_get_lr_cosine_schedule(it, *settings)) for it in steps]
 
 
-def tell(steps):
-    """The first step with a wrong rate, in words."""
+def diff(steps):
+    """A function that describes the first step with a wrong rate."""
 
     def words(right, found):
         wrong = [
@@ -31,7 +31,7 @@ def tell(steps):
 
 def check(about, steps, settings, right, **ground):
     ground = ground or {"contract": "schedule"}
-    step.value(about, rates(steps, *settings), right, rtol=1e-5, atol=1e-7, words=tell(steps), **ground)
+    step.value(about, rates(steps, *settings), right, rtol=1e-5, atol=1e-7, words=diff(steps), **ground)
 
 
 # peak, floor, warm-up, total
@@ -141,7 +141,7 @@ def cosine(progress, max_lr, min_lr):
 
 
 def with_cosine(step, max_lr, min_lr, warmup_steps, total_steps, fall):
-    """The schedule with another way down: `fall(steps since the warm-up, steps of the cosine)`."""
+    """The schedule with another decay: `fall(steps since the warm-up, steps of the cosine)`."""
     if warmup_steps < step < total_steps:
         return fall(step - warmup_steps, total_steps - warmup_steps)
     return cosine_schedule(step, max_lr, min_lr, warmup_steps, total_steps)

@@ -94,7 +94,7 @@ step.compare(
 
 
 def total(probabilities):
-    """Of a row whose probabilities can be held exactly; in words, since any constant may be missing."""
+    """The sum of a row of exactly representable probabilities; as text, since any factor may be missing."""
     found = probabilities[0].double().sum().item()
     return "exactly 1" if found == 1 else "a little less" if 0.999 < found < 1 else f"{found:.3g}"
 

@@ -269,8 +269,8 @@ class RemainingRowsDropped(Column):
 
 @step.mistake(ROW_PIECE, source="written for this catalogue")
 class OutputNotSummed(Row):
-    """The output is the contribution of this rank's inputs alone, so ranks go on with different activations.
-    All-reduce the output."""
+    """The output is the contribution of this rank's inputs alone, so ranks continue with different
+    activations. All-reduce the output."""
 
     of_output = staticmethod(same)
 

@@ -17,16 +17,16 @@ PUBLIC = "public solutions of CS336"
 PASSES = "public solutions of CS336; passes its suite"
 OWN = "written for this catalogue"
 
-# as it stands in GPT-2's encoder.py
+# as in GPT-2's encoder.py
 GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END = "<|end|>"
 
-# the class itself, whatever has been put in its place
+# the reference class, even if it is replaced
 Tokenizer = swap.reference("tokenizer.Tokenizer")
 
 
 # --------------------------------------------------------------------------------------------------
-# The plain way, which is right
+# The simplest correct implementation
 
 
 def pairs(*spaced):
@@ -102,7 +102,7 @@ NOT_DIGITS = [(b"x", b"\xc2"), (b"2", b"\xc2"), (b"\xb2", b"\xc2"), (b"\xa7", b"
 
 
 def difference(text, vocab, expected, actual):
-    """The first token of `text` that differs, as the bytes that it stands for."""
+    """The first token of `text` that differs, by its bytes."""
 
     def named(id):
         if id is None:
@@ -224,7 +224,7 @@ step.value(
     contract="decoding",
 )
 
-# the ids say nothing about the order of learning
+# the ids are unrelated to the order of learning
 SHUFFLED = dict(zip(sorted(VOCAB), [VOCAB[id] for id in reversed(VOCAB)], strict=True))
 LIKE_PATTERNS = [END, "a.c", "[x]", "a+", "a b"]
 BEGIN_TOGETHER = ["<a>", "<a><b>", "<a><b><c>"]

@@ -157,7 +157,7 @@ def lengths(a):
     optimizer = sgd(model)
     optimizer.register_step_pre_hook(lambda *_: at_update.append(length()))
     a.run_train_step(model, optimizer, [batch(3, 5, 1)], 3, lr=0.1, max_grad_norm=0.2)
-    # once cleared, it no longer tells whether it was clipped too late or never
+    # after clearing, late clipping is indistinguishable from none
     cleared = at_update[0] > 0.21 and length() == 0
     return {
         "norm at the update": at_update[0],
@@ -182,7 +182,7 @@ check(
 
 
 class Note(torch.autograd.Function):
-    """Changes nothing; notes when the backward pass comes through, and what is still kept for one."""
+    """The identity; records when the backward pass runs, and the graphs that are still in memory."""
 
     class Kept:
         pass

@@ -20,7 +20,7 @@ draw = probes.numbers(seed=1)
 
 VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, THETA = 23, 8, 12, 3, 3, 20, 500.0
 SIZES = (VOCAB, CONTEXT, D_MODEL, N_LAYERS, N_HEADS, D_FF, THETA)
-# no two alike in a text, 0 among them; shorter than the context
+# distinct in each text, including 0; shorter than the context
 TOKENS = torch.tensor([[5, 0, 17, 3, 22, 9], [11, 2, 8, 0, 19, 4]])
 FULL = torch.tensor([[5, 0, 17, 3, 22, 9, 1, 14]])
 
@@ -68,7 +68,7 @@ def count(a, **choices):
     return sum(parameter.numel() for parameter in a.get_transformer_lm(*SIZES, **choices).parameters())
 
 
-# first, since weights that are shared or not registered let all that follows fail with an error
+# first, since all following probes fail with an error if weights are shared or not registered
 step.value("number of weights", count, n_parameters(tied=False))
 
 
@@ -97,7 +97,7 @@ step.value(
     seen,
     torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril(),
     axes="position token",
-    words=multi_head.who_sees_whom,
+    words=multi_head.visibility_difference,
     contract="transformer",
 )
 
@@ -163,7 +163,7 @@ step.value("the initial loss, near that of a uniform guess", first_loss, "near l
 
 
 def initial_state(a):
-    """The std of each matrix and the mean of each gain, against what they shall be."""
+    """The std of each matrix and the mean of each gain, relative to the expected values."""
     state = {}
     for name, parameter in a.get_transformer_lm(300, 16, 48, 2, 3, 96, THETA).named_parameters():
         if parameter.dim() == 1:
@@ -202,7 +202,7 @@ step.value("gradients reach every weight", without_gradient, [], words=nothing_r
 
 
 def loss_by_heart(a):
-    """Whether a tiny model has learned one batch, in which a token alone does not tell the next."""
+    """Whether a tiny model has learned one batch, in which a token alone does not determine the next."""
     lm = a.get_transformer_lm(5, 8, 16, 1, 2, 24, THETA)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=0.02, weight_decay=0.0)
     tokens = torch.tensor([[0, 1, 0, 2, 0, 3, 1, 4, 1], [2, 2, 3, 2, 4, 3, 0, 3, 3]])
@@ -556,8 +556,8 @@ class EveryBlockReadsTheEmbedding(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336")
 class EmbeddingScaled(Parts):
-    """The embeddings are multiplied by sqrt(d_model), as in the original transformer, which this config does
-    not ask for. The outputs of the blocks are then small beside them, and pretrained weights do not fit."""
+    """The embeddings are multiplied by sqrt(d_model), as in the original transformer, but not in this config.
+    The outputs of the blocks are then small beside them, and pretrained weights do not fit."""
 
     def embed(self, tokens, positions):
         return super().embed(tokens, positions) * math.sqrt(self.config.d_model)
@@ -596,8 +596,8 @@ class TokenZeroIsPadding(Parts):
 
 @step.mistake("model.TransformerLM", source="public solutions of CS336; passes its suite")
 class ThetaIgnored(Parts):
-    """RoPE uses the default theta, whatever the config says. Pass rope_theta on; models with long contexts
-    use larger values."""
+    """RoPE uses the default theta instead of that of the config. Pass rope_theta on; models with long
+    contexts use larger values."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(dataclasses.replace(config, rope_theta=10000.0), device, dtype)
@@ -707,8 +707,8 @@ class AllMatricesOfStd1(Parts):
 
 @step.mistake("model.TransformerLM", source="written for this catalogue")
 class AllMatricesOfStd002(Parts):
-    """Every matrix is initialized with std 0.02, as in GPT-2, but the config asks for a std that depends on
-    the matrix's shape. Small models then learn very slowly at first."""
+    """Every matrix is initialized with std 0.02, as in GPT-2, but in this config the std depends on the
+    matrix's shape. Small models then learn very slowly at first."""
 
     def __init__(self, config, device=None, dtype=None):
         super().__init__(config, device, dtype)
