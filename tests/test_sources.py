@@ -165,11 +165,11 @@ DEEP = b'{"text": ' + b"[" * 100_000 + b"\n"
             "{}:4 must be UTF-8, got byte 0xff at offset 23; fix the file, or",
         ),
         ("a.parquet", b"PAR1 not really", "{} must be Parquet; "),
-        ("a.jsonl.gz", b"not packed", "{} must be a whole gzip file; Not a gzipped file"),
+        ("a.jsonl.gz", b"not packed", "{} must be a complete gzip file; Not a gzipped file"),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "one"}\n' * 99, mtime=0)[:-9],
-            "{} must be a whole gzip file",
+            "{} must be a complete gzip file",
         ),
     ],
 )

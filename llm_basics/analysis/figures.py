@@ -195,8 +195,8 @@ def leave_out_beginning(axes: mpl_axes.Axes) -> None:
     drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
     values = np.concatenate([np.empty(0), *(values[len(values) // 20 :] for values in drawn)])
     values = values[np.isfinite(values)]
-    if len(values) and (room := np.ptp(values)) > 0:
-        axes.set_ylim(values.min() - 0.06 * room, values.max() + 0.06 * room)
+    if len(values) and (span := np.ptp(values)) > 0:
+        axes.set_ylim(values.min() - 0.06 * span, values.max() + 0.06 * span)
 
 
 def set_title(axes: mpl_axes.Axes, title: str) -> None:

@@ -79,13 +79,13 @@ def of_run(options: Mapping[str, Any]) -> Band | None:
 
 def is_of(band: Band, options: Mapping[str, Any]) -> bool:
     """Whether a run has the options of the band's runs, except for those that do not affect losses."""
-    wanted = nested.flat(dataclasses.asdict(presets.load(band.preset)))
-    parts = {name for name in wanted if name.startswith(("model.", "train."))} - FREE
+    expected = nested.flat(dataclasses.asdict(presets.load(band.preset)))
+    parts = {name for name in expected if name.startswith(("model.", "train."))} - FREE
     # a model's vocab_size is that of its tokenizer, which may have fewer tokens than requested
     parts -= {"model.vocab_size"}
     names = (*sorted(parts), "tokenizer", "val_fraction", "max_tokens")
     return options.get("data") == band.data and all(
-        name in options and _plain(options[name]) == _plain(wanted[name]) for name in names
+        name in options and _plain(options[name]) == _plain(expected[name]) for name in names
     )
 
 

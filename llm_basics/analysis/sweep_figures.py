@@ -108,12 +108,12 @@ def _draw_bars(outcomes: Sequence[Outcome], path: Path) -> Path:
     beside = [outcome.mean - first.mean for outcome in ordered]
     rows = range(len(ordered))
     axes.barh(rows, beside, color=[figures.COLORS[value > 0] for value in beside], height=0.62)
-    room = max(map(abs, beside), default=0) or 1
+    span = max(map(abs, beside), default=0) or 1
     for row, outcome, value in zip(rows, ordered, beside, strict=True):
         seeds = [loss - first.mean for loss in outcome.losses]
         axes.plot(seeds, [row] * len(seeds), ".", color="black", ms=5, alpha=0.6)
         words = f"{outcome.mean:.3f}" + (f"  ({value:+.3f})" if outcome is not first else "")
-        axes.text(max([0.0, value, *seeds]) + 0.015 * room, row, words, va="center", fontsize=9)
+        axes.text(max([0.0, value, *seeds]) + 0.015 * span, row, words, va="center", fontsize=9)
     axes.set_yticks(rows, [figures.readable(label(outcome.setting)) for outcome in ordered])
     for tick in axes.get_yticklabels():
         tick.set_parse_math(False)
@@ -138,9 +138,9 @@ def _cut_off(axes: mpl_axes.Axes, losses: Sequence[float]) -> None:
     """Set y limits without losses far above the others."""
     low, middle = min(losses), float(np.median(losses))
     within = [loss for loss in losses if loss <= middle + 3 * (middle - low)]
-    room = max(within) - low
-    if room > 0:
-        axes.set_ylim(low - 0.08 * room, max(within) + 0.08 * room)
+    span = max(within) - low
+    if span > 0:
+        axes.set_ylim(low - 0.08 * span, max(within) + 0.08 * span)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ class Batches:
 
     def starting_at(self, first: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """The batch that starts with window `first`, counted over all epochs."""
-        places = [self.place(number) for number in range(first, first + self.batch_size)]
-        windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in places]
+        positions = [self.place(number) for number in range(first, first + self.batch_size)]
+        windows = [self.shards[shard][start : start + self.context_length + 1] for shard, start in positions]
         return _to_batch(windows, self.device)
 
     def place(self, number: int) -> tuple[int, int]:

@@ -226,7 +226,7 @@ class Tokenizer:
         try:
             return cls(found.vocab, found.merges, found.special_tokens, found.pattern)
         except ValueError as error:
-            raise ValueError(f"{source} must hold a whole tokenizer; {error}") from None
+            raise ValueError(f"{source} must hold a complete tokenizer; {error}") from None
 
     def to_vocabulary(self) -> vocabulary.Vocabulary:
         """The vocabulary, merges, special tokens and pattern, for the writers in `vocabulary`."""

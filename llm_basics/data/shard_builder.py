@@ -132,7 +132,7 @@ class Journal:
         except BaseException as error:
             self.database.close()
             if isinstance(error, sqlite3.DatabaseError):
-                raise ValueError(f"{path} must be whole, and no other process may use it: {error}") from None
+                raise ValueError(f"{path} must be intact, and no other process may use it: {error}") from None
             raise
 
     def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:

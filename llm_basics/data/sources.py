@@ -145,7 +145,7 @@ class Files(Pipe):
                         self.fraction = (before + file.tell()) / total
                         yield document
                 except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise ValueError(f"{path} must be a whole gzip file; {error}") from None
+                    raise ValueError(f"{path} must be a complete gzip file; {error}") from None
             before += size
             self.fraction = before / total
 

@@ -119,9 +119,9 @@ def kernels() -> checks.Check:
 # Processor and memory
 
 
-def threads(n_cores: int, wanted: str) -> checks.Check:
+def threads(n_cores: int, requested: str) -> checks.Check:
     """The number of torch's threads relative to cores."""
-    number = int(wanted) if wanted.isdigit() else torch.get_num_threads()
+    number = int(requested) if requested.isdigit() else torch.get_num_threads()
     advice = f"set OMP_NUM_THREADS to at most {n_cores}: threads that share a core wait for each other"
     return checks.check("threads", f"{number} for {n_cores} cores", advice, number > n_cores)
 

@@ -206,13 +206,13 @@ def spread(
     of_one: Callable[[int], Need], strategy: Strategy, n_gpus: int, options: config.Config
 ) -> Callable[[int], Need]:
     """The memory of each of several devices as a function of its batch."""
-    whole, block, rest = sizes(options)
+    total, block, rest = sizes(options)
     width = 2 if options.train.dtype == "bfloat16" else 4
 
     def of_batch(batch: int) -> Need:
         need = of_one(batch)
         if strategy.parallel == "ddp":
-            return dataclasses.replace(need, communication=4 * whole)
+            return dataclasses.replace(need, communication=4 * total)
         if strategy.parallel == "none":
             return need
         kinds = ("weights", "gradients", "optimizer")
@@ -231,10 +231,10 @@ def spread(
 
 def sizes(options: config.Config) -> tuple[int, int, int]:
     """Weights of the model, of one block, and of all outside of blocks."""
-    whole = options.model.n_parameters
+    total = options.model.n_parameters
     more = dataclasses.replace(options.model, n_layers=options.model.n_layers + 1).n_parameters
-    block = more - whole
-    return whole, block, whole - options.model.n_layers * block
+    block = more - total
+    return total, block, total - options.model.n_layers * block
 
 
 def largest_batch(total: Callable[[int], int], usable: int) -> int:
@@ -265,7 +265,7 @@ def tokens_per_second(
     if not batch or not card.tflops:
         return None
     shape = options.model
-    whole, block, _ = sizes(options)
+    total, block, _ = sizes(options)
     n_flops = shape.flops_per_token
     if strategy.activation_checkpointing:
         n_flops += (n_flops - 6 * shape.d_model * shape.padded_vocab_size) // 3
@@ -273,12 +273,12 @@ def tokens_per_second(
     products = tokens * n_flops / (card.tflops * 1e12 * UTILIZATION)
     width = 2 if options.train.dtype == "bfloat16" else 4
     shards = n_gpus if strategy.parallel == "fsdp2" else 1
-    moved = {"none": 0, "ddp": 8 * whole, "fsdp2": (2 * width + 4) * whole}[strategy.parallel]
+    moved = {"none": 0, "ddp": 8 * total, "fsdp2": (2 * width + 4) * total}[strategy.parallel]
     n_moves = options.train.grad_accumulation_steps if strategy.parallel == "fsdp2" else 1
     links = n_moves * moved * (n_gpus - 1) / n_gpus / (card.link * 1e9)
     bandwidth = HOST_MEMORY if strategy.offload else card.bandwidth
-    update = OPTIMIZER_TRAFFIC * whole / shards / (bandwidth * 1e9) if bandwidth else 0.0
-    offloaded = 8 * whole / shards / (HOST_LINK * 1e9) if strategy.offload else 0.0
+    update = OPTIMIZER_TRAFFIC * total / shards / (bandwidth * 1e9) if bandwidth else 0.0
+    offloaded = 8 * total / shards / (HOST_LINK * 1e9) if strategy.offload else 0.0
     return n_gpus * tokens / (max(products, links) + update + offloaded)
 
 

@@ -111,9 +111,9 @@ def evaluate_run(
         answers = multiple_choice.evaluate(model, tokenizer, questions, options.delimiter, options.batch_size)
     if options.answers is not None:
         length = model.config.context_length
-        asked = exact_answers.read(options.answers, tokenizer, length, lambda: prepared_folder(folder, path))
+        items = exact_answers.read(options.answers, tokenizer, length, lambda: prepared_folder(folder, path))
         exact = exact_answers.evaluate(
-            model, tokenizer, asked, options, reward, lambda done: progress(str(folder), done, len(asked))
+            model, tokenizer, items, options, reward, lambda done: progress(str(folder), done, len(items))
         )
     return Evaluation(str(folder), str(path), source, report, answers, exact)
 

@@ -88,8 +88,8 @@ def evaluate(
     end, n = tokenizer.special_id(chat_template.END), options.n_candidates
     right: dict[str, list[float]] = {"greedy": [], "sample": [], "best_of": [], "majority": [], "any": []}
     for number, question in enumerate(questions):
-        room = model.config.context_length - len(question.ids)
-        sampling = options.sampling(min(options.max_new_tokens, max(room, 1)))
+        limit = model.config.context_length - len(question.ids)
+        sampling = options.sampling(min(options.max_new_tokens, max(limit, 1)))
         prompt = torch.tensor(question.ids, device=model.token_embeddings.weight.device)
         ids = generate.generate(model, prompt, sampling.max_new_tokens, temperature=0.0, stop_id=end)
         reply = list(ids)

@@ -35,11 +35,11 @@ def folder() -> str:
 
     Numba checks only the file of a function, and would miss changes in code inlined from other files.
     """
-    here = Path(__file__).parent
+    source = Path(__file__).parent
     if os.environ.get("NUMBA_CACHE_DIR"):
         return ""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))).hexdigest()
-    return cache_folder.find(here, digest[:12])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(source.rglob("*.py")))).hexdigest()
+    return cache_folder.find(source, digest[:12])
 
 
 def marker(group: str) -> Path:

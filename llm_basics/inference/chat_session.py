@@ -218,8 +218,8 @@ def converse(session: ChatSession, is_terminal: bool) -> int:
             raise
         except (ValueError, OSError) as error:
             n_failed += 1
-            place = "" if is_terminal else f"standard input:{number}: "
-            _note(f"error: {place}{parse.message(error)}")
+            location = "" if is_terminal else f"standard input:{number}: "
+            _note(f"error: {location}{parse.message(error)}")
     return n_failed
 
 

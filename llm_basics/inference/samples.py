@@ -221,16 +221,16 @@ def show_probabilities(
     )
     screen = console.Console(highlight=False)
     stream = detokenizer.Detokenizer(chosen, options.stop)
-    whole = text.Text().append(prompt, style=PROMPT_STYLE)
+    styled = text.Text().append(prompt, style=PROMPT_STYLE)
     for id in ids:
         (probabilities,) = latest
         screen.print(_row(chosen, id, probabilities), soft_wrap=True)
-        whole.append(stream.read(id), style=_style(float(probabilities[id])))
+        styled.append(stream.read(id), style=_style(float(probabilities[id])))
         if stream.is_over:
             break
-    whole.append(stream.close())
+    styled.append(stream.close())
     screen.print()
-    screen.print(whole, soft_wrap=True)
+    screen.print(styled, soft_wrap=True)
 
 
 def _row(chosen: tokenizer.Tokenizer, id: int, probabilities: Float[Tensor, " vocab"]) -> text.Text:

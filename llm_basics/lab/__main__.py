@@ -91,9 +91,7 @@ def main(options: LabConfig) -> int:
         lab = service.make(Path(options.runs), options.data, options.device, options.mine)
         guarded = app.create(lab, token, port, (*options.allow_host, *own_name(options.host)))
         address = f"http://{shown(options.host)}:{port}/?token={token}"
-        print(
-            f"the lab   {address}\nruns      {options.runs}\nCtrl-C ends it; training runs go on", flush=True
-        )
+        print(f"the lab   {address}\nruns      {options.runs}\nCtrl-C ends it, not training runs", flush=True)
         if options.browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
 

@@ -105,7 +105,7 @@ def _respond(answer: "_Completion") -> Any:
     items = answer.start()
     if answer.request.stream:
         return EventSourceResponse(answer.stream(items))
-    return answer.whole(items)
+    return answer.complete(items)
 
 
 class _Completion:
@@ -148,7 +148,7 @@ class _Completion:
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def whole(self, items: Iterator[tuple[int, Any]]) -> dict[str, Any]:
+    def complete(self, items: Iterator[tuple[int, Any]]) -> dict[str, Any]:
         """The complete response."""
         n_choices = sum(request.samples for request in self.requests)
         texts = ["" for _ in range(n_choices)]

@@ -276,9 +276,9 @@ def check(options: Check) -> int:
     known = progress.Progress(options.mine)
     steps = [name for name in known.begun() if lesson is None or name == lesson.name]
     if not steps:
-        wanted = f"one of {', '.join(lesson.pieces)}" if lesson else "a piece of a step"
+        pieces = f"one of {', '.join(lesson.pieces)}" if lesson else "a piece of a step"
         stubs = f"add stubs: {PROGRAM} start {lesson.name}" if lesson else f"list them: {PROGRAM} list"
-        raise ValueError(f"{options.mine} must define {wanted}; {stubs}")
+        raise ValueError(f"{options.mine} must define {pieces}; {stubs}")
     # before the import of torch, which takes seconds
     print(console.wrap(f"checking {options.mine}: {', '.join(steps)}"), file=sys.stderr, flush=True)
     from llm_basics.learn import checks

@@ -56,8 +56,8 @@ class Progress:
         begun = self.begun()
         courses = [steps for steps in lessons.COURSES.values() if set(steps) & set(begun)]
         steps = [*begun, *(name for steps in courses for name in steps), *lessons.ORDER]
-        wanted = lessons.ORDER if course is None else lessons.COURSES[course]
-        return next((n for n in steps if n in wanted and self.steps.get(n) != "passed"), None)
+        allowed = lessons.ORDER if course is None else lessons.COURSES[course]
+        return next((n for n in steps if n in allowed and self.steps.get(n) != "passed"), None)
 
     def is_current(self, step: str) -> bool:
         """Whether the code of a step is unchanged since it was checked."""

@@ -147,14 +147,14 @@ def _qualify_names(source: str, reference: Any) -> str:
     return source
 
 
-def _with_imports(source: str, stubs: list[str], wanted: list[str]) -> str:
+def _with_imports(source: str, stubs: list[str], required: list[str]) -> str:
     """`source` followed by the stubs, with the imports of both at the top."""
     for text in stubs:
         words = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
-        wanted += [line for word, line in IMPORTS.items() if word in words]
+        required += [line for word, line in IMPORTS.items() if word in words]
         for module in ("bpe", "config", "dataloader", "layers", "model", "models", "trainer"):
             if re.search(rf"(?<![\w.]){module}\.", text):
-                wanted.append(f"from llm_basics.core import {module}".replace("models", "model as models"))
+                required.append(f"from llm_basics.core import {module}".replace("models", "model as models"))
     lines, tree = source.splitlines(), ast.parse(source)
     top = 0 if ast.get_docstring(tree) is None else 1
     imports: list[ast.Import | ast.ImportFrom] = []
@@ -166,11 +166,11 @@ def _with_imports(source: str, stubs: list[str], wanted: list[str]) -> str:
     last = (imports[-1].end_lineno or 0) if imports else first
     existing = "\n".join(lines[first:last])
     if existing == _sorted_imports([ast.unparse(node) for node in imports]):
-        block = _sorted_imports([ast.unparse(node) for node in imports] + wanted)
+        block = _sorted_imports([ast.unparse(node) for node in imports] + required)
     else:
         # formatted differently: keep the existing lines unchanged
         bound = {alias.asname or alias.name for node in imports for alias in node.names}
-        new = [line for line in dict.fromkeys(wanted) if line.split()[-1] not in bound]
+        new = [line for line in dict.fromkeys(required) if line.split()[-1] not in bound]
         block = "\n".join(part for part in (existing, _sorted_imports(new)) if part)
     head, rest = "\n".join(lines[:first]).strip(), "\n".join(lines[last:]).strip()
     top_of_file = "\n\n".join(part for part in (head, block) if part)

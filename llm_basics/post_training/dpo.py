@@ -66,8 +66,8 @@ class DpoState(objective.ChatObjective):
         """The pairs of the next step."""
         size = self.options.train.batch_size
         numbers = range(self.sequences, self.sequences + self.sequences_per_step)
-        places = (divmod(number, len(self.pairs)) for number in numbers)
-        chosen = [self.pairs[self._order(epoch)[index]] for epoch, index in places]
+        positions = (divmod(number, len(self.pairs)) for number in numbers)
+        chosen = [self.pairs[self._order(epoch)[index]] for epoch, index in positions]
         return [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
     def collate(self, some: Sequence[pairs.Pair]) -> Batch:

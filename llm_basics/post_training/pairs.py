@@ -90,9 +90,9 @@ def from_model(options: post_options.DpoConfig, prepared: prepare.Prepared) -> P
     if path.exists():
         return path
     state = sft.SftState(options, prepared)
-    room = options.model.context_length - options.dpo.max_new_tokens
+    limit = options.model.context_length - options.dpo.max_new_tokens
     cases = [state.test_case(row) for row in state.train_rows.rows]
-    cases = [case for case in cases if len(case.ids) <= room]
+    cases = [case for case in cases if len(case.ids) <= limit]
     order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(options.train.seed))
     chosen = [cases[index] for index in order[: options.dpo.prompts].tolist()]
     console.print_line(f"sampling {options.dpo.samples} responses to each of {len(chosen):,} prompts")

@@ -33,9 +33,9 @@ class RlState(objective.ChatObjective):
         super().__init__(options, prepared)
         self.reward = rollouts.load_reward(options.rl.reward)
         self.n_updates = options.rl.updates
-        room = options.model.context_length - options.rl.max_new_tokens
+        limit = options.model.context_length - options.rl.max_new_tokens
         cases = self.read_prompts()
-        self.prompts = [case for case in cases if len(case.ids) <= room]
+        self.prompts = [case for case in cases if len(case.ids) <= limit]
         self.n_left_out = len(cases) - len(self.prompts)
         if not self.prompts:
             raise ValueError(
@@ -158,7 +158,7 @@ def make(options: config.Config) -> RlState:
     if options.rl.max_new_tokens >= options.model.context_length:
         raise ValueError(
             f"rl.max_new_tokens must be below model.context_length {options.model.context_length}, got "
-            f"{options.rl.max_new_tokens}; a prompt needs room as well"
+            f"{options.rl.max_new_tokens}; a prompt needs tokens as well"
         )
     return RlState(*sft.prepared(options, "rl"))
 

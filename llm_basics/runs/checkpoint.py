@@ -104,8 +104,8 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        result[name] = tensor.clone() if storage in seen or not whole else tensor
+        owns_storage = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        result[name] = tensor.clone() if storage in seen or not owns_storage else tensor
         seen.add(storage)
     return result
 

@@ -37,9 +37,9 @@ def restored_random_states(states: list[Tensor]) -> Iterator[None]:
     """Set the random states within the context; then restore the previous ones."""
     before = random_states()
 
-    def restore(wanted: list[Tensor]) -> None:
-        torch.set_rng_state(wanted[0])
-        for device, state in enumerate(wanted[1:]):
+    def restore(target: list[Tensor]) -> None:
+        torch.set_rng_state(target[0])
+        for device, state in enumerate(target[1:]):
             torch.cuda.set_rng_state(state, device)
 
     restore(states)

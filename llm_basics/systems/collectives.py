@@ -55,12 +55,12 @@ def ring_all_gather(chunk: Float[Tensor, " chunk"], n: int) -> Float[Tensor, " n
     In step s, rank r forwards chunk `r - s`, received in the previous step.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    whole = chunk.new_empty(n)
-    chunks = whole.split(chunk_sizes(n, world_size))
+    full = chunk.new_empty(n)
+    chunks = full.split(chunk_sizes(n, world_size))
     chunks[rank].copy_(chunk)
     for step in range(world_size - 1):
         exchange(chunks[(rank - step) % world_size], chunks[(rank - step - 1) % world_size])
-    return whole
+    return full
 
 
 def ring_all_reduce(tensor: Float[Tensor, "..."]) -> None:

@@ -27,9 +27,9 @@ def shard(tensor: Float[Tensor, "..."]) -> Float[Tensor, " shard"]:
 
 def unshard(part: Float[Tensor, " shard"], shape: torch.Size) -> Float[Tensor, "..."]:
     """The full tensor, gathered from the shards of all ranks, without padding."""
-    whole = torch.empty(len(part) * dist.get_world_size(), dtype=part.dtype, device=part.device)
-    dist.all_gather_into_tensor(whole, part)
-    return whole[: math.prod(shape)].view(shape)
+    full = torch.empty(len(part) * dist.get_world_size(), dtype=part.dtype, device=part.device)
+    dist.all_gather_into_tensor(full, part)
+    return full[: math.prod(shape)].view(shape)
 
 
 class GatherWeight(torch.autograd.Function):
@@ -131,8 +131,8 @@ class FullyShardedDataParallel(nn.Module):
     def _unpack(self, saved: Tensor | SavedWeight) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        whole = unshard(saved.part.detach().to(saved.dtype), saved.shape)
-        return whole.as_strided(saved.size, saved.stride, saved.offset)
+        full = unshard(saved.part.detach().to(saved.dtype), saved.shape)
+        return full.as_strided(saved.size, saved.stride, saved.offset)
 
     @torch.no_grad()
     def gather_full_params(self) -> dict[str, Tensor]:

@@ -185,9 +185,9 @@ class QuantizedKVCache(layers.KVCache):
         self, key: Float[Tensor, "batch heads new d_head"], value: Float[Tensor, "batch heads new d_head"]
     ) -> tuple[Float[Tensor, "batch heads keys d_head"], Float[Tensor, "batch heads keys d_head"]]:
         """Quantize keys and values of new tokens; returns the dequantized ones of all tokens."""
-        end, room = self.length + key.shape[-2], self._numbers[0].shape[-2]
-        if end > room:
-            raise ValueError(f"the KV cache holds {room} tokens, got token {end}")
+        end, capacity = self.length + key.shape[-2], self._numbers[0].shape[-2]
+        if end > capacity:
+            raise ValueError(f"the KV cache holds {capacity} tokens, got token {end}")
         for x, numbers, scales in zip((key, value), self._numbers, self._scales, strict=True):
             rows = rearrange(x, "batch heads new d_head -> (batch heads new) d_head")
             new_numbers, new_scales = quantize(rows, bits=8)

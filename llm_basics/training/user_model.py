@@ -12,13 +12,13 @@ def check_parameters(model: nn.Module, expected: config.ModelConfig) -> None:
     if not swap.user_pieces():
         return
     with swap.reference_only():
-        wanted = models.TransformerLM(expected, device="meta").state_dict()
+        reference = models.TransformerLM(expected, device="meta").state_dict()
     found = model.state_dict()
-    differences = [f"missing parameter {name}" for name in wanted.keys() - found.keys()]
-    differences += [f"unexpected parameter {name}" for name in found.keys() - wanted.keys()]
+    differences = [f"missing parameter {name}" for name in reference.keys() - found.keys()]
+    differences += [f"unexpected parameter {name}" for name in found.keys() - reference.keys()]
     differences += [
         f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
+        for name, tensor in reference.items()
         if name in found and found[name].shape != tensor.shape
     ]
     if differences:
