@@ -7,7 +7,7 @@ const powers = (from, to) => Array.from({ length: Math.log2(to / from) + 1 }, (_
 const WIDTHS = [32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1600, 2048, 3072, 4096];
 const HEADS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 25, 32];
 
-// an option, its label and what its slider can be; the values of a slider may depend on other options
+// an option, its label and the values of its slider, which may depend on other options
 const SLIDERS = [
   ["model.d_model", "d_model", () => WIDTHS], ["model.n_layers", "n_layers", () => [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48]],
   // an even width of a head, as rotary positions need
@@ -58,7 +58,7 @@ class Config {
     return this.update();
   }
 
-  // the steps of a slider, with the value that it has
+  // the steps of a slider, including its current value
   steps(name, list) {
     const found = list(this.values);
     const value = this.values[name];
@@ -99,7 +99,7 @@ class Config {
     await this.latest("memory", (found) => this.drawMemory(found));
   });
 
-  // one request at a time, and then for what is asked last
+  // one request at a time, then one for the latest values
   async latest(name, draw) {
     this.running ??= {};
     if (this.running[name]) return;

@@ -1,4 +1,4 @@
-// Elements, numbers and words of the page. Text goes in through textContent only.
+// Elements, numbers and texts of the page. Text is inserted by textContent only.
 
 export function h(tag, props = {}, ...children) {
   const element = document.createElement(tag);
@@ -102,7 +102,7 @@ export function message(text, isError = false) {
   timer = setTimeout(() => (place.className = ""), isError ? 9000 : 3500);
 }
 
-// run an action; what fails is shown
+// run an action; errors are shown
 export const guarded = (action) => async (...given) => {
   try {
     return await action(...given);
@@ -119,7 +119,7 @@ export function later(action, milliseconds = 150) {
   };
 }
 
-// a row of buttons of which one is chosen
+// a row of buttons, one of them selected
 export function segmented(label, options, value, onchange) {
   const buttons = options.map(([key, text]) =>
     h("button", { type: "button", "aria-pressed": String(key === value), onclick: () => choose(key) }, text));

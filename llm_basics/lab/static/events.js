@@ -1,4 +1,4 @@
-// What happened in a run, in words.
+// Events of a run as text.
 
 import { number } from "./dom.js";
 

@@ -54,7 +54,7 @@ class Inside {
     panel.element.setAttribute("aria-busy", "true");
     try {
       const found = await panel.load({ ...this.chosen }, text);
-      // an older answer must not replace a newer one
+      // an older response must not replace a newer one
       if (mine === this.current) panel.draw(found, step, text);
     } finally {
       if (mine === this.current) panel.element.removeAttribute("aria-busy");

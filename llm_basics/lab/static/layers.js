@@ -7,7 +7,7 @@ import { clear, field, guarded, h, later, number, term, visible } from "./dom.js
 const nameOf = (layer) => (layer < 0 ? "embedding" : `layer ${layer}`);
 const short = (name) => name.replace(/\.weight$/, "").replace(/_proj$/, "").replace("output", "out");
 
-// what both kinds of panel share: bars of this text, a table of weights, a curve over the checkpoints seen
+// common to both kinds of panel: bars of this text, a table of weights, a curve over the loaded checkpoints
 class Layers {
   constructor(path, title, key, lead, about) {
     Object.assign(this, { path, traced: new Map(), of: "" });

@@ -19,7 +19,7 @@ export async function show(place) {
   return () => clearInterval(timer);
 }
 
-// what the list says beside a step
+// labels of a step's status in the list
 function stateOf({ status, is_current: isCurrent }) {
   if (status === "not started") return isCurrent ? "" : "not checked";
   return isCurrent ? status : "changed";
@@ -70,7 +70,7 @@ class Learn {
   }
 
   choose = guarded(async (name) => {
-    // an answer that is older than the last choice is not drawn
+    // ignore a response that is older than the last selection
     this.chosen = name;
     sessionStorage.setItem("step", name);
     const focused = this.list.contains(document.activeElement);
@@ -101,7 +101,7 @@ class Learn {
           : `${learn} check ${lesson.name} --mine ${file}`))));
   }
 
-  // the newest run with pieces of the learner's, over its reference
+  // the newest run with user pieces, over its reference
   async drawRace() {
     const [race] = await get("/api/learn/races");
     clear(this.race, h("div", { class: "bar" }, h("h2", {}, "Your model")));

@@ -71,7 +71,7 @@ document.getElementById("theme").addEventListener("click", () => {
 theme();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => window.dispatchEvent(new Event("themechange")));
 explainTerms();
-// without its explanations the page works too, and says itself what is missing
+// the page also works without explanations; requests of the views report errors
 await get("/api/terms").then(learnTerms, () => {});
 window.addEventListener("hashchange", go);
 go();

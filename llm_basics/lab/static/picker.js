@@ -1,4 +1,4 @@
-// Which run and which of its checkpoints: a list of runs and a slider, which can play.
+// Selection of a run and a checkpoint: a list of runs and a slider, which can play.
 
 import { get } from "./api.js";
 import { clear, empty, field, guarded, h, later, number, term } from "./dom.js";

@@ -145,7 +145,7 @@ class Playground {
   }
 }
 
-// a model and what it has written; a turn: {role, text, tokens, element}
+// a model and its generated text; a turn: {role, text, tokens, element}
 class Lane {
   constructor(play) {
     Object.assign(this, { play, turns: [], chosen: null, isChat: false, sample: "", abort: null });
@@ -170,7 +170,7 @@ class Lane {
     this.reset();
   }
 
-  // what the run itself was asked while it trained
+  // the question or text of the last sample in training
   example(mode) {
     const question = /<\|user\|>(.*?)<\|end\|>/s.exec(this.sample)?.[1] ?? "";
     return mode === "chat" ? question : question ? "" : this.sample;
@@ -205,7 +205,7 @@ class Lane {
     const abort = (this.abort = new AbortController());
     this.play.popover.hidden = true;
     this.play.idle();
-    // what came after the turn is no longer what was said
+    // the following turns are no longer valid
     for (const later of this.turns.splice(this.turns.indexOf(turn) + 1)) later.element.remove();
     Object.assign(turn, { tokens: [], text: "" });
     clear(turn.element);

@@ -104,7 +104,7 @@ class Run {
     this.drawCheckpoints();
     this.drawOptions();
     this.drawLog();
-    // a long file takes several answers: its curves grow meanwhile
+    // a long file takes several responses, and its curves grow
     while (!metrics.is_complete && !this.isClosed) {
       metrics = await read();
       this.series = new Series(metrics.series);

@@ -46,7 +46,7 @@ export async function show(place) {
   };
   let shown = new Map();
 
-  // all rows, or only the one of the run `id` where the order is as before
+  // all rows, or only that of the run `id` if the order is unchanged
   function draw(id) {
     const found = matching();
     count.textContent = `${found.length} of ${rows.size}`;
@@ -64,7 +64,7 @@ export async function show(place) {
     if (focused) list.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   }
 
-  // a training run changes all the time: its curve is read anew every few seconds
+  // the curve of a training run is refreshed every few seconds
   let isDue = false;
   const redrawLater = () => {
     if (isDue) return;

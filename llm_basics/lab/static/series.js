@@ -1,6 +1,6 @@
 // Metrics of a run as points of curves, kept up to date from the live stream.
 
-// the first steps of all runs are alike
+// the first steps of all runs are similar
 const FIRST_COMPARED = 20;
 
 export function pointsOf(buckets) {
@@ -58,7 +58,7 @@ export class Series {
     return (this.points.get("train_loss") ?? []).findLast((p) => p.x <= step)?.y ?? null;
   }
 
-  // where most of the last losses lie, each beside the band at its step; null before there are some
+  // the position of most recent losses relative to the band at their steps; null without losses
   isNormal(band) {
     const last = band.steps.at(-1);
     const known = (this.points.get("train_loss") ?? []).filter((p) => p.y !== null && p.x >= FIRST_COMPARED && p.x <= last).slice(-5);

@@ -14,7 +14,7 @@ export class Steer {
     this.element = h("section", { class: "card steer", hidden: true });
   }
 
-  // options: those of the run now
+  // options: the current ones of the run
   draw(options, isTraining) {
     this.element.hidden = !isTraining && !this.requests.length;
     if (!isTraining) this.requests.filter((each) => each.state === "pending").forEach((each) =>
