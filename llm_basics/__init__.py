@@ -5,7 +5,7 @@
     core           the model, its training and its tokenizer, written by hand
     runs           the run directory, the only interface between programs
     user_code      a Python file of yours with pieces
-    systems        what runs beneath a model, written by hand: FlashAttention, parallel training
+    systems        beneath a model, by hand: FlashAttention, parallel training
     alignment      post-training by hand: policy gradients, GRPO, DPO, LoRA
     quality        data quality by hand: masks, Gopher rules, duplicate lines, MinHash
     fast           fast implementations of core's pieces: Numba on CPU, Triton on GPU

@@ -221,7 +221,7 @@ def divide(trial_runs: Sequence[TrialRun], groups: Sequence[compare.Group]) -> l
 
 
 def _shape(group: Sequence[TrialRun], options: config.Config) -> config.ModelConfig:
-    """The trained model's config, whose vocabulary size comes from the tokenizer."""
+    """The trained model's config, with the vocabulary size of the tokenizer."""
     for trial_run in group:
         if _has_begun(trial_run) and (shape := run_data.read(str(trial_run.folder)).shape) is not None:
             return shape

@@ -23,7 +23,7 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(options: dict[str, Any]) -> dict[str, Any]:
-    """Nest options with dotted names, the inverse of `flat`; nested options stay as they are.
+    """Nest options with dotted names, the inverse of `flat`; nested options are unchanged.
 
     >>> nest({"data": "a.txt", "train.lr": 1, "train": {"steps": 5}})
     {'data': 'a.txt', 'train': {'lr': 1, 'steps': 5}}

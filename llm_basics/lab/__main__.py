@@ -35,7 +35,7 @@ class LabConfig:
     runs: str = str(run_dir.RUNS)
     """Folder of run directories."""
     data: tuple[str, ...] = ()
-    """Training texts that a run can be started on, besides stdlib; as --data of train."""
+    """Training texts for new runs, in addition to stdlib; as --data of train."""
     mine: str = "mine.py"
     """Python file with your pieces, whose progress the page shows."""
     device: str = "cpu"

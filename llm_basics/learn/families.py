@@ -30,7 +30,7 @@ Equal = Callable[[int, probes.Observation], bool]
 def find(
     step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int], equal: Equal
 ) -> probes.Mistake | None:
-    """The mistake that gives the same observations on all probes with some value of its parameter.
+    """The mistake with the same observations on all probes for some value of its parameter.
 
     `equal(i, known)` compares the observation of probe i.
     """

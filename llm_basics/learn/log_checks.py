@@ -102,8 +102,8 @@ def of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         )
 
 
-def _counted(found: Sequence[Any], what: str) -> str:
-    return f"{len(found)} {what}{'s' if len(found) > 1 else ''}"
+def _counted(found: Sequence[Any], noun: str) -> str:
+    return f"{len(found)} {noun}{'s' if len(found) > 1 else ''}"
 
 
 def _leaks(

@@ -129,7 +129,7 @@ def _names_of(wrong: Any) -> list[tuple[str, str]]:
                     return [(step, mistake.name)]
     if isinstance(wrong, type) and wrong.__name__ == "Both":
         return [name for base in wrong.__bases__ for name in _names_of(base)]
-    raise ValueError(f"ranks must know where a piece comes from: a file or the catalogue, got {wrong!r}")
+    raise ValueError(f"pieces on several ranks must be from a file or the catalogue, got {wrong!r}")
 
 
 def _to_tensors(value: Any) -> Any:

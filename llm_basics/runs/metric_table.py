@@ -30,7 +30,7 @@ class Line:
     train_loss: float
     """Cross-entropy of a step's batch in nats per token: -ln of the probability of the token that follows."""
     val_loss: float
-    """Cross-entropy on held-out text, which is not trained on: it shows what is learned, not memorized."""
+    """Cross-entropy on held-out text, which is not trained on: it measures generalization."""
     perplexity: float
     """exp(val_loss): as uncertain as a choice among this many equally likely tokens."""
     bits_per_byte: float

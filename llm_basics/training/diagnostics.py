@@ -56,7 +56,7 @@ class SpikeDetector:
         return {"losses": list(self.losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore a state from `state`."""
         self.losses = deque(state["losses"], maxlen=self.losses.maxlen)
 
 

@@ -14,7 +14,7 @@ from llm_basics.training import distributed, job_errors, loop, lr_finder, memory
 # timeout for loggers to finish after a stop signal
 CLOSE_SECONDS = 2.0
 
-# exit statuses besides 0, those of signals and those of `parse.exit_on_error`
+# exit statuses in addition to 0, those of signals and those of `parse.exit_on_error`
 NOT_SAME, NO_RATE = 1, 5
 
 

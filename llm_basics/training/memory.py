@@ -296,7 +296,7 @@ def available(device: torch.device) -> int | None:
     """Bytes that this process can still allocate on `device`; None if unknown.
 
     On a CPU the minimum of the machine's available memory, its control groups' limits (containers) and
-    `ulimit -v`; on CUDA the free memory, plus what torch's allocator holds unused.
+    `ulimit -v`; on CUDA the free memory, plus unused memory of torch's allocator.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

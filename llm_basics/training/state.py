@@ -1,4 +1,4 @@
-"""The state of a training run: what `loop.fit` updates, and what a checkpoint stores."""
+"""The state of a training run, updated by `loop.fit` and stored in checkpoints."""
 
 import contextlib
 import dataclasses

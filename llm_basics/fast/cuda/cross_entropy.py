@@ -102,8 +102,8 @@ def replace_by_gradient_(
 ) -> Float[Tensor, " tokens"]:
     """Return each token's float32 loss over its first `vocab_size` logits; replace `logits` by the gradient.
 
-    The gradient is that of the summed losses; no second tensor of this size exists. An invalid target gives
-    a loss of NaN, since a kernel cannot raise an error.
+    The gradient is that of the summed losses; no second tensor of this size is allocated. The loss of an
+    invalid target is NaN, since a kernel cannot raise an error.
     """
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     block = triton_jit.block_size(vocab_size, BLOCK)

@@ -30,8 +30,8 @@ GROWABLE = ("pairs", "positions", "heap", "heap_counts", "tokens", "new_pairs", 
 class Merger(NamedTuple):
     """All words in one array of symbols, with borders between them, and all pairs of neighbors.
 
-    A token occupies the positions of its bytes. `symbols` holds it at the first and the last of them, where
-    its neighbors read it; `pair_at` holds at the first the pair that begins there.
+    A token occupies the positions of its bytes. `symbols` stores it at the first and the last of them, where
+    its neighbors read it; `pair_at` stores at the first the pair that starts there.
     """
 
     symbols: np.ndarray

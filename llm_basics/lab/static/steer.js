@@ -52,7 +52,7 @@ export class Steer {
     this.drawRequests();
   });
 
-  // the answers are events of the run
+  // the responses are events of the run
   settle(events) {
     this.events = events;
     const answers = new Map(events.filter((event) => event.id).map((event) => [event.id, event]));
