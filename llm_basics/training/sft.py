@@ -97,7 +97,7 @@ class SftState(state.TrainingState):
         end, most = self.tokenizer.special_id(chat_template.END), self.options.train.sample_tokens
         prompt = torch.tensor(case.ids, device=self.device)
         with self._eager():
-            # generation advances the random state, on which training must not depend
+            # a separate generator, so that training does not depend on when replies are generated
             own = torch.Generator()
             tokens = generate.generate(self.model, prompt, most, 0.0, stop_id=end, generator=own)
             ids = list(signals.polled(tokens))

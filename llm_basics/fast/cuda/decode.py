@@ -94,7 +94,7 @@ def project_heads(
             x,
             *_norm_pointers(norm, x),
             *weights,
-            # unused pointers must be valid tensors, and are never read
+            # x as the pointer of absent parameters, which is never read
             *(biases if has_bias else (x, x, x)),
             *(heads.head_norms or (x, x)),
             *(heads.rope or (x, x)),
