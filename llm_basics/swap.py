@@ -106,9 +106,9 @@ def use(
 ) -> None:
     """Use the fast implementations ("fast"), or the pieces of a Python file, until the program ends.
 
-    Without torch, the modules of core that are loaded get their fast implementations, all others with it.
-    `prepare` receives the module of the file before its pieces are taken from it. Raises ValueError, with
-    nothing replaced, for a file that does not run or has a piece that does not fit.
+    Until torch is imported, only loaded modules of core are replaced by their fast implementations.
+    `prepare` is called with the module of the file before its pieces are used. Raises ValueError, with
+    nothing replaced, for a file that fails to run or has a piece with another signature.
     """
     if str(what) == "fast":
         _use_fast(log)
@@ -311,7 +311,7 @@ def _fast_implementations() -> Iterator[tuple[str, object]]:
     loaded = [home for home in WITH_FAST if f"{CORE}.{home}" in sys.modules]
     for home in WITH_FAST if "torch" in sys.modules or not loaded else loaded:
         path = f"{FAST}.{home}"
-        # a fast class may inherit from its reference, so import it while no piece is replaced
+        # a fast class may inherit from its reference, so import it before pieces are replaced
         with contextlib.nullcontext() if path in sys.modules else reference_only():
             fast_module = importlib.import_module(path)
         for name, fast in sorted(vars(fast_module).items()):
