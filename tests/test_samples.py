@@ -78,7 +78,7 @@ def test_a_pipe_gets_prompt_and_text_as_one_and_a_file_has_them_apart(folder, tm
     with pytest.raises(SystemExit, match="0"):
         program("--help")
     words = re.sub(r"[^\w;,:.]+", " ", capsys.readouterr().out)
-    assert "bold on a terminal, as one text in a pipe; out has them apart." in words
+    assert "bold on a terminal, as one text in a pipe; separate fields with out." in words
 
 
 def test_text_is_streamed(folder, monkeypatch):
