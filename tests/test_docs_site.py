@@ -53,6 +53,16 @@ def test_links_of_the_site_stay_in_it(site):
     assert n_links > 60
 
 
+def test_figures_of_the_concepts_are_light_and_dark_and_small():
+    sizes = {path.name: path.stat().st_size for path in (documents.ROOT / "docs/concepts").glob("*.png")}
+    light = {name for name in sizes if not name.endswith("-dark.png")}
+    assert {name.replace(".png", "-dark.png") for name in light} == sizes.keys() - light
+    assert max(sizes.values()) < 60_000
+    pages = sorted((documents.ROOT / "docs").glob("concepts*.md"))
+    shown = {Path(link).name for page in pages for link in documents.links(page) if link.endswith(".png")}
+    assert shown == set(sizes)
+
+
 def test_the_reference_has_signatures_and_examples(site):
     page = (site / "reference" / "core.md").read_text(encoding="utf-8")
     assert "\nsilu(x: Float[Tensor, '...']) -> Float[Tensor, '...']\n" in page
