@@ -33,7 +33,8 @@ MADE = {
         "model.safetensors",
         "report.json",
     ),
-    *("report.md", "report.html", "results.csv", "results.json", "mine.py", "mine.yaml", "book.txt"),
+    *("report.md", "report.html", "results.csv", "results.json", "book.txt"),
+    *("mine.py", "mine.yaml", "mine.progress.json"),
     *(
         "questions.jsonl",
         "answers.jsonl",
@@ -45,6 +46,7 @@ MADE = {
         "/openapi.json",
     ),
 }
+FOLDERS_MADE = ("runs/", "data/", "path/", "checkpoints/", "llama.cpp/", "submissions/", "reports/")
 FILE = re.compile(r"(?:[\w.{}*-]+/)*[\w.*-]+\.(?:py|md|yaml|yml|json|jsonl|toml|txt|png|cff|html|csv|ipynb)")
 FOLDER = re.compile(r"(?:[\w.-]+/)+")
 
@@ -123,7 +125,7 @@ def file_names(page: Path) -> list[str]:
 
 def is_file_here(name: str) -> bool:
     """Whether a file or folder is in the repository, or is one that programs write."""
-    if name in MADE or name.startswith(("runs/", "data/", "path/", "checkpoints/", "llama.cpp/", "step_")):
+    if name in MADE or name.startswith(FOLDERS_MADE) or name.startswith("step_"):
         return True
     pattern = name.strip("/").replace("NAME", "*")
     bases = (ROOT, PACKAGE, ROOT / "tests", ROOT / "docs" / "lab")

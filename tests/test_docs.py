@@ -144,6 +144,15 @@ def test_every_page_is_in_the_index():
     assert set((documents.ROOT / "docs").glob("*.md")) <= {*linked, index}
 
 
+def test_the_plan_of_a_class_has_every_step():
+    page = (documents.ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    plan = page.partition("## Ten sessions")[2].partition("\n## ")[0]
+    rows = [line for line in plan.splitlines() if re.match(r"\| \d+\.", line)]
+    named = [step for row in rows for step in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert len(rows) == 10
+    assert sorted(named) == sorted(lessons.ORDER)
+
+
 def faults_of_worklog(text: str) -> list[str]:
     """Where a worklog departs from its template and its order."""
     entries = documents.worklog_entries(text)
