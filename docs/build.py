@@ -30,6 +30,12 @@ OTHERS = {
 }
 LINK = re.compile(r"(?:\[([^\]\[]*)(\]\()|(\b(?:src|srcset)=\"))([^)\s\"]+)([)\"])")
 
+# a picture in two versions, which GitHub chooses from by the reader's system
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">\s*'
+    r'<img alt="([^"]*)" src="([^"]+)">\s*</picture>'
+)
+
 # the site's generator, which mkdocs.yml is for
 GENERATOR = "zensical==0.0.73"
 
@@ -69,6 +75,16 @@ def with_lists_apart(text: str) -> str:
     '**Objective:**\\n\\n*   one\\n*   two'
     """
     return re.sub(r"^(\*\*[^*\n]+:\*\*)\n(?=\*   |1\.  )", r"\1\n\n", text, flags=re.MULTILINE)
+
+
+def with_pictures_of_the_scheme(text: str) -> str:
+    """Text with pictures in two versions as two images, of which the site shows that of its color scheme.
+
+    >>> source = '<source media="(prefers-color-scheme: dark)" srcset="b.png">'
+    >>> with_pictures_of_the_scheme(f'<picture>{source}<img alt="a line" src="a.png"></picture>')
+    '![a line](a.png#only-light)\\n![a line](b.png#only-dark)'
+    """
+    return PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +153,8 @@ def write_pages() -> list[Path]:
     for source, page in placed.items():
         page.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
-            text = with_links_of_the_site(source.read_text("utf-8"), source, placed)
+            text = with_pictures_of_the_scheme(source.read_text("utf-8"))
+            text = with_links_of_the_site(text, source, placed)
             page.write_text(with_lists_apart(text), "utf-8")
         else:
             shutil.copyfile(source, page)

@@ -47,10 +47,17 @@ def test_links_of_the_site_stay_in_it(site):
         for link in documents.links(page):
             target = documents.target(page, link)
             assert target.exists() and target.is_relative_to(site), f"{page.name}: {link}"
-            anchor = link.partition("#")[2]
+            anchor = link.partition("#")[2] if target.suffix == ".md" else ""
             assert not anchor or anchor in documents.anchors(target), f"{page.name}: {link}"
             n_links += 1
     assert n_links > 60
+
+
+def test_the_site_chooses_pictures_by_its_color_scheme(site):
+    for name in ("overview", "concepts"):
+        text = (site / f"{name}.md").read_text(encoding="utf-8")
+        assert "<picture>" not in text
+        assert text.count(".png#only-light)") == text.count("-dark.png#only-dark)") > 0
 
 
 def test_figures_of_the_concepts_are_light_and_dark_and_small():
