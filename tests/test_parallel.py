@@ -139,7 +139,7 @@ def test_the_file_of_a_learner_is_used_on_every_rank(tmp_path, monkeypatch):
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
