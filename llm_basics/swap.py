@@ -28,7 +28,17 @@ CORE, FAST, SYSTEMS = "llm_basics.core", "llm_basics.fast", "llm_basics.systems"
 ALIGNMENT, QUALITY = "llm_basics.alignment", "llm_basics.quality"
 
 # modules of core that have fast implementations, in fast/ under the same file name
-WITH_FAST = ("bpe", "tokenizer", "dataloader", "functional", "layers", "optim", "trainer", "generate")
+WITH_FAST = (
+    "bpe",
+    "tokenizer",
+    "dataloader",
+    "functional",
+    "layers",
+    "optim",
+    "trainer",
+    "generate",
+    "evaluate",
+)
 
 # pieces of systems that user code can define, by their home module
 OF_SYSTEMS = {

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from llm_basics import swap
-from llm_basics.core import config, dataloader, layers, model, optim, trainer
+from llm_basics.core import config, dataloader, evaluate, layers, model, optim, trainer
+from llm_basics.fast import evaluate as fast_evaluate
 from llm_basics.fast import kernel_cache, numba_jit
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import trainer as fast
@@ -129,6 +130,37 @@ def test_batches_of_any_size(shape, batch):
     loss, found = gradients(lm, texts, fast.batch_loss)
     assert uses_kernels(loss) and abs(loss.item() - expected.item()) < 1e-5
     assert_same(found, of_weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_matches_the_reference(shape, batch, monkeypatch):
+    n_texts, seq, n_threads = BATCHES[batch]
+    torch.set_num_threads(n_threads)
+    lm = make(**SHAPES[shape]).eval()
+    inputs, targets = random_batch(lm, n_texts, seq)
+    # a third of the targets is right, and some do not count
+    likeliest = lm(inputs).argmax(-1)
+    targets[:, ::3], targets[:, 1::4] = likeliest[:, ::3], dataloader.IGNORE_INDEX
+    expected = evaluate.batch_metrics(lm, inputs, targets)
+    assert expected[1] > 0
+    monkeypatch.setattr(fast_evaluate, "reference_metrics", pytest.fail)
+    found = fast_evaluate.batch_metrics(lm, inputs, targets)
+    assert found[1] == expected[1] and found[0] == pytest.approx(expected[0], rel=2e-6)
+    # nothing is left of the batch before
+    assert fast_evaluate.batch_metrics(lm, inputs, targets) == found
+    assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+@torch.no_grad()
+def test_evaluation_of_no_targets_and_of_other_models():
+    lm = make().eval()
+    inputs, targets = random_batch(lm)
+    nothing = torch.full_like(targets, dataloader.IGNORE_INDEX)
+    assert fast_evaluate.batch_metrics(lm, inputs, nothing) == (0.0, 0)
+    half = make().eval().double()
+    assert fast_evaluate.batch_metrics(half, inputs, targets) == evaluate.batch_metrics(half, inputs, targets)
 
 
 def test_the_same_batch_has_the_same_bits():

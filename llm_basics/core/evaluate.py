@@ -30,10 +30,9 @@ def evaluate(
     loss = correct = n_bytes = 0.0
     n_tokens = 0
     for inputs, targets in batches:
-        logits = F.to_float32(model(inputs))
         counted = targets[targets != dataloader.IGNORE_INDEX]
-        loss += F.cross_entropy(logits, targets).item() * counted.numel()
-        correct += (logits.argmax(-1) == targets).sum().item()
+        batch_loss, n_correct = batch_metrics(model, inputs, targets)
+        loss, correct = loss + batch_loss, correct + n_correct
         n_bytes += token_bytes[counted].sum().item()
         n_tokens += counted.numel()
     model.train(was_training)
@@ -44,6 +43,14 @@ def evaluate(
         "bits_per_byte": loss / math.log(2) / max(n_bytes, 1),
         "accuracy": correct / n_tokens,
     }
+
+
+def batch_metrics(
+    model: nn.Module, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> tuple[float, int]:
+    """The summed loss of a batch, and the number of targets with the highest score."""
+    logits, n_targets = F.to_float32(model(inputs)), int((targets != dataloader.IGNORE_INDEX).sum())
+    return F.cross_entropy(logits, targets).item() * n_targets, int((logits.argmax(-1) == targets).sum())
 
 
 def token_lengths(tokenizer: tokenizers.Tokenizer, size: int) -> Float[Tensor, " vocab"]:

@@ -12,9 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------
-# The learning rate
-
 
 def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
     """The learning rate at `step`: linear warm-up to `max_lr`, cosine decay to `min_lr`, then constant.
@@ -52,10 +49,6 @@ def wsd_schedule(
         return min_lr
     left = (total_steps - step) / max(decay_steps, 1)
     return min_lr + (max_lr - min_lr) * min(left, 1.0)
-
-
-# --------------------------------------------------------------------------------------------------
-# The gradient
 
 
 @torch.no_grad()

@@ -181,8 +181,10 @@ def trial(options: config.Config, make_optimizer: OptimizerMaker, batch_loss: Lo
             ledger.label("optimizer", _tensors_of(optimizer))
         del loss
         ledger.end_phase("training")
+        logits: Tensor | None = None
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            for _ in range(2):  # as evaluate.evaluate, which has the logits of two batches at once
+            # as evaluate.evaluate, which has the logits of two batches at once; the kernels have none
+            for _ in range(0 if is_by_kernels else 2):
                 logits = F.to_float32(model.eval()(inputs))
                 F.cross_entropy(logits, targets)
         del logits

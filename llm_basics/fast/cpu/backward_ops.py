@@ -177,19 +177,25 @@ def activate_backward(kind: int, hidden: int, gated: int, n: int, dy: int, dgate
 
 
 @numba_jit.summing
-def cross_entropy(logits: np.ndarray, n: int, target: int, z_loss: float, weight: float) -> float:
-    """Cross-entropy with z-loss of one token over `n` logits, which are replaced by `weight` x gradient.
-
-    The gradient is `softmax(logits) - one_hot(target)`, scaled by the slope of the z-loss.
-    """
-    total, weight_f32 = ZERO, np.float32(weight)
-    n_whole = n - n % matmul.VECTOR
+def log_sum_exp(logits: np.ndarray, n: int) -> np.float32:
+    """`log sum exp` of `n` logits."""
+    total, n_whole = ZERO, n - n % matmul.VECTOR
     maximum = matmul.maximum(logits.ctypes.data, n_whole)
     for i in range(n_whole, n):
         maximum = max(maximum, logits[i])
     for i in range(n):
         total += vectors.exp(logits[i] - maximum)
-    size, target_logit = maximum + np.float32(math.log(total)), logits[target]
+    return maximum + np.float32(math.log(total))
+
+
+@numba_jit.summing
+def cross_entropy(logits: np.ndarray, n: int, target: int, z_loss: float, weight: float) -> float:
+    """Cross-entropy with z-loss of one token over `n` logits, which are replaced by `weight` x gradient.
+
+    The gradient is `softmax(logits) - one_hot(target)`, scaled by the slope of the z-loss.
+    """
+    weight_f32 = np.float32(weight)
+    size, target_logit = log_sum_exp(logits, n), logits[target]
     scale_all = (ONE + TWO * np.float32(z_loss) * size) * weight_f32
     for i in range(n):
         logits[i] = scale_all * vectors.exp(logits[i] - size)

@@ -28,7 +28,8 @@ from llm_basics.fast.cpu import attention, backward_ops, matmul, vectors
     ACTIVATE,  # hidden, gated, out
     ACTIVATE_BACKWARD,  # hidden, gated, dout (becomes dhidden), dgated, out
     LOSS,  # x, packed weight, weight, logits, dx, dweight
-) = range(15)
+    EVALUATE,  # x, packed weight, logits, n_correct (a float)
+) = range(16)
 
 # columns of the table: an operation and its arguments
 STEP_LENGTH = 10
@@ -83,7 +84,7 @@ def learn(
 ) -> float:
     """Run a program on `chunk_size` tokens at a time (a multiple of `task.seq`); returns the summed loss.
 
-    Gradients are accumulated.
+    Gradients, or the number of correct predictions, are accumulated.
     """
     total = 0.0
     for first in range(0, len(tokens), chunk_size):
@@ -92,6 +93,8 @@ def learn(
             step = program[index]
             if step[0] == LOSS:
                 total += loss(step, chunk_targets, task, workspace)
+            elif step[0] == EVALUATE:
+                total += evaluate(step, chunk_targets, task, workspace)
             elif step[0] in (ATTEND, ATTEND_BACKWARD, ROPE, ROPE_BACKWARD):
                 attend(step, len(chunk), task, workspace, attention_workspace)
             elif step[0] in (PROJECT, PROJECT_BACKWARD, WEIGHT_GRADIENT):
@@ -192,4 +195,21 @@ def loss(step: np.ndarray, targets: np.ndarray, task: Task, workspace: Workspace
             d,
             n,
         )
+    return total
+
+
+@numba_jit.summing
+def evaluate(step: np.ndarray, targets: np.ndarray, task: Task, workspace: Workspace) -> float:
+    """The summed loss of hidden states; counts the targets with the highest logit."""
+    x, packed, logits, n_correct = step[1], step[2], step[3], numba_jit.array(step[4], (1,))
+    total, d, width = 0.0, task.d_model, matmul.padded(task.n_rows)
+    zeros, logits_matrix = matmul.broadcast_at(workspace.zeros), matmul.rows_at(logits, width)
+    for first in range(0, len(targets), LOSS_TOKENS):
+        n, rows = min(LOSS_TOKENS, len(targets) - first), matmul.rows_at(x + 4 * first * d, d)
+        matmul.product(rows, matmul.packed(packed, d), zeros, logits_matrix, n, task.n_rows, d)
+        for t in range(n):
+            row, target = numba_jit.row(logits, t, width)[: task.vocab_size], targets[first + t]
+            if target != IGNORE_INDEX:
+                total += backward_ops.log_sum_exp(row, task.vocab_size) - row[target]
+                n_correct[0] += np.float32(vectors.highest(row) == target)
     return total

@@ -4,7 +4,7 @@ A part that a model lacks gets a neutral value (a bias of 0, a rotation by 0), a
 memory. Activations are (token, feature), weights as in the model or packed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,12 +60,16 @@ class Program:
         # keeps tensors alive whose addresses the program holds
         self.kept_alive: list[Tensor] = list(packed.values())
         self.steps: list[tuple[int, ...]] = []
+        self.n_correct = torch.zeros(1)
         self._allocate(model)
         self._write_forward()
+        # of the backward pass, the final norm
+        n_forward = len(self.steps) + 1
         self._write_backward()
-        self.table = np.zeros((len(self.steps), interpreter.STEP_LENGTH), np.int64)
-        for row, step in zip(self.table, self.steps, strict=True):
-            row[: len(step)] = step
+        self.table = _table(self.steps)
+        head = address(self.packed["lm_head.weight"]), address(self.logits), address(self.n_correct)
+        evaluation = (interpreter.EVALUATE, address(self.normed), *head)
+        self.evaluation = _table([*self.steps[:n_forward], evaluation])
 
     def _allocate(self, model: models.TransformerLM) -> None:
         c, n = self.shape, self.n
@@ -248,6 +252,13 @@ class Program:
 
     def _add(self, step: int, *arguments: Any) -> None:
         self.steps.append((step, *map(address, arguments)))
+
+
+def _table(steps: Sequence[tuple[int, ...]]) -> np.ndarray:
+    table = np.zeros((len(steps), interpreter.STEP_LENGTH), np.int64)
+    for row, step in zip(table, steps, strict=True):
+        row[: len(step)] = step
+    return table
 
 
 def has_data(tensor: Tensor) -> bool:

@@ -132,7 +132,8 @@ class Learner:
 
         The loss of fake tensors, with which memory is estimated, is 0.
         """
-        loss = self._run(inputs, targets, z_loss) if tape.has_data(inputs) else 0.0
+        n_targets = max(1, int((targets != dataloader.IGNORE_INDEX).sum())) if tape.has_data(inputs) else 1
+        loss = self._run(inputs, targets, z_loss, n_targets) / n_targets if tape.has_data(inputs) else 0.0
         first, *rows = [own.row for own in self.programs]
         total = first + rows[0] if rows else first.clone()
         for row in rows[1:]:
@@ -141,25 +142,38 @@ class Learner:
         shaped = zip(parts, self.parameters, strict=True)
         return loss, [part.view(parameter.shape) for part, parameter in shaped]
 
+    def evaluate(
+        self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+    ) -> tuple[float, int]:
+        """The summed loss over targets that are not ignored, and how many of them have the highest logit."""
+        loss = self._run(inputs, targets, 0.0, None)
+        return loss, sum(int(own.n_correct) for own in self.programs)
+
     def _run(
-        self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
+        self,
+        inputs: Int[Tensor, "batch seq"],
+        targets: Int[Tensor, "batch seq"],
+        z_loss: float,
+        n_targets: int | None,
     ) -> float:
-        """The mean loss; leaves each thread's gradients in the `row` of its program."""
+        """The summed loss; leaves each thread's gradients of the mean over `n_targets` in its `row`.
+
+        Without `n_targets`, only the forward pass, and the number of correct predictions in `n_correct`.
+        """
         for name, weight in self.projections.items():
             d_out, d_in = weight.shape
             matmul.pack(weight.data_ptr(), d_in, d_out, d_in, self.packed[name].data_ptr())
         tokens, answers = inputs.contiguous().numpy(), targets.contiguous().numpy()
-        n_targets = max(1, int(np.count_nonzero(answers != dataloader.IGNORE_INDEX)))
         n_threads, seq = len(self.programs), inputs.shape[1]
-        task = self.task._replace(seq=seq, z_loss=z_loss, share=1 / n_targets)
+        task = self.task._replace(seq=seq, z_loss=z_loss, share=1 / (n_targets or 1))
         ends = [i * len(tokens) // n_threads for i in range(n_threads + 1)]
 
         def work(number: int) -> float:
             own, texts = self.programs[number], slice(ends[number], ends[number + 1])
             # torch would start OpenMP threads for this thread, more than there are cores
-            own.row.numpy().fill(0)
+            (own.n_correct if n_targets is None else own.row).numpy().fill(0)
             return interpreter.learn(
-                own.table,
+                own.evaluation if n_targets is None else own.table,
                 tokens[texts].reshape(-1),
                 answers[texts].reshape(-1),
                 max(1, TOKENS // seq) * seq,
@@ -168,13 +182,15 @@ class Learner:
                 own.of_heads,
             )
 
-        return sum(threads.parallel_map(work, n_threads)) / n_targets
+        return sum(threads.parallel_map(work, n_threads))
 
 
 def compile_kernels() -> None:
     """Run every kernel of a training step once."""
     shape = config.ModelConfig(256, 8, d_model=4 * matmul.VECTOR, n_layers=1, n_heads=4)
     model, tokens = models.TransformerLM(shape), torch.zeros(1, 8, dtype=torch.long)
-    Learner(model, 1).learn(tokens, tokens, 0.0)
+    learner = Learner(model, 1)
+    learner.learn(tokens, tokens, 0.0)
+    learner.evaluate(tokens, tokens)
     nothing = np.empty((0, 3), np.int64)
     muon.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)
