@@ -250,6 +250,9 @@ def main() -> int:
     parser.add_argument("--run", action="store_true", help="make each mistake, and check it")
     options = parser.parse_args()
     before = WORKLOG.read_text(encoding="utf-8")
+    if missing := set(lessons.ORDER) - {name for name, _ in MARK.findall(before)}:
+        names = ", ".join(sorted(missing))
+        parser.error(f"{WORKLOG.name} has no entry for {names}; add one by the template at its end")
     after = filled(before, run if options.run else None)
     WORKLOG.write_text(after, encoding="utf-8")
     print("nothing has changed" if after == before else f"{WORKLOG.name} is up to date now")

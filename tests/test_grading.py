@@ -71,7 +71,10 @@ def test_every_probe_names_the_sentence_it_stands_on_or_says_why_it_is_asked(nam
             assert bool(probe.contract) != bool(probe.beyond), probe.about
             assert not probe.contract or probe.contract in grading.CONTRACT, probe.about
         else:
-            assert not probe.contract and not probe.beyond, f"{probe.about}: no function of the assignment"
+            others = ", ".join(recorder.used - grading.PUBLIC)
+            assert not probe.contract and not probe.beyond, (
+                f"{probe.about}: the public assignment has no {others}, so give neither contract nor beyond"
+            )
 
 
 def test_the_contract_has_the_functions_of_the_public_assignment():
