@@ -127,6 +127,7 @@ OF_TORCH = {
     "cross_entropy": {"functional.cross_entropy": _cross_entropy},
     "silu": {"functional.silu": tF.silu},
     "gelu": {"functional.gelu": lambda x, approximate="none": tF.gelu(x, approximate=approximate)},
+    "relu2": {"functional.relu2": lambda x: tF.relu(x).square()},
     "swiglu": {
         "functional.swiglu": lambda x, w1, w2, w3: tF.linear(tF.silu(tF.linear(x, w1)) * tF.linear(x, w3), w2)
     },

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "lessons"
 # post-training
 COURSES = {
     "basics": (
-        "linear embedding softmax cross_entropy silu gelu swiglu rms_norm layer_norm rope attention "
+        "linear embedding softmax cross_entropy silu gelu relu2 swiglu rms_norm layer_norm rope attention "
         "multi_head block transformer adamw clipping schedule batches bpe tokenizer train_step evaluation "
         "sampling"
     ).split(),
