@@ -15,13 +15,13 @@ import torch
 from llm_basics.core import functional as F
 from llm_basics.data import chat_template
 from llm_basics.inference import engine
-from llm_basics.runs import follow, locks, run_dir
+from llm_basics.runs import follow, locks, run_dir, tail
 
 pytest.importorskip("fastapi", reason="needs uv sync --extra lab")
 
 from fastapi import testclient
 
-from llm_basics.lab import app, catalog, jobs, live, run_routes, service
+from llm_basics.lab import app, catalog, jobs, live, rollouts, run_routes, service
 
 TOKEN = "token-of-the-tests"
 BASE = "http://127.0.0.1:8100"
@@ -153,6 +153,14 @@ HOSTILE = [
 ]
 
 
+HOSTILE_ROLLOUTS = [
+    '{"step": 1, "attempt": 1, "group": [], "text": 3, "reward": NaN, "tokens": 5}\n',
+    '{"step": 1, "attempt": 1, "text": "\\ud800<b>", "reward": true, "advantage": "1"}\n',
+    '{"step": 1, "attempt": 1, broken\n[1]\n\0\n',
+    '{"step": 1, "attempt": 1, "group": 0, "text": "torn',
+]
+
+
 def test_hostile_names_and_files_do_not_break_the_list(client, untrained_run, tmp_path):
     for name in HOSTILE:
         folder = untrained_run(name)
@@ -161,16 +169,21 @@ def test_hostile_names_and_files_do_not_break_the_list(client, untrained_run, tm
         lines += ['{"step": 3, "train_loss": "4", "\\ud800": 1, "lr": {"a": []}}\n', '{"step": 4, "tra']
         write_metrics(folder, lines)
         (folder / run_dir.SAMPLES).write_text('{"text": "\\ud800<script>"}\n{"torn')
+        (folder / run_dir.ROLLOUTS).write_text("".join(HOSTILE_ROLLOUTS))
     (tmp_path / "no config").mkdir()
     broken = untrained_run("broken")
     (broken / "config.json").write_text('{"train": {"steps": "x"}, "config": [], "model": 3}')
     assert len(get(client, "/api/runs")) == len(HOSTILE) + 1
     for id in (run["id"] for run in get(client, "/api/runs")):
-        for path in ("", "/metrics", "/samples", "/events", "/log", "/checkpoints", "/findings"):
+        for path in ("", "/metrics", "/samples", "/events", "/log", "/checkpoints", "/findings", "/rollouts"):
             get(client, f"/api/runs/{id}{path}")
     found = get(client, f"/api/runs/{catalog.id_of(tmp_path / HOSTILE[0])}/metrics")
     assert found["series"]["train_loss"]["nonfinite"] == [1, 1, 0] and found["is_complete"]
     assert found["series"]["train_loss"]["last"] == [None, None, 4]
+    found = get(client, f"/api/runs/{catalog.id_of(tmp_path / HOSTILE[0])}/rollouts")
+    (group,) = found["groups"]
+    texts = [(each["text"], each["reward"], each["advantage"]) for each in group["responses"]]
+    assert found["steps"] == [1] and texts == [("", None, None), ("?<b>", None, None)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,6 +260,65 @@ def test_the_stream_of_the_list_has_new_and_deleted_runs(lab, run, untrained_run
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+def write_rollouts(folder, step, texts, attempt=1, n_groups=2):
+    """Responses to two prompts, as `post_training.rollouts.as_record` writes them."""
+    with open(folder / run_dir.ROLLOUTS, "a") as file:
+        for group in range(n_groups):
+            for i, text in enumerate(texts):
+                entry = {"step": step, "attempt": attempt, "group": group, "prompt": f"prompt {group}"}
+                entry |= {"expected": "4", "text": text, "tokens": [1, 2, 3], "ended": i > 0}
+                entry |= {"reward": float(i), "exact": i == 1, "advantage": i - 0.5, "log_probs": None}
+                file.write(json.dumps(entry) + "\n")
+
+
+def test_rollouts_are_those_of_a_step_and_of_the_last_attempt(client, run, tmp_path):
+    folder, path = tmp_path / "one", f"/api/runs/{run}/rollouts"
+    assert get(client, path) == {
+        "steps": [], "step": None, "groups": [], "is_whole": True, "is_complete": True
+    }  # fmt: skip
+    for step in (10, 20, 30):
+        write_rollouts(folder, step, [f"a{step}", f"b{step}"])
+    found = get(client, path)
+    assert (found["steps"], found["step"], len(found["groups"])) == ([10, 20, 30], 30, 2)
+    group = get(client, path, step=20)["groups"][1]
+    assert (group["prompt"], group["expected"]) == ("prompt 1", "4")
+    assert group["responses"] == [
+        {"text": "a20", "reward": 0, "advantage": -0.5, "n_tokens": 3, "is_exact": False, "is_cut_off": True},
+        {"text": "b20", "reward": 1, "advantage": 0.5, "n_tokens": 3, "is_exact": True, "is_cut_off": False},
+    ]
+    # resumed from step 10: what came later is sampled again
+    write_rollouts(folder, 20, ["c20"], attempt=2)
+    found = get(client, path)
+    assert found["steps"] == [10, 20] and found["groups"][0]["responses"][0]["text"] == "c20"
+    assert client.get(path, params={"step": 30}).status_code == 404
+    assert client.get(path, params={"step": -1}).status_code == 422
+    # the file was replaced by a shorter one
+    (folder / run_dir.ROLLOUTS).write_text("")
+    assert get(client, path)["steps"] == []
+
+
+def test_only_the_step_that_is_shown_is_parsed(client, lab, run, tmp_path, monkeypatch):
+    for step in range(1, 40):
+        write_rollouts(tmp_path / "one", step, ["x" * 1000] * 4)
+    size = (tmp_path / "one" / run_dir.ROLLOUTS).stat().st_size
+    n_read = []
+    read = tail.read
+    monkeypatch.setattr(tail, "read", lambda *given: n_read.append(given[2]) or read(*given))
+    found = get(client, f"/api/runs/{run}/rollouts", step=20)
+    assert found["is_whole"] and sum(n_read) < size / 30
+    # neither more of a step than allowed, nor more of a file at once
+    monkeypatch.setattr(rollouts, "MAX_STEP_BYTES", 5000)
+    found = get(client, f"/api/runs/{run}/rollouts", step=20)
+    assert not found["is_whole"] and len(found["groups"][0]["responses"]) == 4 and n_read[-1] == 5000
+    monkeypatch.setattr(tail, "MAX_BYTES", size // 2)
+    other = rollouts.Index(tmp_path / "one" / run_dir.ROLLOUTS)
+    other.update()
+    assert not other.is_complete and len(other.steps) < 25
+    other.update()
+    other.update()
+    assert other.is_complete and other.spans == lab.runs.rollouts(run).spans
 
 
 def test_checkpoints_are_listed_verified_and_deleted(client, run, tmp_path):

@@ -29,6 +29,9 @@ checkpoint by `latest`, `best` or its step. Non-finite numbers are null.
                                               nonfinite seconds}}, names, first_step, last_step, is_complete,
                                               position}; is_complete false: repeat the request
     GET    /api/runs/ID/samples|events        ?skip=0&limit=200: {records, n_total}
+    GET    /api/runs/ID/rollouts              ?step=40: {steps, step, groups: [{prompt expected responses:
+                                              [{text reward advantage n_tokens is_exact is_cut_off}]}],
+                                              is_whole, is_complete}; without `step` the last one
     GET    /api/runs/ID/log                   ?lines=200: {log, output}
     GET    /api/runs/ID/findings              [{sign, cause}]
     GET    /api/runs/ID/checkpoints           [{step val_loss n_bytes time is_latest is_best error}]

@@ -7,18 +7,22 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_basics.analysis import run_summary
 from llm_basics.core import files
+from llm_basics.lab import rollouts
 from llm_basics.runs import checkpoint, locks, metric_table, run_dir, tail
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED = {"newest", "auto"}
 
-# maximum number of metric tables in memory
+# maximum number of metric tables, and of indices of rollouts, in memory
 MAX_TABLES = 16
+
+T = TypeVar("T")
 
 
 class Missing(LookupError):
@@ -50,6 +54,7 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._tables: OrderedDict[tuple[str, int], metric_table.Table] = OrderedDict()
+        self._rollouts: OrderedDict[tuple[str, int], rollouts.Index] = OrderedDict()
         self._summaries: dict[str, tuple[Any, run_summary.Summary]] = {}
         self._lock = threading.Lock()
 
@@ -79,17 +84,27 @@ class Catalog:
 
     def table(self, id: str) -> metric_table.Table:
         """The metrics of a run, read incrementally."""
-        path = self.folder(id) / run_dir.METRICS
+        return self._known(self._tables, metric_table.Table, id, run_dir.METRICS)
+
+    def rollouts(self, id: str) -> rollouts.Index:
+        """The positions of the responses of an rl run in its file, read incrementally."""
+        return self._known(self._rollouts, rollouts.Index, id, run_dir.ROLLOUTS)
+
+    def _known(
+        self, cache: OrderedDict[tuple[str, int], T], make: Callable[[Path], T], id: str, name: str
+    ) -> T:
+        """The cached reader of a file of a run; a new one if the file was replaced."""
+        path = self.folder(id) / name
         try:
             key = (id, path.stat().st_ino)
         except OSError:
             key = (id, 0)
         with self._lock:
-            table = self._tables.setdefault(key, metric_table.Table(path))
-            self._tables.move_to_end(key)
-            while len(self._tables) > MAX_TABLES:
-                self._tables.popitem(last=False)
-        return table
+            found = cache.setdefault(key, make(path))
+            cache.move_to_end(key)
+            while len(cache) > MAX_TABLES:
+                cache.popitem(last=False)
+        return found
 
     # -- one run ----------------------------------------------------------------------------------
 

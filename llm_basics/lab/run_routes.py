@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from llm_basics.analysis import norms, run_summary, terms
 from llm_basics.cli import nested, overrides
 from llm_basics.core import config, presets
-from llm_basics.lab import live, run_schemas, service
+from llm_basics.lab import catalog, live, rollouts, run_schemas, service
 from llm_basics.learn import log_checks
 from llm_basics.runs import checkpoint, follow, run_dir, tail
 
@@ -153,6 +153,26 @@ def get_events(id: Id, lab: Lab, skip: Skip = 0, limit: Count = 200) -> run_sche
     """Events by step."""
     records, n_total = tail.records(lab.runs.folder(id) / run_dir.EVENTS, skip, limit)
     return run_schemas.Records(records=records, n_total=n_total)
+
+
+@router.get("/runs/{id}/rollouts")
+def get_rollouts(id: Id, lab: Lab, step: Annotated[int | None, Query(ge=0)] = None) -> run_schemas.Rollouts:
+    """Responses that a run of rl has sampled in a step, by prompt; without `step`, in the last one."""
+    index = lab.runs.rollouts(id)
+    with index.lock:
+        index.update()
+        steps, is_complete = index.steps, index.is_complete
+        chosen = steps[-1] if step is None and steps else step
+        if step is not None and step not in index.spans:
+            raise catalog.Missing(f"the run has no rollouts of step {step}")
+        records, is_whole = index.read(chosen) if chosen is not None else ([], True)
+    return run_schemas.Rollouts(
+        steps=steps,
+        step=chosen,
+        groups=rollouts.grouped(records),
+        is_whole=is_whole,
+        is_complete=is_complete,
+    )
 
 
 @router.get("/runs/{id}/log")

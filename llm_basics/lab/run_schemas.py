@@ -76,6 +76,38 @@ class Records(pydantic.BaseModel):
     n_total: int
 
 
+class Response(pydantic.BaseModel):
+    """A response that a run of rl has sampled."""
+
+    text: str
+    reward: float | None
+    advantage: float | None
+    n_tokens: int | None
+    is_exact: bool
+    is_cut_off: bool
+
+
+class RolloutGroup(pydantic.BaseModel):
+    """A prompt with its responses."""
+
+    prompt: str
+    expected: str
+    responses: list[Response]
+
+
+class Rollouts(pydantic.BaseModel):
+    """The responses of a step, from rollouts.jsonl."""
+
+    steps: list[int]
+    """All steps with responses."""
+    step: int | None
+    groups: list[RolloutGroup]
+    is_whole: bool
+    """False: the step has more responses than are listed."""
+    is_complete: bool
+    """False: a long file is still being read; ask again for more steps."""
+
+
 class LogLines(pydantic.BaseModel):
     """The last lines of the log, and of the output of a process started by this server."""
 
