@@ -32,6 +32,23 @@ function coursesOf(steps) {
   return courses;
 }
 
+// A message of the check, whose lines are wrapped for a terminal: an item begins with an indentation of two, and
+// deeper lines belong to it. The explanation of a mistake is a paragraph of its own.
+function checkOf(message) {
+  const [title, ...rest] = message.split("\n");
+  const items = [];
+  for (const line of rest) {
+    if (/^\s{3,}/.test(line) && items.length) items.at(-1).more.push(line.trim());
+    else if (line.trim()) items.push({ text: line.trim(), more: [] });
+  }
+  const hint = items.find(({ text }) => text.startsWith("next hint: "));
+  const element = ({ text, more }) => (/^(mistake|here it matches|and also): /.test(text)
+    ? h("div", { class: "named" }, h("b", { class: "mistake" }, text), more.length ? h("p", {}, more.join(" ")) : null)
+    : h("p", { class: "difference" }, [text, ...more].join(" ")));
+  return { elements: [h("p", { class: "probe" }, title), ...items.filter((each) => each !== hint).map(element)],
+    hint: hint && [hint.text, ...hint.more].join(" ").replace("next hint: ", "") };
+}
+
 class Learn {
   constructor() {
     this.count = h("span", { class: "muted" });
@@ -83,8 +100,7 @@ class Learn {
   drawLesson(lesson, step) {
     const file = this.course.mine;
     const learn = "uv run python -m llm_basics.learn";
-    const message = step.message ? h("pre", { class: "check" }, step.message.split("\n").map((line) =>
-      h("span", { class: /^\s*mistake: /.test(line) ? "mistake" : "" }, `${line}\n`))) : null;
+    const found = step.message ? checkOf(step.message) : null;
     this.lesson.classList.toggle("beside", stateOf(step) !== "");
     clear(this.lesson,
       h("section", { class: "card lesson" }, h("p", { class: "muted" }, lesson.pieces.join(" · ")), h("h2", {}, lesson.title), h("p", {}, lesson.idea),
@@ -95,8 +111,10 @@ class Learn {
       h("section", { class: `card verdict ${step.status.replace(" ", "-")}` },
         h("div", { class: "bar" }, h("h2", {}, "Last check"), h("span", { class: `chip ${step.status === "passed" ? "accepted" : step.status === "not started" ? "" : "failed"}` }, step.status),
           stateOf(step) === "changed" ? h("span", { class: "muted" }, "the code has changed since") : null),
-        message ?? h("p", { class: "muted" }, stateOf(step) === "" ? "Nothing of this step is in the file yet." : "Not checked since messages are kept."),
+        found?.elements ?? h("p", { class: "muted" }, stateOf(step) === "" ? "Nothing of this step is in the file yet." : "Not checked since messages are kept."),
         lesson.hints.length ? [h("h3", {}, "Hints so far"), ...lesson.hints.map((hint) => h("p", { class: "hinted" }, hint))] : null,
+        found?.hint ? [h("h3", {}, "Next hint"), h("pre", { class: "command" }, h("code", {}, found.hint))] : null,
+        found ? h("h3", {}, "Check again") : null,
         h("pre", { class: "command" }, h("code", {}, stateOf(step) === "" ? `${learn} start ${lesson.name} --into ${file}`
           : `${learn} check ${lesson.name} --mine ${file}`))));
   }
