@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_basics.core import bpe, config, dataloader, trainer
@@ -89,12 +90,26 @@ def copy_run(folder: Path, name: str, lr: float) -> Path:
     return other
 
 
+def write_rollouts(
+    folder: Path, step: int, texts: Sequence[str], attempt: int = 1, n_groups: int = 2
+) -> None:
+    """Responses of a run of rl to two prompts, as `post_training.rollouts.as_record` writes them."""
+    with open(folder / run_dir.ROLLOUTS, "a") as file:
+        for group in range(n_groups):
+            for i, text in enumerate(texts):
+                entry = {"step": step, "attempt": attempt, "group": group, "prompt": f"prompt {group}"}
+                entry |= {"expected": "4", "text": text, "tokens": [1, 2, 3], "ended": i > 0}
+                entry |= {"reward": float(i), "exact": i == 1, "advantage": i - 0.5, "log_probs": None}
+                file.write(json.dumps(entry) + "\n")
+
+
 def make_hostile(folder: Path) -> None:
     """Runs with hostile names, numbers that are none and a torn last line."""
     for name in HOSTILE_NAMES:
         other = copy_run(folder, name, lr=1e-3)
         (other / run_dir.METRICS).write_text("".join(HOSTILE_LINES))
         (other / run_dir.SAMPLES).write_text('{"step": 1, "text": "\\ud800<script>x</script>"}\n{"torn')
+        write_rollouts(other, 1, ["<img src=x onerror=alert(1)>", "\ud800</p><script>x</script>"])
         (other / run_dir.EVENTS).write_text('{"step": 1, "event": "<img src=x onerror=alert(1)>"}\n{"st')
 
 

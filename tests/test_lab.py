@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import lab_server
 import pytest
 import torch
 
@@ -262,24 +263,13 @@ def test_the_stream_of_the_list_has_new_and_deleted_runs(lab, run, untrained_run
 # Checkpoints
 
 
-def write_rollouts(folder, step, texts, attempt=1, n_groups=2):
-    """Responses to two prompts, as `post_training.rollouts.as_record` writes them."""
-    with open(folder / run_dir.ROLLOUTS, "a") as file:
-        for group in range(n_groups):
-            for i, text in enumerate(texts):
-                entry = {"step": step, "attempt": attempt, "group": group, "prompt": f"prompt {group}"}
-                entry |= {"expected": "4", "text": text, "tokens": [1, 2, 3], "ended": i > 0}
-                entry |= {"reward": float(i), "exact": i == 1, "advantage": i - 0.5, "log_probs": None}
-                file.write(json.dumps(entry) + "\n")
-
-
 def test_rollouts_are_those_of_a_step_and_of_the_last_attempt(client, run, tmp_path):
     folder, path = tmp_path / "one", f"/api/runs/{run}/rollouts"
     assert get(client, path) == {
         "steps": [], "step": None, "groups": [], "is_whole": True, "is_complete": True
     }  # fmt: skip
     for step in (10, 20, 30):
-        write_rollouts(folder, step, [f"a{step}", f"b{step}"])
+        lab_server.write_rollouts(folder, step, [f"a{step}", f"b{step}"])
     found = get(client, path)
     assert (found["steps"], found["step"], len(found["groups"])) == ([10, 20, 30], 30, 2)
     group = get(client, path, step=20)["groups"][1]
@@ -289,7 +279,7 @@ def test_rollouts_are_those_of_a_step_and_of_the_last_attempt(client, run, tmp_p
         {"text": "b20", "reward": 1, "advantage": 0.5, "n_tokens": 3, "is_exact": True, "is_cut_off": False},
     ]
     # resumed from step 10: what came later is sampled again
-    write_rollouts(folder, 20, ["c20"], attempt=2)
+    lab_server.write_rollouts(folder, 20, ["c20"], attempt=2)
     found = get(client, path)
     assert found["steps"] == [10, 20] and found["groups"][0]["responses"][0]["text"] == "c20"
     assert client.get(path, params={"step": 30}).status_code == 404
@@ -301,7 +291,7 @@ def test_rollouts_are_those_of_a_step_and_of_the_last_attempt(client, run, tmp_p
 
 def test_only_the_step_that_is_shown_is_parsed(client, lab, run, tmp_path, monkeypatch):
     for step in range(1, 40):
-        write_rollouts(tmp_path / "one", step, ["x" * 1000] * 4)
+        lab_server.write_rollouts(tmp_path / "one", step, ["x" * 1000] * 4)
     size = (tmp_path / "one" / run_dir.ROLLOUTS).stat().st_size
     n_read = []
     read = tail.read

@@ -21,6 +21,7 @@ pytest_plugins = ["lab_fixtures"]
 expect = sync_api.expect
 
 PHONE = {"width": 360, "height": 740}
+DESKTOP = {"width": 1280, "height": 900}
 VIEWS = lab_server.VIEWS
 # one by default
 SOME_VIEWS = [VIEWS[0], *(pytest.param(view, marks=pytest.mark.slow) for view in VIEWS[1:])]
@@ -84,7 +85,10 @@ def test_a_run_is_started_watched_steered_paused_resumed_and_stopped(open_page, 
     expect(steer.locator("li")).to_contain_text(["accepted"])
     expect(page.locator(".events")).to_contain_text("0.00125")
     steer.get_by_role("button", name="Save now").click()
-    expect(page.locator(".card", has_text="Checkpoints").locator("li").first).to_be_visible()
+    expect(page.locator(".checkpoints tbody tr").first).to_be_visible()
+    # a run that trains keeps its checkpoints and its name
+    expect(page.locator(".checkpoints").get_by_role("button", name="Delete").first).to_be_disabled()
+    expect(page.get_by_role("button", name="Rename")).to_have_count(0)
     steered = [event for event in run_dir.read_events(server.runs / "live") if event["event"] == "steered"]
     assert [event["changed"] for event in steered] == [{"train.lr": [0.015, 0.00125]}, {}]
 
@@ -131,6 +135,102 @@ def test_runs_are_searched_overlaid_and_deleted(open_page, trained):
     assert not other.exists() and trained.is_dir()
 
 
+def test_checkpoints_are_verified_and_deleted_by_keyboard(open_page, trained):
+    folder = lab_server.copy_run(trained, "checkpoints", lr=1e-2)
+    damaged = folder / run_dir.CHECKPOINTS / "step_00000016.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    page = open_page(f"#/run/{catalog.id_of(folder)}")
+    rows = page.locator(".checkpoints tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.first).to_contain_text(re.compile(r"24.*latest.*kB.*ago"))
+
+    def press(action, step):
+        page.get_by_role("button", name=f"{action} the checkpoint of step {step}", exact=True).press("Enter")
+
+    for step, row, state, text in ((24, 0, "accepted", "valid"), (16, 1, "refused", "SHA-256")):
+        press("Verify", step)
+        expect(rows.nth(row).locator(f".answer.{state}")).to_contain_text(text)
+        expect(page.get_by_role("button", name=f"Verify the checkpoint of step {step}")).to_be_focused()
+    # the question has the focus; Escape and Keep answer it with no
+    confirmation = page.get_by_role("group", name="confirm the deletion")
+    for answer in ("Escape", "Enter"):
+        press("Delete", 16)
+        expect(confirmation).to_contain_text("checkpoint of step 16")
+        expect(confirmation.get_by_role("button", name="Keep")).to_be_focused()
+        page.keyboard.press(answer)
+        expect(confirmation).to_have_count(0)
+        expect(page.get_by_role("button", name="Delete the checkpoint of step 16")).to_be_focused()
+    assert damaged.exists()
+    for step, n_left in ((16, 2), (8, 1)):
+        press("Delete", step)
+        expect(confirmation).to_be_visible()
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        expect(rows).to_have_count(n_left)
+    assert [path.name for path in damaged.parent.iterdir()] == ["step_00000024.safetensors"]
+    # the last valid one is refused by the server
+    press("Delete", 24)
+    confirmation.get_by_role("button", name="Delete checkpoint").click()
+    expect(page.locator("#message")).to_contain_text("last valid checkpoint")
+    expect(rows).to_have_count(1)
+    assert page.watch.take("409")
+
+
+def test_a_run_is_renamed(open_page, trained):
+    folder = lab_server.copy_run(trained, "old", lr=1e-2)
+    page = open_page(f"#/run/{catalog.id_of(folder)}")
+    title, field = page.locator(".heading h1"), page.get_by_role("textbox", name="Name of the run")
+    page.get_by_role("button", name="Rename").press("Enter")
+    expect(field).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(title).to_have_text("old")
+    expect(page.get_by_role("button", name="Rename")).to_be_focused()
+    page.keyboard.press("Enter")
+    for name, reason in (("a/b", "a name must have letters"), ("wide", "already a run wide")):
+        field.fill(name)
+        field.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text(reason)
+        expect(field).to_have_value(name)
+    field.fill("new.name")
+    field.press("Enter")
+    expect(title).to_have_text("new.name")
+    assert page.url.endswith(catalog.id_of(folder.parent / "new.name"))
+    assert not folder.exists() and (folder.parent / "new.name").is_dir()
+    expect(page.locator("#message")).not_to_contain_text("deleted")
+    assert page.watch.take("422|409")
+
+
+def test_rollouts_are_shown_by_step_and_prompt(open_page, trained):
+    folder = lab_server.copy_run(trained, "rl", lr=1e-2)
+    page = open_page(f"#/run/{catalog.id_of(folder)}")
+    expect(page.locator(".checkpoints tbody tr")).to_have_count(3)
+    expect(page.locator(".rollouts")).to_be_hidden()
+    for step in (10, 20):
+        lab_server.write_rollouts(folder, step, [f"wrong {step}", f"right {step}"])
+    page.reload()
+    card, slider = page.locator(".rollouts"), page.get_by_role("slider", name="rollouts by step")
+    responses = card.get_by_role("list", name="responses").locator("li")
+    expect(responses).to_have_count(2)
+    expect(responses.first).to_contain_text(re.compile(r"reward\s*1\s*advantage\s*\+0\.5\s*right 20.*exact"))
+    expect(responses.last).to_contain_text(
+        re.compile(r"reward\s*0\s*advantage\s*\u22120\.5\s*wrong 20.*cut off")
+    )
+    slider.press("Home")
+    expect(responses.first).to_contain_text("right 10")
+    expect(card).to_contain_text("step 10 \u00b7 1 of 2")
+    card.get_by_role("combobox").select_option(index=1)
+    expect(card.locator("dl.asked")).to_contain_text("prompt 1")
+    # a step that is recorded while the last one is shown appears
+    slider.press("End")
+    expect(responses.first).to_contain_text("right 20")
+    lab_server.write_rollouts(folder, 30, ["wrong 30", "right 30"])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "attempt": 1, "train_loss": 0.5, "reward": 0.5}\n')
+    expect(responses.first).to_contain_text("right 30")
+
+
 def test_hostile_runs_do_not_break_the_page(open_page, trained):
     lab_server.make_hostile(trained)
     page = open_page()
@@ -145,6 +245,8 @@ def test_hostile_runs_do_not_break_the_page(open_page, trained):
         lab_server.go(page, f"#/run/{catalog.id_of(folder)}")
         expect(tile(page, "training loss")).to_have_text("3.25")
         expect(page.locator(".events li")).to_contain_text("<img src=x onerror=alert(1)>")
+        texts = page.locator(".rollouts li p")
+        expect(texts).to_have_text(["?</p><script>x</script>", "<img src=x onerror=alert(1)>"])
     assert page.locator("img, main script").count() == 0
     # a torn line is completed
     with open(folder / "metrics.jsonl", "a") as file:
@@ -247,6 +349,45 @@ def test_merges_are_replayed(open_page, id):
     expect(page.locator(".replay .word").first.locator("span")).to_have_text(["o", "n", "g"])
     page.get_by_role("button", name="Replay").click()
     expect(page.locator(".replay .word").first.locator("span")).to_have_text(["ong"])
+
+
+# a message of the check, wrapped for a terminal
+CHECKED = """softmax: rows of scores (21 of 22 probes passed)
+  at entry 0: expected 1, got <b>0</b>;
+    2 of 3 wrong
+  mistake: SUMMED IN HALF PRECISION
+    Half-precision scores are summed, and 8
+    bits are left.
+  next hint: uv run python -m llm_basics.learn hint softmax --mine mine.py"""
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_last_check_is_not_wrapped_as_on_a_terminal(open_page, id, viewport):
+    page = open_page(viewport=viewport)
+
+    def checked(route):
+        course = route.fetch().json()
+        step = next(each for each in course["steps"] if each["name"] == "softmax")
+        step |= {"status": "failed", "is_current": True, "message": CHECKED}
+        route.fulfill(json=course)
+
+    page.route("**/api/learn", checked)
+    lab_server.go(page, "#/learn")
+    verdict = page.locator(".verdict")
+    expect(verdict.locator(".probe")).to_have_text("softmax: rows of scores (21 of 22 probes passed)")
+    expect(verdict.locator(".difference")).to_have_text(
+        ["at entry 0: expected 1, got <b>0</b>; 2 of 3 wrong"]
+    )
+    expect(verdict.locator(".mistake")).to_have_text("mistake: SUMMED IN HALF PRECISION")
+    expect(verdict.locator(".named p")).to_have_text("Half-precision scores are summed, and 8 bits are left.")
+    commands = verdict.locator(".command")
+    expect(commands).to_have_count(2)
+    expect(commands.first).to_have_text("uv run python -m llm_basics.learn hint softmax --mine mine.py")
+    # on a phone it comes before the lesson
+    lesson, check = page.locator(".card.lesson").bounding_box(), verdict.bounding_box()
+    assert (check["y"] < lesson["y"]) == (viewport is PHONE)
+    assert page.evaluate(OVERFLOWING) == []
+    page.unroute_all(behavior="wait")
 
 
 # --------------------------------------------------------------------------------------------------

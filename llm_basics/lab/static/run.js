@@ -2,8 +2,11 @@
 
 import { follow, get, post } from "./api.js";
 import { Chart } from "./charts.js";
-import { bytes, chip, clear, duration, empty, guarded, h, message, number, segmented, term } from "./dom.js";
+import { Checkpoints } from "./checkpoints.js";
+import { chip, clear, duration, empty, guarded, h, message, number, segmented, term } from "./dom.js";
 import { eventKind, eventText } from "./events.js";
+import { rename } from "./rename.js";
+import { Rollouts } from "./rollouts.js";
 import { startDialog } from "./runs.js";
 import { Steer } from "./steer.js";
 import { Series } from "./series.js";
@@ -47,6 +50,8 @@ function waiting(place, id) {
   return () => clearInterval(timer);
 }
 
+const isRunning = ({ state }) => ["starting", "training", "stopping"].includes(state);
+
 class Run {
   constructor(place, id) {
     Object.assign(this, { place, id, axis: "step", samples: [], events: [], isAtEnd: true });
@@ -65,7 +70,8 @@ class Run {
     this.logBox = h("details", { class: "card", ontoggle: () => this.drawLog() });
     this.sampleBox = h("section", { class: "card samples" });
     this.eventBox = h("section", { class: "card events" });
-    this.checkpointBox = h("section", { class: "card" });
+    this.checkpoints = new Checkpoints(id);
+    this.rollouts = new Rollouts(id);
     const small = (key, title) => h("section", { class: "card" }, h("h3", {}, term(title)), this.charts[key].element);
     clear(place, this.head, this.tiles, this.findings,
       h("section", { class: "card" },
@@ -79,8 +85,9 @@ class Run {
       h("div", { class: "thirds" }, small("lr", "learning rate"), small("grad_norm", "gradient norm"),
         small("tokens_per_second", "tokens/s")),
       this.steer.element,
-      h("div", { class: "halves" }, this.sampleBox, h("div", {}, this.eventBox, this.checkpointBox)),
-      this.optionBox, this.logBox);
+      this.rollouts.element,
+      h("div", { class: "halves" }, this.sampleBox, this.eventBox),
+      this.checkpoints.element, this.optionBox, this.logBox);
   }
 
   close() {
@@ -101,7 +108,8 @@ class Run {
     this.drawSamples();
     this.drawEvents();
     this.drawFindings();
-    this.drawCheckpoints();
+    this.checkpoints.load();
+    this.rollouts.load();
     this.drawOptions();
     this.drawLog();
     // a long file takes several responses, and its curves grow
@@ -119,7 +127,7 @@ class Run {
         this.events.push(...records);
         this.steer.settle(this.events);
         this.drawEvents();
-        this.drawCheckpoints();
+        this.checkpoints.load();
         this.drawFindings();
         if (records.some((event) => event.changed)) this.details = await get(base);
         this.drawOptions();
@@ -132,12 +140,13 @@ class Run {
         if (hasEnded) [this.drawFindings(), this.drawLog()];
       },
       reset: guarded(() => this.load()),
-      gone: () => message("The run was deleted.", true),
+      gone: () => { if (!this.isRenamed) message("The run was deleted.", true); },
     });
   }
 
   append(records) {
     this.series.append(records);
+    if (records.some((each) => "reward" in each)) this.rollouts.again();
     // long runs: buckets again instead of ever more points
     if (this.series.size > MOST_POINTS) guarded(() => this.load())();
     else this.draw();
@@ -169,6 +178,7 @@ class Run {
     });
     this.drawNormal();
     this.steer.draw(details.options, details.state === "training");
+    this.checkpoints.update(isRunning(details));
     for (const name of ["lr", "grad_norm", "tokens_per_second"]) {
       const points = over(name);
       this.charts[name].set([{ color: 0, points }]);
@@ -185,10 +195,18 @@ class Run {
     const key = `${run.name} ${run.state} ${run.can_resume} ${run.has_checkpoint}`;
     if (this.shown !== key) {
       this.shown = key;
-      const isRunning = run.state === "training" || run.state === "starting";
-      clear(this.head, h("div", {}, h("h1", {}, run.name), h("p", { class: "muted" }, chip(run.state), ` ${run.config ?? ""}`)),
-        h("span", { class: "space" }),
-        isRunning ? [act("pause", "Pause", "primary"), act("stop", "Stop")] : null,
+      const title = h("div", {}, h("h1", {}, run.name), h("p", { class: "muted" }, chip(run.state), ` ${run.config ?? ""}`));
+      const renameIt = h("button", { type: "button", onclick: () => {
+        renameIt.hidden = true;
+        rename(title, run, (isSent) => (this.isRenamed = isSent), () => {
+          this.shown = null;
+          this.drawHead();
+          this.head.querySelector(".renaming").focus();
+        });
+      }, class: "renaming" }, "Rename");
+      clear(this.head, title, h("span", { class: "space" }),
+        isRunning(run) ? null : renameIt,
+        run.state === "training" || run.state === "starting" ? [act("pause", "Pause", "primary"), act("stop", "Stop")] : null,
         run.can_resume ? act("resume", "Resume", "primary") : null,
         h("button", { type: "button", onclick: guarded(() => startDialog(this.place)) }, "New run"),
         run.has_checkpoint ? [h("a", { class: "button", href: `#/play/${run.id}` }, "Try it"),
@@ -286,12 +304,5 @@ class Run {
     const text = h("pre", { class: "log" }, (this.details.state === "failed" && output.length ? output : log).join("\n"));
     clear(this.logBox, this.logBox.querySelector("summary") ?? summary, text);
     text.scrollTop = text.scrollHeight;
-  });
-
-  drawCheckpoints = guarded(async () => {
-    const found = await get(`/api/runs/${this.id}/checkpoints`);
-    clear(this.checkpointBox, h("h2", {}, term("Checkpoints", "checkpoint")), found.length ? h("ol", {}, found.map((each) =>
-      h("li", {}, h("span", { class: "num" }, number(each.step)), h("span", {}, [number(each.val_loss), bytes(each.n_bytes),
-        each.is_latest && "latest", each.is_best && "best", each.error].filter(Boolean).join(" · "))))) : h("p", { class: "muted" }, "None yet."));
   });
 }
