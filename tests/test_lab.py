@@ -284,6 +284,13 @@ def test_rollouts_are_those_of_a_step_and_of_the_last_attempt(client, run, tmp_p
     assert found["steps"] == [10, 20] and found["groups"][0]["responses"][0]["text"] == "c20"
     assert client.get(path, params={"step": 30}).status_code == 404
     assert client.get(path, params={"step": -1}).status_code == 422
+    # a torn line is read when it is complete
+    lab_server.write_rollouts(folder, 40, ["d40"], attempt=2, n_groups=1)
+    content = (folder / run_dir.ROLLOUTS).read_bytes()
+    (folder / run_dir.ROLLOUTS).write_bytes(content[:-20])
+    assert get(client, path)["step"] == 20
+    (folder / run_dir.ROLLOUTS).write_bytes(content)
+    assert get(client, path)["groups"][0]["responses"][0]["text"] == "d40"
     # the file was replaced by a shorter one
     (folder / run_dir.ROLLOUTS).write_text("")
     assert get(client, path)["steps"] == []
