@@ -178,6 +178,16 @@ def test_checkpoints_are_verified_and_deleted_by_keyboard(open_page, trained):
     assert page.watch.take("409")
 
 
+SLOW_PATCH = """() => {
+  const send = window.fetch;
+  window.fetch = async (path, options) => {
+    const response = await send(path, options);
+    if (options?.method === "PATCH") await new Promise((done) => setTimeout(done, 2000));
+    return response;
+  };
+}"""
+
+
 def test_a_run_is_renamed(open_page, trained):
     folder = lab_server.copy_run(trained, "old", lr=1e-2)
     page = open_page(f"#/run/{catalog.id_of(folder)}")
@@ -193,6 +203,8 @@ def test_a_run_is_renamed(open_page, trained):
         field.press("Enter")
         expect(page.get_by_role("alert")).to_contain_text(reason)
         expect(field).to_have_value(name)
+    # that the old name is gone arrives before the answer
+    page.evaluate(SLOW_PATCH)
     field.fill("new.name")
     field.press("Enter")
     expect(title).to_have_text("new.name")
