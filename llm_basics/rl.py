@@ -1,7 +1,7 @@
 """Train a fine-tuned model on rewards of its own responses (reinforcement learning, GRPO).
 
 uv run python -m llm_basics.rl --init_from runs/CHAT                  exact answers to synthetic questions
-uv run python -m llm_basics.rl --init_from runs/CHAT --data questions.jsonl --rl.reward my_reward.py:score
+uv run python -m llm_basics.rl --init_from runs/CHAT --data answers.jsonl --rl.reward my_reward.py:score
 uv run python -m llm_basics.rl --resume runs/RL                       resume a stopped run
 """
 
