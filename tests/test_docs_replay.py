@@ -75,6 +75,10 @@ until [ -s runs/steered/metrics.jsonl ]; do sleep 0.1; done"""
 
 SHORT_SWEEP = "sed -i 's/steps: 300/steps: 10/; s/lr: .*/lr: [1e-3]/' llm_basics/configs/sweeps/lr.yaml"
 
+# the runs of `clone`
+START = ["train --run_dir runs/a-first --train.seed 1", "train --run_dir runs/a-second"]
+START += ["sft --init_from runs/a-first --run_dir runs/a-chat"]
+
 # what a command needs beside the inputs of `clone`: an expression that it matches, and lines of shell
 BEFORE = {
     r"learn start": "rm -f mine.py",
@@ -97,7 +101,7 @@ PLACES = {"NAME": 0, "CHAT": 0, "A": 0, "B": 1, "one": 0, "two": 1, "LARGE": 1}
 
 
 def commands(page: Path) -> list[tuple[int, str]]:
-    """The number and text of each line of shell, or piece of inline code, that starts one of our programs."""
+    """The line number and text of each command that starts one of our programs, without its comment."""
     found, is_shell, whole = [], False, ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if line.lstrip().startswith("```"):
@@ -107,8 +111,8 @@ def commands(page: Path) -> list[tuple[int, str]]:
             if line.endswith("\\"):
                 whole = whole[:-1]
                 continue
-            found += [(number, whole)] if re.search(r"\buv run |\bllm-basics ", whole) else []
-            whole = ""
+            command, whole = re.sub(r"\s+# .*", "", whole), ""
+            found += [(number, command)] if re.search(r"\buv run |\bllm-basics ", command) else []
         else:
             codes = re.findall(r"`([^`]+)`", line)
             found += [(number, code) for code in codes if re.match(r"uv run [^`]|llm-basics [a-z]", code)]
@@ -122,35 +126,24 @@ def reason(command: str) -> str | None:
 
 def shim() -> str:
     """A program for the place of uv: starts in this environment what follows `uv run`, shortened."""
-    lines = [
-        "#!/bin/bash",
-        "shift",
-        '[ "$1" = --extra ] && shift 2',
-        'as_module="${*//llm-basics /llm_basics.}"',
-    ]
-    lines += ['[ -n "$AS_IT_IS" ] && exec "$@"']
-    for expression, options in SHORTER.items():
-        test = f"grep -qP -- '{expression}' <<< \"$as_module\""
-        lines.append(f'{test} && exec "$@" {options}')
-    return "\n".join([*lines, 'exec "$@"', ""])
+    start = '#!/bin/bash\nshift\n[ "$1" = --extra ] && shift 2\n[ -n "$AS_IT_IS" ] && exec "$@"\n'
+    cases = (f'grep -qP -- \'{each}\' <<< "$*" && exec "$@" {more}\n' for each, more in SHORTER.items())
+    return start + "".join(cases) + 'exec "$@"\n'
 
 
 def newest(clone: Path, name: str) -> str:
     """The newest run that fits the name of a page: a chat model for CHAT, else one that continues text."""
     runs = sorted(clone.glob("runs/*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    is_chat = {
-        path: "user" in (path.parent / "tokenizer" / "special_tokens.json").read_text() for path in runs
-    }
-    fitting = [path.parent for path in runs if is_chat[path] == (name == "CHAT")]
+    specials = {path: (path.parent / "tokenizer" / "special_tokens.json").read_text() for path in runs}
+    fitting = [path.parent for path in runs if ("user" in specials[path]) == (name == "CHAT")]
     return str(fitting[PLACES[name]].relative_to(clone))
 
 
 def concrete(clone: Path, command: str) -> str:
     """A command with runs and checkpoints of the clone in place of a page's placeholders."""
-    names = "|".join(PLACES)
+    names = rf"(?<!run_dir )\bruns/({'|'.join(PLACES)})\b"
     made = re.search(r"--run_dir (runs/\S+)", command)
-    place = lambda found: made[1] if made else newest(clone, found[1])  # noqa: E731
-    command = re.sub(rf"(?<!run_dir )\bruns/({names})\b", place, command)
+    command = re.sub(names, lambda found: made[1] if made else newest(clone, found[1]), command)
     for run in re.findall(r"(runs/\S+)/checkpoints", command):
         steps = sorted(clone.glob(f"{run}/checkpoints/step_*.safetensors"))
         command = command.replace("step_00000500", steps[-1].stem)
@@ -199,20 +192,15 @@ def write_inputs(clone: Path) -> None:
         "pages.jsonl": [{"text": text, "body": text} for text in pages],
         "answers.jsonl": [{"prompt": f"What is {n}?", "completion": f"{n}."} for n in range(40)],
         "pairs.jsonl": [{"prompt": f"What is {n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(40)],
-        "questions.jsonl": [
-            {"prompt": f"After {n} is", "choices": ["no", str(n + 1)], "answer": 1} for n in range(40)
-        ],
+        "questions.jsonl": [{"prompt": "1 + 1 is", "choices": ["1", "2"], "answer": 1}] * 10,
     }
     for name, rows in records.items():
         (clone / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name in ("pages.jsonl.gz", "dump.gz"):
         (clone / name).write_bytes(gzip.compress((clone / "pages.jsonl").read_bytes()))
-    for page, language, name in (
-        ("training", "yaml", "mine.yaml"),
-        ("post_training", "python", "my_reward.py"),
-    ):
+    for name, page, kind in (("mine.yaml", "training", "yaml"), ("my_reward.py", "post_training", "python")):
         fences = documents.split_code((DOCS / f"{page}.md").read_text(encoding="utf-8"))[1]
-        (clone / name).write_text(next(code for kind, code in fences if kind == language))
+        (clone / name).write_text(next(code for found, code in fences if found == kind))
     (clone / "path" / "to").mkdir(parents=True)
     (clone / "path" / "to" / "tests").symlink_to(clone / "tests")
     (clone / "path" / "to" / "my_adapters").symlink_to(clone / "my_adapters")
@@ -229,26 +217,24 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder.parent / "bin" / "uv").write_text(shim())
     (folder.parent / "bin" / "uv").chmod(0o755)
     write_inputs(folder)
-    for options in (
-        *("train --run_dir runs/a-first --train.seed 1", "train --run_dir runs/a-second"),
-        "sft --init_from runs/a-first --run_dir runs/a-chat",
-    ):
-        status, output = run(folder, f"uv run python -m llm_basics.{options}")
+    for command in START:
+        status, output = run(folder, f"uv run python -m llm_basics.{command}")
         assert status == 0, output
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
-# Tests
+done: set[str] = set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs(page, clone, capsys):
     start = time.monotonic()
-    todo = [(number, command) for number, command in commands(page) if reason(command) is None]
+    # a command that an earlier page has, too, has been run
+    todo = [each for each in commands(page) if reason(each[1]) is None and each[1] not in done]
     failures = []
     for number, command in todo:
         status, output = run(clone, command)
+        done.add(command)
         is_verdict = status == 1 and re.search(VERDICTS, command) and "Traceback" not in output
         if status != 0 and not is_verdict:
             failures.append(f"{page.name}:{number}: {command}\nexit status {status}\n{output}")
