@@ -186,7 +186,7 @@ def write_inputs(clone: Path) -> None:
     """The files that the pages leave to the reader."""
     pages = [page.read_text(encoding="utf-8").replace("<|endoftext|>", "") for page in documents.pages()]
     (clone / "book.txt").write_text("\n".join(pages), encoding="utf-8")
-    (clone / "more.txt").write_text(pages[0], encoding="utf-8")
+    (clone / "more.txt").write_text(documents.README.read_text(encoding="utf-8") * 2, encoding="utf-8")
     (clone / "prompts.txt").write_text("def \nclass \n")
     records = {
         "pages.jsonl": [{"text": text, "body": text} for text in pages],
