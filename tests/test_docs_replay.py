@@ -56,7 +56,7 @@ SHORTER = {
     r"llm_basics\.evaluate .*--answers": "--max_new_tokens 3 --best_of 2 --majority 2",
     r"llm_basics\.evaluate (runs/base|.*--stride)": "--data more.txt",
     r"llm_basics\.probe": "--steps 20",
-    r"llm_basics\.learn race": "--steps 20",
+    r"llm_basics\.learn race": "--steps 10 --data book.txt",
     r"llm_basics\.learn mistakes$": "silu",
     r"normal_loss\.py": "--seeds 1 --steps 20",
     r"quantization\.py": "--tokens 2000 --new-tokens 10 --rounds 1",
