@@ -82,6 +82,7 @@ START += ["sft --init_from runs/a-first --run_dir runs/a-chat"]
 # what a command needs beside the inputs of `clone`: an expression that it matches, and lines of shell
 BEFORE = {
     r"learn start": "rm -f mine.py",
+    r"\bnewest\b": "rm -rf runs/gpt2",  # an imported model has no metrics and no text
     r"--mine mine\.py|learn check": MINE,
     r"import_model": EXPORTED,
     r"checkpoint merge": SPLIT,
@@ -133,7 +134,7 @@ def shim() -> str:
 
 def newest(clone: Path, name: str) -> str:
     """The newest run that fits the name of a page: a chat model for CHAT, else one that continues text."""
-    runs = sorted(clone.glob("runs/*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = sorted(clone.glob("runs/*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     specials = {path: (path.parent / "tokenizer" / "special_tokens.json").read_text() for path in runs}
     fitting = [path.parent for path in runs if ("user" in specials[path]) == (name == "CHAT")]
     return str(fitting[PLACES[name]].relative_to(clone))
