@@ -279,3 +279,14 @@ def test_a_missing_harness_is_an_error():
     done = subprocess.run(command, capture_output=True, text=True)
     message = "error: lm_harness needs lm_eval, which is not installed; run uv sync --extra eval\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.parametrize("besides", ["", ", pairs.jsonl", ", teacher 0123456789ab"])
+def test_the_held_out_split_is_found_where_dpo_and_distill_name_more(
+    besides, untrained_run, tmp_path, monkeypatch
+):
+    folder = untrained_run("run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "read_about", lambda path: {"data": f"book-bytes-1{besides}"})
+    (tmp_path / "data" / "book-bytes-1").mkdir(parents=True)
+    assert compare_models.prepared_folder(folder, folder).name == "book-bytes-1"

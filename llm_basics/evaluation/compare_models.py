@@ -142,7 +142,9 @@ def prepared_folder(folder: Path, path: Path) -> Path:
         raise ValueError(f"{folder} was not trained here and has no held-out split; name a text with --data")
     trained = presets.update(config.Config(), run_dir.read_config(folder), origin=f"{folder}/config.json")
     given = Path(trained.data)
-    prepared = given if (given / shard_builder.META).is_file() else Path(trained.data_dir) / name
+    # behind the folder, dpo names its file of pairs and distill its teacher
+    in_cache = Path(trained.data_dir) / str(name).partition(", ")[0]
+    prepared = given if (given / shard_builder.META).is_file() else in_cache
     if not prepared.is_dir():
         raise ValueError(
             f"the held-out split must be in {prepared}, got no such folder ({folder}/config.json); run from "
