@@ -669,6 +669,12 @@ def test_foreign_adapters_are_graded_and_missing_ones_skipped(tmp_path):
     assert "run_rope: not in the adapters file" in graded.stdout
 
 
+def test_a_second_race_needs_a_folder_of_its_own(tmp_path):
+    (tmp_path / "reference").mkdir()
+    with pytest.raises(ValueError, match="--out must have no race in it, got .*reference"):
+        race.run_both("mine.py", "text.txt", 2, tmp_path)
+
+
 def test_a_race_needs_no_second_stage(tmp_path, monkeypatch):
     commands = []
 

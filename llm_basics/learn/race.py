@@ -11,6 +11,8 @@ from llm_basics.runs import run_dir
 def run_both(mine: str, data: str, steps: int, out: Path) -> int:
     """Train in two processes, one by one; plot both and print the difference in validation loss."""
     folders = {"yours": out / "yours", "reference": out / "reference"}
+    if taken := [str(folder) for folder in folders.values() if folder.exists()]:
+        raise ValueError(f"--out must have no race in it, got {', '.join(taken)}; choose another folder")
     for name, folder in folders.items():
         print(f"--- {name}", flush=True)
         command = [sys.executable, "-m", "llm_basics.train", "--data", data, "--train.steps", str(steps)]
