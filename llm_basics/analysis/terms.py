@@ -7,7 +7,7 @@ from llm_basics.analysis import inspection, norms, run_summary
 from llm_basics.cli import commands, overrides
 from llm_basics.core import config, evaluate, optim
 from llm_basics.core import functional as F
-from llm_basics.runs import metric_table
+from llm_basics.runs import metric_table, run_dir
 
 # terms defined by the first sentence of the docstring of a function or class
 NAMED = {
@@ -17,6 +17,7 @@ NAMED = {
     "logit lens": inspection.lens,
     "norms": norms.norms,
     "gradient flow": norms.gradients,
+    "rollouts": run_dir.RunDir.rollout,
     "unigram entropy": evaluate.unigram_entropy,
     "schedule": optim.cosine_schedule,
 }

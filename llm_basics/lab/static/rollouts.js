@@ -20,7 +20,7 @@ export class Rollouts {
     } });
     this.select = h("select", { onchange: () => { this.group = Number(this.select.value); this.drawGroup(); } });
     this.body = h("div", { class: "view" });
-    clear(this.element, h("div", { class: "bar" }, h("h2", {}, term("Rollouts", "rl.record_every")), h("span", { class: "space" }), this.label),
+    clear(this.element, h("div", { class: "bar" }, h("h2", {}, term("Rollouts", "rollouts")), h("span", { class: "space" }), this.label),
       this.slider, field("Prompts of this step", this.select), this.body);
     this.soon = later(() => this.load(), 120);
     // while the run trains
