@@ -295,6 +295,22 @@ def test_a_run_leaves_everything_in_its_directory(options, tmp_path, capsys):
     assert restored.config == SHAPE and tokenizer.vocab_size == 257
 
 
+@pytest.mark.parametrize("rise", [0.1, 0.3])
+def test_overfitting_is_reported(options, monkeypatch, capsys, rise):
+    evaluate = state.TrainingState.evaluate
+
+    def rising(self, n_batches):
+        # the loss is exactly 1 first
+        losses.append(1.0 + (rise if losses else 0.0))
+        return evaluate(self, n_batches) | {"val_loss": losses[-1]}
+
+    losses = []
+    monkeypatch.setattr(state.TrainingState, "evaluate", rising)
+    assert job.main(options) == 0
+    said = capsys.readouterr().out
+    assert ("overfitting: the validation loss rose from 1.000 to 1.300" in said) == (rise == 0.3)
+
+
 def test_a_run_records_what_its_losses_are_measured_on(options):
     """The hash of the held-out text is the same for all tokenizers."""
 

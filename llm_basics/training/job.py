@@ -14,6 +14,9 @@ from llm_basics.training import distributed, job_errors, loop, lr_finder, memory
 # timeout for loggers to finish after a stop signal
 CLOSE_SECONDS = 2.0
 
+# a final validation loss that is higher than the best by this is reported, in nats
+OVERFITTING = 0.2
+
 # exit statuses in addition to 0, those of signals and those of `parse.exit_on_error`
 NOT_SAME, NO_RATE = 1, 5
 
@@ -26,6 +29,11 @@ def conclude(training: state.TrainingState, output: run_dir.RunDir, steps: int, 
     loop.is_best(training, output, metrics["val_loss"])
     loop.save(training, output, wait=True)
     training.on_main(lambda: output.sample(training.step, *training.sample()))
+    if training.best_loss is not None and metrics["val_loss"] > training.best_loss + OVERFITTING:
+        output.log(
+            f"warning: overfitting: the validation loss rose from {training.best_loss:.3f} to "
+            f"{metrics['val_loss']:.3f}; use --checkpoint best, and train on more text or for fewer steps"
+        )
     entropy = evaluate.unigram_entropy(training.held_out)
     figure: object = "not drawn"
     try:
