@@ -270,7 +270,8 @@ def test_hostile_runs_do_not_break_the_page(open_page, trained):
 # Models
 
 
-def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
+def write_text(open_page, id):
+    """The playground after a text of 12 tokens: the page, its button and the tokens."""
     page = open_page(f"#/play/{id}")
     page.get_by_role("button", name="Text", exact=True).click()
     page.get_by_role("textbox", name="Prompt").fill("A king ")
@@ -280,6 +281,11 @@ def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
     tokens = page.locator(".tokens .token")
     expect(tokens).to_have_count(12)
     expect(generate).to_be_visible()
+    return page, generate, tokens
+
+
+def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
+    page, generate, tokens = write_text(open_page, id)
     before = labels(tokens)
     colors = tokens.evaluate_all("all => all.map(each => getComputedStyle(each).backgroundColor)")
     assert len(set(colors)) > 3 and page.locator(".given.user").inner_text() == "A king "
@@ -299,15 +305,7 @@ def test_text_is_generated_and_goes_on_from_an_alternative(open_page, id):
 
 @pytest.mark.slow  # beside kernels that are being compiled, the first text was another one twice
 def test_two_checkpoints_side_by_side(open_page, id):
-    page = open_page(f"#/play/{id}")
-    page.get_by_role("button", name="Text", exact=True).click()
-    page.get_by_role("textbox", name="Prompt").fill("A king ")
-    page.get_by_label("tokens", exact=True).fill("12")
-    generate = page.get_by_role("button", name="Generate")
-    generate.click()
-    tokens = page.locator(".tokens .token")
-    expect(tokens).to_have_count(12)
-    expect(generate).to_be_visible()
+    page, generate, tokens = write_text(open_page, id)
     written = tokens.all_inner_texts()
     # the same text of the same weights, another one of earlier ones
     page.get_by_role("button", name="Compare two").click()
