@@ -50,9 +50,7 @@ class Playground {
           h("div", { class: "bar" }, this.go, this.reset, h("span", { class: "space" }),
             h("span", { class: "scale" }, "surprising", h("i"), "certain"))))), this.popover);
     await this.add(id);
-    const isChat = this.lanes[0].isChat;
-    this.set(isChat ? "chat" : "text");
-    this.go.disabled = this.compare.disabled = !this.lanes[0].chosen;
+    this.set(this.lanes[0].isChat ? "chat" : "text");
   }
 
   async add(id) {
@@ -64,12 +62,13 @@ class Playground {
 
   async toggle() {
     this.stop();
-    if (this.lanes.length > 1) this.lanes.pop().element.remove();
-    else await this.add(this.lanes[0].chosen?.run);
-    const isTwo = this.lanes.length > 1;
+    const isTwo = this.lanes.length === 1;
     this.place.classList.toggle("two", isTwo);
     this.compare.setAttribute("aria-pressed", String(isTwo));
     this.lanes.forEach((lane) => lane.reset());
+    if (isTwo) await this.add(this.lanes[0].chosen.run);
+    else this.lanes.pop().element.remove();
+    this.idle();
   }
 
   // another run may be a chat model, or none
@@ -116,7 +115,10 @@ class Playground {
     this.popover.hidden = true;
   }
 
+  // a lane that is loading a model would lose its text
   idle() {
+    this.go.disabled = !this.lanes.every((lane) => lane.chosen);
+    this.compare.disabled = !this.lanes[0].chosen;
     const isBusy = this.lanes.some((lane) => lane.abort);
     this.go.textContent = isBusy ? "Stop" : this.mode === "chat" ? "Send" : "Generate";
     this.go.title = this.mode === "chat" ? "Enter" : "Ctrl+Enter";
@@ -157,16 +159,20 @@ class Lane {
 
   async load(id) {
     this.abort?.abort();
-    this.chosen = await picker(this.picker, id, "play", () => {}, { onrun: guarded((run) => this.load(run)) });
-    if (!this.chosen) return;
-    const [details, samples] = await Promise.all([get(`/api/runs/${this.chosen.run}`), get(`/api/runs/${this.chosen.run}/samples?limit=1`)]);
+    this.chosen = null;
+    this.play.idle();
+    const chosen = await picker(this.picker, id, "play", () => {}, { onrun: guarded((run) => this.load(run)) });
+    if (!chosen) return;
+    const [details, samples] = await Promise.all([get(`/api/runs/${chosen.run}`), get(`/api/runs/${chosen.run}/samples?limit=1`)]);
     const { prompt, mode } = this.play;
     const isUntouched = prompt.value === this.example(mode);
     this.isChat = details.is_chat;
     this.sample = String(samples.records[0]?.prompt ?? "");
     if (isUntouched) prompt.value = this.example(mode);
-    sessionStorage.setItem("run", this.chosen.run);
+    sessionStorage.setItem("run", chosen.run);
+    this.chosen = chosen;
     this.play.fit();
+    this.play.idle();
     this.reset();
   }
 
