@@ -19,7 +19,7 @@ from llm_basics.runs import checkpoint, follow, run_dir, tail
 router = APIRouter(prefix="/api", tags=["runs"])
 
 # polling interval of the files in seconds
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.8
 
 Lab = Annotated[service.Lab, Depends(service.of)]
 Id = Annotated[str, Path(pattern=run_schemas.ID_PATTERN)]

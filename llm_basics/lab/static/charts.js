@@ -15,6 +15,11 @@ export class Chart {
     this.legend = h("div", { class: "legend" });
     this.element = h("div", { class: "chart" }, this.legend, h("div", { class: "plot" }, this.canvas, this.readout));
     new ResizeObserver(() => this.later()).observe(this.element);
+    // a chart out of view is drawn when it comes into view
+    new IntersectionObserver((entries) => {
+      this.isHidden = !entries.at(-1).isIntersecting;
+      if (this.isDue) this.later();
+    }).observe(this.element);
     const redraw = () => (this.element.isConnected ? this.later() : window.removeEventListener("themechange", redraw));
     window.addEventListener("themechange", redraw);
     this.listen();
@@ -24,13 +29,18 @@ export class Chart {
   // levels, across the chart: [{name, y}]; band, behind the curves: {name, points: [{x, lo, hi}]}
   set(series, marks = [], { levels = [], band = null } = {}) {
     Object.assign(this, { series, marks, levels, band });
-    clear(this.legend, series.filter((s) => s.name).map((s) =>
-      h("span", {}, h("i", { class: `swatch c${s.color}` }), s.name)),
-    band ? h("span", {}, h("i", { class: "swatch range" }), band.name) : null);
-    this.later();
+    const names = series.filter((s) => s.name).map((s) => [s.name, `c${s.color}`]);
+    if (band) names.push([band.name, "range"]);
+    if (this.names !== String(names)) {
+      clear(this.legend, names.map(([name, style]) => h("span", {}, h("i", { class: `swatch ${style}` }), name)));
+      this.names = String(names);
+    }
+    this.isDue = this.isHidden;
+    if (!this.isDue) this.later();
   }
 
   later() {
+    this.isDue = false;
     this.frame ??= requestAnimationFrame(() => this.draw());
   }
 

@@ -235,9 +235,9 @@ class Run {
       this.tiles.append(h("div", { class: "tile" }, h("span", {}, term(name, key)), parts.value, parts.extra));
     }
     const parts = this.values.get(name);
-    parts.value.textContent = value;
-    if (extra instanceof Node) parts.extra.append(extra);
-    else parts.extra.textContent = extra ?? "";
+    if (parts.value.textContent !== value) parts.value.textContent = value;
+    if (extra instanceof Node) extra.parentElement ?? parts.extra.append(extra);
+    else if (parts.extra.textContent !== (extra ?? "")) parts.extra.textContent = extra ?? "";
   }
 
   drawSamples() {
