@@ -17,11 +17,12 @@ from torch import nn
 
 from llm_basics import swap
 from llm_basics.core import config, dataloader, evaluate, layers, model, optim, trainer
+from llm_basics.core import functional as F
 from llm_basics.fast import evaluate as fast_evaluate
 from llm_basics.fast import kernel_cache, numba_jit
 from llm_basics.fast import optim as fast_optim
 from llm_basics.fast import trainer as fast
-from llm_basics.fast.cpu import attention, interpreter, matmul, threads
+from llm_basics.fast.cpu import amx, attention, interpreter, matmul, threads
 from llm_basics.fast.cpu import trainer as cpu_trainer
 from llm_basics.runs import checkpoint, run_dir
 
@@ -376,7 +377,7 @@ def test_kernels_of_a_step_are_compiled_before_the_first(monkeypatch):
     learn = cpu_trainer.Learner.learn
     monkeypatch.setattr(cpu_trainer.Learner, "learn", lambda *a: used.append("gradient") or learn(*a))
     cpu_trainer.compile_kernels()
-    assert used == ["gradient", "muon"]
+    assert used == ["gradient"] * (1 + amx.is_available()) + ["muon"]
 
 
 @pytest.mark.slow
@@ -525,6 +526,141 @@ def test_turn_makes_columns_rows(m):
     left = matmul.transposed_at(a.data_ptr(), a.stride(0))
     matmul.product(left, right, matrix(out), matrix(out), m, matmul.VECTOR, 30)
     assert torch.allclose(out, a.T @ b, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# bfloat16
+
+needs_amx = pytest.mark.skipif(not amx.is_available(), reason="the processor has no AMX for bfloat16")
+
+
+def rounded(x):
+    return x.bfloat16().float()
+
+
+def paired(x):
+    """`x` as the right operand of `amx.product`."""
+    out = torch.full((amx.padded(len(x)) // 2, x.shape[1]), float("nan"))
+    amx.pair_rows(x.data_ptr(), *x.shape, out.data_ptr())
+    return out
+
+
+@needs_amx
+@pytest.mark.parametrize("m, n, k", [(32, 32, 32), (96, 64, 160), (64, 160, 96)])
+def test_product_in_bfloat16(m, n, k):
+    a, b, start = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
+    left, right, room = torch.empty(m, k // 2), paired(b), torch.full((m + 1, n + 5), 7.0)
+    amx.round_rows(a.data_ptr(), a.numel(), left.data_ptr())
+    assert torch.equal(left.view(torch.bfloat16), a.bfloat16())
+    operands = matrix(left), matrix(right, tile=matmul.COLUMNS)
+    sizes = m, n, k, amx.CONFIGURATION.ctypes.data
+    amx.product(*operands, matrix(start), matrix(room), *sizes)
+    expected = rounded(a) @ rounded(b)
+    assert torch.allclose(room[:m, :n], start + expected, atol=1e-4)
+    assert (room[m:] == 7).all() and (room[:, n:] == 7).all()
+    amx.product(*operands, matrix(room), matrix(room), *sizes)
+    assert torch.allclose(room[:m, :n], start + 2 * expected, atol=1e-4)
+    amx.product(*operands, matmul.start_at(start.data_ptr(), 0, n), matrix(room), *sizes)
+    assert torch.allclose(room[:m, :n], start[0] + expected, atol=1e-4)
+
+
+@needs_amx
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64])
+def test_a_product_with_a_transpose_ends_with_zeros(n):
+    a, b, out = torch.randn(n, 64), torch.randn(n, 32), torch.zeros(64, 32)
+    left, pairs, right = torch.full((64, amx.padded(n) // 2), float("nan")), paired(a), paired(b)
+    amx.transpose(pairs.data_ptr(), n, 64, left.data_ptr())
+    sizes = 64, 32, amx.padded(n), amx.CONFIGURATION.ctypes.data
+    amx.product(matrix(left), matrix(right, tile=matmul.COLUMNS), matrix(out), matrix(out), *sizes)
+    assert torch.allclose(out, rounded(a).T @ rounded(b), atol=1e-4)
+
+
+@needs_amx
+def test_special_numbers_stay_special_in_bfloat16():
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3e38, -1e-40, 1.00390625] + [1.0] * 24)
+    found = torch.empty(16)
+    amx.round_rows(x.data_ptr(), 32, found.data_ptr())
+    assert torch.equal(found.view(torch.bfloat16).nan_to_num(7), x.bfloat16().nan_to_num(7))
+
+
+class RoundedLinear(torch.autograd.Function):
+    """A linear layer whose operands are rounded to bfloat16, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return rounded(x) @ rounded(weight).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return rounded(dy) @ rounded(weight), rounded(dy).flatten(0, -2).T @ rounded(x).flatten(0, -2)
+
+
+def rounded_linear(x, weight, bias=None):
+    # sizes that are not a multiple of 32 stay in float32
+    is_rounded = not any(size % amx.TILE for size in weight.shape)
+    product = RoundedLinear.apply(x, weight) if is_rounded else x @ weight.T
+    return product if bias is None else product + bias
+
+
+@needs_amx
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {**SHAPES["gpt2"], "d_ff": 96, "vocab_size": 64},
+        {"vocab_multiple": 32, "d_ff": 128, "n_kv_heads": 2, "qk_norm": True},
+    ],
+    ids=["d_ff of 80", "gpt2", "llama"],
+)
+def test_products_of_a_step_in_bfloat16(options, batch, monkeypatch):
+    n_texts, seq, n_threads = BATCHES[batch]
+    torch.set_num_threads(n_threads)
+    lm = make(**options)
+    texts = random_batch(lm, n_texts, seq)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, found = gradients(lm, texts, fast.batch_loss)
+        assert uses_kernels(loss)
+        evaluated, _ = fast_evaluate.batch_metrics(lm, *texts)
+    in_float32, _ = gradients(lm, texts, fast.batch_loss)
+    monkeypatch.setattr(F, "linear", rounded_linear)
+    expected, of_weights = gradients(lm, texts, trainer.batch_loss)
+    assert abs(loss - expected) < 1e-3 and loss != in_float32
+    assert evaluated / texts[1].numel() == pytest.approx(loss.item(), abs=1e-4)
+    largest = max(gradient_of.norm() for gradient_of in of_weights.values())
+    for name, gradient_of in of_weights.items():
+        # a sum in another order may be rounded to the next number of bfloat16
+        difference = (found[name] - gradient_of).norm()
+        assert difference < 5e-3 * (gradient_of.norm() + 0.1 * largest), name
+
+
+@needs_amx
+def test_steps_in_bfloat16_learn_as_in_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        lm = make(**SHAPES["gpt2"])
+        batch, options = random_batch(lm), config.TrainConfig(40, 4, lr=1e-2, warmup_steps=0, dtype=dtype)
+        optimizer = trainer.make_optimizer(lm, options)
+        steps = [fast.train_step(lm, optimizer, [batch], step, options) for step in range(1, 41)]
+        losses[dtype] = torch.stack([step.train_loss for step in steps])
+    assert losses["float32"][-1] < 0.5 * losses["float32"][0]
+    difference = (losses["float32"] - losses["bfloat16"]).abs()
+    assert 0 < difference.max() < 0.05
+
+
+def test_bfloat16_is_left_to_torch_without_amx(monkeypatch):
+    monkeypatch.setattr(amx, "is_available", lambda: False)
+    lm = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in cpu_trainer.unsupported(lm, random_batch(lm)[0])
+        assert not uses_kernels(fast.batch_loss(lm, *random_batch(lm), 0.0))
+
+
+# --------------------------------------------------------------------------------------------------
+# Maxima
 
 
 @numba_jit.jit

@@ -86,9 +86,8 @@ class CPUDecoder:
         most = min(MAX_THREADS, self.shape.n_kv_heads) if threads.CAN_MEET and is_even else 1
         size = min(torch.get_num_threads(), most)
         n_parameters = sum(tensor.numel() for tensor in self.kept_alive)
-        self.reading = autotuner.for_model(
-            (autotuner.DecodingConfig(size), autotuner.DecodingConfig(1)), n_parameters
-        )
+        without_drafts = autotuner.DecodingConfig(size), autotuner.DecodingConfig(1)
+        self.reading = autotuner.for_model(without_drafts, n_parameters)
         # int8 rows are multiplied by one token at a time, and drafts have no faster weights
         self.is_int8 = any(isinstance(m, quantization.QuantizedLinear) for m in model.modules())
         drafts = (False,) if self.is_int8 else DRAFTS

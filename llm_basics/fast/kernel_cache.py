@@ -64,11 +64,8 @@ def start_compiling(*groups: str) -> None:
     if not missing or any(map(is_pending, missing)):
         return
     seconds = max(sum(chain[group] for group in missing if group in chain) for chain in CHAINS)
-    print(
-        f"compiling CPU kernels (about {seconds} s, cached; disable with --fast off)",
-        file=sys.stderr,
-        flush=True,
-    )
+    line = f"compiling CPU kernels (about {seconds} s, cached; disable with --fast off)"
+    print(line, file=sys.stderr, flush=True)
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     for chain in filter(None, chains):
         # if this process fails, the caller compiles the kernels itself and reports the error

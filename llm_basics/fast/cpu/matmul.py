@@ -124,7 +124,7 @@ def pack(rows: int, step: int, n: int, k: int, out: int) -> None:
         panel = out + 4 * (row // COLUMNS * k * COLUMNS + row % COLUMNS)
         for column in range(0, k, VECTOR):
             first = rows + 4 * (row * step + column)
-            _transpose_block(first, step, min(VECTOR, n - row), panel + 4 * column * COLUMNS)
+            transpose_block(first, step, min(VECTOR, n - row), panel + 4 * column * COLUMNS, COLUMNS)
 
 
 @numba_jit.jit
@@ -246,14 +246,14 @@ def _copy_strip(_context, rows, step, n, out):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _transpose_block(_context, rows, row, n, out):  # type: ignore[no-untyped-def]
-    """Transpose a block of VECTOR elements of `n` <= VECTOR rows, zero-padded, into a panel.
+def transpose_block(_context, rows, row, n, out, out_row):  # type: ignore[no-untyped-def]
+    """Transpose a block of VECTOR elements of `n` <= VECTOR rows, zero-padded.
 
-    log2(VECTOR) perfect shuffles transpose a square matrix.
+    `row` and `out_row` are the distances of rows. log2(VECTOR) perfect shuffles transpose a square matrix.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        rows, row, n, out = arguments
+        rows, row, n, out, out_row = arguments
         square = []
         for i in range(VECTOR):
             row_vector = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
@@ -267,10 +267,10 @@ def _transpose_block(_context, rows, row, n, out):  # type: ignore[no-untyped-de
             pairs = zip(square[:half], square[half:], strict=True)
             square = [_shuffle(builder, a, lanes, b) for a, b in pairs for lanes in (lower, upper)]
         for i, vector in enumerate(square):
-            _store(builder, vector, _offset(builder, out, _index(i * COLUMNS)))
+            _store(builder, vector, _offset(builder, out, builder.mul(_index(i), out_row)))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), generate
+    return types.void(*[types.int64] * 5), generate
 
 
 def _index(n):  # type: ignore[no-untyped-def]

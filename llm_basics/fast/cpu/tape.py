@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_basics.core import model as models
-from llm_basics.fast.cpu import attention, interpreter, matmul, vectors
+from llm_basics.fast.cpu import amx, attention, interpreter, matmul, vectors
 
 
 def named(model: models.TransformerLM) -> dict[str, Tensor]:
@@ -43,13 +43,16 @@ def task_of(model: models.TransformerLM) -> interpreter.Task:
 
 
 class Program:
-    """One thread's operations, with buffers for `n` tokens and for gradients.
+    """One thread's operations, with buffers for `n` tokens (a multiple of `amx.TILE`) and for gradients.
 
-    `packed` holds the weights of projections by name, in the layout of `matmul.pack`.
+    `packed` holds the weights of projections by name, in the layout of `matmul.pack`. Those in `paired` are
+    multiplied in bfloat16: `packed` is in the layout of `amx.pack`, `paired` in that of `amx.pair_rows`.
     """
 
-    def __init__(self, model: models.TransformerLM, packed: Mapping[str, Tensor], n: int) -> None:
-        self.shape, self.packed, self.n = model.config, packed, n
+    def __init__(
+        self, model: models.TransformerLM, packed: Mapping[str, Tensor], paired: Mapping[str, Tensor], n: int
+    ) -> None:
+        self.shape, self.packed, self.paired, self.n = model.config, packed, paired, n
         self.parameters, parameters = named(model), dict(model.named_parameters())
         # one flat tensor of all gradients, in the order of the parameters
         self.row: Float[Tensor, " _"] = torch.empty(sum(p.numel() for p in parameters.values()))
@@ -58,7 +61,7 @@ class Program:
         if self.shape.tie_embeddings:
             self.gradients["lm_head.weight"] = self.gradients["token_embeddings.weight"]
         # keeps tensors alive whose addresses the program holds
-        self.kept_alive: list[Tensor] = list(packed.values())
+        self.kept_alive: list[Tensor] = [*packed.values(), *paired.values()]
         self.steps: list[tuple[int, ...]] = []
         self.n_correct = torch.zeros(1)
         self._allocate(model)
@@ -67,23 +70,20 @@ class Program:
         n_forward = len(self.steps) + 1
         self._write_backward()
         self.table = _table(self.steps)
-        head = address(self.packed["lm_head.weight"]), address(self.logits), address(self.n_correct)
-        evaluation = (interpreter.EVALUATE, address(self.normed), *head)
+        head = self.normed, packed["lm_head.weight"], self.n_correct, self.logits
+        evaluation = (interpreter.EVALUATE, *map(address, head), 0, 0, "lm_head.weight" in paired)
         self.evaluation = _table([*self.steps[:n_forward], evaluation])
 
     def _allocate(self, model: models.TransformerLM) -> None:
         c, n = self.shape, self.n
         blocks, d, d_kv, d_hidden = c.n_layers, c.d_model, c.d_kv, c.d_hidden
-        is_gated = c.ffn == "swiglu"
         # activations of each block saved for the backward pass; x and x_mid are the residual stream
         self.x, self.x_mid = self._buffer(blocks + 1, n, d), self._buffer(blocks, n, d)
         self.q, self.mixed = self._buffer(blocks, n, d), self._buffer(blocks, n, d)
         self.k, self.v = self._buffer(blocks, n, d_kv), self._buffer(blocks, n, d_kv)
         self.statistics = self._buffer(blocks, 2 * n * c.n_heads)
-        self.hidden, self.gated = (
-            self._buffer(blocks, n, d_hidden),
-            self._buffer(blocks, n, d_hidden * is_gated),
-        )
+        self.hidden = self._buffer(blocks, n, d_hidden)
+        self.gated = self._buffer(blocks, n, d_hidden * (c.ffn == "swiglu"))
         # temporaries of all blocks
         self.normed, self.activated = self._buffer(n, d), self._buffer(n, d_hidden)
         self.rotated_q, self.rotated_k = self._buffer(n, d), self._buffer(n, d_kv)
@@ -104,7 +104,10 @@ class Program:
         self.kept_alive += [cos, sin]
         widest, padded_vocab = matmul.whole_tiles(max(d, d_hidden)), matmul.whole_tiles(c.padded_vocab_size)
         transposed = self._buffer(max(n * widest, interpreter.LOSS_TOKENS * padded_vocab))
-        self.common = interpreter.Workspace(*map(address, (transposed, self.zeros, cos, sin)))
+        left = self._buffer(len(transposed) // 2 if self.paired else 1)
+        right = self._buffer(n * max(d, d_hidden) // 2 if self.paired else 1)
+        places = (transposed, self.zeros, cos, sin, left, right, amx.CONFIGURATION.ctypes.data)
+        self.common = interpreter.Workspace(*map(address, places))
         scores = attention.QUERIES * matmul.padded(c.context_length)
         packed = matmul.packed_size(c.context_length, c.d_head)
         buffers = [self._buffer(size) for size in (scores, scores, packed, packed)]
@@ -119,11 +122,8 @@ class Program:
 
     def _write_forward(self) -> None:
         """From tokens to the residual stream after the last block."""
-        embeddings = (
-            self._parameter_or_zeros("token_embeddings.weight"),
-            self._parameter_or_zeros("position_embeddings.weight"),
-        )
-        self._add(interpreter.EMBED, *embeddings, self.x[0])
+        names = "token_embeddings.weight", "position_embeddings.weight"
+        self._add(interpreter.EMBED, *map(self._parameter_or_zeros, names), self.x[0])
         for i in range(self.shape.n_layers):
             block = f"layers.{i}"
             self._normalize(self.x[i], f"{block}.ln1")
@@ -143,10 +143,9 @@ class Program:
         """From the loss to all weights."""
         last = self.x[self.shape.n_layers]
         self._normalize(last, "ln_final")
-        packed, weight, dweight = (
-            of["lm_head.weight"] for of in (self.packed, self.parameters, self.gradients)
-        )
-        self._add(interpreter.LOSS, self.normed, packed, weight, self.logits, self.dnormed, dweight)
+        name = "lm_head.weight"
+        operands = self.normed, self.packed[name], self._right_operand(name), self.logits
+        self._add(interpreter.LOSS, *operands, self.dnormed, self.gradients[name], name in self.paired)
         # dx = 0
         self._add(interpreter.ADD_BIAS, self.zeros, self.zeros, self.dx)
         self._normalize_backward(last, "ln_final")
@@ -232,17 +231,21 @@ class Program:
         self._add(interpreter.PROJECT, x, self.packed[f"{name}.weight"], out, out, *self._sizes(name))
 
     def _project_backward(self, dy: Tensor, name: str, dx: Tensor, accumulate: bool = False) -> None:
-        start, weight = dx if accumulate else self.zeros, self._parameter_or_zeros(f"{name}.weight")
+        start, weight = dx if accumulate else self.zeros, self._right_operand(f"{name}.weight")
         self._add(interpreter.PROJECT_BACKWARD, dy, weight, start, dx, *self._sizes(name))
 
     def _weight_gradient(self, dy: Tensor, x: Tensor, name: str) -> None:
         gradients = self.gradients[f"{name}.weight"], self.gradients.get(f"{name}.bias", 0)
         self._add(interpreter.WEIGHT_GRADIENT, dy, x, *gradients, *self._sizes(name))
 
-    def _sizes(self, name: str) -> tuple[int, int]:
-        """d_in and d_out of a projection."""
+    def _sizes(self, name: str) -> tuple[int, int, int]:
+        """d_in and d_out of a projection, and whether it is multiplied in bfloat16."""
         d_out, d_in = self.parameters[f"{name}.weight"].shape
-        return d_in, d_out
+        return d_in, d_out, f"{name}.weight" in self.paired
+
+    def _right_operand(self, name: str) -> Tensor:
+        """The weights of a projection for its backward pass."""
+        return self.paired.get(name, self.parameters[name])
 
     def _parameter_or_zeros(self, name: str) -> Tensor:
         return self.parameters.get(name, self.zeros)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm_basics.core import config, dataloader, optim
 from llm_basics.core import model as models
 from llm_basics.fast import numba_jit
-from llm_basics.fast.cpu import interpreter, matmul, muon, tape, threads, weights
+from llm_basics.fast.cpu import amx, interpreter, matmul, muon, tape, threads, weights
 
 # tokens of one forward and backward pass, unless a sequence is longer
 TOKENS = 128
@@ -45,11 +45,17 @@ def learner_for(
     if has_data and not are_known(model.config, inputs, targets):
         return None
     learner, n_threads = _LEARNERS.get(model), torch.get_num_threads()
-    if learner is None or not learner.fits(model, n_threads):
+    if learner is None or not learner.fits(model, n_threads, is_bfloat16()):
         if has_data:
             log_if_compiling()
-        learner = _LEARNERS[model] = Learner(model, n_threads)
+        learner = _LEARNERS[model] = Learner(model, n_threads, is_bfloat16())
     return learner
+
+
+def is_bfloat16() -> bool:
+    """Whether the kernels multiply in bfloat16: within autocast, on a processor with AMX."""
+    is_asked = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return is_asked and amx.is_available()
 
 
 @functools.cache
@@ -67,7 +73,7 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
         return "model and tokens must be on the CPU"
     if matmul.VECTOR < LEAST_VECTOR:
         return "the processor has no vectors of 8 floats (AVX2)"
-    if reason := weights.supports(model):
+    if reason := weights.supports(model, is_bfloat16()):
         return reason
     if "hidden_states" in vars(model):
         return "the model is compiled"
@@ -104,9 +110,12 @@ def are_known(
 
 
 class Learner:
-    """Computes loss and gradients of one model on a number of threads."""
+    """Computes loss and gradients of one model on a number of threads.
 
-    def __init__(self, model: models.TransformerLM, n_threads: int) -> None:
+    In bfloat16, the operands of projections are rounded; sums, and all else, are in float32.
+    """
+
+    def __init__(self, model: models.TransformerLM, n_threads: int, in_bfloat16: bool = False) -> None:
         self.parameters = list(model.parameters())
         self.addresses = [tape.address(parameter) for parameter in self.parameters]
         self.projections = {
@@ -114,16 +123,23 @@ class Learner:
             for name, parameter in tape.named(model).items()
             if parameter.dim() == 2 and "embeddings" not in name
         }
+        self.in_bfloat16 = in_bfloat16
         self.packed = {n: torch.empty(matmul.packed_size(*p.shape)) for n, p in self.projections.items()}
-        self.most = max(TOKENS, model.config.context_length)
+        self.paired = {
+            name: torch.empty(p.numel() // 2)
+            for name, p in self.projections.items()
+            if in_bfloat16 and not any(size % amx.TILE for size in p.shape)
+        }
+        self.most = amx.padded(max(TOKENS, model.config.context_length))
         self.task = tape.task_of(model)
-        self.programs = [tape.Program(model, self.packed, self.most) for _ in range(n_threads)]
+        self.programs = [tape.Program(model, self.packed, self.paired, self.most) for _ in range(n_threads)]
 
-    def fits(self, model: models.TransformerLM, n_threads: int) -> bool:
+    def fits(self, model: models.TransformerLM, n_threads: int, in_bfloat16: bool) -> bool:
         """Whether the programs hold the addresses of the model's current weights."""
         self.parameters = list(model.parameters())
         addresses = [tape.address(parameter) for parameter in self.parameters]
-        return addresses == self.addresses and n_threads == len(self.programs)
+        has_changed = addresses != self.addresses or in_bfloat16 != self.in_bfloat16
+        return not has_changed and n_threads == len(self.programs)
 
     def learn(
         self, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], z_loss: float
@@ -160,9 +176,7 @@ class Learner:
 
         Without `n_targets`, only the forward pass, and the number of correct predictions in `n_correct`.
         """
-        for name, weight in self.projections.items():
-            d_out, d_in = weight.shape
-            matmul.pack(weight.data_ptr(), d_in, d_out, d_in, self.packed[name].data_ptr())
+        threads.parallel_map(self._pack, len(self.programs))
         tokens, answers = inputs.contiguous().numpy(), targets.contiguous().numpy()
         n_threads, seq = len(self.programs), inputs.shape[1]
         task = self.task._replace(seq=seq, z_loss=z_loss, share=1 / (n_targets or 1))
@@ -184,13 +198,25 @@ class Learner:
 
         return sum(threads.parallel_map(work, n_threads))
 
+    def _pack(self, number: int) -> None:
+        """Pack one thread's share of the projections."""
+        for name in list(self.projections)[number :: len(self.programs)]:
+            weight, packed = self.projections[name], self.packed[name].data_ptr()
+            (d_out, d_in), address = weight.shape, weight.data_ptr()
+            if name in self.paired:
+                amx.pack(address, d_out, d_in, self.programs[number].common.left, packed)
+                amx.pair_rows(address, d_out, d_in, self.paired[name].data_ptr())
+            else:
+                matmul.pack(address, d_in, d_out, d_in, packed)
+
 
 def compile_kernels() -> None:
     """Run every kernel of a training step once."""
     shape = config.ModelConfig(256, 8, d_model=4 * matmul.VECTOR, n_layers=1, n_heads=4)
     model, tokens = models.TransformerLM(shape), torch.zeros(1, 8, dtype=torch.long)
-    learner = Learner(model, 1)
-    learner.learn(tokens, tokens, 0.0)
-    learner.evaluate(tokens, tokens)
+    for in_bfloat16 in (False, True) if amx.is_available() else (False,):
+        learner = Learner(model, 1, in_bfloat16)
+        learner.learn(tokens, tokens, 0.0)
+        learner.evaluate(tokens, tokens)
     nothing = np.empty((0, 3), np.int64)
     muon.update(nothing, 0, 0, 0.0, 0.0, 0.0, optim.NEWTON_SCHULZ, 0)

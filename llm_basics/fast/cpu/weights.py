@@ -69,8 +69,11 @@ def unsupported_part(model: models.TransformerLM) -> str:
     return ""
 
 
-def supports(model: models.TransformerLM) -> str:
-    """The reason why neither the CPU kernels nor the CUDA graph support a model; "" if one of them does."""
+def supports(model: models.TransformerLM, in_bfloat16: bool = False) -> str:
+    """The reason why neither the CPU kernels nor the CUDA graph support a model; "" if one of them does.
+
+    `in_bfloat16`: whether the kernels multiply in bfloat16, so that autocast is no reason.
+    """
     if reason := unsupported_part(model):
         return reason
     # one walk over modules: named_parameters and named_buffers would take longer than decoding a token
@@ -88,7 +91,7 @@ def supports(model: models.TransformerLM) -> str:
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
-    return "autocast is enabled" if torch.is_autocast_enabled("cpu") else ""
+    return "autocast is enabled" if torch.is_autocast_enabled("cpu") and not in_bfloat16 else ""
 
 
 @functools.cache
@@ -162,24 +165,17 @@ def states_for(w: decode.Weights, keys: np.ndarray, values: np.ndarray, n_thread
 
     Arrays of which each thread writes a slice are shared, the others private.
     """
-    shared_like = {
-        "added": w.ln_final,
-        "q": w.q_bias[0],
-        "k": w.k_bias[0],
-        "v": w.v_bias[0],
-        "head_output": w.q_bias[0],
-        "hidden": w.up_bias[0],
-        "gated": w.up_bias[0],
-        "logits": w.lm_head_bias,
-    }
-    private = {"x": w.ln_final, "normed": w.ln_final}
+    d_model, q, k, v, d_hidden = w.ln_final, w.q_bias[0], w.k_bias[0], w.v_bias[0], w.up_bias[0]
+    shared_like = {"added": d_model, "q": q, "k": k, "v": v, "head_output": q}
+    shared_like |= {"hidden": d_hidden, "gated": d_hidden, "logits": w.lm_head_bias}
     shared = {name: _buffer(like) for name, like in shared_like.items()}
     return [
         decode.State(
             keys,
             values,
             **shared,
-            **{name: _buffer(like) for name, like in private.items()},
+            x=_buffer(d_model),
+            normed=_buffer(d_model),
             scores=np.zeros(keys.shape[2], np.float32),
             tokens=np.zeros(decode.AT_A_TIME, np.int64),
         )
@@ -206,17 +202,10 @@ def rounded(w: decode.Weights) -> tuple[decode.Weights, list[np.ndarray]]:
             addresses[i] = numbers.ctypes.data, scales.ctypes.data
         return addresses
 
-    d_model, d_hidden = len(w.ln_final), len(w.up_bias[0])
-    sizes = {
-        "q": (d_model, d_model),
-        "k": (len(w.k_bias[0]), d_model),
-        "v": (len(w.v_bias[0]), d_model),
-        "output": (d_model, d_model),
-        "up": (d_hidden, d_model),
-        "gated": (d_hidden, d_model),
-        "down": (d_model, d_hidden),
-        "lm_head": (len(w.lm_head_bias), d_model),
-    }
+    d_model, d_hidden, d_kv = len(w.ln_final), len(w.up_bias[0]), len(w.k_bias[0])
+    square, narrow, wide = (d_model, d_model), (d_kv, d_model), (d_hidden, d_model)
+    sizes = {"q": square, "k": narrow, "v": narrow, "output": square, "up": wide, "gated": wide}
+    sizes |= {"down": wide[::-1], "lm_head": (len(w.lm_head_bias), d_model)}
     matrices = {name: quantized(getattr(w, name), *size) for name, size in sizes.items()}
     return w._replace(**matrices), buffers
 

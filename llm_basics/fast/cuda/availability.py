@@ -18,8 +18,7 @@ def has_triton(device: torch.device) -> bool:
     except Exception as error:
         # a missing compiler, or any error of the toolchain
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(
-            f"Triton cannot be used on {device} ({reason}); PyTorch kernels are used instead", file=sys.stderr
-        )
+        line = f"Triton cannot be used on {device} ({reason}); PyTorch kernels are used instead"
+        print(line, file=sys.stderr)
         return False
     return True

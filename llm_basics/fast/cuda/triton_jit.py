@@ -7,7 +7,6 @@ reference. With TRITON_INTERPRET=1, set before Triton is imported, NumPy runs th
 """
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -39,24 +38,6 @@ def check_device(device: torch.device) -> None:
         _add_one[(1,)](result)
     if result.item() != 1:
         raise RuntimeError(f"a kernel that adds 1 to 0 must give 1, got {result.item()}")
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a backward pass to raise under create_graph=True.
-
-    Torch's `once_differentiable` silently returns zeros if the incoming gradient is a constant.
-    """
-
-    @functools.wraps(backward)
-    def checked(*args: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "create_graph must be False with a Triton kernel, got True: it has no second derivatives; "
-                "call functional.scaled_dot_product_attention instead"
-            )
-        return backward(*args)
-
-    return checked
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
