@@ -90,6 +90,9 @@ BEFORE = {
     r"llm_basics\.sweep": SHORT_SWEEP,
 }
 
+# programs that do not end by themselves, and what they print before they are stopped
+ENDLESS = {r"llm_basics\.lab": "the lab   http://127.0.0.1:", r"check --watch": "waiting for mine.py"}
+
 # where exit status 1 is a verdict on the model, which these short runs have not made a good one
 VERDICTS = r"llm_basics\.(learn read|probe)"
 
@@ -166,21 +169,26 @@ def run(clone: Path, command: str) -> tuple[int, str]:
     """Run a line of shell; returns its exit status and its output."""
     needed = [lines for expression, lines in BEFORE.items() if re.search(expression, command)]
     options = {"cwd": clone, "env": environment(clone), "stdin": subprocess.DEVNULL, "text": True}
-    if "llm_basics.lab" in command:
-        return serve(f"exec {command}", options)
+    for expression, line in ENDLESS.items():
+        if re.search(expression, command):
+            return stopped_after("\n".join([*needed, f"exec {command}"]), line, options)
     script = concrete(clone, "\n".join([*needed, command, "status=$?; wait; exit $status"]))
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", script], **options, **both)
     return done.returncode, f"{script}\n{done.stdout}"
 
 
-def serve(command: str, options: dict) -> tuple[int, str]:
-    """Start a server, and end it when it has printed its address."""
-    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, **options) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        server.terminate()
-    return 0 if line.startswith("the lab   http://127.0.0.1:") else 1, line
+def stopped_after(script: str, line: str, options: dict) -> tuple[int, str]:
+    """Run a program until it prints a line with a beginning; returns 0 if it does, and its output."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(["bash", "-c", script], **options, **both) as program:
+        output = ""
+        for printed in program.stdout or ():
+            output += printed
+            if printed.startswith(line):
+                program.terminate()
+                return 0, output
+    return 1, output
 
 
 def write_inputs(clone: Path) -> None:
