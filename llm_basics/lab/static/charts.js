@@ -35,8 +35,9 @@ export class Chart {
       clear(this.legend, names.map(([name, style]) => h("span", {}, h("i", { class: `swatch ${style}` }), name)));
       this.names = String(names);
     }
+    // at once: a second frame for each update would cost as much again
     this.isDue = this.isHidden;
-    if (!this.isDue) this.later();
+    if (!this.isDue) this.draw();
   }
 
   later() {
@@ -130,6 +131,7 @@ export class Chart {
   }
 
   draw() {
+    cancelAnimationFrame(this.frame);
     this.frame = null;
     const width = (this.width = this.element.clientWidth);
     if (!width) return;
