@@ -159,7 +159,9 @@ def draw_attention(loaded: inspection.LoadedModel, theme: Theme) -> None:
     ids = loaded.encode(CODE)
     tokens, n = [visible(loaded.show(id)) for id in ids], len(ids)
     panels = [("the causal mask", F.causal_mask(n, n).float().numpy(), theme.faint)]
+    shape = loaded.lm.config
     for (layer, head), color in zip(HEADS, (theme.first, theme.second), strict=True):
+        layer, head = min(layer, shape.n_layers - 1), min(head, shape.n_heads - 1)
         (rows,) = inspection.attention(loaded, ids, layer, head).weights
         weights = np.array([row + [0.0] * (n - len(row)) for row in rows])
         panels.append((f"layer {layer}, head {head}", weights, color))

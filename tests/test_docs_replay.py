@@ -29,6 +29,7 @@ NOT_RUN = {
     r"--nnodes 2": "needs two machines",
     r"prepare tinystories": "needs the network",
     r"--data data/tinystories": "needs the result of the command before, which needs the network",
+    r"tokenizer compare my_tokenizer gpt2": "needs the network",
     r"llm_basics\.lm_harness": "needs the packages of the extra eval, which are not installed",
     r"^llm-basics \w+$": "the name of a program in a sentence",
 }
@@ -73,6 +74,11 @@ SPLIT = "uv run python -m llm_basics.checkpoint split runs/NAME/checkpoints/step
 TRAINS = f"""AS_IT_IS=1 uv run python -m llm_basics.train --run_dir runs/steered --train.steps 1000 {SHAPE} &
 until [ -s runs/steered/metrics.jsonl ]; do sleep 0.1; done"""
 
+# one submission of each kind
+SUBMIT = "rm -rf submissions; mkdir -p reports submissions"
+PROJECT = f"{SUBMIT}/ada; ln -s ../../tests submissions/ada/tests"
+FILE = f"{SUBMIT}; {MINE.replace('mine.py', 'submissions/ada.py')}"
+
 SHORT_SWEEP = "sed -i 's/steps: 300/steps: 10/; s/lr: .*/lr: [1e-3]/' llm_basics/configs/sweeps/lr.yaml"
 
 # the runs of `clone`
@@ -84,6 +90,9 @@ BEFORE = {
     r"learn start": "rm -f mine.py",
     r"\bnewest\b": "rm -rf runs/gpt2",  # an imported model has no metrics and no text
     r"--mine mine\.py|learn check": MINE,
+    r"learn check attention": "uv run python -m llm_basics.learn start attention",
+    r"in submissions/\*;": PROJECT,
+    r"in submissions/\*\.py": FILE,
     r"import_model": EXPORTED,
     r"checkpoint merge": SPLIT,
     r"llm_basics\.steer": TRAINS,
@@ -93,8 +102,8 @@ BEFORE = {
 # programs that do not end by themselves, and what they print before they are stopped
 ENDLESS = {r"llm_basics\.lab": "the lab   http://127.0.0.1:", r"check --watch": "waiting for mine.py"}
 
-# where exit status 1 is a verdict on the model, which these short runs have not made a good one
-VERDICTS = r"llm_basics\.(learn read|probe)"
+# where exit status 1 is a verdict: on a model that these short runs have not made a good one, on a stub
+VERDICTS = r"llm_basics\.(learn read|learn check attention|probe)"
 
 # runs that the pages call by these names are the newest, or the second newest, of those here
 PLACES = {"NAME": 0, "CHAT": 0, "A": 0, "B": 1, "one": 0, "two": 1, "LARGE": 1}
@@ -105,7 +114,7 @@ PLACES = {"NAME": 0, "CHAT": 0, "A": 0, "B": 1, "one": 0, "two": 1, "LARGE": 1}
 
 
 def commands(page: Path) -> list[tuple[int, str]]:
-    """The line number and text of each command that starts one of our programs, without its comment."""
+    """The line number and text of each command or loop that starts our programs, without its comment."""
     found, is_shell, whole = [], False, ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if line.lstrip().startswith("```"):
@@ -114,6 +123,9 @@ def commands(page: Path) -> list[tuple[int, str]]:
             whole += line
             if line.endswith("\\"):
                 whole = whole[:-1]
+                continue
+            if whole.startswith("for ") and line != "done":
+                whole += "\n"
                 continue
             command, whole = re.sub(r"\s+# .*", "", whole), ""
             found += [(number, command)] if re.search(r"\buv run |\bllm-basics ", command) else []

@@ -382,7 +382,7 @@ def test_kernels_of_a_step_are_compiled_before_the_first(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_compiles_learns_the_same_to_the_last_bit(tmp_path):
-    home = Path(cpu_trainer.__file__).parents[1]
+    home = Path(cpu_trainer.__file__).parents[2]
     shutil.copytree(home, tmp_path / "llm_basics", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(900)))
     options = "--tokenizer bytes --data text.txt --config gpt2-nano --train.steps 3 --train.sample_tokens 1"
@@ -649,6 +649,14 @@ def test_steps_in_bfloat16_learn_as_in_float32():
     assert losses["float32"][-1] < 0.5 * losses["float32"][0]
     difference = (losses["float32"] - losses["bfloat16"]).abs()
     assert 0 < difference.max() < 0.05
+
+
+@needs_amx
+def test_wider_models_are_trained_by_the_kernels_in_bfloat16():
+    lm = make(d_model=768, n_layers=1, n_heads=12)
+    assert "d_model 768" in cpu_trainer.unsupported(lm, random_batch(lm)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not cpu_trainer.unsupported(lm, random_batch(lm)[0])
 
 
 def test_bfloat16_is_left_to_torch_without_amx(monkeypatch):

@@ -45,7 +45,7 @@ ARGUMENTS = {
     "tokenizer": ["inspect", "text"],
     "learn": ["dojo"],
 }
-WITHOUT_TORCH = ("plot", "compare", "lm_harness", "sweep", "steer", "prepare", "tokenizer")
+WITHOUT_TORCH = ("plot", "compare", "completion", "lm_harness", "sweep", "steer", "prepare", "tokenizer")
 
 # --------------------------------------------------------------------------------------------------
 # While a command imports
