@@ -21,9 +21,9 @@ from llm_basics.fast.cpu import amx, interpreter, matmul, muon, tape, threads, w
 # tokens of one forward and backward pass, unless a sequence is longer
 TOKENS = 128
 
-# beyond these, torch was measured to be faster: wide models spend their time in matrix products, where MKL
-# uses the caches better, and the sum of all threads' gradients costs the same for any number of tokens
-WIDEST, MOST_WEIGHTS_PER_TOKEN = 384, 10_000
+# beyond these (float32, bfloat16) torch was measured to be as fast: wide models spend their time in matrix
+# products, where MKL uses the caches better, and gradients of all threads are added for any number of tokens
+WIDEST, MOST_WEIGHTS_PER_TOKEN = (320, 768), 10_000
 
 # float32 numbers per vector (AVX); narrower ones were not measured
 LEAST_VECTOR = 8
@@ -90,7 +90,7 @@ def unsupported(model: models.TransformerLM, inputs: Int[Tensor, "batch seq"]) -
     if len(inputs) < n_threads:
         return f"the batch has {len(inputs)} sequences for {n_threads} threads"
     n_parameters = sum(parameter.numel() for parameter in parameters)
-    if c.d_model > WIDEST or n_parameters > MOST_WEIGHTS_PER_TOKEN * inputs.numel():
+    if c.d_model > WIDEST[is_bfloat16()] or n_parameters > MOST_WEIGHTS_PER_TOKEN * inputs.numel():
         return f"torch is faster for {n_parameters:,} weights, d_model {c.d_model}, {inputs.numel()} tokens"
     if n_threads * n_parameters > MOST_GRADIENTS:
         return f"gradients of {n_threads} threads would take too much memory"
