@@ -3,7 +3,7 @@
 LAB_SCREENSHOTS=docs/lab LAB_RUNS=/path/of/runs LAB_RUN=NAME uv run pytest tests/test_lab_screenshots.py
 
 LAB_RUNS is a folder of runs, LAB_RUN the name of the one to show. Without them: a run of these tests.
-LAB_MINE is a learner's file.
+LAB_CHAT and LAB_RL are runs there of sft and rl, LAB_MINE is a learner's file.
 """
 
 import io
@@ -33,6 +33,14 @@ SHOWN = [(view, "desktop") for view in lab_server.VIEWS] + [
 ]
 
 
+# parts of views: view, variable with the name of the run, section
+PARTS = {
+    "chat": ("play", "LAB_CHAT", ".lane"),
+    "checkpoints": ("run", "LAB_RUN", ".checkpoints"),
+    "rollouts": ("run", "LAB_RL", ".rollouts"),
+}
+
+
 @pytest.fixture(scope="module")
 def shown(trained):
     """A server over the runs to show, and the id of one."""
@@ -56,8 +64,34 @@ def test_screenshot(open_page, shown, view, size, scheme):
         sync_api.expect(page.locator(".popover")).to_be_visible()
     if view == "config":
         sync_api.expect(page.get_by_text("computing on tensors")).to_have_count(0)
+    save(page, f"{view}{'-phone' * (size == 'phone')}{'-dark' * (scheme == 'dark')}.png")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("part", PARTS)
+def test_screenshot_of_a_part(open_page, shown, part, scheme):
+    view, variable, section = PARTS[part]
+    if variable not in os.environ:
+        pytest.skip(f"needs a run in {variable}")
+    id = catalog.id_of(Path(os.environ["LAB_RUNS"]).resolve() / os.environ[variable])
+    page = open_page(f"#/{view}/{id}", server=shown[0], viewport=SIZES["desktop"], color_scheme=scheme)
+    if part == "chat":
+        for question in ("Define start of tail that returns test.", "Call day with field."):
+            page.get_by_role("textbox", name="Message").fill(question)
+            page.keyboard.press("Enter")
+            sync_api.expect(page.locator(".turn.assistant .token").last).to_be_visible()
+            sync_api.expect(page.get_by_role("button", name="Send")).to_be_visible()
+        page.locator(".turn.assistant .token").nth(2).hover()
+        sync_api.expect(page.locator(".popover")).to_be_visible()
+    else:
+        page.locator(section).wait_for()
+        page.locator(section).evaluate("element => element.scrollIntoView({ block: 'center' })")
+    save(page, f"{part}{'-dark' * (scheme == 'dark')}.png")
+
+
+def save(page, name):
     page.wait_for_timeout(500)
-    path = Path(FOLDER) / f"{view}{'-phone' * (size == 'phone')}{'-dark' * (scheme == 'dark')}.png"
+    path = Path(FOLDER) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     # 256 colors are a third of the bytes
     Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256).save(path, optimize=True)
