@@ -210,7 +210,7 @@ def conclude(step: probes.Step, seen: dict[int, probes.Observation]) -> Grade:
         [i for i in each if probes.differing(step.probes[i], each[i], judge.expected(step.name, i))]
         for each in (promised, seen)
     )
-    mistake, also, left = judge.find_mistake(step, seen, advised) if advised else judge.NOTHING
+    mistake, also, left = judge.find_mistake(step, seen, advised, bool(wrong)) if advised else judge.NOTHING
     if wrong and (mistake is None or left):
         mistake, also, left = judge.find_mistake(step, promised, wrong)
     sure = mistake is not None and not left

@@ -154,11 +154,13 @@ Diagnosis = tuple[probes.Mistake | None, probes.Mistake | None, tuple[int, ...]]
 NOTHING: Diagnosis = (None, None, ())
 
 
-def find_mistake(step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int]) -> Diagnosis:
+def find_mistake(
+    step: probes.Step, seen: dict[int, probes.Observation], wrong: Sequence[int], has_pairs: bool = True
+) -> Diagnosis:
     """The mistake with the same observations, or with another number or error, or two that explain them.
 
     If there is none, the one that explains most of them, at least half, and passes all probes that the
-    implementation passes, since it may be one of two mistakes.
+    implementation passes, since it may be one of two mistakes. Without pairs: only one that explains all.
     """
 
     def equals(i: int, known: probes.Observation) -> bool:
@@ -174,7 +176,7 @@ def find_mistake(step: probes.Step, seen: dict[int, probes.Observation], wrong: 
         if all(is_equal(mistake, i) for i in order):
             return mistake, None, ()
     fitted = families.find(step, seen, wrong, equals) or with_another_error(step, seen, wrong)
-    if fitted:
+    if fitted or not has_pairs:
         return fitted, None, ()
     pair = pairs.find(
         step,
