@@ -119,7 +119,19 @@ def split_examples(doc: str) -> tuple[str, str]:
     ('Adds.', '>>> add(1, 2)\\n3')
     """
     prose, mark, examples = doc.partition(">>> ")
-    return re.sub(r"([<{*])", r"\\\1", prose.strip()), (mark + examples).strip()
+    paragraphs = [as_written(each) for each in re.split(r"\n\s*\n", prose.strip())]
+    return "\n\n".join(paragraphs), (mark + examples).strip()
+
+
+def as_written(paragraph: str) -> str:
+    """A paragraph in Markdown: commands and columns as code, else text.
+
+    >>> as_written("one of {a, b}"), as_written("uv run pytest")
+    ('one of \\\\{a, b}', '```text\\nuv run pytest\\n```')
+    """
+    if paragraph.startswith("uv run") or re.search(r"^\S.*\S {3,}\S", paragraph, re.M):
+        return f"```text\n{paragraph}\n```"
+    return re.sub(r"([<{*])", r"\\\1", paragraph)
 
 
 def reference(wing: Path) -> str:
