@@ -3,7 +3,7 @@
 A tile register has 16 rows of 64 bytes. One instruction multiplies 16 x 32 by 32 x 16 bfloat16 numbers and
 adds the product to 16 x 16 float32 sums: 8,192 fused multiply-adds, where an AVX-512 instruction has 16
 ("Intel Architecture Instruction Set Extensions Programming Reference", chapter 3). One core of an Intel Xeon
-(2023): 1,100 to 1,300 GFLOP/s with operands in its cache, 200 in float32.
+(2023): 1,060 to 1,265 GFLOP/s with operands in its cache, 200 in float32.
 
 The right operand has the numbers of two rows, (2i, j) and (2i + 1, j), side by side in 4 bytes. All matrices
 are therefore addressed in units of 4 bytes: pairs of bfloat16, or one float32.

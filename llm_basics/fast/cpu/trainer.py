@@ -21,8 +21,8 @@ from llm_basics.fast.cpu import amx, interpreter, matmul, muon, tape, threads, w
 # tokens of one forward and backward pass, unless a sequence is longer
 TOKENS = 128
 
-# beyond these (float32, bfloat16) torch was measured to be as fast: wide models spend their time in matrix
-# products, where MKL uses the caches better, and gradients of all threads are added for any number of tokens
+# widths of float32 (torch is faster at 384) and bfloat16 (as fast at 768; not measured beyond): MKL uses the
+# caches better. The sum of all threads' gradients costs the same for any number of tokens
 WIDEST, MOST_WEIGHTS_PER_TOKEN = (320, 768), 10_000
 
 # float32 numbers per vector (AVX); narrower ones were not measured
